@@ -1,0 +1,150 @@
+"""Radial attention for the transformers of diffusers: applied to one instance, taken back without a trace."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Self
+
+import torch
+
+from models.context import RadialContext, Schedule
+from radial_attn import RadialConfig
+from radial_attn.attention import BACKENDS
+
+TRANSFORMERS = {"WanTransformer3DModel": "models.wan"}
+
+
+def apply_radial_attention(
+    model: Any,
+    config: RadialConfig,
+    *,
+    dense_steps: int = 0,
+    dense_layers: int = 0,
+    dense_last_steps: int = 0,
+    backend: str = "auto",
+    num_steps: int | None = None,
+) -> "RadialAttentionHandle":
+    """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
+
+    Layers `0 .. dense_layers - 1` stay dense at every step, steps `0 .. dense_steps - 1` and the last
+    `dense_last_steps` in every layer. Dense is upstream's own processor: `set_attention_backend` governs it.
+    The mask follows the size of the latents at each call.
+
+    Two transformers of one pipeline (Wan2.2 A14B) share one count of steps. `num_steps`, the denoising steps
+    of a video, is read from `pipeline.scheduler` unless given; a transformer alone needs it for
+    `dense_last_steps`. Without a pipeline a lower timestep is the next step and a higher one the next video.
+    In training, where timesteps are random, keep `dense_steps` and `dense_last_steps` at 0: every call is
+    radial then.
+
+    Raises:
+        ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than upstream's (a second
+            application among them), an unknown backend, a count below 0, more dense layers than there are, or
+            last steps that cannot be known. The model is left as it was.
+    """
+    if not isinstance(config, RadialConfig):
+        raise ValueError(f"config must be a RadialConfig, got {type(config).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
+    pipeline = None if isinstance(model, torch.nn.Module) else model
+    transformers = _transformers(model)
+    families = [_family(transformer) for transformer in transformers]
+    for transformer, family in zip(transformers, families, strict=True):
+        _check_layers(transformer, family, dense_layers)
+    if pipeline is None:
+        schedule.is_dense(dense_steps, None)
+    layers = len(families[0].attention_layers(transformers[0]))
+    context = RadialContext(
+        config,
+        schedule=schedule,
+        backend=backend,
+        token_grid=families[0].token_grid,
+        layers=layers,
+        pipeline=pipeline,
+    )
+    return RadialAttentionHandle(context, transformers, families[0])
+
+
+class RadialAttentionHandle:
+    """One application of radial attention; `remove()`, or leaving its `with` block, takes it back."""
+
+    def __init__(
+        self, context: RadialContext, transformers: Sequence[torch.nn.Module], family: ModuleType
+    ) -> None:
+        self._context = context
+        self._replaced: list[tuple[torch.nn.Module, Any, Any]] = []
+        self._hooks: list[Any] = []
+        for transformer in transformers:
+            self._install(transformer, family)
+
+    def remove(self) -> None:
+        """Puts back the very processors of before and removes the hooks; a second time does nothing."""
+        for attention, before, ours in self._replaced:
+            if ours._attention_backend is not before._attention_backend:
+                before._attention_backend = ours._attention_backend
+            attention.set_processor(before)
+        for hook in self._hooks:
+            hook.remove()
+        self._replaced, self._hooks = [], []
+
+    def report(self) -> dict[str, Any]:
+        """What ran since the application, as values that JSON can hold.
+
+        `density` and `grid` (`[frames, height, width]` in tokens) of the latest call, None before the first;
+        `grids`, both for every grid seen, the latest last; `videos`, `steps` and `dense_steps` begun;
+        `layers` and `dense_layers` of one transformer; `calls`, attention calls by backend ("dense", ...).
+        """
+        return self._context.report()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def _install(self, transformer: torch.nn.Module, family: ModuleType) -> None:
+        context = self._context
+        for layer, attention in enumerate(family.attention_layers(transformer)):
+            before = attention.processor
+            ours = family.RadialProcessor(context.backend, dense=layer < context.schedule.dense_layers)
+            vars(ours).update(vars(before))
+            attention.set_processor(ours)
+            self._replaced.append((attention, before, ours))
+        self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
+        self._hooks.append(transformer.rope.register_forward_hook(context.carry))
+
+
+def _transformers(model: Any) -> list[torch.nn.Module]:
+    """The model, or the `transformer` and `transformer_2` of a pipeline, without torch.compile's wrapper."""
+    if isinstance(model, torch.nn.Module):
+        found = [model]
+    else:
+        found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
+    found = [getattr(part, "_orig_mod", part) for part in found if part is not None]
+    if not found:
+        raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
+    return found
+
+
+def _family(transformer: torch.nn.Module) -> ModuleType:
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in TRANSFORMERS:
+            return import_module(TRANSFORMERS[cls.__name__])
+    raise ValueError(
+        f"transformer must be one of {', '.join(TRANSFORMERS)}, got {type(transformer).__name__}"
+    )
+
+
+def _check_layers(transformer: torch.nn.Module, family: ModuleType, dense_layers: int) -> None:
+    name, upstream = type(transformer).__name__, family.UPSTREAM_PROCESSOR
+    kinds = {type(attention.processor) for attention in family.attention_layers(transformer)}
+    if family.RadialProcessor in kinds:
+        raise ValueError(f"radial attention is already applied to this {name}; call remove() first")
+    if kinds != {upstream}:
+        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"self-attention processors of {name} must be {upstream.__name__}, got {got}")
+    layers = len(family.attention_layers(transformer))
+    if dense_layers > layers:
+        raise ValueError(
+            f"dense_layers must be at most {layers}, the layers of this {name}, got {dense_layers}"
+        )

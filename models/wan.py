@@ -1,0 +1,54 @@
+"""The Wan fork: self-attention of WanTransformer3DModel, video tokens only."""
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, _get_qkv_projections
+
+from radial_attn import TokenGrid, radial_attention
+
+UPSTREAM_PROCESSOR = WanAttnProcessor
+
+
+def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
+    """The self-attention modules in block order."""
+    return [block.attn1 for block in transformer.blocks]
+
+
+def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
+    """Grid of a call: latents `[B, C, frames, height, width]` over the patch size, rounded down."""
+    sizes = arguments["hidden_states"].shape[2:]
+    return TokenGrid(
+        *(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True))
+    )
+
+
+class RadialProcessor(WanAttnProcessor):
+    """Self-attention by `radial_attention`; by upstream where the layer or the call (no mask) is dense."""
+
+    def __init__(self, backend: str, dense: bool) -> None:
+        super().__init__()
+        self.backend, self.dense = backend, dense
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple | None = None,
+    ) -> torch.Tensor:
+        """`[B, S, C]` in and out; `rotary_emb`: (cos, sin, mask or None), tables `[1, S, 1, D]`."""
+        *rotary, mask = rotary_emb
+        if self.dense or mask is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+        if attention_mask is not None:
+            raise ValueError(f"radial attention takes no attention_mask, got {tuple(attention_mask.shape)}")
+        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        normed = attn.norm_q(query), attn.norm_k(key), value
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in normed)
+        tables = [table[0, :, 0] for table in rotary]
+        query, key = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key))
+        output = radial_attention(query, key, value, mask, backend=self.backend).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](output))

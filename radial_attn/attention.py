@@ -1,0 +1,136 @@
+"""`radial_attention`: one operator over all backends. It validates, chooses, and hands over."""
+
+import difflib
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+
+BACKENDS = ("auto", "reference", "blocks", "flex")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def radial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    backend: str = "auto",
+    text_lengths: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of every token over the key blocks that `mask` keeps for its block.
+
+    Args:
+        query, key, value: `[B, S, H, D]`, video tokens first, text after; float32, bfloat16 or float16.
+        mask: block mask with `mask.grid.tokens == S`, shared by all heads or with one pattern per head.
+        backend: "reference", "blocks", "flex", or "auto", which reports its choice once per shape to the
+            logger "radial_attn".
+        text_lengths: valid text tokens of each sample, integers `[B]` (the valid ones come first), or None
+            for all. Keys of padded text are not attended; output rows of padded text are zeros. Inside
+            torch.compile the range is not checked.
+        scale: factor on the scores, `D ** -0.5` by default.
+
+    Returns:
+        `[B, S, H, D]` in the data type of `query`.
+
+    Raises:
+        ValueError: an unknown backend, or tensors, mask, text_lengths and backend that do not fit together.
+        ImportError: something that the backend needs is missing; the message says how to install it.
+    """
+    _check_tensors(query, key, value, mask)
+    _check_backend(backend)
+    lengths = _check_text_lengths(text_lengths, query.shape[0], mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "auto":
+        backend = choose_backend(query.device.type, mask)
+        _report(backend, query, mask)
+    match backend:
+        case "reference":
+            from .kernels import reference as kernel
+        case "blocks":
+            from .kernels import blocks as kernel
+        case "flex":
+            from .kernels import flex as kernel
+    return kernel.attention(query, key, value, mask, text_lengths=lengths, scale=scale)
+
+
+def choose_backend(device_type: str, mask: BlockMask) -> str:
+    """The backend that "auto" takes: flex on CUDA, blocks elsewhere and wherever the mask is dense."""
+    if device_type != "cuda" or (not torch.compiler.is_compiling() and mask.is_dense):
+        return "blocks"
+    return "flex"
+
+
+def _report(backend: str, query: Tensor, mask: BlockMask) -> None:
+    """Logs the choice, once for each shape, data type and device that the mask meets."""
+    if torch.compiler.is_compiling():
+        return
+    call = tuple(query.shape), query.dtype, query.device
+
+    def log() -> None:
+        logging.getLogger("radial_attn").info(
+            "backend %s for %s %s on %s, density %.3f", backend, list(call[0]), *call[1:], mask.density
+        )
+
+    mask.cached(("reported", backend, *call), log)
+
+
+def _check_backend(backend: str) -> None:
+    if backend in BACKENDS:
+        return
+    near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}{hint}")
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> None:
+    if not isinstance(mask, BlockMask):
+        raise ValueError(f"mask must be a BlockMask (see BlockMask.from_blocks), got {type(mask).__name__}")
+    if query.ndim != 4 or 0 in query.shape:
+        raise ValueError(f"query must be [B, S, H, D] without empty dimensions, got {list(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(f"{name} must have query's shape {list(query.shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}: cast one")
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be on query's device {query.device}, got {tensor.device}: move one"
+            )
+    if query.dtype not in DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {query.dtype}")
+    if query.shape[1] != mask.grid.tokens:
+        raise ValueError(
+            f"sequence length must be the {mask.grid.tokens} tokens of {mask.grid}, got {query.shape[1]}: "
+            "make the mask from the grid of this video"
+        )
+    if mask.heads is not None and mask.heads != query.shape[2]:
+        raise ValueError(f"heads must be the {mask.heads} of the per-head mask, got {query.shape[2]}")
+
+
+def _check_text_lengths(
+    text_lengths: Tensor | Sequence[int] | None, batch: int, mask: BlockMask
+) -> Tensor | None:
+    """The lengths as int64 `[B]` on the CPU; None where no text is padded."""
+    if text_lengths is None:
+        return None
+    lengths, text = torch.as_tensor(text_lengths), mask.grid.text
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"text_lengths must be integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(
+            f"text_lengths must be one number for each of {batch} samples, got {list(lengths.shape)}"
+        )
+    lengths = lengths.to("cpu", torch.int64)
+    if torch.compiler.is_compiling():
+        return lengths
+    if lengths.min() < 0 or lengths.max() > text:
+        raise ValueError(
+            f"text_lengths must be within 0 ... {text} (the grid's text), got {lengths.tolist()}"
+        )
+    return None if bool((lengths == text).all()) else lengths

@@ -1,0 +1,154 @@
+"""BlockMask: which key blocks each query block attends to, as a value that every backend takes."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .grid import TokenGrid
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """An immutable block mask; two masks are equal only if they are the same object.
+
+    Attributes:
+        grid: the token grid that the mask belongs to.
+        block_size: tokens of a block; the last block of the sequence may be short.
+        blocks: bool on the CPU, `[Q, K]` shared by all heads or `[H, Q, K]` per head,
+            `Q == K == grid.num_blocks(block_size)`. Not to be written to.
+
+    Raises:
+        ValueError: a block size, data type or shape that does not fit.
+    """
+
+    grid: TokenGrid
+    block_size: int
+    blocks: Tensor = field(repr=False)
+    _memo: dict = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
+        if self.blocks.dtype != torch.bool or self.blocks.device.type != "cpu":
+            raise ValueError(
+                f"blocks must be bool on the CPU, got {self.blocks.dtype} on {self.blocks.device}"
+            )
+        count, shape = self.grid.num_blocks(self.block_size), tuple(self.blocks.shape)
+        if len(shape) not in (2, 3) or shape[-2:] != (count, count) or 0 in shape:
+            raise ValueError(
+                f"blocks must be [{count}, {count}] or [heads, {count}, {count}] for "
+                f"{self.grid.tokens} tokens in blocks of {self.block_size}, got {list(shape)}"
+            )
+
+    @classmethod
+    def from_blocks(cls, grid: TokenGrid, blocks: Tensor, block_size: int | None = None) -> "BlockMask":
+        """Makes a mask from any boolean block matrix, `[Q, K]` or `[H, Q, K]`, which it copies.
+
+        Without `block_size` it is the one size of `BLOCK_SIZES` that cuts the grid into `Q` blocks.
+
+        Raises:
+            ValueError: as the class; also no or several block sizes fit, or a query block keeps no key.
+        """
+        blocks = torch.as_tensor(blocks).detach().to("cpu", copy=True).contiguous()
+        size = _infer_block_size(grid, blocks) if block_size is None else block_size
+        mask = cls(grid, size, blocks)
+        empty = torch.nonzero(mask._row_counts() == 0)
+        if len(empty):
+            raise ValueError(f"every query block must keep a key block, got none at {empty[0].tolist()}")
+        return mask
+
+    @property
+    def heads(self) -> int | None:
+        """Number of heads with a pattern of their own; None when all heads share one."""
+        return self.blocks.shape[0] if self.blocks.ndim == 3 else None
+
+    @property
+    def block_tokens(self) -> Tensor:
+        """Valid tokens of each block, int64 `[Q]`."""
+        return self.cached("block_tokens", lambda: self.grid.block_tokens(self.block_size))
+
+    @property
+    def kept_pairs(self) -> int:
+        """Kept (query, key) token pairs, the mean over heads; attention FLOPs are 4 H D of these."""
+        return round(self._all_pairs() / (self.heads or 1))
+
+    @property
+    def density(self) -> float:
+        """Kept share of all token pairs: kept blocks weighted by their valid tokens, mean over heads."""
+        return self._all_pairs() / (self.heads or 1) / self.grid.tokens**2
+
+    @property
+    def is_dense(self) -> bool:
+        """True when no block is left out."""
+        return self.cached("is_dense", lambda: bool(self.blocks.all()))
+
+    @property
+    def indptr(self) -> Tensor:
+        """CSR row offsets into `indices`, int32 `[Q + 1]` or `[H, Q + 1]`: one flat list for all heads."""
+        return self.csr("cpu")[0]
+
+    @property
+    def indices(self) -> Tensor:
+        """CSR key block numbers, int32 `[kept blocks]`, ascending within a row."""
+        return self.csr("cpu")[1]
+
+    def csr(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """`(indptr, indices)` on a device, copied there once."""
+        host = self.cached("csr", self._build_csr)
+        device = torch.device(device)
+        if device.type == "cpu":
+            return host
+        return self.cached(("csr", device), lambda: (host[0].to(device), host[1].to(device)))
+
+    def token_mask(self) -> Tensor:
+        """The mask on tokens, bool `[S, S]` or `[H, S, S]`: for reference and tests, quadratic in S."""
+        rows = self.blocks.repeat_interleave(self.block_tokens, dim=-2)
+        return rows.repeat_interleave(self.block_tokens, dim=-1)
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """The value of `build()`, computed once for each hashable key and kept as long as the mask."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return self._memo[key]
+
+    def _row_counts(self) -> Tensor:
+        """Kept key blocks of each query block, int64; NumPy is ten times faster at it than torch."""
+        return self.cached(
+            "row_counts", lambda: torch.from_numpy(np.count_nonzero(self.blocks.numpy(), axis=-1))
+        )
+
+    def _all_pairs(self) -> int:
+        """Kept token pairs of all heads together."""
+        return self.cached("pairs", self._count_pairs)
+
+    def _count_pairs(self) -> int:
+        missing = self.block_size - self.block_tokens[-1]
+        keys = self._row_counts() * self.block_size - self.blocks[..., -1] * missing
+        return int((keys * self.block_tokens).sum())
+
+    def _build_csr(self) -> tuple[Tensor, Tensor]:
+        counts = self._row_counts()
+        ends = counts.flatten().cumsum(0).view(counts.shape)
+        starts = ends[..., :1] - counts[..., :1]
+        indptr = torch.cat([starts, ends], dim=-1).to(torch.int32)
+        numbers = np.arange(self.blocks.shape[-1], dtype=np.int32)
+        kept = np.broadcast_to(numbers, self.blocks.shape)[self.blocks.numpy()]
+        return indptr, torch.from_numpy(kept)
+
+
+def _infer_block_size(grid: TokenGrid, blocks: Tensor) -> int:
+    count = blocks.shape[-1] if blocks.ndim else 0
+    fitting = [size for size in BLOCK_SIZES if grid.num_blocks(size) == count]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"block_size must be given: {len(fitting)} of {BLOCK_SIZES} cut "
+            f"{grid.tokens} tokens into {count} blocks"
+        )
+    return fitting[0]

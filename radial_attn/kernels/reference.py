@@ -1,0 +1,30 @@
+"""Attention with the mask expanded to tokens: the definition that every other backend is tested against."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..block_mask import BlockMask
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
+) -> Tensor:
+    """SDPA under the token mask; all tensors `[B, S, H, D]`, memory quadratic in `S`.
+
+    Keys of padded text are not attended, rows of padded text and rows without any key are zeros.
+
+    Args:
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+    """
+    keep = mask.cached(("token_mask", query.device), lambda: mask.token_mask().to(query.device))
+    keep = keep.view(1, -1, *keep.shape[-2:])
+    if text_lengths is not None:
+        valid = text_lengths.to(query.device).view(-1, 1) + mask.grid.video_tokens
+        counts = torch.arange(mask.grid.tokens, device=query.device) < valid
+        keep = keep & counts[:, None, None, :] & counts[:, None, :, None]
+    seen = keep.any(dim=-1, keepdim=True)
+    # a row without keys would be NaN: it attends everything and is then set to zero
+    heads = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(*heads, attn_mask=keep | ~seen, scale=scale)
+    return out.masked_fill(~seen, 0).transpose(1, 2)

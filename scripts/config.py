@@ -1,0 +1,196 @@
+"""The configuration of a run: its schema, its reading from YAML and `key=value`, and its help text.
+
+Precedence, lowest first: the defaults below (those of the 14B preset), the YAML file, the command line.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scripts.errors import UsageError, nearest_key, one_line
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL = "bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...] [--dry-run] [--help]"
+
+
+def _key(default: Any, help: str, choices: tuple = (), low: float | None = None) -> Any:
+    """A configuration key: default, one-line meaning, allowed values or smallest allowed number."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass
+class ModelConfig:
+    path: str = _key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
+    family: str = _key("wan", "model family", ("wan",))
+    dtype: str = _key(
+        "bfloat16", "of all but the VAE, which stays float32", ("bfloat16", "float16", "float32")
+    )
+    device: str = _key("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class AttentionConfig:
+    pattern: str = _key("radial", "which key blocks each query block sees", ("radial", "dense"))
+    backend: str = _key("auto", "kernel of the sparse attention", ("auto", "reference", "blocks", "flex"))
+    block_size: int = _key(128, "tokens per block", (16, 32, 64, 128, 256))
+    decay_factor: float = _key(0.2, "scales the window's width from frame distance 2 on", low=0.0)
+    neighbour: str = _key("full", "window at frame distance 1: whole frame or half", ("full", "half"))
+    sink: bool = _key(True, "every query sees the first frame", (True, False))
+    decimation_width: int | str = _key(128, "windows narrower than this skip frames; 'block': block_size")
+    dense_steps: int = _key(12, "denoising steps at the start with dense attention", low=0)
+    dense_layers: int = _key(1, "transformer layers at the start with dense attention", low=0)
+    dense_last_steps: int = _key(0, "denoising steps at the end with dense attention", low=0)
+
+
+@dataclass
+class GenerationConfig:
+    prompt: str = _key("A cat walks on the grass, realistic", "what the video shows")
+    prompt_file: str | None = _key(None, "text file, one video a line; takes the place of prompt")
+    negative_prompt: str = _key("", "what guidance moves away from")
+    height: int = _key(768, "pixels", low=1)
+    width: int = _key(1280, "pixels", low=1)
+    num_frames: int = _key(69, "video frames, 4k + 1", low=1)
+    steps: int = _key(50, "denoising steps", low=1)
+    guidance_scale: float = _key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
+    flow_shift: float = _key(5.0, "shift of the flow schedule towards noise", low=0.0)
+    seed: int = _key(0, "of the initial noise", low=0)
+
+
+@dataclass
+class OutputConfig:
+    path: str = _key("outputs", "folder, or a file name ending in .mp4; relative to the current directory")
+    fps: int = _key(16, "frames per second of the file", low=1)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def keys() -> dict[str, Any]:
+    """Dotted key -> dataclass field, in the order of the schema."""
+    groups = ((group.name, group.default_factory) for group in fields(Config))
+    return {f"{name}.{key.name}": key for name, group in groups for key in fields(group)}
+
+
+def find_path(name: str) -> Path:
+    """`name` from the current directory, or from the repository root where it is not found there."""
+    path = Path(name).expanduser()
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+
+
+def read_config(config_file: str, overrides: list[str]) -> Config:
+    """The resolved configuration.
+
+    Args:
+        config_file: YAML file, relative to the current directory or the repository root.
+        overrides: `group.key=value` strings; the value of a text key is taken as it stands.
+
+    Raises:
+        UsageError: file missing or unreadable, unknown key, value of the wrong type.
+    """
+    config = OmegaConf.structured(Config)
+    _update(config, _read_yaml(config_file), source=config_file)
+    _update(config, _read_overrides(overrides), source="command line")
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{config_file}: {one_line(error)}") from error
+
+
+def _read_yaml(config_file: str) -> dict[str, dict]:
+    path = find_path(config_file)
+    if not path.is_file():
+        names = ", ".join(f"configs/{preset.name}" for preset in sorted((ROOT / "configs").glob("*.yaml")))
+        raise UsageError(f"config file {config_file!r} not found; bundled ones: {names}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"config file {config_file!r} cannot be read as YAML: {reason}") from error
+    content = content if isinstance(content, dict) else {str(content): None}
+    for group, values in content.items():
+        if not isinstance(values, dict):
+            groups = ", ".join(group.name for group in fields(Config))
+            nearest = nearest_key(str(group), keys())
+            raise UsageError(
+                f"config file {config_file!r}: {group!r} is no group with keys; allowed: {groups}; "
+                f"did you mean {nearest!r}?"
+            )
+    return content
+
+
+def _read_overrides(overrides: list[str]) -> dict[str, dict]:
+    content: dict[str, dict] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group, _, name = key.partition(".")
+        content.setdefault(group, {})[name] = _parse_value(key, value)
+    return content
+
+
+def _parse_value(key: str, value: str) -> Any:
+    """Text keys keep the string (no YAML, no interpolation); the others read a YAML scalar."""
+    known = keys().get(key)
+    if known is None or known.type is str:
+        return value.replace("${", "\\${")
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{key}: got {value!r}, which is not a plain value") from error
+
+
+def _update(config: DictConfig, content: dict[str, dict], source: str) -> None:
+    known = keys()
+    for group, values in content.items():
+        for name, value in values.items():
+            key = f"{group}.{name}" if name else str(group)
+            if key not in known:
+                raise UsageError(f"unknown key {key!r} ({source}); did you mean {nearest_key(key, known)!r}?")
+            try:
+                OmegaConf.update(config, key, value)
+            except OmegaConfBaseException as error:
+                raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}") from error
+
+
+def allowed(key: str) -> str:
+    """What a key takes, in words."""
+    entry = keys()[key]
+    choices, low = entry.metadata["choices"], entry.metadata["low"]
+    if choices:
+        return ", ".join(_shown(choice) for choice in choices)
+    kind = {int: "whole number", float: "number", int | str: "positive whole number or 'block'"}
+    text = kind.get(entry.type, "text")
+    above = "above" if entry.type is float and low == 0 else "of at least"
+    return text if low is None else f"{text} {above} {low:g}"
+
+
+def help_text() -> str:
+    """Call form, presets, and every key with its default and meaning."""
+    lines = [
+        f"usage: {CALL}",
+        "",
+        "presets (without one: the 14B preset where a GPU has room for it, else wan_tiny):",
+    ]
+    for preset in sorted((ROOT / "configs").glob("*.yaml")):
+        expectation = preset.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append(f"  configs/{preset.name:<22} {expectation}")
+    lines += ["", "keys (default; what it means; what is allowed):"]
+    for key, entry in keys().items():
+        detail = f"{entry.metadata['help']} [{allowed(key)}]"
+        lines.append(f"  {f'{key}={_shown(entry.default)}':<45} {detail}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or "''"

@@ -1,0 +1,39 @@
+"""One exception for everything the user can put right, and the one-line texts it carries."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Bad input: the message is one line that names the key, the value and what is allowed."""
+
+
+class GenerationError(RuntimeError):
+    """A run that started and could not finish: non-finite values, a backend that failed."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first non-empty line of an exception's message, or the exception's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def nearest_key(unknown: str, known: Iterable[str]) -> str:
+    """The known dotted key most like `unknown`; the last component counts when the whole does not match."""
+    known = list(known)
+    leaf = unknown.rsplit(".", 1)[-1]
+    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return difflib.get_close_matches(unknown, same_leaf, n=1, cutoff=0.0)[0]
+    whole = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+    if whole:
+        return whole[0]
+    score = {key: difflib.SequenceMatcher(None, leaf, key.rsplit(".", 1)[-1]).ratio() for key in known}
+    return max(score, key=score.__getitem__)
+
+
+def multiples_around(value: int, step: int, offset: int = 0) -> tuple[int, int]:
+    """The nearest allowed numbers `offset + k * step`, both positive, below and above `value`."""
+    below = (value - offset) // step * step + offset
+    smallest = offset if offset > 0 else step
+    return max(below, smallest), max(below + step, smallest)

@@ -1,0 +1,143 @@
+"""Text to video: `python -m scripts.generate [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`.
+
+Exit codes: 0 done; 1 some prompts of a prompt file failed, the others are done; 2 stopped, one line on stderr
+says why; 130 interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.command import choose_preset, parse
+from scripts.config import Config, help_text, read_config
+from scripts.errors import GenerationError, UsageError
+
+if TYPE_CHECKING:
+    from scripts.video import Job
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except (UsageError, GenerationError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the files that were written are whole", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str]) -> int:
+    """Prints the help, or reads the configuration and carries it out."""
+    command = parse(argv)
+    if command.help:
+        print(help_text())
+        return 0
+    config_file, reason = command.config_file, "named on the command line"
+    if config_file is None:
+        config_file, reason = choose_preset(command.overrides)
+    config = read_config(config_file, command.overrides)
+    print(f"config: {config_file} ({reason})", flush=True)
+    return carry_out(config, command.dry_run)
+
+
+def carry_out(config: Config, dry_run: bool) -> int:
+    """Checks everything that can be checked without weights, then plans or generates."""
+    from scripts.validate import check_sizes, check_values, read_prompts, resolve_device, resolve_model
+
+    check_values(config)
+    prompts = read_prompts(config)
+    device, path = resolve_device(config), resolve_model(config)
+    from scripts.architecture import read_architecture
+    from scripts.plan import describe
+    from scripts.video import Job, check_memory
+
+    model = read_architecture(path)
+    check_sizes(config, model)
+    if dry_run:
+        print(describe(config, model, device))
+        return 0
+    check_memory(config, model, device)
+    return generate(Job(config, model, path, device), prompts)
+
+
+def generate(job: "Job", prompts: dict[int, str]) -> int:
+    """Makes the videos of all prompts; those of a prompt file that are there already are left alone."""
+    from scripts.outputs import video_path, writable_folder
+
+    from_file = job.config.generation.prompt_file is not None
+    paths = {number: video_path(job.config, prompt, number) for number, prompt in prompts.items()}
+    with writable_folder(job.config, from_file):
+        if not from_file:
+            announce(job.make_video(job.load(), prompts[0], paths[0]), paths[0])
+            return 0
+        return generate_missing(job, prompts, paths)
+
+
+def generate_missing(job: "Job", prompts: dict[int, str], paths: dict[int, Path]) -> int:
+    """The prompts whose video is not there yet, one failure not stopping the next; 1 where any failed."""
+    missing = [number for number in prompts if not is_there(job.config, prompts[number], paths[number])]
+    print(f"{len(missing)} of {len(prompts)} videos to make", flush=True)
+    pipeline = job.load() if missing else None
+    failures = {}
+    for number in missing:
+        print(f"line {number}: {prompts[number]}", flush=True)
+        try:
+            announce(job.make_video(pipeline, prompts[number], paths[number]), paths[number])
+        except (UsageError, GenerationError) as error:
+            failures[number] = error
+    for number, error in failures.items():
+        print(f"error: line {number}: {error}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def is_there(config: Config, prompt: str, path: Path) -> bool:
+    """Whether the video was made with these settings; prints that, or which settings differ."""
+    from scripts.outputs import finished
+
+    done, changed = finished(path, config, prompt)
+    if done:
+        print(f"{path} is there already")
+    elif changed:
+        print(f"{path} was made with other settings ({', '.join(changed)}): made again")
+    return done
+
+
+def announce(record: dict[str, Any], path: Path) -> None:
+    """The run's own benchmark, in a few lines."""
+    seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
+    calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
+    peak = {kind.split("_")[0]: f"{size / 2**30:.2f} GiB" for kind, size in record["peak_memory"].items()}
+    print(f"video      {path} (and {path.with_suffix('.json').name})")
+    print(f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}")
+    print(f"a step     {_pairs(seconds_per_step(record))}")
+    print(f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}")
+    print(f"memory     {_pairs(peak)} at the peak", flush=True)
+
+
+def seconds_per_step(record: dict[str, Any]) -> dict[str, str]:
+    """Median seconds of the steps of each pattern."""
+    from statistics import median
+
+    steps = record["step_seconds"]
+    dense = set(record["dense_steps"])
+    groups = {
+        "dense": [t for step, t in enumerate(steps) if step in dense],
+        record["config"]["attention"]["pattern"]: [t for step, t in enumerate(steps) if step not in dense],
+    }
+    return {
+        name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups.items() if times
+    }
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

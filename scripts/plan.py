@@ -1,0 +1,191 @@
+"""What a run will cost, worked out before any weight is loaded: tokens, density, FLOPs, memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from radial_attn import RadialConfig, TokenGrid, radial_mask
+from scripts.architecture import Architecture
+from scripts.config import Config
+
+GIB = 2**30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+VAE_BYTES = 240  # of decoding, per pixel of a frame and channel of vae_base; measured: 225 to 250
+HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; where the model is on the CPU
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes: weights of all components, activations at the peak, the program itself."""
+
+    weights: float
+    activations: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.activations + self.host
+
+
+def radial_config(config: Config) -> RadialConfig:
+    """The attention group as the method's own configuration."""
+    names = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern")
+    return RadialConfig(**{name: getattr(config.attention, name) for name in names})
+
+
+def token_grid(config: Config, model: Architecture) -> TokenGrid:
+    """Tokens of the transformer: latent frames and pixels over the patch size."""
+    sizes = config.generation
+    frames = (sizes.num_frames - 1) // model.vae_frames + 1
+    return TokenGrid(
+        frames // model.patch[0],
+        sizes.height // model.vae_pixels // model.patch[1],
+        sizes.width // model.vae_pixels // model.patch[2],
+    )
+
+
+def dense_steps(config: Config) -> list[int]:
+    """Numbers of the denoising steps, from 0, whose attention is dense in every layer."""
+    attention, steps = config.attention, config.generation.steps
+    if attention.pattern == "dense":
+        return list(range(steps))
+    return [s for s in range(steps) if s < attention.dense_steps or s >= steps - attention.dense_last_steps]
+
+
+def step_pattern(config: Config, step: int) -> str:
+    """'dense' or 'radial', the pattern of the layers that are not dense at every step."""
+    return "dense" if step in dense_steps(config) else "radial"
+
+
+def attention_flops(config: Config, model: Architecture, density: float) -> tuple[float, float]:
+    """Floating-point operations of self-attention in the whole run: (all dense, as configured).
+
+    4 n^2 d for one layer's scores and weighted sum, two calls a step where guidance is on.
+    """
+    calls = 2 if config.generation.guidance_scale > 1 else 1
+    one = 4.0 * token_grid(config, model).tokens ** 2 * model.width * calls
+    steps, dense = config.generation.steps, len(dense_steps(config))
+    dense_layers = model.layers if config.attention.pattern == "dense" else config.attention.dense_layers
+    sparse = (steps - dense) * (model.layers - dense_layers)
+    everything = steps * model.layers
+    return one * everything, one * (everything - sparse + sparse * density)
+
+
+def other_flops(config: Config, model: Architecture) -> float:
+    """Operations of the transformer outside self-attention: projections, feed-forward, cross-attention."""
+    calls = config.generation.steps * (2 if config.generation.guidance_scale > 1 else 1)
+    tokens, width = token_grid(config, model).tokens, model.width
+    linear = 2.0 * tokens * (6 * width**2 + 2 * width * model.ffn) + 4.0 * model.text_tokens * width**2
+    return calls * model.layers * (linear + 4.0 * tokens * model.text_tokens * width)
+
+
+def memory(config: Config, model: Architecture, device: str) -> Memory:
+    """Predicted peak of a run on `device`.
+
+    Activations are the larger of a block's feed-forward (two hidden tensors, the residual stream and float32
+    temporaries, measured) and of decoding one chunk of frames, with the decoded video; the mask comes on top.
+    """
+    size = DTYPE_BYTES[config.model.dtype]
+    weights = sum(n * (4 if part == "vae" else size) for part, n in model.parameters.items())
+    grid, sizes = token_grid(config, model), config.generation
+    transformer = grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
+    video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
+    decoder = VAE_BYTES * model.vae_base * sizes.height * sizes.width + 2 * video
+    mask = 2 * grid.num_blocks(config.attention.block_size) ** 2
+    return Memory(weights, max(transformer, decoder) + mask, HOST_BYTES if device == "cpu" else 0.0)
+
+
+def fitting(config: Config, model: Architecture, device: str, budget: float) -> str | None:
+    """Keys whose run needs at most `budget` bytes: fewer frames, else a smaller size, else both."""
+
+    def fits(**sizes: int) -> bool:
+        smaller = replace(config, generation=replace(config.generation, **sizes))
+        return memory(smaller, model, device).total <= budget
+
+    size = config.generation
+    step, chunks = model.vae_frames, (size.num_frames - 1) // model.vae_frames
+    most = _largest(chunks, lambda k: fits(num_frames=step * k + 1))
+    if most is not None:
+        return f"generation.num_frames={step * most + 1}"
+    most = _largest(63, lambda k: k == 0 or fits(**_scaled(config, model, k)))
+    if most:
+        return _as_keys(_scaled(config, model, most))
+    smallest = _scaled(config, model, 0)
+    most = _largest(chunks, lambda k: fits(num_frames=step * k + 1, **smallest))
+    return None if most is None else _as_keys({**smallest, "num_frames": step * most + 1})
+
+
+def _scaled(config: Config, model: Architecture, sixty_fourths: int) -> dict[str, int]:
+    """Height and width shrunk alike, as multiples of what the model takes."""
+    sides = {"height": (config.generation.height, 1), "width": (config.generation.width, 2)}
+    factors = {name: model.size_factor(axis) for name, (_, axis) in sides.items()}
+    shrunk = {name: side * sixty_fourths // 64 for name, (side, _) in sides.items()}
+    return {name: max(factors[name], side // factors[name] * factors[name]) for name, side in shrunk.items()}
+
+
+def _as_keys(sizes: dict[str, int]) -> str:
+    return " ".join(f"generation.{name}={value}" for name, value in sizes.items())
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest k in 0 .. limit that fits, for a predicate that is true up to some k and false beyond."""
+    low, high = -1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low if low >= 0 else None
+
+
+def describe(config: Config, model: Architecture, device: str) -> str:
+    """The table that `--dry-run` prints."""
+    sizes, attention = config.generation, config.attention
+    grid, need = token_grid(config, model), memory(config, model, device)
+    mask = radial_mask(grid, radial_config(config))
+    dense, radial = attention_flops(config, model, mask.density)
+    other = other_flops(config, model)
+    blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
+    rows = {
+        "model": f"{config.model.path} ({config.model.family}, {config.model.dtype}) on {device}",
+        "video": f"{sizes.height}x{sizes.width}, {sizes.num_frames} frames at {config.output.fps} per second",
+        "steps": f"{sizes.steps}, guidance {sizes.guidance_scale:g}, flow shift {sizes.flow_shift:g}",
+        "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
+        "density": f"{mask.density:.4f} ({attention.pattern})",
+        "dense steps": _ranges(dense_steps(config), sizes.steps),
+        "dense layers": _ranges(list(range(_dense_layers(config, model))), model.layers),
+        "attention": f"{_flops(dense)} dense, {_flops(radial)} as configured ({dense / radial:.2f}x fewer)",
+        "transformer": f"{_flops(dense + other)} dense, {_flops(radial + other)} as configured",
+        "memory": _describe_memory(need, model),
+    }
+    return "\n".join(f"{name:<13} {text}" for name, text in rows.items())
+
+
+def _dense_layers(config: Config, model: Architecture) -> int:
+    return model.layers if config.attention.pattern == "dense" else config.attention.dense_layers
+
+
+def _ranges(numbers: list[int], total: int) -> str:
+    """'0-11, 48-49 of 50' for sorted numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{text or 'none'} of {total}"
+
+
+def _flops(value: float) -> str:
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if value >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value / 1e9:.4g} GFLOP"
+
+
+def _describe_memory(need: Memory, model: Architecture) -> str:
+    weights = gib(need.weights) if model.parameters else "an unknown amount for"
+    host = f" + {gib(need.host)} program" if need.host else ""
+    return f"{gib(need.total)} predicted: {weights} weights + {gib(need.activations)} activations{host}"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"

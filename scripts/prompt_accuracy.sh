@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# How often the bundled model shows what the caption says, dense and radial; writes a table into results/.
+#   bash scripts/prompt_accuracy.sh                                     all captions, 33 frames
+#   bash scripts/prompt_accuracy.sh configs/wan_tiny_4x.yaml --every 3  every third, 129 frames
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+exec .venv/bin/python -m scripts.prompt_accuracy "$@"

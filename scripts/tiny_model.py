@@ -1,0 +1,135 @@
+"""The parts of the bundled text-to-video model (a Wan of 3.3M parameters), and how they are saved."""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from toyworld.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+
+TEXT_SLOTS = 512  # text tokens of WanPipeline: captions are padded to this with zero embeddings
+CAPTION_SLOTS = 24  # enough for every caption; the rest is padding
+GLUE = ("a", "moving", "on", "background", ",", ".")
+
+
+def build_vae() -> AutoencoderKLWan:
+    """Wan's causal video VAE, 8 x 8 x 4 compression to 16 channels, 0.67M parameters."""
+    return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """6 layers, 4 heads x 48; one token a latent pixel."""
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=4,
+        attention_head_dim=48,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=512,
+        num_layers=6,
+    )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the toy world; other words become <unk>."""
+    words = ["<pad>", "</s>", "<unk>", *GLUE, *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("grey", "gray")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
+    """A two-layer UMT5 encoder, width 64."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def build_scheduler(flow_shift: float = 3.0) -> UniPCMultistepScheduler:
+    """Wan's flow-matching UniPC."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=1000,
+        flow_shift=flow_shift,
+    )
+
+
+class PaddedTextProcessor(WanAttnProcessor):
+    """Cross-attention to a caption cut to `CAPTION_SLOTS`, equal to attention to all `TEXT_SLOTS`.
+
+    Padding embeds to one and the same key and value in every slot, so the last slot can stand for all that
+    were cut when the logarithm of their number is added to its logit.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        bias = hidden_states.new_zeros(1, 1, 1, CAPTION_SLOTS)
+        bias[..., -1] = math.log(TEXT_SLOTS - CAPTION_SLOTS + 1)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
+
+
+class Denoiser(nn.Module):
+    """Text encoder and transformer, trained together."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokenizer = build_tokenizer()
+        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        self.transformer = build_transformer()
+        self.use_short_text(True)
+
+    def use_short_text(self, on: bool) -> None:
+        """Switches the cross-attention between `CAPTION_SLOTS` (training) and `TEXT_SLOTS` (pipelines)."""
+        for block in self.transformer.blocks:
+            block.attn2.set_processor(PaddedTextProcessor() if on else WanAttnProcessor())
+
+    def embed(self, captions: list[str]) -> Tensor:
+        """Text embeddings as WanPipeline makes them, `[B, CAPTION_SLOTS, 64]`, zero after the caption."""
+        tokens = self.tokenizer(captions, padding="max_length", max_length=CAPTION_SLOTS, return_tensors="pt")
+        mask = tokens.attention_mask.to(self.text_encoder.device)
+        hidden = self.text_encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state
+        return hidden * mask[..., None]
+
+    def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
+        """Predicted velocity (noise - video) of `[B, 16, F, H, W]` at noise levels `[B]`."""
+        text = self.embed(captions)
+        return self.transformer(latents, 1000 * sigma, text, return_dict=False)[0]
+
+
+def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, dtype=torch.float16) -> None:
+    """Writes a WanPipeline folder to a temporary name, then puts it in place of `folder`."""
+    denoiser.use_short_text(False)
+    pipeline = WanPipeline(
+        tokenizer=denoiser.tokenizer,
+        text_encoder=denoiser.text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=build_scheduler(),
+        transformer=denoiser.transformer.eval(),
+    ).to(dtype=dtype)
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

@@ -1,0 +1,271 @@
+"""Trains the bundled text-to-video model from nothing: VAE, then text encoder and transformer together.
+
+Every batch is drawn from a generator seeded by the step, so that a run which was stopped continues exactly.
+"""
+
+import argparse
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scripts.tiny_model import Denoiser, build_vae, save_pipeline
+from toyworld import all_attributes, random_scene, render
+from toyworld.render import Attributes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be set from the command line (`--name value`)."""
+
+    out: Path = Path("assets/wan-tiny")
+    work: Path = Path("outputs/train_tiny")
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seed: int = 0
+    image_steps: int = 1100
+    vae_steps: int = 500
+    videos: int = 1400
+    steps: int = 3600
+    batch: int = 8
+    frames: int = 33
+    size: int = 64
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training loop: `loss(step)` over the parameters of `model`."""
+
+    name: str
+    model: nn.Module
+    loss: Callable[[int], Tensor]
+    steps: int
+    rate: float
+    ema: float = 0.0
+
+
+def generator(options: Options, stage: int, step: int) -> torch.Generator:
+    """The random numbers of one step."""
+    return torch.Generator().manual_seed((options.seed * 10 + stage) * 10_000_000 + step)
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Warm-up over 100 steps, then a cosine to 1 % of the rate."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    return stage.rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * cosine)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Atomic: the old checkpoint stays until the new one is whole."""
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the weights, shorter while few steps are done."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for target, source in zip(average.parameters(), model.parameters(), strict=True):
+            target.lerp_(source, 1 - decay)
+
+
+def run_stage(stage: Stage, options: Options) -> nn.Module:
+    """Trains, continuing from `work/<name>.pt` where it exists; returns the averaged model."""
+    path = options.work / f"{stage.name}.pt"
+    optimizer = torch.optim.AdamW(stage.model.parameters(), stage.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    average, first = copy.deepcopy(stage.model), 0
+    if path.exists():
+        state = torch.load(path, map_location=options.device, weights_only=True)
+        stage.model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=1)
+    smooth = None
+    for step in bar:
+        smooth = train_step(stage, optimizer, average, step, smooth)
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
+            save_checkpoint(path, checkpoint(stage, average, optimizer, step + 1))
+            log(options, f"{stage.name} {step + 1} {smooth:.5f} {time.time():.0f}")
+    return average
+
+
+def checkpoint(stage: Stage, average: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
+    """All that a run needs to continue."""
+    return {
+        "model": stage.model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+    }
+
+
+def train_step(stage: Stage, optimizer, average: nn.Module, step: int, smooth: float | None) -> float:
+    """One update; returns the running mean of the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage, step)
+    loss = stage.loss(step)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+    optimizer.step()
+    update_average(average, stage.model, stage.ema, step)
+    return loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+
+
+def log(options: Options, line: str) -> None:
+    """Appends to the loss log."""
+    with open(options.work / "log.txt", "a") as file:
+        file.write(line + "\n")
+
+
+def draw_video(
+    options: Options, frames: int, random: torch.Generator, start: float = 0.0
+) -> tuple[Tensor, Attributes]:
+    """A random captioned video as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
+    combinations = all_attributes()
+    attributes = combinations[int(torch.randint(len(combinations), (), generator=random))]
+    video = render(random_scene(attributes, random), frames, options.size, options.size)
+    return video.permute(3, 0, 1, 2) * 2 - 1, attributes
+
+
+def vae_loss(
+    vae: nn.Module, options: Options, stage: int, frames: int, batch: int
+) -> Callable[[int], Tensor]:
+    """Reconstruction (L1 + L2) and a small Kullback-Leibler term that keeps the latents smooth."""
+
+    def loss(step: int) -> Tensor:
+        random = generator(options, stage, step)
+        video = torch.stack([draw_video(options, frames, random)[0] for _ in range(batch)]).to(options.device)
+        posterior = vae.encode(video).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=random).to(options.device)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - video
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return error.abs().mean() + error.square().mean() + 1e-4 * divergence
+
+    return loss
+
+
+def initialise_vae(vae: nn.Module) -> None:
+    """Starts as an image model with a strong signal: in the default scale the biases of a deep, narrow
+    network drown its input, and hundreds of steps pass before anything but the background is learnt.
+    """
+    with torch.no_grad():
+        for layer in vae.modules():
+            if isinstance(layer, nn.Conv2d | nn.Conv3d):
+                weight = layer.weight
+                scale = 1.8 / math.sqrt(weight.shape[1] * weight.shape[-1] * weight.shape[-2])
+                newest = weight[:, :, -1] if weight.ndim == 5 else weight  # causal: the last tap is the present
+                weight.zero_()
+                newest.normal_(std=scale)
+                layer.bias.zero_()
+        vae.quant_conv.bias[vae.config.z_dim :] = -7.0  # log variance: little noise at first
+
+
+def train_vae(options: Options) -> nn.Module:
+    """Single frames first, which is cheap, then clips of nine frames: the VAE is causal and chunked."""
+    torch.manual_seed(options.seed)
+    vae = build_vae()
+    initialise_vae(vae)
+    vae.to(options.device)
+    images = Stage("vae_images", vae, vae_loss(vae, options, 1, 1, 8), options.image_steps, 3e-3, 0.99)
+    vae = run_stage(images, options)
+    clips = Stage("vae_clips", vae, vae_loss(vae, options, 2, 9, 4), options.vae_steps, 2e-3, 0.99)
+    return run_stage(clips, options).requires_grad_(False).eval()
+
+
+def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attributes]]:
+    """Latents `[videos, 16, F, H, W]` of random scenes (kept in `work/latents.safetensors`), and attributes."""
+    path = options.work / "latents.safetensors"
+    combinations = all_attributes()
+    if path.exists():
+        stored = load_file(path)
+        return stored["latents"], [combinations[i] for i in stored["attributes"].tolist()]
+    latents, names = [], []
+    for index in tqdm(range(options.videos), desc="encode", mininterval=1):
+        video, attributes = draw_video(options, options.frames, generator(options, 3, index))
+        with torch.no_grad():
+            latents.append(vae.encode(video[None].to(options.device)).latent_dist.mean[0].cpu())
+        names.append(combinations.index(attributes))
+    stored = {"latents": torch.stack(latents), "attributes": torch.tensor(names)}
+    save_file(stored, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return stored["latents"], [combinations[i] for i in names]
+
+
+def write_caption(attributes: Attributes, random: torch.Generator) -> str:
+    """The full caption mostly; else a shorter one, or none (for guidance)."""
+    a = attributes
+    draw = torch.rand((), generator=random).item()
+    if draw < 0.1:
+        return ""
+    if draw < 0.75:
+        return a.caption
+    others = (
+        f"a {a.colour} {a.shape} moving {a.motion} on {a.background}",
+        f"{a.colour} {a.shape}, moving {a.motion}, {a.background} background",
+        f"a {a.colour} {a.shape} moving {a.motion}",
+        f"a {a.colour} {a.shape} on a {a.background} background",
+        f"a {a.colour} {a.shape}",
+    )
+    return others[int(len(others) * (draw - 0.75) / 0.25)]
+
+
+def flow_loss(denoiser: Denoiser, latents: Tensor, attributes: list[Attributes], options: Options):
+    """Rectified flow, logit-normal noise levels shifted by 3."""
+
+    def loss(step: int) -> Tensor:
+        random = generator(options, 4, step)
+        chosen = torch.randint(len(latents), (options.batch,), generator=random)
+        captions = [write_caption(attributes[i], random) for i in chosen.tolist()]
+        level = torch.randn(options.batch, generator=random).sigmoid()
+        sigma = (3 * level / (1 + 2 * level)).to(options.device)
+        video = latents[chosen].to(options.device)
+        noise = torch.randn(video.shape, generator=random).to(options.device)
+        mix = sigma[:, None, None, None, None]
+        velocity = denoiser((1 - mix) * video + mix * noise, sigma, captions)
+        return (velocity - (noise - video)).square().mean()
+
+    return loss
+
+
+def train_denoiser(latents: Tensor, attributes: list[Attributes], options: Options) -> nn.Module:
+    """Text encoder and transformer on normalised latents, with dense attention."""
+    torch.manual_seed(options.seed)
+    denoiser = Denoiser().to(options.device)
+    loss = flow_loss(denoiser, latents, attributes, options)
+    return run_stage(Stage("transformer", denoiser, loss, options.steps, 1e-3, 0.9985), options)
+
+
+def train(options: Options) -> None:
+    """All stages; writes the pipeline folder."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(options)
+    latents, attributes = encode_videos(vae, options)
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    latents = (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+    denoiser = train_denoiser(latents, attributes, options)
+    save_pipeline(options.out, vae.cpu(), denoiser.cpu())
+    print(f"saved {options.out}")
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """Options from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, field in Options.__dataclass_fields__.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=field.type, default=field.default)
+    return Options(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    train(parse())

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Trains the bundled text-to-video model (assets/wan-tiny) from nothing: about an hour and a half on two cores.
+# A run that was stopped continues from its last checkpoint in outputs/train_tiny.
+#   bash scripts/train_tiny.sh
+#   bash scripts/train_tiny.sh --steps 8000 --batch 16 --out outputs/wan-tiny-longer --work outputs/train_longer
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+exec .venv/bin/python -m scripts.train_tiny "$@"

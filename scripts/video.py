@@ -1,0 +1,222 @@
+"""One run's pipeline and the making of one video with it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models import apply_radial_attention
+from models.pipelines import is_local, load_pipeline
+from scripts.architecture import Architecture, hub_unreachable
+from scripts.config import Config
+from scripts.errors import GenerationError, UsageError, one_line
+from scripts.outputs import resolved, write_pair
+from scripts.plan import dense_steps, fitting, gib, memory, radial_config, step_pattern, token_grid
+from scripts.record import Clock, available_memory, hardware, peak_memory, synchronizer, timed, versions
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
+
+
+@dataclass
+class Job:
+    """A checked configuration, the model's numbers, its folder or hub id, and 'cpu' or 'cuda'."""
+
+    config: Config
+    model: Architecture
+    path: str
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The diffusers pipeline; UsageError where weights are missing, broken, misshapen or out of reach."""
+        quiet_libraries()
+        model = self.config.model
+        dtype = getattr(torch, model.dtype)
+        with timed(self.seconds, "load"), self.reporting_memory():
+            try:
+                pipeline = load_pipeline(
+                    self.path, model.family, dtype, self.device, flow_shift=self.config.generation.flow_shift
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                raise UsageError(self._load_failure(error)) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _load_failure(self, error: Exception) -> str:
+        if is_local(self.path):
+            return f"model.path: got {self.config.model.path!r}, which cannot be loaded: {one_line(error)}"
+        return hub_unreachable(self.path, error)
+
+    def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any]:
+        """Generates one video and writes it with its JSON, whose content is returned.
+
+        Raises:
+            GenerationError: non-finite values, or out of memory.
+            UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
+        """
+        seconds = dict(self.seconds)
+        with self.reporting_memory():
+            frames, run = self._sample(pipeline, prompt, seconds)
+        record = self._record(prompt, run, seconds)
+        _write(path, frames, self.config.output.fps, record)
+        return record
+
+    def _sample(
+        self, pipeline: Any, prompt: str, seconds: dict[str, float]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say."""
+        attention, sizes = self.config.attention, self.config.generation
+        with apply_radial_attention(
+            pipeline,
+            radial_config(self.config),
+            dense_steps=attention.dense_steps,
+            dense_layers=attention.dense_layers,
+            dense_last_steps=attention.dense_last_steps,
+            backend=attention.backend,
+        ) as handle:
+            clock = Clock(synchronizer(self.device))
+            hook = pipeline.transformer.register_forward_pre_hook(clock.first_call)
+            try:
+                with progress_bar(sizes.steps) as bar:
+                    step_done = self._step_watcher(clock, bar, handle)
+                    frames = self._call(pipeline, prompt, step_done)
+            finally:
+                hook.remove()
+            seconds |= clock.seconds | {"decode": clock.lap()}
+            return to_bytes(frames), {"attention": handle.report(), "step_seconds": clock.steps}
+
+    def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
+        sizes = self.config.generation
+        try:
+            return pipeline(
+                prompt=prompt,
+                negative_prompt=sizes.negative_prompt,
+                height=sizes.height,
+                width=sizes.width,
+                num_frames=sizes.num_frames,
+                num_inference_steps=sizes.steps,
+                guidance_scale=sizes.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(sizes.seed),
+                output_type="np",
+                callback_on_step_end=step_done,
+            ).frames[0]
+        except (ImportError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"attention.backend: got {self.config.attention.backend!r}: {one_line(error)}"
+            ) from error
+
+    def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any) -> Callable:
+        """The pipeline's callback: clock, progress bar, a stop at the first latents that are not finite."""
+
+        def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
+            clock.step_done()
+            pattern = step_pattern(self.config, step)
+            if not torch.isfinite(tensors["latents"]).all():
+                calls = handle.report()["calls"]
+                backends = (
+                    ", ".join(name for name in calls if name != "dense" and pattern != "dense") or "dense"
+                )
+                raise GenerationError(
+                    f"non-finite latents after step {step + 1} of {self.config.generation.steps} "
+                    f"(pattern {pattern}, backend {backends}, {self.config.model.dtype}); no video written"
+                )
+            bar.set_postfix_str(pattern, refresh=False)
+            bar.update()
+            return {}
+
+        return step_done
+
+    def _record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        grid = token_grid(self.config, self.model)
+        return {
+            "prompt": prompt,
+            "seed": self.config.generation.seed,
+            "config": resolved(self.config, prompt),
+            "tokens": grid.tokens,
+            "density": run["attention"]["density"],
+            **run,
+            "dense_steps": dense_steps(self.config),
+            "seconds": seconds,
+            "peak_memory": peak_memory(self.device),
+            "predicted_memory": vars(memory(self.config, self.model, self.device)),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+        }
+
+    @contextmanager
+    def reporting_memory(self) -> Iterator[None]:
+        """Turns every kind of memory shortage into one line that says what would fit."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            need = memory(self.config, self.model, self.device).total
+            budget = min(SHRINK * need, available_memory(self.device))
+            raise GenerationError(shortage(self.config, self.model, self.device, budget)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a shortage of host or GPU memory."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def check_memory(config: Config, model: Architecture, device: str) -> None:
+    """Raises UsageError where the predicted peak is more than the device has free."""
+    budget = available_memory(device)
+    if memory(config, model, device).total > budget:
+        raise UsageError(shortage(config, model, device, budget))
+
+
+def shortage(config: Config, model: Architecture, device: str, budget: float) -> str:
+    """One line: what was asked for, what it needs, and the nearest that needs at most `budget` bytes."""
+    sizes = config.generation
+    need, free = memory(config, model, device).total, available_memory(device)
+    fit = fitting(config, model, device, budget)
+    return (
+        f"out of memory: generation.height={sizes.height} generation.width={sizes.width} "
+        f"generation.num_frames={sizes.num_frames} need about {gib(need)} on {device}, {gib(free)} are free; "
+        + (f"would fit: {fit}" if fit else "no size of this model would fit; try configs/wan_tiny.yaml")
+    )
+
+
+def progress_bar(steps: int) -> tqdm:
+    return tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True)
+
+
+def to_bytes(frames: np.ndarray) -> np.ndarray:
+    """`[T, H, W, 3]` of 0 .. 1 as uint8; GenerationError where the decoder gave non-finite values."""
+    if not np.isfinite(frames).all():
+        raise GenerationError("non-finite values in the decoded frames (VAE, float32); no video written")
+    return (frames * 255).round().astype(np.uint8)
+
+
+def _write(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
+    try:
+        write_pair(path, frames, fps, record)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UsageError(
+            f"output.path: cannot write {str(path)!r} ({reason}); allowed: a folder with room for the video"
+        ) from error
+
+
+def quiet_libraries() -> None:
+    """No warnings and loading bars of diffusers and transformers between our own lines."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

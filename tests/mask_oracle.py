@@ -1,0 +1,84 @@
+"""The radial rule written out on tokens, slow and plain: what `radial_attn.mask` is tested against."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from radial_attn import RadialConfig, TokenGrid
+
+
+def equation_four(frames: int, tokens_per_frame: int, sink: bool = True) -> Tensor:
+    """Eq. 4 of the paper as it stands, bool `[n, n]`; a frame keeps itself, as `g = 0` at `d = 0`."""
+    s = tokens_per_frame
+    index = torch.arange(frames * s)
+    i, k = index[:, None] // s, index[:, None] % s
+    j, l = index[None, :] // s, index[None, :] % s  # noqa: E741
+    d = (i - j).abs()
+    g = torch.floor(torch.log2(d.clamp(min=1).double()))
+    window = (2**g <= s) & ((k - l).abs() + 1 <= s / 2**g)
+    diagonal = (d % torch.ceil(2**g / s) == 0) & (k == l)
+    return window | diagonal | (sink & (j == 0))
+
+
+def pair_rule(query_frame: int, key_frame: int, tokens_per_frame: int, config: RadialConfig) -> Tensor:
+    """The tokens that the authors' code keeps between two frames, bool `[s, s]`."""
+    s, d = tokens_per_frame, abs(query_frame - key_frame)
+    k, l = torch.arange(s)[:, None], torch.arange(s)[None, :]  # noqa: E741
+    if d == 0 or (config.sink and key_frame == 0):
+        return torch.ones(s, s, dtype=torch.bool)
+    reach = 2 ** math.floor(math.log2(s)) / 2 ** math.floor(math.log2(d))
+    threshold = config.block_size if config.decimation_width == "block" else config.decimation_width
+    if reach < threshold and d % int(threshold / reach) != 0:
+        return torch.zeros(s, s, dtype=torch.bool)
+    width = max(config.decay_factor * reach, config.block_size)
+    if d == 1:
+        width = s if config.neighbour == "full" else s // 2
+    return (k - l).abs() <= width
+
+
+def pool(tokens: Tensor, block_size: int) -> Tensor:
+    """Blocks in which over 60 % of the touched columns hold over a third of the rows, bool `[Q, Q]`."""
+    pieces = [row.split(block_size, dim=1) for row in tokens.split(block_size, dim=0)]
+    return torch.tensor([[_keeps(piece) for piece in row] for row in pieces])
+
+
+def _keeps(piece: Tensor) -> bool:
+    columns = piece.sum(dim=0)
+    touched, filled = int((columns > 0).sum()), int((columns * 3 > len(piece)).sum())
+    return touched > 0 and filled / touched > 0.6
+
+
+def token_rule(grid: TokenGrid, config: RadialConfig) -> Tensor:
+    """The code's rule on all tokens of a grid, text included, bool `[S, S]`."""
+    mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+    for i in range(grid.frames):
+        for j in range(grid.frames):
+            mask[_frame(grid, i), _frame(grid, j)] = pair_rule(i, j, grid.tokens_per_frame, config)
+    return mask
+
+
+def block_rule(grid: TokenGrid, config: RadialConfig) -> Tensor:
+    """The block mask by brute force, bool `[Q, Q]`: every frame pair expanded, pooled and OR-ed."""
+    size = config.block_size
+    blocks = torch.eye(grid.num_blocks(size), dtype=torch.bool)
+    for i in range(grid.frames):
+        for j in range(grid.frames):
+            tokens = torch.zeros(grid.tokens, grid.tokens, dtype=torch.bool)
+            tokens[_frame(grid, i), _frame(grid, j)] = pair_rule(i, j, grid.tokens_per_frame, config)
+            rows, columns = _touched(grid, i, size), _touched(grid, j, size)
+            window = tokens[rows.start * size : rows.stop * size, columns.start * size : columns.stop * size]
+            blocks[rows, columns] |= pool(window, size)
+    is_text = torch.arange(grid.tokens) >= grid.video_tokens
+    text = torch.tensor([bool(part.any()) for part in is_text.split(size)])
+    return blocks | text[:, None] | text[None, :]
+
+
+def _frame(grid: TokenGrid, frame: int) -> slice:
+    return slice(frame * grid.tokens_per_frame, (frame + 1) * grid.tokens_per_frame)
+
+
+def _touched(grid: TokenGrid, frame: int, block_size: int) -> slice:
+    """The blocks that hold a token of the frame."""
+    tokens = _frame(grid, frame)
+    return slice(tokens.start // block_size, (tokens.stop - 1) // block_size + 1)

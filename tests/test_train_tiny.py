@@ -1,0 +1,99 @@
+"""The trainer of the bundled model: exact resumption, the short-text equivalence, a run of all stages."""
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch import nn
+
+from scripts.tiny_model import TEXT_SLOTS, Denoiser
+from scripts.train_tiny import Options, Stage, generator, learning_rate, run_stage, train, write_caption
+from toyworld import Attributes, all_attributes, parse_caption
+
+CAPTION = "a red circle moving around on a navy background"
+
+
+def linear_stage(options: Options, stop_at: int | None = None) -> Stage:
+    """A small regression whose loss raises KeyboardInterrupt at one step."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+
+    def loss(step: int) -> torch.Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        random = generator(options, 1, step)
+        return (model(torch.randn(4, 3, generator=random)) - 1).square().mean()
+
+    return Stage("linear", model, loss, 12, 0.1, 0.9)
+
+
+def test_interrupted_run_ends_with_the_same_weights(tmp_path):
+    whole = Options(work=tmp_path / "whole", save_every=4)
+    parts = Options(work=tmp_path / "parts", save_every=4)
+    for options in (whole, parts):
+        options.work.mkdir()
+    expected = run_stage(linear_stage(whole), whole).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(linear_stage(parts, stop_at=6), parts)
+    resumed = run_stage(linear_stage(parts), parts).state_dict()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not list(parts.work.glob("*.part"))
+
+
+def test_learning_rate_warms_up_and_decays():
+    stage = Stage("linear", nn.Linear(1, 1), lambda step: None, 1000, 1.0)
+    rates = [learning_rate(stage, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and max(rates) == pytest.approx(1, abs=0.05)
+    assert rates[100:] == sorted(rates[100:], reverse=True) and rates[-1] < 0.011
+
+
+def test_short_text_equals_padded_text():
+    torch.manual_seed(0)
+    denoiser = Denoiser().eval()
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.08)
+    latents, sigma = torch.randn(2, 16, 2, 4, 4), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        short = denoiser(latents, sigma, [CAPTION, ""])
+        text = denoiser.embed([CAPTION, ""])
+        denoiser.use_short_text(False)
+        text = torch.cat([text, text.new_zeros(2, TEXT_SLOTS - text.shape[1], 64)], dim=1)
+        padded = denoiser.transformer(latents, 1000 * sigma, text, return_dict=False)[0]
+    assert torch.allclose(short, padded, atol=1e-4 * padded.abs().max().item())
+
+
+def test_tokenizer_knows_every_caption():
+    tokenizer = Denoiser().tokenizer
+    for attributes in all_attributes():
+        assert tokenizer.unk_token_id not in tokenizer(attributes.caption).input_ids
+    assert tokenizer("grey").input_ids == tokenizer("gray").input_ids
+    assert tokenizer("A unicorn").input_ids[1] == tokenizer.unk_token_id
+
+
+def test_captions_say_what_is_there():
+    attributes = Attributes("red", "circle", "around", "navy")
+    random = torch.Generator().manual_seed(0)
+    captions = [write_caption(attributes, random) for _ in range(500)]
+    assert 0.05 < captions.count("") / 500 < 0.15
+    assert 0.6 < captions.count(attributes.caption) / 500 < 0.7
+    assert all("red circle" in caption for caption in captions if caption)
+    assert parse_caption(attributes.caption) == attributes
+
+
+def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
+    options = Options(
+        out=tmp_path / "model",
+        work=tmp_path / "work",
+        image_steps=1,
+        vae_steps=1,
+        videos=2,
+        steps=2,
+        batch=2,
+        frames=5,
+        size=16,
+        device="cpu",
+    )
+    train(options)
+    pipeline = WanPipeline.from_pretrained(options.out)
+    video = pipeline(CAPTION, height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np").frames
+    assert video.shape == (1, 5, 16, 16, 3)
+    assert torch.isfinite(torch.from_numpy(video)).all()

@@ -1,0 +1,88 @@
+"""Tiny random models with all parts, built offline in under a second: for tests of any file."""
+
+import string
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+TEXT_DIM = 16
+CHANNELS = 4
+
+
+def wan_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
+    """A random Wan transformer in eval mode: 4 layers, 2 heads of 12, patch (1, 2, 2), unless changed."""
+    settings = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 4,
+        "rope_max_seq_len": 64,
+    }
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(**(settings | changes)).eval()
+
+
+def wan_inputs(
+    frames: int = 6,
+    height: int = 12,
+    width: int = 16,
+    *,
+    batch: int = 1,
+    timestep: float = 500.0,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Arguments of a Wan transformer call: latents `[batch, 4, frames, height, width]`, 7 text tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, CHANNELS, frames, height, width, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": torch.randn(batch, 7, TEXT_DIM, generator=generator),
+    }
+
+
+def wan_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer of single letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+    return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
+
+
+def wan_text_encoder(seed: int = 0) -> UMT5EncoderModel:
+    """A random one-layer UMT5 encoder of width 16 in eval mode."""
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return UMT5EncoderModel(config).eval()
+
+
+def wan_vae(seed: int = 0) -> AutoencoderKLWan:
+    """A random Wan VAE with 4 latent channels, 8 times smaller in space, 4 times in time, in eval mode."""
+    torch.manual_seed(seed)
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        num_res_blocks=1,
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+    ).eval()
+
+
+def wan_pipeline(seed: int = 0, experts: int = 1, **changes: object) -> WanPipeline:
+    """A random WanPipeline with all parts; `experts=2` as Wan2.2 A14B; `changes` go to its transformers."""
+    pipeline = WanPipeline(
+        tokenizer=wan_tokenizer(),
+        text_encoder=wan_text_encoder(seed),
+        vae=wan_vae(seed),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=wan_transformer(seed, **changes),
+        transformer_2=wan_transformer(seed + 1, **changes) if experts == 2 else None,
+        boundary_ratio=0.8 if experts == 2 else None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
