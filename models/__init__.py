@@ -37,9 +37,9 @@ def apply_radial_attention(
     radial then.
 
     Raises:
-        ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than upstream's (a second
-            application among them), an unknown backend, a count below 0, more dense layers than there are, or
-            last steps that cannot be known. The model is left as it was.
+        ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than
+            upstream's (so a second application too), an unknown backend, a count below 0, more dense layers
+            than there are, or last steps that cannot be known. The model is left as it was.
     """
     if not isinstance(config, RadialConfig):
         raise ValueError(f"config must be a RadialConfig, got {type(config).__name__}")

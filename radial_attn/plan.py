@@ -148,7 +148,7 @@ def _rectangles(node: _Node, least: int, handled: Tensor) -> Iterator[_Rectangle
     rest = node.keys & ~handled
     count = int(rest.sum())
     if count and (count >= least or not node.children):
-        yield _Rectangle(node.rows, tuple(rest.nonzero().flatten().tolist()), node.level)
+        yield _Rectangle(tuple(sorted(node.rows)), tuple(rest.nonzero().flatten().tolist()), node.level)
         handled = handled | rest
     for child in node.children:
         yield from _rectangles(child, least, handled)

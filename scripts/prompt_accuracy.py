@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -28,9 +29,8 @@ from scripts.record import hardware, versions
 from scripts.validate import check_values, resolve_device, resolve_model
 from scripts.video import Job, sample
 from toyworld import all_attributes, read
-from toyworld.render import Attributes
+from toyworld.render import VOCABULARY, Attributes
 
-ATTRIBUTES = ("colour", "shape", "motion", "background")
 PATTERNS = ("dense", "radial")
 TIMED_RUNS = 3
 
@@ -83,7 +83,7 @@ def step_seconds(pipeline: Any, config: Config, caption: str) -> dict[str, float
             watch = stopwatch(marks)
             with attention(pipeline, with_pattern(short, pattern)):
                 sample(pipeline, short, [caption], [0], output_type="latent", callback_on_step_end=watch)
-            seconds[pattern] += [after - before for before, after in zip(marks, marks[1:], strict=False)]
+            seconds[pattern] += [after - before for before, after in pairwise(marks)]
     return {pattern: median(values) for pattern, values in seconds.items()}
 
 
@@ -105,13 +105,15 @@ def density(pipeline: Any, config: Config) -> float:
         return handle.report()["density"]
 
 
-def table(results: dict[str, list[dict]], seconds: dict[str, float], densities: dict[str, float]) -> list[str]:
+def table(
+    results: dict[str, list[dict]], seconds: dict[str, float], densities: dict[str, float]
+) -> list[str]:
     """A markdown table, a row a pattern, percentages."""
-    head = ["attention", "density", *ATTRIBUTES, "attributes", "whole captions", "captions", "s a step"]
+    head = ["attention", "density", *VOCABULARY, "attributes", "whole captions", "captions", "s a step"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for pattern, entries in results.items():
-        shares = [mean(entry[name] for entry in entries) for name in ATTRIBUTES]
-        whole = mean(all(entry[name] for name in ATTRIBUTES) for entry in entries)
+        shares = [mean(entry[name] for entry in entries) for name in VOCABULARY]
+        whole = mean(all(entry[name] for name in VOCABULARY) for entry in entries)
         cells = [f"{100 * share:.1f} %" for share in (*shares, mean(shares), whole)]
         values = [pattern, f"{densities[pattern]:.3f}", *cells, str(len(entries)), f"{seconds[pattern]:.3f}"]
         rows.append("| " + " | ".join(values) + " |")
@@ -176,7 +178,9 @@ def run(options: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; the first word without `=` is the config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
     parser.add_argument("--every", type=int, default=1, help="take every N-th caption")
     parser.add_argument("--batch", type=int, default=12, help="videos generated at once")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from toyworld.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+from toyworld.render import VOCABULARY
 
 TEXT_SLOTS = 512  # text tokens of WanPipeline: captions are padded to this with zero embeddings
 CAPTION_SLOTS = 24  # enough for every caption; the rest is padding
@@ -38,7 +38,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the toy world; other words become <unk>."""
-    words = ["<pad>", "</s>", "<unk>", *GLUE, *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS]
+    words = ["<pad>", "</s>", "<unk>", *GLUE, *sum(VOCABULARY.values(), ())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace("grey", "gray")]

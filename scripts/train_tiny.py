@@ -164,10 +164,17 @@ def initialise_vae(vae: nn.Module) -> None:
             if isinstance(layer, nn.Conv2d | nn.Conv3d):
                 weight = layer.weight
                 scale = 1.8 / math.sqrt(weight.shape[1] * weight.shape[-1] * weight.shape[-2])
-                newest = weight[:, :, -1] if weight.ndim == 5 else weight  # causal: the last tap is the present
+                newest = (
+                    weight[:, :, -1] if weight.ndim == 5 else weight
+                )  # causal: the last tap is the present
                 weight.zero_()
                 newest.normal_(std=scale)
                 layer.bias.zero_()
+        for name, layer in vae.named_modules():
+            if name.endswith("time_conv"):  # begins as the identity: a still video
+                layer.weight.zero_()
+                identity = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
+                layer.weight[:, :, -1, 0, 0] = identity
         vae.quant_conv.bias[vae.config.z_dim :] = -7.0  # log variance: little noise at first
 
 
@@ -184,7 +191,7 @@ def train_vae(options: Options) -> nn.Module:
 
 
 def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attributes]]:
-    """Latents `[videos, 16, F, H, W]` of random scenes (kept in `work/latents.safetensors`), and attributes."""
+    """Latents `[videos, 16, F, H, W]` and attributes of random scenes, kept in the work folder."""
     path = options.work / "latents.safetensors"
     combinations = all_attributes()
     if path.exists():

@@ -1,5 +1,7 @@
 """One run's pipeline and the making of one video with it."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +87,7 @@ class Job:
             clock = Clock(synchronizer(self.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call)
             try:
-                with progress_bar(sizes.steps) as bar:
+                with reported_choices(), progress_bar(sizes.steps) as bar:
                     step_done = self._step_watcher(clock, bar, handle)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
@@ -189,6 +191,27 @@ def shortage(config: Config, model: Architecture, device: str, budget: float) ->
         f"generation.num_frames={sizes.num_frames} need about {gib(need)} on {device}, {gib(free)} are free; "
         + (f"would fit: {fit}" if fit else "no size of this model would fit; try configs/wan_tiny.yaml")
     )
+
+
+class LineHandler(logging.Handler):
+    """Log records as lines on stdout, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stdout)
+
+
+@contextmanager
+def reported_choices() -> Iterator[None]:
+    """Prints what `backend=auto` chooses."""
+    logger, handler = logging.getLogger("radial_attn"), LineHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def progress_bar(steps: int) -> tqdm:

@@ -1,27 +1,18 @@
-"""Bad input through the real command: exit code 2, one line with key, value and remedy, no file left behind."""
+"""Bad input through the real command: exit code 2, one line with key, value and remedy, no file left."""
 
 import json
-import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from scripts.config import ROOT
 from scripts.generate import main
 
 TINY = "configs/wan_tiny.yaml"
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
-COMMAND = [sys.executable, "-P", "-m", "scripts.generate"]
 
 
 def arguments(model: Path, output: Path, *overrides: str) -> list[str]:
@@ -54,14 +45,20 @@ VALUES = {
     "zero frames": (["generation.num_frames=0"], ["generation.num_frames", "0", "at least 1"]),
     "zero steps": (["generation.steps=0"], ["generation.steps", "0", "at least 1"]),
     "negative seed": (["generation.seed=-1"], ["generation.seed", "-1", "at least 0"]),
-    "huge seed": (["generation.seed=9223372036854775808"], ["generation.seed", "9223372036854775808", "2^63"]),
+    "huge seed": (
+        ["generation.seed=9223372036854775808"],
+        ["generation.seed", "9223372036854775808", "2^63"],
+    ),
     "guidance": (["generation.guidance_scale=0"], ["generation.guidance_scale", "0", "at least 1"]),
     "infinite guidance": (["generation.guidance_scale=inf"], ["generation.guidance_scale", "inf"]),
     "flow_shift": (["generation.flow_shift=0"], ["generation.flow_shift", "0", "above 0"]),
     "decay_factor": (["attention.decay_factor=-0.5"], ["attention.decay_factor", "-0.5", "above 0"]),
     "nan": (["attention.decay_factor=.nan"], ["attention.decay_factor", "nan", "above 0"]),
     "fps": (["output.fps=0"], ["output.fps", "0", "at least 1"]),
-    "dense_steps": (["attention.dense_steps=3"], ["attention.dense_steps", "3", "0 to 2", "generation.steps"]),
+    "dense_steps": (
+        ["attention.dense_steps=3"],
+        ["attention.dense_steps", "3", "0 to 2", "generation.steps"],
+    ),
     "last steps": (["attention.dense_last_steps=9"], ["attention.dense_last_steps", "9", "0 to 2"]),
     "dense_layers": (["attention.dense_layers=5"], ["attention.dense_layers", "5", "0 to 4"]),
     "negative layers": (["attention.dense_layers=-1"], ["attention.dense_layers", "-1", "at least 0"]),
@@ -133,7 +130,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing folder": (shutil.rmtree, ["is no folder"]),
     "empty folder": (_empty, ["empty folder"]),
     "no index": (lambda folder: (folder / "model_index.json").unlink(), ["model_index.json"]),
-    "index no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), ["model_index.json", "JSON"]),
+    "index no JSON": (
+        lambda folder: (folder / "model_index.json").write_text("{"),
+        ["model_index.json", "JSON"],
+    ),
     "other family": (_other_family, ["MochiPipeline", "WanPipeline"]),
     "no transformer": (lambda folder: shutil.rmtree(folder / "transformer"), ["transformer"]),
     "no weights": (
@@ -141,7 +141,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["safetensors"],
     ),
     "no config": (lambda folder: (folder / "vae/config.json").unlink(), ["vae/config.json"]),
-    "config no JSON": (lambda folder: (folder / "transformer/config.json").write_text("?"), ["transformer/config.json"]),
+    "config no JSON": (
+        lambda folder: (folder / "transformer/config.json").write_text("?"),
+        ["transformer/config.json"],
+    ),
     "cut weights": (_cut_weights, ["transformer", "safetensors"]),
     "garbled header": (_garble_header, ["vae", "safetensors"]),
     "other shapes": (_misshape, ["cannot be loaded"]),
@@ -155,13 +158,6 @@ def test_bad_model_folders(case, tiny_model, tmp_path, capsys):
     shutil.copytree(tiny_model, folder)
     damage(folder)
     check_refused(capsys, arguments(folder, tmp_path / "out"), "model.path", str(folder), *words)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_hub_id_out_of_reach(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    argv = ["configs/wan2.1_t2v_1.3b.yaml", "model.path=nobody/nothing", f"output.path={tmp_path / 'out'}"]
-    check_refused(capsys, argv, "model.path", "'nobody/nothing'", "hub", "configs/wan_tiny.yaml")
     assert not (tmp_path / "out").exists()
 
 
@@ -207,71 +203,8 @@ def test_bad_prompt_files(tiny_model, tmp_path, capsys):
 
 def test_more_memory_than_there_is(tiny_model, tmp_path, capsys):
     sizes = ["generation.height=8192", "generation.width=8192", "generation.num_frames=4093"]
-    line = check_refused(capsys, arguments(tiny_model, tmp_path / "out", *sizes), "out of memory", "8192", "4093", "GiB")
-    assert re.search(r"would fit: generation\.(num_frames|height)=\d+", line)
-    assert not (tmp_path / "out").exists()
-
-
-def start(argv: list[str], limits: dict[int, int] | None = None) -> subprocess.Popen:
-    """The command in a process of its own, under resource limits."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def limit() -> None:
-        for kind, value in (limits or {}).items():
-            resource.setrlimit(kind, (value, value))
-
-    return subprocess.Popen(
-        [*COMMAND, *argv], text=True, stderr=subprocess.PIPE, env=environment, cwd=ROOT, preexec_fn=limit
+    line = check_refused(
+        capsys, arguments(tiny_model, tmp_path / "out", *sizes), "out of memory", "8192", "4093", "GiB"
     )
-
-
-def last_line(process: subprocess.Popen) -> str:
-    """The last line on stderr; no traceback, and nothing but progress before it."""
-    lines = re.split(r"[\r\n]+", process.communicate(timeout=120)[1].strip())
-    assert not [line for line in lines[:-1] if line.strip() and "denoising" not in line], lines
-    return lines[-1]
-
-
-def test_memory_that_runs_out_on_the_way(tiny_model, tmp_path):
-    argv = arguments(tiny_model, tmp_path / "out", "generation.height=2048", "generation.width=2048")
-    process = start(argv, {resource.RLIMIT_AS: 4 * 2**30})
-    line = last_line(process)
-    assert process.returncode == 2
-    assert line.startswith("error: out of memory: generation.height=2048") and "would fit: generation." in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_disk_without_room_for_the_video(tiny_model, tmp_path):
-    process = start(arguments(tiny_model, tmp_path / "out"), {resource.RLIMIT_FSIZE: 2000})
-    line = last_line(process)
-    assert process.returncode == 2
-    assert line.startswith("error: output.path: cannot write") and "room" in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_interrupting_leaves_no_partial_file(tiny_model, tmp_path):
-    argv = arguments(tiny_model, tmp_path / "out", "generation.steps=100000", "attention.pattern=dense")
-    process = start(argv)
-    deadline = time.monotonic() + 120
-    seen = ""
-    while "step" not in seen and time.monotonic() < deadline:
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    assert last_line(process).startswith("interrupted")
-    assert process.returncode == 130
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("dense_steps", "pattern"), [(0, "pattern radial, backend blocks"), (1, "pattern dense")])
-def test_non_finite_latents_stop_at_their_step(dense_steps, pattern, tiny_model, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    file = folder / "transformer/diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights["proj_out.bias"] = torch.full_like(weights["proj_out.bias"], float("nan"))
-    save_file(weights, file, metadata={"format": "pt"})
-    argv = arguments(folder, tmp_path / "out", f"attention.dense_steps={dense_steps}")
-    assert main(argv) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: non-finite latents after step 1 of 2") and pattern in line
+    assert re.search(r"would fit: generation\.(num_frames|height)=\d+", line)
     assert not (tmp_path / "out").exists()

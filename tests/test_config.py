@@ -33,7 +33,12 @@ def test_a_preset_sets_every_key_and_is_valid(preset):
 def test_presets_hold_the_settings_of_the_papers_table():
     config = read_config("configs/wan2.1_t2v_14b.yaml", [])
     generation, attention = config.generation, config.attention
-    assert (generation.height, generation.width, generation.num_frames, generation.steps) == (768, 1280, 69, 50)
+    assert (generation.height, generation.width, generation.num_frames, generation.steps) == (
+        768,
+        1280,
+        69,
+        50,
+    )
     assert (attention.dense_steps, attention.dense_layers, attention.decay_factor) == (12, 1, 0.2)
     longer = read_config("configs/wan_tiny_4x.yaml", [])
     assert longer.generation.num_frames == 129
@@ -140,7 +145,9 @@ def test_help_names_every_key_and_preset():
     text = help_text()
     assert all(f"  {key}=" in text for key in keys())
     assert all(f"configs/{preset.name}" in text for preset in PRESETS)
-    assert text.splitlines()[0].startswith("usage: bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...]")
+    assert text.splitlines()[0].startswith(
+        "usage: bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...]"
+    )
 
 
 def test_nearest_key():

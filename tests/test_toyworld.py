@@ -1,11 +1,13 @@
 """The toy world: rendered scenes are read back, and impossible requests are refused."""
 
+from math import prod
+
 import pytest
 import torch
 from torch.nn.functional import conv3d, pad
 
 from toyworld import Attributes, Scene, all_attributes, parse_caption, random_scene, read, render
-from toyworld.render import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, coverage, pixel_grid
+from toyworld.render import SHAPES, VOCABULARY, coverage, pixel_grid
 
 
 def blurred(video: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -27,8 +29,9 @@ def share_read(scenes: int, change) -> float:
 
 
 def test_world_is_large_enough():
-    assert len(COLOURS) >= 5 and len(SHAPES) >= 3 and len(MOTIONS) >= 4 and len(BACKGROUNDS) >= 3
-    assert len(set(all_attributes())) == len(COLOURS) * len(SHAPES) * len(MOTIONS) * len(BACKGROUNDS)
+    sizes = [len(set(values)) for values in VOCABULARY.values()]
+    assert all(size >= least for size, least in zip(sizes, (5, 3, 4, 3), strict=True))
+    assert len(set(all_attributes())) == prod(sizes)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,9 @@ def test_coverage_is_an_area(shape):
 
 
 def test_path_is_periodic_and_read_back():
-    scene = Scene(Attributes("white", "square", "around", "gray"), 0.14, (0.02, -0.03), (0.2, 0.2), 16, 0.3, -1)
+    scene = Scene(
+        Attributes("white", "square", "around", "gray"), 0.14, (0.02, -0.03), (0.2, 0.2), 16, 0.3, -1
+    )
     video = render(scene, frames=33)
     assert torch.allclose(video[:17], video[16:33], atol=1e-4)
     x, y = scene.position(torch.arange(33.0))
@@ -96,5 +101,5 @@ def test_incomplete_captions_are_refused(caption):
 
 
 def test_unknown_attribute_is_refused():
-    with pytest.raises(ValueError, match="colour must be one of red.*got 'pink'"):
+    with pytest.raises(ValueError, match=r"colour must be one of red.*got 'pink'"):
         Attributes("pink", "circle", "around", "navy")

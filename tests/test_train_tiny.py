@@ -94,6 +94,8 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
     )
     train(options)
     pipeline = WanPipeline.from_pretrained(options.out)
-    video = pipeline(CAPTION, height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np").frames
+    video = pipeline(
+        CAPTION, height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np"
+    ).frames
     assert video.shape == (1, 5, 16, 16, 3)
     assert torch.isfinite(torch.from_numpy(video)).all()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .render import BACKGROUNDS, COLOURS, SHAPES, Attributes, coverage, pixel_grid
+from .render import BACKGROUNDS, COLOURS, SHAPES, VOCABULARY, Attributes, coverage, pixel_grid
 
 EDGE = 2  # pixels of border from which the background is taken
 LINE = 0.3  # a path is a line where its width is under this share of its length
@@ -24,8 +24,7 @@ class Reading:
 
     def matches(self, attributes: Attributes) -> dict[str, bool]:
         """Which attributes are as asked."""
-        names = ("colour", "shape", "motion", "background")
-        return {name: getattr(self, name) == getattr(attributes, name) for name in names}
+        return {name: getattr(self, name) == getattr(attributes, name) for name in VOCABULARY}
 
 
 def read(video: Tensor) -> Reading:

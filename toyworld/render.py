@@ -17,6 +17,7 @@ COLOURS = {
 BACKGROUNDS = {"black": (0.03, 0.03, 0.03), "navy": (0.06, 0.08, 0.35), "gray": (0.45, 0.45, 0.45)}
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("horizontally", "vertically", "around", "diagonally")
+VOCABULARY = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class Attributes:
     background: str
 
     def __post_init__(self):
-        allowed = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
-        for name, values in allowed.items():
+        for name, values in VOCABULARY.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
 
@@ -65,14 +65,14 @@ class Scene:
 
 def all_attributes() -> list[Attributes]:
     """Every combination of colour, shape, motion and background."""
-    return [Attributes(*c) for c in itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)]
+    return [Attributes(*choice) for choice in itertools.product(*VOCABULARY.values())]
 
 
 def parse_caption(caption: str) -> Attributes:
     """The attributes named in a caption. Raises ValueError where one is missing or named twice."""
     words = caption.lower().replace(",", " ").split()
     found = []
-    for name, values in (("colour", COLOURS), ("shape", SHAPES), ("motion", MOTIONS), ("background", BACKGROUNDS)):
+    for name, values in VOCABULARY.items():
         hits = [value for value in values if value in words]
         if len(hits) != 1:
             raise ValueError(f"caption must name one {name} of {', '.join(values)}, got {caption!r}")
@@ -98,7 +98,7 @@ def random_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
     )
     sign = 1 if torch.rand((), generator=generator).item() < 0.5 else -1
     phase = uniform(0, 2 * math.pi)
-    return Scene(attributes, radius, centre, (reach, reach), uniform(18, 30), phase, sign)
+    return Scene(attributes, radius, centre, (reach, reach), uniform(28, 44), phase, sign)
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:

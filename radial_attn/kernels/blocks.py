@@ -56,7 +56,8 @@ def block_attention(  # noqa: PLR0917 (an operator's schema is positional)
     def run(tensors: Tensors, plan: tuple[Group, ...], limit: int) -> Tensors:
         return _forward(tensors, plan, block_size, limit, scale)
 
-    return tuple(_split(run, (query, key, value), blocks, block_size, video_tokens, valid))
+    shape = {"blocks": blocks, "block_size": block_size, "video_tokens": video_tokens, "valid": valid}
+    return tuple(_split(run, (query, key, value), **shape))
 
 
 @torch.library.custom_op("radial_attn::block_attention_backward", mutates_args=())
@@ -78,7 +79,8 @@ def block_attention_backward(  # noqa: PLR0917
     def run(tensors: Tensors, plan: tuple[Group, ...], limit: int) -> Tensors:
         return _backward(tensors, plan, block_size, limit, scale)
 
-    return tuple(_split(run, (grad, query, key, value, out, lse), blocks, block_size, video_tokens, valid))
+    shape = {"blocks": blocks, "block_size": block_size, "video_tokens": video_tokens, "valid": valid}
+    return tuple(_split(run, (grad, query, key, value, out, lse), **shape))
 
 
 @block_attention.register_fake
@@ -129,13 +131,14 @@ def _plans(
 def _split(
     run: Callable[[Tensors, tuple[Group, ...], int], Tensors],
     tensors: Tensors,
+    *,
     blocks: Tensor,
     block_size: int,
     video_tokens: int,
     valid: Tensor | None,
 ) -> Tensors:
     """Calls `run` for every group of samples with equally much text and of heads with one pattern."""
-    batch, length, heads, width = tensors[-1].shape if tensors[-1].ndim == 4 else tensors[1].shape
+    batch, length, heads, width = tensors[0].shape
     tail = min(video_tokens, length - length % block_size) // block_size
     plans = _plans(blocks, block_size, tail, batch * heads * width, tensors[0].device)
 

@@ -1,0 +1,70 @@
+"""Shared by the tests of the attention backends: inputs, masks, and tolerances derived from data."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
+
+GRIDS = {63: TokenGrid(7, 3, 3), 111: TokenGrid(4, 5, 5, text=11), 1000: TokenGrid(9, 10, 11, text=10)}
+
+
+def make_mask(grid: TokenGrid, block_size: int = 16, heads: int | None = None) -> BlockMask:
+    """A radial mask, or one random pattern for each of `heads`, of which the first two are equal."""
+    mask = radial_mask(grid, RadialConfig(block_size=block_size, decimation_width="block"))
+    if heads is None:
+        return mask
+    count = mask.blocks.shape[-1]
+    blocks = torch.rand(heads, count, count) < 0.4
+    blocks |= torch.eye(count, dtype=torch.bool)
+    blocks[: min(2, heads)] = blocks[0].clone()
+    return BlockMask.from_blocks(grid, blocks, block_size)
+
+
+def make_inputs(grid: TokenGrid, batch: int, heads: int, width: int) -> list[Tensor]:
+    """Query, key, value and a gradient of the output, `[B, S, H, D]`."""
+    return [torch.randn(batch, grid.tokens, heads, width) for _ in range(4)]
+
+
+def run(backend: str, inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, **options) -> list[Tensor]:
+    """Output and the gradients of query, key and value."""
+    query, key, value = (x.to(dtype, copy=True).requires_grad_() for x in inputs[:3])
+    out = radial_attention(query, key, value, mask, backend=backend, **options)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), inputs[3].to(dtype))]
+
+
+def exact(inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, text_lengths=None) -> list[Tensor]:
+    """The same from the definition, in float64 on the inputs as `dtype` holds them."""
+    keep = mask.token_mask().view(1, -1, mask.grid.tokens, mask.grid.tokens)
+    query, key, value, grad = (x.to(dtype).double() for x in inputs)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    if text_lengths is not None:
+        valid = torch.tensor(text_lengths).view(-1, 1, 1, 1) + mask.grid.video_tokens
+        token = torch.arange(mask.grid.tokens)
+        keep = keep & (token < valid) & (token.unsqueeze(1) < valid)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    weights = torch.where(keep, scores, -torch.inf).softmax(-1).nan_to_num()
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, value)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def assert_as_good_as(
+    found: list[Tensor], reference: list[Tensor], truth: list[Tensor], factor: float, floor: float
+) -> None:
+    """The error against float64 is at most `factor` times that of SDPA in the same data type, plus a floor.
+
+    The floor, in units of the data type's epsilon, is for results so short that SDPA hits them exactly.
+    """
+    for name, got, plain, want in zip(("out", "dq", "dk", "dv"), found, reference, truth, strict=False):
+        epsilon = torch.finfo(got.dtype).eps * want.abs().max().item()
+        error, allowed = ((x.double() - want).abs().max().item() for x in (got, plain))
+        assert torch.isfinite(got).all(), name
+        assert error <= factor * allowed + floor * epsilon, (name, error, allowed, epsilon)
+
+
+def compare(backend: str, inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, **options) -> None:
+    """Forward and backward of a backend against `reference`, both judged by float64."""
+    truth = exact(inputs, mask, dtype, **options)
+    results: Callable = lambda name: run(name, inputs, mask, dtype, **options)  # noqa: E731
+    assert_as_good_as(results(backend), results("reference"), truth, factor=2, floor=2)

@@ -1,0 +1,107 @@
+"""The shell scripts: set-up, call form, exit codes, any directory."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.config import ROOT
+
+SETUP = ROOT / "scripts/setup.sh"
+
+
+def bash(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 250}
+    return subprocess.run(["bash", *words], check=False, cwd=cwd, **options)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A repository of nothing but set-up and an empty requirements.txt, in a path with a space."""
+    root = tmp_path / "my copy"
+    (root / "scripts").mkdir(parents=True)
+    shutil.copy(SETUP, root / "scripts")
+    (root / "requirements.txt").write_text("# nothing\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    "script", [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name
+)
+def test_scripts_parse_and_say_what_they_do(script):
+    assert bash("-n", str(script)).returncode == 0
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# ") or script.name == "run"
+    assert any("set -euo pipefail" in line for line in lines)
+
+
+def test_setup_makes_an_environment_once_and_then_costs_nothing(copy, tmp_path):
+    first = bash(str(copy / "scripts/setup.sh"), cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "making .venv with" in first.stdout and "setup: done" in first.stdout
+    start = time.monotonic()
+    again = bash(str(copy / "scripts/setup.sh"), cwd=tmp_path)
+    assert time.monotonic() - start < 2
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    sourced = bash("-c", f"set -e; source '{copy}/scripts/setup.sh'; echo on we go")
+    assert sourced.stdout == "on we go\n"
+    (copy / "requirements.txt").write_text("./no-such-package\n")
+    failed = bash(str(copy / "scripts/setup.sh"))
+    assert failed.returncode == 1
+    assert len(failed.stderr.splitlines()) == 1
+    assert "no-such-package" in failed.stderr and str(copy / ".venv/setup.log") in failed.stderr
+    assert bash("-c", f"set -e; source '{copy}/scripts/setup.sh'; echo on we go").returncode == 1
+    (copy / "requirements.txt").write_text("# nothing again\n")
+    assert bash(str(copy / "scripts/setup.sh")).returncode == 0
+
+
+def test_setup_recovers_from_an_interruption_and_two_at_once_agree(copy):
+    process = subprocess.Popen(
+        ["bash", str(copy / "scripts/setup.sh")], start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    while not (copy / ".venv/bin/python").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (copy / ".venv/setup.sha256").exists()
+    both = [
+        subprocess.Popen(["bash", str(copy / "scripts/setup.sh")], stdout=subprocess.PIPE, text=True)
+        for _ in "ab"
+    ]
+    printed = [process.communicate(timeout=250)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("setup: done" in text for text in printed) == 1
+
+
+def test_setup_refuses_an_old_or_missing_python(copy, tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for python in (str(old), "/no/such/python"):
+        result = bash(str(copy / "scripts/setup.sh"), PYTHON=python)
+        assert result.returncode == 1
+        assert (
+            result.stderr == f"error: no Python 3.11 or newer among: {python}; set PYTHON=/path/to/python\n"
+        )
+    assert not (copy / ".venv").exists()
+
+
+def test_the_inference_script_from_another_directory(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/__init__.py").write_text("raise SystemExit('the wrong package')\n")
+    script = str(ROOT / "scripts/wan_t2v_inference.sh")
+    result = bash(script, "configs/wan2.1_t2v_14b.yaml", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "69120 = 18 latent frames x 48 x 80" in result.stdout
+    result = bash(script, "generation.sed=1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == "error: unknown key 'generation.sed' (command line); did you mean 'generation.seed'?\n"
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scripts"]
