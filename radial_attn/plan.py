@@ -74,7 +74,7 @@ class _Rectangle:
 def plan_attention(
     blocks: Tensor, block_size: int, tail: int, features: int, merge: bool
 ) -> tuple[Group, ...]:
-    """The cheapest of a few ways to cover a mask `[Q, K]` by rectangles.
+    """The cheapest of `candidate_plans`.
 
     Args:
         blocks: bool `[Q, K]` on the CPU.
@@ -82,13 +82,29 @@ def plan_attention(
         features: `B H D`, for the estimate of cost.
         merge: False keeps each row in one rectangle, so that no partial results arise.
     """
-    leaves = _equal_neighbours(blocks)
-    plans = [_groups(leaves, block_size, tail, least=1)]
-    if merge and len(leaves) > 1:
-        similar = (False, True) if len(leaves) <= SIMILAR_NODES else (False,)
-        trees = [_grow(leaves, block_size, by_similarity) for by_similarity in similar]
-        plans += [_groups(tree, block_size, tail, least) for tree in trees for least in _least(block_size)]
+    plans = candidate_plans(blocks, block_size, tail, merge).values()
     return min(plans, key=lambda plan: _cost(plan, block_size, features))
+
+
+def candidate_plans(
+    blocks: Tensor, block_size: int, tail: int, merge: bool = True
+) -> dict[str, tuple[Group, ...]]:
+    """Ways to cover a mask by rectangles; arguments as in `plan_attention`.
+
+    "rows" is one rectangle for each run of neighbours with equal key sets. The others join rows into
+    trees, of "neighbours" or of the most "similar" rows, and share a rectangle from so many keys on.
+    """
+    leaves = _equal_neighbours(blocks)
+    plans = {"rows": _groups(leaves, block_size, tail, least=1)}
+    if not merge or len(leaves) < 2:
+        return plans
+    trees = {"neighbours": _grow(leaves, block_size, by_similarity=False)}
+    if len(leaves) <= SIMILAR_NODES:
+        trees["similar"] = _grow(leaves, block_size, by_similarity=True)
+    for name, tree in trees.items():
+        for least in _least(block_size):
+            plans[f"{name}, {least * block_size} keys"] = _groups(tree, block_size, tail, least)
+    return plans
 
 
 def _least(block_size: int) -> list[int]:

@@ -112,9 +112,10 @@ def _fetch(path: str, file: str) -> dict:
 
 def hub_unreachable(path: str, error: BaseException) -> str:
     """The line for a hub id that cannot be read, with the remedy."""
+    reason = one_line(error.__cause__ or error)
     return (
         f"model.path: got {path!r}, which is no folder here and cannot be read from the Hugging Face hub "
-        f"({one_line(error)}); allowed: a folder in diffusers format, or a hub id within reach; "
+        f"({reason}); allowed: a folder in diffusers format, or a hub id within reach; "
         "configs/wan_tiny.yaml needs no download"
     )
 

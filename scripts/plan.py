@@ -9,7 +9,9 @@ from scripts.config import Config
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-VAE_BYTES = 240  # of decoding, per pixel of a frame and channel of vae_base; measured: 225 to 250
+# Bytes of decoding per pixel of a frame and channel of vae_base, measured: 225 to 250 for wide VAEs, 625 to
+# 685 for those of fewer than WIDE_VAE channels.
+WIDE_VAE, WIDE_VAE_BYTES, NARROW_VAE_BYTES = 32, 240, 680
 HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; where the model is on the CPU
 
 
@@ -89,7 +91,8 @@ def memory(config: Config, model: Architecture, device: str) -> Memory:
     grid, sizes = token_grid(config, model), config.generation
     transformer = grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
     video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
-    decoder = VAE_BYTES * model.vae_base * sizes.height * sizes.width + 2 * video
+    per_channel = WIDE_VAE_BYTES if model.vae_base >= WIDE_VAE else NARROW_VAE_BYTES
+    decoder = per_channel * model.vae_base * sizes.height * sizes.width + 2 * video
     mask = 2 * grid.num_blocks(config.attention.block_size) ** 2
     return Memory(weights, max(transformer, decoder) + mask, HOST_BYTES if device == "cpu" else 0.0)
 

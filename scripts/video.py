@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Job:
         quiet_libraries()
         model = self.config.model
         dtype = getattr(torch, model.dtype)
-        with timed(self.seconds, "load"), self.reporting_memory():
+        with timed(self.seconds, "load"), self.reporting_memory(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
             try:
                 pipeline = load_pipeline(
                     self.path, model.family, dtype, self.device, flow_shift=self.config.generation.flow_shift

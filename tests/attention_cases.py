@@ -1,7 +1,5 @@
 """Shared by the tests of the attention backends: inputs, masks, and tolerances derived from data."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -44,27 +42,27 @@ def exact(inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, text_length
         token = torch.arange(mask.grid.tokens)
         keep = keep & (token < valid) & (token.unsqueeze(1) < valid)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-    weights = torch.where(keep, scores, -torch.inf).softmax(-1).nan_to_num()
+    scores = scores.masked_fill(~keep, -1e300)
+    weights = scores.softmax(-1) * keep.any(-1, keepdim=True)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, value)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def assert_as_good_as(
-    found: list[Tensor], reference: list[Tensor], truth: list[Tensor], factor: float, floor: float
-) -> None:
-    """The error against float64 is at most `factor` times that of SDPA in the same data type, plus a floor.
+def assert_as_good_as(found: list[Tensor], reference: list[Tensor], truth: list[Tensor]) -> None:
+    """The largest error against float64 is at most twice that of SDPA in the same data type.
 
-    The floor, in units of the data type's epsilon, is for results so short that SDPA hits them exactly.
+    On top of that comes what adding scores of a few units in float32, or one rounding of the result,
+    may cost: 8 epsilon of float32, half an epsilon of a 16-bit type, times the largest value.
     """
     for name, got, plain, want in zip(("out", "dq", "dk", "dv"), found, reference, truth, strict=False):
-        epsilon = torch.finfo(got.dtype).eps * want.abs().max().item()
+        floor = 8 if got.dtype == torch.float32 else 0.5
+        floor *= torch.finfo(got.dtype).eps * want.abs().max().item()
         error, allowed = ((x.double() - want).abs().max().item() for x in (got, plain))
-        assert torch.isfinite(got).all(), name
-        assert error <= factor * allowed + floor * epsilon, (name, error, allowed, epsilon)
+        assert error <= 2 * allowed + floor, (name, error, allowed, floor)
 
 
 def compare(backend: str, inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, **options) -> None:
     """Forward and backward of a backend against `reference`, both judged by float64."""
-    truth = exact(inputs, mask, dtype, **options)
-    results: Callable = lambda name: run(name, inputs, mask, dtype, **options)  # noqa: E731
-    assert_as_good_as(results(backend), results("reference"), truth, factor=2, floor=2)
+    found = run(backend, inputs, mask, dtype, **options)
+    reference = run("reference", inputs, mask, dtype, **options)
+    assert_as_good_as(found, reference, exact(inputs, mask, dtype, **options))

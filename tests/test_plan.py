@@ -64,7 +64,7 @@ def test_tokens_and_operations_of_the_papers_default():
 
 
 def test_operations_are_those_that_torch_counts():
-    """One call of a real transformer, with an SDPA that torch counts; patching and embeddings are left out."""
+    """One call of a real transformer, with an SDPA that torch counts; patching and embeddings left out."""
     transformer = wan_transformer(num_layers=2, ffn_dim=512, attention_head_dim=64, patch_size=(1, 1, 1))
     inputs = wan_inputs(frames=3, height=16, width=16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

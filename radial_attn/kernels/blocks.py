@@ -6,7 +6,7 @@ it is one operator for autograd and torch.compile, `radial_attn::block_attention
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,10 @@ def block_attention(  # noqa: PLR0917 (an operator's schema is positional)
         valid: tokens of each sample that count, int64 `[B]`, or None for all.
     """
 
+    dense = partial(_dense_cpu if query.device.type == "cpu" else _dense_any, scale=scale)
+
     def run(tensors: Tensors, plan: tuple[Group, ...], limit: int) -> Tensors:
-        return _forward(tensors, plan, block_size, limit, scale)
+        return forward_plan(tensors, plan, block_size, limit, dense)
 
     shape = {"blocks": blocks, "block_size": block_size, "video_tokens": video_tokens, "valid": valid}
     return tuple(_split(run, (query, key, value), **shape))
@@ -76,8 +78,10 @@ def block_attention_backward(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `block_attention`."""
 
+    dense = partial(_dense_cpu_backward if query.device.type == "cpu" else _dense_any_backward, scale=scale)
+
     def run(tensors: Tensors, plan: tuple[Group, ...], limit: int) -> Tensors:
-        return _backward(tensors, plan, block_size, limit, scale)
+        return backward_plan(tensors, plan, block_size, limit, dense)
 
     shape = {"blocks": blocks, "block_size": block_size, "video_tokens": video_tokens, "valid": valid}
     return tuple(_split(run, (grad, query, key, value, out, lse), **shape))
@@ -174,7 +178,9 @@ def _over(dim: int, run: Callable[[Tensors, object], Tensors], tensors: Tensors,
     return joined
 
 
-def _forward(tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, scale: float) -> Tensors:
+def forward_plan(
+    tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, dense: Callable
+) -> Tensors:
     """Output `[B, S, H, D]` and log-sum-exp `[B, S, H]`: zeros and -inf from position `limit` on."""
     query = tensors[0]
     batch, length, heads, width = query.shape
@@ -184,7 +190,7 @@ def _forward(tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, s
     for group in plan:
         if not group.merge:
             for piece in group.pieces:
-                parts = _attend(piece, tensors, size, limit, scale)
+                parts = _attend(piece, tensors, size, limit, dense)
                 _store((out, lse), piece.rows, parts)
             continue
         rows = group.rows.blocks.shape[1]
@@ -193,26 +199,21 @@ def _forward(tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, s
             query.new_full((batch, rows, size, heads), -torch.inf, dtype=torch.float32),
         )
         for piece in group.pieces:
-            _merge(partial, piece.slots, _attend(piece, tensors, size, limit, scale))
+            _merge(partial, piece.slots, _attend(piece, tensors, size, limit, dense))
         _store((out, lse), group.rows, partial)
     flat = out.flatten(1, 2)[:, :length], lse.flatten(1, 2)[:, :length]
     return [x.contiguous() for x in flat]
 
 
-def _attend(piece: Piece, tensors: Tensors, size: int, limit: int, scale: float) -> Tensors | None:
+def _attend(piece: Piece, tensors: Tensors, size: int, limit: int, dense: Callable) -> Tensors | None:
     """Attention of a piece in whole blocks, `[B, G r, size, H, D]`, and its log-sum-exp, without `D`."""
     query, key, value = tensors
     rows, keys = piece.rows.tokens(size, limit), piece.keys.tokens(size, limit)
     if not rows or not keys:
         return None
-    inputs = _take(query, piece.rows, size, rows), *(_take(x, piece.keys, size, keys) for x in (key, value))
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs, scale=scale)
-    else:
-        out = F.scaled_dot_product_attention(*inputs, scale=scale)
-        lse = out.new_zeros(out.shape[:3], dtype=torch.float32)
+    by_key = (_take(x, piece.keys, size, keys) for x in (key, value))
+    out, lse = (x.transpose(1, 2) for x in dense(_take(query, piece.rows, size, rows), *by_key))
     shape = len(query), piece.rows.blocks.numel(), size
-    out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     missing = piece.rows.blocks.shape[1] * size - rows
     if missing:
         out = F.pad(out, (0, 0, 0, 0, 0, missing))
@@ -251,7 +252,9 @@ def _merge(partial: Tensors, slots: Tensor, parts: Tensors | None) -> None:
     partial[1].index_copy_(1, slots, total)
 
 
-def _backward(tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, scale: float) -> Tensors:
+def backward_plan(
+    tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, dense: Callable
+) -> Tensors:
     """Gradients of query, key and value, `[B, S, H, D]`, summed in float32 over the rectangles."""
     grad, query, key, value, out, lse = tensors
     batch, length, heads, width = query.shape
@@ -261,26 +264,12 @@ def _backward(tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, 
         rows, keys = piece.rows.tokens(size, limit), piece.keys.tokens(size, limit)
         if not rows or not keys:
             continue
-        by_row = [_take(x, piece.rows, size, rows) for x in (grad, query, out, lse.unsqueeze(-1))]
+        by_row = [_take(x, piece.rows, size, rows) for x in (grad, out, lse.unsqueeze(-1), query)]
         by_key = [_take(x, piece.keys, size, keys) for x in (key, value)]
-        for total, part, span in zip(
-            sums, _attend_backward(by_row, by_key, scale), (piece.rows, piece.keys, piece.keys), strict=True
-        ):
+        spans = piece.rows, piece.keys, piece.keys
+        for total, span, part in zip(sums, spans, dense(*by_row, *by_key), strict=True):
             _add(total, span, part)
     return [x.flatten(1, 2)[:, :length].to(query.dtype, copy=True).contiguous() for x in sums]
-
-
-def _attend_backward(by_row: Tensors, by_key: Tensors, scale: float) -> Tensors:
-    """Gradients of one rectangle, given the output and log-sum-exp over all keys of its rows."""
-    grad, query, out, lse = by_row
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, *by_key, out, lse.squeeze(-1), 0.0, False, scale=scale
-        )
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, *by_key)]
-        again = F.scaled_dot_product_attention(*inputs, scale=scale)
-    return torch.autograd.grad(again, inputs, grad)
 
 
 def _add(total: Tensor, span: Span, part: Tensor) -> None:
@@ -293,3 +282,29 @@ def _add(total: Tensor, span: Span, part: Tensor) -> None:
         return
     part = F.pad(part, (0, 0, 0, 0, 0, span.blocks.shape[1] * size - part.shape[1])).float()
     total.index_add_(1, span.blocks.flatten(), part.reshape(batch, -1, size, heads, width))
+
+
+def _dense_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensors:
+    """SDPA's CPU kernel, called by name because it also returns the log-sum-exp `[B, H, S]`."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, scale=scale)
+
+
+def _dense_cpu_backward(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, scale: float) -> Tensors:
+    """Gradients of one rectangle, given the output and log-sum-exp over all keys of its rows."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(grad, *inputs, out, lse.squeeze(-1), 0.0, False, scale=scale)
+
+
+def _dense_any(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensors:
+    """SDPA on any device; without a log-sum-exp, so only for plans that merge nothing."""
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return out, out.new_zeros(out.shape[:3], dtype=torch.float32)
+
+
+def _dense_any_backward(grad: Tensor, _out: Tensor, _lse: Tensor, *inputs: Tensor, scale: float) -> Tensors:
+    """Gradients through SDPA, computed once more."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = F.scaled_dot_product_attention(*inputs, scale=scale)
+    return torch.autograd.grad(out, inputs, grad)

@@ -52,7 +52,9 @@ def attention(
 
 def _cpu_inputs(inputs: list[Tensor], mask: BlockMask) -> list[Tensor]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise ValueError("backend 'flex' has no gradients on the CPU: use backend='blocks', or torch.no_grad()")
+        raise ValueError(
+            "backend 'flex' has no gradients on the CPU: use backend='blocks', or torch.no_grad()"
+        )
     if not torch.compiler.is_compiling():
         mask.cached("flex C++ compiler", _find_compiler)
     return [x.detach() for x in inputs]
@@ -63,7 +65,8 @@ def _find_compiler() -> str:
     found = next((path for name in names if name and (path := shutil.which(name))), None)
     if found is None:
         raise ImportError(
-            "backend 'flex' compiles C++ on the CPU and finds no compiler: apt install g++, or use backend='blocks'"
+            "backend 'flex' compiles C++ on the CPU and found no compiler: "
+            "apt install g++, or use backend='blocks'"
         )
     return found
 

@@ -1,0 +1,229 @@
+"""Times dense SDPA, blocks and flex side by side on radial masks, and measures their memory.
+
+    python -m scripts.benchmark [--quick] [--device cpu] [--out results]
+
+Writes attention_<device>_<date>.md, .png and .json. Every time is the median of up to `REPEATS` calls after
+one that is not counted; memory is the growth of a fresh process.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.kernels import blocks as blocks_kernel
+from radial_attn.plan import candidate_plans
+
+REPEATS = 5
+CALL_SECONDS = 5  # a measurement stops repeating after this long
+FLEX_SECONDS = 60  # flex is left out where the shape before says that it would take longer
+BACKENDS = ("dense", "blocks", "flex")
+FRAME = TokenGrid(1, 32, 32)  # 1024 tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `frames` of the frame size, or the small shapes of the bundled model."""
+
+    frames: int
+    dtype: str
+    height: int = FRAME.height
+    width: int = FRAME.width
+    block_size: int = 128
+    batch: int = 1
+    heads: int = 8
+    head_width: int = 64
+    device: str = "cpu"
+    backward: bool = False
+
+    @property
+    def grid(self) -> TokenGrid:
+        return TokenGrid(self.frames, self.height, self.width)
+
+    @property
+    def mask(self) -> BlockMask:
+        decimation = 128 if self.block_size == 128 else 64
+        return radial_mask(self.grid, RadialConfig(block_size=self.block_size, decimation_width=decimation))
+
+    def inputs(self) -> list[Tensor]:
+        """Query, key and value `[B, S, H, D]`, the same for every backend."""
+        torch.manual_seed(0)
+        shape = self.batch, self.grid.tokens, self.heads, self.head_width
+        dtype = getattr(torch, self.dtype)
+        return [torch.randn(shape).to(self.device, dtype).requires_grad_(self.backward) for _ in range(3)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured call; `seconds` is None where it was left out, and `note` says why."""
+
+    backend: str
+    case: Case
+    density: float
+    seconds: float | None
+    note: str = ""
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense attention in the layout of the op, `[B, S, H, D]`."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+def call(backend: str, case: Case) -> Callable[[], object]:
+    """The call to time, forward or forward and backward."""
+    inputs, mask = case.inputs(), case.mask
+    attend = sdpa if backend == "dense" else partial(radial_attention, mask=mask, backend=backend)
+    if not case.backward:
+        return partial(attend, *inputs)
+    grad = torch.ones_like(inputs[0])
+    return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
+
+
+def median_seconds(run: Callable[[], object], device: str) -> float:
+    """Median wall time after one uncounted call; stops early after `CALL_SECONDS`."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    run()
+    seconds = []
+    while len(seconds) < REPEATS and sum(seconds) < CALL_SECONDS:
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure(backend: str, case: Case) -> Row:
+    seconds = median_seconds(call(backend, case), case.device)
+    row = Row(backend, case, 1.0 if backend == "dense" else case.mask.density, seconds)
+    kind = "forward+backward" if case.backward else "forward"
+    print(
+        f"{case.grid.tokens:6d} tokens {case.dtype:9} {kind:16} {backend:7} {seconds * 1e3:9.1f} ms",
+        flush=True,
+    )
+    return row
+
+
+def growing(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
+    """Forward times of all backends over video length."""
+    for dtype in ("float32", "bfloat16"):
+        flex_seconds = 0.0
+        for frames in frame_counts:
+            case = Case(frames, dtype, device=device)
+            for backend in BACKENDS:
+                if backend != "flex" or 4 * flex_seconds < FLEX_SECONDS:
+                    row = measure(backend, case)
+                else:
+                    row = Row(backend, case, case.mask.density, None, f"over {FLEX_SECONDS} s expected")
+                yield row
+                flex_seconds = row.seconds if backend == "flex" and row.seconds else flex_seconds
+
+
+def training(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
+    """Forward and backward of the two backends that have one everywhere."""
+    for dtype in ("float32", "bfloat16"):
+        for frames in frame_counts:
+            for backend in ("dense", "blocks"):
+                yield measure(backend, Case(frames, dtype, device=device, backward=True))
+
+
+def small(device: str) -> Iterator[Row]:
+    """The bundled model's shapes: blocks of 16, 4 heads of 48, batch 2, at 33 and 129 video frames."""
+    for frames in (9, 33):
+        for dtype in ("float32", "bfloat16"):
+            case = Case(frames, dtype, 8, 8, block_size=16, batch=2, heads=4, head_width=48, device=device)
+            for backend in ("dense", "blocks"):
+                yield measure(backend, case)
+
+
+def designs(frames: int) -> list[Row]:
+    """The ways of covering a mask that the planner chooses from, each timed (CPU)."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        case = Case(frames, dtype)
+        mask, inputs, size = case.mask, case.inputs(), case.block_size
+        dense = partial(blocks_kernel._dense_cpu, scale=case.head_width**-0.5)
+        for name, plan in candidate_plans(mask.blocks, size, tail=len(mask.blocks)).items():
+            run = partial(blocks_kernel.forward_plan, inputs, plan, size, case.grid.tokens, dense)
+            rows.append(Row(name, case, mask.density, median_seconds(run, "cpu")))
+            print(
+                f"{case.grid.tokens:6d} tokens {dtype:9} plan {name!r} {rows[-1].seconds * 1e3:.1f} ms",
+                flush=True,
+            )
+    return rows
+
+
+def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
+    """Peak MiB of one call, inputs included, for each data type and backend, each in a process of its own."""
+    peaks: dict[str, dict[str, float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        for backend in ("dense", "blocks"):
+            case = json.dumps(asdict(Case(frames, dtype, device=device)))
+            command = [sys.executable, "-m", "scripts.benchmark", "--memory-of", backend, case]
+            peaks.setdefault(dtype, {})[backend] = float(subprocess.check_output(command, text=True))
+            print(
+                f"{frames * 1024:6d} tokens {dtype:9} memory {backend:7} {peaks[dtype][backend]:7.1f} MiB",
+                flush=True,
+            )
+    return peaks
+
+
+def memory_of(backend: str, case: Case) -> float:
+    """MiB that inputs and one call add at their peak to a process that has made a small call before."""
+    with torch.no_grad():
+        call(backend, replace(case, frames=2))()
+        if case.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            call(backend, case)()
+            return torch.cuda.max_memory_allocated() / 2**20
+        case.mask.is_dense  # noqa: B018 (the mask is made once, before what is measured)
+        before = _resident_bytes()
+        call(backend, case)()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2k to 8k tokens only")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--out", default="results", help="folder of the table and the plot (default: results)"
+    )
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(memory_of(options.memory_of[0], Case(**json.loads(options.memory_of[1]))))
+        return
+    from scripts.benchmark_report import write
+
+    start, device = time.perf_counter(), options.device
+    frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
+    with torch.no_grad():
+        parts = {"growing": list(growing(device, frames)), "small": list(small(device))}
+        parts["designs"] = designs(frames[-1] if options.quick else 16) if device == "cpu" else []
+    parts["training"] = list(training(device, frames[1:3] if options.quick else (4, 8, 16)))
+    peaks = memory(device, frames[-1] if options.quick else 16)
+    command = "bash scripts/benchmark.sh" + "".join(f" {argument}" for argument in sys.argv[1:])
+    seconds = time.perf_counter() - start
+    print(write(options.out, device, command, parts=parts, peaks=peaks, seconds=seconds))
+
+
+if __name__ == "__main__":
+    main()
