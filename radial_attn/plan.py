@@ -23,7 +23,7 @@ class Span:
     """Block numbers along one side of `G` rectangles of equal shape.
 
     Attributes:
-        blocks: int64 `[G, c]`, ascending where it lists keys.
+        blocks: int64 `[G, c]`, with those of the tail last.
         first: the first block where `G == 1` and the numbers are consecutive, else None.
         tail: those blocks, equal in all rectangles, that may hold fewer valid tokens than their size.
     """
@@ -40,11 +40,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Piece:
-    """`G` rectangles, each `rows.blocks[g]` x `keys.blocks[g]`; `slots` are the rows within their group."""
+    """`G` rectangles, each `rows.blocks[g]` x `keys.blocks[g]`; `slots` are the rows' places in the group."""
 
     rows: Span
     keys: Span
-    slots: Tensor
+    slots: Span
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,15 @@ def candidate_plans(
     plans = {"rows": _groups(leaves, block_size, tail, least=1)}
     if not merge or len(leaves) < 2:
         return plans
+    # rows of the tail stay alone, so that in every tree the order of rows is free
+    alone = [node for node in leaves if node.rows[-1] >= tail]
+    leaves = [node for node in leaves if node.rows[-1] < tail]
     trees = {"neighbours": _grow(leaves, block_size, by_similarity=False)}
     if len(leaves) <= SIMILAR_NODES:
         trees["similar"] = _grow(leaves, block_size, by_similarity=True)
     for name, tree in trees.items():
         for least in _least(block_size):
-            plans[f"{name}, {least * block_size} keys"] = _groups(tree, block_size, tail, least)
+            plans[f"{name}, {least * block_size} keys"] = _groups(tree + alone, block_size, tail, least)
     return plans
 
 
@@ -164,7 +167,7 @@ def _rectangles(node: _Node, least: int, handled: Tensor) -> Iterator[_Rectangle
     rest = node.keys & ~handled
     count = int(rest.sum())
     if count and (count >= least or not node.children):
-        yield _Rectangle(tuple(sorted(node.rows)), tuple(rest.nonzero().flatten().tolist()), node.level)
+        yield _Rectangle(node.rows, tuple(rest.nonzero().flatten().tolist()), node.level)
         handled = handled | rest
     for child in node.children:
         yield from _rectangles(child, least, handled)
@@ -199,8 +202,8 @@ def _group(rows: tuple[int, ...], rectangles: list[_Rectangle], block_size: int,
 
 def _piece(batch: list[_Rectangle], slots: dict[int, int], tail: int) -> Piece:
     rows, keys = [r.rows for r in batch], [r.keys for r in batch]
-    places = torch.tensor([slots[row] for row in sum(rows, ())])
-    return Piece(_span(rows, tail), _span(keys, tail), places)
+    places = [tuple(slots[row] for row in group) for group in rows]
+    return Piece(_span(rows, tail), _span(keys, tail), _span(places, len(slots)))
 
 
 def _span(blocks: list[tuple[int, ...]], tail: int) -> Span:
@@ -237,7 +240,7 @@ def to_device(plan: tuple[Group, ...], device: torch.device) -> tuple[Group, ...
     return tuple(
         Group(
             move(group.rows),
-            tuple(Piece(move(p.rows), move(p.keys), p.slots.to(device)) for p in group.pieces),
+            tuple(Piece(move(p.rows), move(p.keys), move(p.slots)) for p in group.pieces),
             group.merge,
         )
         for group in plan

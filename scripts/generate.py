@@ -55,11 +55,12 @@ def carry_out(config: Config, dry_run: bool) -> int:
     device, path = resolve_device(config), resolve_model(config)
     from scripts.architecture import read_architecture
     from scripts.plan import describe
-    from scripts.video import Job, check_memory
+    from scripts.video import Job, check_mask, check_memory
 
     model = read_architecture(path)
     check_sizes(config, model)
     if dry_run:
+        check_mask(config, model)
         print(describe(config, model, device))
         return 0
     check_memory(config, model, device)
@@ -113,11 +114,12 @@ def announce(record: dict[str, Any], path: Path) -> None:
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
     calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
     peak = {kind.split("_")[0]: f"{size / 2**30:.2f} GiB" for kind, size in record["peak_memory"].items()}
-    print(f"video      {path} (and {path.with_suffix('.json').name})")
+    print(f"video      {path} (its record beside it, .json)")
     print(f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}")
     print(f"a step     {_pairs(seconds_per_step(record))}")
     print(f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}")
-    print(f"memory     {_pairs(peak)} at the peak", flush=True)
+    predicted = sum(record["predicted_memory"].values()) / 2**30
+    print(f"memory     {_pairs(peak)} at the peak, {predicted:.2f} GiB predicted", flush=True)
 
 
 def seconds_per_step(record: dict[str, Any]) -> dict[str, str]:

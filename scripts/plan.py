@@ -93,8 +93,13 @@ def memory(config: Config, model: Architecture, device: str) -> Memory:
     video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
     per_channel = WIDE_VAE_BYTES if model.vae_base >= WIDE_VAE else NARROW_VAE_BYTES
     decoder = per_channel * model.vae_base * sizes.height * sizes.width + 2 * video
-    mask = 2 * grid.num_blocks(config.attention.block_size) ** 2
-    return Memory(weights, max(transformer, decoder) + mask, HOST_BYTES if device == "cpu" else 0.0)
+    activations = max(transformer, decoder) + mask_bytes(config, model)
+    return Memory(weights, activations, HOST_BYTES if device == "cpu" else 0.0)
+
+
+def mask_bytes(config: Config, model: Architecture) -> int:
+    """Memory of building the block mask: a byte for each pair of blocks, twice."""
+    return 2 * token_grid(config, model).num_blocks(config.attention.block_size) ** 2
 
 
 def fitting(config: Config, model: Architecture, device: str, budget: float) -> str | None:

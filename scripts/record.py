@@ -103,6 +103,12 @@ def peak_memory(device: str) -> dict[str, int]:
     return peak
 
 
+def reset_peak(device: str) -> None:
+    """Starts the GPU's peak anew; the host's cannot be."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def available_memory(device: str) -> int:
     """Bytes that a run may still take: free GPU memory, or the host's available memory within its limits."""
     if device == "cuda":

@@ -4,10 +4,8 @@ Every batch is drawn from a generator seeded by the step, so that a run which wa
 """
 
 import argparse
-import copy
 import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.tiny_model import Denoiser, build_vae, save_pipeline
+from scripts.train_loop import Stage, run_stage
 from toyworld import all_attributes, random_scene, render
 from toyworld.render import Attributes
 
@@ -32,6 +31,7 @@ class Options:
     seed: int = 0
     image_steps: int = 1100
     vae_steps: int = 500
+    decoder_steps: int = 500
     videos: int = 1400
     steps: int = 3600
     batch: int = 8
@@ -40,92 +40,14 @@ class Options:
     save_every: int = 100
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One training loop: `loss(step)` over the parameters of `model`."""
-
-    name: str
-    model: nn.Module
-    loss: Callable[[int], Tensor]
-    steps: int
-    rate: float
-    ema: float = 0.0
-
-
 def generator(options: Options, stage: int, step: int) -> torch.Generator:
     """The random numbers of one step."""
     return torch.Generator().manual_seed((options.seed * 10 + stage) * 10_000_000 + step)
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Warm-up over 100 steps, then a cosine to 1 % of the rate."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-    return stage.rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * cosine)
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Atomic: the old checkpoint stays until the new one is whole."""
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
-
-
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the weights, shorter while few steps are done."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for target, source in zip(average.parameters(), model.parameters(), strict=True):
-            target.lerp_(source, 1 - decay)
-
-
-def run_stage(stage: Stage, options: Options) -> nn.Module:
-    """Trains, continuing from `work/<name>.pt` where it exists; returns the averaged model."""
-    path = options.work / f"{stage.name}.pt"
-    optimizer = torch.optim.AdamW(stage.model.parameters(), stage.rate, betas=(0.9, 0.99), weight_decay=0.01)
-    average, first = copy.deepcopy(stage.model), 0
-    if path.exists():
-        state = torch.load(path, map_location=options.device, weights_only=True)
-        stage.model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name, mininterval=1)
-    smooth = None
-    for step in bar:
-        smooth = train_step(stage, optimizer, average, step, smooth)
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % options.save_every == 0 or step + 1 == stage.steps:
-            save_checkpoint(path, checkpoint(stage, average, optimizer, step + 1))
-            log(options, f"{stage.name} {step + 1} {smooth:.5f} {time.time():.0f}")
-    return average
-
-
-def checkpoint(stage: Stage, average: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """All that a run needs to continue."""
-    return {
-        "model": stage.model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-    }
-
-
-def train_step(stage: Stage, optimizer, average: nn.Module, step: int, smooth: float | None) -> float:
-    """One update; returns the running mean of the loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(stage, step)
-    loss = stage.loss(step)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
-    optimizer.step()
-    update_average(average, stage.model, stage.ema, step)
-    return loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-
-
-def log(options: Options, line: str) -> None:
-    """Appends to the loss log."""
-    with open(options.work / "log.txt", "a") as file:
-        file.write(line + "\n")
+def run(stage: Stage, options: Options) -> nn.Module:
+    """Trains one stage in the work folder; returns the averaged model."""
+    return run_stage(stage, options.work, options.device, options.save_every)
 
 
 def draw_video(
@@ -185,9 +107,27 @@ def train_vae(options: Options) -> nn.Module:
     initialise_vae(vae)
     vae.to(options.device)
     images = Stage("vae_images", vae, vae_loss(vae, options, 1, 1, 8), options.image_steps, 3e-3, 0.99)
-    vae = run_stage(images, options)
+    vae = run(images, options)
     clips = Stage("vae_clips", vae, vae_loss(vae, options, 2, 9, 4), options.vae_steps, 2e-3, 0.99)
-    return run_stage(clips, options).requires_grad_(False).eval()
+    return run(clips, options).requires_grad_(False).eval()
+
+
+def sharpen_decoder(vae: nn.Module, options: Options) -> None:
+    """Trains the decoder further under a frozen encoder, so that the latents stay what they are."""
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+
+    def loss(step: int) -> Tensor:
+        random = generator(options, 5, step)
+        video = torch.stack([draw_video(options, 9, random)[0] for _ in range(4)]).to(options.device)
+        with torch.no_grad():
+            mean = vae.encode(video).latent_dist.mean
+        noise = torch.randn(mean.shape, generator=random).to(options.device)
+        error = vae.decode(mean + 0.05 * noise).sample - video
+        return error.abs().mean() + error.square().mean()
+
+    average = run(Stage("decoder", decoder, loss, options.decoder_steps, 2e-3, 0.99), options)
+    decoder.load_state_dict(average.state_dict())
+    decoder.requires_grad_(False)
 
 
 def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attributes]]:
@@ -250,7 +190,7 @@ def train_denoiser(latents: Tensor, attributes: list[Attributes], options: Optio
     torch.manual_seed(options.seed)
     denoiser = Denoiser().to(options.device)
     loss = flow_loss(denoiser, latents, attributes, options)
-    return run_stage(Stage("transformer", denoiser, loss, options.steps, 1e-3, 0.9985), options)
+    return run(Stage("transformer", denoiser, loss, options.steps, 1e-3, 0.9985), options)
 
 
 def train(options: Options) -> None:
@@ -258,6 +198,7 @@ def train(options: Options) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(options)
     latents, attributes = encode_videos(vae, options)
+    sharpen_decoder(vae, options)
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     latents = (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)

@@ -19,8 +19,26 @@ from scripts.architecture import Architecture, hub_unreachable
 from scripts.config import Config
 from scripts.errors import GenerationError, UsageError, one_line
 from scripts.outputs import resolved, write_pair
-from scripts.plan import dense_steps, fitting, gib, memory, radial_config, step_pattern, token_grid
-from scripts.record import Clock, available_memory, hardware, peak_memory, synchronizer, timed, versions
+from scripts.plan import (
+    dense_steps,
+    fitting,
+    gib,
+    mask_bytes,
+    memory,
+    radial_config,
+    step_pattern,
+    token_grid,
+)
+from scripts.record import (
+    Clock,
+    available_memory,
+    hardware,
+    peak_memory,
+    reset_peak,
+    synchronizer,
+    timed,
+    versions,
+)
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
@@ -67,6 +85,7 @@ class Job:
             UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
         """
         seconds = dict(self.seconds)
+        reset_peak(self.device)
         with self.reporting_memory():
             frames, run = self._sample(pipeline, prompt, seconds)
         record = self._record(prompt, run, seconds)
@@ -136,6 +155,8 @@ class Job:
                 )
             bar.set_postfix_str(pattern, refresh=False)
             bar.update()
+            if step + 1 == bar.total:
+                bar.close()
             return {}
 
         return step_done
@@ -181,6 +202,17 @@ def check_memory(config: Config, model: Architecture, device: str) -> None:
     budget = available_memory(device)
     if memory(config, model, device).total > budget:
         raise UsageError(shortage(config, model, device, budget))
+
+
+def check_mask(config: Config, model: Architecture) -> None:
+    """Raises UsageError where the mask alone is more than the host has free; its density cannot be told then."""
+    need, free = mask_bytes(config, model), available_memory("cpu")
+    if need > free:
+        raise UsageError(
+            f"out of memory: attention.block_size={config.attention.block_size} on "
+            f"{token_grid(config, model).tokens} tokens makes a mask of {gib(need)}, {gib(free)} are free; "
+            "allowed: a larger block_size, up to 256, or a smaller video"
+        )
 
 
 def shortage(config: Config, model: Architecture, device: str, budget: float) -> str:

@@ -67,6 +67,13 @@ def test_a_hub_id_out_of_reach(path, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_whose_mask_is_too_large(tiny_model, tmp_path, capsys):
+    sizes = ["generation.height=8192", "generation.width=8192", "generation.num_frames=4093"]
+    assert main(arguments(tiny_model, tmp_path / "out", *sizes, "--dry-run")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: attention.block_size=16 on") and "256" in line
+
+
 def test_memory_that_runs_out_on_the_way(tiny_model, tmp_path):
     small = ["generation.steps=1", "generation.guidance_scale=1", "attention.pattern=dense"]
     sizes = ["generation.height=512", "generation.width=512"]

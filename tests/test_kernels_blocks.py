@@ -128,7 +128,7 @@ def test_plan_covers_each_kept_block_once(grid, block_size, merge):
     covered = torch.zeros_like(wanted, dtype=torch.int64)
     for group in plan:
         for piece in group.pieces:
-            assert torch.equal(group.rows.blocks[0][piece.slots], piece.rows.blocks.flatten())
+            assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
             for rows, keys in zip(piece.rows.blocks, piece.keys.blocks, strict=True):
                 covered[rows.unsqueeze(1), keys] += 1
     assert torch.equal(covered, wanted.long())

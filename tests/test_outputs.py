@@ -2,15 +2,17 @@
 
 import errno
 import json
+import tomllib
 from pathlib import Path
 
 import imageio
 import numpy as np
 import pytest
 
-from scripts.config import read_config
+from scripts.config import ROOT, read_config
 from scripts.errors import UsageError
 from scripts.outputs import _raise_reason, finished, resolved, video_path, writable_folder, write_pair
+from scripts.record import versions
 
 TINY = "configs/wan_tiny.yaml"
 
@@ -83,6 +85,11 @@ def test_folders_made_for_nothing_are_removed(tmp_path):
     with writable_folder(config, prompt_file=False) as folder:
         (folder / "kept").touch()
     assert [file.name for file in folder.iterdir()] == ["kept"]
+
+
+def test_the_version_in_records_is_the_projects():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert versions()["radial-attention"] == project["version"]
 
 
 def test_finished_compares_what_changes_a_frame(tmp_path):

@@ -6,7 +6,8 @@ from diffusers import WanPipeline
 from torch import nn
 
 from scripts.tiny_model import TEXT_SLOTS, Denoiser
-from scripts.train_tiny import Options, Stage, generator, learning_rate, run_stage, train, write_caption
+from scripts.train_loop import Stage, learning_rate
+from scripts.train_tiny import Options, generator, run, train, write_caption
 from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"
@@ -31,10 +32,10 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path):
     parts = Options(work=tmp_path / "parts", save_every=4)
     for options in (whole, parts):
         options.work.mkdir()
-    expected = run_stage(linear_stage(whole), whole).state_dict()
+    expected = run(linear_stage(whole), whole).state_dict()
     with pytest.raises(KeyboardInterrupt):
-        run_stage(linear_stage(parts, stop_at=6), parts)
-    resumed = run_stage(linear_stage(parts), parts).state_dict()
+        run(linear_stage(parts, stop_at=6), parts)
+    resumed = run(linear_stage(parts), parts).state_dict()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert not list(parts.work.glob("*.part"))
 
@@ -85,6 +86,7 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
         work=tmp_path / "work",
         image_steps=1,
         vae_steps=1,
+        decoder_steps=1,
         videos=2,
         steps=2,
         batch=2,

@@ -241,15 +241,22 @@ def _store(targets: Tensors, span: Span, parts: Tensors | None) -> None:
             target.index_copy_(1, span.blocks.flatten(), part.to(target.dtype))
 
 
-def _merge(partial: Tensors, slots: Tensor, parts: Tensors | None) -> None:
+def _merge(partial: Tensors, slots: Span, parts: Tensors | None) -> None:
     """Adds attention over further keys to that over earlier ones, weighted by their log-sum-exp."""
     if parts is None:
         return
-    out, lse = (x.index_select(1, slots) for x in partial)
+    run = slots.first is not None
+    index = slice(slots.first, slots.first + slots.blocks.numel()) if run else slots.blocks.flatten()
+    out, lse = (x[:, index] for x in partial)
+    # exp(new) / (exp(old) + exp(new)); where neither row has keys both are -inf
+    weight = torch.sigmoid(parts[1] - lse).nan_to_num_(nan=0.0).unsqueeze(-1)
+    out.lerp_(parts[0].to(out.dtype), weight)
     total = torch.logaddexp(lse, parts[1])
-    before, now = ((x - total).nan_to_num_(nan=0.0).exp_().unsqueeze(-1) for x in (lse, parts[1]))
-    partial[0].index_copy_(1, slots, out.mul_(before).addcmul_(parts[0].float(), now))
-    partial[1].index_copy_(1, slots, total)
+    if run:
+        lse.copy_(total)
+        return
+    partial[0].index_copy_(1, index, out)
+    partial[1].index_copy_(1, index, total)
 
 
 def backward_plan(
