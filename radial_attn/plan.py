@@ -1,12 +1,13 @@
 """Cuts a block mask into dense rectangles for kernels that know only dense attention.
 
 A radial mask gives every query block its own key set, yet neighbours share most of theirs. The planner
-joins query blocks into a binary tree: a node attends, with all of its rows at once, to the keys that
-all of them keep and that no node above has handled. Every kept block belongs to exactly one rectangle,
-and partial results of a row are merged through their log-sum-exp.
+joins neighbours into a binary tree: a node attends, with all of its rows at once, to the keys that all
+of them keep and that no node above has handled. Every kept block belongs to exactly one rectangle, and
+partial results of a row are merged through their log-sum-exp. Small blocks, whose calls would be too
+many and too thin, may also share a rectangle under a mask of its blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 GROUP_TOKENS = 2048  # query tokens that share an accumulator and may join in one tree
 BATCH_TOKENS = 4096  # gathered keys of one call that joins rectangles of equal shape
-SIMILAR_NODES = 2048  # the similarity of more query blocks than this is not compared
+SHARED_TOKENS = 512  # keys that are worth a rectangle of their own for the rows that share them
+TILE_TOKENS = (64, 128, 256)  # rows that may share a call under a small mask
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Piece:
-    """`G` rectangles, each `rows.blocks[g]` x `keys.blocks[g]`; `slots` are the rows' places in the group."""
+    """`G` rectangles, each `rows.blocks[g]` x `keys.blocks[g]`.
+
+    Attributes:
+        slots: places of the rows in their group.
+        cells: kept blocks of each rectangle, bool `[G, r, c]`; None where all are kept.
+    """
 
     rows: Span
     keys: Span
     slots: Span
+    cells: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,17 +66,25 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    rows: tuple[int, ...]
+    """Neighbouring query blocks `start ... stop - 1` and the keys that all of them keep, bool `[K]`."""
+
+    start: int
+    stop: int
     keys: Tensor
     level: int = 0
     children: tuple["_Node", ...] = ()
 
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.stop)
+
 
 @dataclass(frozen=True, eq=False)
 class _Rectangle:
-    rows: tuple[int, ...]
+    rows: range
     keys: tuple[int, ...]
     level: int
+    cells: Tensor | None = None
 
 
 def plan_attention(
@@ -91,119 +107,118 @@ def candidate_plans(
 ) -> dict[str, tuple[Group, ...]]:
     """Ways to cover a mask by rectangles; arguments as in `plan_attention`.
 
-    "rows" is one rectangle for each run of neighbours with equal key sets. The others join rows into
-    trees, of "neighbours" or of the most "similar" rows, and share a rectangle from so many keys on.
+    "rows" is one rectangle for each run of neighbours with equal key sets. "tiles" cover several blocks
+    of rows by the union of their keys, under a mask that leaves out what is not kept. "tree" shares a
+    rectangle between all neighbours that keep the same keys, and leaves the rest to rows or tiles.
     """
     leaves = _equal_neighbours(blocks)
-    plans = {"rows": _groups(leaves, block_size, tail, least=1)}
-    if not merge or len(leaves) < 2:
+    plans = {"rows": _groups(leaves, block_size, tail, _Cut(blocks))}
+    if len(leaves) == 1:
         return plans
-    # rows of the tail stay alone, so that in every tree the order of rows is free
-    alone = [node for node in leaves if node.rows[-1] >= tail]
-    leaves = [node for node in leaves if node.rows[-1] < tail]
-    trees = {"neighbours": _grow(leaves, block_size, by_similarity=False)}
-    if len(leaves) <= SIMILAR_NODES:
-        trees["similar"] = _grow(leaves, block_size, by_similarity=True)
-    for name, tree in trees.items():
-        for least in _least(block_size):
-            plans[f"{name}, {least * block_size} keys"] = _groups(tree + alone, block_size, tail, least)
+    # rows of the tail stay alone: their rectangles may be cut short
+    alone = [node for node in leaves if node.stop > tail]
+    trees = _grow([node for node in leaves if node.stop <= tail], block_size) + alone
+    shared = max(1, SHARED_TOKENS // block_size)
+    tiles = {size: size // block_size for size in TILE_TOKENS if size > block_size}
+    if merge:
+        plans["tree"] = _groups(trees, block_size, tail, _Cut(blocks, least=shared))
+    for size, rows in tiles.items():
+        plans[f"tiles of {size}"] = _groups(trees, block_size, tail, _Cut(blocks, tile=rows))
+        if merge:
+            cut = _Cut(blocks, least=shared, tile=rows)
+            plans[f"tree, tiles of {size}"] = _groups(trees, block_size, tail, cut)
     return plans
 
 
-def _least(block_size: int) -> list[int]:
-    """Numbers of key blocks from which a shared rectangle is worth a call of its own: candidates."""
-    return sorted({max(1, tokens // block_size) for tokens in (64, 256, 512)})
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """How a tree is cut: `least` shared key blocks make a rectangle, `tile` rows share what is left."""
+
+    blocks: Tensor
+    least: int | None = None
+    tile: int = 1
+
+    def rectangles(self, node: _Node, handled: Tensor) -> Iterator[_Rectangle]:
+        """Rectangles of a tree: each node takes what all of its rows keep and nobody above took."""
+        rest = node.keys & ~handled
+        if not node.children:
+            yield from _rectangle(node, rest)
+            return
+        if len(node.rows) <= self.tile:
+            yield from self._tile(node, handled)
+            return
+        if self.least is not None and int(rest.sum()) >= self.least:
+            yield from _rectangle(node, rest)
+            handled = handled | rest
+        for child in node.children:
+            yield from self.rectangles(child, handled)
+
+    def _tile(self, node: _Node, handled: Tensor) -> Iterator[_Rectangle]:
+        rest = self.blocks[node.start : node.stop] & ~handled
+        keys = rest.any(dim=0)
+        cells = rest[:, keys]
+        yield from _rectangle(node, keys, None if cells.all() else cells)
+
+
+def _rectangle(node: _Node, keys: Tensor, cells: Tensor | None = None) -> Iterator[_Rectangle]:
+    if keys.any():
+        yield _Rectangle(node.rows, tuple(keys.nonzero().flatten().tolist()), node.level, cells)
 
 
 def _equal_neighbours(blocks: Tensor) -> list[_Node]:
     """Runs of neighbouring rows with equal key sets; rows without keys are left out."""
     changes = (blocks[1:] != blocks[:-1]).any(dim=1).nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), len(blocks)]
-    runs = pairwise(edges)
-    return [_Node(tuple(range(a, b)), blocks[a]) for a, b in runs if blocks[a].any()]
+    runs = pairwise([0, *changes.tolist(), len(blocks)])
+    return [_Node(start, stop, blocks[start]) for start, stop in runs if blocks[start].any()]
 
 
-def _grow(nodes: list[_Node], block_size: int, by_similarity: bool) -> list[_Node]:
-    """Pairs nodes level by level until they hold `GROUP_TOKENS` or share no key."""
+def _grow(nodes: list[_Node], block_size: int) -> list[_Node]:
+    """Pairs neighbours level by level until they hold `GROUP_TOKENS`."""
     level, finished = 1, []
-    while len(nodes) > 1:
-        pairs = _similar_pairs(nodes) if by_similarity else [(i, i + 1) for i in range(0, len(nodes) - 1, 2)]
-        paired = {index for pair in pairs for index in pair}
-        single = [node for index, node in enumerate(nodes) if index not in paired]
-        joined = [_join(nodes[a], nodes[b], level) for a, b in pairs]
-        finished += [node for node in joined if len(node.rows) * block_size >= GROUP_TOKENS]
-        nodes = [node for node in joined if len(node.rows) * block_size < GROUP_TOKENS]
-        if not pairs:
-            return finished + single
-        nodes, level = sorted(nodes + single, key=lambda node: node.rows[0]), level + 1
-    return finished + nodes
+    while nodes:
+        pairs = list(zip(nodes[::2], nodes[1::2], strict=False))
+        small = [(a, b) for a, b in pairs if (b.stop - a.start) * block_size <= GROUP_TOKENS]
+        finished += [
+            node for a, b in pairs if (b.stop - a.start) * block_size > GROUP_TOKENS for node in (a, b)
+        ]
+        finished += nodes[2 * len(pairs) :]
+        nodes = [_Node(a.start, b.stop, a.keys & b.keys, level, (a, b)) for a, b in small]
+        level += 1
+    return sorted(finished, key=lambda node: node.start)
 
 
-def _join(first: _Node, second: _Node, level: int) -> _Node:
-    return _Node(first.rows + second.rows, first.keys & second.keys, level, (first, second))
-
-
-def _similar_pairs(nodes: list[_Node]) -> list[tuple[int, int]]:
-    """Pairs of nodes that are each other's best partner by shared keys, until none is left."""
-    keys = torch.stack([node.keys for node in nodes]).float()
-    shared = keys @ keys.T
-    index = torch.arange(len(nodes))
-    shared[index, index] = -1
-    even = index[: len(nodes) // 2 * 2]
-    shared[even, even ^ 1] += 0.5 * (shared[even, even ^ 1] > 0)  # among equals prefer one fixed neighbour
-    pairs = []
-    while True:
-        value, partner = shared.max(dim=1)
-        mutual = ((partner[partner] == index) & (index < partner) & (value > 0)).nonzero().flatten()
-        if not len(mutual):
-            return sorted(pairs)
-        pairs += zip(mutual.tolist(), partner[mutual].tolist(), strict=True)
-        done = torch.cat([mutual, partner[mutual]])
-        shared[done], shared[:, done] = -1, -1
-
-
-def _rectangles(node: _Node, least: int, handled: Tensor) -> Iterator[_Rectangle]:
-    """Rectangles of a tree: each node takes what all of its rows keep and nobody above took."""
-    rest = node.keys & ~handled
-    count = int(rest.sum())
-    if count and (count >= least or not node.children):
-        yield _Rectangle(node.rows, tuple(rest.nonzero().flatten().tolist()), node.level)
-        handled = handled | rest
-    for child in node.children:
-        yield from _rectangles(child, least, handled)
-
-
-def _groups(trees: list[_Node], block_size: int, tail: int, least: int) -> tuple[Group, ...]:
+def _groups(trees: list[_Node], block_size: int, tail: int, cut: _Cut) -> tuple[Group, ...]:
     """Collects trees up to `GROUP_TOKENS` query tokens; rectangles of a group may share calls."""
     groups, rows, rectangles = [], (), []
     for tree in trees:
         if rows and (len(rows) + len(tree.rows)) * block_size > GROUP_TOKENS:
             groups.append(_group(rows, rectangles, block_size, tail))
             rows, rectangles = (), []
-        rows += tree.rows
-        rectangles += _rectangles(tree, least, torch.zeros_like(tree.keys))
+        rows += tuple(tree.rows)
+        rectangles += cut.rectangles(tree, torch.zeros_like(tree.keys))
     return (*groups, _group(rows, rectangles, block_size, tail))
 
 
 def _group(rows: tuple[int, ...], rectangles: list[_Rectangle], block_size: int, tail: int) -> Group:
-    slots = {row: slot for slot, row in enumerate(rows)}
     batches: dict[tuple, list[_Rectangle]] = {}
     for rectangle in rectangles:
         tails = _tail(rectangle.rows, tail), _tail(rectangle.keys, tail)
-        shape = rectangle.level, len(rectangle.rows), len(rectangle.keys), *tails
+        shape = rectangle.level, len(rectangle.rows), len(rectangle.keys), rectangle.cells is None, *tails
         batches.setdefault(shape, []).append(rectangle)
     pieces = []
     for (_, _, keys, *_), batch in batches.items():
         step = max(1, BATCH_TOKENS // (keys * block_size))
-        pieces += [_piece(batch[i : i + step], slots, tail) for i in range(0, len(batch), step)]
+        pieces += [_piece(batch[i : i + step], rows, tail) for i in range(0, len(batch), step)]
     covered = sum(len(rectangle.rows) for rectangle in rectangles)
     return Group(_span([rows], tail), tuple(pieces), merge=covered > len(rows))
 
 
-def _piece(batch: list[_Rectangle], slots: dict[int, int], tail: int) -> Piece:
-    rows, keys = [r.rows for r in batch], [r.keys for r in batch]
-    places = [tuple(slots[row] for row in group) for group in rows]
-    return Piece(_span(rows, tail), _span(keys, tail), _span(places, len(slots)))
+def _piece(batch: list[_Rectangle], group: tuple[int, ...], tail: int) -> Piece:
+    rows = [tuple(rectangle.rows) for rectangle in batch]
+    slots = [tuple(map(group.index, numbers)) for numbers in rows]
+    cells = None if batch[0].cells is None else torch.stack([rectangle.cells for rectangle in batch])
+    keys = _span([rectangle.keys for rectangle in batch], tail)
+    return Piece(_span(rows, tail), keys, _span(slots, len(group)), cells)
 
 
 def _span(blocks: list[tuple[int, ...]], tail: int) -> Span:
@@ -212,12 +227,12 @@ def _span(blocks: list[tuple[int, ...]], tail: int) -> Span:
     return Span(torch.tensor(blocks), first[0] if run else None, _tail(first, tail))
 
 
-def _tail(blocks: tuple[int, ...], tail: int) -> tuple[int, ...]:
+def _tail(blocks: Iterable[int], tail: int) -> tuple[int, ...]:
     return tuple(block for block in blocks if block >= tail)
 
 
 def _cost(plan: tuple[Group, ...], block_size: int, features: int) -> float:
-    """Estimated microseconds on a CPU: calls, multiplications, gathered keys and merged rows."""
+    """Estimated microseconds on a CPU: calls, multiplications, gathered keys, masks and merged rows."""
     total = 0.0
     for group in plan:
         for piece in group.pieces:
@@ -226,22 +241,20 @@ def _cost(plan: tuple[Group, ...], block_size: int, features: int) -> float:
             # 4 rows keys features FLOPs at up to 250 GFLOP/s, reached by large tiles only
             multiply = 1.6e-5 * keys * (rows + 64) * features
             gather = 1e-3 * keys * features
+            bias = 1e-3 * keys * rows * (piece.cells is not None)
             merge = 2e-3 * rows * features * group.merge
-            total += 60 + count * (multiply + gather + merge)
+            total += 60 + count * (multiply + gather + bias + merge)
     return total
 
 
 def to_device(plan: tuple[Group, ...], device: torch.device) -> tuple[Group, ...]:
-    """The plan with its index tensors on a device."""
+    """The plan with its tensors on a device."""
 
     def move(span: Span) -> Span:
         return replace(span, blocks=span.blocks.to(device))
 
-    return tuple(
-        Group(
-            move(group.rows),
-            tuple(Piece(move(p.rows), move(p.keys), move(p.slots)) for p in group.pieces),
-            group.merge,
-        )
-        for group in plan
-    )
+    def move_piece(piece: Piece) -> Piece:
+        cells = None if piece.cells is None else piece.cells.to(device)
+        return Piece(move(piece.rows), move(piece.keys), move(piece.slots), cells)
+
+    return tuple(Group(move(group.rows), tuple(map(move_piece, group.pieces)), group.merge) for group in plan)

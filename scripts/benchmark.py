@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
-from radial_attn.kernels import blocks as blocks_kernel
 from radial_attn.plan import candidate_plans
+from radial_attn.rectangles import dense_cpu, forward_plan
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
@@ -154,9 +154,9 @@ def designs(frames: int) -> list[Row]:
     for dtype in ("float32", "bfloat16"):
         case = Case(frames, dtype)
         mask, inputs, size = case.mask, case.inputs(), case.block_size
-        dense = partial(blocks_kernel._dense_cpu, scale=case.head_width**-0.5)
+        dense = partial(dense_cpu, scale=case.head_width**-0.5)
         for name, plan in candidate_plans(mask.blocks, size, tail=len(mask.blocks)).items():
-            run = partial(blocks_kernel.forward_plan, inputs, plan, size, case.grid.tokens, dense)
+            run = partial(forward_plan, inputs, plan, size, case.grid.tokens, dense)
             rows.append(Row(name, case, mask.density, median_seconds(run, "cpu")))
             print(
                 f"{case.grid.tokens:6d} tokens {dtype:9} plan {name!r} {rows[-1].seconds * 1e3:.1f} ms",

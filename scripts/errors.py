@@ -1,7 +1,9 @@
 """One exception for everything the user can put right, and the one-line texts it carries."""
 
+import argparse
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UsageError(ValueError):
@@ -10,6 +12,20 @@ class UsageError(ValueError):
 
 class GenerationError(RuntimeError):
     """A run that started and could not finish: non-finite values, a backend that failed."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose error is one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def positive(text: str) -> int:
+    """An argument's whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def one_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from models import apply_radial_attention
 from scripts.config import ROOT, Config, read_config
-from scripts.errors import UsageError
+from scripts.errors import OneLineParser, UsageError, positive
 from scripts.plan import radial_config
 from scripts.record import hardware, versions
 from scripts.validate import check_values, resolve_device, resolve_model
@@ -178,16 +178,12 @@ def run(options: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; the first word without `=` is the config."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
-    parser.add_argument("--every", type=int, default=1, help="take every N-th caption")
-    parser.add_argument("--batch", type=int, default=12, help="videos generated at once")
+    parser.add_argument("--every", type=positive, default=1, help="take every N-th caption")
+    parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the table")
     options = parser.parse_args(argv)
-    if options.every < 1 or options.batch < 1:
-        parser.error(f"--every and --batch must be at least 1, got {options.every} and {options.batch}")
     files = [word for word in options.words if "=" not in word]
     options.config = files[0] if files else "configs/wan_tiny.yaml"
     options.overrides = [word for word in options.words if "=" in word]
@@ -198,4 +194,5 @@ if __name__ == "__main__":
     try:
         run(parse())
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

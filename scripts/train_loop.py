@@ -1,4 +1,4 @@
-"""A training loop that can be stopped at any moment: atomic checkpoints, exact continuation, weight average."""
+"""A training loop that can be stopped at any moment: atomic checkpoints, exact continuation."""
 
 import copy
 import math

@@ -3,9 +3,9 @@
 Every batch is drawn from a generator seeded by the step, so that a run which was stopped continues exactly.
 """
 
-import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scripts.errors import OneLineParser, positive
 from scripts.tiny_model import Denoiser, build_vae, save_pipeline
 from scripts.train_loop import Stage, run_stage
 from toyworld import all_attributes, random_scene, render
@@ -33,7 +34,7 @@ class Options:
     vae_steps: int = 500
     decoder_steps: int = 500
     videos: int = 1400
-    steps: int = 3600
+    steps: int = 3000
     batch: int = 8
     frames: int = 33
     size: int = 64
@@ -209,11 +210,19 @@ def train(options: Options) -> None:
 
 def parse(argv: list[str] | None = None) -> Options:
     """Options from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(prog="scripts/train_tiny.sh", description=__doc__.splitlines()[0])
     for name, field in Options.__dataclass_fields__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=field.type, default=field.default)
-    return Options(**vars(parser.parse_args(argv)))
+        kind = positive if field.type is int and name != "seed" else field.type
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
+    options = Options(**vars(parser.parse_args(argv)))
+    if options.size % 8 or options.frames % 4 != 1:
+        parser.error(f"size must be 8k and frames 4k + 1, got {options.size} and {options.frames}")
+    return options
 
 
 if __name__ == "__main__":
-    train(parse())
+    try:
+        train(parse())
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

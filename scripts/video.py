@@ -117,26 +117,14 @@ class Job:
             return to_bytes(frames), {"attention": handle.report(), "step_seconds": clock.steps}
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
-        sizes = self.config.generation
+        seed = self.config.generation.seed
         try:
-            return pipeline(
-                prompt=prompt,
-                negative_prompt=sizes.negative_prompt,
-                height=sizes.height,
-                width=sizes.width,
-                num_frames=sizes.num_frames,
-                num_inference_steps=sizes.steps,
-                guidance_scale=sizes.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(sizes.seed),
-                output_type="np",
-                callback_on_step_end=step_done,
-            ).frames[0]
+            return sample(pipeline, self.config, [prompt], [seed], callback_on_step_end=step_done)[0]
         except (ImportError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(
-                f"attention.backend: got {self.config.attention.backend!r}: {one_line(error)}"
-            ) from error
+            backend = self.config.attention.backend
+            raise UsageError(f"attention.backend: got {backend!r}: {one_line(error)}") from error
 
     def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any) -> Callable:
         """The pipeline's callback: clock, progress bar, a stop at the first latents that are not finite."""
@@ -146,12 +134,11 @@ class Job:
             pattern = step_pattern(self.config, step)
             if not torch.isfinite(tensors["latents"]).all():
                 calls = handle.report()["calls"]
-                backends = (
-                    ", ".join(name for name in calls if name != "dense" and pattern != "dense") or "dense"
-                )
+                backends = ", ".join(name for name in calls if name != "dense" and pattern != "dense")
                 raise GenerationError(
                     f"non-finite latents after step {step + 1} of {self.config.generation.steps} "
-                    f"(pattern {pattern}, backend {backends}, {self.config.model.dtype}); no video written"
+                    f"(pattern {pattern}, backend {backends or 'dense'}, {self.config.model.dtype}); "
+                    "no video written"
                 )
             bar.set_postfix_str(pattern, refresh=False)
             bar.update()
@@ -191,6 +178,26 @@ class Job:
             raise GenerationError(shortage(self.config, self.model, self.device, budget)) from error
 
 
+def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> np.ndarray:
+    """A batch of videos, with whatever attention the pipeline has: float `[B, T, H, W, 3]` of 0 .. 1.
+
+    The noise is drawn on the CPU, one seed a prompt, so that it depends neither on device nor batch.
+    The options go to the pipeline; `output_type="latent"` gives latents `[B, C, frames, height, width]`.
+    """
+    sizes = config.generation
+    settings = {
+        "negative_prompt": sizes.negative_prompt,
+        "height": sizes.height,
+        "width": sizes.width,
+        "num_frames": sizes.num_frames,
+        "num_inference_steps": sizes.steps,
+        "guidance_scale": sizes.guidance_scale,
+        "output_type": "np",
+    }
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipeline(prompt=prompts, generator=generators, **(settings | options)).frames
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a shortage of host or GPU memory."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -205,7 +212,7 @@ def check_memory(config: Config, model: Architecture, device: str) -> None:
 
 
 def check_mask(config: Config, model: Architecture) -> None:
-    """Raises UsageError where the mask alone is more than the host has free; its density cannot be told then."""
+    """Raises UsageError where the mask alone, and so its density, takes more than the host has free."""
     need, free = mask_bytes(config, model), available_memory("cpu")
     if need > free:
         raise UsageError(

@@ -1,11 +1,12 @@
 """The blocks backend against the definition, forward and backward."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
-from radial_attn.kernels import blocks as kernel
-from radial_attn.plan import plan_attention
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask, rectangles
+from radial_attn.plan import candidate_plans, plan_attention
 from tests.attention_cases import GRIDS, assert_as_good_as, compare, exact, make_inputs, make_mask, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,28 +111,49 @@ def test_path_of_other_devices(lengths):
     for sample, length in enumerate(lengths or [11, 11]):
         query, key, value, grad = (x[sample : sample + 1] for x in inputs)
         tensors, size, limit = (query, key, value), 16, grid.video_tokens + length
-        out, lse = kernel.forward_plan(
-            tensors, plan, size, limit, lambda *x: kernel._dense_any(*x, scale=0.25)
+        out, lse = rectangles.forward_plan(
+            tensors, plan, size, limit, partial(rectangles.dense_any, scale=0.25)
         )
-        backward = lambda *x: kernel._dense_any_backward(*x, scale=0.25)  # noqa: E731
-        grads = kernel.backward_plan((grad, *tensors, out, lse), plan, size, limit, backward)
+        backward = partial(rectangles.dense_any_backward, scale=0.25)
+        grads = rectangles.backward_plan((grad, *tensors, out, lse), plan, size, limit, backward)
         one = slice(sample, sample + 1)
         assert_as_good_as([out, *grads], [x[one] for x in reference], [x[one] for x in truth])
 
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("grid, block_size", [(TokenGrid(16, 12, 12), 16), (TokenGrid(32, 8, 16, 50), 64)])
-def test_plan_covers_each_kept_block_once(grid, block_size, merge):
+def test_every_plan_covers_each_kept_block_once(grid, block_size, merge):
     config = RadialConfig(block_size=block_size, decimation_width="block")
     wanted = radial_mask(grid, config).blocks
-    plan = plan_attention(wanted, block_size, tail=len(wanted) - 1, features=512, merge=merge)
-    covered = torch.zeros_like(wanted, dtype=torch.int64)
-    for group in plan:
-        for piece in group.pieces:
-            assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
-            for rows, keys in zip(piece.rows.blocks, piece.keys.blocks, strict=True):
-                covered[rows.unsqueeze(1), keys] += 1
-    assert torch.equal(covered, wanted.long())
+    plans = candidate_plans(wanted, block_size, tail=len(wanted) - 1, merge=merge)
+    for plan in plans.values():
+        covered = torch.zeros_like(wanted, dtype=torch.int64)
+        for group in plan:
+            assert merge or not group.merge
+            for piece in group.pieces:
+                assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
+                for index, (rows, keys) in enumerate(zip(piece.rows.blocks, piece.keys.blocks, strict=True)):
+                    covered[rows.unsqueeze(1), keys] += 1 if piece.cells is None else piece.cells[index]
+        assert torch.equal(covered, wanted.long())
+
+
+@pytest.mark.parametrize("block_size, heads", [(16, None), (64, None), (128, 3)])
+def test_every_plan_computes_the_same(block_size, heads, poison):
+    grid = TokenGrid(9, 10, 11, text=10)
+    mask = make_mask(grid, block_size, heads)
+    inputs = make_inputs(grid, 2, 1, 16)
+    query, key, value, grad = inputs
+    mask = mask if heads is None else BlockMask.from_blocks(grid, mask.blocks[2], block_size)
+    lengths, limit, tail = [4, 4], grid.video_tokens + 4, grid.video_tokens // block_size
+    truth = exact(inputs, mask, torch.float32, text_lengths=lengths)
+    reference = run("reference", inputs, mask, torch.float32, text_lengths=lengths)
+    for plan in candidate_plans(mask.blocks, block_size, tail).values():
+        dense = partial(rectangles.dense_cpu, scale=0.25)
+        out, lse = rectangles.forward_plan(inputs[:3], plan, block_size, limit, dense)
+        backward = partial(rectangles.dense_cpu_backward, scale=0.25)
+        tensors = grad, query, key, value, out, lse
+        grads = rectangles.backward_plan(tensors, plan, block_size, limit, backward)
+        assert_as_good_as([out, *grads], reference, truth)
 
 
 def test_neighbours_with_equal_key_sets_are_one_call():

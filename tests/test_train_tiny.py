@@ -7,7 +7,7 @@ from torch import nn
 
 from scripts.tiny_model import TEXT_SLOTS, Denoiser
 from scripts.train_loop import Stage, learning_rate
-from scripts.train_tiny import Options, generator, run, train, write_caption
+from scripts.train_tiny import Options, generator, parse, run, train, write_caption
 from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"
@@ -101,3 +101,18 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
     ).frames
     assert video.shape == (1, 5, 16, 16, 3)
     assert torch.isfinite(torch.from_numpy(video)).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "error: argument --steps: must be a whole number from 1 on, got '0'"),
+        (["--frames", "32"], "error: size must be 8k and frames 4k + 1, got 64 and 32"),
+        (["--stps", "5"], "error: unrecognized arguments: --stps 5"),
+    ],
+)
+def test_bad_options_give_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == message + "\n"
