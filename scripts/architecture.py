@@ -103,7 +103,9 @@ def _read(file: Path) -> dict:
 
 def _fetch(path: str, file: str) -> dict:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # the retries are many lines, the failure is one
     try:
         return _read(Path(hf_hub_download(path, file)))
     except (OSError, ValueError) as error:

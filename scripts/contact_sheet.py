@@ -1,4 +1,4 @@
-"""Frames of videos as one picture, a row a video: `python -m scripts.contact_sheet VIDEO.mp4 ... --out FILE.png`."""
+"""Frames of videos as one picture: `python -m scripts.contact_sheet VIDEO.mp4 ... --out FILE.png`."""
 
 import sys
 from pathlib import Path

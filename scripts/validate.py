@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from scripts.architecture import Architecture
-from scripts.config import Config, allowed, find_path, keys
+from scripts.config import ROOT, Config, allowed, find_path, keys
 from scripts.errors import UsageError, multiples_around, one_line
 
 
@@ -108,13 +108,14 @@ def resolve_model(config: Config) -> str:
     from models.pipelines import check_model, is_local
 
     path = str(find_path(config.model.path)) if config.model.path else ""
-    if not path or (is_local(path) and not Path(path).is_dir()) or _is_empty(Path(path)):
+    local = is_local(path) or (ROOT / path).parent.is_dir()
+    if not path or (local and not Path(path).is_dir()) or _is_empty(Path(path)):
         kind = "is an empty folder" if path and Path(path).is_dir() else "is no folder"
         raise UsageError(
             f"model.path: got {config.model.path!r}, which {kind}; allowed: a folder in diffusers format "
             "(with model_index.json), or a hub id owner/name"
         )
-    if not is_local(path):
+    if not local:
         return path
     try:
         check_model(path, config.model.family)

@@ -279,8 +279,10 @@ def _write(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> 
 def quiet_libraries() -> None:
     """No warnings and loading bars of diffusers and transformers between our own lines."""
     import diffusers
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -1,6 +1,7 @@
 """radial_attention: validation, choice of a backend, and use inside torch.compile."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -126,8 +127,13 @@ def test_compiles_without_graph_breaks_and_once_for_all_layers(pattern):
 
     expected, graphs = gradient(), []
     torch._dynamo.reset()
+
+    def count(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
     for layer in layers:
-        layer.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        layer.compile(fullgraph=True, backend=count)
     for found in (gradient(), gradient()):
         torch.testing.assert_close(found, expected)
     assert len(graphs) == 2  # the first layer's input needs no gradient

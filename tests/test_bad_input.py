@@ -161,6 +161,11 @@ def test_bad_model_folders(case, tiny_model, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_misspelt_folder_of_the_repository_is_no_hub_id(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_refused(capsys, [TINY, "model.path=configs/wan-tinny"], "model.path", "wan-tinny", "is no folder")
+
+
 OUTPUTS: dict[str, Callable[[Path], Path]] = {
     "below a file": lambda folder: _touch(folder / "file") / "deeper",
     "a file": lambda folder: _touch(folder / "file"),
