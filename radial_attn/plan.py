@@ -17,6 +17,7 @@ from torch import Tensor
 GROUP_TOKENS = 2048  # query tokens that share an accumulator and may join in one tree
 BATCH_TOKENS = 4096  # gathered keys of one call that joins rectangles of equal shape
 SHARED_TOKENS = 512  # keys that are worth a rectangle of their own for the rows that share them
+CACHE_BYTES = 1 << 19  # keys and values of one head that stay in a core's cache beside the scores
 TILE_TOKENS = (64, 128, 256)  # rows that may share a call under a small mask
 
 
@@ -81,52 +82,66 @@ class _Node:
 
 @dataclass(frozen=True, eq=False)
 class _Rectangle:
+    """Query and key blocks; rectangles of the same level have no row in common."""
+
     rows: range
     keys: tuple[int, ...]
-    level: int
+    level: tuple[int, ...]
     cells: Tensor | None = None
 
 
-def plan_attention(
-    blocks: Tensor, block_size: int, tail: int, features: int, merge: bool
-) -> tuple[Group, ...]:
-    """The cheapest of `candidate_plans`.
+@dataclass(frozen=True)
+class Layout:
+    """What a plan depends on beside the mask.
 
-    Args:
-        blocks: bool `[Q, K]` on the CPU.
+    Attributes:
         tail: first block that text or the end of the sequence may leave with fewer valid tokens.
         features: `B H D`, for the estimate of cost.
+        key_bytes: bytes of one head's key and value of a token.
         merge: False keeps each row in one rectangle, so that no partial results arise.
     """
-    plans = candidate_plans(blocks, block_size, tail, merge).values()
-    return min(plans, key=lambda plan: _cost(plan, block_size, features))
+
+    block_size: int
+    tail: int
+    features: int = 512
+    key_bytes: int = 512
+    merge: bool = True
+
+    @property
+    def key_blocks(self) -> int:
+        """Key blocks of one call, about, where partial results can be merged."""
+        return max(1, CACHE_BYTES // (self.key_bytes * self.block_size))
 
 
-def candidate_plans(
-    blocks: Tensor, block_size: int, tail: int, merge: bool = True
-) -> dict[str, tuple[Group, ...]]:
-    """Ways to cover a mask by rectangles; arguments as in `plan_attention`.
+def plan_attention(blocks: Tensor, layout: Layout) -> tuple[Group, ...]:
+    """The cheapest of `candidate_plans` for a mask, bool `[Q, K]` on the CPU."""
+    plans = candidate_plans(blocks, layout).values()
+    return min(plans, key=lambda plan: _cost(plan, layout))
+
+
+def candidate_plans(blocks: Tensor, layout: Layout) -> dict[str, tuple[Group, ...]]:
+    """Ways to cover a mask by rectangles.
 
     "rows" is one rectangle for each run of neighbours with equal key sets. "tiles" cover several blocks
     of rows by the union of their keys, under a mask that leaves out what is not kept. "tree" shares a
     rectangle between all neighbours that keep the same keys, and leaves the rest to rows or tiles.
     """
     leaves = _equal_neighbours(blocks)
-    plans = {"rows": _groups(leaves, block_size, tail, _Cut(blocks))}
+    plans = {"rows": _groups(leaves, layout, _Cut(blocks))}
     if len(leaves) == 1:
         return plans
     # rows of the tail stay alone: their rectangles may be cut short
-    alone = [node for node in leaves if node.stop > tail]
-    trees = _grow([node for node in leaves if node.stop <= tail], block_size) + alone
-    shared = max(1, SHARED_TOKENS // block_size)
-    tiles = {size: size // block_size for size in TILE_TOKENS if size > block_size}
-    if merge:
-        plans["tree"] = _groups(trees, block_size, tail, _Cut(blocks, least=shared))
+    alone = [node for node in leaves if node.stop > layout.tail]
+    trees = _grow([node for node in leaves if node.stop <= layout.tail], layout.block_size) + alone
+    shared = max(1, SHARED_TOKENS // layout.block_size)
+    tiles = {size: size // layout.block_size for size in TILE_TOKENS if size > layout.block_size}
+    if layout.merge:
+        plans["tree"] = _groups(trees, layout, _Cut(blocks, least=shared))
     for size, rows in tiles.items():
-        plans[f"tiles of {size}"] = _groups(trees, block_size, tail, _Cut(blocks, tile=rows))
-        if merge:
+        plans[f"tiles of {size}"] = _groups(trees, layout, _Cut(blocks, tile=rows))
+        if layout.merge:
             cut = _Cut(blocks, least=shared, tile=rows)
-            plans[f"tree, tiles of {size}"] = _groups(trees, block_size, tail, cut)
+            plans[f"tree, tiles of {size}"] = _groups(trees, layout, cut)
     return plans
 
 
@@ -162,7 +177,7 @@ class _Cut:
 
 def _rectangle(node: _Node, keys: Tensor, cells: Tensor | None = None) -> Iterator[_Rectangle]:
     if keys.any():
-        yield _Rectangle(node.rows, tuple(keys.nonzero().flatten().tolist()), node.level, cells)
+        yield _Rectangle(node.rows, tuple(keys.nonzero().flatten().tolist()), (node.level,), cells)
 
 
 def _equal_neighbours(blocks: Tensor) -> list[_Node]:
@@ -187,30 +202,40 @@ def _grow(nodes: list[_Node], block_size: int) -> list[_Node]:
     return sorted(finished, key=lambda node: node.start)
 
 
-def _groups(trees: list[_Node], block_size: int, tail: int, cut: _Cut) -> tuple[Group, ...]:
+def _groups(trees: list[_Node], layout: Layout, cut: _Cut) -> tuple[Group, ...]:
     """Collects trees up to `GROUP_TOKENS` query tokens; rectangles of a group may share calls."""
     groups, rows, rectangles = [], (), []
     for tree in trees:
-        if rows and (len(rows) + len(tree.rows)) * block_size > GROUP_TOKENS:
-            groups.append(_group(rows, rectangles, block_size, tail))
+        if rows and (len(rows) + len(tree.rows)) * layout.block_size > GROUP_TOKENS:
+            groups.append(_group(rows, rectangles, layout))
             rows, rectangles = (), []
         rows += tuple(tree.rows)
         rectangles += cut.rectangles(tree, torch.zeros_like(tree.keys))
-    return (*groups, _group(rows, rectangles, block_size, tail))
+    return (*groups, _group(rows, rectangles, layout))
 
 
-def _group(rows: tuple[int, ...], rectangles: list[_Rectangle], block_size: int, tail: int) -> Group:
+def _group(rows: tuple[int, ...], rectangles: list[_Rectangle], layout: Layout) -> Group:
+    if layout.merge:
+        rectangles = [part for whole in rectangles for part in _chunks(whole, layout.key_blocks)]
     batches: dict[tuple, list[_Rectangle]] = {}
     for rectangle in rectangles:
-        tails = _tail(rectangle.rows, tail), _tail(rectangle.keys, tail)
-        shape = rectangle.level, len(rectangle.rows), len(rectangle.keys), rectangle.cells is None, *tails
-        batches.setdefault(shape, []).append(rectangle)
+        tails = _tail(rectangle.rows, layout.tail), _tail(rectangle.keys, layout.tail)
+        sizes = len(rectangle.rows), len(rectangle.keys)
+        batches.setdefault((sizes, rectangle.level, rectangle.cells is None, tails), []).append(rectangle)
     pieces = []
-    for (_, _, keys, *_), batch in batches.items():
-        step = max(1, BATCH_TOKENS // (keys * block_size))
-        pieces += [_piece(batch[i : i + step], rows, tail) for i in range(0, len(batch), step)]
+    for ((_, keys), *_), batch in batches.items():
+        step = max(1, BATCH_TOKENS // (keys * layout.block_size))
+        pieces += [_piece(batch[i : i + step], rows, layout.tail) for i in range(0, len(batch), step)]
     covered = sum(len(rectangle.rows) for rectangle in rectangles)
-    return Group(_span([rows], tail), tuple(pieces), merge=covered > len(rows))
+    return Group(_span([rows], layout.tail), tuple(pieces), merge=covered > len(rows))
+
+
+def _chunks(whole: _Rectangle, most: int) -> list[_Rectangle]:
+    """A rectangle in equal parts of about `most` key blocks, which never share a call."""
+    count = max(1, round(len(whole.keys) / most)) if whole.cells is None else 1
+    edges = [index * len(whole.keys) // count for index in range(count + 1)]
+    parts = enumerate(pairwise(edges))
+    return [replace(whole, keys=whole.keys[a:b], level=(*whole.level, i)) for i, (a, b) in parts]
 
 
 def _piece(batch: list[_Rectangle], group: tuple[int, ...], tail: int) -> Piece:
@@ -231,18 +256,18 @@ def _tail(blocks: Iterable[int], tail: int) -> tuple[int, ...]:
     return tuple(block for block in blocks if block >= tail)
 
 
-def _cost(plan: tuple[Group, ...], block_size: int, features: int) -> float:
+def _cost(plan: tuple[Group, ...], layout: Layout) -> float:
     """Estimated microseconds on a CPU: calls, multiplications, gathered keys, masks and merged rows."""
     total = 0.0
     for group in plan:
         for piece in group.pieces:
             (count, rows), keys = piece.rows.blocks.shape, piece.keys.blocks.shape[1]
-            rows, keys = rows * block_size, keys * block_size
+            rows, keys = rows * layout.block_size, keys * layout.block_size
             # 4 rows keys features FLOPs at up to 250 GFLOP/s, reached by large tiles only
-            multiply = 1.6e-5 * keys * (rows + 64) * features
-            gather = 1e-3 * keys * features
+            multiply = 1.6e-5 * keys * (rows + 64) * layout.features
+            gather = 1e-3 * keys * layout.features
             bias = 1e-3 * keys * rows * (piece.cells is not None)
-            merge = 2e-3 * rows * features * group.merge
+            merge = 2e-3 * rows * layout.features * group.merge
             total += 60 + count * (multiply + gather + bias + merge)
     return total
 

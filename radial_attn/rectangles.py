@@ -77,9 +77,10 @@ def _take(x: Tensor, span: Span, size: int, tokens: int) -> Tensor:
     if span.first is not None:
         return x[:, span.first * size : span.first * size + tokens].transpose(1, 2)
     index = (span.blocks.unsqueeze(-1) * size + torch.arange(size, device=x.device)).flatten(1)
-    if len(index) > 1:
+    if len(index) > 1 or x.element_size() < 4:
         taken = x.index_select(1, index[:, :tokens].flatten())
         return taken.view(-1, tokens, *x.shape[2:]).transpose(1, 2)
+    # float32 products are faster on keys that lie side by side in each head
     return x.transpose(1, 2).index_select(2, index[0, :tokens])
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
-from radial_attn.plan import candidate_plans
+from radial_attn.plan import Layout, candidate_plans
 from radial_attn.rectangles import dense_cpu, forward_plan
 
 REPEATS = 5
@@ -155,7 +155,8 @@ def designs(frames: int) -> list[Row]:
         case = Case(frames, dtype)
         mask, inputs, size = case.mask, case.inputs(), case.block_size
         dense = partial(dense_cpu, scale=case.head_width**-0.5)
-        for name, plan in candidate_plans(mask.blocks, size, tail=len(mask.blocks)).items():
+        layout = Layout(size, tail=len(mask.blocks), key_bytes=2 * case.head_width * inputs[0].element_size())
+        for name, plan in candidate_plans(mask.blocks, layout).items():
             run = partial(forward_plan, inputs, plan, size, case.grid.tokens, dense)
             rows.append(Row(name, case, mask.density, median_seconds(run, "cpu")))
             print(

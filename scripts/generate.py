@@ -54,7 +54,7 @@ def carry_out(config: Config, dry_run: bool) -> int:
     prompts = read_prompts(config)
     device, path = resolve_device(config), resolve_model(config)
     from scripts.architecture import read_architecture
-    from scripts.plan import describe
+    from scripts.plan import describe, notes
     from scripts.video import Job, check_mask, check_memory
 
     model = read_architecture(path)
@@ -64,6 +64,8 @@ def carry_out(config: Config, dry_run: bool) -> int:
         print(describe(config, model, device))
         return 0
     check_memory(config, model, device)
+    for note in notes(config, model):
+        print(f"note: {note}", flush=True)
     return generate(Job(config, model, path, device), prompts)
 
 

@@ -8,6 +8,7 @@ from scripts.architecture import Architecture
 from scripts.config import Config
 
 GIB = 2**30
+LITTLE = 0.5  # share of attention below which its cost hardly matters
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of decoding per pixel of a frame and channel of vae_base, measured: 225 to 250 for wide VAEs, 625 to
 # 685 for those of fewer than WIDE_VAE channels.
@@ -160,10 +161,33 @@ def describe(config: Config, model: Architecture, device: str) -> str:
         "dense steps": _ranges(dense_steps(config), sizes.steps),
         "dense layers": _ranges(list(range(_dense_layers(config, model))), model.layers),
         "attention": f"{_flops(dense)} dense, {_flops(radial)} as configured ({dense / radial:.2f}x fewer)",
-        "transformer": f"{_flops(dense + other)} dense, {_flops(radial + other)} as configured",
+        "transformer": f"{_flops(dense + other)} dense, {_flops(radial + other)} as configured "
+        f"({(dense + other) / (radial + other):.2f}x fewer)",
         "memory": _describe_memory(need, model),
     }
-    return "\n".join(f"{name:<13} {text}" for name, text in rows.items())
+    lines = [f"{name:<13} {text}" for name, text in rows.items()]
+    return "\n".join(lines + [f"{'note':<13} {note}" for note in notes(config, model)])
+
+
+def notes(config: Config, model: Architecture) -> list[str]:
+    """What a user should know before the run: little to gain, or a mask that keeps too little."""
+    if config.attention.pattern == "dense":
+        return []
+    grid, found = token_grid(config, model), []
+    options, frame = config.attention, grid.tokens_per_frame
+    if 3 * frame < options.block_size:
+        found.append(f"frames of {frame} tokens are under a third of a block: set attention.block_size=16")
+    width = options.block_size if options.decimation_width == "block" else options.decimation_width
+    power = 1 << (frame.bit_length() - 1)
+    if width // power > 1:  # the rule keeps distance 1 only where this is 1
+        found.append(
+            f"frames of {frame} tokens lose their neighbours: set attention.decimation_width={power} or less"
+        )
+    dense, _ = attention_flops(config, model, 1.0)
+    share = dense / (dense + other_flops(config, model))
+    if share < LITTLE:
+        found.append(f"attention is {share:.0%} of the operations: at most {1 / (1 - share):.2f}x to gain")
+    return found
 
 
 def _dense_layers(config: Config, model: Architecture) -> int:
@@ -171,7 +195,7 @@ def _dense_layers(config: Config, model: Architecture) -> int:
 
 
 def _ranges(numbers: list[int], total: int) -> str:
-    """'0-11, 48-49 of 50' for sorted numbers."""
+    """'14 of 50 (0-11, 48-49)' for sorted numbers, counted from 0."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
@@ -179,7 +203,7 @@ def _ranges(numbers: list[int], total: int) -> str:
         else:
             runs.append([number])
     text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"{text or 'none'} of {total}"
+    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
 
 
 def _flops(value: float) -> str:

@@ -34,7 +34,7 @@ class Options:
     vae_steps: int = 500
     decoder_steps: int = 500
     videos: int = 1400
-    steps: int = 3000
+    steps: int = 2200
     batch: int = 8
     frames: int = 33
     size: int = 64

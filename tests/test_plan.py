@@ -12,7 +12,17 @@ from transformers import UMT5Config, UMT5EncoderModel
 from scripts.architecture import HUB_MODELS, Architecture, read_architecture
 from scripts.config import Config, read_config
 from scripts.generate import main
-from scripts.plan import GIB, attention_flops, dense_steps, describe, fitting, memory, other_flops, token_grid
+from scripts.plan import (
+    GIB,
+    attention_flops,
+    dense_steps,
+    describe,
+    fitting,
+    memory,
+    notes,
+    other_flops,
+    token_grid,
+)
 from tests.tiny import wan_inputs, wan_transformer
 
 FULL, TINY = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
@@ -138,10 +148,21 @@ def test_the_table_of_the_dry_run():
     text = describe(read_config(FULL, ["attention.dense_last_steps=2"]), FOURTEEN, "cuda")
     rows = dict(line.split(maxsplit=1) for line in text.replace("dense ", "dense_").splitlines())
     assert rows["tokens"].startswith("69120 = 18 latent frames x 48 x 80, 540 blocks of 128")
-    assert rows["dense_steps"] == "0-11, 48-49 of 50"
-    assert rows["dense_layers"] == "0 of 40"
+    assert rows["dense_steps"] == "14 of 50 (0-11, 48-49)"
+    assert rows["dense_layers"] == "1 of 40 (0)"
+    assert "note" not in rows
     assert 0.26 < float(rows["density"].split()[0]) < 0.30
     assert "391.4 PFLOP dense" in text.replace("dense_", "dense ")
+
+
+def test_notes_warn_of_small_frames_and_small_gain():
+    config = read_config(FULL, ["generation.height=64", "generation.width=64", "generation.num_frames=33"])
+    texts = notes(config, FOURTEEN)
+    assert len(texts) == 3
+    assert "frames of 16 tokens are under a third of a block" in texts[0]
+    assert "attention.decimation_width=16 or less" in texts[1]
+    assert "% of the operations: at most 1." in texts[2]
+    assert notes(read_config(FULL, []), FOURTEEN) == []
 
 
 @pytest.mark.parametrize("preset", ["wan2.1_t2v_14b", "wan2.1_t2v_1.3b"])

@@ -5,6 +5,7 @@ by pattern and samples by text length, and leaves the rest to plan.py and rectan
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_mask import BlockMask
-from ..plan import Group, plan_attention, to_device
+from ..plan import Group, Layout, plan_attention, to_device
 from ..rectangles import (
     Tensors,
     backward_plan,
@@ -120,19 +121,17 @@ block_attention.register_autograd(_gradients, setup_context=_setup_context)
 
 @lru_cache(maxsize=64)
 def _plans(
-    blocks: Tensor, block_size: int, tail: int, features: int, device: torch.device
+    blocks: Tensor, layout: Layout, device: torch.device
 ) -> tuple[tuple[Tensor | None, tuple[Group, ...]], ...]:
     """`(heads, plan)` of each distinct pattern of a mask; `heads` is None where all share one."""
-    merge = device.type == "cpu"
     if blocks.ndim == 2:
-        return ((None, to_device(plan_attention(blocks, block_size, tail, features, merge), device)),)
+        return ((None, to_device(plan_attention(blocks, layout), device)),)
     patterns, owner = blocks.unique(dim=0, return_inverse=True)
     plans = []
     for index, pattern in enumerate(patterns):
         heads = (owner == index).nonzero().flatten()
-        share = features * len(heads) // len(blocks)
-        plan = plan_attention(pattern, block_size, tail, share, merge)
-        plans.append((heads.to(device), to_device(plan, device)))
+        share = replace(layout, features=layout.features * len(heads) // len(blocks))
+        plans.append((heads.to(device), to_device(plan_attention(pattern, share), device)))
     return tuple(plans)
 
 
@@ -147,8 +146,14 @@ def _split(
 ) -> Tensors:
     """Calls `run` for every group of samples with equally much text and of heads with one pattern."""
     batch, length, heads, width = tensors[0].shape
-    tail = min(video_tokens, length - length % block_size) // block_size
-    plans = _plans(blocks, block_size, tail, batch * heads * width, tensors[0].device)
+    layout = Layout(
+        block_size,
+        tail=min(video_tokens, length - length % block_size) // block_size,
+        features=batch * heads * width,
+        key_bytes=2 * width * tensors[0].element_size(),
+        merge=tensors[0].device.type == "cpu",
+    )
+    plans = _plans(blocks, layout, tensors[0].device)
 
     def over_heads(tensors: Tensors, limit: int) -> Tensors:
         return _over(2, lambda part, plan: run(part, plan, limit), tensors, plans)
