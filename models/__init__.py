@@ -106,7 +106,7 @@ class RadialAttentionHandle:
         context = self._context
         for layer, attention in enumerate(family.attention_layers(transformer)):
             before = attention.processor
-            ours = family.RadialProcessor(context.backend, dense=layer < context.schedule.dense_layers)
+            ours = family.RadialProcessor(dense=layer < context.schedule.dense_layers)
             vars(ours).update(vars(before))
             attention.set_processor(ours)
             self._replaced.append((attention, before, ours))

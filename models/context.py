@@ -1,8 +1,9 @@
 """What the transformers of one pipeline share with their processors: step, grid, mask, dense or not.
 
-A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask; a
-hook on the rotary embedding hands that mask to the blocks, as a third entry of the rotary tuple. So the mask
-travels with the arguments of a block, and gradient checkpointing repeats a block with the mask of its call.
+A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask and
+backend; a hook on the rotary embedding hands both to the blocks, as further entries of the rotary tuple. So
+they travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its call, and
+a compiled block uses the backend that the report names.
 """
 
 import inspect
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
-from radial_attn.attention import choose_backend
+from radial_attn.attention import choose_backend, report_choice
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class RadialContext:
     ) -> None:
         self.config, self.schedule, self.backend = config, schedule, backend
         self._mask: BlockMask | None = None
+        self._chosen = backend
         self._token_grid, self._layers = token_grid, layers
         self._counter = StepCounter(pipeline)
         self._grids: list[TokenGrid] = []
@@ -143,18 +145,19 @@ class RadialContext:
 
     @torch.compiler.disable
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a transformer: chooses the mask of this call, None if all layers are dense."""
+        """Forward pre-hook of a transformer: chooses mask and backend; no mask if all layers are dense."""
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
         grid = self._token_grid(transformer, arguments)
         step, begins = self._counter.advance(arguments["timestep"])
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
         self._mask = None if dense else radial_mask(grid, self.config)
         self._dense_steps += begins and dense
-        self._count(grid, arguments["hidden_states"].device)
+        self._chosen = self._choose(arguments["hidden_states"])
+        self._count(grid)
 
     def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
-        """Forward hook of the rotary embedding: `(cos, sin)` becomes `(cos, sin, mask)`."""
-        return (*rotary, self._mask)
+        """Forward hook of the rotary embedding: `(cos, sin)` becomes `(cos, sin, mask, backend)`."""
+        return (*rotary, self._mask, self._chosen)
 
     def report(self) -> dict[str, Any]:
         """The counts; RadialAttentionHandle.report says what they are."""
@@ -176,11 +179,18 @@ class RadialContext:
             "calls": {name: count for name, count in self._calls.items() if count},
         }
 
-    def _count(self, grid: TokenGrid, device: torch.device) -> None:
+    def _choose(self, latents: torch.Tensor) -> str:
+        """The backend of this call's radial layers; what "auto" takes is logged."""
+        if self._mask is None or self.backend != "auto":
+            return self.backend
+        chosen = choose_backend(latents.device.type, self._mask)
+        report_choice(chosen, latents, self._mask)
+        return chosen
+
+    def _count(self, grid: TokenGrid) -> None:
         """Counts the attention calls that follow; here, since a compiled block cannot count."""
         self._grids = [seen for seen in self._grids if seen != grid] + [grid]
         dense = self._layers if self._mask is None else self.schedule.dense_layers
         self._calls["dense"] += dense
         if self._mask is not None:
-            backend = choose_backend(device.type, self._mask) if self.backend == "auto" else self.backend
-            self._calls[backend] += self._layers - dense
+            self._calls[self._chosen] += self._layers - dense

@@ -27,9 +27,9 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
 class RadialProcessor(WanAttnProcessor):
     """Self-attention by `radial_attention`; by upstream where the layer or the call (no mask) is dense."""
 
-    def __init__(self, backend: str, dense: bool) -> None:
+    def __init__(self, dense: bool) -> None:
         super().__init__()
-        self.backend, self.dense = backend, dense
+        self.dense = dense
 
     def __call__(
         self,
@@ -39,8 +39,8 @@ class RadialProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """`[B, S, C]` in and out; `rotary_emb`: (cos, sin, mask or None), tables `[1, S, 1, D]`."""
-        *rotary, mask = rotary_emb
+        """`[B, S, C]` in and out; `rotary_emb`: (cos, sin, mask or None, backend), tables `[1, S, 1, D]`."""
+        *rotary, mask, backend = rotary_emb
         if self.dense or mask is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         if attention_mask is not None:
@@ -50,5 +50,5 @@ class RadialProcessor(WanAttnProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in normed)
         tables = [table[0, :, 0] for table in rotary]
         query, key = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key))
-        output = radial_attention(query, key, value, mask, backend=self.backend).flatten(2, 3)
+        output = radial_attention(query, key, value, mask, backend=backend).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

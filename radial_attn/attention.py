@@ -36,19 +36,21 @@ def radial_attention(
         scale: factor on the scores, `D ** -0.5` by default.
 
     Returns:
-        `[B, S, H, D]` in the data type of `query`.
+        `[B, S, H, D]` in the data type of `query`. Under autocast for their device the inputs count as cast
+        to its data type first, as in SDPA, and so does the result.
 
     Raises:
         ValueError: an unknown backend, or tensors, mask, text_lengths and backend that do not fit together.
         ImportError: something that the backend needs is missing; the message says how to install it.
     """
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, mask)
     _check_backend(backend)
     lengths = _check_text_lengths(text_lengths, query.shape[0], mask)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "auto":
         backend = choose_backend(query.device.type, mask)
-        _report(backend, query, mask)
+        report_choice(backend, query, mask)
     match backend:
         case "reference":
             from .kernels import reference as kernel
@@ -66,11 +68,14 @@ def choose_backend(device_type: str, mask: BlockMask) -> str:
     return "flex"
 
 
-def _report(backend: str, query: Tensor, mask: BlockMask) -> None:
-    """Logs the choice, once for each shape, data type and device that the mask meets."""
+def report_choice(backend: str, tensor: Tensor, mask: BlockMask) -> None:
+    """Logs the choice, once for each shape, data type and device that the mask meets.
+
+    `tensor`: the query `[B, S, H, D]`, or the latents where one choice serves all layers of a model.
+    """
     if torch.compiler.is_compiling():
         return
-    call = tuple(query.shape), query.dtype, query.device
+    call = tuple(tensor.shape), tensor.dtype, tensor.device
 
     def log() -> None:
         logging.getLogger("radial_attn").info(
@@ -78,6 +83,15 @@ def _report(backend: str, query: Tensor, mask: BlockMask) -> None:
         )
 
     mask.cached(("reported", backend, *call), log)
+
+
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors in the data type of autocast, where it is on for the device of the first."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _check_backend(backend: str) -> None:
@@ -119,14 +133,14 @@ def _check_text_lengths(
     """The lengths as int64 `[B]` on the CPU; None where no text is padded."""
     if text_lengths is None:
         return None
-    lengths, text = torch.as_tensor(text_lengths), mask.grid.text
+    lengths, text = torch.as_tensor(text_lengths, device="cpu"), mask.grid.text
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"text_lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(
             f"text_lengths must be one number for each of {batch} samples, got {list(lengths.shape)}"
         )
-    lengths = lengths.to("cpu", torch.int64)
+    lengths = lengths.to(torch.int64)
     if torch.compiler.is_compiling():
         return lengths
     if lengths.min() < 0 or lengths.max() > text:

@@ -22,7 +22,8 @@ class BlockMask:
         grid: the token grid that the mask belongs to.
         block_size: tokens of a block; the last block of the sequence may be short.
         blocks: bool on the CPU, `[Q, K]` shared by all heads or `[H, Q, K]` per head,
-            `Q == K == grid.num_blocks(block_size)`. Not to be written to.
+            `Q == K == grid.num_blocks(block_size)`. Not to be written to. An inference tensor is copied,
+            and what `cached` builds is none, so that a mask made under inference mode serves training too.
 
     Raises:
         ValueError: a block size, data type or shape that does not fit.
@@ -46,6 +47,9 @@ class BlockMask:
                 f"blocks must be [{count}, {count}] or [heads, {count}, {count}] for "
                 f"{self.grid.tokens} tokens in blocks of {self.block_size}, got {list(shape)}"
             )
+        if self.blocks.is_inference():
+            with torch.inference_mode(False):
+                object.__setattr__(self, "blocks", self.blocks.clone())
 
     @classmethod
     def from_blocks(cls, grid: TokenGrid, blocks: Tensor, block_size: int | None = None) -> "BlockMask":
@@ -56,7 +60,7 @@ class BlockMask:
         Raises:
             ValueError: as the class; also no or several block sizes fit, or a query block keeps no key.
         """
-        blocks = torch.as_tensor(blocks).detach().to("cpu", copy=True).contiguous()
+        blocks = torch.as_tensor(blocks, device="cpu").detach().clone(memory_format=torch.contiguous_format)
         size = _infer_block_size(grid, blocks) if block_size is None else block_size
         mask = cls(grid, size, blocks)
         empty = torch.nonzero(mask._row_counts() == 0)
@@ -115,7 +119,8 @@ class BlockMask:
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """The value of `build()`, computed once for each hashable key and kept as long as the mask."""
         if key not in self._memo:
-            self._memo[key] = build()
+            with torch.inference_mode(False):
+                self._memo[key] = build()
         return self._memo[key]
 
     def _row_counts(self) -> Tensor:

@@ -55,6 +55,6 @@ class TokenGrid:
 
     def block_tokens(self, block_size: int) -> Tensor:
         """Valid tokens of each block, int64 `[num_blocks]`: `block_size`, less only in the last."""
-        counts = torch.full((self.num_blocks(block_size),), block_size, dtype=torch.int64)
+        counts = torch.full((self.num_blocks(block_size),), block_size, dtype=torch.int64, device="cpu")
         counts[-1] = self.tokens - (len(counts) - 1) * block_size
         return counts

@@ -99,7 +99,8 @@ def radial_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
     """
     if config.pattern == "dense":
         count = grid.num_blocks(config.block_size)
-        return BlockMask(grid, config.block_size, torch.ones(count, count, dtype=torch.bool))
+        every = torch.ones(count, count, dtype=torch.bool, device="cpu")
+        return BlockMask(grid, config.block_size, every)
     return BlockMask(grid, config.block_size, torch.from_numpy(_radial_blocks(grid, config)))
 
 

@@ -8,8 +8,6 @@ one that is not counted; memory is the growth of a fresh process.
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -190,14 +189,15 @@ def memory_of(backend: str, case: Case) -> float:
             call(backend, case)()
             return torch.cuda.max_memory_allocated() / 2**20
         case.mask.is_dense  # noqa: B018 (the mask is made once, before what is measured)
-        before = _resident_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+        before = _status_mib("VmRSS")
         call(backend, case)()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+        return _status_mib("VmHWM") - before
 
 
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _status_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def main() -> None:

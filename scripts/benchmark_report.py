@@ -106,7 +106,7 @@ def memory_section(peaks: dict, rows: list["Row"]) -> list[str]:
     lines = [
         f"\n## Peak memory of a forward call{tokens}\n",
         "Growth of a fresh process by inputs and call, after a small call: on the CPU its peak resident",
-        "size (ru_maxrss) less the resident size before, on CUDA torch's peak of allocated memory.\n",
+        "size (VmHWM, reset before) less the resident size before, on CUDA torch's peak of allocations.\n",
         "| dtype | dense, MiB | blocks, MiB | ratio |",
         "|---|---|---|---|",
     ]

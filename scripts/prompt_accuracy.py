@@ -1,8 +1,8 @@
 """Prompt accuracy of the bundled model: does the video show what the caption says, dense and radial?
 
-`python -m scripts.prompt_accuracy [CONFIG.yaml] [key=value ...] [--every N] [--batch B] [--out FOLDER]`. All
-captions of the toy world (or every N-th), one seed each, read back by `toyworld.read`. Readings are kept in
-outputs/prompt_accuracy/ as they come, and a second run goes on where the first stopped.
+`python -m scripts.prompt_accuracy [CONFIG.yaml ...] [key=value ...] [--every N ...] [--batch B] [--out MD]`.
+All captions of the toy world (or every N-th), one seed each, read back by `toyworld.read`. Readings are kept
+in outputs/prompt_accuracy/ as they come, and a second run goes on where the first stopped.
 """
 
 import argparse
@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from models import apply_radial_attention
+from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, read_config
-from scripts.errors import OneLineParser, UsageError, positive
+from scripts.errors import GenerationError, OneLineParser, UsageError, positive
 from scripts.plan import radial_config
 from scripts.record import hardware, versions
-from scripts.validate import check_values, resolve_device, resolve_model
+from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.video import Job, sample
 from toyworld import all_attributes, read
 from toyworld.render import VOCABULARY, Attributes
@@ -51,7 +52,7 @@ def with_pattern(config: Config, pattern: str) -> Config:
 
 def readings(pipeline: Any, config: Config, captions: list[Attributes], batch: int, file: Path) -> list[dict]:
     """What the reader sees in the video of each caption; those in `file` already are not made again."""
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = json.loads(file.read_text()) if file.exists() else []
     seen = {entry["caption"] for entry in done}
     missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
     name = f"{config.attention.pattern} {config.generation.num_frames} frames"
@@ -60,10 +61,9 @@ def readings(pipeline: Any, config: Config, captions: list[Attributes], batch: i
             part = missing[start : start + batch]
             seeds = [config.generation.seed + i for i, _ in part]
             videos = sample(pipeline, config, [a.caption for _, a in part], seeds)
-            entries = [reading(video, a) for video, (_, a) in zip(videos, part, strict=True)]
-            with file.open("a") as stream:
-                stream.writelines(json.dumps(entry) + "\n" for entry in entries)
-            done += entries
+            done += [reading(video, a) for video, (_, a) in zip(videos, part, strict=True)]
+            file.with_suffix(".part").write_text(json.dumps(done))
+            file.with_suffix(".part").replace(file)
             bar.update(len(part))
     return done
 
@@ -105,37 +105,51 @@ def density(pipeline: Any, config: Config) -> float:
         return handle.report()["density"]
 
 
-def table(
-    results: dict[str, list[dict]], seconds: dict[str, float], densities: dict[str, float]
-) -> list[str]:
-    """A markdown table, a row a pattern, percentages."""
-    head = ["attention", "density", *VOCABULARY, "attributes", "whole captions", "captions", "s a step"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for pattern, entries in results.items():
-        shares = [mean(entry[name] for entry in entries) for name in VOCABULARY]
-        whole = mean(all(entry[name] for name in VOCABULARY) for entry in entries)
-        cells = [f"{100 * share:.1f} %" for share in (*shares, mean(shares), whole)]
-        values = [pattern, f"{densities[pattern]:.3f}", *cells, str(len(entries)), f"{seconds[pattern]:.3f}"]
-        rows.append("| " + " | ".join(values) + " |")
-    return rows
+def row(config: Config, entries: list[dict], density: float, seconds: float) -> str:
+    """One line of the table, percentages."""
+    shares = [mean(entry[name] for entry in entries) for name in VOCABULARY]
+    whole = mean(all(entry[name] for name in VOCABULARY) for entry in entries)
+    percent = [f"{100 * share:.1f}" for share in (*shares, mean(shares), whole)]
+    first = [str(config.generation.num_frames), config.attention.pattern, f"{density:.3f}"]
+    return "| " + " | ".join([*first, *percent, str(len(entries)), f"{seconds:.3f}"]) + " |"
 
 
-def report(command: str, config: Config, lines: list[str]) -> str:
-    """The results file: table, command, settings, machine."""
-    machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware("cpu")}.items())
-    sizes, options = config.generation, config.attention
+def describe(config: Config) -> str:
+    """The settings of one configuration, as a list item."""
+    sizes = config.generation
+    numbers = f"guidance {sizes.guidance_scale}, shift {sizes.flow_shift}, seeds from {sizes.seed}"
+    options = ", ".join(f"{k} {v}" for k, v in asdict(config.attention).items() if k != "pattern")
+    return f"- {sizes.num_frames} frames: {config.model.path}, {sizes.steps} steps, {numbers}; {options}"
+
+
+def report(command: str, configs: list[Config], rows: list[str], device: str) -> str:
+    """The results file: command, table, settings, machine."""
+    head = [
+        "frames",
+        "attention",
+        "density",
+        *VOCABULARY,
+        "attributes",
+        "whole captions",
+        "captions",
+        "s a step",
+    ]
+    machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware(device)}.items())
+    settings = [describe(config) for config in configs]
     text = [
-        f"# Prompt accuracy, {config.model.path}, {sizes.num_frames} frames",
+        "# Prompt accuracy of the bundled model",
         "",
         f"    {command}",
         "",
-        *lines,
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *rows,
         "",
-        "Attributes is the mean of the four; a whole caption is right when all four are. One seed a caption; "
-        "the last column is the median time of a denoising step (both guidance halves) of one video.",
+        "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
+        "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
+        "the median time of a step (both guidance halves) of one video, dense and radial taking turns.",
         "",
-        f"{sizes.steps} steps, guidance {sizes.guidance_scale}, shift {sizes.flow_shift}, seed {sizes.seed}; "
-        + ", ".join(f"{key} {value}" for key, value in asdict(options).items() if key != "pattern"),
+        *settings,
         "",
         machine,
         "",
@@ -144,55 +158,72 @@ def report(command: str, config: Config, lines: list[str]) -> str:
 
 
 def work_folder(config: Config, path: str) -> Path:
-    """Where the readings of this very configuration and these weights are kept."""
-    weights = sorted(Path(path).rglob("*.safetensors"))
+    """Where the readings of this very configuration, program and weights are kept."""
+    sources = [file for name in ("radial_attn", "models", "toyworld") for file in (ROOT / name).rglob("*.py")]
     digest = hashlib.sha256(json.dumps(asdict(config)).encode())
-    for file in weights:
+    for file in sorted(sources) + sorted(Path(path).rglob("*.safetensors")):
         digest.update(file.read_bytes())
     folder = ROOT / "outputs" / "prompt_accuracy" / digest.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures and writes the table."""
-    config = read_config(options.config, options.overrides)
-    check_values(config)
-    device, path = resolve_device(config), resolve_model(config)
-    pipeline = Job(config, None, path, device).load()
-    captions = all_attributes()[:: options.every]
-    folder, results, densities = work_folder(config, path), {}, {}
+def measure(config: Config, device: str, path: str, every: int, batch: int) -> list[str]:
+    """The rows of one configuration."""
+    pipeline = Job(config, read_architecture(path), path, device).load()
+    captions, folder = all_attributes()[::every], work_folder(config, path)
+    seconds, rows = step_seconds(pipeline, config, captions[0].caption), []
     for pattern in PATTERNS:
         chosen = with_pattern(config, pattern)
-        densities[pattern] = density(pipeline, chosen)
-        file = folder / f"{pattern}_{options.every}.jsonl"
-        results[pattern] = readings(pipeline, chosen, captions, options.batch, file)
-    lines = table(results, step_seconds(pipeline, config, captions[0].caption), densities)
-    words = " ".join([options.config, *options.overrides])
-    command = f"bash scripts/prompt_accuracy.sh {words} --every {options.every} --batch {options.batch}"
-    name = f"prompt_accuracy_{Path(options.config).stem}_{device}_{time.strftime('%Y-%m-%d')}.md"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / name).write_text(report(command, config, lines), encoding="utf-8")
-    print("\n".join(lines), f"\nwritten {options.out / name}")
+        entries = readings(pipeline, chosen, captions, batch, folder / f"{pattern}_{every}.json")
+        rows.append(row(chosen, entries, density(pipeline, chosen), seconds[pattern]))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures all configurations and writes the table."""
+    configs = [read_config(name, options.overrides) for name in options.configs]
+    places = []
+    for config in configs:
+        check_values(config)
+        places.append((resolve_device(config), resolve_model(config)))
+        check_sizes(config, read_architecture(places[-1][1]))
+    plan = zip(configs, places, options.every, strict=True)
+    rows = [line for config, place, every in plan for line in measure(config, *place, every, options.batch)]
+    words = [*options.configs, *options.overrides, "--every", *map(str, options.every)]
+    command = " ".join(["bash scripts/prompt_accuracy.sh", *words, "--batch", str(options.batch)])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(report(command, configs, rows, places[0][0]), encoding="utf-8")
+    print(f"written {options.out}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the first word without `=` is the config."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: words without `=` are configs."""
+    parser = OneLineParser(prog="scripts/prompt_accuracy.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
-    parser.add_argument("--every", type=positive, default=1, help="take every N-th caption")
+    parser.add_argument(
+        "--every", type=positive, nargs="+", default=[1], help="every N-th caption, by config"
+    )
     parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the table")
+    name = f"prompt_accuracy_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
     options = parser.parse_args(argv)
-    files = [word for word in options.words if "=" not in word]
-    options.config = files[0] if files else "configs/wan_tiny.yaml"
+    options.configs = [word for word in options.words if "=" not in word] or ["configs/wan_tiny.yaml"]
     options.overrides = [word for word in options.words if "=" in word]
+    if len(options.every) == 1:
+        options.every *= len(options.configs)
+    if len(options.every) != len(options.configs):
+        parser.error(f"--every: got {len(options.every)} numbers, allowed: 1 or {len(options.configs)}")
     return options
 
 
 if __name__ == "__main__":
     try:
         run(parse())
-    except UsageError as error:
+    except (UsageError, GenerationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)

@@ -1,12 +1,12 @@
 """The parts of the bundled text-to-video model (a Wan of 3.3M parameters), and how they are saved."""
 
 import math
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -84,7 +84,14 @@ class PaddedTextProcessor(WanAttnProcessor):
     were cut when the logarithm of their number is added to its logit.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple | None = None,
+    ) -> Tensor:
         bias = hidden_states.new_zeros(1, 1, 1, CAPTION_SLOTS)
         bias[..., -1] = math.log(TEXT_SLOTS - CAPTION_SLOTS + 1)
         return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
@@ -118,8 +125,19 @@ class Denoiser(nn.Module):
         return self.transformer(latents, 1000 * sigma, text, return_dict=False)[0]
 
 
-def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, dtype=torch.float16) -> None:
-    """Writes a WanPipeline folder to a temporary name, then puts it in place of `folder`."""
+def check_target(folder: Path) -> None:
+    """Raises ValueError unless a model may be put there: nothing yet, an empty folder, or another model."""
+    is_model = (folder / "model_index.json").is_file()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_model and not is_empty:
+        raise ValueError(f"out must be a new folder or one that holds a model, got {folder}")
+
+
+def save_pipeline(
+    folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, dtype: torch.dtype = torch.float16
+) -> None:
+    """Writes a WanPipeline folder to a temporary name, then puts it in place of the model at `folder`."""
+    check_target(folder)
     denoiser.use_short_text(False)
     pipeline = WanPipeline(
         tokenizer=denoiser.tokenizer,
@@ -128,8 +146,9 @@ def save_pipeline(folder: Path, vae: AutoencoderKLWan, denoiser: Denoiser, dtype
         scheduler=build_scheduler(),
         transformer=denoiser.transformer.eval(),
     ).to(dtype=dtype)
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary, safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        pipeline.save_pretrained(Path(temporary) / "new", safe_serialization=True)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        (Path(temporary) / "new").rename(folder)

@@ -77,7 +77,9 @@ def checkpoint(stage: Stage, average: nn.Module, optimizer: torch.optim.Optimize
     }
 
 
-def train_step(stage: Stage, optimizer, average: nn.Module, step: int, smooth: float | None) -> float:
+def train_step(
+    stage: Stage, optimizer: torch.optim.Optimizer, average: nn.Module, step: int, smooth: float | None
+) -> float:
     """One update; returns the running mean of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(stage, step)

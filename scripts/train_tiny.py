@@ -3,6 +3,7 @@
 Every batch is drawn from a generator seeded by the step, so that a run which was stopped continues exactly.
 """
 
+import json
 import math
 import os
 import sys
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.errors import OneLineParser, positive
-from scripts.tiny_model import Denoiser, build_vae, save_pipeline
+from scripts.tiny_model import Denoiser, build_vae, check_target, save_pipeline
 from scripts.train_loop import Stage, run_stage
 from toyworld import all_attributes, random_scene, render
 from toyworld.render import Attributes
+
+FREE = ("out", "work", "device", "save_every")  # may differ when a run is continued
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Options:
 
     out: Path = Path("assets/wan-tiny")
     work: Path = Path("outputs/train_tiny")
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cpu"  # on the command line: CUDA where there is one
     seed: int = 0
     image_steps: int = 1100
     vae_steps: int = 500
@@ -168,7 +171,9 @@ def write_caption(attributes: Attributes, random: torch.Generator) -> str:
     return others[int(len(others) * (draw - 0.75) / 0.25)]
 
 
-def flow_loss(denoiser: Denoiser, latents: Tensor, attributes: list[Attributes], options: Options):
+def flow_loss(
+    denoiser: Denoiser, latents: Tensor, attributes: list[Attributes], options: Options
+) -> Callable[[int], Tensor]:
     """Rectified flow, logit-normal noise levels shifted by 3."""
 
     def loss(step: int) -> Tensor:
@@ -194,9 +199,26 @@ def train_denoiser(latents: Tensor, attributes: list[Attributes], options: Optio
     return run(Stage("transformer", denoiser, loss, options.steps, 1e-3, 0.9985), options)
 
 
+def prepare(options: Options) -> None:
+    """Makes the work folder. Raises ValueError where it holds a run with other options, naming them."""
+    check_target(options.out)
+    options.work.mkdir(parents=True, exist_ok=True)
+    file = options.work / "options.json"
+    now = {name: value for name, value in vars(options).items() if name not in FREE}
+    before = json.loads(file.read_text()) if file.exists() else now
+    changed = [
+        f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{options.work} holds a run with other options ({', '.join(changed)}): give another --work"
+        )
+    file.write_text(json.dumps(now))
+
+
 def train(options: Options) -> None:
     """All stages; writes the pipeline folder."""
-    options.work.mkdir(parents=True, exist_ok=True)
+    prepare(options)
     vae = train_vae(options)
     latents, attributes = encode_videos(vae, options)
     sharpen_decoder(vae, options)
@@ -214,6 +236,7 @@ def parse(argv: list[str] | None = None) -> Options:
     for name, field in Options.__dataclass_fields__.items():
         kind = positive if field.type is int and name != "seed" else field.type
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     options = Options(**vars(parser.parse_args(argv)))
     if options.size % 8 or options.frames % 4 != 1:
         parser.error(f"size must be 8k and frames 4k + 1, got {options.size} and {options.frames}")
@@ -223,6 +246,9 @@ def parse(argv: list[str] | None = None) -> Options:
 if __name__ == "__main__":
     try:
         train(parse())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -7,7 +7,7 @@ from torch import nn
 
 from scripts.tiny_model import TEXT_SLOTS, Denoiser
 from scripts.train_loop import Stage, learning_rate
-from scripts.train_tiny import Options, generator, parse, run, train, write_caption
+from scripts.train_tiny import Options, generator, parse, prepare, run, train, write_caption
 from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"
@@ -101,6 +101,20 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
     ).frames
     assert video.shape == (1, 5, 16, 16, 3)
     assert torch.isfinite(torch.from_numpy(video)).all()
+
+
+def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
+    (tmp_path / "video.mp4").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="out must be a new folder or one that holds a model"):
+        train(Options(out=tmp_path, work=tmp_path / "work"))
+    assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_a_work_folder_of_another_run_is_refused(tmp_path):
+    prepare(Options(out=tmp_path / "model", work=tmp_path, seed=1))
+    prepare(Options(out=tmp_path / "other", work=tmp_path, seed=1, save_every=7))
+    with pytest.raises(ValueError, match=r"other options \(seed 1 -> 2, steps 2200 -> 5\)"):
+        prepare(Options(out=tmp_path / "model", work=tmp_path, seed=2, steps=5))
 
 
 @pytest.mark.parametrize(
