@@ -1,9 +1,9 @@
 """What the transformers of one pipeline share with their processors: step, grid, mask, dense or not.
 
-A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask and
-backend; a hook on the rotary embedding hands both to the blocks, as further entries of the rotary tuple. So
-they travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its call, and
-a compiled block uses the backend that the report names.
+A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask
+and backend; a hook on the rotary embedding hands both to the blocks, as further entries of the rotary tuple.
+So they travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its
+call, and a compiled block uses the backend that the report names.
 """
 
 import inspect

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 GROUP_TOKENS = 2048  # query tokens that share an accumulator and may join in one tree
-BATCH_TOKENS = 4096  # gathered keys of one call that joins rectangles of equal shape
+BATCH_TOKENS = 2048  # gathered keys of one call that joins rectangles of equal shape
 SHARED_TOKENS = 512  # keys that are worth a rectangle of their own for the rows that share them
 CACHE_BYTES = 1 << 19  # keys and values of one head that stay in a core's cache beside the scores
 TILE_TOKENS = (64, 128, 256)  # rows that may share a call under a small mask

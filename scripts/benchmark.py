@@ -183,7 +183,7 @@ def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
 def memory_of(backend: str, case: Case) -> float:
     """MiB that inputs and one call add at their peak to a process that has made a small call before."""
     with torch.no_grad():
-        call(backend, replace(case, frames=2))()
+        call(backend, replace(case, frames=4))()
         if case.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             call(backend, case)()
@@ -200,6 +200,16 @@ def _status_mib(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
+def cpu_of_others() -> float:
+    """Processor seconds since boot that neither this program and its children took nor were idle."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, *interrupts = map(int, path.read_text().splitlines()[0].split()[1:9])
+    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2k to 8k tokens only")
@@ -214,16 +224,18 @@ def main() -> None:
         return
     from scripts.benchmark_report import write
 
-    start, device = time.perf_counter(), options.device
+    start, device, others = time.perf_counter(), options.device, cpu_of_others()
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
     with torch.no_grad():
         parts = {"growing": list(growing(device, frames)), "small": list(small(device))}
         parts["designs"] = designs(frames[-1] if options.quick else 16) if device == "cpu" else []
     parts["training"] = list(training(device, frames[1:3] if options.quick else (4, 8, 16)))
     peaks = memory(device, frames[-1] if options.quick else 16)
+    busy = (cpu_of_others() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
     command = "bash scripts/benchmark.sh" + "".join(f" {argument}" for argument in sys.argv[1:])
     seconds = time.perf_counter() - start
-    print(write(options.out, device, command, parts=parts, peaks=peaks, seconds=seconds))
+    about = f"{seconds / 60:.1f} minutes; other programs took {busy:.0%} of the processor meanwhile"
+    print(write(options.out, device, command, about, parts=parts, peaks=peaks))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Writes mask_cost_cpu_<date>.md and .png. One thread; every number is the median of `REPEATS` builds.
 """
 
-import argparse
 import datetime
 import math
 import os
@@ -21,6 +20,7 @@ import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.draw import save_figure
+from scripts.errors import OneLineParser
 from scripts.record import hardware
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ n² {longer**2:.0f} times.
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the table and the figure."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Measure the cost of the radial mask.")
+    parser = OneLineParser(prog=COMMAND, description="Measure the cost of the radial mask.")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the two files")
     parser.add_argument("--frames", type=int, nargs="+", default=GROWTH, help="lengths, in latent frames")
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
 
 
 def write(
-    folder: str, device: str, command: str, *, parts: dict[str, list["Row"]], peaks: dict, seconds: float
+    folder: str, device: str, command: str, about: str, *, parts: dict[str, list["Row"]], peaks: dict
 ) -> Path:
     """Writes attention_<device>_<date>.md, .png and .json into a folder; returns the first one's path."""
     date = datetime.date.today().isoformat()
@@ -30,12 +30,12 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {name: [asdict(row) for row in rows] for name, rows in parts.items()}
     path.with_suffix(".json").write_text(
-        json.dumps({"command": command, "memory_mib": peaks, **data}, indent=1)
+        json.dumps({"command": command, "about": about, "memory_mib": peaks, **data}, indent=1)
     )
     plot(parts["growing"], path.with_suffix(".png"))
     lines = [
         f"# Attention on the {device.upper()}: dense SDPA, blocks, flex",
-        f"\n`{command}`, {seconds / 60:.1f} minutes, {date}.",
+        f"\n`{command}`, {date}, {about}.",
         f"{hardware(device)}; torch {torch.__version__}.",
         "Radial masks, decay factor 1, with sink, frames of 32 x 32 tokens, blocks of 128, 8 heads of 64,",
         "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 where every kept",

@@ -16,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
+
+from scripts.errors import OneLineParser
+from scripts.record import installed
 
 ROOT = Path(__file__).parent.parent
 TESTS = "tests/models/transformers/test_models_transformer_wan.py"
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; exits with code 2 where the source tree has no such tests."""
-    parser = argparse.ArgumentParser(prog="check_upstream", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="check_upstream", description=__doc__.split("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="source tree of diffusers")
     parser.add_argument(
         "--own-package", action="store_true", help="test the package of that tree, not the installed"
@@ -122,6 +124,7 @@ def report(
         f"| {name} | {' | '.join(str(count[kind]) for kind in kinds)} |" for name, count in counts.items()
     ]
     calls = ", ".join(f"{count} {backend}" for backend, count in sorted(forked["calls"].items()))
+    versions = ", ".join(f"{name} {found}" for name, found in installed(PACKAGES).items())
     own = " --own-package" if options.own_package else ""
     return "\n".join(
         [
@@ -129,7 +132,7 @@ def report(
             "",
             f"`bash scripts/check_upstream.sh --source DIR{own}`; tests of {source_version(options.source)}, "
             f"file `{TESTS}`.",
-            f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions()}.",
+            f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}.",
             "",
             f"| run | {' | '.join(kinds)} |",
             "|---|---|---|---|---|",
@@ -148,18 +151,6 @@ def source_version(source: Path) -> str:
     file = source / "src" / "diffusers" / "__init__.py"
     first = file.read_text(encoding="utf-8").split("\n")[0] if file.is_file() else ""
     return f"diffusers {first.split(chr(34))[1]}" if first.startswith("__version__") else "an unknown version"
-
-
-def versions() -> str:
-    """Installed versions of what takes part."""
-    return ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
-
-
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
 
 
 if __name__ == "__main__":

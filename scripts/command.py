@@ -7,7 +7,8 @@ from scripts.config import CALL, read_config
 from scripts.errors import UsageError
 
 FULL_PRESET, TINY_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
-MARGIN = 1.05  # of free GPU memory over the predicted peak
+MARGIN = 1.05  # of free memory over the predicted peak
+NO_DENSE = ("attention.dense_steps=0", "attention.dense_layers=0", "attention.dense_last_steps=0")
 
 
 @dataclass
@@ -42,18 +43,44 @@ def parse(argv: list[str]) -> Command:
 
 
 def choose_preset(overrides: list[str]) -> tuple[str, str]:
-    """(preset, why): the 14B preset where a CUDA device has room for it, else the bundled model."""
+    """(preset, why): the 14B preset where GPU and host have room for it, else the bundled model.
+
+    Raises:
+        UsageError: where there is a GPU, an override that no preset takes.
+    """
     import torch
 
-    from scripts.architecture import HUB_MODELS
-    from scripts.plan import gib, memory
-
-    if "model.device=cpu" in overrides:
+    if [word for word in overrides if word.startswith("model.device=")][-1:] == ["model.device=cpu"]:
         return TINY_PRESET, "model.device=cpu"
     if not torch.cuda.is_available():
         return TINY_PRESET, "no CUDA device here"
-    config = read_config(FULL_PRESET, [])
-    need = memory(config, HUB_MODELS[config.model.path], "cuda").total * MARGIN
-    gpu = torch.cuda.get_device_properties(0)
-    has = f"{gpu.name} has {gib(gpu.total_memory)}, the 14B model needs {gib(need)}"
-    return (FULL_PRESET if gpu.total_memory >= need else TINY_PRESET), has
+    from scripts.record import room
+
+    gpu, host = needed(overrides)
+    name = torch.cuda.get_device_name()
+    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)})
+
+
+def needed(overrides: list[str]) -> tuple[float, float]:
+    """Bytes of GPU and host that the 14B preset with these overrides needs, with a margin.
+
+    Dense steps and layers take no memory; whether they suit the preset is known when it is chosen.
+    """
+    from scripts.architecture import read_architecture
+    from scripts.plan import host_bytes, memory
+    from scripts.validate import check_sizes, check_values, resolve_model
+
+    config = read_config(FULL_PRESET, [*overrides, *NO_DENSE])
+    check_values(config)
+    model = read_architecture(resolve_model(config))
+    check_sizes(config, model)
+    return MARGIN * memory(config, model, "cuda").total, MARGIN * host_bytes(config, model)
+
+
+def pick(memories: dict[str, tuple[float, float]]) -> tuple[str, str]:
+    """(preset, why) from the bytes that are free and those that the 14B preset needs, of each memory."""
+    from scripts.plan import gib
+
+    enough = all(free >= need for free, need in memories.values())
+    texts = [f"{name} has {gib(free)} free of {gib(need)}" for name, (free, need) in memories.items()]
+    return (FULL_PRESET if enough else TINY_PRESET), f"{', '.join(texts)} that the 14B preset needs"

@@ -38,7 +38,7 @@ class AttentionConfig:
     backend: str = _key("auto", "kernel of the sparse attention", ("auto", "reference", "blocks", "flex"))
     block_size: int = _key(128, "tokens per block", (16, 32, 64, 128, 256))
     decay_factor: float = _key(0.2, "scales the window's width from frame distance 2 on", low=0.0)
-    neighbour: str = _key("full", "window at frame distance 1: whole frame or half", ("full", "half"))
+    neighbour: str = _key("half", "window at frame distance 1: whole frame or half", ("full", "half"))
     sink: bool = _key(True, "every query sees the first frame", (True, False))
     decimation_width: int | str = _key(128, "windows narrower than this skip frames; 'block': block_size")
     dense_steps: int = _key(12, "denoising steps at the start with dense attention", low=0)
@@ -91,7 +91,7 @@ def read_config(config_file: str, overrides: list[str]) -> Config:
 
     Args:
         config_file: YAML file, relative to the current directory or the repository root.
-        overrides: `group.key=value` strings; the value of a text key is taken as it stands.
+        overrides: `group.key=value` strings; text is taken as it stands, but `null` is none where it may be.
 
     Raises:
         UsageError: file missing or unreadable, unknown key, value of the wrong type.
@@ -137,14 +137,16 @@ def _read_overrides(overrides: list[str]) -> dict[str, dict]:
 
 
 def _parse_value(key: str, value: str) -> Any:
-    """Text keys keep the string (no YAML, no interpolation); the others read a YAML scalar."""
-    known = keys().get(key)
-    if known is None or known.type is str:
+    """The value by its key's type: text as it stands (no YAML, no interpolation), numbers in decimal."""
+    kind = keys()[key].type if key in keys() else str
+    if kind == (str | None) and value == "null":
+        return None
+    if kind in (str, str | None) or (kind == (int | str) and value == "block"):
         return value.replace("${", "\\${")
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{key}: got {value!r}, which is not a plain value") from error
+        return {bool: yaml.safe_load, float: float}.get(kind, int)(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}") from error
 
 
 def _update(config: DictConfig, content: dict[str, dict], source: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import traceback
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -32,6 +33,12 @@ def one_line(error: BaseException) -> str:
     """The first non-empty line of an exception's message, or the exception's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def raised_in(error: BaseException, *modules: str) -> bool:
+    """Whether the error came up through one of these modules or a module below it."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(f"{name}.".startswith(f"{module}.") for name in names for module in modules)
 
 
 def nearest_key(unknown: str, known: Iterable[str]) -> str:

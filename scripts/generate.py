@@ -55,7 +55,8 @@ def carry_out(config: Config, dry_run: bool) -> int:
     device, path = resolve_device(config), resolve_model(config)
     from scripts.architecture import read_architecture
     from scripts.plan import describe, notes
-    from scripts.video import Job, check_mask, check_memory
+    from scripts.shortage import check_mask, check_memory
+    from scripts.video import Job
 
     model = read_architecture(path)
     check_sizes(config, model)
@@ -93,7 +94,7 @@ def generate_missing(job: "Job", prompts: dict[int, str], paths: dict[int, Path]
         try:
             announce(job.make_video(pipeline, prompts[number], paths[number]), paths[number])
         except (UsageError, GenerationError) as error:
-            failures[number] = error
+            failures[number] = str(error)  # the exception would hold its frames' tensors
     for number, error in failures.items():
         print(f"error: line {number}: {error}", file=sys.stderr)
     return 1 if failures else 0

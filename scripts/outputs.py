@@ -118,7 +118,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
-    """Writes the video and its JSON under temporary names and renames both; on an error neither appears.
+    """Writes the video and its JSON under temporary names and renames both; on an error no new one appears.
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
@@ -133,11 +133,23 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
         with timed(record["seconds"], "write"):
             _encode(video, frames, fps)
         text.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(video, path)
-        os.replace(text, path.with_suffix(".json"))
+        _publish(video, text, path)
     finally:
         video.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
+
+
+def _publish(video: Path, text: Path, path: Path) -> None:
+    """Renames both: the old record goes first, the new one comes last, so none is beside another video."""
+    record = path.with_suffix(".json")
+    record.unlink(missing_ok=True)
+    try:
+        os.replace(video, path)
+        os.replace(text, record)
+    except BaseException:
+        if not video.exists():
+            path.unlink()
+        raise
 
 
 def _encode(path: Path, frames: np.ndarray, fps: int) -> None:

@@ -98,6 +98,11 @@ def memory(config: Config, model: Architecture, device: str) -> Memory:
     return Memory(weights, activations, HOST_BYTES if device == "cpu" else 0.0)
 
 
+def host_bytes(config: Config, model: Architecture) -> float:
+    """Host memory of a run on a GPU: all weights are read into it before they move."""
+    return memory(config, model, "cuda").weights + HOST_BYTES
+
+
 def mask_bytes(config: Config, model: Architecture) -> int:
     """Memory of building the block mask: a byte for each pair of blocks, twice."""
     return 2 * token_grid(config, model).num_blocks(config.attention.block_size) ** 2
@@ -170,9 +175,14 @@ def describe(config: Config, model: Architecture, device: str) -> str:
 
 
 def notes(config: Config, model: Architecture) -> list[str]:
-    """What a user should know before the run: little to gain, or a mask that keeps too little."""
-    if config.attention.pattern == "dense":
-        return []
+    """What a user should know first: unknown weights, little to gain, a mask that keeps too little."""
+    found = []
+    if not sum(model.parameters.values()):
+        found.append(f"memory: the weights of {config.model.path} are unknown before loading and not checked")
+    return found if config.attention.pattern == "dense" else found + _mask_notes(config, model)
+
+
+def _mask_notes(config: Config, model: Architecture) -> list[str]:
     grid, found = token_grid(config, model), []
     options, frame = config.attention, grid.tokens_per_frame
     if 3 * frame < options.block_size:
@@ -214,7 +224,7 @@ def _flops(value: float) -> str:
 
 
 def _describe_memory(need: Memory, model: Architecture) -> str:
-    weights = gib(need.weights) if model.parameters else "an unknown amount for"
+    weights = gib(need.weights) if need.weights else "an unknown amount for"
     host = f" + {gib(need.host)} program" if need.host else ""
     return f"{gib(need.total)} predicted: {weights} weights + {gib(need.activations)} activations{host}"
 

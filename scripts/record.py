@@ -4,15 +4,21 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "imageio-ffmpeg")
 VERSION = "0.1.0"
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # limit, use, and the entry of memory.stat that can be dropped: version 2, version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 class Clock:
@@ -60,13 +66,24 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def versions() -> dict[str, str]:
-    installed = {name: metadata.version(name) for name in PACKAGES}
+    """Versions of this project, of Python and of the packages that a video depends on."""
     return {
         "radial-attention": VERSION,
         "python": platform.python_version(),
-        **installed,
+        **installed(PACKAGES),
         "torch": torch.__version__,
     }
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Version of each package, or 'absent'."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -109,22 +126,38 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def room(device: str) -> int:
+    """Bytes that a run of this process may take in all: what is free and what the process holds already."""
+    return available_memory(device) + own_memory(device)
+
+
 def available_memory(device: str) -> int:
-    """Bytes that a run may still take: free GPU memory, or the host's available memory within its limits."""
+    """Bytes still free: of the GPU, or of the host within the limits of its control group."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     import psutil
 
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+    return max(0, min([psutil.virtual_memory().available, *cgroup_free(CGROUPS)]))
 
 
-def _cgroup_limits() -> list[int]:
-    """Memory limits of the control group (version 2, version 1), where there are any."""
-    limits = []
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+def own_memory(device: str) -> int:
+    """Bytes that this process holds: reserved by torch on the GPU, or host memory that no file backs."""
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
+    import psutil
+
+    held = psutil.Process().memory_info()
+    return held.rss - held.shared
+
+
+def cgroup_free(root: Path) -> list[int]:
+    """What the memory limit of the control group at `root` leaves, where there is one."""
+    free = []
+    for limit, use, droppable in CGROUP_FILES:
         try:
-            with open(name, encoding="ascii") as stream:
-                limits.append(int(stream.read()))
+            left = int((root / limit).read_text()) - int((root / use).read_text())
+            stat = (root / use).with_name("memory.stat").read_text().splitlines()
         except (OSError, ValueError):  # no such file, or the word "max"
             continue
-    return limits
+        free.append(left + sum(int(line.split()[1]) for line in stat if line.split()[0] == droppable))
+    return free

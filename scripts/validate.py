@@ -13,6 +13,8 @@ def check_values(config: Config) -> None:
     for key, entry in keys().items():
         group, name = key.split(".")
         value, meta = getattr(getattr(config, group), name), entry.metadata
+        if isinstance(value, str) and not _is_unicode(value):
+            raise UsageError(f"{key}: got {value!r}, allowed: text that UTF-8 can hold")
         if meta["choices"] and value not in meta["choices"]:
             raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}")
         if meta["low"] is not None and not _in_range(value, entry.type, meta["low"]):
@@ -27,6 +29,15 @@ def check_values(config: Config) -> None:
 def _in_range(value: float, kind: type, low: float) -> bool:
     """At least `low`; above it for a float whose limit is 0."""
     return math.isfinite(value) and (value > low if kind is float and low == 0 else value >= low)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the lone surrogates that stand for bytes which are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_attention(config: Config) -> None:
@@ -48,6 +59,8 @@ def read_prompts(config: Config) -> dict[int, str]:
         if not config.generation.prompt.strip():
             raise UsageError("generation.prompt: got '', allowed: text that is not empty")
         return {0: config.generation.prompt}
+    if not name.strip():
+        raise UsageError(f"generation.prompt_file: got {name!r}, allowed: a text file, or null")
     try:
         lines = Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -17,31 +17,14 @@ from models import apply_radial_attention
 from models.pipelines import is_local, load_pipeline
 from scripts.architecture import Architecture, hub_unreachable
 from scripts.config import Config
-from scripts.errors import GenerationError, UsageError, one_line
+from scripts.errors import GenerationError, UsageError, one_line, raised_in
 from scripts.outputs import resolved, write_pair
-from scripts.plan import (
-    dense_steps,
-    fitting,
-    gib,
-    mask_bytes,
-    memory,
-    radial_config,
-    step_pattern,
-    token_grid,
-)
-from scripts.record import (
-    Clock,
-    available_memory,
-    hardware,
-    peak_memory,
-    reset_peak,
-    synchronizer,
-    timed,
-    versions,
-)
+from scripts.plan import dense_steps, memory, radial_config, step_pattern, token_grid
+from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
+from scripts.shortage import is_out_of_memory, shortage
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
+OP = ("radial_attn.attention", "radial_attn.kernels")
 
 
 @dataclass
@@ -65,7 +48,7 @@ class Job:
                 pipeline = load_pipeline(
                     self.path, model.family, dtype, self.device, flow_shift=self.config.generation.flow_shift
                 )
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # the libraries have no common one for a folder that they cannot load
                 if is_out_of_memory(error):
                     raise
                 raise UsageError(self._load_failure(error)) from error
@@ -81,7 +64,7 @@ class Job:
         """Generates one video and writes it with its JSON, whose content is returned.
 
         Raises:
-            GenerationError: non-finite values, or out of memory.
+            GenerationError: non-finite values, out of memory, or any failure of the pipeline.
             UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
         """
         seconds = dict(self.seconds)
@@ -120,11 +103,18 @@ class Job:
         seed = self.config.generation.seed
         try:
             return sample(pipeline, self.config, [prompt], [seed], callback_on_step_end=step_done)[0]
-        except (ImportError, ValueError) as error:
-            if isinstance(error, UsageError):
+        except (UsageError, GenerationError):
+            raise
+        except Exception as error:  # of whatever kind, it must not lose the other prompts of a file
+            if is_out_of_memory(error):
                 raise
-            backend = self.config.attention.backend
-            raise UsageError(f"attention.backend: got {backend!r}: {one_line(error)}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> Exception:
+        """The backend is to blame only where the op raised."""
+        if raised_in(error, *OP):
+            return UsageError(f"attention.backend: got {self.config.attention.backend!r}: {one_line(error)}")
+        return GenerationError(f"the pipeline failed with {type(error).__name__}: {one_line(error)}")
 
     def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any) -> Callable:
         """The pipeline's callback: clock, progress bar, a stop at the first latents that are not finite."""
@@ -173,9 +163,9 @@ class Job:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            need = memory(self.config, self.model, self.device).total
-            budget = min(SHRINK * need, available_memory(self.device))
-            raise GenerationError(shortage(self.config, self.model, self.device, budget)) from error
+            free = room(self.device)
+            budget = min(SHRINK * memory(self.config, self.model, self.device).total, free)
+            raise GenerationError(shortage(self.config, self.model, self.device, free, budget)) from error
 
 
 def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> np.ndarray:
@@ -196,42 +186,6 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
     }
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipeline(prompt=prompts, generator=generators, **(settings | options)).frames
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a shortage of host or GPU memory."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(sign in str(error) for sign in OUT_OF_MEMORY)
-
-
-def check_memory(config: Config, model: Architecture, device: str) -> None:
-    """Raises UsageError where the predicted peak is more than the device has free."""
-    budget = available_memory(device)
-    if memory(config, model, device).total > budget:
-        raise UsageError(shortage(config, model, device, budget))
-
-
-def check_mask(config: Config, model: Architecture) -> None:
-    """Raises UsageError where the mask alone, and so its density, takes more than the host has free."""
-    need, free = mask_bytes(config, model), available_memory("cpu")
-    if need > free:
-        raise UsageError(
-            f"out of memory: attention.block_size={config.attention.block_size} on "
-            f"{token_grid(config, model).tokens} tokens makes a mask of {gib(need)}, {gib(free)} are free; "
-            "allowed: a larger block_size, up to 256, or a smaller video"
-        )
-
-
-def shortage(config: Config, model: Architecture, device: str, budget: float) -> str:
-    """One line: what was asked for, what it needs, and the nearest that needs at most `budget` bytes."""
-    sizes = config.generation
-    need, free = memory(config, model, device).total, available_memory(device)
-    fit = fitting(config, model, device, budget)
-    return (
-        f"out of memory: generation.height={sizes.height} generation.width={sizes.width} "
-        f"generation.num_frames={sizes.num_frames} need about {gib(need)} on {device}, {gib(free)} are free; "
-        + (f"would fit: {fit}" if fit else "no size of this model would fit; try configs/wan_tiny.yaml")
-    )
 
 
 class LineHandler(logging.Handler):

@@ -18,4 +18,4 @@ def test_one_frame_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--frames", "1", "16"])
     assert stop.value.code == 2
-    assert "--frames must be at least 2, got 1" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: --frames must be at least 2, got 1\n"

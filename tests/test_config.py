@@ -9,7 +9,7 @@ from models.pipelines import FAMILIES
 from radial_attn import RadialConfig
 from radial_attn.attention import BACKENDS
 from radial_attn.block_mask import BLOCK_SIZES
-from scripts.config import ROOT, help_text, keys, read_config
+from scripts.config import ROOT, AttentionConfig, help_text, keys, read_config
 from scripts.errors import UsageError, multiples_around, nearest_key, one_line
 from scripts.plan import radial_config
 from scripts.validate import check_values
@@ -40,6 +40,8 @@ def test_presets_hold_the_settings_of_the_papers_table():
         50,
     )
     assert (attention.dense_steps, attention.dense_layers, attention.decay_factor) == (12, 1, 0.2)
+    smaller = read_config("configs/wan2.1_t2v_1.3b.yaml", []).attention
+    assert smaller == attention == AttentionConfig()
     longer = read_config("configs/wan_tiny_4x.yaml", [])
     assert longer.generation.num_frames == 129
     short = asdict(read_config(TINY, []))
@@ -72,6 +74,12 @@ def test_precedence_defaults_then_file_then_command_line(tmp_path):
         ("generation.prompt=true", "generation", "prompt", "true"),
         ("generation.prompt=x=y", "generation", "prompt", "x=y"),
         ("generation.prompt_file=null", "generation", "prompt_file", None),
+        ("generation.prompt_file=~", "generation", "prompt_file", "~"),
+        ("generation.prompt_file=", "generation", "prompt_file", ""),
+        ("generation.prompt_file=1:30", "generation", "prompt_file", "1:30"),
+        ("generation.prompt=null", "generation", "prompt", "null"),
+        ("generation.seed=010", "generation", "seed", 10),
+        ("generation.guidance_scale=1e1", "generation", "guidance_scale", 10.0),
         ("attention.decimation_width=block", "attention", "decimation_width", "block"),
         ("attention.decimation_width=64", "attention", "decimation_width", 64),
         ("attention.sink=false", "attention", "sink", False),
@@ -93,7 +101,10 @@ def test_values_of_the_command_line(override, group, name, value):
         (["generation=3"], ["'generation'"]),
         (["generation.seed=abc"], ["generation.seed", "'abc'", "whole number"]),
         (["generation.height=64.5"], ["generation.height", "64.5", "whole number"]),
-        (["generation.seed=true"], ["generation.seed", "True"]),
+        (["generation.seed=true"], ["generation.seed", "'true'"]),
+        (["generation.num_frames=1:30"], ["generation.num_frames", "'1:30'", "whole number"]),
+        (["generation.seed=0x10"], ["generation.seed", "'0x10'", "whole number"]),
+        (["generation.flow_shift=1:30.5"], ["generation.flow_shift", "'1:30.5'", "number above 0"]),
         (["generation.seed=[1"], ["generation.seed", "'[1'"]),
         (["generation.seed={a: 1}"], ["generation.seed", "whole number"]),
         (["generation.seed="], ["generation.seed", "whole number"]),

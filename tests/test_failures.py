@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
 
-from scripts.config import ROOT
+from scripts.architecture import read_architecture
+from scripts.config import ROOT, read_config
+from scripts.errors import GenerationError
 from scripts.generate import main
+from scripts.record import available_memory, room
+from scripts.video import Job
 
 TINY = "configs/wan_tiny.yaml"
+MOVES = 2**25  # what other programs take between two readings of free memory
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
 COMMAND = [sys.executable, "-P", "-m", "scripts.generate"]
 
@@ -104,6 +110,60 @@ def test_interrupting_leaves_no_partial_file(tiny_model, tmp_path):
     assert last_line(process).startswith("interrupted")
     assert process.returncode == 130
     assert not (tmp_path / "out").exists()
+
+
+def smaller_text_encoder(model: Path, folder: Path, **changes: int) -> Path:
+    """The tiny model with another text encoder: one that knows fewer letters, or of another width."""
+    shutil.copytree(model, folder)
+    settings = UMT5Config.from_pretrained(folder / "text_encoder")
+    UMT5EncoderModel(UMT5Config(**settings.to_dict() | changes)).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def test_a_pipeline_that_fails_loses_one_prompt_not_the_rest(tiny_model, tmp_path, capsys):
+    """Letters from 'e' on are beyond the encoder's vocabulary, which torch says with an IndexError."""
+    model, out = smaller_text_encoder(tiny_model, tmp_path / "model", vocab_size=8), tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("bad\nzzz\ncab\n")
+    assert main(arguments(model, out, f"generation.prompt_file={prompts}")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith("error: line 2: the pipeline failed with IndexError: ")
+    assert sorted(file.name for file in out.glob("*.mp4")) == ["0001_bad_seed0.mp4", "0003_cab_seed0.mp4"]
+
+
+def test_a_failure_outside_the_op_is_not_the_backends(tiny_model, tmp_path, capsys):
+    model = smaller_text_encoder(tiny_model, tmp_path / "model", d_model=24)
+    assert main(arguments(model, tmp_path / "out")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: the pipeline failed with RuntimeError: ") and "shapes" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flex needs the C++ compiler on the CPU")
+def test_a_failure_of_the_op_names_the_backend(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert main(arguments(tiny_model, tmp_path / "out", "attention.backend=flex")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: attention.backend: got 'flex': ") and "compiler" in line
+
+
+def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny_model):
+    """As cuBLAS says it. What would fit depends on what is free and what this process holds already."""
+    config = read_config(TINY, ["generation.height=512", "generation.width=512"])
+    job = Job(config, read_architecture(str(tiny_model)), str(tiny_model), "cpu")
+    held = torch.ones(2**27, dtype=torch.uint8)
+    with pytest.raises(GenerationError, match=r"would fit: generation\.") as raised, job.reporting_memory():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert "out of memory: generation.height=512" in str(raised.value)
+    assert room("cpu") >= available_memory("cpu") + 0.9 * held.nbytes - MOVES
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_what_torch_holds_of_the_gpu_is_room_for_a_run():
+    before, held = room("cuda"), torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    assert room("cuda") > before - held.nbytes / 2
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """The command on a tiny random model: files, record, determinism, prompt files."""
 
+import gc
+import io
 import json
+import sys
 from pathlib import Path
 
 import imageio
 import numpy as np
 import pytest
+import torch
 
-from scripts.command import Command, choose_preset, parse
+from scripts.command import MARGIN, Command, choose_preset, needed, parse, pick
 from scripts.errors import UsageError
 from scripts.generate import main
+from scripts.plan import GIB
 
 TINY = "configs/wan_tiny.yaml"
 
@@ -115,6 +120,33 @@ def test_a_failing_prompt_loses_none_of_the_others(tiny_model, tmp_path, capsys)
     assert videos == [f"{name}_seed0.{s}" for name in ("0001_one", "0003_three") for s in ("json", "mp4")]
 
 
+class ErrorCounter(io.StringIO):
+    """A stream that counts the UsageErrors alive at each error line written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[int] = []
+
+    def write(self, text: str) -> int:
+        if text.startswith("error"):
+            gc.collect()
+            self.alive.append(sum(type(thing) is UsageError for thing in gc.get_objects()))
+        return super().write(text)
+
+
+def test_failures_keep_no_exception_and_so_no_tensors(tiny_model, tmp_path, monkeypatch):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("one\ntwo\n")
+    for name in ("0001_one", "0002_two"):
+        (out / f"{name}_seed0.mp4").mkdir(parents=True)
+    gc.collect()
+    before = sum(type(thing) is UsageError for thing in gc.get_objects())
+    stream = ErrorCounter()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run(tiny_model, out, f"generation.prompt_file={prompts}", "generation.steps=1") == 1
+    assert stream.alive == [before, before]
+
+
 def test_a_video_that_is_there_is_replaced(tiny_model, tmp_path):
     file = tmp_path / "a.mp4"
     file.write_bytes(b"before")
@@ -130,5 +162,29 @@ def test_help_and_command_line(capsys):
         parse(["--sed"])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_config_a_machine_without_gpu_takes_the_bundled_model():
-    assert choose_preset(["model.device=cpu"]) == (TINY, "model.device=cpu")
+    assert choose_preset([]) == (TINY, "no CUDA device here")
+
+
+def test_the_last_device_on_the_command_line_counts():
+    assert choose_preset(["model.device=cuda", "model.device=cpu"]) == (TINY, "model.device=cpu")
+
+
+def test_the_14b_preset_where_every_memory_has_room():
+    enough = {"GPU": (60 * GIB, 60 * GIB), "the host": (40 * GIB, 39 * GIB)}
+    assert pick(enough)[0] == "configs/wan2.1_t2v_14b.yaml"
+    for name, (free, need) in enough.items():
+        preset, reason = pick({**enough, name: (free / 2, need)})
+        assert preset == TINY
+        assert f"{name} has {free / 2 / GIB:.0f} GiB free of {need / GIB:.0f} GiB" in reason
+
+
+def test_overrides_count_in_what_the_14b_preset_needs(tiny_model):
+    gpu, host = needed([])
+    assert gpu > host > MARGIN * 37 * GIB
+    smaller, same = needed(["generation.num_frames=5", "generation.height=480", "generation.steps=4"])
+    assert smaller < gpu and same == host
+    assert needed([f"model.path={tiny_model}"])[1] < GIB
+    with pytest.raises(UsageError, match=r"generation\.height: got 5"):
+        needed(["generation.height=5"])

@@ -1,6 +1,7 @@
 """Arrows of import point one way, and the house rules that a program can check."""
 
 import ast
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ PACKAGES = ("radial_attn", "models", "scripts", "toyworld")
 SOURCES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 KERNELS = sorted(file for file in (ROOT / "radial_attn" / "kernels").glob("*.py") if file.stem != "__init__")
-FORBIDDEN = {
-    "radial_attn": {"diffusers", "transformers", "models", "scripts", "toyworld"},
-    "models": {"scripts", "toyworld", "yaml", "omegaconf", "argparse"},
-    "scripts": set(),
-    "toyworld": {"radial_attn", "models", "scripts", "diffusers"},
+LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
+    imageio imageio_ffmpeg matplotlib tqdm psutil pytest"""
+ALLOWED = {
+    "radial_attn": {"torch", "numpy", "matplotlib"},
+    "models": {"radial_attn", "torch", "diffusers", "safetensors"},
+    "scripts": {"radial_attn", "models", "toyworld", *LIBRARIES.split()},
+    "toyworld": {"torch"},
 }
+FORBIDDEN = {"radial_attn": set(), "models": {"argparse"}, "scripts": set(), "toyworld": set()}
 
 
 def modules_of(node: ast.AST, package: tuple[str, ...]) -> list[str]:
@@ -41,6 +45,16 @@ def imports(file: Path) -> set[str]:
     return {name for node in ast.walk(tree) for name in modules_of(node, package)}
 
 
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def strangers(names: set[str], package: str) -> set[str]:
+    """Top-level packages among imported names that a package of ours may not use."""
+    known = ALLOWED[package] | {package} | set(sys.stdlib_module_names) - FORBIDDEN[package]
+    return roots(names) - known
+
+
 def short(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
@@ -57,9 +71,24 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("file", SOURCES, ids=short)
 def test_arrows_point_one_way(file):
-    names = imports(file)
-    forbidden = FORBIDDEN[file.relative_to(ROOT).parts[0]]
-    assert not {name for name in names if name.split(".")[0] in forbidden}
+    assert not strangers(imports(file), file.relative_to(ROOT).parts[0])
+
+
+def test_the_walk_finds_strangers():
+    names = {"os.path", "torch.nn", "einops", "models.wan", "argparse"}
+    assert strangers(names, "radial_attn") == {"einops", "models"}
+    assert strangers(names, "models") == {"einops", "argparse"}
+    assert strangers(names, "scripts") == {"einops"}
+    assert strangers(names, "toyworld") == {"einops", "models"}
+
+
+def test_only_the_picture_needs_matplotlib_and_only_when_it_is_drawn():
+    core = [file for file in SOURCES if file.is_relative_to(ROOT / "radial_attn")]
+    users = {file.name for file in core if "matplotlib" in roots(imports(file))}
+    assert users == {"draw.py"}
+    tree = ast.parse((ROOT / "radial_attn" / "draw.py").read_text(encoding="utf-8"))
+    at_once = {name for node in tree.body for name in modules_of(node, ("radial_attn",))}
+    assert "numpy" in at_once and "matplotlib" not in roots(at_once)
 
 
 def test_kernels_do_not_import_one_another():

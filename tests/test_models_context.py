@@ -1,6 +1,7 @@
 """Which step a call is, and what a schedule makes of it: schedulers, pipelines, experts, resolutions."""
 
 import gc
+import logging
 import weakref
 
 import numpy as np
@@ -10,7 +11,7 @@ from diffusers import UniPCMultistepScheduler
 
 from models import apply_radial_attention
 from models.context import Schedule, StepCounter
-from radial_attn import RadialConfig
+from radial_attn import RadialConfig, TokenGrid, radial_mask
 from tests.tiny import wan_inputs, wan_pipeline
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
@@ -181,3 +182,26 @@ def test_the_fork_does_not_keep_its_pipeline_alive():
     assert alive() is None
     transformer(**wan_inputs())
     assert handle.report()["steps"] == 1
+
+
+def test_the_blocks_get_the_backend_that_the_report_names(caplog):
+    """Chosen once a call, outside of compiled code, and carried beside the mask; said once for each size."""
+    transformer, carried = wan_pipeline().transformer, []
+    config = RadialConfig(decay_factor=0.3, block_size=16)  # of no other test: a mask says its backend once
+
+    def note(block, args):
+        carried.append(args[3][2:])
+
+    for block in transformer.blocks:
+        block.register_forward_pre_hook(note)
+    caplog.set_level(logging.INFO, logger="radial_attn")
+    with torch.no_grad(), apply_radial_attention(transformer, config, dense_steps=1) as handle:
+        for timestep in (900, 500, 400):
+            transformer(**wan_inputs(timestep=timestep))
+    mask = radial_mask(TokenGrid(6, 6, 8), config)
+    assert [mask_of_call for mask_of_call, _ in carried] == 4 * [None] + 8 * [mask]
+    assert {backend for mask_of_call, backend in carried if mask_of_call} == {"blocks"}
+    assert handle.report()["calls"] == {"dense": 4, "blocks": 8}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend blocks for [1, 4, 6, 12, 16] torch.float32 on cpu, density {mask.density:.3f}"
+    ]

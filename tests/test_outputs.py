@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from scripts.config import ROOT, read_config
 from scripts.errors import UsageError
 from scripts.outputs import _raise_reason, finished, resolved, video_path, writable_folder, write_pair
-from scripts.record import versions
+from scripts.record import cgroup_free, installed, own_memory, versions
 
 TINY = "configs/wan_tiny.yaml"
 
@@ -70,6 +72,43 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == b"before"
 
 
+def test_a_record_that_cannot_be_replaced_leaves_the_video_that_was_there(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"before")
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError):
+        write_pair(tmp_path / "a.mp4", moving_square(), 16, {"seconds": {}})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == b"before"
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from scripts.outputs import write_pair
+path, end, renames = Path(sys.argv[1]), getattr(signal, sys.argv[2]), []
+def stop(event, arguments):
+    if event == "os.rename" and Path(arguments[1]).parent == path.parent:
+        renames.append(arguments)
+        if len(renames) == 4:
+            os.kill(os.getpid(), end)
+sys.addaudithook(stop)
+for steps in (20, 21):
+    record = {"seconds": {}, "config": {"generation": {"steps": steps}}}
+    write_pair(path, np.full((5, 32, 32, 3), steps, dtype=np.uint8), 16, record)
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGINT", "SIGKILL"])
+def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(tmp_path, end):
+    """The second video's record is not renamed any more: the first's must not pass for it."""
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "a.mp4"), end]
+    stopped = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, timeout=200)
+    assert stopped.returncode != 0
+    left = sorted(file.name for file in tmp_path.iterdir() if not file.name.startswith("."))
+    assert left == ([] if end == "SIGINT" else ["a.mp4"])
+
+
 def test_the_reason_of_a_full_disk_is_told():
     with pytest.raises(OSError) as raised:
         _raise_reason(Path("/dev/full"))
@@ -90,6 +129,37 @@ def test_folders_made_for_nothing_are_removed(tmp_path):
 def test_the_version_in_records_is_the_projects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert versions()["radial-attention"] == project["version"]
+    assert installed(("pytest", "no-such-package")) == {
+        "pytest": pytest.__version__,
+        "no-such-package": "absent",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "droppable"),
+    [
+        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+        (
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_a_memory_limit_counts_less_what_is_used(tmp_path, names, droppable):
+    """The files of a control group: what is used does not count as free, but for droppable file pages."""
+    (tmp_path / "memory").mkdir()
+    assert cgroup_free(tmp_path) == []
+    for name, text in zip(names, ("1000\n", "700\n", f"anon 1\n{droppable} 50\n"), strict=True):
+        (tmp_path / name).write_text(text)
+    assert cgroup_free(tmp_path) == [350]
+    (tmp_path / names[0]).write_text("max\n")
+    assert cgroup_free(tmp_path) == []
+
+
+def test_what_the_process_holds_is_counted():
+    before = own_memory("cpu")
+    held = np.ones(2**27, dtype=np.uint8)
+    assert own_memory("cpu") - before > 0.9 * held.nbytes
 
 
 def test_finished_compares_what_changes_a_frame(tmp_path):
