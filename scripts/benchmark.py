@@ -8,6 +8,7 @@ one that is not counted; memory is the growth of a fresh process.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys

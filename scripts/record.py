@@ -114,10 +114,19 @@ def _cpu_name() -> str:
 
 def peak_memory(device: str) -> dict[str, int]:
     """Highest resident memory of the process so far (bytes), and of the GPU since its last reset."""
-    peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = {"host_bytes": _host_peak()}
     if device == "cuda":
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _host_peak() -> int:
+    """VmHWM of /proc, which begins anew with a program; else ru_maxrss, which a child inherits."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as stream:
+            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak(device: str) -> None:
