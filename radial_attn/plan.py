@@ -249,7 +249,7 @@ def _piece(batch: list[_Rectangle], group: tuple[int, ...], tail: int) -> Piece:
 def _span(blocks: list[tuple[int, ...]], tail: int) -> Span:
     first = blocks[0]
     run = len(blocks) == 1 and first == tuple(range(first[0], first[0] + len(first)))
-    return Span(torch.tensor(blocks), first[0] if run else None, _tail(first, tail))
+    return Span(torch.tensor(blocks, device="cpu"), first[0] if run else None, _tail(first, tail))
 
 
 def _tail(blocks: Iterable[int], tail: int) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ one that is not counted; memory is the growth of a fresh process.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from torch.nn import functional as F
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.plan import Layout, candidate_plans
 from radial_attn.rectangles import dense_cpu, forward_plan
+from scripts.errors import OneLineParser
+from scripts.timing import median_seconds
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
@@ -91,22 +92,8 @@ def call(backend: str, case: Case) -> Callable[[], object]:
     return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
 
 
-def median_seconds(run: Callable[[], object], device: str) -> float:
-    """Median wall time after one uncounted call; stops early after `CALL_SECONDS`."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    run()
-    seconds = []
-    while len(seconds) < REPEATS and sum(seconds) < CALL_SECONDS:
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 def measure(backend: str, case: Case) -> Row:
-    seconds = median_seconds(call(backend, case), case.device)
+    seconds = median_seconds(call(backend, case), REPEATS, case.device, CALL_SECONDS)
     row = Row(backend, case, 1.0 if backend == "dense" else case.mask.density, seconds)
     kind = "forward+backward" if case.backward else "forward"
     print(
@@ -158,7 +145,7 @@ def designs(frames: int) -> list[Row]:
         layout = Layout(size, tail=len(mask.blocks), key_bytes=2 * case.head_width * inputs[0].element_size())
         for name, plan in candidate_plans(mask.blocks, layout).items():
             run = partial(forward_plan, inputs, plan, size, case.grid.tokens, dense)
-            rows.append(Row(name, case, mask.density, median_seconds(run, "cpu")))
+            rows.append(Row(name, case, mask.density, median_seconds(run, REPEATS, "cpu", CALL_SECONDS)))
             print(
                 f"{case.grid.tokens:6d} tokens {dtype:9} plan {name!r} {rows[-1].seconds * 1e3:.1f} ms",
                 flush=True,
@@ -212,7 +199,7 @@ def cpu_of_others() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="scripts/benchmark.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2k to 8k tokens only")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(

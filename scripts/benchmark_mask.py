@@ -8,10 +8,7 @@ Writes mask_cost_cpu_<date>.md and .png. One thread; every number is the median 
 import datetime
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +19,7 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.draw import save_figure
 from scripts.errors import OneLineParser
 from scripts.record import hardware
+from scripts.timing import median_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,17 +49,6 @@ class Point:
     density: float
 
 
-def median_seconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median wall time of `run()` after one call that is not counted."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 def build(grid: TokenGrid, config: RadialConfig) -> BlockMask:
     """`radial_mask` without its cache."""
     return radial_mask.__wrapped__(grid, config)
@@ -87,7 +74,7 @@ def shape_table(repeats: int = REPEATS) -> str:
     for name, grid, config, wanted in SHAPES:
         mask = build(grid, config)
         milliseconds = 1000 * median_seconds(partial(build, grid, config), repeats)
-        csr = 1000 * median_seconds(mask._build_csr, repeats)
+        csr = 1000 * median_seconds(lambda mask=mask: replace(mask).indices, repeats)
         lines.append(
             f"| {name} | {grid.frames} x {grid.tokens_per_frame} | {len(mask.blocks)}² | {mask.density:.4f} "
             f"| {milliseconds:.2f} | {'' if wanted is None else f'<= {wanted}'} | {csr:.2f} |"

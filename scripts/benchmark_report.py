@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from radial_attn.draw import save_figure
+from scripts.record import hardware
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def write(
     lines = [
         f"# Attention on the {device.upper()}: dense SDPA, blocks, flex",
         f"\n`{command}`, {date}, {about}.",
-        f"{hardware(device)}; torch {torch.__version__}.",
+        f"{machine(device)}; torch {torch.__version__}.",
         "Radial masks, decay factor 1, with sink, frames of 32 x 32 tokens, blocks of 128, 8 heads of 64,",
         "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 where every kept",
         "block costs what it costs in dense attention. Medians of up to 5 calls.",
@@ -51,14 +52,15 @@ def write(
     return path
 
 
-def hardware(device: str) -> str:
-    """The machine in general words: processor features and threads, or the GPU's name."""
+def machine(device: str) -> str:
+    """The GPU, or the processor with what counts for its speed."""
+    about = hardware(device)
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return about["gpu"]
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     found = [name for name in FEATURES if name in flags]
-    return f"CPU with {', '.join(found) or 'unknown features'}; {torch.get_num_threads()} threads"
+    return f"{about['cpu']} with {', '.join(found) or 'unknown features'}, {about['threads']} threads"
 
 
 def compared(rows: list["Row"]) -> Iterator[tuple["Row", float | None, float | None]]:

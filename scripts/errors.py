@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """Bad input: the message is one line that names the key, the value and what is allowed."""
 
 
+class DiskFullError(UsageError):
+    """There is no room for the output: no further video can be written either."""
+
+
 class GenerationError(RuntimeError):
     """A run that started and could not finish: non-finite values, a backend that failed."""
 

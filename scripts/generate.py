@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.command import choose_preset, parse
 from scripts.config import Config, help_text, read_config
-from scripts.errors import GenerationError, UsageError
+from scripts.errors import DiskFullError, GenerationError, UsageError
 
 if TYPE_CHECKING:
     from scripts.video import Job
@@ -84,17 +84,22 @@ def generate(job: "Job", prompts: dict[int, str]) -> int:
 
 
 def generate_missing(job: "Job", prompts: dict[int, str], paths: dict[int, Path]) -> int:
-    """The prompts whose video is not there yet, one failure not stopping the next; 1 where any failed."""
+    """The prompts whose video is not there yet; 1 where any failed. Only a full disk stops the rest."""
     missing = [number for number in prompts if not is_there(job.config, prompts[number], paths[number])]
     print(f"{len(missing)} of {len(prompts)} videos to make", flush=True)
     pipeline = job.load() if missing else None
-    failures = {}
+    failures: dict[int, str] = {}
+    full = False
     for number in missing:
+        if full:
+            failures[number] = "not tried, the disk is full; the same command goes on from here"
+            continue
         print(f"line {number}: {prompts[number]}", flush=True)
         try:
             announce(job.make_video(pipeline, prompts[number], paths[number]), paths[number])
         except (UsageError, GenerationError) as error:
             failures[number] = str(error)  # the exception would hold its frames' tensors
+            full = isinstance(error, DiskFullError)
     for number, error in failures.items():
         print(f"error: line {number}: {error}", file=sys.stderr)
     return 1 if failures else 0

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from models.context import Schedule
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from scripts.architecture import Architecture
 from scripts.config import Config
@@ -49,9 +50,8 @@ def token_grid(config: Config, model: Architecture) -> TokenGrid:
 def dense_steps(config: Config) -> list[int]:
     """Numbers of the denoising steps, from 0, whose attention is dense in every layer."""
     attention, steps = config.attention, config.generation.steps
-    if attention.pattern == "dense":
-        return list(range(steps))
-    return [s for s in range(steps) if s < attention.dense_steps or s >= steps - attention.dense_last_steps]
+    schedule = Schedule(attention.dense_steps, attention.dense_layers, attention.dense_last_steps, steps)
+    return [s for s in range(steps) if attention.pattern == "dense" or schedule.is_dense(s, None)]
 
 
 def step_pattern(config: Config, step: int) -> str:

@@ -1,5 +1,6 @@
 """One run's pipeline and the making of one video with it."""
 
+import errno
 import logging
 import sys
 import warnings
@@ -17,7 +18,7 @@ from models import apply_radial_attention
 from models.pipelines import is_local, load_pipeline
 from scripts.architecture import Architecture, hub_unreachable
 from scripts.config import Config
-from scripts.errors import GenerationError, UsageError, one_line, raised_in
+from scripts.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
 from scripts.outputs import resolved, write_pair
 from scripts.plan import dense_steps, memory, radial_config, step_pattern, token_grid
 from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
@@ -225,7 +226,8 @@ def _write(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> 
         write_pair(path, frames, fps, record)
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise UsageError(
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        raise (DiskFullError if full else UsageError)(
             f"output.path: cannot write {str(path)!r} ({reason}); allowed: a folder with room for the video"
         ) from error
 

@@ -99,6 +99,19 @@ def test_a_disk_without_room_for_the_video(tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cab\nabc\nbac\n")
+    process = start(
+        arguments(tiny_model, tmp_path / "out", f"generation.prompt_file={prompts}"), limits="-f 2"
+    )
+    errors = re.split(r"[\r\n]+", process.communicate(timeout=200)[1])
+    first, *others = [line for line in errors if line.startswith("error")]
+    assert process.returncode == 1 and first.startswith("error: line 1: output.path: cannot write")
+    assert [line.split(",")[0] for line in others] == [f"error: line {n}: not tried" for n in (2, 3)]
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_interrupting_leaves_no_partial_file(tiny_model, tmp_path):
     argv = arguments(tiny_model, tmp_path / "out", "generation.steps=100000", "attention.pattern=dense")
     process = start(argv)

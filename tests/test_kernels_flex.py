@@ -7,7 +7,7 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.kernels import flex as kernel
-from tests.attention_cases import GRIDS, assert_as_good_as, exact, make_inputs, make_mask
+from tests.attention_cases import GRIDS, assert_as_good_as, exact, make_inputs, make_mask, run
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention compiles C++ with g++")
 
@@ -35,6 +35,34 @@ def test_text_padding_small_blocks_narrow_heads_and_no_second_compile():
     for lengths in ([0, 11], [4, 7]):
         check(inputs, mask, torch.float32, text_lengths=lengths)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize(("tokens", "width"), [(63, 12), (1000, 96), (111, 128)])
+def test_odd_sizes(tokens, width):
+    grid = GRIDS[tokens]
+    check(make_inputs(grid, 1, 2, width), make_mask(grid), torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions(dtype):
+    grid = GRIDS[63]
+    check(make_inputs(grid, 1, 2, 64), make_mask(grid), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"text_lengths": [4, 11]}], ids=["whole", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [12, 64, 128])
+def test_forward_and_backward_on_a_gpu(width, dtype, options):
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 3, width), make_mask(grid)
+    there = [x.cuda() for x in inputs]
+    found, plain = (
+        [x.cpu() for x in run(name, there, mask, dtype, **options)] for name in ("flex", "reference")
+    )
+    assert_as_good_as(found, plain, exact(inputs, mask, dtype, **options))
 
 
 @needs_compiler
@@ -70,6 +98,27 @@ def test_block_mask_and_mask_mod_agree_with_the_mask(block_size, heads, text):
     full = expand(flex_mask.full_kv_num_blocks, flex_mask.full_kv_indices)
     assert not (partial & full).any()
     assert torch.equal((partial & by_mod) | full, wanted)
+
+
+def test_block_mask_is_made_once_and_keeps_padding_apart():
+    """Tables and their transposes belong to the mask; text lengths of one call do not leak into another."""
+    mask, device = make_mask(GRIDS[111]), torch.device("cpu")
+    first, second = (kernel._block_mask(mask, device, torch.tensor(valid)) for valid in ([100], [105]))
+    plain = [kernel._block_mask(mask, device, None) for _ in range(2)]
+    assert first.q_indices is second.q_indices and first.kv_indices is second.kv_indices
+    assert plain[0].q_indices is plain[1].q_indices and plain[0].mask_mod is plain[1].mask_mod
+    sample, key = torch.tensor(0), torch.tensor(102)
+    kept = [bool(x.mask_mod(sample, sample, key, key)) for x in (first, second, plain[0])]
+    assert kept == [False, True, True]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_missing_compiler_is_named(monkeypatch, device_type):
+    monkeypatch.setenv("PATH", "")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ImportError, match=r"(apt|pip) install .*or use backend='blocks'"):
+        kernel._check_compiler(device_type)
 
 
 def test_dense_pattern_needs_no_mask_mod():

@@ -1,5 +1,7 @@
 """The trainer of the bundled model: exact resumption, the short-text equivalence, a run of all stages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -7,7 +9,8 @@ from torch import nn
 
 from scripts.tiny_model import TEXT_SLOTS, Denoiser
 from scripts.train_loop import Stage, learning_rate
-from scripts.train_tiny import Options, generator, parse, prepare, run, train, write_caption
+from scripts.train_options import Options, generator, run
+from scripts.train_tiny import parse, prepare, train, write_caption
 from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"
@@ -47,7 +50,7 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[100:] == sorted(rates[100:], reverse=True) and rates[-1] < 0.011
 
 
-def test_short_text_equals_padded_text():
+def test_processors_of_training_equal_those_of_pipelines():
     torch.manual_seed(0)
     denoiser = Denoiser().eval()
     for parameter in denoiser.parameters():
@@ -56,7 +59,7 @@ def test_short_text_equals_padded_text():
     with torch.no_grad():
         short = denoiser(latents, sigma, [CAPTION, ""])
         text = denoiser.embed([CAPTION, ""])
-        denoiser.use_short_text(False)
+        denoiser.use_training_attention(False)
         text = torch.cat([text, text.new_zeros(2, TEXT_SLOTS - text.shape[1], 64)], dim=1)
         padded = denoiser.transformer(latents, 1000 * sigma, text, return_dict=False)[0]
     assert torch.allclose(short, padded, atol=1e-4 * padded.abs().max().item())
@@ -86,7 +89,7 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
         work=tmp_path / "work",
         image_steps=1,
         vae_steps=1,
-        decoder_steps=1,
+        outline_steps=1,
         videos=2,
         steps=2,
         batch=2,
@@ -103,6 +106,23 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
     assert torch.isfinite(torch.from_numpy(video)).all()
 
 
+def test_goes_on_from_a_model(tmp_path):
+    """The VAE and what it was normalised with stay; the transformer starts where it was and is trained."""
+    options = Options(
+        out=tmp_path / "first", work=tmp_path / "a", image_steps=1, vae_steps=1, outline_steps=1, videos=2,
+        steps=1, batch=2, frames=5, size=16,
+    )  # fmt: skip
+    train(options)
+    train(replace(options, out=tmp_path / "second", work=tmp_path / "b", start=tmp_path / "first", rate=1e-9))
+    first, second = (WanPipeline.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert first.vae.config.latents_mean == second.vae.config.latents_mean
+    for part in ("vae", "transformer", "text_encoder"):
+        before, after = (getattr(pipeline, part).state_dict() for pipeline in (first, second))
+        assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+    with pytest.raises(ValueError, match="start must be the folder of a model, got"):
+        train(replace(options, work=tmp_path / "c", start=tmp_path / "none"))
+
+
 def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
     (tmp_path / "video.mp4").write_bytes(b"mine")
     with pytest.raises(ValueError, match="out must be a new folder or one that holds a model"):
@@ -113,7 +133,7 @@ def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
 def test_a_work_folder_of_another_run_is_refused(tmp_path):
     prepare(Options(out=tmp_path / "model", work=tmp_path, seed=1))
     prepare(Options(out=tmp_path / "other", work=tmp_path, seed=1, save_every=7))
-    with pytest.raises(ValueError, match=r"other options \(seed 1 -> 2, steps 2200 -> 5\)"):
+    with pytest.raises(ValueError, match=r"other options \(seed 1 -> 2, steps 5200 -> 5\)"):
         prepare(Options(out=tmp_path / "model", work=tmp_path, seed=2, steps=5))
 
 

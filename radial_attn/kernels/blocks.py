@@ -6,7 +6,7 @@ by pattern and samples by text length, and leaves the rest to plan.py and rectan
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +119,18 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
 block_attention.register_autograd(_gradients, setup_context=_setup_context)
 
 
-@lru_cache(maxsize=64)
-def _plans(
-    blocks: Tensor, layout: Layout, device: torch.device
-) -> tuple[tuple[Tensor | None, tuple[Group, ...]], ...]:
+Plans = tuple[tuple[Tensor | None, tuple[Group, ...]], ...]
+
+
+def _plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
+    """`_make_plans`, once for each mask: the plans hang on its tensor, all that an operator can be given."""
+    kept = blocks.__dict__.setdefault("plans", {})
+    if (layout, device) not in kept:
+        kept[layout, device] = _make_plans(blocks, layout, device)
+    return kept[layout, device]
+
+
+def _make_plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
     """`(heads, plan)` of each distinct pattern of a mask; `heads` is None where all share one."""
     if blocks.ndim == 2:
         return ((None, to_device(plan_attention(blocks, layout), device)),)

@@ -4,9 +4,12 @@ The mask_mod always reads the block table: where FlexAttention runs uncompiled i
 indices, and this keeps even that exact.
 """
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +36,10 @@ def attention(
         ImportError: no C++ compiler for the CPU kernel.
     """
     inputs = [query, key, value]
+    if not torch.compiler.is_compiling():
+        mask.cached(("flex compiler", query.device.type), partial(_check_compiler, query.device.type))
     if query.device.type == "cpu":
-        inputs = _cpu_inputs(inputs, mask)
+        inputs = _cpu_inputs(inputs)
     width = query.shape[-1]
     if width < LEAST_WIDTH:
         inputs = [F.pad(x, (0, LEAST_WIDTH - width)) for x in inputs]
@@ -50,25 +55,24 @@ def attention(
     return out.masked_fill(padded[:, :, None, None], 0)
 
 
-def _cpu_inputs(inputs: list[Tensor], mask: BlockMask) -> list[Tensor]:
+def _cpu_inputs(inputs: list[Tensor]) -> list[Tensor]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise ValueError(
             "backend 'flex' has no gradients on the CPU: use backend='blocks', or torch.no_grad()"
         )
-    if not torch.compiler.is_compiling():
-        mask.cached("flex C++ compiler", _find_compiler)
     return [x.detach() for x in inputs]
 
 
-def _find_compiler() -> str:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
+def _check_compiler(device_type: str) -> None:
+    """Raises ImportError where what FlexAttention compiles with is missing."""
+    if device_type == "cuda" and find_spec("triton") is None:
+        raise ImportError("backend 'flex' needs Triton on CUDA: pip install triton, or use backend='blocks'")
+    variable, *names = ("CC", "gcc", "clang", "cc") if device_type == "cuda" else ("CXX", "g++", "clang++")
+    if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
         raise ImportError(
-            "backend 'flex' compiles C++ on the CPU and found no compiler: "
-            "apt install g++, or use backend='blocks'"
+            f"backend 'flex' compiles on {device_type} and found no compiler: "
+            f"apt install {names[0]}, or use backend='blocks'"
         )
-    return found
 
 
 def _compiled(mask: BlockMask) -> Callable[..., Tensor]:
@@ -87,30 +91,38 @@ def _compiled(mask: BlockMask) -> Callable[..., Tensor]:
 
 
 def _block_mask(mask: BlockMask, device: torch.device, valid: Tensor | None) -> flex.BlockMask:
-    """The mask in FlexAttention's form; blocks that are valid to the last token skip the mask_mod."""
-    last = mask.grid.tokens // max(mask.block_size, KERNEL_BLOCK)
-    first_partial = last if valid is None else mask.grid.video_tokens // max(mask.block_size, KERNEL_BLOCK)
+    """The mask in FlexAttention's form, made once for each mask; padded text only changes the mask_mod."""
+    size = max(mask.block_size, KERNEL_BLOCK)
+    first_partial = (mask.grid.tokens if valid is None else mask.grid.video_tokens) // size
 
-    def build() -> tuple[Tensor, tuple[Tensor, ...]]:
-        tables = _kernel_tables(mask, first_partial)
-        return mask.blocks.to(device), tuple(x.to(device) for x in tables)
+    def build() -> flex.BlockMask:
+        return _build_block_mask(mask, device, first_partial)
 
-    table, (counts, indices, full_counts, full_indices) = mask.cached(
-        ("flex tables", device, first_partial), build
-    )
-    length = mask.grid.tokens
+    if torch.compiler.is_compiling():
+        block_mask = build()
+    else:
+        block_mask = copy.copy(mask.cached(("flex", device, first_partial), build))
+    if valid is not None:
+        block_mask.mask_mod = _and_valid(block_mask.mask_mod, valid)
+    return block_mask
+
+
+def _build_block_mask(mask: BlockMask, device: torch.device, first_partial: int) -> flex.BlockMask:
+    """Kernel blocks from `first_partial` on may hold invalid tokens: they always read the mask_mod."""
+
+    def build() -> tuple[Tensor, ...]:
+        return tuple(x.to(device) for x in (mask.blocks, *_kernel_tables(mask, first_partial)))
+
+    table, *tables = mask.cached(("flex tables", device, first_partial), build)
     return flex.BlockMask.from_kv_blocks(
-        counts,
-        indices,
-        full_counts,
-        full_indices,
+        *tables,
         BLOCK_SIZE=max(mask.block_size, KERNEL_BLOCK),
-        mask_mod=_mask_mod(table, mask.block_size, valid),
-        seq_lengths=(length, length),
+        mask_mod=_mask_mod(table, mask.block_size),
+        seq_lengths=(mask.grid.tokens, mask.grid.tokens),
     )
 
 
-def _mask_mod(table: Tensor, size: int, valid: Tensor | None) -> Callable[..., Tensor]:
+def _mask_mod(table: Tensor, size: int) -> Callable[..., Tensor]:
     """`(sample, head, query token, key token) -> kept`, read from the block table."""
     table = table if table.ndim == 3 else table.unsqueeze(0)
     shared = len(table) == 1
@@ -118,10 +130,16 @@ def _mask_mod(table: Tensor, size: int, valid: Tensor | None) -> Callable[..., T
     def kept(sample: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return table[0 if shared else head, row // size, column // size]
 
+    return kept
+
+
+def _and_valid(kept: Callable[..., Tensor], valid: Tensor) -> Callable[..., Tensor]:
+    """A mask_mod that also leaves out the keys of padded text; `valid` tokens of each sample, `[B]`."""
+
     def kept_and_valid(sample: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return kept(sample, head, row, column) & (column < valid[sample])
 
-    return kept if valid is None else kept_and_valid
+    return kept_and_valid
 
 
 def _kernel_tables(mask: BlockMask, first_partial: int) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ def attention(
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
     """
-    keep = mask.cached(("token_mask", query.device), lambda: mask.token_mask().to(query.device))
+    keep = mask.token_mask().to(query.device)
     keep = keep.view(1, -1, *keep.shape[-2:])
     if text_lengths is not None:
         valid = text_lengths.to(query.device).view(-1, 1) + mask.grid.video_tokens

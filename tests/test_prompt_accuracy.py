@@ -1,0 +1,79 @@
+"""Prompt accuracy: readings that continue, the table's arithmetic, the command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diffusers import WanPipeline
+
+from scripts.config import ROOT, Config, read_config
+from scripts.prompt_accuracy import density, parse, readings, report, row, step_seconds, with_pattern
+from toyworld import all_attributes
+from toyworld.render import VOCABULARY
+
+CAPTIONS = all_attributes()[:3]
+SHORT = ["generation.num_frames=5", "generation.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return read_config("configs/wan_tiny.yaml", SHORT)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WanPipeline:
+    pipeline = WanPipeline.from_pretrained(ROOT / "assets" / "wan-tiny")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def entry(caption: str, *right: str) -> dict:
+    return {"caption": caption, **{name: name in right for name in VOCABULARY}}
+
+
+def test_readings_continue_where_they_stopped(tmp_path: Path, pipeline, config):
+    file = tmp_path / "readings.json"
+    made_before = entry(CAPTIONS[1].caption, "shape")
+    file.write_text(json.dumps([made_before]))
+    entries = readings(pipeline, config, CAPTIONS, 2, file)
+    assert [e["caption"] for e in entries] == [CAPTIONS[i].caption for i in (1, 0, 2)]
+    assert entries[0] == made_before and json.loads(file.read_text()) == entries
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_caption_is_made_from_its_own_seed_whatever_was_made_before(tmp_path: Path, pipeline, config):
+    whole = readings(pipeline, config, CAPTIONS, 3, tmp_path / "whole.json")
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps(whole[:2]))
+    assert readings(pipeline, config, CAPTIONS, 1, part) == whole
+
+
+def test_row_counts_attributes_and_whole_captions(config):
+    entries = [entry("a", *VOCABULARY), entry("b", "colour", "shape"), entry("c"), entry("d", "colour")]
+    cells = [cell.strip() for cell in row(config, entries, 0.5, 0.25).strip("|").split("|")]
+    assert cells == ["5", "radial", "0.500", "75.0", "50.0", "25.0", "25.0", "43.8", "25.0", "4", "0.250"]
+
+
+def test_measures_density_and_both_step_times(pipeline, config):
+    usual = replace(config, generation=replace(config.generation, num_frames=33))
+    assert density(pipeline, usual) == pytest.approx(0.573, abs=1e-3)
+    assert density(pipeline, with_pattern(usual, "dense")) == 1
+    seconds = step_seconds(pipeline, config, CAPTIONS[0].caption)
+    assert set(seconds) == {"dense", "radial"} and min(seconds.values()) > 0
+
+
+def test_report_holds_command_table_and_settings(config):
+    text = report("bash it.sh", [config], ["| 5 | row |"], "cpu")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[0].count("|") == table[1].count("|") and table[2] == "| 5 | row |"
+    assert "    bash it.sh" in text and "2 steps" in text and "decimation_width 64" in text
+
+
+def test_command_line(capsys):
+    options = parse(["configs/wan_tiny.yaml", "configs/wan_tiny_4x.yaml", *SHORT, "--every", "1", "3"])
+    assert options.configs == ["configs/wan_tiny.yaml", "configs/wan_tiny_4x.yaml"]
+    assert options.overrides == SHORT and options.every == [1, 3]
+    with pytest.raises(SystemExit) as stop:
+        parse(["configs/wan_tiny.yaml", "--every", "1", "3"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
