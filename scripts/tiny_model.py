@@ -166,10 +166,13 @@ class Denoiser(nn.Module):
 def load_parts(folder: Path) -> tuple[AutoencoderKLWan, Denoiser]:
     """VAE and denoiser, in float32, of a model that `save_pipeline` has written."""
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    denoiser = Denoiser()
+    vae, denoiser = build_vae(), Denoiser()
+    vae.load_state_dict(pipeline.vae.state_dict())
+    statistics = {name: pipeline.vae.config[name] for name in ("latents_mean", "latents_std")}
+    vae.register_to_config(**statistics)
     denoiser.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
     denoiser.transformer.load_state_dict(pipeline.transformer.state_dict())
-    return pipeline.vae, denoiser
+    return vae, denoiser
 
 
 def check_target(folder: Path) -> None:

@@ -13,7 +13,9 @@ from toyworld import all_attributes
 from toyworld.render import VOCABULARY
 
 FOLDER = ROOT / "assets" / "wan-tiny"
-CAPTIONS = all_attributes()[5::23]
+CHOSEN = range(
+    7, 180, 15
+)  # of the captions, each with its number as its seed, as in results/prompt_accuracy_*
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +27,12 @@ def pipeline() -> WanPipeline:
 
 def scores(pipeline: WanPipeline, pattern: str) -> dict[str, float]:
     """Share of captions in which the reader finds each attribute as asked, with the shipped preset."""
+    captions = [all_attributes()[index] for index in CHOSEN]
     config = with_pattern(read_config("configs/wan_tiny.yaml", []), pattern)
     with attention(pipeline, config) as handle:
-        videos = sample(pipeline, config, [a.caption for a in CAPTIONS], list(range(len(CAPTIONS))))
+        videos = sample(pipeline, config, [a.caption for a in captions], list(CHOSEN))
         assert (handle.report()["density"] <= 0.6) == (pattern == "radial")
-    entries = [reading(video, a) for video, a in zip(videos, CAPTIONS, strict=True)]
+    entries = [reading(video, a) for video, a in zip(videos, captions, strict=True)]
     return {name: mean(entry[name] for entry in entries) for name in VOCABULARY}
 
 
@@ -41,8 +44,8 @@ def test_is_small_and_whole():
 
 @pytest.mark.parametrize("pattern", ["dense", "radial"])
 def test_shows_what_it_has_learnt(pipeline, pattern):
-    """Colour, background and most shapes; motion is not learnt yet (results/prompt_accuracy_*.md)."""
-    assert len(CAPTIONS) >= 8
+    """Colours, backgrounds, shapes; most motions (results/prompt_accuracy_*.md has the whole numbers)."""
     found = scores(pipeline, pattern)
     assert found["colour"] == found["background"] == 1
-    assert found["shape"] > 1 / len(VOCABULARY["shape"])
+    assert found["shape"] >= 0.9
+    assert mean(found.values()) >= 0.9

@@ -24,8 +24,7 @@ def test_the_bundled_model_makes_the_video_that_the_prompt_asks_for(tmp_path):
     assert "denoising: 100%" in result.stderr
     frames = np.stack(imageio.mimread(tmp_path / "red.mp4", memtest=False))
     assert frames.shape == (33, 64, 64, 3)
-    shown = read(torch.from_numpy(frames) / 255).matches(parse_caption(PROMPT))
-    assert shown["colour"] and shown["background"]  # what the bundled weights have learnt so far
+    assert all(read(torch.from_numpy(frames) / 255).matches(parse_caption(PROMPT)).values())
     record = json.loads((tmp_path / "red.json").read_text())
     assert record["config"]["attention"]["pattern"] == "radial"
     assert record["density"] <= 0.60 and record["attention"]["calls"]["blocks"] > 0

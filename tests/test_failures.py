@@ -141,7 +141,7 @@ def test_a_pipeline_that_fails_loses_one_prompt_not_the_rest(tiny_model, tmp_pat
     assert main(arguments(model, out, f"generation.prompt_file={prompts}")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert line.startswith("error: line 2: the pipeline failed with IndexError: ")
-    assert sorted(file.name for file in out.glob("*.mp4")) == ["0001_bad_seed0.mp4", "0003_cab_seed0.mp4"]
+    assert sorted(file.name for file in out.glob("*.mp4")) == ["0001_bad_seed1.mp4", "0003_cab_seed1.mp4"]
 
 
 def test_a_failure_outside_the_op_is_not_the_backends(tiny_model, tmp_path, capsys):

@@ -32,9 +32,9 @@ def only(folder: Path, pattern: str) -> Path:
 def test_a_video_and_its_record(tiny_model, tmp_path, capsys):
     overrides = ["attention.dense_steps=1", "attention.dense_layers=2", "generation.prompt=a b"]
     assert run(tiny_model, tmp_path, *overrides) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-b_seed0.json", "a-b_seed0.mp4"]
-    assert np.stack(imageio.mimread(tmp_path / "a-b_seed0.mp4", memtest=False)).shape == (9, 32, 48, 3)
-    record = json.loads((tmp_path / "a-b_seed0.json").read_text())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-b_seed1.json", "a-b_seed1.mp4"]
+    assert np.stack(imageio.mimread(tmp_path / "a-b_seed1.mp4", memtest=False)).shape == (9, 32, 48, 3)
+    record = json.loads((tmp_path / "a-b_seed1.json").read_text())
     assert (record["prompt"], record["seed"], record["tokens"]) == ("a b", 0, 3 * 4 * 6)
     assert record["config"]["generation"]["num_frames"] == 9
     assert record["config"]["model"]["path"] == str(tiny_model)
@@ -92,17 +92,17 @@ def test_a_prompt_file_goes_on_where_it_stopped(tiny_model, tmp_path, capsys):
     prompts.write_text("a cat\n\n  a dog\na cat\n")
     overrides = [f"generation.prompt_file={prompts}"]
     assert run(tiny_model, out, *overrides) == 0
-    names = ["0001_a-cat_seed0", "0003_a-dog_seed0", "0004_a-cat_seed0"]
+    names = ["0001_a-cat_seed1", "0003_a-dog_seed1", "0004_a-cat_seed1"]
     assert sorted(file.name for file in out.iterdir()) == [f"{n}.{s}" for n in names for s in ("json", "mp4")]
-    assert json.loads((out / "0003_a-dog_seed0.json").read_text())["prompt"] == "a dog"
+    assert json.loads((out / "0003_a-dog_seed1.json").read_text())["prompt"] == "a dog"
     times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    (out / "0003_a-dog_seed0.mp4").unlink()
+    (out / "0003_a-dog_seed1.mp4").unlink()
     capsys.readouterr()
     assert run(tiny_model, out, *overrides) == 0
     assert "1 of 3 videos to make" in capsys.readouterr().out
     kept = [file for file in times if "dog" not in file.name]
     assert all(file.stat().st_mtime_ns == times[file] for file in kept)
-    assert (out / "0003_a-dog_seed0.mp4").is_file()
+    assert (out / "0003_a-dog_seed1.mp4").is_file()
     assert run(tiny_model, out, *overrides) == 0
     assert "0 of 3 videos to make" in capsys.readouterr().out
     assert run(tiny_model, out, *overrides, "generation.steps=2") == 0
@@ -112,12 +112,12 @@ def test_a_prompt_file_goes_on_where_it_stopped(tiny_model, tmp_path, capsys):
 def test_a_failing_prompt_loses_none_of_the_others(tiny_model, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("one\ntwo\nthree\n")
-    (out / "0002_two_seed0.mp4").mkdir(parents=True)
+    (out / "0002_two_seed1.mp4").mkdir(parents=True)
     assert run(tiny_model, out, f"generation.prompt_file={prompts}") == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "line 2" in errors[0] and "0002_two_seed0.mp4" in errors[0]
+    assert len(errors) == 1 and "line 2" in errors[0] and "0002_two_seed1.mp4" in errors[0]
     videos = sorted(file.name for file in out.iterdir() if file.is_file())
-    assert videos == [f"{name}_seed0.{s}" for name in ("0001_one", "0003_three") for s in ("json", "mp4")]
+    assert videos == [f"{name}_seed1.{s}" for name in ("0001_one", "0003_three") for s in ("json", "mp4")]
 
 
 class ErrorCounter(io.StringIO):
@@ -138,7 +138,7 @@ def test_failures_keep_no_exception_and_so_no_tensors(tiny_model, tmp_path, monk
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("one\ntwo\n")
     for name in ("0001_one", "0002_two"):
-        (out / f"{name}_seed0.mp4").mkdir(parents=True)
+        (out / f"{name}_seed1.mp4").mkdir(parents=True)
     gc.collect()
     before = sum(type(thing) is UsageError for thing in gc.get_objects())
     stream = ErrorCounter()

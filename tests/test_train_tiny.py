@@ -116,6 +116,8 @@ def test_goes_on_from_a_model(tmp_path):
     train(replace(options, out=tmp_path / "second", work=tmp_path / "b", start=tmp_path / "first", rate=1e-9))
     first, second = (WanPipeline.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert first.vae.config.latents_mean == second.vae.config.latents_mean
+    written = [(tmp_path / name / "vae" / "config.json").read_text() for name in ("first", "second")]
+    assert written[0] == written[1]
     for part in ("vae", "transformer", "text_encoder"):
         before, after = (getattr(pipeline, part).state_dict() for pipeline in (first, second))
         assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
