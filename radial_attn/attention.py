@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 
-BACKENDS = ("auto", "reference", "blocks", "flex")
+BACKENDS = ("auto", "reference", "blocks", "flex", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,8 +28,8 @@ def radial_attention(
     Args:
         query, key, value: `[B, S, H, D]`, video tokens first, text after; float32, bfloat16 or float16.
         mask: block mask with `mask.grid.tokens == S`, shared by all heads or with one pattern per head.
-        backend: "reference", "blocks", "flex", or "auto", which reports its choice once per shape to the
-            logger "radial_attn".
+        backend: "reference", "blocks", "flex", "triton", or "auto", which reports its choice once per shape
+            to the logger "radial_attn".
         text_lengths: valid text tokens of each sample, integers `[B]` (the valid ones come first), or None
             for all. Keys of padded text are not attended; output rows of padded text are zeros. Inside
             torch.compile the range is not checked.
@@ -58,6 +58,8 @@ def radial_attention(
             from .kernels import blocks as kernel
         case "flex":
             from .kernels import flex as kernel
+        case "triton":
+            from .kernels import triton as kernel
     return kernel.attention(query, key, value, mask, text_lengths=lengths, scale=scale)
 
 

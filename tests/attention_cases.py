@@ -61,8 +61,12 @@ def assert_as_good_as(found: list[Tensor], reference: list[Tensor], truth: list[
         assert error <= 2 * allowed + floor, (name, error, allowed, floor)
 
 
-def compare(backend: str, inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, **options) -> None:
+def compare(
+    backend: str, inputs: list[Tensor], mask: BlockMask, dtype: torch.dtype, device: str = "cpu", **options
+) -> None:
     """Forward and backward of a backend against `reference`, both judged by float64."""
-    found = run(backend, inputs, mask, dtype, **options)
-    reference = run("reference", inputs, mask, dtype, **options)
+    there = [x.to(device) for x in inputs]
+    found, reference = (
+        [x.cpu() for x in run(name, there, mask, dtype, **options)] for name in (backend, "reference")
+    )
     assert_as_good_as(found, reference, exact(inputs, mask, dtype, **options))

@@ -35,7 +35,7 @@ def test_a_video_and_its_record(tiny_model, tmp_path, capsys):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a-b_seed1.json", "a-b_seed1.mp4"]
     assert np.stack(imageio.mimread(tmp_path / "a-b_seed1.mp4", memtest=False)).shape == (9, 32, 48, 3)
     record = json.loads((tmp_path / "a-b_seed1.json").read_text())
-    assert (record["prompt"], record["seed"], record["tokens"]) == ("a b", 0, 3 * 4 * 6)
+    assert (record["prompt"], record["seed"], record["tokens"]) == ("a b", 1, 3 * 4 * 6)
     assert record["config"]["generation"]["num_frames"] == 9
     assert record["config"]["model"]["path"] == str(tiny_model)
     assert set(record["seconds"]) == {"load", "encode_text", "denoise", "decode", "write"}

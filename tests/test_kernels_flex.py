@@ -7,7 +7,7 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.kernels import flex as kernel
-from tests.attention_cases import GRIDS, assert_as_good_as, exact, make_inputs, make_mask, run
+from tests.attention_cases import GRIDS, assert_as_good_as, compare, exact, make_inputs, make_mask
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention compiles C++ with g++")
 
@@ -57,12 +57,8 @@ def test_half_precisions(dtype):
 @pytest.mark.parametrize("width", [12, 64, 128])
 def test_forward_and_backward_on_a_gpu(width, dtype, options):
     grid = GRIDS[111]
-    inputs, mask = make_inputs(grid, 2, 3, width), make_mask(grid)
-    there = [x.cuda() for x in inputs]
-    found, plain = (
-        [x.cpu() for x in run(name, there, mask, dtype, **options)] for name in ("flex", "reference")
-    )
-    assert_as_good_as(found, plain, exact(inputs, mask, dtype, **options))
+    inputs = make_inputs(grid, 2, 3, width)
+    compare("flex", inputs, make_mask(grid), dtype, device="cuda", **options)
 
 
 @needs_compiler

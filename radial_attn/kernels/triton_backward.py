@@ -1,0 +1,180 @@
+"""Triton: backward of block-sparse flash attention. Gradients of queries walk the key tiles of a query tile,
+those of keys and values the query tiles of a key tile, so that nothing is added atomically.
+
+Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, over the listed tiles only.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_forward import INFINITY, kept_pairs, load_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def row_products_kernel(
+    out, grad, products, tokens, heads, batch_stride, token_stride, head_stride,
+    grad_batch, grad_token, grad_head, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Sum over the width of output x gradient, float32 `[B, H, S]`."""
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    first = tl.program_id(0) * ROWS
+    outs = out + batch * batch_stride + head * head_stride
+    grads = grad + batch * grad_batch + head * grad_head
+    o = load_tile(outs, 0, first, head, token_stride, tokens, ROWS, WIDTH, PADDED, True, False)
+    g = load_tile(grads, 0, first, head, grad_token, tokens, ROWS, WIDTH, PADDED, True, False)
+    rows = first + tl.arange(0, ROWS)
+    sums = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    tl.store(products + pair.to(tl.int64) * tokens + rows, sums, mask=rows < tokens)
+
+
+@triton.jit
+def row_weights(lse, pair, rows, tokens):
+    """Log-sum-exp in base 2 of some rows; +inf, which makes their weights 0, for rows without keys."""
+    sums = tl.load(lse + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=-INFINITY) * LOG2E
+    return tl.where(sums == -INFINITY, INFINITY, sums)
+
+
+@triton.jit
+def query_gradient(
+    total, query, grad, sums, products, keys, values, key_stride, value_stride, starts, first, last, rows,
+    tokens, limit, table, blocks, scale, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """Adds what the listed key tiles `first .. last - 1` give to the gradient of a query tile."""
+    for i in tl.range(first, last):
+        start = tl.load(starts + i)
+        key = load_tile(keys, 0, start, 0, key_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, False)
+        value = load_tile(values, 0, start, 0, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, False)
+        weights = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - sums[:, None])
+        if MIXED:
+            columns = start + tl.arange(0, COLUMNS)
+            keep = kept_pairs(table, blocks, rows, columns, tokens, limit, SIZE, TABLE)
+            weights = tl.where(keep, weights, 0.0)
+        change = weights * (tl.dot(grad, value.T, input_precision="ieee") - products[:, None])
+        total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def query_gradient_kernel(
+    query, key, value, grad, result, lse, products, offsets, starts, table, lengths,
+    query_batch, query_token, query_head, key_batch, key_token, key_head,
+    value_batch, value_token, value_head, grad_batch, grad_token, grad_head,
+    result_batch, result_token, result_head, tokens, heads, blocks, scale, factor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, TABLE: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one query tile of one head; `factor` is the scale of the scores, `scale` times log2(e)."""
+    tile, pair = tl.program_id(0), tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    pattern = head if PER_HEAD else 0
+    limit = tokens
+    if LENGTHS:
+        limit = tl.load(lengths + batch)
+    first = tile * ROWS
+    rows = first + tl.arange(0, ROWS)
+    queries = query + batch * query_batch + head * query_head
+    grads = grad + batch * grad_batch + head * grad_head
+    keys = key + batch * key_batch + head * key_head
+    values = value + batch * value_batch + head * value_head
+    q = load_tile(queries, 0, first, head, query_token, tokens, ROWS, WIDTH, PADDED, True, False)
+    g = load_tile(grads, 0, first, head, grad_token, tokens, ROWS, WIDTH, PADDED, True, False)
+    sums = row_weights(lse, pair, rows, tokens)
+    dots = tl.load(products + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
+    listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
+    whole, mixed, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
+    table += pattern * blocks * blocks
+    total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    total = query_gradient(
+        total, q, g, sums, dots, keys, values, key_token, value_token, starts, whole, mixed, rows,
+        tokens, limit, table, blocks, scale, COLUMNS, WIDTH, PADDED, SIZE, False, TABLE,
+    )  # fmt: skip
+    total = query_gradient(
+        total, q, g, sums, dots, keys, values, key_token, value_token, starts, mixed, end, rows,
+        tokens, limit, table, blocks, scale, COLUMNS, WIDTH, PADDED, SIZE, True, TABLE,
+    )  # fmt: skip
+    results = result + batch * result_batch + head * result_head
+    store_tile(results, total * factor, first, result_token, tokens, ROWS, WIDTH, PADDED)
+
+
+@triton.jit
+def store_tile(
+    base, tile, start, token_stride, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """Writes `[ROWS, PADDED]` from token `start` on, without what lies beyond `tokens` and `WIDTH`."""
+    token, lane = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    at = base + start.to(tl.int64) * token_stride + token[:, None] * token_stride + lane[None, :]
+    inside = (start + token < tokens)[:, None] & (lane < WIDTH)[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def key_gradients(
+    key_total, value_total, key, value, queries, grads, lse, products, pair, query_stride, grad_stride,
+    starts, first, last, columns, tokens, limit, table, blocks, scale, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """Adds what the listed query tiles `first .. last - 1` give to the gradients of a key tile."""
+    for i in tl.range(first, last):
+        start = tl.load(starts + i)
+        rows = start + tl.arange(0, ROWS)
+        query = load_tile(queries, 0, start, 0, query_stride, tokens, ROWS, WIDTH, PADDED, MIXED, False)
+        grad = load_tile(grads, 0, start, 0, grad_stride, tokens, ROWS, WIDTH, PADDED, MIXED, False)
+        sums = row_weights(lse, pair, rows, tokens)
+        dots = tl.load(products + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
+        weights = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - sums[:, None])
+        if MIXED:
+            keep = kept_pairs(table, blocks, rows, columns, tokens, limit, SIZE, TABLE)
+            weights = tl.where(keep, weights, 0.0)
+        value_total = tl.dot(weights.to(grad.dtype).T, grad, value_total, input_precision="ieee")
+        change = weights * (tl.dot(grad, value.T, input_precision="ieee") - dots[:, None])
+        key_total = tl.dot(change.to(query.dtype).T, query, key_total, input_precision="ieee")
+    return key_total, value_total
+
+
+@triton.jit
+def key_gradients_kernel(
+    query, key, value, grad, key_result, value_result, lse, products, offsets, starts, table, lengths,
+    query_batch, query_token, query_head, key_batch, key_token, key_head,
+    value_batch, value_token, value_head, grad_batch, grad_token, grad_head,
+    result_batch, result_token, result_head, tokens, heads, blocks, scale, factor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, TABLE: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys and values of one head; both results have the same strides."""
+    tile, pair = tl.program_id(0), tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    pattern = head if PER_HEAD else 0
+    limit = tokens
+    if LENGTHS:
+        limit = tl.load(lengths + batch)
+    first = tile * COLUMNS
+    columns = first + tl.arange(0, COLUMNS)
+    queries = query + batch * query_batch + head * query_head
+    grads = grad + batch * grad_batch + head * grad_head
+    keys = key + batch * key_batch + head * key_head
+    values = value + batch * value_batch + head * value_head
+    k = load_tile(keys, 0, first, head, key_token, tokens, COLUMNS, WIDTH, PADDED, True, False)
+    v = load_tile(values, 0, first, head, value_token, tokens, COLUMNS, WIDTH, PADDED, True, False)
+    listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
+    whole, mixed, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
+    table += pattern * blocks * blocks
+    key_total = tl.zeros([COLUMNS, PADDED], dtype=tl.float32)
+    value_total = tl.zeros([COLUMNS, PADDED], dtype=tl.float32)
+    key_total, value_total = key_gradients(
+        key_total, value_total, k, v, queries, grads, lse, products, pair, query_token, grad_token, starts,
+        whole, mixed, columns, tokens, limit, table, blocks, scale, ROWS, WIDTH, PADDED, SIZE, False, TABLE,
+    )  # fmt: skip
+    key_total, value_total = key_gradients(
+        key_total, value_total, k, v, queries, grads, lse, products, pair, query_token, grad_token, starts,
+        mixed, end, columns, tokens, limit, table, blocks, scale, ROWS, WIDTH, PADDED, SIZE, True, TABLE,
+    )  # fmt: skip
+    at = batch * result_batch + head * result_head
+    store_tile(key_result + at, key_total * factor, first, result_token, tokens, COLUMNS, WIDTH, PADDED)
+    store_tile(value_result + at, value_total, first, result_token, tokens, COLUMNS, WIDTH, PADDED)

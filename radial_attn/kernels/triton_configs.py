@@ -1,0 +1,85 @@
+"""Launch configurations of the Triton kernels by architecture and head width.
+
+None has been timed yet: each is the largest tile that compiles without spilled registers and within the
+shared memory of a multiprocessor (results/kernels_compiled.md, by scripts/kernel_report.py). On sm90 and
+sm100 keys and values of the forward come through tensor descriptors (TMA), which saves registers.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+WIDTHS = (64, 96, 128)
+KINDS = ("forward", "query gradient", "key gradients")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile of `rows` queries x `columns` keys; warps of a program; stages of the load pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # keys and values through tensor descriptors
+    specialize: bool = False  # warp specialisation
+
+
+AMPERE = {
+    ("forward", 64): Launch(128, 64, 4, 3),
+    ("forward", 128): Launch(128, 32, 8, 3),
+    ("query gradient", 64): Launch(64, 64, 4, 2),
+    ("query gradient", 128): Launch(64, 64, 4, 2),
+    ("key gradients", 64): Launch(64, 64, 8, 2),
+    ("key gradients", 128): Launch(64, 32, 8, 2),
+}
+ADA = AMPERE | {("forward", 128): Launch(128, 64, 8, 3)}
+HOPPER = {
+    ("forward", 64): Launch(128, 128, 8, 3, descriptors=True),
+    ("forward", 128): Launch(128, 128, 8, 2, descriptors=True),
+    ("query gradient", 64): Launch(128, 64, 8, 2),
+    ("query gradient", 128): Launch(128, 64, 8, 2),
+    ("key gradients", 64): Launch(128, 64, 8, 2),
+    ("key gradients", 128): Launch(128, 64, 8, 2),
+}
+BLACKWELL = HOPPER | {
+    ("forward", 128): Launch(128, 64, 8, 3, descriptors=True),
+    ("key gradients", 64): Launch(64, 128, 8, 2),
+    ("key gradients", 128): Launch(64, 128, 8, 2),
+}
+GEFORCE_BLACKWELL = AMPERE | {
+    ("forward", 64): Launch(128, 64, 8, 3),
+    ("query gradient", 64): Launch(64, 64, 8, 2),
+    ("query gradient", 128): Launch(128, 32, 8, 2),
+    ("key gradients", 64): Launch(64, 32, 8, 2),
+}
+CDNA = AMPERE | {("key gradients", 128): Launch(64, 32, 4, 1)}
+LAUNCHES = {
+    "sm80": AMPERE,
+    "sm86": ADA,
+    "sm89": ADA,
+    "sm90": HOPPER,
+    "sm100": BLACKWELL,
+    "sm120": GEFORCE_BLACKWELL,
+    "gfx942": CDNA,
+}
+INTERPRETED = Launch(64, 32, 4, 1)  # Triton's interpreter, on the CPU
+
+
+@lru_cache
+def launch(kind: str, device: torch.device, width: int) -> Launch:
+    """The configuration of one of `KINDS` for a head width of `WIDTHS` on a device."""
+    if device.type == "cpu":
+        return INTERPRETED
+    return LAUNCHES[architecture(device)][kind, 64 if width <= 64 else 128]
+
+
+def architecture(device: torch.device) -> str:
+    """The key of `LAUNCHES` for a GPU: its own, or that of the nearest older one."""
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [int(name[2:]) for name in LAUNCHES if name.startswith("sm")]
+    older = [number for number in known if number <= 10 * major + minor]
+    return f"sm{max(older, default=min(known))}"

@@ -1,0 +1,111 @@
+"""The Triton kernels against the definition, run by Triton's interpreter.
+
+Only in a process of its own with TRITON_INTERPRET=1, which tests/test_kernels_triton.py starts. float16 and
+float32: the interpreter's bfloat16 products are wrong.
+"""
+
+import os
+
+import pytest
+import torch
+
+from radial_attn import BlockMask, TokenGrid, radial_attention
+from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/test_kernels_triton.py"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_forward_and_backward(width, dtype):
+    grid = GRIDS[63]
+    compare("triton", make_inputs(grid, 1, 2, width), make_mask(grid), dtype)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 11], [4, 7]])
+def test_text_padding(lengths):
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
+    compare("triton", inputs, mask, torch.float32, text_lengths=lengths)
+
+
+def test_rows_of_padded_text_are_zero():
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
+    out, *grads = run("triton", inputs, mask, torch.float16, text_lengths=[4, 11])
+    for tensor in (out, *grads):
+        assert not tensor[0, 104:].any() and tensor[1, 104:].any()
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
+def test_mask_per_head_and_block_sizes(block_size):
+    grid = TokenGrid(4, 9, 9, text=5)
+    compare("triton", make_inputs(grid, 1, 3, 64), make_mask(grid, block_size, heads=3), torch.float16)
+
+
+def test_a_thousand_tokens():
+    grid = GRIDS[1000]
+    compare("triton", make_inputs(grid, 1, 1, 64), make_mask(grid, 64), torch.float16)
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(1, 3, 4), TokenGrid(2, 16, 16)], ids=["one block", "dense"])
+def test_dense_masks(grid):
+    count = grid.num_blocks(64)
+    mask = BlockMask.from_blocks(grid, torch.ones(count, count, dtype=torch.bool), 64)
+    compare("triton", make_inputs(grid, 1, 2, 64), mask, torch.float32)
+
+
+def test_strided_inputs_and_scale():
+    """Query, key and value cut out of one tensor, as fused projections leave them."""
+    grid = GRIDS[63]
+    whole = torch.randn(2, grid.tokens, 2, 3 * 64, dtype=torch.float16)
+    query, key, value = whole.split(64, dim=-1)
+    found, plain = (
+        radial_attention(query, key, value, make_mask(grid), backend=name, scale=0.3)
+        for name in ("triton", "reference")
+    )
+    assert torch.allclose(found, plain, atol=2e-3)
+
+
+def test_uninitialised_memory_is_never_read():
+    """Poisoned outputs: `new_empty` full of NaN must be overwritten everywhere."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        grid = GRIDS[111]
+        for tensor in run("triton", make_inputs(grid, 2, 1, 64), make_mask(grid), torch.float16):
+            assert tensor.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_second_call_makes_no_plan(monkeypatch):
+    """After the first call of a shape neither lists nor tables are made again."""
+    from radial_attn.kernels import triton as kernel
+
+    grid = GRIDS[63]
+    inputs, mask = make_inputs(grid, 1, 1, 64), make_mask(grid)
+    first = run("triton", inputs, mask, torch.float16)
+    monkeypatch.setattr(BlockMask, "cached", lambda self, key, build: self._memo[key])
+    monkeypatch.setattr(kernel.BlockMask, "cached", BlockMask.cached)
+    second = run("triton", inputs, mask, torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiles_into_one_graph():
+    grid = GRIDS[63]
+    inputs, mask = make_inputs(grid, 1, 2, 64), make_mask(grid)
+    query, key, value = (x.half() for x in inputs[:3])
+
+    def attend(query, key, value):
+        return radial_attention(2 * query, key, value, mask, backend="triton") + 1
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(query, key, value), attend(query, key, value), atol=1e-3)
