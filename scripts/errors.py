@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import traceback
 from collections.abc import Iterable
 from typing import NoReturn
@@ -31,6 +32,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """An argument's number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
 
 
 def one_line(error: BaseException) -> str:

@@ -49,9 +49,7 @@ def run(stage: Stage, options: Options) -> nn.Module:
     return run_stage(stage, options.work, options.device, options.save_every)
 
 
-def draw_video(
-    options: Options, frames: int, random: torch.Generator, start: float = 0.0
-) -> tuple[Tensor, Attributes]:
+def draw_video(options: Options, frames: int, random: torch.Generator) -> tuple[Tensor, Attributes]:
     """A random captioned video as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
     combinations = all_attributes()
     attributes = combinations[int(torch.randint(len(combinations), (), generator=random))]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scripts.errors import OneLineParser, positive
+from scripts.errors import OneLineParser, positive, positive_number
 from scripts.tiny_model import Denoiser, check_target, load_parts, save_pipeline
 from scripts.train_loop import Stage
 from scripts.train_options import Options, draw_video, generator, mixed_precision, run
@@ -166,8 +166,9 @@ def parse(argv: list[str] | None = None) -> Options:
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction)
             continue
-        kind = positive if field.type is int and name != "seed" else field.type
-        parser.add_argument(flag, type=Path if name == "start" else kind, default=field.default)
+        kind = {int: positive, float: positive_number}.get(field.type, field.type)
+        kind = {"seed": int, "start": Path}.get(name, kind)
+        parser.add_argument(flag, type=kind, default=field.default)
     can_compile = any(map(shutil.which, ("c++", "g++", "clang++")))
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=can_compile)
     options = Options(**vars(parser.parse_args(argv)))

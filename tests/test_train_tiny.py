@@ -143,6 +143,8 @@ def test_a_work_folder_of_another_run_is_refused(tmp_path):
     ("words", "message"),
     [
         (["--steps", "0"], "error: argument --steps: must be a whole number from 1 on, got '0'"),
+        (["--shift", "-2"], "error: argument --shift: must be a number above 0, got '-2'"),
+        (["--rate", "fast"], "error: argument --rate: must be a number above 0, got 'fast'"),
         (["--frames", "32"], "error: size must be 8k and frames 4k + 1, got 64 and 32"),
         (["--stps", "5"], "error: unrecognized arguments: --stps 5"),
     ],
