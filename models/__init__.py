@@ -9,7 +9,7 @@ import torch
 
 from models.context import RadialContext, Schedule
 from radial_attn import RadialConfig
-from radial_attn.attention import BACKENDS
+from radial_attn.backends import BACKENDS
 
 TRANSFORMERS = {"WanTransformer3DModel": "models.wan"}
 

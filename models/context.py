@@ -17,6 +17,7 @@ import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.attention import choose_backend, report_choice
+from radial_attn.backends import Call
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class RadialContext:
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
         self._mask = None if dense else radial_mask(grid, self.config)
         self._dense_steps += begins and dense
-        self._chosen = self._choose(arguments["hidden_states"])
+        self._chosen = self._choose(arguments["hidden_states"], transformer.config.attention_head_dim)
         self._count(grid)
 
     def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
@@ -179,11 +180,12 @@ class RadialContext:
             "calls": {name: count for name, count in self._calls.items() if count},
         }
 
-    def _choose(self, latents: torch.Tensor) -> str:
-        """The backend of this call's radial layers; what "auto" takes is logged."""
+    def _choose(self, latents: torch.Tensor, width: int) -> str:
+        """The backend of this call's radial layers, of heads `width` wide; what "auto" takes is logged."""
         if self._mask is None or self.backend != "auto":
             return self.backend
-        chosen = choose_backend(latents.device.type, self._mask)
+        gradients = torch.is_grad_enabled()
+        chosen = choose_backend(Call(latents.device, latents.dtype, width, gradients, self._mask))
         report_choice(chosen, latents, self._mask)
         return chosen
 

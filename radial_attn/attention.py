@@ -1,16 +1,18 @@
-"""`radial_attention`: one operator over all backends. It validates, chooses, and hands over."""
+"""`radial_attention`: one operator over all backends. It validates, chooses, and hands over.
+
+`python -m radial_attn.attention` prints which backends are installed and usable here.
+"""
 
 import difflib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .backends import BACKENDS, DTYPES, QUANTIZE, Call, kernel, obstacle, order
 from .block_mask import BlockMask
-
-BACKENDS = ("auto", "reference", "blocks", "flex", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def radial_attention(
@@ -22,18 +24,19 @@ def radial_attention(
     backend: str = "auto",
     text_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
+    quantize: str | None = None,
 ) -> Tensor:
     """Attention of every token over the key blocks that `mask` keeps for its block.
 
     Args:
         query, key, value: `[B, S, H, D]`, video tokens first, text after; float32, bfloat16 or float16.
         mask: block mask with `mask.grid.tokens == S`, shared by all heads or with one pattern per head.
-        backend: "reference", "blocks", "flex", "triton", or "auto", which reports its choice once per shape
-            to the logger "radial_attn".
+        backend: one of `BACKENDS`; "auto" reports its choice once per shape to the logger "radial_attn".
         text_lengths: valid text tokens of each sample, integers `[B]` (the valid ones come first), or None
             for all. Keys of padded text are not attended; output rows of padded text are zeros. Inside
             torch.compile the range is not checked.
         scale: factor on the scores, `D ** -0.5` by default.
+        quantize: "int8" or "fp8", products of 8-bit operands on the backends that offer it; no gradients.
 
     Returns:
         `[B, S, H, D]` in the data type of `query`. Under autocast for their device the inputs count as cast
@@ -41,33 +44,64 @@ def radial_attention(
 
     Raises:
         ValueError: an unknown backend, or tensors, mask, text_lengths and backend that do not fit together.
+            A backend that is named runs or raises; only "auto" looks for another.
         ImportError: something that the backend needs is missing; the message says how to install it.
     """
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, mask)
-    _check_backend(backend)
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("quantize", quantize, QUANTIZE)
     lengths = _check_text_lengths(text_lengths, query.shape[0], mask)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    call = Call(query.device, query.dtype, query.shape[-1], gradients, mask, quantize)
     if backend == "auto":
-        backend = choose_backend(query.device.type, mask)
+        backend = choose_backend(call)
         report_choice(backend, query, mask)
-    match backend:
-        case "reference":
-            from .kernels import reference as kernel
-        case "blocks":
-            from .kernels import blocks as kernel
-        case "flex":
-            from .kernels import flex as kernel
-        case "triton":
-            from .kernels import triton as kernel
-    return kernel.attention(query, key, value, mask, text_lengths=lengths, scale=scale)
+    else:
+        require(backend, call)
+    options = {} if quantize is None else {"quantize": quantize}
+    return kernel(backend).attention(query, key, value, mask, text_lengths=lengths, scale=scale, **options)
 
 
-def choose_backend(device_type: str, mask: BlockMask) -> str:
-    """The backend that "auto" takes: flex on CUDA, blocks elsewhere and wherever the mask is dense."""
-    if device_type != "cuda" or (not torch.compiler.is_compiling() and mask.is_dense):
+def choose_backend(call: Call) -> str:
+    """The backend that "auto" takes: torch's own dense attention ("blocks") for a dense mask, else the first
+    of the device's order that serves the call.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    if torch.compiler.is_compiling():
+        return _choose(call)
+    return call.mask.cached(("chosen", replace(call, mask=None)), lambda: _choose(call))
+
+
+def _choose(call: Call) -> str:
+    if call.quantize is None and not torch.compiler.is_compiling() and call.mask.is_dense:
         return "blocks"
-    return "flex"
+    reasons = []
+    for name in order(call.device):
+        reason = obstacle(name, call)
+        if reason is None:
+            return name
+        reasons.append(f"{name} {reason}")
+    raise ValueError(f"no backend serves this call: {'; '.join(reasons)}")
+
+
+def require(backend: str, call: Call) -> None:
+    """Raises what keeps a backend from a call: ImportError for a missing library, else ValueError."""
+    if torch.compiler.is_compiling():
+        _require(backend, call)
+    else:
+        call.mask.cached(("serves", backend, replace(call, mask=None)), lambda: _require(backend, call))
+
+
+def _require(backend: str, call: Call) -> None:
+    reason = obstacle(backend, call)
+    if reason is None:
+        return
+    error = ImportError if reason.startswith("needs ") else ValueError
+    raise error(f"backend {backend!r} {reason}; backend='auto' chooses one that serves the call")
 
 
 def report_choice(backend: str, tensor: Tensor, mask: BlockMask) -> None:
@@ -96,12 +130,12 @@ def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
-def _check_backend(backend: str) -> None:
-    if backend in BACKENDS:
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value in allowed:
         return
-    near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}{hint}")
+    raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint}")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> None:
@@ -150,3 +184,9 @@ def _check_text_lengths(
             f"text_lengths must be within 0 ... {text} (the grid's text), got {lengths.tolist()}"
         )
     return None if bool((lengths == text).all()) else lengths
+
+
+if __name__ == "__main__":
+    from .backends import main
+
+    main()

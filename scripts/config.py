@@ -36,7 +36,9 @@ class ModelConfig:
 class AttentionConfig:
     pattern: str = _key("radial", "which key blocks each query block sees", ("radial", "dense"))
     backend: str = _key(
-        "auto", "kernel of the sparse attention", ("auto", "reference", "blocks", "flex", "triton")
+        "auto",
+        "kernel of the sparse attention",
+        ("auto", "reference", "blocks", "flex", "triton", "flashinfer", "sage"),
     )
     block_size: int = _key(128, "tokens per block", (16, 32, 64, 128, 256))
     decay_factor: float = _key(0.2, "scales the window's width from frame distance 2 on", low=0.0)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend
+from radial_attn.backends import Call
 from tests.attention_cases import GRIDS, make_inputs, make_mask
 
 GRID = GRIDS[111]
@@ -33,6 +34,7 @@ def call(change=None, **options) -> torch.Tensor:
 BAD = {
     "unknown backend": ({"backend": "block"}, "got 'block'; did you mean 'blocks'"),
     "unknown backend, nothing near": ({"backend": "xyz"}, "got 'xyz'"),
+    "quantize": ({"quantize": "int4"}, "quantize .* got 'int4'; did you mean 'int8'"),
     "no mask": ({"mask": torch.ones(7, 7)}, "BlockMask .* got Tensor"),
     "rank": ({"change": lambda t: [x[0] for x in t]}, r"got \[111, 3, 16\]"),
     "empty": ({"change": lambda t: [x[:0] for x in t]}, r"got \[0, 111, 3, 16\]"),
@@ -65,7 +67,7 @@ def test_flex_without_compiler(monkeypatch, tmp_path):
 
 
 def test_flex_on_cpu_has_no_gradients():
-    with pytest.raises(ValueError, match="backend='blocks'"):
+    with pytest.raises(ValueError, match="backend 'flex' has no gradients on cpu; backend='auto'"):
         call(lambda tensors: [x.requires_grad_() for x in tensors], backend="flex")
 
 
@@ -83,14 +85,20 @@ def test_auto_reports_each_shape_once(caplog):
     assert torch.equal(first, call(mask=mask, backend="blocks"))
 
 
+def chosen(device: str, mask=None, width: int = 64, quantize: str | None = None) -> str:
+    mask = make_mask(GRID) if mask is None else mask
+    return choose_backend(Call(torch.device(device), torch.bfloat16, width, False, mask, quantize))
+
+
 def test_choice():
     dense = radial_mask(GRID, RadialConfig(block_size=16, pattern="dense"))
-    assert [choose_backend(device, make_mask(GRID)) for device in ("cpu", "cuda", "mps")] == [
-        "blocks",
-        "flex",
-        "blocks",
-    ]
-    assert choose_backend("cuda", dense) == "blocks"
+    assert [chosen(device) for device in ("cpu", "cuda", "mps")] == ["blocks", "flex", "blocks"]
+    assert chosen("cuda", dense) == "blocks"
+
+
+def test_auto_says_why_no_backend_serves_a_call():
+    with pytest.raises(ValueError, match="no backend serves this call: blocks has no quantize='int8'"):
+        chosen("cpu", quantize="int8")
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "blocks"])

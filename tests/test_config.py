@@ -7,7 +7,7 @@ import yaml
 
 from models.pipelines import FAMILIES
 from radial_attn import RadialConfig
-from radial_attn.attention import BACKENDS
+from radial_attn.backends import BACKENDS
 from radial_attn.block_mask import BLOCK_SIZES
 from scripts.config import ROOT, AttentionConfig, help_text, keys, read_config
 from scripts.errors import UsageError, multiples_around, nearest_key, one_line

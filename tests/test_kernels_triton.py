@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from radial_attn import radial_attention
+from radial_attn.backends import Call, obstacle
 from scripts.config import ROOT
 from scripts.kernel_report import LAUNCHES, main
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask
@@ -39,21 +41,26 @@ def test_compiles_without_spills_for(arch, tmp_path, capsys):
     assert (tmp_path / "report.md").read_text().count(f"| {arch} |") == 12
 
 
+CALL = Call(torch.device("cuda"), torch.float16, 64, gradients=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": torch.float32}, "float16 and bfloat16"),
-        ({"width": 80}, "head widths"),
-        ({"scale": -1.0}, "positive scale"),
-        ({}, "runs on GPUs"),
+        ({}, None),
+        ({"dtype": torch.float32}, "takes float16 and bfloat16, got torch.float32"),
+        ({"width": 80}, r"takes head widths (64, 96, 128), got 80"),
+        ({"device": torch.device("cpu")}, "runs on cuda, got a tensor on cpu"),
     ],
 )
 def test_what_the_kernels_do_not_serve_is_named(change, message):
-    grid = GRIDS[63]
-    inputs = make_inputs(grid, 1, 1, change.get("width", 64))
-    tensors = [x.to(change.get("dtype", torch.float16)) for x in inputs[:3]]
-    with pytest.raises(ValueError, match=f"backend 'triton' .*{message}"):
-        radial_attention(*tensors, make_mask(grid), backend="triton", scale=change.get("scale"))
+    assert obstacle("triton", replace(CALL, **change)) == message
+
+
+def test_a_named_backend_raises():
+    tensors = [x.half() for x in make_inputs(GRIDS[63], 1, 1, 64)[:3]]
+    with pytest.raises(ValueError, match="backend 'triton' runs on cuda, got a tensor on cpu"):
+        radial_attention(*tensors, make_mask(GRIDS[63]), backend="triton")
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import Needs
 from ..block_mask import BlockMask
 from ..plan import Group, Layout, plan_attention, to_device
 from ..rectangles import (
@@ -23,6 +24,8 @@ from ..rectangles import (
     dense_cpu_backward,
     forward_plan,
 )
+
+NEEDS = Needs()
 
 
 def attention(

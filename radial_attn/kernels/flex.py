@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from ..backends import Needs
 from ..block_mask import BlockMask
 
+NEEDS = Needs(backward=("cuda",))
 KERNEL_BLOCK = 128  # a multiple of every tile that FlexAttention chooses from
 LEAST_WIDTH = 16  # the smallest side of a tensor-core product
 MOST_SHAPES = 256  # compiled variants before torch.compile gives up
@@ -32,14 +34,13 @@ def attention(
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
 
     Raises:
-        ValueError: gradients asked for on the CPU.
         ImportError: no C++ compiler for the CPU kernel.
     """
     inputs = [query, key, value]
     if not torch.compiler.is_compiling():
         mask.cached(("flex compiler", query.device.type), partial(_check_compiler, query.device.type))
     if query.device.type == "cpu":
-        inputs = _cpu_inputs(inputs)
+        inputs = [x.detach() for x in inputs]
     width = query.shape[-1]
     if width < LEAST_WIDTH:
         inputs = [F.pad(x, (0, LEAST_WIDTH - width)) for x in inputs]
@@ -53,14 +54,6 @@ def attention(
         return out
     padded = torch.arange(mask.grid.tokens, device=query.device) >= valid.unsqueeze(1)
     return out.masked_fill(padded[:, :, None, None], 0)
-
-
-def _cpu_inputs(inputs: list[Tensor]) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise ValueError(
-            "backend 'flex' has no gradients on the CPU: use backend='blocks', or torch.no_grad()"
-        )
-    return [x.detach() for x in inputs]
 
 
 def _check_compiler(device_type: str) -> None:

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import Needs
 from ..block_mask import BlockMask
+
+NEEDS = Needs()
 
 
 def attention(

@@ -7,16 +7,23 @@ launches one kernel forward and three backward, and does nothing else on the hos
 import math
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ..backends import DTYPES, HALF, Needs
 from ..block_mask import BlockMask
 from ..tiles import Tiles, key_tiles, query_tiles
 from .triton_configs import WIDTHS, Launch, launch
 
-DTYPES = (torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter, on the CPU
+NEEDS = Needs(
+    devices=("cpu",) if INTERPRETED else ("cuda",),
+    dtypes=DTYPES if INTERPRETED else HALF,
+    widths=WIDTHS,
+    modules=("triton",),
+    install="pip install triton",
+)
 LOG2E = 1 / math.log(2)
 ROWS = 64  # of a program that multiplies outputs and their gradients
 
@@ -30,29 +37,14 @@ def attention(
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
 
     Raises:
-        ValueError: a data type, head width, scale or device that the kernels do not serve.
-        ImportError: Triton is missing.
+        ValueError: a scale that is not positive.
     """
-    if find_spec("triton") is None:
-        raise ImportError("backend 'triton' needs Triton: pip install triton, or use backend='flex'")
-    check(query, scale)
+    if scale <= 0:
+        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     tables, numbers = make_tables(mask, query, gradients)
     return triton_attention(*inputs, tables, lengths(text_lengths, mask, query.device), numbers, scale)[0]
-
-
-def check(query: Tensor, scale: float) -> None:
-    """Raises ValueError, naming what is allowed, for what the kernels do not serve."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if query.dtype not in DTYPES and not interpreted:
-        raise ValueError(f"backend 'triton' takes float16 and bfloat16, got {query.dtype}: use 'flex'")
-    if query.shape[-1] not in WIDTHS:
-        raise ValueError(f"backend 'triton' takes head widths {WIDTHS}, got {query.shape[-1]}: use 'flex'")
-    if scale <= 0:
-        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
-    if query.device.type != "cuda" and not interpreted:
-        raise ValueError(f"backend 'triton' runs on GPUs, got a tensor on {query.device}: use 'blocks'")
 
 
 def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
