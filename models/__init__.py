@@ -8,8 +8,10 @@ from typing import Any, Self
 import torch
 
 from models.context import RadialContext, Schedule
+from models.dense import DenseBackend
+from models.guard import Guard, resolve_check
 from radial_attn import RadialConfig
-from radial_attn.backends import BACKENDS
+from radial_attn.backends import BACKENDS, QUANTIZE
 
 TRANSFORMERS = {"WanTransformer3DModel": "models.wan"}
 
@@ -22,13 +24,26 @@ def apply_radial_attention(
     dense_layers: int = 0,
     dense_last_steps: int = 0,
     backend: str = "auto",
+    quantize: str | None = None,
+    dense_backend: str = "auto",
+    check: str = "auto",
     num_steps: int | None = None,
 ) -> "RadialAttentionHandle":
     """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
 
     Layers `0 .. dense_layers - 1` stay dense at every step, steps `0 .. dense_steps - 1` and the last
-    `dense_last_steps` in every layer. Dense is upstream's own processor: `set_attention_backend` governs it.
-    The mask follows the size of the latents at each call.
+    `dense_last_steps` in every layer. The mask follows the size of the latents at each call. `backend` and
+    `quantize` are those of `radial_attention`.
+
+    Dense is upstream's own processor, and `set_attention_backend` governs it. Where that was not used,
+    `dense_backend="auto"` takes on CUDA the fastest of a few that it times once on the shape of the run;
+    "native" leaves all to upstream, "sage" is our own, and a name of diffusers' dispatch ("flash") is set.
+
+    `check="nan"` raises `models.guard.CheckError` after the first call of a transformer with an output of
+    `radial_attention` that is not finite; it names the layer (from 0), step (from 1) and backend. "reference"
+    also compares the first radial output of each layer and video size with the definition, on a sample of
+    query blocks, logs the errors to "radial_attn", and raises above relative L2 0.2. "auto" is "nan" for
+    quantised backends and "sage", else "off".
 
     Two transformers of one pipeline (Wan2.2 A14B) share one count of steps. `num_steps`, the denoising steps
     of a video, is read from `pipeline.scheduler` unless given; a transformer alone needs it for
@@ -38,13 +53,17 @@ def apply_radial_attention(
 
     Raises:
         ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than
-            upstream's (so a second application too), an unknown backend, a count below 0, more dense layers
-            than there are, or last steps that cannot be known. The model is left as it was.
+            upstream's (so a second application too), an unknown backend or check, a count below 0, more dense
+            layers than there are, or last steps that cannot be known. The model is left as it was.
+        ImportError: the library of a named `dense_backend` is missing.
     """
     if not isinstance(config, RadialConfig):
         raise ValueError(f"config must be a RadialConfig, got {type(config).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if quantize not in QUANTIZE:
+        raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
+    guard, dense = Guard(resolve_check(check, quantize, backend, dense_backend)), DenseBackend(dense_backend)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = _transformers(model)
@@ -58,6 +77,9 @@ def apply_radial_attention(
         config,
         schedule=schedule,
         backend=backend,
+        quantize=quantize,
+        guard=guard,
+        dense=dense,
         token_grid=families[0].token_grid,
         layers=layers,
         pipeline=pipeline,
@@ -80,8 +102,7 @@ class RadialAttentionHandle:
     def remove(self) -> None:
         """Puts back the very processors of before and removes the hooks; a second time does nothing."""
         for attention, before, ours in self._replaced:
-            if ours._attention_backend is not before._attention_backend:
-                before._attention_backend = ours._attention_backend
+            self._context.dense.remove(ours, before)
             attention.set_processor(before)
         for hook in self._hooks:
             hook.remove()
@@ -92,7 +113,9 @@ class RadialAttentionHandle:
 
         `density` and `grid` (`[frames, height, width]` in tokens) of the latest call, None before the first;
         `grids`, both for every grid seen, the latest last; `videos`, `steps` and `dense_steps` begun;
-        `layers` and `dense_layers` of one transformer; `calls`, attention calls by backend ("dense", ...).
+        `layers` and `dense_layers` of one transformer; `calls`, attention calls by backend ("dense", ...);
+        `quantize`; `dense_backend`: `name`, the `backend` in use, and the `seconds` of those that were timed;
+        `check`: `mode`, the number of outputs `compared`, and the `worst` (`where`, `relative_l2`, `cosine`).
         """
         return self._context.report()
 
@@ -105,13 +128,16 @@ class RadialAttentionHandle:
     def _install(self, transformer: torch.nn.Module, family: ModuleType) -> None:
         context = self._context
         for layer, attention in enumerate(family.attention_layers(transformer)):
-            before = attention.processor
-            ours = family.RadialProcessor(dense=layer < context.schedule.dense_layers)
+            before, always_dense = attention.processor, layer < context.schedule.dense_layers
+            ours = family.RadialProcessor(always_dense, context.guard.watch(transformer, always_dense))
             vars(ours).update(vars(before))
+            context.dense.install(ours)
             attention.set_processor(ours)
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
         self._hooks.append(transformer.rope.register_forward_hook(context.carry))
+        if context.guard.check != "off":
+            self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 
 def _transformers(model: Any) -> list[torch.nn.Module]:

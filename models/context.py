@@ -3,19 +3,23 @@
 A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask
 and backend; a hook on the rotary embedding hands both to the blocks, as further entries of the rotary tuple.
 So they travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its
-call, and a compiled block uses the backend that the report names.
+call, and a compiled block uses the backend that the report names. A hook after the transformer reads what the
+layers noted of their outputs.
 """
 
 import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from models.dense import DenseBackend
+from models.guard import Guard, Watch
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.backends import Call
 
@@ -122,8 +126,25 @@ class StepCounter:
         return current if current in near else min(near, key=lambda index: abs(self._planned[index] - value))
 
 
+class Way(NamedTuple):
+    """How the layers of a call attend where not by upstream; `compare`: with the definition, too."""
+
+    mask: BlockMask
+    backend: str
+    quantize: str | None = None
+    compare: bool = False
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, watch: Watch | None) -> Tensor:
+    """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
+    output = radial_attention(query, key, value, way.mask, backend=way.backend, quantize=way.quantize)
+    if watch is not None:
+        watch.note(query, key, value, output, way.mask if way.compare else None)
+    return output
+
+
 class RadialContext:
-    """State of one application: the schedule, the step, the mask of the running call, the counts."""
+    """State of one application: the schedule, the step, the masks of the running call, the counts."""
 
     def __init__(
         self,
@@ -131,13 +152,18 @@ class RadialContext:
         *,
         schedule: Schedule,
         backend: str,
+        quantize: str | None,
+        guard: Guard,
+        dense: DenseBackend,
         token_grid: Callable[[torch.nn.Module, dict[str, Any]], TokenGrid],
         layers: int,
         pipeline: Any = None,
     ) -> None:
-        self.config, self.schedule, self.backend = config, schedule, backend
-        self._mask: BlockMask | None = None
-        self._chosen = backend
+        self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
+        self.guard, self.dense = guard, dense
+        self._radial_way: Way | None = None
+        self._dense_way: Way | None = None
+        self._dtype = torch.float32
         self._token_grid, self._layers = token_grid, layers
         self._counter = StepCounter(pipeline)
         self._grids: list[TokenGrid] = []
@@ -146,19 +172,38 @@ class RadialContext:
 
     @torch.compiler.disable
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a transformer: chooses mask and backend; no mask if all layers are dense."""
+        """Forward pre-hook of a transformer: chooses the ways of its layers; None is upstream's."""
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
-        grid = self._token_grid(transformer, arguments)
+        latents, grid = arguments["hidden_states"], self._token_grid(transformer, arguments)
         step, begins = self._counter.advance(arguments["timestep"])
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
-        self._mask = None if dense else radial_mask(grid, self.config)
         self._dense_steps += begins and dense
-        self._chosen = self._choose(arguments["hidden_states"], transformer.config.attention_head_dim)
-        self._count(grid)
+        self._dtype = _working_dtype(latents)
+        mask = None if dense else radial_mask(grid, self.config)
+        compare = self.guard.begin(transformer, mask, latents.device)
+        self._dense_way = None
+        if dense or self.schedule.dense_layers:
+            self._dense_way = self._choose_dense(transformer, latents, grid)
+        self._radial_way = self._dense_way
+        if mask is not None:
+            backend = self._choose(latents, transformer.config.attention_head_dim, mask)
+            self._radial_way = Way(mask, backend, self.quantize, compare)
+        self._count(grid, None if dense else self._radial_way.backend)
 
     def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
-        """Forward hook of the rotary embedding: `(cos, sin)` becomes `(cos, sin, mask, backend)`."""
-        return (*rotary, self._mask, self._chosen)
+        """Forward hook of the rotary embedding: adds the ways of radial and of always dense layers."""
+        return (*rotary, self._radial_way, self._dense_way)
+
+    @torch.compiler.disable
+    def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of a transformer: CheckError where a layer's output is not what it should be."""
+        ways = self._radial_way, self._dense_way
+        if not any(ways):
+            return
+        planned = self.schedule.num_steps or self._counter.planned_steps
+        step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
+        backends = tuple("dense" if way is None else way.backend for way in ways)
+        self.guard.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
 
     def report(self) -> dict[str, Any]:
         """The counts; RadialAttentionHandle.report says what they are."""
@@ -178,21 +223,43 @@ class RadialContext:
             "layers": self._layers,
             "dense_layers": self.schedule.dense_layers,
             "calls": {name: count for name, count in self._calls.items() if count},
+            "quantize": self.quantize,
+            "dense_backend": self.dense.report(),
+            "check": self.guard.report(),
         }
 
-    def _choose(self, latents: torch.Tensor, width: int) -> str:
+    def _choose(self, latents: torch.Tensor, width: int, mask: BlockMask) -> str:
         """The backend of this call's radial layers, of heads `width` wide; what "auto" takes is logged."""
-        if self._mask is None or self.backend != "auto":
+        if self.backend != "auto":
             return self.backend
         gradients = torch.is_grad_enabled()
-        chosen = choose_backend(Call(latents.device, latents.dtype, width, gradients, self._mask))
-        report_choice(chosen, latents, self._mask)
+        chosen = choose_backend(Call(latents.device, self._dtype, width, gradients, mask, self.quantize))
+        report_choice(chosen, latents, mask)
         return chosen
 
-    def _count(self, grid: TokenGrid) -> None:
+    def _choose_dense(
+        self, transformer: torch.nn.Module, latents: torch.Tensor, grid: TokenGrid
+    ) -> Way | None:
+        """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
+        if self.dense.name == "sage":
+            return Way(radial_mask(grid, replace(self.config, pattern="dense")), "sage")
+        settings = transformer.config
+        shape = len(latents), grid.tokens, settings.num_attention_heads, settings.attention_head_dim
+        self.dense.prepare(shape, self._dtype, latents.device, radial_mask(grid, self.config))
+        return None
+
+    def _count(self, grid: TokenGrid, backend: str | None) -> None:
         """Counts the attention calls that follow; here, since a compiled block cannot count."""
         self._grids = [seen for seen in self._grids if seen != grid] + [grid]
-        dense = self._layers if self._mask is None else self.schedule.dense_layers
+        dense = self._layers if backend is None else self.schedule.dense_layers
         self._calls["dense"] += dense
-        if self._mask is not None:
-            self._calls[self._chosen] += self._layers - dense
+        if backend is not None:
+            self._calls[backend] += self._layers - dense
+
+
+def _working_dtype(latents: torch.Tensor) -> torch.dtype:
+    """That of the attention: autocast's where it is on."""
+    kind = latents.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return latents.dtype

@@ -6,7 +6,9 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, _get_qkv_projections
 
-from radial_attn import TokenGrid, radial_attention
+from models.context import attend
+from models.guard import Watch
+from radial_attn import TokenGrid
 
 UPSTREAM_PROCESSOR = WanAttnProcessor
 
@@ -25,11 +27,11 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
 
 
 class RadialProcessor(WanAttnProcessor):
-    """Self-attention by `radial_attention`; by upstream where the layer or the call (no mask) is dense."""
+    """Self-attention by `radial_attention`; by upstream where the layer or the call is dense."""
 
-    def __init__(self, dense: bool) -> None:
+    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
         super().__init__()
-        self.dense = dense
+        self.dense, self.watch = dense, watch
 
     def __call__(
         self,
@@ -39,9 +41,10 @@ class RadialProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """`[B, S, C]` in and out; `rotary_emb`: (cos, sin, mask or None, backend), tables `[1, S, 1, D]`."""
-        *rotary, mask, backend = rotary_emb
-        if self.dense or mask is None:
+        """`[B, S, C]` in and out; `rotary_emb`: cos and sin `[1, S, 1, D]`, and the ways of the layers."""
+        *rotary, radial_way, dense_way = rotary_emb
+        way = dense_way if self.dense else radial_way
+        if way is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         if attention_mask is not None:
             raise ValueError(f"radial attention takes no attention_mask, got {tuple(attention_mask.shape)}")
@@ -50,5 +53,5 @@ class RadialProcessor(WanAttnProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in normed)
         tables = [table[0, :, 0] for table in rotary]
         query, key = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key))
-        output = radial_attention(query, key, value, mask, backend=backend).flatten(2, 3)
+        output = attend(query, key, value, way, self.watch).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

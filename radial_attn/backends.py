@@ -53,10 +53,11 @@ class Needs:
         dtypes: of query, key and value.
         widths: head widths, None for any.
         backward: device types on which it has gradients, None for any.
-        modules: what must be importable, and `install`, the line that brings it.
+        modules: what must be importable, "a|b" where one of several will do, and `install`, the line
+            that brings it.
         capability: least CUDA compute capability.
         quantize: what it multiplies in fewer bits when asked to.
-        mask: what it asks of the mask: a reason against one, or None.
+        also: what else it asks of a call: a reason against it, or None.
     """
 
     devices: tuple[str, ...] | None = None
@@ -67,7 +68,7 @@ class Needs:
     install: str = ""
     capability: tuple[int, int] = (0, 0)
     quantize: tuple[str | None, ...] = (None,)
-    mask: Callable[[BlockMask, torch.device], str | None] | None = None
+    also: Callable[[Call], str | None] | None = None
 
 
 def kernel(backend: str) -> ModuleType:
@@ -90,8 +91,8 @@ def kernel(backend: str) -> ModuleType:
 
 def missing(needs: Needs) -> str | None:
     """Which library is not there, and how to install it."""
-    absent = [name for name in needs.modules if find_spec(name) is None]
-    return f"needs {', '.join(absent)}: {needs.install}" if absent else None
+    absent = [names for names in needs.modules if not any(map(find_spec, names.split("|")))]
+    return f"needs {', '.join(absent).replace('|', ' or ')}: {needs.install}" if absent else None
 
 
 def unsuited(needs: Needs, call: Call) -> str | None:
@@ -117,10 +118,9 @@ def _objections(needs: Needs, call: Call) -> Iterator[str]:
         yield f"has no gradients on {kind}"
     if call.gradients and call.quantize is not None:
         yield f"has no gradients with {bits}"
-    if needs.mask is not None and call.mask is not None:
-        reason = needs.mask(call.mask, call.device)
-        if reason is not None:
-            yield reason
+    reason = None if needs.also is None else needs.also(call)
+    if reason is not None:
+        yield reason
 
 
 def obstacle(backend: str, call: Call) -> str | None:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
 def _versions(modules: tuple[str, ...]) -> str:
     """Versions of the installed libraries, "built in" where none is needed."""
     found = []
-    for name in modules:
+    for name in (name for names in modules for name in names.split("|")):
         packages = metadata.packages_distributions().get(name, [name])
         with suppress(metadata.PackageNotFoundError):
             found.append(f"{packages[0]} {metadata.version(packages[0])}")

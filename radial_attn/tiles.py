@@ -22,69 +22,75 @@ class Tiles:
         offsets: int32 `[H or 1, T, 3]`: tile `t` lists its whole tiles in `starts[offsets[t, 0] :
             offsets[t, 1]]`, its mixed ones from there to `offsets[t, 2]`.
         starts: int32, first token of each listed tile, ascending within both parts.
-        blocks_matter: whether a mixed tile may hold blocks that are left out, so that the block table has to
-            be read; else only the end of the sequence and of the text is to be masked.
+        patterns: int64, the blocks of each listed tile as bits, 1 where kept, row by row from the lowest bit;
+            None where no tile holds a block that is left out: then only the ends of text and sequence count.
+        mixed: whether any tile is.
     """
 
     offsets: Tensor
     starts: Tensor
-    blocks_matter: bool
+    patterns: Tensor | None
+    mixed: bool
 
 
 def query_tiles(mask: BlockMask, rows: int, columns: int, device: torch.device) -> Tiles:
     """Key tiles of each query tile, on a device, made once for each mask."""
 
-    def build() -> Tiles:
-        return _list(*_cut(mask, rows, columns), columns, device)
-
-    return mask.cached(("query tiles", rows, columns, device), build)
+    return mask.cached(
+        ("query tiles", rows, columns, device), lambda: _list(_cut(mask, rows, columns), columns, device)
+    )
 
 
 def key_tiles(mask: BlockMask, rows: int, columns: int, device: torch.device) -> Tiles:
     """Query tiles of each key tile, on a device, made once for each mask."""
 
     def build() -> Tiles:
-        some, every, matter = _cut(mask, rows, columns)
-        return _list(some.swapaxes(1, 2), every.swapaxes(1, 2), matter, rows, device)
+        tiles = [None if x is None else x.swapaxes(1, 2) for x in _cut(mask, rows, columns)]
+        return _list(tiles, rows, device)
 
     return mask.cached(("key tiles", rows, columns, device), build)
 
 
-def _cut(mask: BlockMask, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Which tiles keep something and which are whole, bool `[H or 1, query tiles, key tiles]`."""
-    blocks = mask.blocks.numpy()
-    some = every = blocks if blocks.ndim == 3 else blocks[None]
-    tokens, size = mask.grid.tokens, mask.block_size
-    for axis, tile in ((1, rows), (2, columns)):
-        some = _resample(some, axis, size, tile, tokens, joined=np.any)
-        every = _resample(every, axis, size, tile, tokens, joined=np.all)
-    matter = bool((some & ~every).any())
-    ends = mask.grid.video_tokens if mask.grid.text else tokens
-    every = every.copy()
+def _cut(mask: BlockMask, rows: int, columns: int) -> list[np.ndarray | None]:
+    """Tiles that keep something, whole tiles, and the patterns, each `[H or 1, query tiles, key tiles]`."""
+    blocks, tokens = mask.blocks.numpy(), mask.grid.tokens
+    cells = blocks if blocks.ndim == 3 else blocks[None]
+    for axis, tile in ((1, rows), (3, columns)):
+        cells = _split(cells, axis, mask.block_size, tile, tokens)
+    some, every = cells.any(axis=(2, 4)), cells.all(axis=(2, 4))
+    patterns = None
+    if (some & ~every).any():
+        bits = cells.swapaxes(2, 3).reshape(*some.shape, -1)
+        patterns = bits @ (1 << np.arange(bits.shape[-1], dtype=np.uint64))
     every[:, tokens // rows :] = False
-    every[:, :, ends // columns :] = False
-    return some, every, matter
+    every[:, :, (mask.grid.video_tokens if mask.grid.text else tokens) // columns :] = False
+    return [some, every, patterns]
 
 
-def _resample(
-    blocks: np.ndarray, axis: int, size: int, tile: int, tokens: int, *, joined: np.ufunc
-) -> np.ndarray:
-    """Blocks of `size` as tiles of `tile` tokens along an axis; what the last tile lacks does not count."""
+def _split(blocks: np.ndarray, axis: int, size: int, tile: int, tokens: int) -> np.ndarray:
+    """Blocks of `size` along an axis as tiles of `tile` tokens and, behind, the blocks of each tile.
+
+    A last tile that lacks blocks repeats its last one.
+    """
     if tile <= size:
         finer = np.repeat(blocks, size // tile, axis)
-        return np.take(finer, range(-(-tokens // tile)), axis)
+        return np.expand_dims(np.take(finer, range(-(-tokens // tile)), axis), axis + 1)
     ratio = tile // size
-    missing = -blocks.shape[axis] % ratio
-    last = np.take(blocks, [-1], axis)
-    padded = np.concatenate([blocks] + [last] * missing, axis)
-    shape = (*padded.shape[:axis], -1, ratio, *padded.shape[axis + 1 :])
-    return joined(padded.reshape(shape), axis + 1)
+    padding = [(0, 0)] * blocks.ndim
+    padding[axis] = (0, -blocks.shape[axis] % ratio)
+    padded = np.pad(blocks, padding, mode="edge")
+    return padded.reshape(*padded.shape[:axis], -1, ratio, *padded.shape[axis + 1 :])
 
 
-def _list(some: np.ndarray, every: np.ndarray, matter: bool, step: int, device: torch.device) -> Tiles:
+def _list(tiles: list[np.ndarray | None], step: int, device: torch.device) -> Tiles:
+    some, every, patterns = tiles
     kept = np.stack([some & every, some & ~every], axis=2)
     counts = np.count_nonzero(kept, axis=3)
     ends = np.cumsum(counts).reshape(counts.shape)
     offsets = np.concatenate([ends[..., :1] - counts[..., :1], ends], axis=2).astype(np.int32)
     starts = np.broadcast_to(np.arange(kept.shape[3], dtype=np.int32) * step, kept.shape)[kept]
-    return Tiles(torch.from_numpy(offsets).to(device), torch.from_numpy(starts).to(device), matter)
+    if patterns is not None:
+        patterns = np.broadcast_to(patterns[:, :, None], kept.shape)[kept].view(np.int64)
+        patterns = torch.from_numpy(patterns).to(device)
+    mixed = bool(counts[..., 1].any())
+    return Tiles(torch.from_numpy(offsets).to(device), torch.from_numpy(starts).to(device), patterns, mixed)

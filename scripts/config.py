@@ -40,6 +40,7 @@ class AttentionConfig:
         "kernel of the sparse attention",
         ("auto", "reference", "blocks", "flex", "triton", "flashinfer", "sage"),
     )
+    quantize: str = _key("none", "8-bit products where the backend has them", ("none", "int8", "fp8"))
     block_size: int = _key(128, "tokens per block", (16, 32, 64, 128, 256))
     decay_factor: float = _key(0.2, "scales the window's width from frame distance 2 on", low=0.0)
     neighbour: str = _key("half", "window at frame distance 1: whole frame or half", ("full", "half"))
@@ -48,6 +49,14 @@ class AttentionConfig:
     dense_steps: int = _key(12, "denoising steps at the start with dense attention", low=0)
     dense_layers: int = _key(1, "transformer layers at the start with dense attention", low=0)
     dense_last_steps: int = _key(0, "denoising steps at the end with dense attention", low=0)
+    dense_backend: str = _key(
+        "auto", "kernel of dense attention: auto, native, sage, or one of diffusers, as flash, _native_cudnn"
+    )
+    check: str = _key(
+        "auto",
+        "stop at attention that is not finite (nan) or also compare it (reference); auto: nan if quantised",
+        ("auto", "off", "nan", "reference"),
+    )
 
 
 @dataclass

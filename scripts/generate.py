@@ -54,6 +54,7 @@ def carry_out(config: Config, dry_run: bool) -> int:
     prompts = read_prompts(config)
     device, path = resolve_device(config), resolve_model(config)
     from scripts.architecture import read_architecture
+    from scripts.backends import check_backends
     from scripts.plan import describe, notes
     from scripts.shortage import check_mask, check_memory
     from scripts.video import Job
@@ -62,9 +63,10 @@ def carry_out(config: Config, dry_run: bool) -> int:
     check_sizes(config, model)
     if dry_run:
         check_mask(config, model)
-        print(describe(config, model, device))
+        print(describe(config, model, device, check_backends(config, model, device, dry_run)))
         return 0
     check_memory(config, model, device)
+    check_backends(config, model, device)
     for note in notes(config, model):
         print(f"note: {note}", flush=True)
     return generate(Job(config, model, path, device), prompts)
@@ -121,11 +123,15 @@ def announce(record: dict[str, Any], path: Path) -> None:
     """The run's own benchmark, in a few lines."""
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
     calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
+    check = record["attention"]["check"]
     peak = {kind.split("_")[0]: f"{size / 2**30:.2f} GiB" for kind, size in record["peak_memory"].items()}
     print(f"video      {path} (its record beside it, .json)")
     print(f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}")
     print(f"a step     {_pairs(seconds_per_step(record))}")
     print(f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}")
+    if "worst" in check:
+        worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
+        print(f"check      {check['compared']} outputs against the reference, worst in {worst}")
     predicted = sum(record["predicted_memory"].values()) / 2**30
     print(f"memory     {_pairs(peak)} at the peak, {predicted:.2f} GiB predicted", flush=True)
 

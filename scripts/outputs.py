@@ -19,6 +19,7 @@ from scripts.record import timed
 SLUG_LENGTH = 60
 CRF = 10  # of libx264: visually lossless, so that small videos stay crisp
 PROBE_BYTES = 2**20
+NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check")
 
 
 def video_path(config: Config, prompt: str, number: int = 0) -> Path:
@@ -51,7 +52,7 @@ def resolved(config: Config, prompt: str) -> dict[str, Any]:
 def finished(path: Path, config: Config, prompt: str) -> tuple[bool, list[str]]:
     """Whether `path` and its JSON were made with this configuration, and else the keys that differ.
 
-    The output path and the name of the prompt file do not count: they change no frame.
+    The output path, the name of the prompt file and the check do not count: they change no frame.
     """
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
@@ -67,7 +68,7 @@ def finished(path: Path, config: Config, prompt: str) -> tuple[bool, list[str]]:
 
 def _comparable(content: dict[str, dict]) -> dict[str, Any]:
     flat = {f"{group}.{key}": value for group, values in content.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in ("output.path", "generation.prompt_file")}
+    return {key: value for key, value in flat.items() if key not in NO_FRAMES}
 
 
 @contextmanager

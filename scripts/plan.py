@@ -1,7 +1,8 @@
 """What a run will cost, worked out before any weight is loaded: tokens, density, FLOPs, memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from models.context import Schedule
 from radial_attn import RadialConfig, TokenGrid, radial_mask
@@ -54,6 +55,19 @@ def dense_steps(config: Config) -> list[int]:
     return [s for s in range(steps) if attention.pattern == "dense" or schedule.is_dense(s, None)]
 
 
+def dense_layers(config: Config, model: Architecture) -> int:
+    """How many layers, from the first, have dense attention at every step."""
+    return model.layers if config.attention.pattern == "dense" else config.attention.dense_layers
+
+
+def attention_options(config: Config) -> dict[str, Any]:
+    """The attention group as the keyword arguments of `apply_radial_attention`."""
+    names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
+    options = {name: getattr(config.attention, name) for name in names}
+    quantize = None if config.attention.quantize == "none" else config.attention.quantize
+    return options | {"config": radial_config(config), "quantize": quantize}
+
+
 def step_pattern(config: Config, step: int) -> str:
     """'dense' or 'radial', the pattern of the layers that are not dense at every step."""
     return "dense" if step in dense_steps(config) else "radial"
@@ -67,8 +81,7 @@ def attention_flops(config: Config, model: Architecture, density: float) -> tupl
     calls = 2 if config.generation.guidance_scale > 1 else 1
     one = 4.0 * token_grid(config, model).tokens ** 2 * model.width * calls
     steps, dense = config.generation.steps, len(dense_steps(config))
-    dense_layers = model.layers if config.attention.pattern == "dense" else config.attention.dense_layers
-    sparse = (steps - dense) * (model.layers - dense_layers)
+    sparse = (steps - dense) * (model.layers - dense_layers(config, model))
     everything = steps * model.layers
     return one * everything, one * (everything - sparse + sparse * density)
 
@@ -149,8 +162,8 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
     return low if low >= 0 else None
 
 
-def describe(config: Config, model: Architecture, device: str) -> str:
-    """The table that `--dry-run` prints."""
+def describe(config: Config, model: Architecture, device: str, remarks: Sequence[str] = ()) -> str:
+    """The table that `--dry-run` prints, with notes and further remarks."""
     sizes, attention = config.generation, config.attention
     grid, need = token_grid(config, model), memory(config, model, device)
     mask = radial_mask(grid, radial_config(config))
@@ -164,14 +177,14 @@ def describe(config: Config, model: Architecture, device: str) -> str:
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
         "density": f"{mask.density:.4f} ({attention.pattern})",
         "dense steps": _ranges(dense_steps(config), sizes.steps),
-        "dense layers": _ranges(list(range(_dense_layers(config, model))), model.layers),
+        "dense layers": _ranges(list(range(dense_layers(config, model))), model.layers),
         "attention": f"{_flops(dense)} dense, {_flops(radial)} as configured ({dense / radial:.2f}x fewer)",
         "transformer": f"{_flops(dense + other)} dense, {_flops(radial + other)} as configured "
         f"({(dense + other) / (radial + other):.2f}x fewer)",
         "memory": _describe_memory(need, model),
     }
     lines = [f"{name:<13} {text}" for name, text in rows.items()]
-    return "\n".join(lines + [f"{'note':<13} {note}" for note in notes(config, model)])
+    return "\n".join(lines + [f"{'note':<13} {note}" for note in [*notes(config, model), *remarks]])
 
 
 def notes(config: Config, model: Architecture) -> list[str]:
@@ -198,10 +211,6 @@ def _mask_notes(config: Config, model: Architecture) -> list[str]:
     if share < LITTLE:
         found.append(f"attention is {share:.0%} of the operations: at most {1 / (1 - share):.2f}x to gain")
     return found
-
-
-def _dense_layers(config: Config, model: Architecture) -> int:
-    return model.layers if config.attention.pattern == "dense" else config.attention.dense_layers
 
 
 def _ranges(numbers: list[int], total: int) -> str:

@@ -22,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 from models import apply_radial_attention
+from models.guard import CheckError
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import GenerationError, OneLineParser, UsageError, positive
-from scripts.plan import radial_config
+from scripts.plan import attention_options
 from scripts.record import hardware, versions
 from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.video import Job, sample
@@ -39,9 +40,7 @@ TIMED_RUNS = 3
 @contextmanager
 def attention(pipeline: Any, config: Config) -> Iterator[Any]:
     """The pipeline with the attention of `config`; gives the handle."""
-    options = config.attention
-    counts = {name: getattr(options, name) for name in ("dense_steps", "dense_layers", "dense_last_steps")}
-    with apply_radial_attention(pipeline, radial_config(config), backend=options.backend, **counts) as handle:
+    with apply_radial_attention(pipeline, **attention_options(config)) as handle:
         yield handle
 
 
@@ -221,7 +220,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         run(parse())
-    except (UsageError, GenerationError, OSError) as error:
+    except (UsageError, GenerationError, CheckError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

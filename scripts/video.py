@@ -15,16 +15,18 @@ import torch
 from tqdm import tqdm
 
 from models import apply_radial_attention
+from models.guard import CheckError
 from models.pipelines import is_local, load_pipeline
 from scripts.architecture import Architecture, hub_unreachable
 from scripts.config import Config
 from scripts.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
 from scripts.outputs import resolved, write_pair
-from scripts.plan import dense_steps, memory, radial_config, step_pattern, token_grid
+from scripts.plan import attention_options, dense_steps, memory, step_pattern, token_grid
 from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
 from scripts.shortage import is_out_of_memory, shortage
 
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
+DISPATCH = "diffusers.models.attention_dispatch"
 OP = ("radial_attn.attention", "radial_attn.kernels")
 
 
@@ -65,7 +67,7 @@ class Job:
         """Generates one video and writes it with its JSON, whose content is returned.
 
         Raises:
-            GenerationError: non-finite values, out of memory, or any failure of the pipeline.
+            GenerationError: non-finite or wrong values, out of memory, or any failure of the pipeline.
             UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
         """
         seconds = dict(self.seconds)
@@ -80,19 +82,11 @@ class Job:
         self, pipeline: Any, prompt: str, seconds: dict[str, float]
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say."""
-        attention, sizes = self.config.attention, self.config.generation
-        with apply_radial_attention(
-            pipeline,
-            radial_config(self.config),
-            dense_steps=attention.dense_steps,
-            dense_layers=attention.dense_layers,
-            dense_last_steps=attention.dense_last_steps,
-            backend=attention.backend,
-        ) as handle:
+        with apply_radial_attention(pipeline, **attention_options(self.config)) as handle:
             clock = Clock(synchronizer(self.device))
-            hook = pipeline.transformer.register_forward_pre_hook(clock.first_call)
+            hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
             try:
-                with reported_choices(), progress_bar(sizes.steps) as bar:
+                with reported_choices(), progress_bar(self.config.generation.steps) as bar:
                     step_done = self._step_watcher(clock, bar, handle)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
@@ -106,15 +100,21 @@ class Job:
             return sample(pipeline, self.config, [prompt], [seed], callback_on_step_end=step_done)[0]
         except (UsageError, GenerationError):
             raise
+        except CheckError as error:
+            raise GenerationError(f"{error}; no video written") from error
         except Exception as error:  # of whatever kind, it must not lose the other prompts of a file
             if is_out_of_memory(error):
                 raise
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> Exception:
-        """The backend is to blame only where the op raised."""
+        """A backend is to blame only where its op raised."""
+        attention = self.config.attention
+        named = attention.dense_backend not in ("auto", "native")
+        if named and raised_in(error, DISPATCH):
+            return UsageError(f"attention.dense_backend: got {attention.dense_backend!r}: {one_line(error)}")
         if raised_in(error, *OP):
-            return UsageError(f"attention.backend: got {self.config.attention.backend!r}: {one_line(error)}")
+            return UsageError(f"attention.backend: got {attention.backend!r}: {one_line(error)}")
         return GenerationError(f"the pipeline failed with {type(error).__name__}: {one_line(error)}")
 
     def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any) -> Callable:
@@ -198,7 +198,7 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def reported_choices() -> Iterator[None]:
-    """Prints what `backend=auto` chooses."""
+    """Prints what is chosen where `auto` is, and what a check finds."""
     logger, handler = logging.getLogger("radial_attn"), LineHandler()
     level = logger.level
     logger.addHandler(handler)

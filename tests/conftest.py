@@ -1,10 +1,17 @@
 """Fixtures of more than one test file."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import wan_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Programs that tests start can be interrupted, even where a shell's background job ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

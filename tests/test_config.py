@@ -5,13 +5,14 @@ from dataclasses import asdict
 import pytest
 import yaml
 
+from models.guard import CHECKS
 from models.pipelines import FAMILIES
 from radial_attn import RadialConfig
-from radial_attn.backends import BACKENDS
+from radial_attn.backends import BACKENDS, QUANTIZE
 from radial_attn.block_mask import BLOCK_SIZES
 from scripts.config import ROOT, AttentionConfig, help_text, keys, read_config
 from scripts.errors import UsageError, multiples_around, nearest_key, one_line
-from scripts.plan import radial_config
+from scripts.plan import attention_options, radial_config
 from scripts.validate import check_values
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -53,11 +54,22 @@ def test_presets_hold_the_settings_of_the_papers_table():
 def test_choices_are_those_of_the_packages_below():
     choices = {key: entry.metadata["choices"] for key, entry in keys().items()}
     assert choices["attention.backend"] == BACKENDS
+    assert choices["attention.quantize"] == ("none", *QUANTIZE[1:])
+    assert choices["attention.check"] == CHECKS
     assert choices["attention.block_size"] == tuple(BLOCK_SIZES)
     assert choices["model.family"] == tuple(FAMILIES)
     for key in ("pattern", "neighbour"):
         for choice in choices[f"attention.{key}"]:
             RadialConfig(**{key: choice})
+
+
+def test_every_key_of_attention_reaches_the_model():
+    config = read_config(TINY, ["attention.quantize=int8", "attention.check=nan"])
+    options = attention_options(config)
+    given = set(options) - {"config"} | set(asdict(options["config"]))
+    assert given == set(asdict(config.attention))
+    assert (options["quantize"], options["check"]) == ("int8", "nan")
+    assert attention_options(read_config(TINY, []))["quantize"] is None
 
 
 def test_precedence_defaults_then_file_then_command_line(tmp_path):

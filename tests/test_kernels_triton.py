@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from radial_attn import radial_attention
 from radial_attn.backends import Call, obstacle
-from scripts.config import ROOT
+from radial_attn.check import output_error
 from scripts.kernel_report import LAUNCHES, main
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask
 
 triton = pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
 
 
 def test_interpreted():
@@ -26,6 +28,7 @@ def test_interpreted():
         "-p",
         "no:cacheprovider",
         "tests/test_triton_interpreted.py",
+        "tests/test_triton_quantized.py",
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
@@ -35,10 +38,14 @@ def test_interpreted():
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
 
-@pytest.mark.parametrize("arch", LAUNCHES)
-def test_compiles_without_spills_for(arch, tmp_path, capsys):
-    assert main(["--arch", arch, "--out", str(tmp_path / "report.md")]) == 0, capsys.readouterr().err
-    assert (tmp_path / "report.md").read_text().count(f"| {arch} |") == 12
+def test_every_kernel_compiles_without_spills(tmp_path, capsys):
+    """For all architectures of the launch table: registers, shared memory, tensor cores."""
+    assert main(["--out", str(tmp_path / "report.md")]) == 0, capsys.readouterr().err
+    rows = (tmp_path / "report.md").read_text().splitlines()
+    for arch in LAUNCHES:
+        kinds = {row.split(" | ")[1] for row in rows if row.startswith(f"| {arch} |")}
+        assert kinds >= {"forward", "query gradient", "key gradients", "int8", "row products"}
+        assert ("fp8" in kinds) == (arch not in {"sm80", "sm86", "gfx942"})
 
 
 CALL = Call(torch.device("cuda"), torch.float16, 64, gradients=False)
@@ -61,6 +68,44 @@ def test_a_named_backend_raises():
     tensors = [x.half() for x in make_inputs(GRIDS[63], 1, 1, 64)[:3]]
     with pytest.raises(ValueError, match="backend 'triton' runs on cuda, got a tensor on cpu"):
         radial_attention(*tensors, make_mask(GRIDS[63]), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
+def test_cuda_graph(quantize):
+    """A captured call gives, on new values in the same memory, what a call gives."""
+    mask = make_mask(GRIDS[1000], 128)
+    tensors = [x.half().cuda() for x in make_inputs(mask.grid, 1, 3, 128)[:3]]
+
+    def call() -> torch.Tensor:
+        return radial_attention(*tensors, mask, backend="triton", quantize=quantize)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for tensor in tensors:
+        tensor.normal_()
+    graph.replay()
+    assert torch.equal(captured, call())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "most"), [("int8", 0.05), ("fp8", 0.08)])
+@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_quantized_on_a_gpu(block_size, width, bits, most):
+    mask = make_mask(GRIDS[1000], block_size)
+    tensors = [x.bfloat16().cuda() for x in make_inputs(mask.grid, 2, 3, width)[:3]]
+    found, defined, exact = (
+        radial_attention(*tensors, mask, backend=name, quantize=quantize, text_lengths=[4, 10])
+        for name, quantize in (("triton", bits), ("reference", bits), ("reference", None))
+    )
+    assert output_error(found, exact).relative_l2 < most
+    assert output_error(found, defined).relative_l2 < most
 
 
 @pytest.mark.gpu

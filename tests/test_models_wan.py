@@ -86,7 +86,7 @@ def test_sparse_differs_from_dense_and_reports_it():
     transformer = wan_transformer()
     expected = run(transformer)
     with apply_radial_attention(transformer, SPARSE) as handle:
-        assert handle.report() | {"calls": None} == {
+        assert handle.report() | {"calls": None, "dense_backend": None} == {
             "grid": None,
             "density": None,
             "grids": [],
@@ -96,6 +96,9 @@ def test_sparse_differs_from_dense_and_reports_it():
             "layers": 4,
             "dense_layers": 0,
             "calls": None,
+            "quantize": None,
+            "dense_backend": None,
+            "check": {"mode": "off"},
         }
         assert (run(transformer) - expected).abs().max() > 1e-3
         report = handle.report()
@@ -171,6 +174,8 @@ def test_failed_application_changes_nothing():
         ({"dense_steps": -1}, "dense_steps must be a whole number from 0 on, got -1"),
         ({"dense_layers": 1.5}, "dense_layers must be a whole number from 0 on, got 1.5"),
         ({"dense_layers": 5}, "dense_layers must be at most 4, .*got 5"),
+        ({"quantize": "int4"}, "quantize must be one of .*'int8', 'fp8'.*, got 'int4'"),
+        ({"check": "all"}, "check must be one of auto, off, nan, reference, got 'all'"),
         ({"dense_last_steps": 1}, "dense_last_steps=1 needs the number of steps"),
     ],
 )

@@ -39,7 +39,7 @@ def test_lists_cover_the_mask_once(rows, columns, block_size, text, heads):
         assert (whole + mixed).max() <= 1
         assert ((whole + mixed) > 0)[wanted].all()
         assert wanted[whole > 0].all()
-        if not tiles.blocks_matter:
+        if tiles.patterns is None:
             assert wanted[mixed > 0].all()
 
 
@@ -47,7 +47,7 @@ def test_text_and_the_end_of_the_sequence_are_mixed():
     grid = TokenGrid(2, 8, 8, text=70)
     mask = BlockMask.from_blocks(grid, torch.ones(4, 4, dtype=torch.bool), 64)
     tiles = query_tiles(mask, 64, 64, CPU)
-    assert not tiles.blocks_matter
+    assert tiles.patterns is None
     starts = [tiles.starts[a:b].tolist() for a, b in tiles.offsets[0, :, :2].tolist()]
     assert starts == [[0, 64], [0, 64], [0, 64], []]
     assert tiles.starts[tiles.offsets[0, 0, 1] : tiles.offsets[0, 0, 2]].tolist() == [128, 192]
@@ -57,3 +57,26 @@ def test_lists_are_made_once():
     mask = make_mask(TokenGrid(4, 8, 8), 64)
     assert query_tiles(mask, 64, 64, CPU) is query_tiles(mask, 64, 64, CPU)
     assert query_tiles(mask, 64, 64, CPU) is not key_tiles(mask, 64, 64, CPU)
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 16), (16, 128), (128, 128)])
+def test_patterns_are_the_blocks_of_a_tile(rows, columns, heads):
+    mask = make_mask(TokenGrid(9, 8, 8, text=11), 16, heads)
+    blocks = mask.blocks.view(-1, *mask.blocks.shape[-2:])
+    across = columns // 16
+    for tiles, transposed in (
+        (query_tiles(mask, rows, columns, CPU), 0),
+        (key_tiles(mask, rows, columns, CPU), 1),
+    ):
+        for head, listed in enumerate(tiles.offsets.tolist()):
+            for tile, (first, _, end) in enumerate(listed):
+                for start, pattern in zip(tiles.starts[first:end], tiles.patterns[first:end], strict=True):
+                    row, column = (
+                        (start // 16, tile * across) if transposed else (tile * rows // 16, start // 16)
+                    )
+                    held = blocks[head, row : row + rows // 16, column : column + across]
+                    for (i, j), kept in zip(
+                        held.new_ones(held.shape).nonzero().tolist(), held.flatten(), strict=True
+                    ):
+                        assert bool(int(pattern) >> (i * across + j) & 1) == bool(kept)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn.kernels import triton_configs
+from radial_attn.kernels.triton_configs import BACKWARD, Launch
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
 
 pytestmark = pytest.mark.skipif(
@@ -109,3 +111,36 @@ def test_compiles_into_one_graph():
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(query, key, value), attend(query, key, value), atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_operator_contract(bits):
+    """Schema, fake tensors and autograd registration of the operators, by torch's own checker."""
+    from radial_attn.kernels import triton as kernel
+    from radial_attn.kernels.triton_quantized import quantized_attention
+
+    grid = GRIDS[63]
+    tensors = [x.requires_grad_(bits is None) for x in make_inputs(grid, 1, 2, 64)[:3]]
+    kinds = [bits] if bits else ["forward", *BACKWARD]
+    arguments = *tensors, *kernel.make_tables(make_mask(grid), tensors[0], kinds), 0.125
+    query, key, value, tables, numbers, scale = arguments
+    arguments = query, key, value, tables, None, numbers, scale
+    if bits:
+        torch.library.opcheck(quantized_attention, (*arguments, bits))
+    else:
+        torch.library.opcheck(kernel.triton_attention, arguments)
+
+
+@pytest.mark.parametrize("chosen", [("whole", False), ("head", True)], ids=["host", "kernel"])
+@pytest.mark.parametrize("text", [0, 11], ids=["video", "text"])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
+    """Keys and values through descriptors, made by the host, or in the kernel with one loop for all tiles."""
+    descriptors, specialize = chosen
+    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, descriptors, specialize)}
+    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
+    triton_configs.launch.cache_clear()
+    grid = TokenGrid(4, 8, 8, text)
+    tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
+    compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
+    triton_configs.launch.cache_clear()

@@ -4,14 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import Needs
+from ..backends import QUANTIZE, Needs
 from ..block_mask import BlockMask
+from .reference_quantized import quantized_attention
 
-NEEDS = Needs()
+NEEDS = Needs(quantize=QUANTIZE)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+    quantize: str | None = None,
 ) -> Tensor:
     """SDPA under the token mask; all tensors `[B, S, H, D]`, memory quadratic in `S`.
 
@@ -19,6 +27,7 @@ def attention(
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+        quantize: "int8" or "fp8": rounded as the quantised kernels round, for judging them anywhere.
     """
     keep = mask.token_mask().to(query.device)
     keep = keep.view(1, -1, *keep.shape[-2:])
@@ -28,6 +37,10 @@ def attention(
         keep = keep & counts[:, None, None, :] & counts[:, None, :, None]
     seen = keep.any(dim=-1, keepdim=True)
     # a row without keys would be NaN: it attends everything and is then set to zero
-    heads = (x.transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=keep | ~seen, scale=scale)
+    heads = [x.transpose(1, 2) for x in (query, key, value)]
+    if quantize is None:
+        out = F.scaled_dot_product_attention(*heads, attn_mask=keep | ~seen, scale=scale)
+    else:
+        rounded = [x.float() for x in heads]
+        out = quantized_attention(*rounded, keep | ~seen, scale=scale, bits=quantize).to(query.dtype)
     return out.masked_fill(~seen, 0).transpose(1, 2)

@@ -11,10 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import DTYPES, HALF, Needs
+from ..backends import DTYPES, HALF, QUANTIZE, Call, Needs
 from ..block_mask import BlockMask
-from ..tiles import Tiles, key_tiles, query_tiles
-from .triton_configs import WIDTHS, Launch, launch
+from ..tiles import key_tiles, query_tiles
+from .triton_configs import BACKWARD, LAUNCHES, WIDTHS, Launch, architecture, constants, launch, padded
+
+LOG2E = 1 / math.log(2)
+ROWS = 64  # of a program that multiplies outputs and their gradients
+
+
+def no_tensor_cores(call: Call) -> str | None:
+    """Why the GPU of a call cannot multiply what its `quantize` asks for."""
+    if call.quantize is None or call.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    arch = architecture(call.device)
+    return None if (call.quantize, 64) in LAUNCHES[arch] else f"has no quantize={call.quantize!r} on {arch}"
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter, on the CPU
 NEEDS = Needs(
@@ -22,19 +34,28 @@ NEEDS = Needs(
     dtypes=DTYPES if INTERPRETED else HALF,
     widths=WIDTHS,
     modules=("triton",),
+    capability=(8, 0),
+    quantize=QUANTIZE,
+    also=no_tensor_cores,
     install="pip install triton",
 )
-LOG2E = 1 / math.log(2)
-ROWS = 64  # of a program that multiplies outputs and their gradients
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+    quantize: str | None = None,
 ) -> Tensor:
     """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on one GPU.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+        quantize: "int8" or "fp8" for scores from 8-bit operands (triton_quantized.py), forward only.
 
     Raises:
         ValueError: a scale that is not positive.
@@ -42,9 +63,15 @@ def attention(
     if scale <= 0:
         raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    counts = lengths(text_lengths, mask, query.device)
+    if quantize is not None:
+        from .triton_quantized import quantized_attention
+
+        tables, numbers = make_tables(mask, query, [quantize])
+        return quantized_attention(*inputs, tables, counts, numbers, scale, quantize)[0]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    tables, numbers = make_tables(mask, query, gradients)
-    return triton_attention(*inputs, tables, lengths(text_lengths, mask, query.device), numbers, scale)[0]
+    tables, numbers = make_tables(mask, query, ["forward", *(BACKWARD if gradients else ())])
+    return triton_attention(*inputs, tables, counts, numbers, scale)[0]
 
 
 def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
@@ -57,23 +84,20 @@ def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) 
     )
 
 
-def make_tables(mask: BlockMask, query: Tensor, gradients: bool) -> tuple[list[Tensor], list[int]]:
-    """What the kernels read of a mask: `(offsets, starts)` of each kernel, the block table; and its numbers.
+def make_tables(mask: BlockMask, query: Tensor, kinds: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+    """What the kernels of `kinds` read of a mask: for each `(offsets, starts, patterns)`; and its numbers.
 
-    The numbers are block size, whether each head has a pattern of its own, and for each kernel whether its
-    mixed tiles read the block table.
+    The numbers are block size, whether each head has a pattern of its own, and for each kernel whether it has
+    mixed tiles and whether these hold blocks that are left out; else `starts` stands in for the patterns.
     """
-    device, width = query.device, query.shape[-1]
-    kinds = {"forward": query_tiles}
-    if gradients:
-        kinds |= {"query gradient": query_tiles, "key gradients": key_tiles}
-    lists: list[Tiles] = []
-    for kind, cut in kinds.items():
-        chosen = launch(kind, device, width)
-        lists.append(cut(mask, chosen.rows, chosen.columns, device))
-    table = mask.cached(("table", device), lambda: mask.blocks.to(device, torch.int8))
-    numbers = [mask.block_size, int(mask.heads is not None), *(int(tiles.blocks_matter) for tiles in lists)]
-    return [table, *(x for tiles in lists for x in (tiles.offsets, tiles.starts))], numbers
+    tables, numbers = [], [mask.block_size, int(mask.heads is not None)]
+    for kind in kinds:
+        chosen = launch(kind, query.device, query.shape[-1])
+        cut = key_tiles if kind == "key gradients" else query_tiles
+        tiles = cut(mask, chosen.rows, chosen.columns, query.device)
+        tables += [tiles.offsets, tiles.starts, tiles.starts if tiles.patterns is None else tiles.patterns]
+        numbers += [int(tiles.mixed), int(tiles.patterns is not None)]
+    return tables, numbers
 
 
 @torch.library.custom_op("radial_attn::triton_attention", mutates_args=())
@@ -92,22 +116,17 @@ def triton_attention(  # noqa: PLR0917 (an operator's schema is positional)
     batch, tokens, heads, width = query.shape
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    table, offsets, starts = tables[:3]
     chosen = launch("forward", query.device, width)
-    forward_kernel[offsets.shape[1], batch * heads](
+    forward_kernel[tables[0].shape[1], batch * heads](
         *operands((query, key, value), chosen),
         out,
         lse,
-        offsets,
-        starts,
-        table,
+        *tables[:3],
         lse if lengths is None else lengths,
         *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
         tokens,
         heads,
-        table.shape[-1],
         scale * LOG2E,
-        TABLE=bool(numbers[2]),
         **constants(chosen, query, lengths, numbers),
         DESCRIPTOR=chosen.descriptors,
         SPECIALIZE=chosen.specialize,
@@ -135,8 +154,7 @@ def triton_attention_backward(  # noqa: PLR0917
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     results = [query.new_empty(query.shape) for _ in range(3)]
     products = torch.empty_like(lse)
-    pairs, table = batch * heads, tables[0]
-    row_products_kernel[-(-tokens // ROWS), pairs](
+    row_products_kernel[-(-tokens // ROWS), batch * heads](
         out,
         grad,
         products,
@@ -147,16 +165,17 @@ def triton_attention_backward(  # noqa: PLR0917
         ROWS=ROWS,
         WIDTH=width,
         PADDED=padded(width),
+        num_warps=8,
     )
     strides = [s for x in (query, key, value, grad, results[0]) for s in x.stride()[:3]]
-    counts = [tokens, heads, table.shape[-1], scale * LOG2E, scale]
+    counts = [tokens, heads, scale * LOG2E, scale]
     where = lse if lengths is None else lengths
-    for kernel, kind, targets, number, at in (
-        (query_gradient_kernel, "query gradient", results[:1], numbers[3], 3),
-        (key_gradients_kernel, "key gradients", results[1:], numbers[4], 5),
+    for kernel, kind, targets, index in (
+        (query_gradient_kernel, "query gradient", results[:1], 1),
+        (key_gradients_kernel, "key gradients", results[1:], 2),
     ):
-        chosen, (offsets, starts) = launch(kind, query.device, width), tables[at : at + 2]
-        kernel[offsets.shape[1], pairs](
+        chosen, lists = launch(kind, query.device, width), tables[3 * index : 3 * index + 3]
+        kernel[lists[0].shape[1], batch * heads](
             query,
             key,
             value,
@@ -164,47 +183,33 @@ def triton_attention_backward(  # noqa: PLR0917
             *targets,
             lse,
             products,
-            offsets,
-            starts,
-            table,
+            *lists,
             where,
             *strides,
             *counts,
-            TABLE=bool(number),
-            **constants(chosen, query, lengths, numbers),
+            **constants(chosen, query, lengths, numbers, index),
         )
     return tuple(results)
-
-
-def constants(chosen: Launch, query: Tensor, lengths: Tensor | None, numbers: Sequence[int]) -> dict:
-    """What a kernel is compiled for."""
-    return {
-        "ROWS": chosen.rows,
-        "COLUMNS": chosen.columns,
-        "WIDTH": query.shape[-1],
-        "PADDED": padded(query.shape[-1]),
-        "SIZE": numbers[0],
-        "PER_HEAD": bool(numbers[1]),
-        "LENGTHS": lengths is not None,
-        "num_warps": chosen.warps,
-        "num_stages": chosen.stages,
-    }
-
-
-def padded(width: int) -> int:
-    """The power of two that holds a head's width."""
-    return 1 << (width - 1).bit_length()
 
 
 def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
     """Query, key and value as the forward kernel takes them: pointers, or descriptors of keys and values."""
     query, *others = tensors
-    if not chosen.descriptors:
+    if chosen.descriptors == "head":
+        import triton
+
+        triton.set_allocator(scratch)
+    if chosen.descriptors != "whole":
         return [query, *others]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     block = [1, chosen.columns, 1, padded(query.shape[-1])]
     return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
+
+
+def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Memory of a launch for the descriptors that its programs make."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @triton_attention.register_fake

@@ -7,7 +7,7 @@ Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, over the list
 import triton
 import triton.language as tl
 
-from .triton_forward import INFINITY, kept_pairs, load_tile
+from .triton_forward import INFINITY, find_work, kept_pairs, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -24,8 +24,8 @@ def row_products_kernel(
     first = tl.program_id(0) * ROWS
     outs = out + batch * batch_stride + head * head_stride
     grads = grad + batch * grad_batch + head * grad_head
-    o = load_tile(outs, 0, first, head, token_stride, tokens, ROWS, WIDTH, PADDED, True, False)
-    g = load_tile(grads, 0, first, head, grad_token, tokens, ROWS, WIDTH, PADDED, True, False)
+    o = load_tile(outs, 0, first, head, token_stride, tokens, ROWS, WIDTH, PADDED, True, "")
+    g = load_tile(grads, 0, first, head, grad_token, tokens, ROWS, WIDTH, PADDED, True, "")
     rows = first + tl.arange(0, ROWS)
     sums = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     tl.store(products + pair.to(tl.int64) * tokens + rows, sums, mask=rows < tokens)
@@ -40,19 +40,19 @@ def row_weights(lse, pair, rows, tokens):
 
 @triton.jit
 def query_gradient(
-    total, query, grad, sums, products, keys, values, key_stride, value_stride, starts, first, last, rows,
-    tokens, limit, table, blocks, scale, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    SIZE: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    total, query, grad, sums, products, keys, values, key_stride, value_stride, starts, patterns, first, last,
+    tokens, limit, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the listed key tiles `first .. last - 1` give to the gradient of a query tile."""
     for i in tl.range(first, last):
         start = tl.load(starts + i)
-        key = load_tile(keys, 0, start, 0, key_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, False)
-        value = load_tile(values, 0, start, 0, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, False)
+        key = load_tile(keys, 0, start, 0, key_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, "")
+        value = load_tile(values, 0, start, 0, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, "")
         weights = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - sums[:, None])
         if MIXED:
             columns = start + tl.arange(0, COLUMNS)
-            keep = kept_pairs(table, blocks, rows, columns, tokens, limit, SIZE, TABLE)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
             weights = tl.where(keep, weights, 0.0)
         change = weights * (tl.dot(grad, value.T, input_precision="ieee") - products[:, None])
         total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
@@ -61,75 +61,58 @@ def query_gradient(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, grad, result, lse, products, offsets, starts, table, lengths,
+    query, key, value, grad, result, lse, products, offsets, starts, patterns, lengths,
     query_batch, query_token, query_head, key_batch, key_token, key_head,
     value_batch, value_token, value_head, grad_batch, grad_token, grad_head,
-    result_batch, result_token, result_head, tokens, heads, blocks, scale, factor,
+    result_batch, result_token, result_head, tokens, heads, scale, factor,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, TABLE: tl.constexpr, LENGTHS: tl.constexpr,
+    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
+    LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile of one head; `factor` is the scale of the scores, `scale` times log2(e)."""
-    tile, pair = tl.program_id(0), tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
-    pattern = head if PER_HEAD else 0
-    limit = tokens
-    if LENGTHS:
-        limit = tl.load(lengths + batch)
-    first = tile * ROWS
+    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    pair = tl.program_id(1)
+    first = tl.program_id(0) * ROWS
     rows = first + tl.arange(0, ROWS)
     queries = query + batch * query_batch + head * query_head
     grads = grad + batch * grad_batch + head * grad_head
     keys = key + batch * key_batch + head * key_head
     values = value + batch * value_batch + head * value_head
-    q = load_tile(queries, 0, first, head, query_token, tokens, ROWS, WIDTH, PADDED, True, False)
-    g = load_tile(grads, 0, first, head, grad_token, tokens, ROWS, WIDTH, PADDED, True, False)
+    q = load_tile(queries, 0, first, head, query_token, tokens, ROWS, WIDTH, PADDED, True, "")
+    g = load_tile(grads, 0, first, head, grad_token, tokens, ROWS, WIDTH, PADDED, True, "")
     sums = row_weights(lse, pair, rows, tokens)
     dots = tl.load(products + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
-    listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
-    whole, mixed, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
-    table += pattern * blocks * blocks
     total = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     total = query_gradient(
-        total, q, g, sums, dots, keys, values, key_token, value_token, starts, whole, mixed, rows,
-        tokens, limit, table, blocks, scale, COLUMNS, WIDTH, PADDED, SIZE, False, TABLE,
+        total, q, g, sums, dots, keys, values, key_token, value_token, starts, patterns, whole, mixed,
+        tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False, BLOCKS,
     )  # fmt: skip
-    total = query_gradient(
-        total, q, g, sums, dots, keys, values, key_token, value_token, starts, mixed, end, rows,
-        tokens, limit, table, blocks, scale, COLUMNS, WIDTH, PADDED, SIZE, True, TABLE,
-    )  # fmt: skip
+    if MIXED:
+        total = query_gradient(
+            total, q, g, sums, dots, keys, values, key_token, value_token, starts, patterns, mixed, end,
+            tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, True, BLOCKS,
+        )  # fmt: skip
     results = result + batch * result_batch + head * result_head
     store_tile(results, total * factor, first, result_token, tokens, ROWS, WIDTH, PADDED)
 
 
 @triton.jit
-def store_tile(
-    base, tile, start, token_stride, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
-):
-    """Writes `[ROWS, PADDED]` from token `start` on, without what lies beyond `tokens` and `WIDTH`."""
-    token, lane = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    at = base + start.to(tl.int64) * token_stride + token[:, None] * token_stride + lane[None, :]
-    inside = (start + token < tokens)[:, None] & (lane < WIDTH)[None, :]
-    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def key_gradients(
     key_total, value_total, key, value, queries, grads, lse, products, pair, query_stride, grad_stride,
-    starts, first, last, columns, tokens, limit, table, blocks, scale, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    starts, patterns, first, last, columns, tokens, limit, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the listed query tiles `first .. last - 1` give to the gradients of a key tile."""
     for i in tl.range(first, last):
         start = tl.load(starts + i)
         rows = start + tl.arange(0, ROWS)
-        query = load_tile(queries, 0, start, 0, query_stride, tokens, ROWS, WIDTH, PADDED, MIXED, False)
-        grad = load_tile(grads, 0, start, 0, grad_stride, tokens, ROWS, WIDTH, PADDED, MIXED, False)
+        query = load_tile(queries, 0, start, 0, query_stride, tokens, ROWS, WIDTH, PADDED, MIXED, "")
+        grad = load_tile(grads, 0, start, 0, grad_stride, tokens, ROWS, WIDTH, PADDED, MIXED, "")
         sums = row_weights(lse, pair, rows, tokens)
         dots = tl.load(products + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
         weights = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - sums[:, None])
         if MIXED:
-            keep = kept_pairs(table, blocks, rows, columns, tokens, limit, SIZE, TABLE)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
             weights = tl.where(keep, weights, 0.0)
         value_total = tl.dot(weights.to(grad.dtype).T, grad, value_total, input_precision="ieee")
         change = weights * (tl.dot(grad, value.T, input_precision="ieee") - dots[:, None])
@@ -139,42 +122,38 @@ def key_gradients(
 
 @triton.jit
 def key_gradients_kernel(
-    query, key, value, grad, key_result, value_result, lse, products, offsets, starts, table, lengths,
+    query, key, value, grad, key_result, value_result, lse, products, offsets, starts, patterns, lengths,
     query_batch, query_token, query_head, key_batch, key_token, key_head,
     value_batch, value_token, value_head, grad_batch, grad_token, grad_head,
-    result_batch, result_token, result_head, tokens, heads, blocks, scale, factor,
+    result_batch, result_token, result_head, tokens, heads, scale, factor,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, TABLE: tl.constexpr, LENGTHS: tl.constexpr,
+    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
+    LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one head; both results have the same strides."""
-    tile, pair = tl.program_id(0), tl.program_id(1)
-    batch = (pair // heads).to(tl.int64)
-    head = pair % heads
-    pattern = head if PER_HEAD else 0
-    limit = tokens
-    if LENGTHS:
-        limit = tl.load(lengths + batch)
-    first = tile * COLUMNS
+    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    pair = tl.program_id(1)
+    first = tl.program_id(0) * COLUMNS
     columns = first + tl.arange(0, COLUMNS)
     queries = query + batch * query_batch + head * query_head
     grads = grad + batch * grad_batch + head * grad_head
     keys = key + batch * key_batch + head * key_head
     values = value + batch * value_batch + head * value_head
-    k = load_tile(keys, 0, first, head, key_token, tokens, COLUMNS, WIDTH, PADDED, True, False)
-    v = load_tile(values, 0, first, head, value_token, tokens, COLUMNS, WIDTH, PADDED, True, False)
-    listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
-    whole, mixed, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
-    table += pattern * blocks * blocks
+    k = load_tile(keys, 0, first, head, key_token, tokens, COLUMNS, WIDTH, PADDED, True, "")
+    v = load_tile(values, 0, first, head, value_token, tokens, COLUMNS, WIDTH, PADDED, True, "")
     key_total = tl.zeros([COLUMNS, PADDED], dtype=tl.float32)
     value_total = tl.zeros([COLUMNS, PADDED], dtype=tl.float32)
     key_total, value_total = key_gradients(
         key_total, value_total, k, v, queries, grads, lse, products, pair, query_token, grad_token, starts,
-        whole, mixed, columns, tokens, limit, table, blocks, scale, ROWS, WIDTH, PADDED, SIZE, False, TABLE,
+        patterns, whole, mixed, columns, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False,
+        BLOCKS,
     )  # fmt: skip
-    key_total, value_total = key_gradients(
-        key_total, value_total, k, v, queries, grads, lse, products, pair, query_token, grad_token, starts,
-        mixed, end, columns, tokens, limit, table, blocks, scale, ROWS, WIDTH, PADDED, SIZE, True, TABLE,
-    )  # fmt: skip
+    if MIXED:
+        key_total, value_total = key_gradients(
+            key_total, value_total, k, v, queries, grads, lse, products, pair, query_token, grad_token,
+            starts, patterns, mixed, end, columns, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE,
+            True, BLOCKS,
+        )  # fmt: skip
     at = batch * result_batch + head * result_head
     store_tile(key_result + at, key_total * factor, first, result_token, tokens, COLUMNS, WIDTH, PADDED)
     store_tile(value_result + at, value_total, first, result_token, tokens, COLUMNS, WIDTH, PADDED)

@@ -5,13 +5,16 @@ shared memory of a multiprocessor (results/kernels_compiled.md, by scripts/kerne
 sm100 keys and values of the forward come through tensor descriptors (TMA), which saves registers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 WIDTHS = (64, 96, 128)
-KINDS = ("forward", "query gradient", "key gradients")
+BACKWARD = ("query gradient", "key gradients")
+KINDS = ("forward", *BACKWARD, "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,14 @@ class Launch:
     columns: int
     warps: int
     stages: int
-    descriptors: bool = False  # keys and values through tensor descriptors
+    descriptors: str = ""  # TMA: "whole", of the tensors, from the host; "head", of a head, in the kernel
     specialize: bool = False  # warp specialisation
+    fp8_values: bool = False  # of the quantised forward: weights x values in fp8
 
 
 AMPERE = {
+    ("int8", 64): Launch(128, 64, 8, 3),
+    ("int8", 128): Launch(128, 64, 8, 3),
     ("forward", 64): Launch(128, 64, 4, 3),
     ("forward", 128): Launch(128, 32, 8, 3),
     ("query gradient", 64): Launch(64, 64, 4, 2),
@@ -34,21 +40,43 @@ AMPERE = {
     ("key gradients", 64): Launch(64, 64, 8, 2),
     ("key gradients", 128): Launch(64, 32, 8, 2),
 }
-ADA = AMPERE | {("forward", 128): Launch(128, 64, 8, 3)}
+ADA = AMPERE | {
+    ("forward", 64): Launch(128, 64, 8, 3),
+    ("query gradient", 64): Launch(64, 64, 4, 3),
+    ("query gradient", 128): Launch(128, 32, 8, 2),
+}
+FP8_PRODUCTS = {
+    ("int8", 64): Launch(128, 64, 4, 3, fp8_values=True),
+    ("int8", 128): Launch(128, 32, 8, 3, fp8_values=True),
+    ("fp8", 64): Launch(128, 64, 4, 3, fp8_values=True),
+    ("fp8", 128): Launch(128, 32, 8, 3, fp8_values=True),
+}
 HOPPER = {
-    ("forward", 64): Launch(128, 128, 8, 3, descriptors=True),
-    ("forward", 128): Launch(128, 128, 8, 2, descriptors=True),
+    ("forward", 64): Launch(128, 128, 4, 3, "head", specialize=True),
+    ("forward", 128): Launch(128, 128, 4, 2, "head", specialize=True),
     ("query gradient", 64): Launch(128, 64, 8, 2),
     ("query gradient", 128): Launch(128, 64, 8, 2),
     ("key gradients", 64): Launch(128, 64, 8, 2),
     ("key gradients", 128): Launch(128, 64, 8, 2),
+    ("int8", 64): Launch(128, 128, 8, 3, "whole", fp8_values=True),
+    ("int8", 128): Launch(128, 128, 8, 3, "whole", fp8_values=True),
+    ("fp8", 64): Launch(128, 128, 8, 3, "whole", fp8_values=True),
+    ("fp8", 128): Launch(128, 128, 8, 3, "whole", fp8_values=True),
 }
 BLACKWELL = HOPPER | {
-    ("forward", 128): Launch(128, 64, 8, 3, descriptors=True),
+    ("forward", 64): Launch(128, 64, 8, 3, "whole"),
+    ("forward", 128): Launch(128, 64, 8, 3, "whole"),
+    ("query gradient", 64): Launch(64, 64, 8, 2),
+    ("query gradient", 128): Launch(64, 64, 8, 2),
     ("key gradients", 64): Launch(64, 128, 8, 2),
     ("key gradients", 128): Launch(64, 128, 8, 2),
+    ("int8", 128): Launch(128, 64, 8, 3, "whole", fp8_values=True),
 }
-GEFORCE_BLACKWELL = AMPERE | {
+GEFORCE_BLACKWELL = {
+    **AMPERE,
+    **FP8_PRODUCTS,
+    ("int8", 64): Launch(128, 64, 8, 3, fp8_values=True),
+    ("fp8", 64): Launch(128, 64, 8, 3, fp8_values=True),
     ("forward", 64): Launch(128, 64, 8, 3),
     ("query gradient", 64): Launch(64, 64, 8, 2),
     ("query gradient", 128): Launch(128, 32, 8, 2),
@@ -58,20 +86,21 @@ CDNA = AMPERE | {("key gradients", 128): Launch(64, 32, 4, 1)}
 LAUNCHES = {
     "sm80": AMPERE,
     "sm86": ADA,
-    "sm89": ADA,
+    "sm89": ADA | FP8_PRODUCTS,
     "sm90": HOPPER,
     "sm100": BLACKWELL,
     "sm120": GEFORCE_BLACKWELL,
     "gfx942": CDNA,
 }
-INTERPRETED = Launch(64, 32, 4, 1)  # Triton's interpreter, on the CPU
+INTERPRETED = dict.fromkeys(KINDS, Launch(64, 32, 4, 1))  # Triton's interpreter, on the CPU
+INTERPRETED["fp8"] = Launch(64, 32, 4, 1, fp8_values=True)
 
 
 @lru_cache
 def launch(kind: str, device: torch.device, width: int) -> Launch:
     """The configuration of one of `KINDS` for a head width of `WIDTHS` on a device."""
     if device.type == "cpu":
-        return INTERPRETED
+        return INTERPRETED[kind]
     return LAUNCHES[architecture(device)][kind, 64 if width <= 64 else 128]
 
 
@@ -83,3 +112,27 @@ def architecture(device: torch.device) -> str:
     known = [int(name[2:]) for name in LAUNCHES if name.startswith("sm")]
     older = [number for number in known if number <= 10 * major + minor]
     return f"sm{max(older, default=min(known))}"
+
+
+def padded(width: int) -> int:
+    """The power of two that holds a head's width."""
+    return 1 << (width - 1).bit_length()
+
+
+def constants(
+    chosen: Launch, query: Tensor, lengths: Tensor | None, numbers: Sequence[int], index: int = 0
+) -> dict:
+    """What the kernel with the tables number `index` is compiled for; `numbers` of `make_tables`."""
+    return {
+        "ROWS": chosen.rows,
+        "COLUMNS": chosen.columns,
+        "WIDTH": query.shape[-1],
+        "PADDED": padded(query.shape[-1]),
+        "SIZE": numbers[0],
+        "PER_HEAD": bool(numbers[1]),
+        "MIXED": bool(numbers[2 + 2 * index]),
+        "BLOCKS": bool(numbers[3 + 2 * index]),
+        "LENGTHS": lengths is not None,
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+    }

@@ -27,10 +27,13 @@ def load_tile(
 ):
     """`[TOKENS, PADDED]` from token `start` on, zeros beyond `WIDTH` and, if `BOUNDED`, from `limit` on.
 
-    `tensor` is a tensor descriptor of `[B, S, H, D]`, or a pointer to the first token of sample and head.
+    `tensor` is a tensor descriptor of `[B, S, H, D]` ("whole"), or descriptor ("head") or pointer ("") of one
+    sample's head.
     """
-    if DESCRIPTOR:
+    if DESCRIPTOR == "whole":
         tile = tensor.load([batch, start, head, 0]).reshape([TOKENS, PADDED])
+    elif DESCRIPTOR == "head":
+        tile = tensor.load([start, 0])
     else:
         token = tl.arange(0, TOKENS)
         lane = tl.arange(0, PADDED)
@@ -45,23 +48,75 @@ def load_tile(
 
 
 @triton.jit
-def kept_pairs(
-    table,
-    blocks,
-    rows,
-    columns,
-    tokens,
-    limit,
-    SIZE: tl.constexpr,
-    TABLE: tl.constexpr,
+def store_tile(
+    base, tile, start, token_stride, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Which token pairs of a mixed tile count: keys below `limit`, and kept by the block table where read."""
+    """Writes `[ROWS, PADDED]` from token `start` on, without what lies beyond `tokens` and `WIDTH`."""
+    token, lane = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    at = base + start.to(tl.int64) * token_stride + token[:, None] * token_stride + lane[None, :]
+    inside = (start + token < tokens)[:, None] & (lane < WIDTH)[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def find_work(offsets, lengths, tokens, heads, PER_HEAD: tl.constexpr, LENGTHS: tl.constexpr):
+    """Of this program: sample, head, tokens that count, and where the lists of its tiles begin and end."""
+    tile, pair = tl.program_id(0), tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = pair % heads
+    limit = tokens
+    if LENGTHS:
+        limit = tl.load(lengths + batch)
+    pattern = head if PER_HEAD else 0
+    listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
+    return batch, head, limit, tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
+
+
+@triton.jit
+def kept_pairs(
+    patterns,
+    place,
+    columns,
+    limit,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Which token pairs of a mixed tile count: keys below `limit`, and with `BLOCKS` those of kept blocks.
+
+    `patterns[place]` holds the blocks of the tile, of `SIZE` tokens each way, as bits (radial_attn/tiles.py).
+    """
     keep = (columns < limit)[None, :]
-    if TABLE:
-        inside = (rows < tokens)[:, None] & keep
-        at = table + (rows // SIZE)[:, None] * blocks + (columns // SIZE)[None, :]
-        keep = tl.load(at, mask=inside, other=0) != 0
+    if BLOCKS:
+        across: tl.constexpr = COLUMNS // SIZE if COLUMNS > SIZE else 1
+        line = tl.arange(0, ROWS) // SIZE * across
+        bits = (tl.load(patterns + place) >> line.to(tl.int64)).to(tl.int32)
+        keep = keep & (((bits[:, None] >> (tl.arange(0, COLUMNS) // SIZE)[None, :]) & 1) != 0)
     return keep
+
+
+@triton.jit
+def weigh(scores, scale, wide_scale, peak, total, MIXED: tl.constexpr, BOOST: tl.constexpr):
+    """One step of the online softmax, in base 2: weights of a tile times `2^BOOST`, what earlier sums shrink
+    by, the new maximum and sum. `scale`: a number, or one for each row, then `wide_scale` as a column.
+    """
+    higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+    base = higher
+    if MIXED:  # a row without keys so far: exp2(-inf) instead of exp2(-inf + inf)
+        base = tl.where(higher == -INFINITY, 0.0, higher)
+    weights = tl.exp2(scores * wide_scale - (base - BOOST)[:, None])
+    shrink = tl.exp2(peak - base)
+    return weights, shrink, higher, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def finish(acc, total, peak, rows, limit):
+    """Normalised output, zeros for rows without keys and from `limit` on, and natural log-sum-exp."""
+    seen = (total > 0) & (rows < limit)
+    total = tl.where(seen, total, 1.0)
+    out = tl.where(seen[:, None], acc / total[:, None], 0.0)
+    return out, tl.where(seen, (peak + tl.log2(total)) * LN2, -INFINITY)
 
 
 @triton.jit
@@ -77,20 +132,19 @@ def attend(
     key_stride,
     value_stride,
     starts,
+    patterns,
     first,
     last,
-    rows,
     tokens,
     limit,
-    table,
-    blocks,
     scale,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     SIZE: tl.constexpr,
     MIXED: tl.constexpr,
-    TABLE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
@@ -103,20 +157,13 @@ def attend(
         scores = tl.dot(query, key.T, input_precision="ieee")
         if MIXED:
             columns = start + tl.arange(0, COLUMNS)
-            keep = kept_pairs(table, blocks, rows, columns, tokens, limit, SIZE, TABLE)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
             scores = tl.where(keep, scores, -INFINITY)
-        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
-        base = higher
-        if MIXED:  # a row without keys so far: exp2(-inf) instead of exp2(-inf + inf)
-            base = tl.where(higher == -INFINITY, 0.0, higher)
-        weights = tl.exp2(scores * scale - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, peak, total = weigh(scores, scale, scale, peak, total, MIXED, 0)
         value = load_tile(
             values, batch, start, head, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, DESCRIPTOR
         )
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        peak = higher
     return acc, total, peak
 
 
@@ -129,7 +176,7 @@ def forward_kernel(
     lse,
     offsets,
     starts,
-    table,
+    patterns,
     lengths,
     query_batch,
     query_token,
@@ -145,7 +192,6 @@ def forward_kernel(
     out_head,
     tokens,
     heads,
-    blocks,
     scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -153,7 +199,8 @@ def forward_kernel(
     PADDED: tl.constexpr,
     SIZE: tl.constexpr,
     PER_HEAD: tl.constexpr,
-    TABLE: tl.constexpr,
+    MIXED: tl.constexpr,
+    BLOCKS: tl.constexpr,
     LENGTHS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -162,45 +209,56 @@ def forward_kernel(
 
     `scale` is that of the scores times log2(e) and positive; `lengths` the tokens of each sample that count.
     """
-    tile = tl.program_id(0)
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
-    pattern = head if PER_HEAD else 0
-    limit = tokens
-    if LENGTHS:
-        limit = tl.load(lengths + batch)
-    first = tile * ROWS
+    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    first = tl.program_id(0) * ROWS
     rows = first + tl.arange(0, ROWS)
-    queries = query + batch.to(tl.int64) * query_batch + head * query_head
-    q = load_tile(queries, batch, first, head, query_token, tokens, ROWS, WIDTH, PADDED, True, False)
-    if DESCRIPTOR:
+    queries = query + batch * query_batch + head * query_head
+    if DESCRIPTOR == "whole":
         keys = key
         values = value
     else:
-        keys = key + batch.to(tl.int64) * key_batch + head * key_head
-        values = value + batch.to(tl.int64) * value_batch + head * value_head
+        keys = key + batch * key_batch + head * key_head
+        values = value + batch * value_batch + head * value_head
+    if DESCRIPTOR == "head":
+        queries = tl.make_tensor_descriptor(queries, [tokens, WIDTH], [query_token, 1], [ROWS, PADDED])
+        keys = tl.make_tensor_descriptor(keys, [tokens, WIDTH], [key_token, 1], [COLUMNS, PADDED])
+        values = tl.make_tensor_descriptor(values, [tokens, WIDTH], [value_token, 1], [COLUMNS, PADDED])
+    q = load_tile(
+        queries,
+        0,
+        first,
+        head,
+        query_token,
+        tokens,
+        ROWS,
+        WIDTH,
+        PADDED,
+        True,
+        "head" if DESCRIPTOR == "head" else "",
+    )
     acc = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     peak = tl.full([ROWS], -INFINITY, dtype=tl.float32)
-    listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
-    whole, mixed, end = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
-    table += pattern * blocks * blocks
+    sample = batch.to(tl.int32)
     # fmt: off
-    acc, total, peak = attend(
-        acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, whole, mixed, rows,
-        tokens, limit, table, blocks, scale, COLUMNS, WIDTH, PADDED, SIZE, False, TABLE, DESCRIPTOR,
-        SPECIALIZE,
-    )
-    acc, total, peak = attend(
-        acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, mixed, end, rows,
-        tokens, limit, table, blocks, scale, COLUMNS, WIDTH, PADDED, SIZE, True, TABLE, DESCRIPTOR, False,
-    )
+    if SPECIALIZE:  # the compiler takes one loop only: the whole tiles are masked as well where any is mixed
+        acc, total, peak = attend(
+            acc, total, peak, q, keys, values, sample, head, key_token, value_token, starts, patterns, whole,
+            end, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, MIXED, BLOCKS, DESCRIPTOR, True,
+        )
+    else:
+        acc, total, peak = attend(
+            acc, total, peak, q, keys, values, sample, head, key_token, value_token, starts, patterns, whole,
+            mixed, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False, BLOCKS, DESCRIPTOR, False,
+        )
+        if MIXED:
+            acc, total, peak = attend(
+                acc, total, peak, q, keys, values, sample, head, key_token, value_token, starts, patterns,
+                mixed, end, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, True, BLOCKS,
+                DESCRIPTOR, False,
+            )
     # fmt: on
-    seen = (total > 0) & (rows < limit)
-    acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
-    sums = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, -INFINITY)
+    result, sums = finish(acc, total, peak, rows, limit)
     tl.store(lse + tl.program_id(1).to(tl.int64) * tokens + rows, sums, mask=rows < tokens)
-    lane = tl.arange(0, PADDED)
-    at = out + batch.to(tl.int64) * out_batch + head * out_head + first.to(tl.int64) * out_token
-    at += tl.arange(0, ROWS)[:, None] * out_token + lane[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (lane < WIDTH)[None, :])
+    outs = out + batch * out_batch + head * out_head
+    store_tile(outs, result, first, out_token, tokens, ROWS, WIDTH, PADDED)

@@ -1,0 +1,280 @@
+"""Benchmark of attention and of whole denoising steps on one GPU, correctness first, within a few minutes.
+
+    python -m scripts.benchmark_gpu [--minutes 8] [--out results] [--only wan-69 ...] [--backends triton ...]
+    python -m scripts.benchmark_gpu --device cpu --tiny       rehearses the same path on tiny shapes
+
+Writes gpu_<name>_<date>.md, .json and .png, anew after every measurement. They are made in a child process:
+what crashes, hangs or runs out of memory becomes a line of the table. What does not fit into the time, and
+libraries that are missing, are listed; the exit code is 0 all the same.
+"""
+
+import datetime
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from scripts.errors import one_line
+from scripts.gpu_cases import CASES, DENSE, STEPS, Case, Task, shrink, tasks
+from scripts.gpu_goals import Findings, goals
+from scripts.gpu_machine import QUERY, flashinfer_obstacle, run_tests, short_name, smi
+from scripts.gpu_options import Options, parse
+from scripts.gpu_report import write
+from scripts.gpu_session import Session, Settings
+from scripts.gpu_worker import Answer, Worker
+
+TEST_SECONDS, START_SECONDS, RESERVE_SECONDS = 90.0, 120.0, 8.0
+BUILD_SECONDS = 480.0
+SLOWER = 1.25  # a dense kernel this much behind the best in its first case is not timed again
+MOST_LOST = 12  # children that may be lost before the run ends
+
+
+class NoDeviceError(RuntimeError):
+    """There is no GPU, or its process does not start; one line."""
+
+
+class Run:
+    """One benchmark: what was found so far, what time is left, where it goes."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self._start = options, time.monotonic()
+        self._deadline = self._start + 60 * options.minutes - RESERVE_SECONDS
+        self._worker = Worker(Session, Settings(options.device, options.tiny, options.profile))
+        self._lost = 0
+        self.data: dict[str, Any] = {
+            "command": options.command,
+            "date": datetime.date.today().isoformat(),
+            "minutes": 0.0,
+            "rehearsal": options.tiny,
+            "finished": False,
+            "machine": {},
+            "smi": {"query": QUERY, "before": smi(), "after": ""},
+            "tests": {"note": "left out"},
+            "cases": {},
+            "checks": {},
+            "rows": [],
+            "steps": [],
+            "left_out": [],
+        }
+
+    @property
+    def path(self) -> Path:
+        about = self.data["machine"]
+        name = short_name(about["gpu"]) if "gpu" in about else about["device"]
+        start = "rehearsal" if self.options.tiny else "gpu"
+        return self.options.out / f"{start}_{name}_{self.data['date']}.md"
+
+    def go(self) -> None:
+        """Everything in order.
+
+        Raises:
+            NoDeviceError: nothing can be measured here; OSError: the results cannot be written.
+        """
+        try:
+            answer = self._worker.ask(Task("machine"), START_SECONDS)
+            if answer.result is None:
+                raise NoDeviceError(answer.failure)
+            self.data["machine"] = answer.result
+            self.data["cases"] = {name: _about(self._case(name)) for name in CASES}
+            self.save()
+            self._tests()
+            self._measure()
+            self.data["finished"] = True
+        finally:
+            self._worker.close()
+            if self.data["cases"]:
+                self.data["smi"]["after"] = smi()
+                self.save(picture=True)
+
+    def save(self, picture: bool = False) -> None:
+        """Writes what there is so far."""
+        self.data["minutes"] = (time.monotonic() - self._start) / 60
+        write(self.path, self.data, picture=picture)
+
+    def _case(self, name: str) -> Case:
+        return shrink(CASES[name]) if self.options.tiny else CASES[name]
+
+    def _left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _tests(self) -> None:
+        if self.options.tests and self.options.device == "cuda":
+            self.data["tests"] = run_tests(min(TEST_SECONDS, self._left()))
+            print(f"kernel tests: {self.data['tests']}", flush=True)
+            self.save()
+
+    def _measure(self) -> None:
+        chosen = self.options
+        for task in tasks(chosen.only, chosen.backends, tiny=chosen.tiny, steps=chosen.steps):
+            if self._lost > MOST_LOST:
+                self._leave_out(task, "too many processes were lost")
+            elif task.kind == "check":
+                self._check(task)
+            elif task.kind == "step":
+                self._step(task)
+            else:
+                self._attention(task)
+
+    def _ask(self, task: Task, limit: float) -> Answer | None:
+        """The answer, None where too little time is left to begin."""
+        if self._left() < task.least:
+            self._leave_out(task, f"the {self.options.minutes:g} minutes were over")
+            return None
+        answer = self._worker.ask(task, min(limit, self._left()))
+        self._lost += answer.lost
+        return answer
+
+    def _check(self, task: Task) -> None:
+        obstacle = flashinfer_obstacle() if task.variant == "flashinfer" else None
+        if obstacle and not (self.options.build_flashinfer and "not built" in obstacle):
+            self._note_check(task, {"failure": obstacle})
+            return
+        begin = time.monotonic()
+        if obstacle:  # building its kernels is no part of the time that was asked for
+            self._deadline += BUILD_SECONDS
+        answer = self._ask(task, BUILD_SECONDS if obstacle else task.limit)
+        if obstacle:
+            self._deadline += time.monotonic() - begin - BUILD_SECONDS
+        if answer is not None:
+            self._note_check(task, answer.result or {"failure": answer.failure})
+
+    def _note_check(self, task: Task, result: dict[str, Any]) -> None:
+        self.data["checks"][task.variant] = result
+        print(f"check {task.variant}: {result}", flush=True)
+        self.save()
+
+    def _attention(self, task: Task) -> None:
+        obstacle = self._obstacle(task)
+        if obstacle is None:
+            answer = self._ask(task, task.limit)
+            if answer is None:
+                return
+            result = answer.result or {"failure": answer.failure}
+        elif task.is_dense:
+            return  # its first case has the reason, or the time
+        else:
+            result = {"failure": obstacle}
+        if "ms" in result:
+            flops = task.case.flops(task.is_dense, task.kind == "backward")
+            result["tflops"] = flops / result["ms"] / 1e9
+        row = {"stage": task.kind, "case": task.case.name, "variant": task.variant, **result}
+        self.data["rows"].append(row)
+        told = f"{result['ms']:.2f} ms" if "ms" in result else result.get("failure", "wrong output")
+        print(f"{task.title}: {told}", flush=True)
+        self.save()
+
+    def _obstacle(self, task: Task) -> str | None:
+        """Why a variant is not timed: it failed its check, or as dense kernel an earlier case."""
+        if not task.is_dense:
+            check = self.data["checks"].get(task.variant)
+            if check is None:
+                return "there was no time for its check"
+            if "failure" in check:
+                return check["failure"]
+            right = check["right"] and (task.kind == "forward" or check["gradients_right"])
+            return None if right else "wrong on the small case"
+        rows = [row for row in self.data["rows"] if row["variant"] in DENSE and row["stage"] == task.kind]
+        first = next((row for row in rows if row["variant"] == task.variant), None)
+        if first is None:
+            return None
+        if "ms" not in first:
+            return "failed before"
+        best = min(row["ms"] for row in rows if row["case"] == first["case"] and "ms" in row)
+        return None if first["ms"] <= SLOWER * best else "slower before"
+
+    def _step(self, task: Task) -> None:
+        task = self._equip(task)
+        if not task.using and task.variant != "dense":
+            self._note_step(task, {"failure": "no variant that is right and fast enough"})
+            return
+        answer = self._ask(task, task.limit)
+        if answer is not None and answer.failure == "out of memory" and not task.reduced:
+            answer = self._ask(replace(task, reduced=True), task.limit)
+        if answer is not None:
+            self._note_step(task, answer.result or {"failure": answer.failure})
+
+    def _note_step(self, task: Task, result: dict[str, Any]) -> None:
+        self.data["steps"].append({"case": task.case.name, "variant": task.variant, **result})
+        told = f"{result['ms']:.1f} ms" if "ms" in result else result["failure"]
+        print(f"{task.title}: {told}", flush=True)
+        self.save()
+
+    def _equip(self, task: Task) -> Task:
+        """The task with its kernels, and with fewer blocks where the whole model would take too long."""
+        found, case = Findings(self.data), task.case.name
+        dense = found.best_dense("forward", case) or ("sdpa", 0.0)
+        kinds = {"radial": ("triton", "flex", "blocks"), "radial 8 bit": ("triton-int8", "triton-fp8")}
+        times = {name: found.ms("forward", case, name) for name in kinds.get(task.variant, ())}
+        timed = [name for name, ms in times.items() if ms]
+        using = min(timed, key=times.get, default="")
+        if task.variant == "radial" and "triton" in timed:
+            using = "triton"
+        seconds = STEPS[case].depth * 3 * dense[1] / 1e3 + 15  # dense, radial and what is no attention
+        earlier = found.step(case, "dense")
+        reduced = seconds > self._left() if earlier is None else earlier["reduced"]
+        return replace(task, using=using, dense=dense[0], reduced=reduced)
+
+    def _leave_out(self, task: Task, reason: str) -> None:
+        self.data["left_out"].append(f"{task.title}: {reason}")
+
+
+def _about(case: Case) -> dict[str, Any]:
+    """What the report says of a case; the mask is built anew and timed."""
+    from radial_attn import radial_mask
+
+    radial_mask.cache_clear()
+    start = time.perf_counter()
+    mask = case.mask
+    built = time.perf_counter()
+    again = case.mask is mask and time.perf_counter() - built
+    config = case.config
+    return {
+        "title": case.title,
+        "heads": case.heads,
+        "width": case.width,
+        "tokens": case.grid.tokens,
+        "grid": [case.grid.frames, case.grid.height, case.grid.width, case.grid.text],
+        "mask": f"decay {config.decay_factor:g}, neighbour {config.neighbour}, sink {config.sink}",
+        "density": mask.density,
+        "paper_sparsity": case.sparsity,
+        "mask_ms": (built - start) * 1e3,
+        "mask_again_ms": again * 1e3,
+    }
+
+
+def _stop(reason: str) -> int:
+    """Says why nothing can be measured; the exit code."""
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
+
+
+def _cut_off(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 whatever could be measured; 2 for a wrong option, no device or nowhere to write."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _cut_off)
+    run = Run(options)
+    try:
+        run.go()
+    except NoDeviceError as error:
+        return _stop(f"{error}; --device cpu --tiny rehearses without a GPU")
+    except KeyboardInterrupt:
+        print("cut off", file=sys.stderr)
+    except OSError as error:
+        return _stop(f"--out {options.out}: {one_line(error)}")
+    if run.data["cases"]:
+        for goal in goals(run.data):
+            print(f"{goal.name}: {goal.verdict}")
+        print(run.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""Times launch configurations of the Triton kernels on this GPU; prints the best rows for the launch table.
+
+    python -m scripts.tune_triton [--minutes 5] [--kinds forward ...] [--width 128] [--out outputs/tune.json]
+    python -m scripts.tune_triton --dry-run [--arch sm90]      lists the candidates, on any machine
+
+The entry of now comes first, then what differs least from the best so far. Each candidate runs in a child
+process on a fresh mask (Wan2.1, 69 frames) and must be right; one that does not compile, needs more shared
+memory than there is, or hangs is skipped with a line. Backward kernels are timed as the whole backward.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import product
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radial_attn import radial_attention
+from radial_attn.check import output_error, sample_blocks, sampled_reference, sampled_rows
+from radial_attn.kernels import triton_configs
+from radial_attn.kernels.triton_configs import KINDS, LAUNCHES, Launch, architecture, launch
+from scripts.errors import OneLineParser, positive, positive_number
+from scripts.gpu_attention import GRADIENT_TOLERANCE, QUANTIZED_TOLERANCE, SAMPLED, TOLERANCE, Timer, fresh
+from scripts.gpu_cases import CASES, Case, Task, shrink
+from scripts.gpu_machine import short_name
+from scripts.gpu_report import replace as write_whole
+from scripts.gpu_worker import Worker
+
+GRADIENTS = ("query gradient", "key gradients")
+TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
+MOST_REGISTERS = 200  # of a thread, for the accumulators alone
+SHARED = 232_448  # bytes of a program on the largest GPUs; smaller ones refuse at launch
+QUANTIZED = ("int8", "fp8")
+FLAGS = {"descriptors": ("", "whole", "head"), "specialize": (False, True), "fp8_values": (False, True)}
+NOT_FOR = {  # choices that a kind's kernel does not know
+    **dict.fromkeys(GRADIENTS, ("descriptors", "specialize", "fp8_values")),
+    **dict.fromkeys(QUANTIZED, ("specialize", "head")),
+    "forward": ("fp8_values",),
+}
+COMPILE_SECONDS, LEAST_SECONDS = 60.0, 5.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what the candidates run."""
+
+    device: str
+    case: Case
+    width: int
+
+
+def candidates(current: Launch, kind: str, width: int) -> list[Launch]:
+    """Configurations worth a try, nearest to the current one first."""
+    flags = {name: choices(name, kind) for name in FLAGS if name not in NOT_FOR[kind]}
+    found = []
+    for rows, columns, warps, stages in product(TILES[1:], TILES, WARPS, STAGES):
+        for values in product(*flags.values()):
+            options = dict(zip(flags, values, strict=True))
+            shape = {"rows": rows, "columns": columns, "warps": warps, "stages": stages}
+            candidate = replace(current, **shape, **options)
+            if fits(candidate, kind, width):
+                found.append(candidate)
+    return sorted({current, *found}, key=partial(distance, current))
+
+
+def choices(flag: str, kind: str) -> list[str | bool]:
+    """The values of a field of the table that a kind's kernel takes."""
+    return [value for value in FLAGS[flag] if value not in NOT_FOR[kind]]
+
+
+def fits(candidate: Launch, kind: str, width: int) -> bool:
+    """Whether accumulators fit in registers and tiles in shared memory, roughly."""
+    rows, columns = candidate.rows, candidate.columns
+    kept = rows * columns + (2 * columns if kind == "key gradients" else rows) * width
+    size = 1 if kind in QUANTIZED else 2
+    staged = 2 * (rows if kind == "key gradients" else columns) * width * size * candidate.stages
+    if kept / (32 * candidate.warps) > MOST_REGISTERS or staged + rows * width * size > SHARED:
+        return False
+    return bool(candidate.descriptors) or not candidate.specialize
+
+
+def distance(current: Launch, candidate: Launch) -> tuple[int, str]:
+    """In how many fields they differ."""
+    names = [field.name for field in fields(current)]
+    return sum(getattr(current, n) != getattr(candidate, n) for n in names), repr(candidate)
+
+
+@contextmanager
+def entry(kind: str, device: torch.device, width: int, candidate: Launch) -> Iterator[None]:
+    """The launch table with another entry."""
+    if device.type == "cpu":
+        table, key = triton_configs.INTERPRETED, kind
+    else:
+        table, key = LAUNCHES[architecture(device)], (kind, width)
+    before = table.get(key)
+    table[key] = candidate
+    launch.cache_clear()
+    try:
+        yield
+    finally:
+        table.pop(key)
+        if before is not None:
+            table[key] = before
+        launch.cache_clear()
+
+
+class TuneSession:
+    """The child: times one candidate after the other on the same tensors."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting, self._timer = setting, Timer(setting.device)
+        case, generator = setting.case, torch.Generator(setting.device).manual_seed(0)
+        dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
+        shape = 1, case.grid.tokens, case.heads, setting.width
+        make = partial(torch.randn, shape, generator=generator, device=setting.device, dtype=dtype)
+        self._inputs = [make() for _ in range(4)]
+        self._sample = sample_blocks(case.mask, SAMPLED)
+        self._truth = sampled_reference(*self._inputs[:3], case.mask, self._sample)
+        self._gradients: list[Tensor] = []
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """Milliseconds and relative L2 error; of a backward kernel against the entry that came first."""
+        if task.kind == "machine":
+            return self._machine()
+        with entry(task.variant, self._inputs[0].device, self._setting.width, task.detail[0]):
+            timed = self._backward() if task.variant in GRADIENTS else self._forward(task.variant)
+        return timed
+
+    def _machine(self) -> dict[str, Any]:
+        device = self._inputs[0].device
+        about = {"architecture": "interpreted", "gpu": "the CPU"}
+        if device.type == "cuda":
+            about = {"architecture": architecture(device), "gpu": torch.cuda.get_device_name(device)}
+        return about
+
+    def _forward(self, kind: str) -> dict[str, Any]:
+        bits = None if kind == "forward" else kind
+        mask = fresh(self._setting.case.mask)
+        call = partial(radial_attention, mask=mask, backend="triton", quantize=bits)
+        with torch.no_grad():
+            out, _ = self._timer.once(lambda: call(*self._inputs[:3]))
+            error = output_error(sampled_rows(out, mask, self._sample), self._truth).relative_l2
+            limit = QUANTIZED_TOLERANCE if bits else TOLERANCE
+            return self._timed(lambda: call(*self._inputs[:3]), error, limit)
+
+    def _backward(self) -> dict[str, Any]:
+        leaves = [x.detach().requires_grad_() for x in self._inputs[:3]]
+        out = radial_attention(*leaves, fresh(self._setting.case.mask), backend="triton")
+        run = partial(torch.autograd.grad, out, leaves, self._inputs[3], retain_graph=True)
+        gradients, _ = self._timer.once(run)
+        self._gradients = self._gradients or list(gradients)
+        pairs = zip(gradients, self._gradients, strict=True)
+        error = max(output_error(got, want).relative_l2 for got, want in pairs)
+        return self._timed(run, error, GRADIENT_TOLERANCE)
+
+    def _timed(self, run: Any, error: float, limit: float) -> dict[str, Any]:
+        if not error <= limit:
+            raise ValueError(f"wrong output, relative L2 {error:.1e}")
+        return {"ms": sorted(times := self._timer.repeated(run))[len(times) // 2], "relative_l2": error}
+
+
+def row(kind: str, width: int, chosen: Launch) -> str:
+    """A line of the launch table."""
+    shape = f"{chosen.rows}, {chosen.columns}, {chosen.warps}, {chosen.stages}"
+    named = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)[4:] if getattr(chosen, f.name)]
+    flags = [
+        f', {name}="{value}"' if isinstance(value, str) else f", {name}={value}" for name, value in named
+    ]
+    return f'("{kind}", {width}): Launch({shape}{"".join(flags)}),'
+
+
+def plans(kinds: Sequence[str], arch: str, width: int) -> dict[str, list[Launch]]:
+    """Candidates of each kind that the launch table of an architecture has an entry for."""
+    table = LAUNCHES.get(arch, {})
+    entries = {kind: table.get((kind, width)) for kind in kinds}
+    if arch == "interpreted":
+        entries = {kind: triton_configs.INTERPRETED.get(kind) for kind in kinds}
+    return {kind: candidates(entry, kind, width) for kind, entry in entries.items() if entry}
+
+
+def tune(worker: Worker, kinds: Sequence[str], setting: Setting, seconds: float, out: Path) -> None:
+    """Times candidates of all kinds in turn until the time is over; writes after each.
+
+    The next one of a kind is the one most like the best so far. Raises ValueError where nothing can be
+    measured.
+    """
+    deadline = time.monotonic() + seconds
+    about = worker.ask(Task("machine"), seconds)
+    if about.result is None:
+        raise ValueError(about.failure)
+    waiting, rows = plans(kinds, about.result["architecture"], setting.width), []
+    best = {kind: (inf, found[0]) for kind, found in waiting.items()}
+    while any(waiting.values()) and deadline - time.monotonic() > LEAST_SECONDS:
+        for kind in [kind for kind, found in waiting.items() if found]:
+            candidate = min(waiting[kind], key=partial(distance, best[kind][1]))
+            waiting[kind].remove(candidate)
+            limit = max(LEAST_SECONDS, min(COMPILE_SECONDS, deadline - time.monotonic()))
+            answer = worker.ask(Task("tune", variant=kind, detail=(candidate,)), limit)
+            result = answer.result or {"skipped": answer.failure}
+            if result.get("ms", inf) < best[kind][0]:
+                best[kind] = result["ms"], candidate
+            rows.append({"kind": kind, "row": row(kind, setting.width, candidate), **result})
+            told = f"{result['ms']:.3f} ms" if "ms" in result else result["skipped"]
+            print(f"{rows[-1]['row']} {told}", flush=True)
+            data = {**about.result, "case": setting.case.name, "heads": setting.case.heads, "rows": rows}
+            write_whole(out, json.dumps(data, indent=1))
+    show(rows, about.result)
+
+
+def show(rows: list[dict[str, Any]], about: dict[str, str]) -> None:
+    """The best line of each kind, with the time of the entry that the table has now."""
+    print(f"# {about['gpu']}, {about['architecture']}")
+    for kind in dict.fromkeys(entry["kind"] for entry in rows):
+        timed = [entry for entry in rows if entry["kind"] == kind and "ms" in entry]
+        first = next(entry for entry in rows if entry["kind"] == kind)
+        if not timed:
+            print(f"# {kind}: none ran")
+            continue
+        best = min(timed, key=lambda entry: entry["ms"])
+        now = f"{first['ms']:.3f} ms" if "ms" in first else "did not run"
+        print(f"    {best['row']}  # {best['ms']:.3f} ms, before {now}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 2 for a wrong option or no GPU."""
+    parser = OneLineParser(prog="python -m scripts.tune_triton", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=positive_number, default=5.0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--width", type=int, choices=(64, 128), default=128, help="of a head")
+    parser.add_argument("--heads", type=positive, default=8)
+    parser.add_argument("--out", type=Path, help="JSON (default: outputs/tune_<gpu>.json)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted, tiny")
+    parser.add_argument("--dry-run", action="store_true", help="only lists the candidates")
+    parser.add_argument("--arch", choices=LAUNCHES, default="sm90", help="of --dry-run")
+    options = parser.parse_args(argv)
+    if options.dry_run:
+        for kind, found in plans(options.kinds, options.arch, options.width).items():
+            print(*(row(kind, options.width, each) for each in found), sep="\n")
+        return 0
+    return _tune(options.device, options)
+
+
+def _tune(device: str, options: Any) -> int:
+    if device == "cuda" and not torch.cuda.is_available():
+        print("error: torch finds no CUDA device here; --dry-run lists the candidates", file=sys.stderr)
+        return 2
+    case = replace(CASES["wan-69"], heads=options.heads)
+    case = case if device == "cuda" else shrink(case)
+    name = short_name(torch.cuda.get_device_name()) if device == "cuda" else "interpreted"
+    out = options.out or Path("outputs") / f"tune_{name}.json"
+    setting = Setting(device, case, options.width)
+    worker = Worker(TuneSession, setting)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tune(worker, options.kinds, setting, 60 * options.minutes, out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        worker.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

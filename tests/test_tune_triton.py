@@ -1,0 +1,46 @@
+"""The tuner of the launch table: its candidates, its seam, what it says without a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scripts import tune_triton
+from scripts.tune_triton import KINDS, LAUNCHES, Launch, candidates, entry, fits, launch, row, show
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_start_with_the_entry_of_now(kind, capsys):
+    assert tune_triton.main(["--dry-run", "--kinds", kind]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    now = LAUNCHES["sm90"][kind, 128]
+    assert lines[0] == row(kind, 128, now) and len(lines) == len(set(lines)) > 20
+    assert eval(f"{{{lines[0]}}}", {"Launch": Launch}) == {(kind, 128): now}
+    assert all(fits(each, kind, 128) for each in candidates(now, kind, 128)[1:])
+
+
+def test_the_launch_table_is_put_back():
+    device, kind = torch.device("cpu"), "forward"
+    before = launch(kind, device, 64)
+    other = replace(before, rows=2 * before.rows)
+    with entry(kind, device, 64, other):
+        assert launch(kind, device, 64) == other
+    assert launch(kind, device, 64) == before
+
+
+def test_the_tuner_says_that_there_is_no_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert tune_triton.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: torch finds no CUDA device here")
+
+
+def test_the_best_row_of_each_kind_is_shown(capsys):
+    rows = [
+        {"kind": "forward", "row": "a,", "ms": 2.0},
+        {"kind": "forward", "row": "b,", "ms": 1.5},
+        {"kind": "fp8", "row": "c,", "skipped": "out of memory"},
+    ]
+    show(rows, {"gpu": "G", "architecture": "sm90"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["# G, sm90", "    b,  # 1.500 ms, before 2.000 ms", "# fp8: none ran"]
