@@ -104,7 +104,7 @@ def _objections(needs: Needs, call: Call) -> Iterator[str]:
     kind, bits = call.device.type, f"quantize={call.quantize!r}"
     if needs.devices is not None and kind not in needs.devices:
         yield f"runs on {' and '.join(needs.devices)}, got a tensor on {kind}"
-    if kind == "cuda" and needs.capability > (0, 0):
+    if kind == "cuda" and torch.cuda.is_available():
         found = torch.cuda.get_device_capability(call.device)
         if found < needs.capability:
             yield f"runs from compute capability {_dotted(needs.capability)} on, got {_dotted(found)}"
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=[str(x).removeprefix("torch.") for x in DTYPES])
     parser.add_argument("--width", type=int, default=128, help="head width (default: 128)")
     options = parser.parse_args(argv)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(parser, options.device)
     name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     call = Call(device, getattr(torch, name), options.width, gradients=False)
     lines = [("backend", "installed", "usable", "why not"), *table(call)]
@@ -184,6 +184,17 @@ def main(argv: list[str] | None = None) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     key = order_key(device)
     print(f"auto tries: {', '.join(ORDER[key])} ({MEASURED[key]})")
+
+
+def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
+    """The device asked for, or the best there is; an unusable one ends the program with one line."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        parser.exit(2, f"error: --device: {str(error).splitlines()[0]}\n")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, f"error: --device: got {name!r}, but torch sees no CUDA device here\n")
+    return device
 
 
 def _versions(modules: tuple[str, ...]) -> str:
