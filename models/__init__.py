@@ -7,9 +7,10 @@ from typing import Any, Self
 
 import torch
 
-from models.context import RadialContext, Schedule
+from models.context import RadialContext
 from models.dense import DenseBackend
 from models.guard import Guard, resolve_check
+from models.schedule import Schedule
 from radial_attn import RadialConfig
 from radial_attn.backends import BACKENDS, QUANTIZE
 
@@ -80,7 +81,7 @@ def apply_radial_attention(
         quantize=quantize,
         guard=guard,
         dense=dense,
-        token_grid=families[0].token_grid,
+        family=families[0],
         layers=layers,
         pipeline=pipeline,
     )
@@ -103,7 +104,7 @@ class RadialAttentionHandle:
         """Puts back the very processors of before and removes the hooks; a second time does nothing."""
         for attention, before, ours in self._replaced:
             self._context.dense.remove(ours, before)
-            attention.set_processor(before)
+            attention.processor = before
         for hook in self._hooks:
             hook.remove()
         self._replaced, self._hooks = [], []
@@ -132,7 +133,7 @@ class RadialAttentionHandle:
             ours = family.RadialProcessor(always_dense, context.guard.watch(transformer, always_dense))
             vars(ours).update(vars(before))
             context.dense.install(ours)
-            attention.set_processor(ours)
+            attention.processor = ours
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
         self._hooks.append(transformer.rope.register_forward_hook(context.carry))

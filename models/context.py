@@ -8,10 +8,9 @@ layers noted of their outputs.
 """
 
 import inspect
-import weakref
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,128 +18,59 @@ from torch import Tensor
 
 from models.dense import DenseBackend
 from models.guard import Guard, Watch
+from models.schedule import Schedule, StepCounter
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.backends import Call
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Which denoising steps and layers are dense.
-
-    Steps `0 .. dense_steps - 1` and the last `dense_last_steps` are dense in every layer, layers
-    `0 .. dense_layers - 1` at every step. `num_steps`: denoising steps of a video, where no pipeline tells.
-    Raises ValueError for a value that is no whole number from 0 on.
-    """
-
-    dense_steps: int = 0
-    dense_layers: int = 0
-    dense_last_steps: int = 0
-    num_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            allowed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if not allowed and not (name == "num_steps" and value is None):
-                raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
-
-    def is_dense(self, step: int, planned_steps: int | None) -> bool:
-        """Whether `step` (from 0) is dense in every layer.
-
-        `planned_steps`: what the scheduler says, for want of `num_steps`. Raises ValueError where neither is
-        known and the last steps are to be dense.
-        """
-        if step < self.dense_steps or self.dense_last_steps == 0:
-            return step < self.dense_steps
-        total = self.num_steps or planned_steps
-        if total is None:
-            raise ValueError(
-                f"dense_last_steps={self.dense_last_steps} needs the number of steps: give num_steps, or a "
-                f"pipeline whose scheduler.set_timesteps was called; got num_steps=None"
-            )
-        return step >= total - self.dense_last_steps
-
-
-class StepCounter:
-    """Finds the denoising step of a transformer call from its timestep.
-
-    With a pipeline, the step is the place of the timestep in `pipeline.scheduler.timesteps`, and a new tensor
-    there (every video calls `set_timesteps`) begins a new video. Without one, or where the timestep is not in
-    that list: an equal timestep is the same step (the other guidance half), a lower one the next step, a
-    higher one a new video. To random timesteps, as in training, this rule means nothing.
-    """
-
-    def __init__(self, pipeline: Any = None) -> None:
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._timesteps: torch.Tensor | None = None
-        self._planned: list[float] = []
-        self._timestep = float("inf")
-        self.step = self.steps_begun = self.videos_begun = 0
-
-    @property
-    def planned_steps(self) -> int | None:
-        """Steps of the video as the scheduler plans them, None where no scheduler tells."""
-        return len(self._planned) or None
-
-    def advance(self, timestep: torch.Tensor) -> tuple[int, bool]:
-        """(step, whether this call begins it); `timestep` `[B]`, or `[B, S]` a token: the maximum counts."""
-        value = float(timestep.max())
-        new_video = self._read_plan() or self.videos_begun == 0
-        step = self._planned_step(value, timestep.dtype)
-        if step is None:
-            new_video = new_video or value > self._timestep
-            step = 0 if new_video else self.step + (value < self._timestep)
-        new_video = new_video or step < self.step
-        begins = new_video or step != self.step
-        self.step, self._timestep = step, value
-        self.steps_begun += begins
-        self.videos_begun += new_video
-        return step, begins
-
-    def _scheduler(self) -> Any:
-        """The scheduler of the pipeline, None unless its timesteps were set."""
-        pipeline = self._pipeline and self._pipeline()
-        scheduler = getattr(pipeline, "scheduler", None)
-        return scheduler if getattr(scheduler, "num_inference_steps", None) else None
-
-    def _read_plan(self) -> bool:
-        """Reads the scheduler's timesteps; whether they were set anew since the last call."""
-        timesteps = getattr(self._scheduler(), "timesteps", None)
-        if timesteps is self._timesteps:
-            return False
-        self._timesteps = timesteps
-        self._planned = [] if timesteps is None else timesteps.tolist()
-        return True
-
-    def _planned_step(self, value: float, dtype: torch.dtype) -> int | None:
-        """Place of `value` among the planned timesteps up to the rounding of `dtype`; None if it has none.
-
-        Where rounding or a steep schedule makes several fit, the scheduler's own index decides.
-        """
-        tolerance = torch.finfo(dtype).eps * abs(value) if dtype.is_floating_point else 1.0
-        near = [index for index, planned in enumerate(self._planned) if abs(planned - value) <= tolerance]
-        if len(near) < 2:
-            return near[0] if near else None
-        scheduler = self._scheduler()
-        current = getattr(scheduler, "step_index", None) or getattr(scheduler, "begin_index", None) or 0
-        return current if current in near else min(near, key=lambda index: abs(self._planned[index] - value))
-
-
 class Way(NamedTuple):
-    """How the layers of a call attend where not by upstream; `compare`: with the definition, too."""
+    """How the layers of a call attend where not by upstream.
+
+    `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
+    CPU, None for all.
+    """
 
     mask: BlockMask
     backend: str
     quantize: str | None = None
     compare: bool = False
+    text_lengths: Tensor | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, watch: Watch | None) -> Tensor:
     """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
-    output = radial_attention(query, key, value, way.mask, backend=way.backend, quantize=way.quantize)
+    options = {"text_lengths": way.text_lengths, "backend": way.backend, "quantize": way.quantize}
+    output = radial_attention(query, key, value, way.mask, **options)
     if watch is not None:
-        watch.note(query, key, value, output, way.mask if way.compare else None)
+        watch.note((query, key, value), output, way.mask if way.compare else None, way.text_lengths)
     return output
+
+
+class TextLengths:
+    """Valid text tokens of each sample, read once for each of the latest mask tensors of a family's calls."""
+
+    def __init__(self, family: ModuleType) -> None:
+        self._find = getattr(family, "text_mask", None)
+        self._latest: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, arguments: dict[str, Any]) -> Tensor | None:
+        """int64 `[B]` on the CPU; None where the family's video tokens stand alone, or no mask was given.
+
+        Raises ValueError for valid tokens that do not come first.
+        """
+        mask = None if self._find is None else self._find(arguments)
+        if mask is None:
+            return None
+        for seen, lengths in self._latest:
+            if seen is mask:
+                return lengths
+        valid = mask.bool().cpu()
+        lengths = valid.sum(dim=-1)
+        if not torch.equal(valid, torch.arange(valid.shape[-1]) < lengths.unsqueeze(-1)):
+            raise ValueError(f"valid text tokens must come first, got a mask {valid.int().tolist()}")
+        self._latest = [(mask, lengths), *self._latest[:1]]
+        return lengths
 
 
 class RadialContext:
@@ -155,7 +85,7 @@ class RadialContext:
         quantize: str | None,
         guard: Guard,
         dense: DenseBackend,
-        token_grid: Callable[[torch.nn.Module, dict[str, Any]], TokenGrid],
+        family: ModuleType,
         layers: int,
         pipeline: Any = None,
     ) -> None:
@@ -164,7 +94,8 @@ class RadialContext:
         self._radial_way: Way | None = None
         self._dense_way: Way | None = None
         self._dtype = torch.float32
-        self._token_grid, self._layers = token_grid, layers
+        self._family, self._layers = family, layers
+        self._text = TextLengths(family)
         self._counter = StepCounter(pipeline)
         self._grids: list[TokenGrid] = []
         self._dense_steps = 0
@@ -174,7 +105,8 @@ class RadialContext:
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a transformer: chooses the ways of its layers; None is upstream's."""
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
-        latents, grid = arguments["hidden_states"], self._token_grid(transformer, arguments)
+        latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
+        lengths = self._text.read(arguments)
         step, begins = self._counter.advance(arguments["timestep"])
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
         self._dense_steps += begins and dense
@@ -183,11 +115,11 @@ class RadialContext:
         compare = self.guard.begin(transformer, mask, latents.device)
         self._dense_way = None
         if dense or self.schedule.dense_layers:
-            self._dense_way = self._choose_dense(transformer, latents, grid)
+            self._dense_way = self._choose_dense(transformer, latents, grid, lengths)
         self._radial_way = self._dense_way
         if mask is not None:
             backend = self._choose(latents, transformer.config.attention_head_dim, mask)
-            self._radial_way = Way(mask, backend, self.quantize, compare)
+            self._radial_way = Way(mask, backend, self.quantize, compare, lengths)
         self._count(grid, None if dense else self._radial_way.backend)
 
     def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
@@ -238,11 +170,11 @@ class RadialContext:
         return chosen
 
     def _choose_dense(
-        self, transformer: torch.nn.Module, latents: torch.Tensor, grid: TokenGrid
+        self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid, lengths: Tensor | None
     ) -> Way | None:
         """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
         if self.dense.name == "sage":
-            return Way(radial_mask(grid, replace(self.config, pattern="dense")), "sage")
+            return Way(radial_mask(grid, replace(self.config, pattern="dense")), "sage", text_lengths=lengths)
         settings = transformer.config
         shape = len(latents), grid.tokens, settings.num_attention_heads, settings.attention_head_dim
         self.dense.prepare(shape, self._dtype, latents.device, radial_mask(grid, self.config))

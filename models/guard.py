@@ -6,6 +6,7 @@ place, and the comparison is one operator, so that neither adds a graph break.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,8 +51,10 @@ class Watch:
             self.bad = torch.zeros((), dtype=torch.bool, device=device)
             self.error = torch.zeros(2, device=device)
 
-    def note(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, mask: BlockMask | None) -> None:
-        """Takes down an output `[B, S, H, D]`; with a mask also its error, sampled."""
+    def note(
+        self, inputs: Sequence[Tensor], output: Tensor, mask: BlockMask | None, text_lengths: Tensor | None
+    ) -> None:
+        """Takes down an output `[B, S, H, D]` of `inputs`; with a mask also its error, sampled."""
         output = output.detach()
         finite = torch.stack(torch.aminmax(output)).isfinite().all()
         self.bad.logical_or_(finite.logical_not().to(self.bad.device))
@@ -59,8 +62,8 @@ class Watch:
             return
         grid = mask.grid
         sizes = [grid.frames, grid.height, grid.width, grid.text]
-        tensors = (x.detach() for x in (query, key, value))
-        self.error.copy_(sampled_error(*tensors, output, mask.blocks, mask.block_size, sizes))
+        tensors = (x.detach() for x in inputs)
+        self.error.copy_(sampled_error(*tensors, output, mask.blocks, mask.block_size, sizes, text_lengths))
 
 
 @torch.library.custom_op("radial_models::sampled_error", mutates_args=())
@@ -72,16 +75,18 @@ def sampled_error(  # noqa: PLR0917 (an operator's schema is positional)
     blocks: Tensor,
     block_size: int,
     grid: list[int],
+    text_lengths: Tensor | None,
 ) -> Tensor:
     """Relative L2 norm and cosine, float32 `[2]`, of some query blocks' error; tensors `[B, S, H, D]`.
 
     Args:
         blocks, block_size, grid: of the mask; the grid as frames, height, width, text.
+        text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, or None for all.
     """
     mask = BlockMask(TokenGrid(*grid), block_size, blocks)
     sample = sample_blocks(mask, SAMPLED_BLOCKS)
     with torch.autocast(query.device.type, enabled=False):
-        wanted = sampled_reference(query, key, value, mask, sample)
+        wanted = sampled_reference(query, key, value, mask, sample, text_lengths=text_lengths)
         error = output_error(sampled_rows(output, mask, sample), wanted)
     return torch.tensor([error.relative_l2, error.cosine], device=query.device)
 

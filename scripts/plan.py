@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.context import Schedule
+from models.schedule import Schedule
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from scripts.architecture import Architecture
 from scripts.config import Config

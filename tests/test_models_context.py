@@ -10,7 +10,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from models import apply_radial_attention
-from models.context import Schedule, StepCounter
+from models.schedule import Schedule, StepCounter
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from tests.tiny import wan_inputs, wan_pipeline
 

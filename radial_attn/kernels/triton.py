@@ -78,6 +78,8 @@ def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) 
     """Tokens of each sample that count, int32 `[B]` on the device; copied once for each distinct list."""
     if text_lengths is None:
         return None
+    if torch.compiler.is_compiling():
+        return (text_lengths + mask.grid.video_tokens).to(device, torch.int32)
     counts = tuple((text_lengths + mask.grid.video_tokens).tolist())
     return mask.cached(
         ("lengths", counts, device), lambda: torch.tensor(counts, dtype=torch.int32, device=device)

@@ -1,0 +1,109 @@
+"""Which denoising steps and layers are dense, and which step a call of a transformer belongs to."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which denoising steps and layers are dense.
+
+    Steps `0 .. dense_steps - 1` and the last `dense_last_steps` are dense in every layer, layers
+    `0 .. dense_layers - 1` at every step. `num_steps`: denoising steps of a video, where no pipeline tells.
+    Raises ValueError for a value that is no whole number from 0 on.
+    """
+
+    dense_steps: int = 0
+    dense_layers: int = 0
+    dense_last_steps: int = 0
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            allowed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not allowed and not (name == "num_steps" and value is None):
+                raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
+
+    def is_dense(self, step: int, planned_steps: int | None) -> bool:
+        """Whether `step` (from 0) is dense in every layer.
+
+        `planned_steps`: what the scheduler says, for want of `num_steps`. Raises ValueError where neither is
+        known and the last steps are to be dense.
+        """
+        if step < self.dense_steps or self.dense_last_steps == 0:
+            return step < self.dense_steps
+        total = self.num_steps or planned_steps
+        if total is None:
+            raise ValueError(
+                f"dense_last_steps={self.dense_last_steps} needs the number of steps: give num_steps, or a "
+                f"pipeline whose scheduler.set_timesteps was called; got num_steps=None"
+            )
+        return step >= total - self.dense_last_steps
+
+
+class StepCounter:
+    """Finds the denoising step of a transformer call from its timestep.
+
+    With a pipeline, the step is the place of the timestep in `pipeline.scheduler.timesteps`, and a new tensor
+    there (every video calls `set_timesteps`) begins a new video. Without one, or where the timestep is not in
+    that list: an equal timestep is the same step (the other guidance half), a lower one the next step, a
+    higher one a new video. To random timesteps, as in training, this rule means nothing.
+    """
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._timesteps: torch.Tensor | None = None
+        self._planned: list[float] = []
+        self._timestep = float("inf")
+        self.step = self.steps_begun = self.videos_begun = 0
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of the video as the scheduler plans them, None where no scheduler tells."""
+        return len(self._planned) or None
+
+    def advance(self, timestep: torch.Tensor) -> tuple[int, bool]:
+        """(step, whether this call begins it); `timestep` `[B]`, or `[B, S]` a token: the maximum counts."""
+        value = float(timestep.max())
+        new_video = self._read_plan() or self.videos_begun == 0
+        step = self._planned_step(value, timestep.dtype)
+        if step is None:
+            new_video = new_video or value > self._timestep
+            step = 0 if new_video else self.step + (value < self._timestep)
+        new_video = new_video or step < self.step
+        begins = new_video or step != self.step
+        self.step, self._timestep = step, value
+        self.steps_begun += begins
+        self.videos_begun += new_video
+        return step, begins
+
+    def _scheduler(self) -> Any:
+        """The scheduler of the pipeline, None unless its timesteps were set."""
+        pipeline = self._pipeline and self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        return scheduler if getattr(scheduler, "num_inference_steps", None) else None
+
+    def _read_plan(self) -> bool:
+        """Reads the scheduler's timesteps; whether they were set anew since the last call."""
+        timesteps = getattr(self._scheduler(), "timesteps", None)
+        if timesteps is self._timesteps:
+            return False
+        self._timesteps = timesteps
+        self._planned = [] if timesteps is None else timesteps.tolist()
+        return True
+
+    def _planned_step(self, value: float, dtype: torch.dtype) -> int | None:
+        """Place of `value` among the planned timesteps up to the rounding of `dtype`; None if it has none.
+
+        Where rounding or a steep schedule makes several fit, the scheduler's own index decides.
+        """
+        tolerance = torch.finfo(dtype).eps * abs(value) if dtype.is_floating_point else 1.0
+        near = [index for index, planned in enumerate(self._planned) if abs(planned - value) <= tolerance]
+        if len(near) < 2:
+            return near[0] if near else None
+        scheduler = self._scheduler()
+        current = getattr(scheduler, "step_index", None) or getattr(scheduler, "begin_index", None) or 0
+        return current if current in near else min(near, key=lambda index: abs(self._planned[index] - value))
