@@ -2,7 +2,7 @@
 
 A kernel's tile of `rows` x `columns` tokens may be finer or coarser than the blocks of the mask. A tile is
 whole where all of its token pairs are kept; it is mixed, and masked inside the kernel, where it holds the end
-of the sequence, text (whose length may differ by sample) or blocks that are left out.
+of the sequence, text whose length differs by sample, or blocks that are left out.
 """
 
 from dataclasses import dataclass
@@ -33,25 +33,32 @@ class Tiles:
     mixed: bool
 
 
-def query_tiles(mask: BlockMask, rows: int, columns: int, device: torch.device) -> Tiles:
-    """Key tiles of each query tile, on a device, made once for each mask."""
+def query_tiles(
+    mask: BlockMask, rows: int, columns: int, device: torch.device, *, padded: bool = False
+) -> Tiles:
+    """Key tiles of each query tile, on a device, made once for each mask.
 
+    With `padded` text, whose length differs by sample, every tile that holds text is mixed.
+    """
     return mask.cached(
-        ("query tiles", rows, columns, device), lambda: _list(_cut(mask, rows, columns), columns, device)
+        ("query tiles", rows, columns, device, padded),
+        lambda: _list(_cut(mask, rows, columns, padded), columns, device),
     )
 
 
-def key_tiles(mask: BlockMask, rows: int, columns: int, device: torch.device) -> Tiles:
-    """Query tiles of each key tile, on a device, made once for each mask."""
+def key_tiles(
+    mask: BlockMask, rows: int, columns: int, device: torch.device, *, padded: bool = False
+) -> Tiles:
+    """Query tiles of each key tile, on a device, made once for each mask; arguments as in `query_tiles`."""
 
     def build() -> Tiles:
-        tiles = [None if x is None else x.swapaxes(1, 2) for x in _cut(mask, rows, columns)]
+        tiles = [None if x is None else x.swapaxes(1, 2) for x in _cut(mask, rows, columns, padded)]
         return _list(tiles, rows, device)
 
-    return mask.cached(("key tiles", rows, columns, device), build)
+    return mask.cached(("key tiles", rows, columns, device, padded), build)
 
 
-def _cut(mask: BlockMask, rows: int, columns: int) -> list[np.ndarray | None]:
+def _cut(mask: BlockMask, rows: int, columns: int, padded: bool) -> list[np.ndarray | None]:
     """Tiles that keep something, whole tiles, and the patterns, each `[H or 1, query tiles, key tiles]`."""
     blocks, tokens = mask.blocks.numpy(), mask.grid.tokens
     cells = blocks if blocks.ndim == 3 else blocks[None]
@@ -63,7 +70,7 @@ def _cut(mask: BlockMask, rows: int, columns: int) -> list[np.ndarray | None]:
         bits = cells.swapaxes(2, 3).reshape(*some.shape, -1)
         patterns = bits @ (1 << np.arange(bits.shape[-1], dtype=np.uint64))
     every[:, tokens // rows :] = False
-    every[:, :, (mask.grid.video_tokens if mask.grid.text else tokens) // columns :] = False
+    every[:, :, (mask.grid.video_tokens if padded else tokens) // columns :] = False
     return [some, every, patterns]
 
 

@@ -46,7 +46,9 @@ def test_lists_cover_the_mask_once(rows, columns, block_size, text, heads):
 def test_text_and_the_end_of_the_sequence_are_mixed():
     grid = TokenGrid(2, 8, 8, text=70)
     mask = BlockMask.from_blocks(grid, torch.ones(4, 4, dtype=torch.bool), 64)
-    tiles = query_tiles(mask, 64, 64, CPU)
+    whole = query_tiles(mask, 64, 64, CPU)
+    assert [int(b - a) for a, b in whole.offsets[0, :, :2]] == [3, 3, 3, 0]  # only the short end is mixed
+    tiles = query_tiles(mask, 64, 64, CPU, padded=True)
     assert tiles.patterns is None
     starts = [tiles.starts[a:b].tolist() for a, b in tiles.offsets[0, :, :2].tolist()]
     assert starts == [[0, 64], [0, 64], [0, 64], []]

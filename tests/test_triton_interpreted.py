@@ -101,16 +101,21 @@ def test_second_call_makes_no_plan(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_compiles_into_one_graph():
-    grid = GRIDS[63]
-    inputs, mask = make_inputs(grid, 1, 2, 64), make_mask(grid)
+@pytest.mark.parametrize("lengths", [None, [4, 11]], ids=["whole", "padded"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_compiles_into_one_graph(quantize, lengths):
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
     query, key, value = (x.half() for x in inputs[:3])
+    counts = None if lengths is None else torch.tensor(lengths)
 
-    def attend(query, key, value):
-        return radial_attention(2 * query, key, value, mask, backend="triton") + 1
+    def attend(query, key, value, counts):
+        options = {"backend": "triton", "quantize": quantize, "text_lengths": counts}
+        return radial_attention(2 * query, key, value, mask, **options) + 1
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(query, key, value), attend(query, key, value), atol=1e-3)
+    wanted = attend(query, key, value, counts)
+    assert torch.allclose(compiled(query, key, value, counts), wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])
@@ -122,7 +127,7 @@ def test_operator_contract(bits):
     grid = GRIDS[63]
     tensors = [x.requires_grad_(bits is None) for x in make_inputs(grid, 1, 2, 64)[:3]]
     kinds = [bits] if bits else ["forward", *BACKWARD]
-    arguments = *tensors, *kernel.make_tables(make_mask(grid), tensors[0], kinds), 0.125
+    arguments = *tensors, *kernel.make_tables(make_mask(grid), tensors[0], kinds, padded=False), 0.125
     query, key, value, tables, numbers, scale = arguments
     arguments = query, key, value, tables, None, numbers, scale
     if bits:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..backends import DTYPES, HALF, QUANTIZE, Call, Needs
 from ..block_mask import BlockMask
 from ..tiles import key_tiles, query_tiles
-from .triton_configs import BACKWARD, LAUNCHES, WIDTHS, Launch, architecture, constants, launch, padded
+from .triton_configs import BACKWARD, LAUNCHES, WIDTHS, Launch, architecture, constants, launch
+from .triton_configs import padded as padded_width
 
 LOG2E = 1 / math.log(2)
 ROWS = 64  # of a program that multiplies outputs and their gradients
@@ -67,10 +68,11 @@ def attention(
     if quantize is not None:
         from .triton_quantized import quantized_attention
 
-        tables, numbers = make_tables(mask, query, [quantize])
+        tables, numbers = make_tables(mask, query, [quantize], padded=counts is not None)
         return quantized_attention(*inputs, tables, counts, numbers, scale, quantize)[0]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    tables, numbers = make_tables(mask, query, ["forward", *(BACKWARD if gradients else ())])
+    kinds = ["forward", *(BACKWARD if gradients else ())]
+    tables, numbers = make_tables(mask, query, kinds, padded=counts is not None)
     return triton_attention(*inputs, tables, counts, numbers, scale)[0]
 
 
@@ -86,8 +88,12 @@ def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) 
     )
 
 
-def make_tables(mask: BlockMask, query: Tensor, kinds: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+def make_tables(
+    mask: BlockMask, query: Tensor, kinds: Sequence[str], *, padded: bool
+) -> tuple[list[Tensor], list[int]]:
     """What the kernels of `kinds` read of a mask: for each `(offsets, starts, patterns)`; and its numbers.
+
+    `padded`: whether text lengths are given.
 
     The numbers are block size, whether each head has a pattern of its own, and for each kernel whether it has
     mixed tiles and whether these hold blocks that are left out; else `starts` stands in for the patterns.
@@ -96,7 +102,7 @@ def make_tables(mask: BlockMask, query: Tensor, kinds: Sequence[str]) -> tuple[l
     for kind in kinds:
         chosen = launch(kind, query.device, query.shape[-1])
         cut = key_tiles if kind == "key gradients" else query_tiles
-        tiles = cut(mask, chosen.rows, chosen.columns, query.device)
+        tiles = cut(mask, chosen.rows, chosen.columns, query.device, padded=padded)
         tables += [tiles.offsets, tiles.starts, tiles.starts if tiles.patterns is None else tiles.patterns]
         numbers += [int(tiles.mixed), int(tiles.patterns is not None)]
     return tables, numbers
@@ -166,7 +172,7 @@ def triton_attention_backward(  # noqa: PLR0917
         *grad.stride()[:3],
         ROWS=ROWS,
         WIDTH=width,
-        PADDED=padded(width),
+        PADDED=padded_width(width),
         num_warps=8,
     )
     strides = [s for x in (query, key, value, grad, results[0]) for s in x.stride()[:3]]
@@ -205,7 +211,7 @@ def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
         return [query, *others]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    block = [1, chosen.columns, 1, padded(query.shape[-1])]
+    block = [1, chosen.columns, 1, padded_width(query.shape[-1])]
     return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
 
 
