@@ -5,13 +5,12 @@ whole where all of its token pairs are kept; it is mixed, and masked inside the 
 of the sequence, text whose length differs by sample, or blocks that are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from .block_mask import BlockMask
 
 
 @dataclass(frozen=True)
@@ -33,44 +32,68 @@ class Tiles:
     mixed: bool
 
 
-def query_tiles(
-    mask: BlockMask, rows: int, columns: int, device: torch.device, *, padded: bool = False
-) -> Tiles:
-    """Key tiles of each query tile, on a device, made once for each mask.
+@dataclass(frozen=True)
+class Extent:
+    """What the tiles depend on beside the blocks.
 
-    With `padded` text, whose length differs by sample, every tile that holds text is mixed.
+    Attributes:
+        tokens: length of the sequence.
+        block_size: tokens of a block of the mask.
+        mixed_from: first key token whose tiles are mixed whatever the blocks say: `tokens`, or the first text
+            token where the text is padded and its length differs by sample.
     """
-    return mask.cached(
-        ("query tiles", rows, columns, device, padded),
-        lambda: _list(_cut(mask, rows, columns, padded), columns, device),
-    )
+
+    tokens: int
+    block_size: int
+    mixed_from: int
 
 
-def key_tiles(
-    mask: BlockMask, rows: int, columns: int, device: torch.device, *, padded: bool = False
+def query_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: torch.device) -> Tiles:
+    """Key tiles of each query tile of a mask's `blocks`, on a device.
+
+    Made once: the lists stay with the very tensor `blocks`, bool `[Q, K]` or `[H, Q, K]` on the CPU.
+    """
+    return _kept(blocks, ("query", extent, rows, columns, device), _list_query_tiles)
+
+
+def key_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: torch.device) -> Tiles:
+    """Query tiles of each key tile; arguments as in `query_tiles`."""
+    return _kept(blocks, ("key", extent, rows, columns, device), _list_key_tiles)
+
+
+def _kept(blocks: Tensor, key: tuple, build: Callable[..., Tiles]) -> Tiles:
+    kept = blocks.__dict__.setdefault("tiles", {})
+    if key not in kept:
+        with torch.inference_mode(False):
+            kept[key] = build(blocks.numpy(), *key[1:])
+    return kept[key]
+
+
+def _list_query_tiles(
+    blocks: np.ndarray, extent: Extent, rows: int, columns: int, device: torch.device
 ) -> Tiles:
-    """Query tiles of each key tile, on a device, made once for each mask; arguments as in `query_tiles`."""
-
-    def build() -> Tiles:
-        tiles = [None if x is None else x.swapaxes(1, 2) for x in _cut(mask, rows, columns, padded)]
-        return _list(tiles, rows, device)
-
-    return mask.cached(("key tiles", rows, columns, device, padded), build)
+    return _list(_cut(blocks, extent, rows, columns), columns, device)
 
 
-def _cut(mask: BlockMask, rows: int, columns: int, padded: bool) -> list[np.ndarray | None]:
+def _list_key_tiles(
+    blocks: np.ndarray, extent: Extent, rows: int, columns: int, device: torch.device
+) -> Tiles:
+    tiles = _cut(blocks, extent, rows, columns)
+    return _list([None if x is None else x.swapaxes(1, 2) for x in tiles], rows, device)
+
+
+def _cut(blocks: np.ndarray, extent: Extent, rows: int, columns: int) -> list[np.ndarray | None]:
     """Tiles that keep something, whole tiles, and the patterns, each `[H or 1, query tiles, key tiles]`."""
-    blocks, tokens = mask.blocks.numpy(), mask.grid.tokens
-    cells = blocks if blocks.ndim == 3 else blocks[None]
+    cells, tokens = blocks if blocks.ndim == 3 else blocks[None], extent.tokens
     for axis, tile in ((1, rows), (3, columns)):
-        cells = _split(cells, axis, mask.block_size, tile, tokens)
+        cells = _split(cells, axis, extent.block_size, tile, tokens)
     some, every = cells.any(axis=(2, 4)), cells.all(axis=(2, 4))
     patterns = None
     if (some & ~every).any():
         bits = cells.swapaxes(2, 3).reshape(*some.shape, -1)
         patterns = bits @ (1 << np.arange(bits.shape[-1], dtype=np.uint64))
     every[:, tokens // rows :] = False
-    every[:, :, (mask.grid.video_tokens if padded else tokens) // columns :] = False
+    every[:, :, extent.mixed_from // columns :] = False
     return [some, every, patterns]
 
 

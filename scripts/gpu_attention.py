@@ -240,7 +240,7 @@ class AttentionBench:
 
 def fresh(mask: BlockMask) -> BlockMask:
     """An equal mask for which nothing has been prepared yet."""
-    return BlockMask(mask.grid, mask.block_size, mask.blocks)
+    return BlockMask(mask.grid, mask.block_size, mask.blocks.clone())  # lists and plans hang on the tensor
 
 
 def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str, float]:

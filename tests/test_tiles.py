@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from radial_attn import BlockMask, TokenGrid
-from radial_attn.tiles import Tiles, key_tiles, query_tiles
+from radial_attn.tiles import Extent, Tiles, key_tiles, query_tiles
 from tests.attention_cases import make_mask
 
 CPU = torch.device("cpu")
+
+
+def of(mask: BlockMask, *, padded: bool = False) -> tuple[torch.Tensor, Extent]:
+    """The first arguments of the functions that list tiles."""
+    grid = mask.grid
+    return mask.blocks, Extent(grid.tokens, mask.block_size, grid.video_tokens if padded else grid.tokens)
 
 
 def expand(tiles: Tiles, step: int, across: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,8 +38,8 @@ def test_lists_cover_the_mask_once(rows, columns, block_size, text, heads):
     mask = make_mask(grid, block_size, heads)
     kept = mask.token_mask().view(-1, grid.tokens, grid.tokens)
     for tiles, wanted, step, across in (
-        (query_tiles(mask, rows, columns, CPU), kept, rows, columns),
-        (key_tiles(mask, rows, columns, CPU), kept.mT, columns, rows),
+        (query_tiles(*of(mask), rows, columns, CPU), kept, rows, columns),
+        (key_tiles(*of(mask), rows, columns, CPU), kept.mT, columns, rows),
     ):
         whole, mixed = expand(tiles, step, across, grid.tokens)
         assert (whole + mixed).max() <= 1
@@ -46,9 +52,9 @@ def test_lists_cover_the_mask_once(rows, columns, block_size, text, heads):
 def test_text_and_the_end_of_the_sequence_are_mixed():
     grid = TokenGrid(2, 8, 8, text=70)
     mask = BlockMask.from_blocks(grid, torch.ones(4, 4, dtype=torch.bool), 64)
-    whole = query_tiles(mask, 64, 64, CPU)
+    whole = query_tiles(*of(mask), 64, 64, CPU)
     assert [int(b - a) for a, b in whole.offsets[0, :, :2]] == [3, 3, 3, 0]  # only the short end is mixed
-    tiles = query_tiles(mask, 64, 64, CPU, padded=True)
+    tiles = query_tiles(*of(mask, padded=True), 64, 64, CPU)
     assert tiles.patterns is None
     starts = [tiles.starts[a:b].tolist() for a, b in tiles.offsets[0, :, :2].tolist()]
     assert starts == [[0, 64], [0, 64], [0, 64], []]
@@ -57,8 +63,8 @@ def test_text_and_the_end_of_the_sequence_are_mixed():
 
 def test_lists_are_made_once():
     mask = make_mask(TokenGrid(4, 8, 8), 64)
-    assert query_tiles(mask, 64, 64, CPU) is query_tiles(mask, 64, 64, CPU)
-    assert query_tiles(mask, 64, 64, CPU) is not key_tiles(mask, 64, 64, CPU)
+    assert query_tiles(*of(mask), 64, 64, CPU) is query_tiles(*of(mask), 64, 64, CPU)
+    assert query_tiles(*of(mask), 64, 64, CPU) is not key_tiles(*of(mask), 64, 64, CPU)
 
 
 @pytest.mark.parametrize("heads", [None, 2])
@@ -68,8 +74,8 @@ def test_patterns_are_the_blocks_of_a_tile(rows, columns, heads):
     blocks = mask.blocks.view(-1, *mask.blocks.shape[-2:])
     across = columns // 16
     for tiles, transposed in (
-        (query_tiles(mask, rows, columns, CPU), 0),
-        (key_tiles(mask, rows, columns, CPU), 1),
+        (query_tiles(*of(mask), rows, columns, CPU), 0),
+        (key_tiles(*of(mask), rows, columns, CPU), 1),
     ):
         for head, listed in enumerate(tiles.offsets.tolist()):
             for tile, (first, _, end) in enumerate(listed):

@@ -88,15 +88,13 @@ def test_forward(opened, launches, lengths):
 
 
 def test_backward(opened, launches):
-    from radial_attn.kernels.triton_configs import BACKWARD
-
     grid = GRIDS[111]
     query, key, value, grad = (x.half() for x in make_inputs(grid, 2, 2, 64))
-    tables, numbers = opened.make_tables(make_mask(grid), query, ["forward", *BACKWARD], padded=False)
+    mask = make_mask(grid)
     out, lse = query.clone(), torch.zeros(2, 2, grid.tokens)
     operators, kernels = second_call(
         lambda: opened.triton_attention_backward(
-            grad, query, key, value, out, lse, tables, None, numbers, 0.125
+            grad, query, key, value, out, lse, mask.blocks, 16, grid.video_tokens, None, 0.125
         ),
         launches,
     )

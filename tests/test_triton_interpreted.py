@@ -9,9 +9,9 @@ import os
 import pytest
 import torch
 
-from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn import BlockMask, TokenGrid, radial_attention, tiles
 from radial_attn.kernels import triton_configs
-from radial_attn.kernels.triton_configs import BACKWARD, Launch
+from radial_attn.kernels.triton_configs import Launch
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
 
 pytestmark = pytest.mark.skipif(
@@ -88,15 +88,11 @@ def test_uninitialised_memory_is_never_read():
         torch.use_deterministic_algorithms(False)
 
 
-def test_second_call_makes_no_plan(monkeypatch):
-    """After the first call of a shape neither lists nor tables are made again."""
-    from radial_attn.kernels import triton as kernel
-
+def test_second_call_makes_no_lists(monkeypatch):
     grid = GRIDS[63]
     inputs, mask = make_inputs(grid, 1, 1, 64), make_mask(grid)
     first = run("triton", inputs, mask, torch.float16)
-    monkeypatch.setattr(BlockMask, "cached", lambda self, key, build: self._memo[key])
-    monkeypatch.setattr(kernel.BlockMask, "cached", BlockMask.cached)
+    monkeypatch.setattr(tiles, "_cut", None)
     second = run("triton", inputs, mask, torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -105,7 +101,7 @@ def test_second_call_makes_no_plan(monkeypatch):
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_compiles_into_one_graph(quantize, lengths):
     grid = GRIDS[111]
-    inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
+    inputs, mask = make_inputs(grid, 2, 2, 64), BlockMask.from_blocks(grid, make_mask(grid).blocks, 16)
     query, key, value = (x.half() for x in inputs[:3])
     counts = None if lengths is None else torch.tensor(lengths)
 
@@ -114,8 +110,9 @@ def test_compiles_into_one_graph(quantize, lengths):
         return radial_attention(2 * query, key, value, mask, **options) + 1
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    wanted = attend(query, key, value, counts)
-    assert torch.allclose(compiled(query, key, value, counts), wanted, atol=1e-3)
+    found = compiled(query, key, value, counts)
+    assert torch.allclose(found, attend(query, key, value, counts), atol=1e-3)
+    assert len(mask.blocks.__dict__["tiles"]) == 1  # compiled or not, the mask keeps the same lists
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])
@@ -126,10 +123,7 @@ def test_operator_contract(bits):
 
     grid = GRIDS[63]
     tensors = [x.requires_grad_(bits is None) for x in make_inputs(grid, 1, 2, 64)[:3]]
-    kinds = [bits] if bits else ["forward", *BACKWARD]
-    arguments = *tensors, *kernel.make_tables(make_mask(grid), tensors[0], kinds, padded=False), 0.125
-    query, key, value, tables, numbers, scale = arguments
-    arguments = query, key, value, tables, None, numbers, scale
+    arguments = *tensors, make_mask(grid).blocks, 16, grid.video_tokens, None, 0.125
     if bits:
         torch.library.opcheck(quantized_attention, (*arguments, bits))
     else:

@@ -101,8 +101,7 @@ def test_log_sum_exp(bits, most):
     key += 3 * torch.randn(64)
     mask = make_mask(grid)
     counts = torch.tensor([104, 111], dtype=torch.int32)
-    tables, numbers = kernel.make_tables(mask, query, [bits or "forward"], padded=True)
-    arguments = query, key, value, tables, counts, numbers, 0.125
+    arguments = query, key, value, mask.blocks, 16, grid.video_tokens, counts, 0.125
     _, found = quantized(*arguments, bits) if bits else kernel.triton_attention(*arguments)
     keep = mask.token_mask() & (torch.arange(111) < counts.view(-1, 1, 1, 1))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.125

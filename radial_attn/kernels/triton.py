@@ -1,7 +1,8 @@
 """Block-sparse flash attention in Triton, forward and backward, in float16 and bfloat16 on a GPU.
 
-The mask becomes lists of tiles (radial_attn/tiles.py) once; from then on a call allocates its outputs,
-launches one kernel forward and three backward, and does nothing else on the host.
+The mask becomes lists of tiles (radial_attn/tiles.py) once, inside the operators, so that a compiled graph
+holds nothing but them; from then on a call allocates its outputs, launches one kernel forward and three
+backward, and does nothing else on the host.
 """
 
 import math
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from ..backends import DTYPES, HALF, QUANTIZE, Call, Needs
 from ..block_mask import BlockMask
-from ..tiles import key_tiles, query_tiles
-from .triton_configs import BACKWARD, LAUNCHES, WIDTHS, Launch, architecture, constants, launch
-from .triton_configs import padded as padded_width
+from .triton_configs import LAUNCHES, WIDTHS, Launch, architecture, padded
+from .triton_tables import tables
 
 LOG2E = 1 / math.log(2)
 ROWS = 64  # of a program that multiplies outputs and their gradients
@@ -64,19 +64,16 @@ def attention(
     if scale <= 0:
         raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-    counts = lengths(text_lengths, mask, query.device)
+    counts = token_counts(text_lengths, mask, query.device)
+    shape = mask.blocks, mask.block_size, mask.grid.video_tokens
     if quantize is not None:
         from .triton_quantized import quantized_attention
 
-        tables, numbers = make_tables(mask, query, [quantize], padded=counts is not None)
-        return quantized_attention(*inputs, tables, counts, numbers, scale, quantize)[0]
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    kinds = ["forward", *(BACKWARD if gradients else ())]
-    tables, numbers = make_tables(mask, query, kinds, padded=counts is not None)
-    return triton_attention(*inputs, tables, counts, numbers, scale)[0]
+        return quantized_attention(*inputs, *shape, counts, scale, quantize)[0]
+    return triton_attention(*inputs, *shape, counts, scale)[0]
 
 
-def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
+def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
     """Tokens of each sample that count, int32 `[B]` on the device; copied once for each distinct list."""
     if text_lengths is None:
         return None
@@ -88,54 +85,41 @@ def lengths(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) 
     )
 
 
-def make_tables(
-    mask: BlockMask, query: Tensor, kinds: Sequence[str], *, padded: bool
-) -> tuple[list[Tensor], list[int]]:
-    """What the kernels of `kinds` read of a mask: for each `(offsets, starts, patterns)`; and its numbers.
-
-    `padded`: whether text lengths are given.
-
-    The numbers are block size, whether each head has a pattern of its own, and for each kernel whether it has
-    mixed tiles and whether these hold blocks that are left out; else `starts` stands in for the patterns.
-    """
-    tables, numbers = [], [mask.block_size, int(mask.heads is not None)]
-    for kind in kinds:
-        chosen = launch(kind, query.device, query.shape[-1])
-        cut = key_tiles if kind == "key gradients" else query_tiles
-        tiles = cut(mask, chosen.rows, chosen.columns, query.device, padded=padded)
-        tables += [tiles.offsets, tiles.starts, tiles.starts if tiles.patterns is None else tiles.patterns]
-        numbers += [int(tiles.mixed), int(tiles.patterns is not None)]
-    return tables, numbers
-
-
 @torch.library.custom_op("radial_attn::triton_attention", mutates_args=())
 def triton_attention(  # noqa: PLR0917 (an operator's schema is positional)
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tables: Sequence[Tensor],
-    lengths: Tensor | None,
-    numbers: Sequence[int],
+    blocks: Tensor,
+    block_size: int,
+    video_tokens: int,
+    counts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`; `tables` and `numbers` of `make_tables`."""
+    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
+
+    Args:
+        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its tile lists are kept under this very tensor.
+        video_tokens: position where the text begins.
+        counts: tokens of each sample that count, int32 `[B]` on the device, or None for all.
+    """
     from .triton_forward import forward_kernel
 
-    batch, tokens, heads, width = query.shape
+    batch, tokens, heads, _ = query.shape
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    chosen = launch("forward", query.device, width)
-    forward_kernel[tables[0].shape[1], batch * heads](
+    chosen, lists, constants = tables("forward", query, blocks, block_size, video_tokens, counts)
+    forward_kernel[lists[0].shape[1], batch * heads](
         *operands((query, key, value), chosen),
         out,
         lse,
-        *tables[:3],
-        lse if lengths is None else lengths,
+        *lists,
+        lse if counts is None else counts,
         *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
         tokens,
         heads,
         scale * LOG2E,
-        **constants(chosen, query, lengths, numbers),
+        **constants,
         DESCRIPTOR=chosen.descriptors,
         SPECIALIZE=chosen.specialize,
     )
@@ -150,17 +134,50 @@ def triton_attention_backward(  # noqa: PLR0917
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    tables: Sequence[Tensor],
-    lengths: Tensor | None,
-    numbers: Sequence[int],
+    blocks: Tensor,
+    block_size: int,
+    video_tokens: int,
+    counts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `triton_attention`."""
-    from .triton_backward import key_gradients_kernel, query_gradient_kernel, row_products_kernel
+    from .triton_backward import key_gradients_kernel, query_gradient_kernel
 
-    batch, tokens, heads, width = query.shape
+    batch, tokens, heads, _ = query.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     results = [query.new_empty(query.shape) for _ in range(3)]
+    products = row_products(out, grad, lse)
+    strides = [s for x in (query, key, value, grad, results[0]) for s in x.stride()[:3]]
+    for kernel, kind, targets in (
+        (query_gradient_kernel, "query gradient", results[:1]),
+        (key_gradients_kernel, "key gradients", results[1:]),
+    ):
+        _, lists, constants = tables(kind, query, blocks, block_size, video_tokens, counts)
+        kernel[lists[0].shape[1], batch * heads](
+            query,
+            key,
+            value,
+            grad,
+            *targets,
+            lse,
+            products,
+            *lists,
+            lse if counts is None else counts,
+            *strides,
+            tokens,
+            heads,
+            scale * LOG2E,
+            scale,
+            **constants,
+        )
+    return tuple(results)
+
+
+def row_products(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
+    """Output times its gradient, summed over the width: float32 `[B, H, S]` as `lse`."""
+    from .triton_backward import row_products_kernel
+
+    batch, tokens, heads, width = out.shape
     products = torch.empty_like(lse)
     row_products_kernel[-(-tokens // ROWS), batch * heads](
         out,
@@ -172,32 +189,10 @@ def triton_attention_backward(  # noqa: PLR0917
         *grad.stride()[:3],
         ROWS=ROWS,
         WIDTH=width,
-        PADDED=padded_width(width),
+        PADDED=padded(width),
         num_warps=8,
     )
-    strides = [s for x in (query, key, value, grad, results[0]) for s in x.stride()[:3]]
-    counts = [tokens, heads, scale * LOG2E, scale]
-    where = lse if lengths is None else lengths
-    for kernel, kind, targets, index in (
-        (query_gradient_kernel, "query gradient", results[:1], 1),
-        (key_gradients_kernel, "key gradients", results[1:], 2),
-    ):
-        chosen, lists = launch(kind, query.device, width), tables[3 * index : 3 * index + 3]
-        kernel[lists[0].shape[1], batch * heads](
-            query,
-            key,
-            value,
-            grad,
-            *targets,
-            lse,
-            products,
-            *lists,
-            where,
-            *strides,
-            *counts,
-            **constants(chosen, query, lengths, numbers, index),
-        )
-    return tuple(results)
+    return products
 
 
 def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
@@ -211,7 +206,7 @@ def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
         return [query, *others]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    block = [1, chosen.columns, 1, padded_width(query.shape[-1])]
+    block = [1, chosen.columns, 1, padded(query.shape[-1])]
     return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
 
 
@@ -232,16 +227,16 @@ def _(grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    query, key, value, tables, lengths, numbers, scale = inputs
-    ctx.save_for_backward(query, key, value, *output, lengths, *tables)
-    ctx.numbers = numbers, scale
+    query, key, value, blocks, block_size, video_tokens, counts, scale = inputs
+    ctx.save_for_backward(query, key, value, *output, blocks, counts)
+    ctx.numbers = block_size, video_tokens, scale
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    query, key, value, out, lse, lengths, *tables = ctx.saved_tensors
-    numbers, scale = ctx.numbers
-    grads = triton_attention_backward(grad, query, key, value, out, lse, tables, lengths, numbers, scale)
-    return *grads, [None] * len(tables), None, None, None
+    *tensors, blocks, counts = ctx.saved_tensors
+    block_size, video_tokens, scale = ctx.numbers
+    grads = triton_attention_backward(grad, *tensors, blocks, block_size, video_tokens, counts, scale)
+    return *grads, None, None, None, None, None
 
 
 triton_attention.register_autograd(_gradients, setup_context=_setup_context)

@@ -5,12 +5,10 @@ shared memory of a multiprocessor (results/kernels_compiled.md, by scripts/kerne
 sm100 keys and values of the forward come through tensor descriptors (TMA), which saves registers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 WIDTHS = (64, 96, 128)
 BACKWARD = ("query gradient", "key gradients")
@@ -117,22 +115,3 @@ def architecture(device: torch.device) -> str:
 def padded(width: int) -> int:
     """The power of two that holds a head's width."""
     return 1 << (width - 1).bit_length()
-
-
-def constants(
-    chosen: Launch, query: Tensor, lengths: Tensor | None, numbers: Sequence[int], index: int = 0
-) -> dict:
-    """What the kernel with the tables number `index` is compiled for; `numbers` of `make_tables`."""
-    return {
-        "ROWS": chosen.rows,
-        "COLUMNS": chosen.columns,
-        "WIDTH": query.shape[-1],
-        "PADDED": padded(query.shape[-1]),
-        "SIZE": numbers[0],
-        "PER_HEAD": bool(numbers[1]),
-        "MIXED": bool(numbers[2 + 2 * index]),
-        "BLOCKS": bool(numbers[3 + 2 * index]),
-        "LENGTHS": lengths is not None,
-        "num_warps": chosen.warps,
-        "num_stages": chosen.stages,
-    }

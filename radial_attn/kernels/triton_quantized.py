@@ -1,11 +1,10 @@
 """Quantised block-sparse attention in Triton, forward only: the operator around its kernels."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .triton_configs import Launch, constants, launch, padded
+from .triton_configs import Launch, padded
+from .triton_tables import tables
 
 LOG2E = 1.4426950408889634
 ROOM = 128  # sequences are padded to a multiple of this many tokens, which every tile divides
@@ -19,21 +18,22 @@ def quantized_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tables: Sequence[Tensor],
-    lengths: Tensor | None,
-    numbers: Sequence[int],
+    blocks: Tensor,
+    block_size: int,
+    video_tokens: int,
+    counts: Tensor | None,
     scale: float,
     bits: str,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`, of scores from `bits` ("int8", "fp8").
 
-    `tables`, `lengths` and `numbers` as in `triton_attention`. Besides the results a call allocates the
+    Further arguments as in `triton_attention`. Besides the results a call allocates the
     8-bit copies of its inputs and their scales.
     """
     from .triton_quantized_forward import quantized_forward_kernel
 
-    batch, tokens, heads, width = query.shape
-    chosen = launch(bits, query.device, width)
+    batch, tokens, heads, _ = query.shape
+    chosen, lists, constants = tables(bits, query, blocks, block_size, video_tokens, counts)
     mean = key.mean(dim=1, dtype=torch.float32)
     room = -(-tokens // ROOM) * ROOM
     queries, query_scales, shifts = quantize_queries(query, mean, room, scale * LOG2E, bits)
@@ -41,7 +41,7 @@ def quantized_attention(
     values, tops = quantize_values(value, room) if chosen.fp8_values else (value, mean)
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    quantized_forward_kernel[tables[0].shape[1], batch * heads](
+    quantized_forward_kernel[lists[0].shape[1], batch * heads](
         queries,
         *operands(keys, values, chosen),
         query_scales,
@@ -50,14 +50,14 @@ def quantized_attention(
         tops,
         out,
         lse,
-        *tables[:3],
-        lse if lengths is None else lengths,
+        *lists,
+        lse if counts is None else counts,
         *value.stride()[:3],
         *out.stride()[:3],
         tokens,
         room,
         heads,
-        **constants(chosen, query, lengths, numbers),
+        **constants,
         FP8_VALUES=chosen.fp8_values,
         TOP=FP8_TOP,
         DESCRIPTOR=bool(chosen.descriptors),
