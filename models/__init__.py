@@ -14,7 +14,14 @@ from models.schedule import Schedule
 from radial_attn import RadialConfig
 from radial_attn.backends import BACKENDS, QUANTIZE
 
-TRANSFORMERS = {"WanTransformer3DModel": "models.wan"}
+TRANSFORMERS = {
+    "WanTransformer3DModel": "models.wan",
+    "WanVACETransformer3DModel": "models.wan_vace",
+    "MochiTransformer3DModel": "models.mochi",
+    "LTXVideoTransformer3DModel": "models.ltx",
+    "HunyuanVideoTransformer3DModel": "models.hunyuan_video",
+    "HunyuanVideo15Transformer3DModel": "models.hunyuan_video15",
+}
 
 
 def apply_radial_attention(
@@ -33,8 +40,8 @@ def apply_radial_attention(
     """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
 
     Layers `0 .. dense_layers - 1` stay dense at every step, steps `0 .. dense_steps - 1` and the last
-    `dense_last_steps` in every layer. The mask follows the size of the latents at each call. `backend` and
-    `quantize` are those of `radial_attention`.
+    `dense_last_steps` in every layer; a control layer of Wan-VACE counts as the layer that it feeds. The mask
+    follows the size of the latents at each call. `backend` and `quantize` are those of `radial_attention`.
 
     Dense is upstream's own processor, and `set_attention_backend` governs it. Where that was not used,
     `dense_backend="auto"` takes on CUDA the fastest of a few that it times once on the shape of the run;
@@ -48,9 +55,9 @@ def apply_radial_attention(
 
     Two transformers of one pipeline (Wan2.2 A14B) share one count of steps. `num_steps`, the denoising steps
     of a video, is read from `pipeline.scheduler` unless given; a transformer alone needs it for
-    `dense_last_steps`. Without a pipeline a lower timestep is the next step and a higher one the next video.
-    In training, where timesteps are random, keep `dense_steps` and `dense_last_steps` at 0: every call is
-    radial then.
+    `dense_last_steps`. Without a pipeline a lower timestep is the next step and a higher one the next video
+    (for Mochi, whose timesteps rise, a higher and a lower one). In training, where timesteps are random, keep
+    `dense_steps` and `dense_last_steps` at 0: every call is radial then.
 
     Raises:
         ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than
@@ -73,7 +80,7 @@ def apply_radial_attention(
         _check_layers(transformer, family, dense_layers)
     if pipeline is None:
         schedule.is_dense(dense_steps, None)
-    layers = len(families[0].attention_layers(transformers[0]))
+    numbers = [number for number, _ in _numbering(transformers[0], families[0])]
     context = RadialContext(
         config,
         schedule=schedule,
@@ -82,7 +89,8 @@ def apply_radial_attention(
         guard=guard,
         dense=dense,
         family=families[0],
-        layers=layers,
+        layers=len(numbers),
+        always_dense=sum(number < dense_layers for number in numbers),
         pipeline=pipeline,
     )
     return RadialAttentionHandle(context, transformers, families[0])
@@ -128,9 +136,10 @@ class RadialAttentionHandle:
 
     def _install(self, transformer: torch.nn.Module, family: ModuleType) -> None:
         context = self._context
-        for layer, attention in enumerate(family.attention_layers(transformer)):
-            before, always_dense = attention.processor, layer < context.schedule.dense_layers
-            ours = family.RadialProcessor(always_dense, context.guard.watch(transformer, always_dense))
+        layers = zip(family.attention_layers(transformer), _numbering(transformer, family), strict=True)
+        for attention, (number, name) in layers:
+            before, always_dense = attention.processor, number < context.schedule.dense_layers
+            ours = family.RadialProcessor(always_dense, context.guard.watch(transformer, always_dense, name))
             vars(ours).update(vars(before))
             context.dense.install(ours)
             attention.processor = ours
@@ -162,6 +171,13 @@ def _family(transformer: torch.nn.Module) -> ModuleType:
     )
 
 
+def _numbering(transformer: torch.nn.Module, family: ModuleType) -> list[tuple[int, str]]:
+    """Number, which is dense below `dense_layers`, and name of each self-attention layer, as they run."""
+    if hasattr(family, "numbering"):
+        return family.numbering(transformer)
+    return [(place, f"layer {place}") for place in range(len(family.attention_layers(transformer)))]
+
+
 def _check_layers(transformer: torch.nn.Module, family: ModuleType, dense_layers: int) -> None:
     name, upstream = type(transformer).__name__, family.UPSTREAM_PROCESSOR
     kinds = {type(attention.processor) for attention in family.attention_layers(transformer)}
@@ -170,7 +186,7 @@ def _check_layers(transformer: torch.nn.Module, family: ModuleType, dense_layers
     if kinds != {upstream}:
         got = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"self-attention processors of {name} must be {upstream.__name__}, got {got}")
-    layers = len(family.attention_layers(transformer))
+    layers = 1 + max(number for number, _ in _numbering(transformer, family))
     if dense_layers > layers:
         raise ValueError(
             f"dense_layers must be at most {layers}, the layers of this {name}, got {dense_layers}"

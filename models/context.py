@@ -87,6 +87,7 @@ class RadialContext:
         dense: DenseBackend,
         family: ModuleType,
         layers: int,
+        always_dense: int,
         pipeline: Any = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
@@ -94,9 +95,9 @@ class RadialContext:
         self._radial_way: Way | None = None
         self._dense_way: Way | None = None
         self._dtype = torch.float32
-        self._family, self._layers = family, layers
+        self._family, self._layers, self._always_dense = family, layers, always_dense
         self._text = TextLengths(family)
-        self._counter = StepCounter(pipeline)
+        self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
         self._grids: list[TokenGrid] = []
         self._dense_steps = 0
         self._calls: Counter[str] = Counter()
@@ -153,7 +154,7 @@ class RadialContext:
             "steps": self._counter.steps_begun,
             "dense_steps": self._dense_steps,
             "layers": self._layers,
-            "dense_layers": self.schedule.dense_layers,
+            "dense_layers": self._always_dense,
             "calls": {name: count for name, count in self._calls.items() if count},
             "quantize": self.quantize,
             "dense_backend": self.dense.report(),
@@ -177,13 +178,15 @@ class RadialContext:
             return Way(radial_mask(grid, replace(self.config, pattern="dense")), "sage", text_lengths=lengths)
         settings = transformer.config
         shape = len(latents), grid.tokens, settings.num_attention_heads, settings.attention_head_dim
-        self.dense.prepare(shape, self._dtype, latents.device, radial_mask(grid, self.config))
+        masked = getattr(self._family, "DENSE_HAS_MASK", False)
+        mask = radial_mask(grid, self.config)
+        self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
         return None
 
     def _count(self, grid: TokenGrid, backend: str | None) -> None:
         """Counts the attention calls that follow; here, since a compiled block cannot count."""
         self._grids = [seen for seen in self._grids if seen != grid] + [grid]
-        dense = self._layers if backend is None else self.schedule.dense_layers
+        dense = self._layers if backend is None else self._always_dense
         self._calls["dense"] += dense
         if backend is not None:
             self._calls[backend] += self._layers - dense

@@ -52,19 +52,21 @@ def check_dense_backend(name: str) -> None:
 
 
 def measure(
-    names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device, masked: bool = False
 ) -> dict[str, float | None]:
     """Seconds of dense attention on random `[B, S, H, D]` by each name of the dispatch.
 
-    The least of a few calls after a warm-up; None for one that this machine or these tensors do not suit.
+    The least of a few calls after a warm-up; None for one that this machine or these tensors do not suit, or
+    that takes no mask where the calls will be `masked`.
     """
     generator = torch.Generator(device).manual_seed(0)
     make = partial(torch.randn, generator=generator, dtype=dtype, device=device)
     tensors = [make(tuple(shape)) for _ in range(3)]
-    return {name: _seconds(name, tensors) for name in names}
+    allowed = tensors[0].new_ones(shape[0], 1, 1, shape[1], dtype=torch.bool) if masked else None
+    return {name: _seconds(name, tensors, allowed) for name in names}
 
 
-def _seconds(name: str, tensors: Sequence[Tensor]) -> float | None:
+def _seconds(name: str, tensors: Sequence[Tensor], allowed: Tensor | None) -> float | None:
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     device, times = tensors[0].device, []
@@ -74,7 +76,7 @@ def _seconds(name: str, tensors: Sequence[Tensor]) -> float | None:
             warnings.simplefilter("ignore")
             for _ in range(1 + REPEATS):
                 start = time.perf_counter()
-                dispatch_attention_fn(*tensors, backend=AttentionBackendName(name))
+                dispatch_attention_fn(*tensors, attn_mask=allowed, backend=AttentionBackendName(name))
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times.append(time.perf_counter() - start)
@@ -84,12 +86,18 @@ def _seconds(name: str, tensors: Sequence[Tensor]) -> float | None:
 
 
 def choose(
-    names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device, mask: BlockMask
+    names: Sequence[str],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: BlockMask,
+    *,
+    masked: bool = False,
 ) -> tuple[str, dict[str, float | None]]:
     """The fastest of `names` for `[B, S, H, D]`, and what `measure` says; measured and logged once a mask."""
 
     def build() -> tuple[str, dict[str, float | None]]:
-        times = measure(names, shape, dtype, device)
+        times = measure(names, shape, dtype, device, masked)
         usable = {name: seconds for name, seconds in times.items() if seconds is not None}
         best = min(usable, key=usable.__getitem__, default="native")
         shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in usable.items())
@@ -101,7 +109,7 @@ def choose(
         )
         return best, times
 
-    return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device), build)
+    return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device, masked), build)
 
 
 class DenseBackend:
@@ -119,10 +127,22 @@ class DenseBackend:
         self.name = name
         self._given: dict[Any, Any] = {}
         self._free: list[Any] = []
+        self._dispatched = True
         self._times: dict[str, float | None] = {}
 
     def install(self, processor: Any) -> None:
-        """Sets a processor of the application, which has the choice of the one that it replaces."""
+        """Sets a processor of the application, which has the choice of the one that it replaces.
+
+        Raises ValueError where upstream does not dispatch (Mochi calls torch's SDPA) and another is named.
+        """
+        self._dispatched = hasattr(processor, "_attention_backend")
+        if not self._dispatched:
+            if self.name not in CHOICES:
+                raise ValueError(
+                    f"dense_backend must be one of {', '.join(CHOICES)} for a model whose dense attention is "
+                    f"torch's own, got {self.name!r}"
+                )
+            return
         chosen = processor._attention_backend
         if self.name == "auto" and chosen is None:
             self._free.append(processor)
@@ -130,13 +150,22 @@ class DenseBackend:
 
     def remove(self, processor: Any, before: Any) -> None:
         """Hands on what the user chose since, to the processor of before."""
-        if processor._attention_backend is not self._given[processor]:
+        if processor in self._given and processor._attention_backend is not self._given[processor]:
             before._attention_backend = processor._attention_backend
 
     def prepare(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, mask: BlockMask
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        mask: BlockMask,
+        *,
+        masked: bool = False,
     ) -> None:
-        """Chooses for the dense attention of a call, `[B, S, H, D]`; `mask` keeps the times."""
+        """Chooses for the dense attention of a call, `[B, S, H, D]`; `mask` keeps the times.
+
+        `masked`: upstream hands the dispatch a mask of its own.
+        """
         if device.type not in TIMED_DEVICES:
             return
         free = [
@@ -146,14 +175,15 @@ class DenseBackend:
             return
         name = None
         if _active() == "native":
-            name, self._times = choose(CANDIDATES, shape, dtype, device, mask)
+            name, self._times = choose(CANDIDATES, shape, dtype, device, mask, masked=masked)
         for processor in free:
             self._give(processor, None if name == "native" else name)
 
     def report(self) -> dict[str, Any]:
         """`name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
         chosen = next((processor._attention_backend for processor in self._given), None)
-        backend = "sage" if self.name == "sage" else chosen.value if chosen else _active()
+        native = _active() if self._dispatched else "native"
+        backend = "sage" if self.name == "sage" else chosen.value if chosen else native
         return {"name": self.name, "backend": backend, "seconds": self._times}
 
     def _give(self, processor: Any, name: str | None) -> None:

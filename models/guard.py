@@ -38,10 +38,10 @@ def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
 class Watch:
     """What one layer notes: `bad`, bool `[]`, an output was not finite; `error`, float32 `[2]`.
 
-    `dense`: whether the layer is dense at every step.
+    `layer`: its name; `dense`: whether it is dense at every step.
     """
 
-    def __init__(self, layer: int, dense: bool) -> None:
+    def __init__(self, layer: str, dense: bool) -> None:
         self.layer, self.dense = layer, dense
         self.move_to(torch.device("cpu"))
 
@@ -106,12 +106,12 @@ class Guard:
         self._comparing = False
         self._errors: list[tuple[str, OutputError]] = []
 
-    def watch(self, transformer: torch.nn.Module, dense: bool) -> Watch | None:
-        """The watch of the transformer's next layer, None where nothing is checked."""
+    def watch(self, transformer: torch.nn.Module, dense: bool, layer: str) -> Watch | None:
+        """The watch of the transformer's next layer by order of execution, None where nothing is checked."""
         if self.check == "off":
             return None
         watches = self._watches.setdefault(transformer, [])
-        watches.append(Watch(len(watches), dense))
+        watches.append(Watch(layer, dense))
         return watches[-1]
 
     def begin(self, transformer: torch.nn.Module, mask: BlockMask | None, device: torch.device) -> bool:
@@ -171,6 +171,6 @@ class Guard:
                 )
 
     def _name(self, transformer: torch.nn.Module, watch: Watch) -> str:
-        """Layers count from 0; of two transformers the second is named."""
+        """Of two transformers the second is named."""
         number = list(self._watches).index(transformer)
-        return f"layer {watch.layer}" + (f" of transformer_{number + 1}" if number else "")
+        return watch.layer + (f" of transformer_{number + 1}" if number else "")

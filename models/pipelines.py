@@ -1,7 +1,8 @@
-"""Families of pipelines and how one is loaded: safetensors only, fp32 VAE, UniPC on flow sigmas."""
+"""Families of pipelines and how one is loaded: safetensors only, fp32 VAE, the family's scheduler."""
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,27 @@ import torch
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FAMILIES = {"wan": "WanPipeline"}
+
+@dataclass(frozen=True)
+class Family:
+    """One pipeline class of diffusers.
+
+    Attributes:
+        pipeline: name of the class.
+        unipc: UniPC on flow sigmas takes the place of the model's own scheduler.
+        tiled_vae: the VAE decodes a whole video at once unless told to go tile by tile.
+    """
+
+    pipeline: str
+    unipc: bool = False
+    tiled_vae: bool = False
+
+
+FAMILIES = {
+    "wan": Family("WanPipeline", unipc=True),
+    "hunyuan_video": Family("HunyuanVideoPipeline", tiled_vae=True),
+    "mochi": Family("MochiPipeline", tiled_vae=True),
+}
 
 
 def load_pipeline(
@@ -18,8 +39,9 @@ def load_pipeline(
 ) -> "DiffusionPipeline":
     """The pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
 
-    Weights come in `dtype`, those of the VAE in float32. The scheduler becomes UniPC on flow sigmas with
-    `flow_shift`, or with the shift that the model's own scheduler names.
+    Weights come in `dtype`, those of the VAE in float32. The scheduler gets `flow_shift`, or keeps the shift
+    that the model's own scheduler names; for Wan it becomes UniPC on flow sigmas. The VAEs of HunyuanVideo
+    and Mochi decode tile by tile.
 
     Raises:
         FileNotFoundError: no such folder, hub model, model_index.json or component.
@@ -29,11 +51,27 @@ def load_pipeline(
     import diffusers
 
     check_model(path, family)
-    pipeline = getattr(diffusers, FAMILIES[family]).from_pretrained(
+    kind = FAMILIES[family]
+    pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
         path, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True
     )
-    pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
+    if kind.unipc:
+        pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
+    elif flow_shift is not None:
+        pipeline.scheduler = shifted(pipeline.scheduler, flow_shift)
+    if kind.tiled_vae:
+        pipeline.vae.enable_tiling()
     return pipeline.to(device)
+
+
+def shifted(scheduler: object, flow_shift: float) -> object:
+    """The same flow-matching scheduler with another shift.
+
+    Raises ValueError for Mochi's, whose pipeline makes its own noise levels.
+    """
+    if scheduler.config.get("invert_sigmas"):
+        raise ValueError(f"flow_shift must be None for Mochi, which has its own schedule, got {flow_shift}")
+    return type(scheduler).from_config(scheduler.config, shift=flow_shift)
 
 
 def flow_scheduler(scheduler: object, flow_shift: float | None = None) -> object:
@@ -55,8 +93,9 @@ def check_model(path: str, family: str) -> None:
     local = is_local(path)
     index = _read_index(folder) if local else _fetch_index(path)
     found = index.get("_class_name")
-    if found != FAMILIES[family]:
-        raise ValueError(f"model {path} must hold a {FAMILIES[family]} (family {family!r}), got {found}")
+    wanted = FAMILIES[family].pipeline
+    if found != wanted:
+        raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {found}")
     if local:
         _check_components(folder, index)
 

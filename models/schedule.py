@@ -50,14 +50,15 @@ class StepCounter:
     With a pipeline, the step is the place of the timestep in `pipeline.scheduler.timesteps`, and a new tensor
     there (every video calls `set_timesteps`) begins a new video. Without one, or where the timestep is not in
     that list: an equal timestep is the same step (the other guidance half), a lower one the next step, a
-    higher one a new video. To random timesteps, as in training, this rule means nothing.
+    higher one a new video; with `rising` a higher one the next step, a lower one a new video. To random
+    timesteps, as in training, this rule means nothing.
     """
 
-    def __init__(self, pipeline: Any = None) -> None:
+    def __init__(self, pipeline: Any = None, *, rising: bool = False) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._timesteps: torch.Tensor | None = None
         self._planned: list[float] = []
-        self._timestep = float("inf")
+        self._timestep, self._direction = float("inf"), 1 if rising else -1
         self.step = self.steps_begun = self.videos_begun = 0
 
     @property
@@ -71,8 +72,9 @@ class StepCounter:
         new_video = self._read_plan() or self.videos_begun == 0
         step = self._planned_step(value, timestep.dtype)
         if step is None:
-            new_video = new_video or value > self._timestep
-            step = 0 if new_video else self.step + (value < self._timestep)
+            ahead = self._direction * (value - self._timestep)
+            new_video = new_video or ahead < 0
+            step = 0 if new_video else self.step + (ahead > 0)
         new_video = new_video or step < self.step
         begins = new_video or step != self.step
         self.step, self._timestep = step, value

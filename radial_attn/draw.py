@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from .block_mask import BLOCK_SIZES
+from .density import resolve_density
 from .grid import TokenGrid
 from .mask import NEIGHBOURS, PATTERNS, RadialConfig, radial_mask
 
@@ -45,6 +46,7 @@ def layers(grid: TokenGrid, config: RadialConfig) -> list[Layer]:
     """One layer for each band of frame distances (0 to 1, 2 to 3, 4 to 7, ...), then sink and text."""
     from matplotlib import colormaps
 
+    config = resolve_density(grid, config)
     text = np.arange(grid.num_blocks(config.block_size)) >= grid.video_tokens // config.block_size
     text &= grid.text > 0
     text = text[:, None] | text[None, :]
@@ -75,7 +77,7 @@ def draw_mask(grid: TokenGrid, config: RadialConfig) -> "Figure":
         ValueError: more blocks than a picture can show.
         ImportError: matplotlib is not installed.
     """
-    count = grid.num_blocks(config.block_size)
+    count, config = grid.num_blocks(config.block_size), resolve_density(grid, config)
     if count > MOST_BLOCKS:
         raise ValueError(f"at most {MOST_BLOCKS} blocks a side can be drawn, got {count}: take larger blocks")
     try:
@@ -174,35 +176,57 @@ def _width(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1 or 'block', got {text!r}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m radial_attn.mask", description="Draw the block mask of a token grid.")
+def _neighbour(text: str) -> float | str:
+    try:
+        return text if text in NEIGHBOURS else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {NEIGHBOURS} or a number in (0, 1], got {text!r}"
+        ) from None
+
+
+def one_line_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser whose error is one line, with exit code 2."""
+    return _Parser(prog=program, description=description)
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `mask_options` reads: a grid, and the options of its mask."""
     for name in ("frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, required=True, help=f"{name} in tokens, after patching")
     parser.add_argument("--text", type=int, default=0, help="text tokens after the video")
     parser.add_argument("--block-size", type=int, default=128, help=f"one of {BLOCK_SIZES}")
     parser.add_argument("--decay-factor", type=float, default=1.0, help="scales the width of the bands")
     parser.add_argument("--no-sink", action="store_true", help="do not keep frame 0 for every query")
-    parser.add_argument("--neighbour", default="full", help=f"width at frame distance 1: one of {NEIGHBOURS}")
+    help_text = f"half-width at frame distance 1: one of {NEIGHBOURS}, or a share of a frame"
+    parser.add_argument("--neighbour", type=_neighbour, default="full", help=help_text)
     parser.add_argument("--decimation-width", type=_width, default=128, help="tokens, or 'block'")
     parser.add_argument("--pattern", default="radial", help=f"one of {PATTERNS}")
-    parser.add_argument("--out", type=Path, required=True, help=f"the picture to write: {', '.join(FORMATS)}")
-    return parser
+
+
+def mask_options(args: argparse.Namespace) -> tuple[TokenGrid, RadialConfig]:
+    """Grid and options from the command line; ValueError where they cannot be."""
+    config = RadialConfig(
+        decay_factor=args.decay_factor,
+        block_size=args.block_size,
+        sink=not args.no_sink,
+        neighbour=args.neighbour,
+        decimation_width=args.decimation_width,
+        pattern=args.pattern,
+    )
+    return TokenGrid(args.frames, args.height, args.width, args.text), config
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: draws one mask; bad input ends with one line and exit code 2."""
-    parser = _parser()
+    parser = one_line_parser("python -m radial_attn.mask", "Draw the block mask of a token grid.")
+    add_mask_options(parser)
+    parser.add_argument("--density", type=float, help="solve for the options of a mask of this density")
+    parser.add_argument("--out", type=Path, required=True, help=f"the picture to write: {', '.join(FORMATS)}")
     args = parser.parse_args(argv)
     try:
-        grid = TokenGrid(args.frames, args.height, args.width, args.text)
-        config = RadialConfig(
-            decay_factor=args.decay_factor,
-            block_size=args.block_size,
-            sink=not args.no_sink,
-            neighbour=args.neighbour,
-            decimation_width=args.decimation_width,
-            pattern=args.pattern,
-        )
+        grid, config = mask_options(args)
+        config = replace(config, density=args.density)
         save_figure(draw_mask(grid, config), args.out)
     except (ValueError, ImportError) as error:
         parser.error(str(error))

@@ -24,10 +24,13 @@ class RadialConfig:
         decay_factor: scales the half-width of the band at frame distances of 2 and more.
         block_size: tokens of a block, 16, 32, 64, 128 or 256.
         sink: every query keeps the tokens of frame 0 as keys.
-        neighbour: width at frame distance 1, "full" for the whole frame, "half" for half a frame each way.
+        neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full" is 1, "half" 0.5.
         decimation_width: bands narrower than this many tokens keep only every so many frame distances;
             "block" ties it to `block_size`.
         pattern: "radial", or "dense" to keep everything.
+        density: kept share of all token pairs, text included, in (0, 1]. `radial_mask` then solves for
+            decay_factor, neighbour, decimation_width and sink on each grid (`radial_attn.density`), which
+            start from the values given here. None takes them as they are, and so does the dense pattern.
 
     Raises:
         ValueError: a value outside the ones named above.
@@ -36,25 +39,41 @@ class RadialConfig:
     decay_factor: float = 1.0
     block_size: int = 128
     sink: bool = True
-    neighbour: str = "full"
+    neighbour: float | str = "full"
     decimation_width: int | str = 128
     pattern: str = "radial"
+    density: float | None = None
 
     def __post_init__(self) -> None:
         factor = self.decay_factor
         if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"decay_factor must be a finite number above 0, got {factor!r}")
+        if self.neighbour not in NEIGHBOURS and not is_share(self.neighbour):
+            raise ValueError(
+                f"neighbour must be one of {NEIGHBOURS} or a number in (0, 1], got {self.neighbour!r}"
+            )
+        if self.density is not None and not is_share(self.density):
+            raise ValueError(f"density must be None or a number in (0, 1], got {self.density!r}")
         if isinstance(self.decimation_width, str) and self.decimation_width != "block":
             raise ValueError(
                 f"decimation_width must be an integer >= 1 or 'block', got {self.decimation_width!r}"
             )
         if self.decimation_width != "block":
             require_int("decimation_width", self.decimation_width, 1)
-        choices = {"block_size": BLOCK_SIZES, "sink": (True, False)}
-        choices |= {"neighbour": NEIGHBOURS, "pattern": PATTERNS}
+        choices = {"block_size": BLOCK_SIZES, "sink": (True, False), "pattern": PATTERNS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def neighbour_share(self) -> float:
+        """`neighbour` as a number in (0, 1]."""
+        return {"full": 1.0, "half": 0.5}.get(self.neighbour, self.neighbour)
+
+
+def is_share(value: object) -> bool:
+    """Whether a value is a number in (0, 1]; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def half_width(distance: int, tokens_per_frame: int, config: RadialConfig) -> int | None:
@@ -72,7 +91,7 @@ def half_width(distance: int, tokens_per_frame: int, config: RadialConfig) -> in
     if distance % max(1, (width << level) // power):
         return None
     if distance == 1:
-        return tokens_per_frame if config.neighbour == "full" else tokens_per_frame // 2
+        return int(config.neighbour_share * tokens_per_frame)
     reach = max(config.decay_factor * power / (1 << level), config.block_size)
     # float32, the precision in which torch compares an integer tensor with a float
     return int(np.float32(min(reach, tokens_per_frame)))
@@ -96,11 +115,18 @@ def radial_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
 
     Returns:
         A shared `BlockMask`, `blocks` bool `[Q, Q]`. Equal arguments return the same object.
+
+    Raises:
+        ValueError: no mask of this grid has `config.density`; the message says which densities there are.
     """
     if config.pattern == "dense":
         count = grid.num_blocks(config.block_size)
         every = torch.ones(count, count, dtype=torch.bool, device="cpu")
         return BlockMask(grid, config.block_size, every)
+    if config.density is not None:
+        from .density import resolve_density
+
+        return radial_mask(grid, resolve_density(grid, config))
     return BlockMask(grid, config.block_size, torch.from_numpy(_radial_blocks(grid, config)))
 
 

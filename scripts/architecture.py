@@ -8,25 +8,38 @@ from pathlib import Path
 
 from scripts.errors import UsageError, one_line
 
-PARTS = ("transformer", "text_encoder", "vae")
+PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
 CONFIGURED = ("transformer", "vae")
-PIPELINE_FACTOR = 16  # WanPipeline.check_inputs takes multiples of 16, whatever the patch size
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Wan pipeline's shape; `parameters` counts each component's weights, empty where unknown."""
+    """A video pipeline's shape; `parameters` counts each component's weights, empty where unknown.
+
+    Attributes:
+        layers: with self-attention over the video.
+        ffn: hidden width of a feed-forward.
+        patch: latent frames, rows and columns of a token.
+        text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
+        token_macs: multiply-adds of a token in the matrices of a layer.
+        rope_length: positions along an axis, None where any number will do.
+        vae_base: channels of the VAE's widest layer; `vae_frames`, `vae_pixels`: its compression.
+        pixel_factor: what the pipeline wants height and width to be multiples of.
+    """
 
     layers: int
     heads: int
     head_dim: int
     ffn: int
     patch: tuple[int, int, int] = (1, 2, 2)
-    rope_length: int = 1024
     text_tokens: int = 512
+    joint_text: int = 0
+    token_macs: int = 0
+    rope_length: int | None = 1024
     vae_base: int = 96
     vae_frames: int = 4
     vae_pixels: int = 8
+    pixel_factor: int = 16
     parameters: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -34,29 +47,14 @@ class Architecture:
         """Channels of a token."""
         return self.heads * self.head_dim
 
+    @property
+    def macs(self) -> int:
+        """Of a token in a layer: `token_macs`, or those of a Wan block."""
+        return self.token_macs or 6 * self.width**2 + 2 * self.width * self.ffn
+
     def size_factor(self, axis: int) -> int:
         """Pixels that height (axis 1) or width (axis 2) must be a multiple of."""
-        return math.lcm(PIPELINE_FACTOR, self.vae_pixels * self.patch[axis])
-
-
-# Counted on these checkpoints' own config.json files (tests/test_plan.py builds them on the meta device).
-_UMT5_XXL, _WAN_VAE = 5_680_910_336, 126_892_531
-HUB_MODELS = {
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Architecture(
-        layers=40,
-        heads=40,
-        head_dim=128,
-        ffn=13824,
-        parameters={"transformer": 14_288_491_584, "text_encoder": _UMT5_XXL, "vae": _WAN_VAE},
-    ),
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Architecture(
-        layers=30,
-        heads=12,
-        head_dim=128,
-        ffn=8960,
-        parameters={"transformer": 1_418_996_800, "text_encoder": _UMT5_XXL, "vae": _WAN_VAE},
-    ),
-}
+        return math.lcm(self.pixel_factor, self.vae_pixels * self.patch[axis])
 
 
 def read_architecture(path: str) -> Architecture:
@@ -65,33 +63,17 @@ def read_architecture(path: str) -> Architecture:
     Known hub ids need no network; of others the two config.json files are fetched.
 
     Raises:
-        UsageError: a config.json that is missing, unreadable or out of reach.
+        UsageError: a config.json that is missing, unreadable, out of reach or of no family that is known.
     """
+    from scripts.known_models import HUB_MODELS, from_configs
+
     if Path(path).is_dir():
         folder = Path(path)
-        parameters = {part: _count_parameters(folder / part) for part in PARTS}
-        return _from_configs(*(_read(folder / part / "config.json") for part in CONFIGURED), parameters)
+        parameters = {part: _count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
+        return from_configs(*(_read(folder / part / "config.json") for part in CONFIGURED), parameters)
     if path in HUB_MODELS:
         return HUB_MODELS[path]
-    return _from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
-
-
-def _from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Architecture:
-    try:
-        return Architecture(
-            layers=transformer["num_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
-            ffn=transformer["ffn_dim"],
-            patch=tuple(transformer["patch_size"]),
-            rope_length=transformer.get("rope_max_seq_len", 1024),
-            vae_base=vae.get("base_dim", 96),
-            vae_frames=vae.get("scale_factor_temporal") or 4,
-            vae_pixels=vae.get("scale_factor_spatial") or 8,
-            parameters=parameters,
-        )
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"model.path: transformer/config.json has no usable {one_line(error)}") from error
+    return from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
 
 
 def _read(file: Path) -> dict:

@@ -1,9 +1,10 @@
-"""Runs diffusers' own model tests for Wan as they are and through this fork at density 1.0, and compares.
+"""Runs diffusers' own model tests as they are and through one of our forks at density 1.0, and compares.
 
-    python -m scripts.check_upstream --source DIR [--own-package] [--out FILE] [-- PYTEST OPTIONS]
+    python -m scripts.check_upstream --source DIR [--family NAME] [--own-package] [--out FILE] [-- OPTIONS]
 
 DIR is a source tree of diffusers (the wheel has no tests). Its tests run against the installed diffusers, or
-against the package of DIR itself with --own-package. Exit code 1 if any test ends otherwise with the fork.
+against the package of DIR itself with --own-package. OPTIONS go to pytest. Exit code 1 if any test ends
+otherwise with the fork.
 """
 
 import argparse
@@ -17,15 +18,45 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from scripts.errors import OneLineParser
 from scripts.record import installed
 
 ROOT = Path(__file__).parent.parent
-TESTS = "tests/models/transformers/test_models_transformer_wan.py"
+TESTS = "tests/models/transformers/test_models_transformer_{}.py"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pytest")
 FORK = ("-p", "scripts.upstream_plugin")
+
+
+class Family(NamedTuple):
+    """Tests of diffusers, `TESTS` of `tests`, and the class whose models get the fork.
+
+    `forked`: the models under test are of that class; else the tests must not notice its fork.
+    """
+
+    title: str
+    tests: str
+    model: str
+    forked: bool = True
+
+    @property
+    def file(self) -> str:
+        return TESTS.format(self.tests)
+
+
+FAMILIES = {
+    "wan": Family("Wan", "wan", "WanTransformer3DModel"),
+    "wan_vace": Family("Wan-VACE", "wan_vace", "WanVACETransformer3DModel"),
+    "mochi": Family("Mochi", "mochi", "MochiTransformer3DModel"),
+    "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
+    "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
+    "hunyuan_video15": Family("HunyuanVideo 1.5", "hunyuan_1_5", "HunyuanVideo15Transformer3DModel"),
+    "framepack": Family(
+        "FramePack", "hunyuan_video_framepack", "HunyuanVideoTransformer3DModel", forked=False
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,39 +66,43 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name)
         copy_tests(options.source, folder)
         package = options.source.resolve() / "src" if options.own_package else None
-        plain = run_tests(folder, "plain", package, options.pytest)
-        counts = folder / "counts.json"
-        fork = run_tests(folder, "fork", package, [*FORK, f"--fork-counts={counts}", *options.pytest])
+        family, counts = FAMILIES[options.family], folder / "counts.json"
+        fork_options = [*FORK, f"--fork-class={family.model}", f"--fork-counts={counts}"]
+        plain = run_tests(folder, "plain", package, [*options.pytest, family.file])
+        fork = run_tests(folder, "fork", package, [*fork_options, *options.pytest, family.file])
         forked = json.loads(counts.read_text(encoding="utf-8"))
     differing = sorted(test for test in plain.keys() | fork.keys() if plain.get(test) != fork.get(test))
     text = report(options, plain, fork, forked, differing)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
     print(text, f"written to {options.out}", sep="\n")
-    return 1 if differing or not plain or not forked["calls"] else 0
+    return 1 if differing or not plain or bool(forked["calls"]) != family.forked else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; exits with code 2 where the source tree has no such tests."""
     parser = OneLineParser(prog="check_upstream", description=__doc__.split("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="source tree of diffusers")
+    parser.add_argument("--family", choices=FAMILIES, default="wan", help="whose tests")
     parser.add_argument(
         "--own-package", action="store_true", help="test the package of that tree, not the installed"
     )
-    parser.add_argument("--out", type=Path, default=default_out(), help="results file")
+    parser.add_argument("--out", type=Path, help="results file")
     parser.add_argument("pytest", nargs="*", help="options for pytest, after --")
     options = parser.parse_args(arguments)
-    if not (options.source / TESTS).is_file():
-        parser.error(f"--source must be a source tree of diffusers with {TESTS}, got {options.source}")
+    tests = FAMILIES[options.family].file
+    if not (options.source / tests).is_file():
+        parser.error(f"--source must be a source tree of diffusers with {tests}, got {options.source}")
+    options.out = options.out or default_out(options.family)
     return options
 
 
-def default_out() -> Path:
-    """results/upstream_wan_<hardware>_<date>.md"""
+def default_out(family: str) -> Path:
+    """results/upstream_<family>_<hardware>_<date>.md"""
     import torch
 
     hardware = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
-    return ROOT / "results" / f"upstream_wan_{hardware}_{datetime.date.today().isoformat()}.md"
+    return ROOT / "results" / f"upstream_{family}_{hardware}_{datetime.date.today().isoformat()}.md"
 
 
 def copy_tests(source: Path, folder: Path) -> None:
@@ -89,9 +124,8 @@ def run_tests(folder: Path, name: str, package: Path | None, options: list[str])
         "no:cacheprovider",
         f"--junitxml={results}",
         *options,
-        TESTS,
     ]
-    print(f"{name}: pytest {' '.join([*options, TESTS])}", flush=True)
+    print(f"{name}: pytest {' '.join(options)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, cwd=folder, env=environment, check=False)
     return outcomes(results)
@@ -116,10 +150,10 @@ def report(
     differing: list[str],
 ) -> str:
     """The results page: command, versions, counts, differing tests."""
-    kinds = ("passed", "failed", "error", "skipped")
-    counts = {
-        name: Counter(run.values()) for name, run in (("upstream", plain), ("fork at density 1.0", fork))
-    }
+    kinds, family = ("passed", "failed", "error", "skipped"), FAMILIES[options.family]
+    how = "through the fork at density 1.0" if family.forked else "beside the fork of HunyuanVideo"
+    second = "fork at density 1.0" if family.forked else "fork of HunyuanVideo at hand"
+    counts = {name: Counter(run.values()) for name, run in (("upstream", plain), (second, fork))}
     rows = [
         f"| {name} | {' | '.join(str(count[kind]) for kind in kinds)} |" for name, count in counts.items()
     ]
@@ -128,17 +162,17 @@ def report(
     own = " --own-package" if options.own_package else ""
     return "\n".join(
         [
-            "# diffusers' model tests for Wan, through the fork at density 1.0",
+            f"# diffusers' model tests for {family.title}, {how}",
             "",
-            f"`bash scripts/check_upstream.sh --source DIR{own}`; tests of {source_version(options.source)}, "
-            f"file `{TESTS}`.",
+            f"`bash scripts/check_upstream.sh --source DIR --family {options.family}{own}`; tests of "
+            f"{source_version(options.source)}, file `{family.file}`.",
             f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}.",
             "",
             f"| run | {' | '.join(kinds)} |",
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"The fork was installed in {forked['models']} models; attention calls: {calls}.",
+            f"The fork was installed in {forked['models']} models; attention calls: {calls or 'none'}.",
             f"Tests that end otherwise with the fork: {', '.join(differing) or 'none'}.",
             "Skipped tests want an accelerator, the network or a quantisation package.",
             "",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# diffusers' own model tests for Wan, as they are and through this fork at density 1.0; compares, writes results/.
+# diffusers' own model tests, as they are and through a fork of ours at density 1.0; writes results/.
 #   git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers /tmp/diffusers
-#   bash scripts/check_upstream.sh --source /tmp/diffusers
+#   bash scripts/check_upstream.sh --source /tmp/diffusers                    Wan
+#   bash scripts/check_upstream.sh --source /tmp/diffusers --family framepack another, see --help
 #   bash scripts/check_upstream.sh --source /tmp/diffusers --own-package      the package of that tree
 #   bash scripts/check_upstream.sh --source /tmp/diffusers -- -k Training     options after -- go to pytest
 set -euo pipefail

@@ -9,16 +9,26 @@ from scripts.errors import UsageError
 FULL_PRESET, TINY_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
 MARGIN = 1.05  # of free memory over the predicted peak
 NO_DENSE = ("attention.dense_steps=0", "attention.dense_layers=0", "attention.dense_last_steps=0")
+# What the bundled model takes over from a preset of few steps; its LoRA would not fit.
+SCHEDULE = (
+    "generation.steps",
+    "generation.guidance_scale",
+    "generation.flow_shift",
+    "attention.dense_steps",
+    "attention.dense_layers",
+    "attention.dense_last_steps",
+)
 
 
 @dataclass
 class Command:
-    """`config_file` is None where the command line names none."""
+    """`config_file` is None where the command line names none; `preset` then stands in on a GPU with room."""
 
     config_file: str | None = None
     overrides: list[str] = field(default_factory=list)
     help: bool = False
     dry_run: bool = False
+    preset: str | None = None
 
 
 def parse(argv: list[str]) -> Command:
@@ -29,6 +39,8 @@ def parse(argv: list[str]) -> Command:
             command.help = True
         elif word == "--dry-run":
             command.dry_run = True
+        elif word.startswith("--preset="):
+            command.preset = word.partition("=")[2]
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
             raise UsageError(f"unknown option {word!r}; {hint}")
@@ -42,8 +54,33 @@ def parse(argv: list[str]) -> Command:
     return command
 
 
-def choose_preset(overrides: list[str]) -> tuple[str, str]:
-    """(preset, why): the 14B preset where GPU and host have room for it, else the bundled model.
+def choose_config(command: Command) -> tuple[str, list[str], str]:
+    """(config file, overrides, why): the one that is named, else `choose_preset`'s.
+
+    Where the bundled model stands in for a preset of its own schedule (`--preset=`), it takes that over.
+    """
+    if command.config_file is not None:
+        return command.config_file, command.overrides, "named on the command line"
+    full = command.preset or FULL_PRESET
+    config_file, reason = choose_preset(command.overrides, full)
+    if config_file == full or command.preset is None:
+        return config_file, command.overrides, reason
+    stands_in = f"stands in for {command.preset}, with its schedule and without its LoRA"
+    return config_file, [*schedule_of(command.preset), *command.overrides], f"{reason}; {stands_in}"
+
+
+def schedule_of(preset: str) -> list[str]:
+    """The schedule of a preset as overrides for the bundled model, and a folder of its own for the videos."""
+    config = read_config(preset, [])
+    schedule = []
+    for key in SCHEDULE:
+        group, name = key.split(".")
+        schedule.append(f"{key}={getattr(getattr(config, group), name)}")
+    return [*schedule, f"output.path={config.output.path}_tiny"]
+
+
+def choose_preset(overrides: list[str], full: str = FULL_PRESET) -> tuple[str, str]:
+    """(preset, why): the 14B preset `full` where GPU and host have room for it, else the bundled model.
 
     Raises:
         UsageError: where there is a GPU, an override that no preset takes.
@@ -56,12 +93,12 @@ def choose_preset(overrides: list[str]) -> tuple[str, str]:
         return TINY_PRESET, "no CUDA device here"
     from scripts.record import room
 
-    gpu, host = needed(overrides)
+    gpu, host = needed(overrides, full)
     name = torch.cuda.get_device_name()
-    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)})
+    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)}, full)
 
 
-def needed(overrides: list[str]) -> tuple[float, float]:
+def needed(overrides: list[str], full: str = FULL_PRESET) -> tuple[float, float]:
     """Bytes of GPU and host that the 14B preset with these overrides needs, with a margin.
 
     Dense steps and layers take no memory; whether they suit the preset is known when it is chosen.
@@ -70,17 +107,17 @@ def needed(overrides: list[str]) -> tuple[float, float]:
     from scripts.plan import host_bytes, memory
     from scripts.validate import check_sizes, check_values, resolve_model
 
-    config = read_config(FULL_PRESET, [*overrides, *NO_DENSE])
+    config = read_config(full, [*overrides, *NO_DENSE])
     check_values(config)
     model = read_architecture(resolve_model(config))
     check_sizes(config, model)
     return MARGIN * memory(config, model, "cuda").total, MARGIN * host_bytes(config, model)
 
 
-def pick(memories: dict[str, tuple[float, float]]) -> tuple[str, str]:
+def pick(memories: dict[str, tuple[float, float]], full: str = FULL_PRESET) -> tuple[str, str]:
     """(preset, why) from the bytes that are free and those that the 14B preset needs, of each memory."""
     from scripts.plan import gib
 
     enough = all(free >= need for free, need in memories.values())
     texts = [f"{name} has {gib(free)} free of {gib(need)}" for name, (free, need) in memories.items()]
-    return (FULL_PRESET if enough else TINY_PRESET), f"{', '.join(texts)} that the 14B preset needs"
+    return (full if enough else TINY_PRESET), f"{', '.join(texts)} that the 14B preset needs"

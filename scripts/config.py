@@ -3,7 +3,7 @@
 Precedence, lowest first: the defaults below (those of the 14B preset), the YAML file, the command line.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scripts.errors import UsageError, nearest_key, one_line
+from scripts.lora_options import FORM, LORAS, LoraConfig, parse_loras
 
 ROOT = Path(__file__).resolve().parent.parent
+WORDS = {"attention.decimation_width": ("block",), "attention.neighbour": ("full", "half")}
+SHARES = {"attention.density": "null", "attention.neighbour": "full, half"}
 CALL = "bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...] [--dry-run] [--help]"
 
 
@@ -25,11 +28,17 @@ def _key(default: Any, help: str, choices: tuple = (), low: float | None = None)
 @dataclass
 class ModelConfig:
     path: str = _key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
-    family: str = _key("wan", "model family", ("wan",))
+    family: str = _key("wan", "model family", ("wan", "hunyuan_video", "mochi"))
     dtype: str = _key(
         "bfloat16", "of all but the VAE, which stays float32", ("bfloat16", "float16", "float32")
     )
     device: str = _key("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
+    loras: list[LoraConfig] = field(
+        default_factory=list,
+        metadata={"help": "LoRAs of any usual key format, which add up", "choices": (), "low": None},
+    )
+    lora_mode: str = _key("separate", "apart from the weights, or added to them", ("separate", "fused"))
+    lora_unmatched: str = _key("error", "keys of a LoRA that the model has no place for", ("error", "warn"))
 
 
 @dataclass
@@ -42,8 +51,13 @@ class AttentionConfig:
     )
     quantize: str = _key("none", "8-bit products where the backend has them", ("none", "int8", "fp8"))
     block_size: int = _key(128, "tokens per block", (16, 32, 64, 128, 256))
+    density: float | None = _key(
+        None, "share of the token pairs; solves for decay_factor, then neighbour, decimation_width, sink"
+    )
     decay_factor: float = _key(0.2, "scales the window's width from frame distance 2 on", low=0.0)
-    neighbour: str = _key("half", "window at frame distance 1: whole frame or half", ("full", "half"))
+    neighbour: int | float | str = _key(
+        "half", "window at frame distance 1, each way: whole frame, half or another share"
+    )
     sink: bool = _key(True, "every query sees the first frame", (True, False))
     decimation_width: int | str = _key(128, "windows narrower than this skip frames; 'block': block_size")
     dense_steps: int = _key(12, "denoising steps at the start with dense attention", low=0)
@@ -69,7 +83,11 @@ class GenerationConfig:
     num_frames: int = _key(69, "video frames, 4k + 1", low=1)
     steps: int = _key(50, "denoising steps", low=1)
     guidance_scale: float = _key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
-    flow_shift: float = _key(5.0, "shift of the flow schedule towards noise", low=0.0)
+    guidance_scale_2: float | None = _key(None, "of Wan2.2's second expert; null: the same", low=1.0)
+    flow_shift: float | None = _key(
+        5.0, "shift of the flow schedule towards noise; null: the model's", low=0.0
+    )
+    prompt_template: str = _key("default", "plain: HunyuanVideo's prompt as it stands", ("default", "plain"))
     seed: int = _key(0, "of the initial noise", low=0)
 
 
@@ -152,12 +170,15 @@ def _read_overrides(overrides: list[str]) -> dict[str, dict]:
 def _parse_value(key: str, value: str) -> Any:
     """The value by its key's type: text as it stands (no YAML, no interpolation), numbers in decimal."""
     kind = keys()[key].type if key in keys() else str
-    if kind == (str | None) and value == "null":
+    if kind in (str | None, float | None) and value == "null":
         return None
-    if kind in (str, str | None) or (kind == (int | str) and value == "block"):
+    if key == LORAS:
+        return value
+    if kind in (str, str | None) or value in WORDS.get(key, ()):
         return value.replace("${", "\\${")
     try:
-        return {bool: yaml.safe_load, float: float}.get(kind, int)(value)
+        numbers = dict.fromkeys((float, float | None, int | float | str), float)
+        return {bool: yaml.safe_load, **numbers}.get(kind, int)(value)
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}") from error
 
@@ -170,7 +191,7 @@ def _update(config: DictConfig, content: dict[str, dict], source: str) -> None:
             if key not in known:
                 raise UsageError(f"unknown key {key!r} ({source}); did you mean {nearest_key(key, known)!r}?")
             try:
-                OmegaConf.update(config, key, value)
+                OmegaConf.update(config, key, parse_loras(value) if key == LORAS else value)
             except OmegaConfBaseException as error:
                 raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}") from error
 
@@ -181,10 +202,20 @@ def allowed(key: str) -> str:
     choices, low = entry.metadata["choices"], entry.metadata["low"]
     if choices:
         return ", ".join(_shown(choice) for choice in choices)
-    kind = {int: "whole number", float: "number", int | str: "positive whole number or 'block'"}
+    if key == LORAS:
+        return FORM
+    if key in SHARES:
+        return f"{SHARES[key]}, or a number above 0 up to 1"
+    kind = {
+        int: "whole number",
+        float: "number",
+        float | None: "number",
+        int | str: "positive whole number or 'block'",
+    }
     text = kind.get(entry.type, "text")
-    above = "above" if entry.type is float and low == 0 else "of at least"
-    return text if low is None else f"{text} {above} {low:g}"
+    above = "above" if entry.type in (float, float | None) and low == 0 else "of at least"
+    text = text if low is None else f"{text} {above} {low:g}"
+    return f"{text}, or null" if entry.type == (float | None) else text
 
 
 def help_text() -> str:
@@ -206,6 +237,8 @@ def help_text() -> str:
 
 def _shown(value: Any) -> str:
     """A default as it is written on the command line."""
+    if value is MISSING:
+        return "[]"
     if isinstance(value, bool) or value is None:
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or "''"

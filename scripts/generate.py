@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.command import choose_preset, parse
+from scripts.command import choose_config, parse
 from scripts.config import Config, help_text, read_config
 from scripts.errors import DiskFullError, GenerationError, UsageError
 
@@ -38,10 +38,8 @@ def run(argv: list[str]) -> int:
     if command.help:
         print(help_text())
         return 0
-    config_file, reason = command.config_file, "named on the command line"
-    if config_file is None:
-        config_file, reason = choose_preset(command.overrides)
-    config = read_config(config_file, command.overrides)
+    config_file, overrides, reason = choose_config(command)
+    config = read_config(config_file, overrides)
     print(f"config: {config_file} ({reason})", flush=True)
     return carry_out(config, command.dry_run)
 
@@ -55,21 +53,30 @@ def carry_out(config: Config, dry_run: bool) -> int:
     device, path = resolve_device(config), resolve_model(config)
     from scripts.architecture import read_architecture
     from scripts.backends import check_backends
-    from scripts.plan import describe, notes
+    from scripts.loras import describe_loras, find_loras, with_loras
+    from scripts.plan import describe, describe_density, notes, solved_config
     from scripts.shortage import check_mask, check_memory
     from scripts.video import Job
 
     model = read_architecture(path)
     check_sizes(config, model)
+    loras = find_loras(config, path, fetch=not dry_run)
+    model = with_loras(model, loras)
     if dry_run:
         check_mask(config, model)
+        solved_config(config, model)
         print(describe(config, model, device, check_backends(config, model, device, dry_run)))
+        print("".join(f"{line}\n" for line in describe_loras(config, loras)), end="")
         return 0
     check_memory(config, model, device)
+    for line in describe_density(config, model):
+        print(line, flush=True)
     check_backends(config, model, device)
     for note in notes(config, model):
         print(f"note: {note}", flush=True)
-    return generate(Job(config, model, path, device), prompts)
+    for line in describe_loras(config, loras):
+        print(line, flush=True)
+    return generate(Job(config, model, path, device, loras), prompts)
 
 
 def generate(job: "Job", prompts: dict[int, str]) -> int:

@@ -6,8 +6,12 @@ from typing import Any
 
 from models.schedule import Schedule
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.density import resolve_density
+from radial_attn.density_table import changes, curve_lines
 from scripts.architecture import Architecture
 from scripts.config import Config
+from scripts.errors import UsageError
+from scripts.sampling import calls_per_step
 
 GIB = 2**30
 LITTLE = 0.5  # share of attention below which its cost hardly matters
@@ -33,8 +37,24 @@ class Memory:
 
 def radial_config(config: Config) -> RadialConfig:
     """The attention group as the method's own configuration."""
-    names = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern")
+    names = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
     return RadialConfig(**{name: getattr(config.attention, name) for name in names})
+
+
+def solved_config(config: Config, model: Architecture) -> RadialConfig:
+    """The same, with `attention.density` solved for; UsageError where the grid has no mask of it."""
+    try:
+        return resolve_density(token_grid(config, model), radial_config(config))
+    except ValueError as error:
+        raise UsageError(f"attention.{error}") from error
+
+
+def describe_density(config: Config, model: Architecture) -> list[str]:
+    """What `attention.density` became, where there is one: `density 0.25: decay_factor 0.125, ...`."""
+    wanted = radial_config(config)
+    if wanted.density is None or wanted.pattern == "dense":
+        return []
+    return [f"density {wanted.density:g}: {changes(solved_config(config, model), wanted)}"]
 
 
 def token_grid(config: Config, model: Architecture) -> TokenGrid:
@@ -45,6 +65,7 @@ def token_grid(config: Config, model: Architecture) -> TokenGrid:
         frames // model.patch[0],
         sizes.height // model.vae_pixels // model.patch[1],
         sizes.width // model.vae_pixels // model.patch[2],
+        model.joint_text,
     )
 
 
@@ -78,7 +99,7 @@ def attention_flops(config: Config, model: Architecture, density: float) -> tupl
 
     4 n^2 d for one layer's scores and weighted sum, two calls a step where guidance is on.
     """
-    calls = 2 if config.generation.guidance_scale > 1 else 1
+    calls = calls_per_step(config)
     one = 4.0 * token_grid(config, model).tokens ** 2 * model.width * calls
     steps, dense = config.generation.steps, len(dense_steps(config))
     sparse = (steps - dense) * (model.layers - dense_layers(config, model))
@@ -88,9 +109,9 @@ def attention_flops(config: Config, model: Architecture, density: float) -> tupl
 
 def other_flops(config: Config, model: Architecture) -> float:
     """Operations of the transformer outside self-attention: projections, feed-forward, cross-attention."""
-    calls = config.generation.steps * (2 if config.generation.guidance_scale > 1 else 1)
+    calls = config.generation.steps * calls_per_step(config)
     tokens, width = token_grid(config, model).tokens, model.width
-    linear = 2.0 * tokens * (6 * width**2 + 2 * width * model.ffn) + 4.0 * model.text_tokens * width**2
+    linear = 2.0 * tokens * model.macs + 4.0 * model.text_tokens * width**2
     return calls * model.layers * (linear + 4.0 * tokens * model.text_tokens * width)
 
 
@@ -173,9 +194,9 @@ def describe(config: Config, model: Architecture, device: str, remarks: Sequence
     rows = {
         "model": f"{config.model.path} ({config.model.family}, {config.model.dtype}) on {device}",
         "video": f"{sizes.height}x{sizes.width}, {sizes.num_frames} frames at {config.output.fps} per second",
-        "steps": f"{sizes.steps}, guidance {sizes.guidance_scale:g}, flow shift {sizes.flow_shift:g}",
+        "steps": f"{sizes.steps}, guidance {sizes.guidance_scale:g}, flow shift {_shift(sizes.flow_shift)}",
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
-        "density": f"{mask.density:.4f} ({attention.pattern})",
+        "density": "; ".join([f"{mask.density:.4f} ({attention.pattern})", *describe_density(config, model)]),
         "dense steps": _ranges(dense_steps(config), sizes.steps),
         "dense layers": _ranges(list(range(dense_layers(config, model))), model.layers),
         "attention": f"{_flops(dense)} dense, {_flops(radial)} as configured ({dense / radial:.2f}x fewer)",
@@ -184,6 +205,8 @@ def describe(config: Config, model: Architecture, device: str, remarks: Sequence
         "memory": _describe_memory(need, model),
     }
     lines = [f"{name:<13} {text}" for name, text in rows.items()]
+    if attention.pattern != "dense":
+        lines += [f"{'curve':<13} {line}" for line in curve_lines(grid, radial_config(config))]
     return "\n".join(lines + [f"{'note':<13} {note}" for note in [*notes(config, model), *remarks]])
 
 
@@ -223,6 +246,10 @@ def _ranges(numbers: list[int], total: int) -> str:
             runs.append([number])
     text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
+
+
+def _shift(value: float | None) -> str:
+    return "of the model" if value is None else f"{value:g}"
 
 
 def _flops(value: float) -> str:

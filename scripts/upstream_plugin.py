@@ -1,7 +1,7 @@
-"""pytest plugin of check_upstream: every WanTransformer3DModel made in the run gets the fork at density 1.0.
+"""pytest plugin of check_upstream: every model of one class made in the run gets the fork at density 1.0.
 
-`pytest -p scripts.upstream_plugin --fork-counts FILE ...` patches the class for this run only, and writes the
-attention calls by backend as JSON at its end.
+`pytest -p scripts.upstream_plugin --fork-class CLASS --fork-counts FILE ...` patches the class, a transformer
+of diffusers, for this run only, and writes the attention calls by backend as JSON at its end.
 """
 
 import functools
@@ -47,7 +47,8 @@ class Fork:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --fork-counts."""
+    """Adds --fork-class and --fork-counts."""
+    parser.addoption("--fork-class", required=True, help="transformer class of diffusers")
     parser.addoption(
         "--fork-counts", type=Path, required=True, help="file for the attention calls by backend"
     )
@@ -55,8 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Patches the class before any test is collected."""
-    from diffusers import WanTransformer3DModel
+    import diffusers
 
     fork = Fork(config.getoption("--fork-counts"))
-    fork.patch(WanTransformer3DModel)
+    fork.patch(getattr(diffusers, config.getoption("--fork-class")))
     config.pluginmanager.register(fork)

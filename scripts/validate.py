@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 from scripts.architecture import Architecture
-from scripts.config import ROOT, Config, allowed, find_path, keys
+from scripts.config import ROOT, SHARES, WORDS, Config, allowed, find_path, keys
 from scripts.errors import UsageError, multiples_around, one_line
+from scripts.sampling import check_family
 
 
 def check_values(config: Config) -> None:
@@ -17,9 +18,10 @@ def check_values(config: Config) -> None:
             raise UsageError(f"{key}: got {value!r}, allowed: text that UTF-8 can hold")
         if meta["choices"] and value not in meta["choices"]:
             raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}")
-        if meta["low"] is not None and not _in_range(value, entry.type, meta["low"]):
+        if meta["low"] is not None and value is not None and not _in_range(value, entry.type, meta["low"]):
             raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}")
     _check_attention(config)
+    check_family(config)
     if config.generation.seed >= 2**63:
         raise UsageError(f"generation.seed: got {config.generation.seed}, allowed: 0 to 2^63 - 1")
     if not config.output.path.strip():
@@ -28,7 +30,8 @@ def check_values(config: Config) -> None:
 
 def _in_range(value: float, kind: type, low: float) -> bool:
     """At least `low`; above it for a float whose limit is 0."""
-    return math.isfinite(value) and (value > low if kind is float and low == 0 else value >= low)
+    above = low == 0 and kind in (float, float | None)
+    return math.isfinite(value) and (value > low if above else value >= low)
 
 
 def _is_unicode(text: str) -> bool:
@@ -42,6 +45,12 @@ def _is_unicode(text: str) -> bool:
 
 def _check_attention(config: Config) -> None:
     attention, steps = config.attention, config.generation.steps
+    for key in SHARES:
+        share = getattr(attention, key.partition(".")[2])
+        if share not in (None, *WORDS.get(key, ())) and not (
+            isinstance(share, int | float) and 0 < share <= 1
+        ):
+            raise UsageError(f"{key}: got {share!r}, allowed: {allowed(key)}")
     width = attention.decimation_width
     if width != "block" and (isinstance(width, str) or width < 1):
         key = "attention.decimation_width"
@@ -97,7 +106,9 @@ def _check_side(key: str, value: int, factor: int) -> None:
 
 
 def _check_positions(config: Config, model: Architecture) -> None:
-    """The rotary table ends at `rope_length` positions along each axis."""
+    """A rotary table ends at `rope_length` positions along each axis."""
+    if model.rope_length is None:
+        return
     longest = model.rope_length * model.patch[0] * model.vae_frames - model.vae_frames + 1
     limits = {
         "num_frames": longest,

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from models.pipelines import is_local, load_pipeline
 from scripts.architecture import Architecture, hub_unreachable
 from scripts.config import Config
 from scripts.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
+from scripts.loras import FoundLora, find_loras, put_in
 from scripts.outputs import resolved, write_pair
-from scripts.plan import attention_options, dense_steps, memory, step_pattern, token_grid
+from scripts.plan import attention_options, dense_steps, memory, solved_config, step_pattern, token_grid
 from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
+from scripts.sampling import settings
 from scripts.shortage import is_out_of_memory, shortage
 
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
@@ -32,13 +34,15 @@ OP = ("radial_attn.attention", "radial_attn.kernels")
 
 @dataclass
 class Job:
-    """A checked configuration, the model's numbers, its folder or hub id, and 'cpu' or 'cuda'."""
+    """A checked configuration, the model's numbers, its folder or hub id, 'cpu' or 'cuda', and its LoRAs."""
 
     config: Config
     model: Architecture
     path: str
     device: str
+    loras: list[FoundLora] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    loras_in: list[dict[str, Any]] = field(default_factory=list)
 
     def load(self) -> Any:
         """The diffusers pipeline; UsageError where weights are missing, broken, misshapen or out of reach."""
@@ -55,6 +59,9 @@ class Job:
                 if is_out_of_memory(error):
                     raise
                 raise UsageError(self._load_failure(error)) from error
+            loras = self.loras or find_loras(self.config, self.path)
+            with reported_choices():
+                self.loras_in = put_in(pipeline, self.config, loras)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -145,8 +152,10 @@ class Job:
             "prompt": prompt,
             "seed": self.config.generation.seed,
             "config": resolved(self.config, prompt),
+            "loras": self.loras_in,
             "tokens": grid.tokens,
             "density": run["attention"]["density"],
+            "mask": asdict(solved_config(self.config, self.model)),
             **run,
             "dense_steps": dense_steps(self.config),
             "seconds": seconds,
@@ -175,18 +184,8 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
     The noise is drawn on the CPU, one seed a prompt, so that it depends neither on device nor batch.
     The options go to the pipeline; `output_type="latent"` gives latents `[B, C, frames, height, width]`.
     """
-    sizes = config.generation
-    settings = {
-        "negative_prompt": sizes.negative_prompt,
-        "height": sizes.height,
-        "width": sizes.width,
-        "num_frames": sizes.num_frames,
-        "num_inference_steps": sizes.steps,
-        "guidance_scale": sizes.guidance_scale,
-        "output_type": "np",
-    }
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipeline(prompt=prompts, generator=generators, **(settings | options)).frames
+    return pipeline(prompt=prompts, generator=generators, **(settings(config) | options)).frames
 
 
 class LineHandler(logging.Handler):

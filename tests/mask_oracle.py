@@ -33,7 +33,8 @@ def pair_rule(query_frame: int, key_frame: int, tokens_per_frame: int, config: R
         return torch.zeros(s, s, dtype=torch.bool)
     width = max(config.decay_factor * reach, config.block_size)
     if d == 1:
-        width = s if config.neighbour == "full" else s // 2
+        width = {"full": s, "half": s // 2}.get(config.neighbour)
+        width = math.floor(config.neighbour * s) if width is None else width
     return (k - l).abs() <= width
 
 

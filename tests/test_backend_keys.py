@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from models.guard import MOST_ERROR
-from scripts.architecture import HUB_MODELS, read_architecture
+from scripts.architecture import read_architecture
 from scripts.backends import check_backends
 from scripts.config import read_config
 from scripts.errors import UsageError
 from scripts.generate import main
+from scripts.known_models import HUB_MODELS
 from scripts.video import Job
 from tests.failing import fail, one_nan, twice
 

@@ -24,7 +24,7 @@ CONFIGS = st.builds(
     decay_factor=st.sampled_from([0.05, 0.2, 0.5, 0.8, 0.95, 1.0, 1.7, 40.0]),
     block_size=st.sampled_from([16, 16, 32, 64]),
     sink=st.booleans(),
-    neighbour=st.sampled_from(["full", "half"]),
+    neighbour=st.sampled_from(["full", "half", 1, 0.82, 0.5, 0.3, 0.07]),
     decimation_width=st.sampled_from([1, 7, 16, 50, 64, 128, "block"]),
 )
 
@@ -102,6 +102,23 @@ def test_options_only_add_blocks(grid, config):
     blocks = radial_mask(grid, config).blocks
     for change in ({"sink": True}, {"neighbour": "full"}, {"pattern": "dense"}):
         assert (radial_mask(grid, replace(config, **change)).blocks | ~blocks).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(GRIDS, CONFIGS)
+def test_neighbour_in_words_is_neighbour_in_numbers(grid, config):
+    for word, share in (("full", 1.0), ("half", 0.5)):
+        masks = [radial_mask(grid, replace(config, neighbour=value)) for value in (word, share)]
+        assert torch.equal(masks[0].blocks, masks[1].blocks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(GRIDS, CONFIGS, st.floats(0.01, 1), st.floats(1, 3))
+def test_wider_bands_only_add_blocks(grid, config, share, wider):
+    narrow = replace(config, neighbour=share)
+    wide = replace(config, neighbour=min(share * wider, 1.0), decay_factor=config.decay_factor * wider)
+    if share * grid.tokens_per_frame >= config.block_size:
+        assert (radial_mask(grid, wide).blocks | ~radial_mask(grid, narrow).blocks).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,7 +204,13 @@ def test_equal_arguments_return_the_same_mask():
         ({"decay_factor": "1"}, "decay_factor must be .* got '1'"),
         ({"block_size": 100}, r"block_size must be one of \(16, 32, 64, 128, 256\), got 100"),
         ({"sink": "yes"}, r"sink must be one of \(True, False\), got 'yes'"),
-        ({"neighbour": "none"}, r"neighbour must be one of \('full', 'half'\), got 'none'"),
+        ({"neighbour": "none"}, r"neighbour must be one of \('full', 'half'\) or a number .* got 'none'"),
+        ({"neighbour": 0.0}, r"neighbour must be .* a number in \(0, 1\], got 0.0"),
+        ({"neighbour": True}, "neighbour must be .* got True"),
+        ({"neighbour": 1.2}, "neighbour must be .* got 1.2"),
+        ({"density": 0}, r"density must be None or a number in \(0, 1\], got 0"),
+        ({"density": float("nan")}, "density must be .* got nan"),
+        ({"density": "0.3"}, "density must be .* got '0.3'"),
         ({"decimation_width": 0}, "decimation_width must be an integer >= 1, got 0"),
         ({"decimation_width": "frame"}, "decimation_width must be an integer >= 1 or 'block', got 'frame'"),
         ({"pattern": "banded"}, r"pattern must be one of \('radial', 'dense'\), got 'banded'"),

@@ -66,7 +66,12 @@ def test_flow_shift(scheduler, shift, expected):
 
 
 def test_unknown_family(folder):
-    with pytest.raises(ValueError, match="family must be one of wan, got 'mochi'"):
+    with pytest.raises(ValueError, match="family must be one of wan, hunyuan_video, mochi, got 'cogvideo'"):
+        check_model(str(folder), "cogvideo")
+
+
+def test_a_model_of_another_family(folder):
+    with pytest.raises(ValueError, match=r"must hold a MochiPipeline \(family 'mochi'\), got WanPipeline"):
         check_model(str(folder), "mochi")
 
 

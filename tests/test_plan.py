@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UMT5Config, UMT5EncoderModel
 
-from scripts.architecture import HUB_MODELS, Architecture, read_architecture
+from scripts.architecture import Architecture, read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import UsageError
 from scripts.generate import main
+from scripts.known_models import HUB_MODELS
 from scripts.plan import (
     GIB,
     attention_flops,
@@ -40,27 +40,6 @@ TOY = Architecture(layers=6, heads=4, head_dim=48, ffn=512, patch=(1, 1, 1), vae
 
 def elements(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("name", HUB_MODELS)
-def test_parameters_of_the_known_hub_models(name):
-    model = HUB_MODELS[name]
-    umt5_xxl = UMT5Config(
-        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, is_gated_act=True
-    )
-    umt5_xxl.feed_forward_proj = "gated-gelu"
-    with torch.device("meta"):
-        parts = {
-            "transformer": WanTransformer3DModel(
-                num_layers=model.layers,
-                num_attention_heads=model.heads,
-                attention_head_dim=model.head_dim,
-                ffn_dim=model.ffn,
-            ),
-            "text_encoder": UMT5EncoderModel(umt5_xxl),
-            "vae": AutoencoderKLWan(),
-        }
-    assert {part: elements(module) for part, module in parts.items()} == model.parameters
 
 
 def test_a_folder_is_read_without_its_weights(tiny_model):
@@ -191,6 +170,20 @@ def test_the_table_of_the_dry_run():
     assert "note" not in rows
     assert float(rows["density"].split()[0]) == pytest.approx(1 - 0.736, abs=1e-3)  # the paper's sparsity
     assert "391.4 PFLOP dense" in text.replace("dense_", "dense ")
+
+
+def test_the_table_of_a_wanted_density():
+    """0.2 is below what a decay factor can do at this length; the curve says what else gives way."""
+    text = describe(read_config(FULL, ["attention.density=0.2"]), FOURTEEN, "cuda")
+    rows = text.splitlines()
+    (density,) = (row for row in rows if row.startswith("density "))
+    assert density.split(maxsplit=1)[1] == "0.2016 (radial); density 0.2: decay_factor 0.125, neighbour 0.061"
+    curve = [row.removeprefix("curve").split(maxsplit=1) for row in rows if row.startswith("curve ")]
+    assert 6 <= len(curve) <= 10
+    assert [float(point) for point, _ in curve] == sorted(float(point) for point, _ in curve)
+    assert float(curve[0][0]) < 0.1 and float(curve[-1][0]) == 1
+    assert ["0.2634", "decay_factor 0.125"] in curve
+    assert "curve" not in describe(read_config(FULL, ["attention.pattern=dense"]), FOURTEEN, "cuda")
 
 
 def test_notes_warn_of_small_frames_and_small_gain():

@@ -1,0 +1,97 @@
+"""The HunyuanVideo fork: joint attention of HunyuanVideoTransformer3DModel, video tokens and then text.
+
+Rows of padded text come back as zeros, where upstream computes some: nothing but such rows ever reads them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from torch import Tensor
+
+from models.context import attend
+from models.guard import Watch
+from radial_attn import TokenGrid
+
+UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
+DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every kernel takes
+
+
+def attention_layers(transformer: torch.nn.Module) -> list[Attention]:
+    """The joint attention modules, double blocks before single ones; the text refiner has none."""
+    return [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
+
+
+def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
+    """Grid of a call, all text tokens included."""
+    return joint_grid(transformer, arguments, ["encoder_hidden_states"])
+
+
+def text_mask(arguments: dict[str, Any]) -> Tensor:
+    """Which text tokens of a call are valid, `[B, T]`."""
+    return arguments["encoder_attention_mask"]
+
+
+class JointProcessor:
+    """Joint attention by `radial_attention`; by the next class where the layer or the call is dense."""
+
+    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+        super().__init__()
+        self.dense, self.watch = dense, watch
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video `[B, N, C]` and text `[B, T, C]` in and out.
+
+        `image_rotary_emb`: cos and sin `[N, D]`, and the ways of the layers, whose text lengths say what
+        `attention_mask` says.
+        """
+        *rotary, radial_way, dense_way = image_rotary_emb
+        way = dense_way if self.dense else radial_way
+        if way is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+        streams = _project(attn, hidden_states, encoder_hidden_states, rotary)
+        output = attend(*streams, way, self.watch).flatten(2, 3)
+        video, text = output.tensor_split([hidden_states.shape[1]], dim=1)
+        if attn.to_out is not None:
+            video = attn.to_out[1](attn.to_out[0](video))
+        return video, text if attn.to_add_out is None else attn.to_add_out(text)
+
+
+class RadialProcessor(JointProcessor, HunyuanVideoAttnProcessor2_0):
+    """`JointProcessor` over that of HunyuanVideo."""
+
+
+def joint_grid(transformer: torch.nn.Module, arguments: dict[str, Any], texts: Sequence[str]) -> TokenGrid:
+    """Latents `[B, C, frames, height, width]` over the patch sizes; `texts` names the inputs `[B, T, C]`."""
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    config = transformer.config
+    text = sum(arguments[name].shape[1] for name in texts)
+    return TokenGrid(
+        frames // config.patch_size_t, height // config.patch_size, width // config.patch_size, text
+    )
+
+
+def _project(attn: Attention, video: Tensor, text: Tensor, rotary: Sequence[Tensor]) -> list[Tensor]:
+    """Query, key and value `[B, N + T, H, D]`, the first two normed, and rotated where they are video."""
+    own = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k, None)
+    added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k, None)
+    *rotated, value = _heads(attn, video, *own)
+    rotated = [apply_rotary_emb(x, rotary, sequence_dim=1) for x in rotated]
+    of_text = _heads(attn, text, *(own if attn.add_q_proj is None else added))
+    return [torch.cat(pair, dim=1) for pair in zip((*rotated, value), of_text, strict=True)]
+
+
+def _heads(attn: Attention, tokens: Tensor, layers: Sequence, norms: Sequence) -> list[Tensor]:
+    """`[B, S, H, D]` of each layer, normed where there is a norm."""
+    heads = [layer(tokens).unflatten(2, (attn.heads, -1)) for layer in layers]
+    return [x if norm is None else norm(x) for x, norm in zip(heads, norms, strict=True)]

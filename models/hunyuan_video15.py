@@ -1,0 +1,41 @@
+"""The HunyuanVideo 1.5 fork: joint attention of HunyuanVideo15Transformer3DModel, video tokens and then text.
+
+Its text is image, glyph and prompt tokens, which upstream sorts so that the valid ones come first.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from torch import Tensor
+
+from models.hunyuan_video import JointProcessor, joint_grid
+from radial_attn import TokenGrid
+
+UPSTREAM_PROCESSOR = HunyuanVideo15AttnProcessor2_0
+DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every kernel takes
+
+
+def attention_layers(transformer: torch.nn.Module) -> list[Attention]:
+    """The joint attention modules in block order; the text refiner has none."""
+    return [block.attn for block in transformer.transformer_blocks]
+
+
+def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
+    """Grid of a call, all text tokens included."""
+    texts = ["image_embeds", "encoder_hidden_states_2", "encoder_hidden_states"]
+    return joint_grid(transformer, arguments, texts)
+
+
+def text_mask(arguments: dict[str, Any]) -> Tensor:
+    """Which text tokens of a call are valid after the sorting, `[B, T]`; an image of zeros has none."""
+    image = arguments["image_embeds"]
+    given = (image != 0).any().expand(image.shape[:2])
+    masks = given, arguments["encoder_attention_mask_2"].bool(), arguments["encoder_attention_mask"].bool()
+    valid = torch.cat(masks, dim=1)
+    return torch.arange(valid.shape[1], device=valid.device) < valid.sum(dim=1, keepdim=True)
+
+
+class RadialProcessor(JointProcessor, HunyuanVideo15AttnProcessor2_0):
+    """`JointProcessor` over that of HunyuanVideo 1.5."""

@@ -1,0 +1,68 @@
+"""The LTX-Video fork: self-attention of LTXVideoTransformer3DModel, video tokens only."""
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    apply_rotary_emb,
+)
+
+from models.context import attend
+from models.guard import Watch
+from radial_attn import TokenGrid
+
+UPSTREAM_PROCESSOR = LTXVideoAttnProcessor
+
+
+def attention_layers(transformer: torch.nn.Module) -> list[LTXAttention]:
+    """The self-attention modules in block order."""
+    return [block.attn1 for block in transformer.transformer_blocks]
+
+
+def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
+    """Grid of a call: its tokens come packed, `[B, S, C]`, the sizes beside them.
+
+    Raises ValueError where tokens of conditions come before the video's.
+    """
+    tokens, coordinates = arguments["hidden_states"].shape[1], arguments.get("video_coords")
+    if coordinates is None:
+        sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    else:
+        sizes = [len(axis.unique()) for axis in coordinates[0]]
+    grid = TokenGrid(*sizes)
+    if grid.tokens != tokens:
+        raise ValueError(
+            f"radial attention of LTX needs the tokens of a video alone: got {tokens} for {grid}"
+        )
+    return grid
+
+
+class RadialProcessor(LTXVideoAttnProcessor):
+    """Self-attention by `radial_attention`; by upstream where the layer or the call is dense."""
+
+    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+        super().__init__()
+        self.dense, self.watch = dense, watch
+
+    def __call__(
+        self,
+        attn: LTXAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple | None = None,
+    ) -> torch.Tensor:
+        """`[B, S, C]` in and out; `image_rotary_emb`: cos and sin `[B, S, C]`, and the ways of the layers."""
+        *rotary, radial_way, dense_way = image_rotary_emb
+        way = dense_way if self.dense else radial_way
+        if way is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+        if attention_mask is not None:
+            raise ValueError(f"radial attention takes no attention_mask, got {tuple(attention_mask.shape)}")
+        query = apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), rotary)
+        key = apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), rotary)
+        tensors = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
+        output = attend(*tensors, way, self.watch).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](output))

@@ -1,0 +1,88 @@
+"""The Mochi fork: joint attention of MochiTransformer3DModel over video tokens and text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
+
+from models.context import attend
+from models.guard import Watch
+from radial_attn import TokenGrid
+
+UPSTREAM_PROCESSOR = MochiAttnProcessor2_0
+TIMESTEPS_RISE = True  # from 0, noise, to 1000
+
+
+def attention_layers(transformer: torch.nn.Module) -> list[MochiAttention]:
+    """The attention modules in block order."""
+    return [block.attn1 for block in transformer.transformer_blocks]
+
+
+def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
+    """Grid of a call: latents `[B, C, frames, height, width]` over the patch size, and the padded text."""
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch, text = transformer.config.patch_size, arguments["encoder_hidden_states"].shape[1]
+    return TokenGrid(frames, height // patch, width // patch, text)
+
+
+def text_mask(arguments: dict[str, Any]) -> torch.Tensor:
+    """Which text tokens are valid, `[B, T]`."""
+    return arguments["encoder_attention_mask"]
+
+
+class RadialProcessor(MochiAttnProcessor2_0):
+    """Joint attention by `radial_attention`; by upstream where the layer or the call is dense.
+
+    Upstream takes the padding out by value, which breaks the graph of a compiled block; this does not.
+    """
+
+    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+        super().__init__()
+        self.dense, self.watch = dense, watch
+
+    def __call__(
+        self,
+        attn: MochiAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_rotary_emb: tuple | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, S, C]` and `[B, T, C]` in and out; `image_rotary_emb`: cos and sin `[S, H, D/2]`, the ways."""
+        *rotary, radial_way, dense_way = image_rotary_emb
+        way = dense_way if self.dense else radial_way
+        if way is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+        query, key, value = (
+            torch.cat(parts, dim=1)
+            for parts in zip(
+                _video(attn, hidden_states, rotary), _text(attn, encoder_hidden_states), strict=True
+            )
+        )
+        output = attend(query, key, value, way, self.watch).flatten(2, 3)
+        video, text = output.tensor_split((hidden_states.shape[1],), dim=1)
+        video = attn.to_out[1](attn.to_out[0](video))
+        return video, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def _video(attn: MochiAttention, x: torch.Tensor, rotary: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Query, key and value `[B, S, H, D]` of video tokens `[B, S, C]`."""
+    query, key, value = (
+        project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    return [_rotate(attn.norm_q(query), *rotary), _rotate(attn.norm_k(key), *rotary), value]
+
+
+def _text(attn: MochiAttention, x: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value `[B, T, H, D]` of text `[B, T, C]`, which is not rotated."""
+    projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    query, key, value = (project(x).unflatten(2, (attn.heads, -1)) for project in projections)
+    return [attn.norm_added_q(query), attn.norm_added_k(key), value]
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns channels `2 i` and `2 i + 1` of `[B, S, H, D]` by the angle i of their head, `[S, H, D/2]`."""
+    left, right = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((left * cos - right * sin, left * sin + right * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

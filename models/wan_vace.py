@@ -1,0 +1,20 @@
+"""The Wan-VACE fork: the Wan fork in the layers and the control layers of WanVACETransformer3DModel."""
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention
+
+from models.wan import UPSTREAM_PROCESSOR, RadialProcessor, token_grid
+
+__all__ = ["UPSTREAM_PROCESSOR", "RadialProcessor", "attention_layers", "numbering", "token_grid"]
+
+
+def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
+    """The self-attention modules in the order in which they run: the control layers come first."""
+    return [block.attn1 for block in (*transformer.vace_blocks, *transformer.blocks)]
+
+
+def numbering(transformer: torch.nn.Module) -> list[tuple[int, str]]:
+    """Number and name of each of `attention_layers`; a control layer counts as the layer that it feeds."""
+    fed = transformer.config.vace_layers
+    control = [(layer, f"control layer {place}") for place, layer in enumerate(fed)]
+    return control + [(layer, f"layer {layer}") for layer in range(len(transformer.blocks))]
