@@ -30,13 +30,14 @@ def solve_density(
     2. `neighbour`, the half-width at frame distance 1: below that family down to a block, above it up to the
        whole frame; in a gap between two decay factors down from the upper one;
     3. `decimation_width`: below by powers of two up to the largest in a frame, where of the far frames those
-       at distances of a power of two are left; above down to where no frame is skipped. With each width the
-       first two are solved anew, so that what was gained beyond the target goes back to them;
+       at distances of a power of two are left; above down to where no frame is skipped; widths between
+       powers of two only where those leave a gap. With each width the first two are solved anew, so that
+       what was gained beyond the target goes back to them;
     4. `sink`: off below, on above, with the first three solved anew.
 
     Blocks are kept whole, so densities come in steps. The result has no `density` of its own and depends on
-    the arguments alone. It takes the time of two to thirty masks; `RadialConfig(density=...)` has each
-    grid solved once.
+    the arguments alone. A density of 1 is met exactly. It takes the time of one to forty masks;
+    `RadialConfig(density=...)` has each grid solved once.
 
     Raises:
         ValueError: a target outside (0, 1], the dense pattern, or a density that no such mask of this grid
@@ -57,7 +58,7 @@ def solve_density(
 
 @lru_cache(maxsize=32)
 def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
-    """`config` with its density solved for this grid, once; without one only that it is radial or dense.
+    """`config` with its density solved for this grid, once; as it is without one or with the dense pattern.
 
     Raises:
         ValueError: as `solve_density`.

@@ -34,7 +34,7 @@ def changes(config: RadialConfig, start: RadialConfig) -> str:
 def density_curve(grid: TokenGrid, config: RadialConfig) -> list[tuple[float, RadialConfig]]:
     """Density against the options that `solve_density` changes, in its order, from least to most.
 
-    Up to nine points: sink off, the widest decimation, the narrowest neighbour; then all these as in `config`
+    Up to ten points: sink off, the widest decimation, the narrowest neighbour; then all these as in `config`
     and decay factors from the least to the most; then the whole neighbour and no decimation. A point that
     keeps no more blocks than the one before is left out.
     """

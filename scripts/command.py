@@ -65,7 +65,8 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     config_file, reason = choose_preset(command.overrides, full)
     if config_file == full or command.preset is None:
         return config_file, command.overrides, reason
-    stands_in = f"stands in for {command.preset}, with its schedule and without its LoRA"
+    without = " and without its LoRA" if read_config(command.preset, []).model.loras else ""
+    stands_in = f"stands in for {command.preset}, with its schedule{without}"
     return config_file, [*schedule_of(command.preset), *command.overrides], f"{reason}; {stands_in}"
 
 
@@ -75,7 +76,8 @@ def schedule_of(preset: str) -> list[str]:
     schedule = []
     for key in SCHEDULE:
         group, name = key.split(".")
-        schedule.append(f"{key}={getattr(getattr(config, group), name)}")
+        value = getattr(getattr(config, group), name)
+        schedule.append(f"{key}={'null' if value is None else value}")
     return [*schedule, f"output.path={config.output.path}_tiny"]
 
 

