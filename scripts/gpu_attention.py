@@ -192,6 +192,7 @@ class AttentionBench:
 
     def _gradients(self, attend: Attend) -> Tensor:
         """The output; the gradients of query, key and value stay in `_latest`."""
+        self._latest = ()  # lets go of the gradients of before
         leaves = [x.detach().requires_grad_() for x in self._inputs[:3]]
         out = attend(*leaves)
         self._latest = torch.autograd.grad(out, leaves, self._inputs[3])

@@ -40,11 +40,14 @@ class Compiled:
     spilled: int  # bytes of a thread's stack
     shared: int  # bytes
     instructions: int  # of the tensor cores
+    moved_twice: bool = False  # rows of the second group of specialised warps
 
     @property
     def faults(self) -> list[str]:
         """What is wrong with it."""
         found = [f"{self.spilled} B spilled"] if self.spilled else []
+        if self.moved_twice:
+            found.append("the compiler moves the rows of the second group of warps twice")
         if self.shared > SHARED_BYTES[self.arch]:
             found.append(f"shared memory over {SHARED_BYTES[self.arch]} B")
         if self.variant.kind in KINDS and not self.instructions:
@@ -68,7 +71,27 @@ def compile_kernel(arch: str, variant: Variant) -> Compiled:
     made = triton.compile(source(variant), target=target, options=options)
     registers, spilled = cuda_usage(made.asm["cubin"]) if cuda else amd_usage(made.asm["amdgcn"])
     count = made.asm["ptx" if cuda else "amdgcn"].count(tensor_cores(arch))
-    return Compiled(arch, variant, registers, spilled, made.metadata.shared, count)
+    twice = launch.specialize and moves_rows_twice(made.asm["ttgir"])
+    return Compiled(arch, variant, registers, spilled, made.metadata.shared, count, twice)
+
+
+def moves_rows_twice(code: str) -> bool:
+    """Whether a range that begins half a tile on is added to a start that is half a tile on, in Triton's IR.
+
+    Where warps specialise, the compiler gives each group half of the rows. It moves the coordinates at which
+    descriptors are read, whatever else they are used for, and ranges: rows made of both would move twice.
+    """
+    return any(_moved_twice(part) for part in re.split(r"partition\d+\(", code)[1:])
+
+
+def _moved_twice(part: str) -> bool:
+    attributes = r"(?: \{[^}]*\})?"
+    halves = set(re.findall(r"(%\S+) = tt\.make_range \{[^}]*\bstart = [1-9]\d* : i32\}", part))
+    starts = set(re.findall(rf"(%\S+) = arith\.addi %\S+, %c\d+_i32\S*{attributes} : i32", part))
+    splats = re.findall(rf"(%\S+) = tt\.splat (%\S+){attributes} : i32", part)
+    moved = {name for name, start in splats if start in starts}
+    sums = re.findall(rf"= arith\.addi (%\S+), (%\S+){attributes} : tensor", part)
+    return any({*pair} & halves and {*pair} & moved for pair in sums)
 
 
 def cuda_usage(cubin: bytes) -> tuple[int, int]:

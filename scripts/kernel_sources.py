@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from radial_attn.kernels.triton_configs import KINDS, LAUNCHES, Launch, padded
+from radial_attn.kernels.triton_configs import KINDS, LAUNCHES, SPECIALIZED, WIDTHS, Launch, padded
 
 QUANTIZING = ("quantize queries", "quantize keys", "quantize values")
 PLAIN = ("row products", *QUANTIZING)  # without products of matrices
@@ -32,20 +32,25 @@ class Variant:
 
 
 def variants(arch: str) -> list[Variant]:
-    """All that the launch table of an architecture can ask for, at head widths 64 and 128."""
+    """All that the launch table of an architecture can ask for, and specialised warps, at each head width."""
     table = LAUNCHES[arch]
     found = [
-        Variant(kind, width, table[kind, width], masks)
+        Variant(kind, width, table[kind, 64 if width == 64 else 128], masks)
         for kind in KINDS
-        for width in (64, 128)
-        if (kind, width) in table
+        for width in WIDTHS
+        if (kind, 64) in table
+        for masks in VARIANTS
+    ]
+    found += [
+        Variant("forward", width, launch, masks)
+        for (_, width), launch in (SPECIALIZED.items() if arch == "sm90" else ())
         for masks in VARIANTS
     ]
     columns = {
-        (width, table["int8", width].columns, bits)
+        (width, table[bits, width].columns, bits)
         for width in (64, 128)
         for bits in BITS
-        if (bits, 64) in table
+        if (bits, width) in table
     }
     for width in (64, 128):
         found.append(Variant("row products", width, Launch(64, 1, 8, 1)))
@@ -96,7 +101,7 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     if kind in BITS:
         found |= {"DESCRIPTOR": bool(launch.descriptors), "FP8_VALUES": launch.fp8_values}
     if kind in BITS or kind.startswith("quantize"):
-        found["TOP"] = 127.0 if kind.endswith("int8") else 448.0
+        found["TOP"] = 127.0 if kind.startswith("quantize") and kind.endswith("int8") else 448.0
     return found
 
 

@@ -143,3 +143,41 @@ def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
     tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
     compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
     triton_configs.launch.cache_clear()
+
+
+def test_gradient_through_the_log_sum_exp():
+    """As a ring of devices needs it, which weighs parts of the keys by their log-sum-exp."""
+    from radial_attn.kernels.triton import triton_attention
+
+    grid, mask = GRIDS[63], make_mask(GRIDS[63])
+    leaves = [x.requires_grad_() for x in make_inputs(grid, 1, 2, 64)[:3]]
+    out, lse = triton_attention(*leaves, mask.blocks, 16, grid.video_tokens, None, 0.125)
+    found = torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+    scores = torch.einsum("bqhd,bkhd->bhqk", *leaves[:2]) * 0.125
+    scores = scores.masked_fill(~mask.token_mask(), -torch.inf)
+    plain = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), leaves[2])
+    wanted = torch.autograd.grad(plain.square().sum() + scores.logsumexp(-1).sin().sum(), leaves)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["query", "key", "value"])
+def test_values_that_are_not_finite_come_out(place, quantize):
+    """A guard that looks for them must find them: no row may hide one as zeros."""
+    grid, mask = GRIDS[63], make_mask(GRIDS[63])
+    for bad in (torch.nan, torch.inf):
+        tensors = make_inputs(grid, 1, 2, 64)[:3]
+        tensors[place][0, 20, 0, 3] = bad
+        out = radial_attention(*tensors, mask, backend="triton", quantize=quantize)
+        assert not out[0, 20, 0].isfinite().all()
+        assert out[0, :, 1].isfinite().all()
+
+
+def test_unaligned_tensors_are_copied_for_descriptors():
+    from radial_attn.kernels.triton import aligned
+
+    even = torch.zeros(1, 8, 2, 64, dtype=torch.float16)
+    odd = torch.zeros(8 * 2 * 64 + 1, dtype=torch.float16)[1:].view(even.shape)
+    assert aligned(even) is even
+    assert aligned(odd).data_ptr() % 16 == 0 and torch.equal(aligned(odd), odd)

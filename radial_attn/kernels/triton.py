@@ -5,7 +5,6 @@ holds nothing but them; from then on a call allocates its outputs, launches one 
 backward, and does nothing else on the host.
 """
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from ..backends import DTYPES, HALF, QUANTIZE, Call, Needs
 from ..block_mask import BlockMask
-from .triton_configs import LAUNCHES, WIDTHS, Launch, architecture, padded
+from .triton_configs import LAUNCHES, LOG2E, WIDTHS, Launch, architecture, padded
 from .triton_tables import tables
 
-LOG2E = 1 / math.log(2)
 ROWS = 64  # of a program that multiplies outputs and their gradients
 
 
@@ -29,10 +27,10 @@ def no_tensor_cores(call: Call) -> str | None:
     return None if (call.quantize, 64) in LAUNCHES[arch] else f"has no quantize={call.quantize!r} on {arch}"
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter, on the CPU
+ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's own interpreter
 NEEDS = Needs(
-    devices=("cpu",) if INTERPRETED else ("cuda",),
-    dtypes=DTYPES if INTERPRETED else HALF,
+    devices=("cpu",) if ON_CPU else ("cuda",),
+    dtypes=DTYPES if ON_CPU else HALF,
     widths=WIDTHS,
     modules=("triton",),
     capability=(8, 0),
@@ -74,10 +72,13 @@ def attention(
 
 
 def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
-    """Tokens of each sample that count, int32 `[B]` on the device; copied once for each distinct list."""
+    """Tokens of each sample that count, int32 `[B]` on the device.
+
+    Without gradients, where lengths recur at every step, they are copied once for each distinct list.
+    """
     if text_lengths is None:
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return (text_lengths + mask.grid.video_tokens).to(device, torch.int32)
     counts = tuple((text_lengths + mask.grid.video_tokens).tolist())
     return mask.cached(
@@ -109,26 +110,30 @@ def triton_attention(  # noqa: PLR0917 (an operator's schema is positional)
     out = query.new_empty(query.shape)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     chosen, lists, constants = tables("forward", query, blocks, block_size, video_tokens, counts)
-    forward_kernel[lists[0].shape[1], batch * heads](
-        *operands((query, key, value), chosen),
-        out,
-        lse,
-        *lists,
-        lse if counts is None else counts,
-        *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
-        tokens,
-        heads,
-        scale * LOG2E,
-        **constants,
-        DESCRIPTOR=chosen.descriptors,
-        SPECIALIZE=chosen.specialize,
-    )
+    if chosen.descriptors:
+        query, key, value = map(aligned, (query, key, value))
+    with torch.cuda.device_of(query):
+        forward_kernel[lists[0].shape[1], batch * heads](
+            *operands((query, key, value), chosen),
+            out,
+            lse,
+            *lists,
+            lse if counts is None else counts,
+            *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
+            tokens,
+            heads,
+            scale * LOG2E,
+            **constants,
+            DESCRIPTOR=chosen.descriptors,
+            SPECIALIZE=chosen.specialize,
+        )
     return out, lse
 
 
 @torch.library.custom_op("radial_attn::triton_attention_backward", mutates_args=())
 def triton_attention_backward(  # noqa: PLR0917
     grad: Tensor,
+    lse_grad: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -140,36 +145,42 @@ def triton_attention_backward(  # noqa: PLR0917
     counts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `triton_attention`."""
+    """Gradients of query, key and value, `[B, S, H, D]`, from those of output and log-sum-exp, if any.
+
+    Further arguments as in `triton_attention`.
+    """
     from .triton_backward import key_gradients_kernel, query_gradient_kernel
 
     batch, tokens, heads, _ = query.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     results = [query.new_empty(query.shape) for _ in range(3)]
     products = row_products(out, grad, lse)
+    if lse_grad is not None:
+        products -= lse_grad
     strides = [s for x in (query, key, value, grad, results[0]) for s in x.stride()[:3]]
     for kernel, kind, targets in (
         (query_gradient_kernel, "query gradient", results[:1]),
         (key_gradients_kernel, "key gradients", results[1:]),
     ):
         _, lists, constants = tables(kind, query, blocks, block_size, video_tokens, counts)
-        kernel[lists[0].shape[1], batch * heads](
-            query,
-            key,
-            value,
-            grad,
-            *targets,
-            lse,
-            products,
-            *lists,
-            lse if counts is None else counts,
-            *strides,
-            tokens,
-            heads,
-            scale * LOG2E,
-            scale,
-            **constants,
-        )
+        with torch.cuda.device_of(query):
+            kernel[lists[0].shape[1], batch * heads](
+                query,
+                key,
+                value,
+                grad,
+                *targets,
+                lse,
+                products,
+                *lists,
+                lse if counts is None else counts,
+                *strides,
+                tokens,
+                heads,
+                scale * LOG2E,
+                scale,
+                **constants,
+            )
     return tuple(results)
 
 
@@ -179,24 +190,34 @@ def row_products(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
 
     batch, tokens, heads, width = out.shape
     products = torch.empty_like(lse)
-    row_products_kernel[-(-tokens // ROWS), batch * heads](
-        out,
-        grad,
-        products,
-        tokens,
-        heads,
-        *out.stride()[:3],
-        *grad.stride()[:3],
-        ROWS=ROWS,
-        WIDTH=width,
-        PADDED=padded(width),
-        num_warps=8,
-    )
+    with torch.cuda.device_of(out):
+        row_products_kernel[-(-tokens // ROWS), batch * heads](
+            out,
+            grad,
+            products,
+            tokens,
+            heads,
+            *out.stride()[:3],
+            *grad.stride()[:3],
+            ROWS=ROWS,
+            WIDTH=width,
+            PADDED=padded(width),
+            num_warps=8,
+        )
     return products
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its rows all begin at a multiple of 16 bytes, as descriptors need it."""
+    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
+    return tensor.clone(memory_format=torch.contiguous_format) if any(s % 16 for s in steps) else tensor
+
+
 def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
-    """Query, key and value as the forward kernel takes them: pointers, or descriptors of keys and values."""
+    """Query, key and value as the forward kernel takes them: pointers, or descriptors of keys and values.
+
+    Where the kernel makes descriptors itself, `scratch` becomes this thread's allocator of Triton.
+    """
     query, *others = tensors
     if chosen.descriptors == "head":
         import triton
@@ -211,7 +232,7 @@ def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
 
 
 def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
-    """Memory of a launch for the descriptors that its programs make."""
+    """Memory of a launch, on the current device, for the descriptors that its programs make."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -222,20 +243,26 @@ def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @triton_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, lse_grad: Tensor | None, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     query, key, value, blocks, block_size, video_tokens, counts, scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, *output, blocks, counts)
     ctx.numbers = block_size, video_tokens, scale
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+def _gradients(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, lse_grad: Tensor | None
+) -> tuple:
     *tensors, blocks, counts = ctx.saved_tensors
     block_size, video_tokens, scale = ctx.numbers
-    grads = triton_attention_backward(grad, *tensors, blocks, block_size, video_tokens, counts, scale)
+    if grad is None:
+        grad = torch.zeros_like(tensors[0])
+    shape = block_size, video_tokens, counts, scale
+    grads = triton_attention_backward(grad, lse_grad, *tensors, blocks, *shape)
     return *grads, None, None, None, None, None
 
 

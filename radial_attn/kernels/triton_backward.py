@@ -20,7 +20,7 @@ def row_products_kernel(
     """Sum over the width of output x gradient, float32 `[B, H, S]`."""
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
-    head = pair % heads
+    head = (pair % heads).to(tl.int64)
     first = tl.program_id(0) * ROWS
     outs = out + batch * batch_stride + head * head_stride
     grads = grad + batch * grad_batch + head * grad_head

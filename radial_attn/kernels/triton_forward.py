@@ -31,7 +31,7 @@ def load_tile(
     sample's head.
     """
     if DESCRIPTOR == "whole":
-        tile = tensor.load([batch, start, head, 0]).reshape([TOKENS, PADDED])
+        tile = tensor.load([batch.to(tl.int32), start, head.to(tl.int32), 0]).reshape([TOKENS, PADDED])
     elif DESCRIPTOR == "head":
         tile = tensor.load([start, 0])
     else:
@@ -60,14 +60,17 @@ def store_tile(
 
 @triton.jit
 def find_work(offsets, lengths, tokens, heads, PER_HEAD: tl.constexpr, LENGTHS: tl.constexpr):
-    """Of this program: sample, head, tokens that count, and where the lists of its tiles begin and end."""
+    """Of this program: sample, head, tokens that count, and where the lists of its tiles begin and end.
+
+    Sample and head are int64, since a stride times either may be beyond 2^31.
+    """
     tile, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
-    head = pair % heads
+    head = (pair % heads).to(tl.int64)
     limit = tokens
     if LENGTHS:
         limit = tl.load(lengths + batch)
-    pattern = head if PER_HEAD else 0
+    pattern = pair % heads if PER_HEAD else 0
     listed = offsets + (pattern * tl.num_programs(0) + tile) * 3
     return batch, head, limit, tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
 
@@ -113,7 +116,7 @@ def weigh(scores, scale, wide_scale, peak, total, MIXED: tl.constexpr, BOOST: tl
 @triton.jit
 def finish(acc, total, peak, rows, limit):
     """Normalised output, zeros for rows without keys and from `limit` on, and natural log-sum-exp."""
-    seen = (total > 0) & (rows < limit)
+    seen = (total != 0) & (rows < limit)  # true for not-a-number, which has to come out
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc / total[:, None], 0.0)
     return out, tl.where(seen, (peak + tl.log2(total)) * LN2, -INFINITY)
@@ -210,7 +213,9 @@ def forward_kernel(
     `scale` is that of the scores times log2(e) and positive; `lengths` the tokens of each sample that count.
     """
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
-    first = tl.program_id(0) * ROWS
+    # a value of its own for rows: where warps specialise, the compiler (3.6, 3.7) moves the coordinate that a
+    # descriptor is read at to the rows of each group of warps, and all that is made of the same value with it
+    first = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32)
     rows = first + tl.arange(0, ROWS)
     queries = query + batch * query_batch + head * query_head
     if DESCRIPTOR == "whole":
@@ -223,37 +228,26 @@ def forward_kernel(
         queries = tl.make_tensor_descriptor(queries, [tokens, WIDTH], [query_token, 1], [ROWS, PADDED])
         keys = tl.make_tensor_descriptor(keys, [tokens, WIDTH], [key_token, 1], [COLUMNS, PADDED])
         values = tl.make_tensor_descriptor(values, [tokens, WIDTH], [value_token, 1], [COLUMNS, PADDED])
-    q = load_tile(
-        queries,
-        0,
-        first,
-        head,
-        query_token,
-        tokens,
-        ROWS,
-        WIDTH,
-        PADDED,
-        True,
-        "head" if DESCRIPTOR == "head" else "",
-    )
+    at = tl.program_id(0) * ROWS
+    source: tl.constexpr = "head" if DESCRIPTOR == "head" else ""
+    q = load_tile(queries, batch, at, head, query_token, tokens, ROWS, WIDTH, PADDED, True, source)
     acc = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     peak = tl.full([ROWS], -INFINITY, dtype=tl.float32)
-    sample = batch.to(tl.int32)
     # fmt: off
     if SPECIALIZE:  # the compiler takes one loop only: the whole tiles are masked as well where any is mixed
         acc, total, peak = attend(
-            acc, total, peak, q, keys, values, sample, head, key_token, value_token, starts, patterns, whole,
+            acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns, whole,
             end, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, MIXED, BLOCKS, DESCRIPTOR, True,
         )
     else:
         acc, total, peak = attend(
-            acc, total, peak, q, keys, values, sample, head, key_token, value_token, starts, patterns, whole,
+            acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns, whole,
             mixed, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False, BLOCKS, DESCRIPTOR, False,
         )
         if MIXED:
             acc, total, peak = attend(
-                acc, total, peak, q, keys, values, sample, head, key_token, value_token, starts, patterns,
+                acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns,
                 mixed, end, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, True, BLOCKS,
                 DESCRIPTOR, False,
             )

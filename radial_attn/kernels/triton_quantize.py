@@ -3,6 +3,7 @@
 Queries get one scale a token, keys one a tile after the mean key is taken off (which moves all scores of a
 row alike, so that the softmax stays; SageAttention, arXiv 2410.02367, section 4.2), values one a channel
 (SageAttention2, arXiv 2411.10958, section 3.3), transposed, so that a product finds its keys side by side.
+A value that is not finite makes its scale not-a-number, and with it the rows that meet it.
 """
 
 import triton
@@ -44,7 +45,7 @@ def quantize_queries_kernel(
     queries = query + pair // heads * batch_stride + pair % heads * head_stride
     tile = load_tile(queries, 0, first, 0, token_stride, tokens, ROWS, WIDTH, PADDED, True, "")
     tile = tile.to(tl.float32) * scale
-    factor = tl.maximum(tl.max(tl.abs(tile), 1), LEAST) / TOP
+    factor = tl.maximum(tl.max(tl.abs(tile), 1), LEAST) / TOP + tl.sum(tile * 0.0, 1)
     store_rows(out + pair * room * PADDED, to_bits(tile / factor[:, None], out), first, ROWS, PADDED)
     lane = tl.arange(0, PADDED)
     means = tl.load(mean + pair * WIDTH + lane, mask=lane < WIDTH, other=0.0)
@@ -68,6 +69,7 @@ def quantize_keys_kernel(
     inside = (first + tl.arange(0, ROWS) < tokens)[:, None]
     tile = tl.where(inside, tile.to(tl.float32) - means[None, :], 0.0)
     factor = tl.maximum(tl.max(tl.max(tl.abs(tile), 1), 0), LEAST) / TOP
+    factor += tl.sum(tl.sum(tile * 0.0, 1), 0)
     store_rows(out + pair * room * PADDED, to_bits(tile / factor, out), first, ROWS, PADDED)
     tl.store(scales + pair * tl.num_programs(0) + tl.program_id(0), factor)
 

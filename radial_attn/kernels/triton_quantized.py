@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from .triton_configs import Launch, padded
+from .triton_configs import LOG2E, Launch, padded
 from .triton_tables import tables
 
-LOG2E = 1.4426950408889634
 ROOM = 128  # sequences are padded to a multiple of this many tokens, which every tile divides
 INT8_TOP, FP8_TOP = 127.0, 448.0
 FP8 = torch.float8_e4m3fn
@@ -30,6 +29,28 @@ def quantized_attention(
     Further arguments as in `triton_attention`. Besides the results a call allocates the
     8-bit copies of its inputs and their scales.
     """
+    with torch.cuda.device_of(query):
+        return _attend(query, key, value, blocks, block_size, video_tokens, counts, scale=scale, bits=bits)
+
+
+@quantized_attention.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _width = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    video_tokens: int,
+    counts: Tensor | None,
+    *,
+    scale: float,
+    bits: str,
+) -> tuple[Tensor, Tensor]:
     from .triton_quantized_forward import quantized_forward_kernel
 
     batch, tokens, heads, _ = query.shape
@@ -43,7 +64,7 @@ def quantized_attention(
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     quantized_forward_kernel[lists[0].shape[1], batch * heads](
         queries,
-        *operands(keys, values, chosen),
+        *described(keys, values, chosen),
         query_scales,
         shifts,
         key_scales,
@@ -63,12 +84,6 @@ def quantized_attention(
         DESCRIPTOR=bool(chosen.descriptors),
     )
     return out, lse
-
-
-@quantized_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _width = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
 def quantize_queries(query: Tensor, mean: Tensor, room: int, scale: float, bits: str) -> tuple[Tensor, ...]:
@@ -127,7 +142,7 @@ def shape(width: int, rows: int, top: float) -> dict:
     return {"TOP": top, "ROWS": rows, "WIDTH": width, "PADDED": padded(width), "num_warps": 8}
 
 
-def operands(keys: Tensor, values: Tensor, chosen: Launch) -> tuple:
+def described(keys: Tensor, values: Tensor, chosen: Launch) -> tuple:
     """Keys and values as the kernel takes them: pointers, or descriptors of their rows."""
     if not chosen.descriptors:
         return keys, values
