@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,17 +31,26 @@ FAMILIES = {
     "wan": Family("WanPipeline", unipc=True),
     "hunyuan_video": Family("HunyuanVideoPipeline", tiled_vae=True),
     "mochi": Family("MochiPipeline", tiled_vae=True),
+    "wan_i2v": Family("WanImageToVideoPipeline", unipc=True),
+    "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", tiled_vae=True),
+    "wan_vace": Family("WanVACEPipeline", unipc=True),
 }
 
 
 def load_pipeline(
-    path: str, family: str, dtype: torch.dtype, device: str, flow_shift: float | None = None
+    path: str,
+    family: str,
+    dtype: torch.dtype,
+    device: str,
+    flow_shift: float | None = None,
+    *,
+    quantization_config: Any = None,
 ) -> "DiffusionPipeline":
     """The pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
 
     Weights come in `dtype`, those of the VAE in float32. The scheduler gets `flow_shift`, or keeps the shift
     that the model's own scheduler names; for Wan it becomes UniPC on flow sigmas. The VAEs of HunyuanVideo
-    and Mochi decode tile by tile.
+    and Mochi decode tile by tile. `quantization_config`: of diffusers, for some of the components.
 
     Raises:
         FileNotFoundError: no such folder, hub model, model_index.json or component.
@@ -53,7 +62,10 @@ def load_pipeline(
     check_model(path, family)
     kind = FAMILIES[family]
     pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
-        path, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True
+        path,
+        dtype={"default": dtype, "vae": torch.float32},
+        use_safetensors=True,
+        quantization_config=quantization_config,
     )
     if kind.unipc:
         pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
@@ -94,7 +106,8 @@ def check_model(path: str, family: str) -> None:
     index = _read_index(folder) if local else _fetch_index(path)
     found = index.get("_class_name")
     wanted = FAMILIES[family].pipeline
-    if found != wanted:
+    both = family == "wan_i2v" and found == "WanPipeline" and index.get("expand_timesteps")  # TI2V-5B
+    if found != wanted and not both:
         raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {found}")
     if local:
         _check_components(folder, index)

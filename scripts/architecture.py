@@ -17,13 +17,14 @@ class Architecture:
     """A video pipeline's shape; `parameters` counts each component's weights, empty where unknown.
 
     Attributes:
-        layers: with self-attention over the video.
+        layers: with self-attention over the video, but for `control_layers`, those of VACE, each by the
+            number of the layer that it feeds.
         ffn: hidden width of a feed-forward.
         patch: latent frames, rows and columns of a token.
         text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
         token_macs: multiply-adds of a token in the matrices of a layer.
         rope_length: positions along an axis, None where any number will do.
-        vae_base: channels of the VAE's widest layer; `vae_frames`, `vae_pixels`: its compression.
+        vae_base: channels of the VAE's widest layer a pixel; `vae_frames`, `vae_pixels`: its compression.
         pixel_factor: what the pipeline wants height and width to be multiples of.
     """
 
@@ -41,6 +42,7 @@ class Architecture:
     vae_pixels: int = 8
     pixel_factor: int = 16
     parameters: dict[str, int] = field(default_factory=dict)
+    control_layers: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -51,6 +53,10 @@ class Architecture:
     def macs(self) -> int:
         """Of a token in a layer: `token_macs`, or those of a Wan block."""
         return self.token_macs or 6 * self.width**2 + 2 * self.width * self.ffn
+
+    def attention_layers(self, first: int = 0) -> int:
+        """Self-attentions of the layers from `first` on, a control layer being the one that it feeds."""
+        return self.layers - first + sum(layer >= first for layer in self.control_layers)
 
     def size_factor(self, axis: int) -> int:
         """Pixels that height (axis 1) or width (axis 2) must be a multiple of."""

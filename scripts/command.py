@@ -1,7 +1,7 @@
 """The command line of generation: what the words mean, and which preset stands in where none is named."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from os.path import isfile
 
 from scripts.config import CALL, read_config
 from scripts.errors import UsageError
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> Command:
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
             raise UsageError(f"unknown option {word!r}; {hint}")
-        elif "=" in word and not Path(word).is_file():
+        elif "=" in word and not isfile(word):  # which takes a prompt of any length
             command.overrides.append(word)
         elif command.config_file is None:
             command.config_file = word

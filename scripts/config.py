@@ -15,6 +15,7 @@ from scripts.errors import UsageError, nearest_key, one_line
 from scripts.lora_options import FORM, LORAS, LoraConfig, parse_loras
 
 ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("wan", "hunyuan_video", "mochi", "wan_i2v", "hunyuan_video_i2v", "wan_vace")
 WORDS = {"attention.decimation_width": ("block",), "attention.neighbour": ("full", "half")}
 SHARES = {"attention.density": "null", "attention.neighbour": "full, half"}
 CALL = "bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...] [--dry-run] [--help]"
@@ -28,7 +29,7 @@ def _key(default: Any, help: str, choices: tuple = (), low: float | None = None)
 @dataclass
 class ModelConfig:
     path: str = _key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
-    family: str = _key("wan", "model family", ("wan", "hunyuan_video", "mochi"))
+    family: str = _key("wan", "model family", FAMILIES)
     dtype: str = _key(
         "bfloat16", "of all but the VAE, which stays float32", ("bfloat16", "float16", "float32")
     )
@@ -39,6 +40,25 @@ class ModelConfig:
     )
     lora_mode: str = _key("separate", "apart from the weights, or added to them", ("separate", "fused"))
     lora_unmatched: str = _key("error", "keys of a LoRA that the model has no place for", ("error", "warn"))
+    offload: str = _key(
+        "none",
+        "weights wait in host memory and come part by part, block by block, or layer by layer",
+        ("none", "model", "group", "sequential"),
+    )
+    quantization: str = _key(
+        "none",
+        "how the transformer's weights are kept; int8 needs torchao, nf4 bitsandbytes",
+        ("none", "fp8", "int8", "nf4"),
+    )
+    vae_tiling: str = _key(
+        "auto", "decode tile by tile; auto: HunyuanVideo and Mochi do", ("auto", "always", "never")
+    )
+    compile: str = _key("none", "torch.compile of the transformer's blocks", ("none", "blocks"))
+    cache: str = _key(
+        "none", "take over from earlier steps", ("none", "first_block", "taylorseer", "mag", "pab")
+    )
+    cache_threshold: float = _key(0.05, "change below which first_block and mag skip", low=0.0)
+    cache_ratios: str | None = _key(None, "of mag: numbers with commas, or calibrate, which prints them")
 
 
 @dataclass
@@ -77,6 +97,17 @@ class AttentionConfig:
 class GenerationConfig:
     prompt: str = _key("A cat walks on the grass, realistic", "what the video shows")
     prompt_file: str | None = _key(None, "text file, one video a line; takes the place of prompt")
+    image: str | None = _key(
+        None,
+        "jpg or png that image to video starts from, for all prompts; turned by EXIF, over black where "
+        "transparent, scaled to cover height x width (Lanczos), cropped at the centre",
+    )
+    video: str | None = _key(
+        None, "VACE: mp4, gif or folder of images to go by; its first num_frames frames, each fitted as image"
+    )
+    mask: str | None = _key(
+        None, "VACE: what of video is made anew (white) or kept (black), as many frames; null: all anew"
+    )
     negative_prompt: str = _key("", "what guidance moves away from")
     height: int = _key(768, "pixels", low=1)
     width: int = _key(1280, "pixels", low=1)

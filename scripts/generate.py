@@ -53,30 +53,35 @@ def carry_out(config: Config, dry_run: bool) -> int:
     device, path = resolve_device(config), resolve_model(config)
     from scripts.architecture import read_architecture
     from scripts.backends import check_backends
+    from scripts.combinations import check_combinations
+    from scripts.inputs import read_inputs
     from scripts.loras import describe_loras, find_loras, with_loras
-    from scripts.plan import describe, describe_density, notes, solved_config
+    from scripts.plan import describe, describe_density, gain, notes, solved_config
     from scripts.shortage import check_mask, check_memory
     from scripts.video import Job
 
     model = read_architecture(path)
     check_sizes(config, model)
+    inputs = read_inputs(config, dry_run)
+    remarks = check_combinations(config, device, 1 + ("transformer_2" in model.parameters), dry_run)
     loras = find_loras(config, path, fetch=not dry_run)
     model = with_loras(model, loras)
     if dry_run:
         check_mask(config, model)
         solved_config(config, model)
-        print(describe(config, model, device, check_backends(config, model, device, dry_run)))
+        remarks = remarks + check_backends(config, model, device, dry_run)
+        print(describe(config, model, device, remarks))
         print("".join(f"{line}\n" for line in describe_loras(config, loras)), end="")
         return 0
     check_memory(config, model, device)
     for line in describe_density(config, model):
         print(line, flush=True)
     check_backends(config, model, device)
-    for note in notes(config, model):
+    for note in [*notes(config, model), *gain(config, model)]:
         print(f"note: {note}", flush=True)
     for line in describe_loras(config, loras):
         print(line, flush=True)
-    return generate(Job(config, model, path, device, loras), prompts)
+    return generate(Job(config, model, path, device, loras, inputs), prompts)
 
 
 def generate(job: "Job", prompts: dict[int, str]) -> int:
@@ -94,7 +99,7 @@ def generate(job: "Job", prompts: dict[int, str]) -> int:
 
 def generate_missing(job: "Job", prompts: dict[int, str], paths: dict[int, Path]) -> int:
     """The prompts whose video is not there yet; 1 where any failed. Only a full disk stops the rest."""
-    missing = [number for number in prompts if not is_there(job.config, prompts[number], paths[number])]
+    missing = [number for number in prompts if not is_there(job, prompts[number], paths[number])]
     print(f"{len(missing)} of {len(prompts)} videos to make", flush=True)
     pipeline = job.load() if missing else None
     failures: dict[int, str] = {}
@@ -114,11 +119,11 @@ def generate_missing(job: "Job", prompts: dict[int, str], paths: dict[int, Path]
     return 1 if failures else 0
 
 
-def is_there(config: Config, prompt: str, path: Path) -> bool:
+def is_there(job: "Job", prompt: str, path: Path) -> bool:
     """Whether the video was made with these settings; prints that, or which settings differ."""
     from scripts.outputs import finished
 
-    done, changed = finished(path, config, prompt)
+    done, changed = finished(path, job.config, prompt, job.inputs.files)
     if done:
         print(f"{path} is there already")
     elif changed:
@@ -136,6 +141,8 @@ def announce(record: dict[str, Any], path: Path) -> None:
     print(f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}")
     print(f"a step     {_pairs(seconds_per_step(record))}")
     print(f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}")
+    if (cache := record["cache"])["kind"] != "none":
+        print(f"cache      {cache['kind']}: {cache['computed']} of {cache['due']} of these calls were made")
     if "worst" in check:
         worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
         print(f"check      {check['compared']} outputs against the reference, worst in {worst}")

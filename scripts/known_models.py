@@ -9,9 +9,11 @@ from scripts.errors import UsageError, one_line
 
 # Counted on the checkpoints' own config.json files; tests/test_known_models.py builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
-LLAMA_8B, CLIP_TEXT = 7_505_186_816, 123_060_480
-WAN_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 246_478_803, 459_748_611
-MOCHI_FRAMES, MOCHI_TEXT, HUNYUAN_TEXT = 6, 256, 256
+LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
+WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
+MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
+# By the kind of condition: 256 tokens of text, or 252 after every second or fourth of the image's 576.
+HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
 
 
 def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Architecture:
@@ -30,14 +32,17 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Ar
 
 
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> Architecture:
+    widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
     return Architecture(
         layers=transformer["num_layers"],
         heads=transformer["num_attention_heads"],
         head_dim=transformer["attention_head_dim"],
         ffn=transformer["ffn_dim"],
         patch=tuple(transformer["patch_size"]),
+        text_tokens=WAN_TEXT + (WAN_IMAGE if transformer.get("image_dim") else 0),
+        control_layers=tuple(transformer.get("vace_layers", ())),
         rope_length=transformer.get("rope_max_seq_len", 1024),
-        vae_base=vae.get("base_dim", 96),
+        vae_base=widest // (vae.get("patch_size") or 1) ** 2,  # the last layers of a patch's pixels at once
         vae_frames=vae.get("scale_factor_temporal") or 4,
         vae_pixels=vae.get("scale_factor_spatial") or 8,
         parameters=parameters,
@@ -56,7 +61,7 @@ def _hunyuan_video(
         ffn=ffn,
         patch=(transformer["patch_size_t"], patch, patch),
         text_tokens=0,
-        joint_text=HUNYUAN_TEXT,
+        joint_text=HUNYUAN_TEXT[transformer.get("image_condition_type")],
         token_macs=4 * width**2 + 2 * width * ffn,
         rope_length=None,
         vae_base=vae["block_out_channels"][0],
@@ -88,6 +93,7 @@ def _mochi(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[st
 
 READERS: dict[str, Callable[[dict, dict, dict], Architecture]] = {
     "WanTransformer3DModel": _wan,
+    "WanVACETransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "MochiTransformer3DModel": _mochi,
 }
@@ -97,6 +103,11 @@ WAN_14B = Architecture(
     head_dim=128,
     ffn=13824,
     parameters={"transformer": 14_288_491_584, "text_encoder": UMT5_XXL, "vae": WAN_VAE},
+)
+WAN_I2V_14B = replace(
+    WAN_14B,
+    text_tokens=WAN_TEXT + WAN_IMAGE,
+    parameters=WAN_14B.parameters | {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION},
 )
 HUNYUAN_CONFIG = {
     "num_layers": 20,
@@ -120,12 +131,42 @@ HUB_MODELS = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": replace(
         WAN_14B, parameters=WAN_14B.parameters | {"transformer_2": 14_288_491_584}
     ),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_I2V_14B,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_I2V_14B,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": replace(
+        WAN_14B,
+        parameters=WAN_14B.parameters | dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184),
+    ),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": replace(
+        WAN_14B,
+        layers=30,
+        heads=24,
+        ffn=14336,
+        vae_base=64,
+        vae_pixels=16,
+        parameters=WAN_14B.parameters | {"transformer": 4_999_787_712, "vae": WAN22_VAE},
+    ),
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": replace(
+        WAN_14B,
+        control_layers=(0, 5, 10, 15, 20, 25, 30, 35),
+        parameters=WAN_14B.parameters | {"transformer": 17_337_592_896},
+    ),
     "hunyuanvideo-community/HunyuanVideo": _hunyuan_video(
         HUNYUAN_CONFIG,
         {"block_out_channels": [128]},
         {
             "transformer": 12_821_012_544,
             "text_encoder": LLAMA_8B,
+            "text_encoder_2": CLIP_TEXT,
+            "vae": HUNYUAN_VAE,
+        },
+    ),
+    "hunyuanvideo-community/HunyuanVideo-I2V": _hunyuan_video(
+        HUNYUAN_CONFIG | {"image_condition_type": "token_replace"},
+        {"block_out_channels": [128]},
+        {
+            "transformer": 12_821_012_544,
+            "text_encoder": LLAVA_8B,
             "text_encoder_2": CLIP_TEXT,
             "vae": HUNYUAN_VAE,
         },

@@ -148,7 +148,7 @@ def _unreachable(place: str, entry: LoraConfig, error: BaseException) -> str:
 def _shapes(path: str, family: str) -> dict[str, Shape] | None:
     """Shapes of the transformer's parameters by name; None where only loading will tell."""
     settings = Path(path) / "transformer" / "config.json"
-    if path in HUB_MODELS and family == "wan":
+    if path in HUB_MODELS and family == "wan" and "T2V" in path:
         build = _wan(HUB_MODELS[path])
     elif settings.is_file():
         build = _from_settings(json.loads(settings.read_text(encoding="utf-8")))

@@ -19,7 +19,8 @@ from scripts.record import timed
 SLUG_LENGTH = 60
 CRF = 10  # of libx264: visually lossless, so that small videos stay crisp
 PROBE_BYTES = 2**20
-NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check")
+INPUTS = ("generation.image", "generation.video", "generation.mask")  # not the name counts, but the content
+NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check", *INPUTS)
 
 
 def video_path(config: Config, prompt: str, number: int = 0) -> Path:
@@ -49,26 +50,31 @@ def resolved(config: Config, prompt: str) -> dict[str, Any]:
     return content
 
 
-def finished(path: Path, config: Config, prompt: str) -> tuple[bool, list[str]]:
+def finished(
+    path: Path, config: Config, prompt: str, inputs: dict[str, dict[str, str]] | None = None
+) -> tuple[bool, list[str]]:
     """Whether `path` and its JSON were made with this configuration, and else the keys that differ.
 
-    The output path, the name of the prompt file and the check do not count: they change no frame.
+    The output path, the name of the prompt file and the check do not count: they change no frame. Of the
+    `inputs` (image, video, mask), file name and sha256 as the record holds them, only the sha256 counts.
     """
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
         return False, []
     try:
-        before = _comparable(json.loads(record.read_text(encoding="utf-8"))["config"])
+        content = json.loads(record.read_text(encoding="utf-8"))
+        before = _comparable(content["config"], content.get("inputs", {}))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False, ["config"]
-    now = _comparable(resolved(config, prompt))
+    now = _comparable(resolved(config, prompt), inputs or {})
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
     return not changed, changed
 
 
-def _comparable(content: dict[str, dict]) -> dict[str, Any]:
+def _comparable(content: dict[str, dict], inputs: dict[str, dict]) -> dict[str, Any]:
     flat = {f"{group}.{key}": value for group, values in content.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in NO_FRAMES}
+    kept = {key: value for key, value in flat.items() if key not in NO_FRAMES}
+    return kept | {f"generation.{name}": file["sha256"] for name, file in inputs.items()}
 
 
 @contextmanager

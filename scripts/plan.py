@@ -1,7 +1,7 @@
 """What a run will cost, worked out before any weight is loaded: tokens, density, FLOPs, memory."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from models.schedule import Schedule
@@ -9,30 +9,12 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.density import resolve_density
 from radial_attn.density_table import changes, curve_lines
 from scripts.architecture import Architecture
-from scripts.config import Config
+from scripts.config import Config, keys
 from scripts.errors import UsageError
+from scripts.memory import GIB, HOST_BYTES, Memory, peak, whole_weights
 from scripts.sampling import calls_per_step
 
-GIB = 2**30
 LITTLE = 0.5  # share of attention below which its cost hardly matters
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes of decoding per pixel of a frame and channel of vae_base, measured: 225 to 250 for wide VAEs, 625 to
-# 685 for those of fewer than WIDE_VAE channels.
-WIDE_VAE, WIDE_VAE_BYTES, NARROW_VAE_BYTES = 32, 240, 680
-HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; where the model is on the CPU
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted bytes: weights of all components, activations at the peak, the program itself."""
-
-    weights: float
-    activations: float
-    host: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.activations + self.host
 
 
 def radial_config(config: Config) -> RadialConfig:
@@ -102,8 +84,8 @@ def attention_flops(config: Config, model: Architecture, density: float) -> tupl
     calls = calls_per_step(config)
     one = 4.0 * token_grid(config, model).tokens ** 2 * model.width * calls
     steps, dense = config.generation.steps, len(dense_steps(config))
-    sparse = (steps - dense) * (model.layers - dense_layers(config, model))
-    everything = steps * model.layers
+    sparse = (steps - dense) * model.attention_layers(dense_layers(config, model))
+    everything = steps * model.attention_layers()
     return one * everything, one * (everything - sparse + sparse * density)
 
 
@@ -112,29 +94,17 @@ def other_flops(config: Config, model: Architecture) -> float:
     calls = config.generation.steps * calls_per_step(config)
     tokens, width = token_grid(config, model).tokens, model.width
     linear = 2.0 * tokens * model.macs + 4.0 * model.text_tokens * width**2
-    return calls * model.layers * (linear + 4.0 * tokens * model.text_tokens * width)
+    return calls * model.attention_layers() * (linear + 4.0 * tokens * model.text_tokens * width)
 
 
 def memory(config: Config, model: Architecture, device: str) -> Memory:
-    """Predicted peak of a run on `device`.
-
-    Activations are the larger of a block's feed-forward (two hidden tensors, the residual stream and float32
-    temporaries, measured) and of decoding one chunk of frames, with the decoded video; the mask comes on top.
-    """
-    size = DTYPE_BYTES[config.model.dtype]
-    weights = sum(n * (4 if part == "vae" else size) for part, n in model.parameters.items())
-    grid, sizes = token_grid(config, model), config.generation
-    transformer = grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
-    video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
-    per_channel = WIDE_VAE_BYTES if model.vae_base >= WIDE_VAE else NARROW_VAE_BYTES
-    decoder = per_channel * model.vae_base * sizes.height * sizes.width + 2 * video
-    activations = max(transformer, decoder) + mask_bytes(config, model)
-    return Memory(weights, activations, HOST_BYTES if device == "cpu" else 0.0)
+    """Predicted peak of a run on `device`."""
+    return peak(config, model, token_grid(config, model), mask_bytes(config, model), device)
 
 
 def host_bytes(config: Config, model: Architecture) -> float:
     """Host memory of a run on a GPU: all weights are read into it before they move."""
-    return memory(config, model, "cuda").weights + HOST_BYTES
+    return sum(whole_weights(config, model).values()) + HOST_BYTES
 
 
 def mask_bytes(config: Config, model: Architecture) -> int:
@@ -204,10 +174,36 @@ def describe(config: Config, model: Architecture, device: str, remarks: Sequence
         f"({(dense + other) / (radial + other):.2f}x fewer)",
         "memory": _describe_memory(need, model),
     }
-    lines = [f"{name:<13} {text}" for name, text in rows.items()]
+    lines = [f"{name:<13} {text}" for name, text in rows.items()] + memory_choices(config, model)
     if attention.pattern != "dense":
         lines += [f"{'curve':<13} {line}" for line in curve_lines(grid, radial_config(config))]
     return "\n".join(lines + [f"{'note':<13} {note}" for note in [*notes(config, model), *remarks]])
+
+
+def memory_choices(config: Config, model: Architecture) -> list[str]:
+    """Lines of `--dry-run`: the predicted peak on a GPU for each quantization and offload."""
+    offloads, kinds = (keys()[f"model.{name}"].metadata["choices"] for name in ("offload", "quantization"))
+    lines = []
+    for kind in kinds:
+        choices = {name: replace(config.model, quantization=kind, offload=name) for name in offloads}
+        needs = (
+            f"{name} {gib(memory(replace(config, model=choice), model, 'cuda').total)}"
+            for name, choice in choices.items()
+        )
+        lines.append(f"{'GPU memory':<13} quantization {kind}: offload {', '.join(needs)}")
+    return lines if sum(model.parameters.values()) else []
+
+
+def gain(config: Config, model: Architecture) -> list[str]:
+    """The share of attention and what the mask saves of it, where that is much; `notes` says where little."""
+    density = radial_mask(token_grid(config, model), radial_config(config)).density
+    dense, radial = attention_flops(config, model, density)
+    share = dense / (dense + other_flops(config, model))
+    if share < LITTLE and config.attention.pattern != "dense":
+        return []
+    other = other_flops(config, model)
+    fewer = f"{(dense + other) / (radial + other):.2f}x fewer in all with this mask"
+    return [f"attention is {share:.0%} of the operations: {fewer}"]
 
 
 def notes(config: Config, model: Architecture) -> list[str]:

@@ -15,16 +15,20 @@ import torch
 from tqdm import tqdm
 
 from models import apply_radial_attention
+from models.caches import cached
+from models.economy import economize, quantization_config
 from models.guard import CheckError
 from models.pipelines import is_local, load_pipeline
 from scripts.architecture import Architecture, hub_unreachable
+from scripts.combinations import cache_options, economy_options
 from scripts.config import Config
 from scripts.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
+from scripts.inputs import Inputs
 from scripts.loras import FoundLora, find_loras, put_in
 from scripts.outputs import resolved, write_pair
 from scripts.plan import attention_options, dense_steps, memory, solved_config, step_pattern, token_grid
 from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
-from scripts.sampling import settings
+from scripts.sampling import batch, settings
 from scripts.shortage import is_out_of_memory, shortage
 
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
@@ -34,13 +38,14 @@ OP = ("radial_attn.attention", "radial_attn.kernels")
 
 @dataclass
 class Job:
-    """A checked configuration, the model's numbers, its folder or hub id, 'cpu' or 'cuda', and its LoRAs."""
+    """A checked configuration, the model's numbers, its folder or hub id, device, LoRAs and input files."""
 
     config: Config
     model: Architecture
     path: str
     device: str
     loras: list[FoundLora] = field(default_factory=list)
+    inputs: Inputs = field(default_factory=Inputs)
     seconds: dict[str, float] = field(default_factory=dict)
     loras_in: list[dict[str, Any]] = field(default_factory=list)
 
@@ -53,7 +58,12 @@ class Job:
             warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
             try:
                 pipeline = load_pipeline(
-                    self.path, model.family, dtype, self.device, flow_shift=self.config.generation.flow_shift
+                    self.path,
+                    model.family,
+                    dtype,
+                    "cpu" if model.offload != "none" or model.quantization == "fp8" else self.device,
+                    flow_shift=self.config.generation.flow_shift,
+                    quantization_config=quantization_config(model.quantization, dtype),
                 )
             except Exception as error:  # the libraries have no common one for a folder that they cannot load
                 if is_out_of_memory(error):
@@ -62,6 +72,7 @@ class Job:
             loras = self.loras or find_loras(self.config, self.path)
             with reported_choices():
                 self.loras_in = put_in(pipeline, self.config, loras)
+            economize(pipeline, self.device, dtype, **economy_options(self.config))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -89,7 +100,10 @@ class Job:
         self, pipeline: Any, prompt: str, seconds: dict[str, float]
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say."""
-        with apply_radial_attention(pipeline, **attention_options(self.config)) as handle:
+        with (
+            apply_radial_attention(pipeline, **attention_options(self.config)) as handle,
+            cached(pipeline, **cache_options(self.config)) as cache,
+        ):
             clock = Clock(synchronizer(self.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
             try:
@@ -99,12 +113,14 @@ class Job:
             finally:
                 hook.remove()
             seconds |= clock.seconds | {"decode": clock.lap()}
-            return to_bytes(frames), {"attention": handle.report(), "step_seconds": clock.steps}
+            run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
+            return to_bytes(frames), run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
         seed = self.config.generation.seed
         try:
-            return sample(pipeline, self.config, [prompt], [seed], callback_on_step_end=step_done)[0]
+            options = {"callback_on_step_end": step_done, **self.inputs.arguments}
+            return sample(pipeline, self.config, [prompt], [seed], **options)[0]
         except (UsageError, GenerationError):
             raise
         except CheckError as error:
@@ -153,6 +169,7 @@ class Job:
             "seed": self.config.generation.seed,
             "config": resolved(self.config, prompt),
             "loras": self.loras_in,
+            "inputs": self.inputs.files,
             "tokens": grid.tokens,
             "density": run["attention"]["density"],
             "mask": asdict(solved_config(self.config, self.model)),
@@ -185,7 +202,7 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
     The options go to the pipeline; `output_type="latent"` gives latents `[B, C, frames, height, width]`.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipeline(prompt=prompts, generator=generators, **(settings(config) | options)).frames
+    return pipeline(**batch(config, prompts, generators), **(settings(config) | options)).frames
 
 
 class LineHandler(logging.Handler):

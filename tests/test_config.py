@@ -25,12 +25,22 @@ def test_a_preset_sets_every_key_and_is_valid(preset):
     named = {f"{group}.{key}" for group, values in content.items() for key in values}
     optional = {
         "generation.prompt_file",
+        "generation.image",
+        "generation.video",
+        "generation.mask",
         "attention.density",
         "generation.guidance_scale_2",
         "generation.prompt_template",
         "model.loras",
         "model.lora_mode",
         "model.lora_unmatched",
+        "model.offload",
+        "model.quantization",
+        "model.vae_tiling",
+        "model.compile",
+        "model.cache",
+        "model.cache_threshold",
+        "model.cache_ratios",
     }
     assert set(keys()) - named <= optional
     config = read_config(str(preset), [])

@@ -170,6 +170,8 @@ def test_help_and_command_line(capsys):
     assert main(["--help"]) == 0
     assert "usage: bash scripts/wan_t2v_inference.sh" in capsys.readouterr().out
     assert parse([TINY, "a.b=1", "--dry-run"]) == Command(TINY, ["a.b=1"], dry_run=True)
+    longest = f"generation.prompt={300 * 'cat '}"  # more than a file name may have
+    assert parse([longest]) == Command(None, [longest])
     with pytest.raises(UsageError, match="unknown option '--sed'"):
         parse(["--sed"])
 

@@ -13,12 +13,12 @@ SOURCES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 KERNELS = sorted(file for file in (ROOT / "radial_attn" / "kernels").glob("*.py") if file.stem != "__init__")
 LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
-    imageio imageio_ffmpeg matplotlib tqdm psutil pytest triton"""
+    imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton"""
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
 ALLOWED = {
     "radial_attn": {"torch", "numpy", "matplotlib", "triton", *OPTIONAL},
-    "models": {"radial_attn", "torch", "diffusers", "safetensors"},
+    "models": {"radial_attn", "torch", "diffusers", "safetensors", "torchao", "bitsandbytes"},
     "scripts": {"radial_attn", "models", "toyworld", *LIBRARIES.split()},
     "toyworld": {"torch"},
 }

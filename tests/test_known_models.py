@@ -5,22 +5,63 @@ import pytest
 import torch
 import transformers
 
+from models import apply_radial_attention
+from radial_attn import RadialConfig
 from scripts.architecture import Architecture
 from scripts.config import read_config
 from scripts.errors import UsageError
 from scripts.known_models import HUB_MODELS, from_configs
 from scripts.plan import token_grid
+from tests.tiny_wan import vace_transformer
 
 T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
-def wan(model: Architecture) -> torch.nn.Module:
-    return diffusers.WanTransformer3DModel(
+WAN_INPUTS = {  # of the transformers that take more than the latents of a video
+    "Wan2.1-I2V": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "Wan2.2-I2V": {"in_channels": 36},
+    "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
+}
+
+
+def wan(name: str, model: Architecture) -> torch.nn.Module:
+    cls = diffusers.WanVACETransformer3DModel if "VACE" in name else diffusers.WanTransformer3DModel
+    kind = "-".join(name.removeprefix("Wan-AI/").split("-")[:2])
+    return cls(
+        **WAN_INPUTS.get(kind, {}),
         num_layers=model.layers,
         num_attention_heads=model.heads,
         attention_head_dim=model.head_dim,
         ffn_dim=model.ffn,
     )
+
+
+def wan_vae(name: str) -> torch.nn.Module:
+    if "TI2V" not in name:
+        return diffusers.AutoencoderKLWan()
+    patch = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    latents = {"z_dim": 48, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+    return diffusers.AutoencoderKLWan(
+        base_dim=160, decoder_base_dim=256, is_residual=True, **patch, **latents
+    )
+
+
+def clip_vision(width: int = 1280, layers: int = 32, **sizes: int) -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        patch_size=14,
+        **sizes,
+    )
+
+
+def llava() -> torch.nn.Module:
+    """Llava on Llama 3 8B and CLIP-L of 336 pixels."""
+    vision = clip_vision(1024, 24, image_size=336)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=llama().config)
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 def umt5() -> torch.nn.Module:
@@ -48,12 +89,16 @@ def clip() -> torch.nn.Module:
 
 def parts(name: str, model: Architecture) -> dict[str, torch.nn.Module]:
     if name.startswith("Wan-AI"):
-        found = {"transformer": wan(model), "text_encoder": umt5(), "vae": diffusers.AutoencoderKLWan()}
-        return found | ({"transformer_2": wan(model)} if "Wan2.2" in name else {})
+        found = {"transformer": wan(name, model), "text_encoder": umt5(), "vae": wan_vae(name)}
+        if "Wan2.1-I2V" in name:
+            found["image_encoder"] = transformers.CLIPVisionModel(clip_vision(image_size=224))
+        return found | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "Hunyuan" in name:
         return {
-            "transformer": diffusers.HunyuanVideoTransformer3DModel(),
-            "text_encoder": llama(),
+            "transformer": diffusers.HunyuanVideoTransformer3DModel(
+                image_condition_type="token_replace" if "I2V" in name else None
+            ),
+            "text_encoder": llava() if "I2V" in name else llama(),
             "text_encoder_2": clip(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
@@ -106,6 +151,32 @@ def test_tokens_of_the_papers_videos(name, frames, size, tokens):
     keys = [f"generation.{key}={value}" for key, value in sizes.items()]
     config = read_config("configs/wan2.1_t2v_14b.yaml", keys)
     assert token_grid(config, HUB_MODELS[name]).tokens == tokens
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1, 3])
+def test_control_layers_are_counted_as_they_are_applied(dense_layers):
+    """Six attentions in four layers: a control layer has the number of the layer that it feeds."""
+    transformer = vace_transformer()
+    config = {"_class_name": type(transformer).__name__, **transformer.config}
+    model = from_configs(config, {}, {})
+    with apply_radial_attention(transformer, RadialConfig(), dense_layers=dense_layers) as handle:
+        report = handle.report()
+    assert (model.layers, model.attention_layers()) == (4, report["layers"])
+    assert model.attention_layers(dense_layers) == report["layers"] - report["dense_layers"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "joint", "factor"),
+    [
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 769, 0, 16),
+        ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 512, 0, 16),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 512, 0, 32),
+        ("hunyuanvideo-community/HunyuanVideo-I2V", 0, 396, 16),
+    ],
+)
+def test_text_and_image_tokens_and_sizes_of_image_to_video(name, text, joint, factor):
+    model = HUB_MODELS[name]
+    assert (model.text_tokens, model.joint_text, model.size_factor(1)) == (text, joint, factor)
 
 
 def test_an_unknown_transformer_is_named():

@@ -213,8 +213,13 @@ def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
     return pipeline
 
 
-def hunyuan_image_pipeline(kind: str, seed: int = 0) -> HunyuanVideoImageToVideoPipeline:
-    """A random HunyuanVideoImageToVideoPipeline; `kind` of condition: "latent_concat" or "token_replace"."""
+def hunyuan_image_pipeline(
+    kind: str, seed: int = 0, image_size: int = 28
+) -> HunyuanVideoImageToVideoPipeline:
+    """A random HunyuanVideoImageToVideoPipeline; `kind` of condition: "latent_concat" or "token_replace".
+
+    With images of 336 it takes upstream's own prompt template, whose special tokens its tokenizer knows.
+    """
     replace = kind == "token_replace"
     channels = CHANNELS if replace else 2 * CHANNELS + 1
     parts = hunyuan_pipeline(
@@ -222,15 +227,21 @@ def hunyuan_image_pipeline(kind: str, seed: int = 0) -> HunyuanVideoImageToVideo
     ).components
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=8, num_hidden_layers=2, image_size=28, patch_size=14, projection_dim=8, **ENCODER
+        hidden_size=8, num_hidden_layers=2, image_size=image_size, patch_size=14, projection_dim=8, **ENCODER
     )
-    text = parts["text_encoder"].config
-    llava = LlavaConfig(vision_config=vision, text_config=text, pad_token_id=0, image_token_index=60)
+    text, tokenizer = parts["text_encoder"].config, parts["tokenizer"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|end_header_id|>"]})
+    llava = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        pad_token_id=0,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
     pipeline = HunyuanVideoImageToVideoPipeline(
         **parts
         | {
             "text_encoder": LlavaForConditionalGeneration(llava).eval(),
-            "image_processor": CLIPImageProcessorPil(size=28, crop_size=28),
+            "image_processor": CLIPImageProcessorPil(size=image_size, crop_size=image_size),
         }
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,144 @@
+"""The caches of diffusers around the blocks of a transformer: what a step takes over from those before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from models.economy import blocks_of, transformers_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+CACHES = ("none", "first_block", "taylorseer", "mag", "pab")
+HOOK_FILES = ("first_block_cache", "taylorseer_cache", "mag_cache", "pyramid_attention_broadcast")
+WARM_UP = 3  # first steps that TaylorSeer computes at least
+
+
+class CacheUse:
+    """How many attention calls of the video there would have been (`due`), and how many there were."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.due, self.computed = kind, 0, 0
+        self._undo: list[Any] = []
+
+    def report(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        return {"kind": self.kind, "due": self.due, "computed": self.computed}
+
+    def watch(self, transformer: torch.nn.Module) -> None:
+        """Counts calls of the parts that the cache's hooks lie on, blocks or their attention."""
+        parts = [part for block in blocks_of(transformer) for part in block.modules()]
+        references = [hook.fn_ref for part in parts for hook in _cache_hooks(part)]
+        for reference in references:
+            self._count(reference)
+        if not references:
+            raise ValueError(f"cache {self.kind!r} finds no block of {type(transformer).__name__}")
+
+        def call_begins(*_: Any) -> None:
+            self.due += len(references)
+
+        self._undo.append(transformer.register_forward_pre_hook(call_begins).remove)
+
+    def unwatch(self) -> None:
+        """Takes the counting back."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def _count(self, reference: Any) -> None:
+        forward = reference.original_forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.computed += 1
+            return forward(*args, **kwargs)
+
+        reference.original_forward = counted
+        self._undo.append(lambda: setattr(reference, "original_forward", forward))
+
+
+def _cache_hooks(part: torch.nn.Module) -> list[Any]:
+    """The caches among the hooks of diffusers on a module."""
+    registry = vars(part).get("_diffusers_hook")
+    hooks = [] if registry is None else registry.hooks.values()
+    return [hook for hook in hooks if type(hook).__module__.endswith(HOOK_FILES)]
+
+
+@contextmanager
+def cached(
+    pipeline: "DiffusionPipeline",
+    kind: str,
+    steps: int,
+    *,
+    dense_steps: int = 0,
+    dense_last_steps: int = 0,
+    threshold: float = 0.05,
+    ratios: str | None = None,
+) -> Iterator[CacheUse]:
+    """A cache of one of `CACHES` around the transformers of a pipeline, for one video of `steps` steps.
+
+    Args:
+        dense_steps, dense_last_steps: at both ends TaylorSeer computes at least these.
+        threshold: change below which first_block and mag skip.
+        ratios: of mag, numbers with commas, or "calibrate", which skips nothing and prints them at the end.
+
+    Raises ValueError for a transformer on which the cache finds nothing to lie on.
+    """
+    use = CacheUse(kind)
+    transformers = [] if kind == "none" else transformers_of(pipeline)
+    settings = {"steps": steps, "ends": (dense_steps, dense_last_steps)}
+    settings |= {"threshold": threshold, "ratios": ratios}
+    try:
+        for transformer in transformers:
+            transformer.enable_cache(_settings(pipeline, kind, **settings))
+            use.watch(transformer)
+        yield use
+    finally:
+        use.unwatch()
+        for transformer in transformers:
+            if transformer.is_cache_enabled:
+                transformer.disable_cache()
+
+
+def _settings(
+    pipeline: "DiffusionPipeline",
+    kind: str,
+    *,
+    steps: int,
+    ends: tuple[int, int],
+    threshold: float,
+    ratios: str | None,
+) -> Any:
+    """TaylorSeer in its light form: blocks give nothing and the last projection is extrapolated."""
+    import diffusers
+
+    match kind:
+        case "first_block":
+            return diffusers.FirstBlockCacheConfig(threshold=threshold)
+        case "taylorseer":
+            return diffusers.TaylorSeerCacheConfig(
+                use_lite_mode=True,
+                disable_cache_before_step=max(WARM_UP, ends[0]),
+                disable_cache_after_step=steps - ends[1],
+            )
+        case "mag":
+            given = {"calibrate": True} if ratios == "calibrate" else {"mag_ratios": read_ratios(ratios)}
+            return diffusers.MagCacheConfig(threshold=threshold, num_inference_steps=steps, **given)
+        case "pab":
+            return diffusers.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                current_timestep_callback=lambda: pipeline.current_timestep,
+            )
+    raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {kind!r}")
+
+
+def read_ratios(text: str | None) -> list[float]:
+    """Positive numbers with commas between them; ValueError for anything else."""
+    try:
+        found = [float(word) for word in (text or "").split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < ratio < float("inf") for ratio in found):
+        raise ValueError(f"ratios must be positive numbers with commas between them, got {text!r}")
+    return found

@@ -1,0 +1,126 @@
+"""Less memory and less time through diffusers' own means: storage in 8 or 4 bits, offload, compiling, tiles.
+
+Blocks are compiled before any hook is put around them, so that offload and caches stay outside the graphs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+def transformers_of(pipeline: "DiffusionPipeline") -> list[torch.nn.Module]:
+    """The transformers that a pipeline has, one or two."""
+    found = [getattr(pipeline, name, None) for name in TRANSFORMERS]
+    return [part for part in found if part is not None]
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> "PipelineQuantizationConfig | None":
+    """How `from_pretrained` stores the weights of the transformers: "int8" or "nf4", None for other kinds.
+
+    Raises ImportError where torchao (int8) or bitsandbytes (nf4) is missing.
+    """
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    if kind == "int8":
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        chosen: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "nf4":
+        import bitsandbytes  # noqa: F401 (diffusers would say that it is missing only when it loads)
+        from diffusers import BitsAndBytesConfig
+
+        chosen = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    else:
+        return None
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(TRANSFORMERS, chosen))
+
+
+def economize(
+    pipeline: "DiffusionPipeline",
+    device: str,
+    dtype: torch.dtype,
+    *,
+    offload: str = "none",
+    quantization: str = "none",
+    compile: str = "none",
+    vae_tiling: str = "auto",
+    stream: bool = False,
+) -> None:
+    """Makes a loaded pipeline, with its LoRAs, smaller or faster as told, and brings it to `device`.
+
+    Args:
+        vae_tiling: "always", "never", or "auto", as the pipeline was loaded.
+        stream: see `place`.
+    """
+    if vae_tiling != "auto":
+        (pipeline.vae.enable_tiling if vae_tiling == "always" else pipeline.vae.disable_tiling)()
+    if quantization == "fp8":
+        store_in_fp8(pipeline, dtype)
+    if compile == "blocks":
+        compile_blocks(pipeline)
+    place(pipeline, device, offload, stream=stream)
+
+
+def store_in_fp8(pipeline: "DiffusionPipeline", dtype: torch.dtype) -> None:
+    """Keeps the transformers' matrices in float8_e4m3fn and turns each to `dtype` for its product.
+
+    Norms, patch embedding, output projection and LoRAs stay as they are.
+    """
+    for transformer in transformers_of(pipeline):
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        for weight in transformer.parameters():
+            if weight.dtype != torch.float8_e4m3fn:
+                weight.data = weight.data.clone()  # else these few keep the whole file in memory
+
+
+def compile_blocks(pipeline: "DiffusionPipeline", **options: Any) -> None:
+    """Compiles the forward of every block of the transformers; the options are those of `torch.compile`."""
+    for transformer in transformers_of(pipeline):
+        for block in blocks_of(transformer):
+            block.forward = torch.compile(block.forward, **options)
+
+
+def blocks_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks in the lists of a transformer, which repeat the same code."""
+    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
+
+
+def place(pipeline: "DiffusionPipeline", device: str, offload: str, *, stream: bool = False) -> None:
+    """Brings a pipeline from the host to `device`, all of it or, offloaded, what is needed at the time.
+
+    Args:
+        offload: "none"; "model", one part at a time; "group", the transformers block by block and the text
+            encoders layer by layer, with the VAE on the device; "sequential", everything layer by layer.
+        stream: of "group", the next block comes while one runs; not where a cache skips blocks.
+    """
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        _place_groups(pipeline, device, stream)
+    else:
+        pipeline.to(device)
+
+
+def _place_groups(pipeline: "DiffusionPipeline", device: str, stream: bool) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    options = {"onload_device": torch.device(device), "use_stream": stream and device == "cuda"}
+    for name, part in pipeline.components.items():
+        if name == "vae":
+            part.to(device)
+        elif name in TRANSFORMERS and part is not None:
+            part.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)
+        elif isinstance(part, torch.nn.Module):
+            apply_group_offloading(part, **options, offload_type="leaf_level")

@@ -1,0 +1,120 @@
+"""The predicted peak of a run, stage by stage: reading text, denoising, decoding."""
+
+from dataclasses import dataclass, replace
+
+from models.pipelines import FAMILIES
+from radial_attn import TokenGrid
+from scripts.architecture import Architecture
+from scripts.config import Config
+from scripts.sampling import calls_per_step
+
+GIB = 2**30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes of decoding per pixel of a frame and channel of vae_base, measured: 225 to 250 for wide VAEs, 625 to
+# 685 for those of fewer than WIDE_VAE channels.
+WIDE_VAE, WIDE_VAE_BYTES, NARROW_VAE_BYTES = 32, 240, 680
+TILE = 256  # pixels a side of diffusers' tiles
+HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; where the model is on the CPU
+STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # an element; nf4: with a float32 scale for each 64
+WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embeddings, counted; of Wan 0.016
+ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
+LARGEST_LAYER = 0.2  # of a text encoder: its table of words, 18 % of UMT5-XXL
+BLOCKS_AT_ONCE = 2  # of group offload: the one that runs and the one that comes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes: weights of all components, activations at the peak, the program itself."""
+
+    weights: float
+    activations: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.activations + self.host
+
+
+def peak(config: Config, model: Architecture, grid: TokenGrid, mask_bytes: int, device: str) -> Memory:
+    """The stage of a run on `device` that needs the most.
+
+    Without offload all weights stay, and `weights` are those of all parts. On the CPU weights that are
+    stored in fewer bits were read whole first.
+    """
+    if device == "cpu":
+        config = replace(config, model=replace(config.model, offload="none"))
+    text, transformer, vae = weights_on_device(config, model)
+    denoising = transformer_bytes(config, model, grid) + cache_bytes(config, model, grid)
+    stages = [(text, 0.0), (transformer, denoising + mask_bytes), (vae, decoder_bytes(config, model))]
+    if config.model.offload == "none":
+        most = max(denoising, decoder_bytes(config, model)) + mask_bytes
+        stages = [(text + transformer + vae, most)]
+    if device == "cpu":
+        stages.append((sum(whole_weights(config, model).values()), 0.0))
+    return Memory(*max(stages, key=sum), HOST_BYTES if device == "cpu" else 0.0)
+
+
+def whole_weights(config: Config, model: Architecture) -> dict[str, float]:
+    """Bytes of each part as it is read."""
+    size = DTYPE_BYTES[config.model.dtype]
+    return {part: n * (4 if part == "vae" else size) for part, n in model.parameters.items()}
+
+
+def stored_weights(config: Config, model: Architecture) -> dict[str, float]:
+    """Bytes of each part as it is kept: transformers may be in fewer bits."""
+    kind, family = config.model.quantization, config.model.family.removesuffix("_i2v")
+    whole = whole_weights(config, model)
+    if kind == "none":
+        return whole
+    kept = WHOLE_IN_FP8.get(family, 0.02) if kind == "fp8" else 0.0
+    size = STORED_BYTES[kind]
+    stored = {name: size * (1 - kept) * model.parameters.get(name, 0) for name in TRANSFORMERS}
+    return whole | {name: stored[name] + kept * whole[name] for name in TRANSFORMERS if name in whole}
+
+
+def weights_on_device(config: Config, model: Architecture) -> tuple[float, float, float]:
+    """Bytes of weights on the device while text is read, latents are denoised, latents are decoded."""
+    parts, offload = stored_weights(config, model), config.model.offload
+    encoders = [parts.get(name, 0.0) for name in ENCODERS]
+    transformers = [parts.get(name, 0.0) for name in TRANSFORMERS]
+    vae, loras = parts.get("vae", 0.0), parts.get("loras", 0.0)
+    match offload:
+        case "model":
+            return max(encoders), max(transformers) + loras, vae
+        case "group":
+            blocks = BLOCKS_AT_ONCE * (max(transformers) + loras) / model.layers
+            return vae + LARGEST_LAYER * max(encoders), vae + blocks, vae
+        case "sequential":
+            return LARGEST_LAYER * max(encoders), max(transformers) / model.layers, vae / model.layers
+    return sum(encoders), sum(transformers) + loras, vae
+
+
+def transformer_bytes(config: Config, model: Architecture, grid: TokenGrid) -> float:
+    """A block's feed-forward: two hidden tensors, the residual stream and float32 temporaries, measured."""
+    size = DTYPE_BYTES[config.model.dtype]
+    return grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
+
+
+def cache_bytes(config: Config, model: Architecture, grid: TokenGrid) -> float:
+    """What a cache keeps of the steps before, in copies of the residual stream."""
+    copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(config.model.cache, 0)
+    return copies * calls_per_step(config) * DTYPE_BYTES[config.model.dtype] * grid.tokens * model.width
+
+
+def is_tiled(config: Config) -> bool:
+    """Whether the VAE decodes tile by tile."""
+    if config.model.vae_tiling == "auto":
+        return FAMILIES[config.model.family].tiled_vae
+    return config.model.vae_tiling == "always"
+
+
+def decoder_bytes(config: Config, model: Architecture) -> float:
+    """Decoding one chunk of frames, or one tile of it where that was asked for, and the decoded video.
+
+    Tiles stay until they are put together.
+    """
+    sizes, asked = config.generation, config.model.vae_tiling == "always"
+    video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
+    per_channel = WIDE_VAE_BYTES if model.vae_base >= WIDE_VAE else NARROW_VAE_BYTES
+    sides = [min(side, TILE) if asked else side for side in (sizes.height, sizes.width)]
+    return per_channel * model.vae_base * sides[0] * sides[1] + (4 if asked else 2) * video
