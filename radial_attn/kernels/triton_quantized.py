@@ -29,61 +29,46 @@ def quantized_attention(
     Further arguments as in `triton_attention`. Besides the results a call allocates the
     8-bit copies of its inputs and their scales.
     """
+    from .triton_quantized_forward import quantized_forward_kernel
+
     with torch.cuda.device_of(query):
-        return _attend(query, key, value, blocks, block_size, video_tokens, counts, scale=scale, bits=bits)
+        batch, tokens, heads, _ = query.shape
+        chosen, lists, constants = tables(bits, query, blocks, block_size, video_tokens, counts)
+        mean = key.mean(dim=1, dtype=torch.float32)
+        room = -(-tokens // ROOM) * ROOM
+        queries, query_scales, shifts = quantize_queries(query, mean, room, scale * LOG2E, bits)
+        keys, key_scales = quantize_keys(key, mean, room, chosen.columns, bits)
+        values, tops = quantize_values(value, room) if chosen.fp8_values else (value, mean)
+        out = query.new_empty(query.shape)
+        lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+        quantized_forward_kernel[lists[0].shape[1], batch * heads](
+            queries,
+            *described(keys, values, chosen),
+            query_scales,
+            shifts,
+            key_scales,
+            tops,
+            out,
+            lse,
+            *lists,
+            lse if counts is None else counts,
+            *value.stride()[:3],
+            *out.stride()[:3],
+            tokens,
+            room,
+            heads,
+            **constants,
+            FP8_VALUES=chosen.fp8_values,
+            TOP=FP8_TOP,
+            DESCRIPTOR=bool(chosen.descriptors),
+        )
+    return out, lse
 
 
 @quantized_attention.register_fake
 def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _width = query.shape
     return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    video_tokens: int,
-    counts: Tensor | None,
-    *,
-    scale: float,
-    bits: str,
-) -> tuple[Tensor, Tensor]:
-    from .triton_quantized_forward import quantized_forward_kernel
-
-    batch, tokens, heads, _ = query.shape
-    chosen, lists, constants = tables(bits, query, blocks, block_size, video_tokens, counts)
-    mean = key.mean(dim=1, dtype=torch.float32)
-    room = -(-tokens // ROOM) * ROOM
-    queries, query_scales, shifts = quantize_queries(query, mean, room, scale * LOG2E, bits)
-    keys, key_scales = quantize_keys(key, mean, room, chosen.columns, bits)
-    values, tops = quantize_values(value, room) if chosen.fp8_values else (value, mean)
-    out = query.new_empty(query.shape)
-    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    quantized_forward_kernel[lists[0].shape[1], batch * heads](
-        queries,
-        *described(keys, values, chosen),
-        query_scales,
-        shifts,
-        key_scales,
-        tops,
-        out,
-        lse,
-        *lists,
-        lse if counts is None else counts,
-        *value.stride()[:3],
-        *out.stride()[:3],
-        tokens,
-        room,
-        heads,
-        **constants,
-        FP8_VALUES=chosen.fp8_values,
-        TOP=FP8_TOP,
-        DESCRIPTOR=bool(chosen.descriptors),
-    )
-    return out, lse
 
 
 def quantize_queries(query: Tensor, mean: Tensor, room: int, scale: float, bits: str) -> tuple[Tensor, ...]:
