@@ -198,10 +198,10 @@ def gain(config: Config, model: Architecture) -> list[str]:
     """The share of attention and what the mask saves of it, where that is much; `notes` says where little."""
     density = radial_mask(token_grid(config, model), radial_config(config)).density
     dense, radial = attention_flops(config, model, density)
-    share = dense / (dense + other_flops(config, model))
+    other = other_flops(config, model)
+    share = dense / (dense + other)
     if share < LITTLE and config.attention.pattern != "dense":
         return []
-    other = other_flops(config, model)
     fewer = f"{(dense + other) / (radial + other):.2f}x fewer in all with this mask"
     return [f"attention is {share:.0%} of the operations: {fewer}"]
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,13 +117,8 @@ def _shared_pattern(size: int, blocks: Tensor, shape: Shape) -> Callable[[Tensor
         N=shape.tokens,
         R=size,
         C=columns,
-        num_qo_heads=shape.heads,
-        num_kv_heads=shape.heads,
-        head_dim=shape.width,
-        sm_scale=shape.scale,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
         o_data_type=shape.dtype,
+        **_common(shape),
     )
     return wrapper.run
 
@@ -155,18 +151,25 @@ def _pattern_per_head(size: int, blocks: Tensor, shape: Shape) -> Callable[[Tens
         block_mask_map=blocks.to(shape.device),
         block_row_sz=sizes,
         block_col_sz=sizes,
-        num_qo_heads=shape.heads,
-        num_kv_heads=shape.heads,
-        head_dim=shape.width,
-        sm_scale=shape.scale,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
+        **_common(shape),
     )
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return wrapper.run(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
 
     return run
+
+
+def _common(shape: Shape) -> dict[str, Any]:
+    """What both wrappers plan with."""
+    return {
+        "num_qo_heads": shape.heads,
+        "num_kv_heads": shape.heads,
+        "head_dim": shape.width,
+        "sm_scale": shape.scale,
+        "q_data_type": shape.dtype,
+        "kv_data_type": shape.dtype,
+    }
 
 
 def _empty_rows(size: int, blocks: Tensor, shape: Shape) -> Tensor | None:
