@@ -59,7 +59,7 @@ class JointProcessor:
         way = dense_way if self.dense else radial_way
         if way is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
-        streams = _project(attn, hidden_states, encoder_hidden_states, rotary)
+        streams = project(attn, hidden_states, encoder_hidden_states, rotary)
         output = attend(*streams, way, self.watch).flatten(2, 3)
         video, text = output.tensor_split([hidden_states.shape[1]], dim=1)
         if attn.to_out is not None:
@@ -81,7 +81,7 @@ def joint_grid(transformer: torch.nn.Module, arguments: dict[str, Any], texts: S
     )
 
 
-def _project(attn: Attention, video: Tensor, text: Tensor, rotary: Sequence[Tensor]) -> list[Tensor]:
+def project(attn: Attention, video: Tensor, text: Tensor, rotary: Sequence[Tensor]) -> list[Tensor]:
     """Query, key and value `[B, N + T, H, D]`, the first two normed, and rotated where they are video."""
     own = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k, None)
     added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k, None)

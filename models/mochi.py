@@ -54,16 +54,19 @@ class RadialProcessor(MochiAttnProcessor2_0):
         way = dense_way if self.dense else radial_way
         if way is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
-        query, key, value = (
-            torch.cat(parts, dim=1)
-            for parts in zip(
-                _video(attn, hidden_states, rotary), _text(attn, encoder_hidden_states), strict=True
-            )
-        )
-        output = attend(query, key, value, way, self.watch).flatten(2, 3)
+        streams = project(attn, hidden_states, encoder_hidden_states, rotary)
+        output = attend(*streams, way, self.watch).flatten(2, 3)
         video, text = output.tensor_split((hidden_states.shape[1],), dim=1)
         video = attn.to_out[1](attn.to_out[0](video))
         return video, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def project(
+    attn: MochiAttention, video: torch.Tensor, text: torch.Tensor, rotary: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Query, key and value `[B, S + T, H, D]` of video `[B, S, C]` and text `[B, T, C]`."""
+    parts = zip(_video(attn, video, rotary), _text(attn, text), strict=True)
+    return [torch.cat(pair, dim=1) for pair in parts]
 
 
 def _video(attn: MochiAttention, x: torch.Tensor, rotary: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from scripts.errors import UsageError
 FULL_PRESET, TINY_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
 MARGIN = 1.05  # of free memory over the predicted peak
 NO_DENSE = ("attention.dense_steps=0", "attention.dense_layers=0", "attention.dense_last_steps=0")
-# What the bundled model takes over from a preset of few steps; its LoRA would not fit.
+# What the bundled model takes over from a preset that has none of its own; its LoRA would not fit.
 SCHEDULE = (
     "generation.steps",
     "generation.guidance_scale",
@@ -22,13 +22,17 @@ SCHEDULE = (
 
 @dataclass
 class Command:
-    """`config_file` is None where the command line names none; `preset` then stands in on a GPU with room."""
+    """`config_file` is None where the command line names none.
+
+    Then `preset` is taken where a GPU has room for it, else `bundled`.
+    """
 
     config_file: str | None = None
     overrides: list[str] = field(default_factory=list)
     help: bool = False
     dry_run: bool = False
     preset: str | None = None
+    bundled: str | None = None
 
 
 def parse(argv: list[str]) -> Command:
@@ -41,6 +45,8 @@ def parse(argv: list[str]) -> Command:
             command.dry_run = True
         elif word.startswith("--preset="):
             command.preset = word.partition("=")[2]
+        elif word.startswith("--bundled="):
+            command.bundled = word.partition("=")[2]
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
             raise UsageError(f"unknown option {word!r}; {hint}")
@@ -57,14 +63,16 @@ def parse(argv: list[str]) -> Command:
 def choose_config(command: Command) -> tuple[str, list[str], str]:
     """(config file, overrides, why): the one that is named, else `choose_preset`'s.
 
-    Where the bundled model stands in for a preset of its own schedule (`--preset=`), it takes that over.
+    Where no preset of its own stands in for `--preset=`, the bundled Wan takes over its schedule.
     """
     if command.config_file is not None:
         return command.config_file, command.overrides, "named on the command line"
-    full = command.preset or FULL_PRESET
-    config_file, reason = choose_preset(command.overrides, full)
+    full, bundled = command.preset or FULL_PRESET, command.bundled or TINY_PRESET
+    config_file, reason = choose_preset(command.overrides, full, bundled)
     if config_file == full or command.preset is None:
         return config_file, command.overrides, reason
+    if command.bundled is not None:
+        return config_file, command.overrides, f"{reason}; stands in for {command.preset}"
     without = " and without its LoRA" if read_config(command.preset, []).model.loras else ""
     stands_in = f"stands in for {command.preset}, with its schedule{without}"
     return config_file, [*schedule_of(command.preset), *command.overrides], f"{reason}; {stands_in}"
@@ -81,8 +89,10 @@ def schedule_of(preset: str) -> list[str]:
     return [*schedule, f"output.path={config.output.path}_tiny"]
 
 
-def choose_preset(overrides: list[str], full: str = FULL_PRESET) -> tuple[str, str]:
-    """(preset, why): the 14B preset `full` where GPU and host have room for it, else the bundled model.
+def choose_preset(
+    overrides: list[str], full: str = FULL_PRESET, bundled: str = TINY_PRESET
+) -> tuple[str, str]:
+    """(preset, why): `full` where GPU and host have room for it, else `bundled`.
 
     Raises:
         UsageError: where there is a GPU, an override that no preset takes.
@@ -90,14 +100,14 @@ def choose_preset(overrides: list[str], full: str = FULL_PRESET) -> tuple[str, s
     import torch
 
     if [word for word in overrides if word.startswith("model.device=")][-1:] == ["model.device=cpu"]:
-        return TINY_PRESET, "model.device=cpu"
+        return bundled, "model.device=cpu"
     if not torch.cuda.is_available():
-        return TINY_PRESET, "no CUDA device here"
+        return bundled, "no CUDA device here"
     from scripts.record import room
 
     gpu, host = needed(overrides, full)
     name = torch.cuda.get_device_name()
-    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)}, full)
+    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)}, full, bundled)
 
 
 def needed(overrides: list[str], full: str = FULL_PRESET) -> tuple[float, float]:
@@ -116,10 +126,13 @@ def needed(overrides: list[str], full: str = FULL_PRESET) -> tuple[float, float]
     return MARGIN * memory(config, model, "cuda").total, MARGIN * host_bytes(config, model)
 
 
-def pick(memories: dict[str, tuple[float, float]], full: str = FULL_PRESET) -> tuple[str, str]:
-    """(preset, why) from the bytes that are free and those that the 14B preset needs, of each memory."""
+def pick(
+    memories: dict[str, tuple[float, float]], full: str = FULL_PRESET, bundled: str = TINY_PRESET
+) -> tuple[str, str]:
+    """(preset, why) from the bytes that are free and those that `full` needs, of each memory."""
     from scripts.plan import gib
 
     enough = all(free >= need for free, need in memories.values())
     texts = [f"{name} has {gib(free)} free of {gib(need)}" for name, (free, need) in memories.items()]
-    return (full if enough else TINY_PRESET), f"{', '.join(texts)} that the 14B preset needs"
+    size = "the 14B preset" if full == FULL_PRESET else full
+    return (full if enough else bundled), f"{', '.join(texts)} that {size} needs"

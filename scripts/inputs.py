@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-from scripts.config import Config, GenerationConfig
+from scripts.config import Config, GenerationConfig, find_path
 from scripts.errors import UsageError, one_line
 
 NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
@@ -141,7 +141,7 @@ def _video_frames(path: Path) -> Iterator[Image.Image]:
 
 def _existing(key: str, name: str, allowed: str) -> Path:
     try:
-        path = Path(name).expanduser()
+        path = find_path(name)
         found = bool(name.strip()) and (path.is_file() or path.is_dir())
     except BROKEN as error:
         raise _unreadable(key, name, error, allowed) from error
@@ -167,7 +167,7 @@ def _unreadable(key: str, name: str, error: BaseException, allowed: str) -> Usag
 
 def _identity(name: str) -> dict[str, str]:
     """File name and sha256; of a folder, the sha256 of its images' digests in the order of their names."""
-    path = Path(name).expanduser()
+    path = find_path(name)
     if path.is_dir():
         digests = b"".join(_digest(file).digest() for file in _images_in(name, path))
         return {"file": path.name, "sha256": hashlib.sha256(digests).hexdigest()}

@@ -1,8 +1,9 @@
-"""Prompt accuracy of the bundled model: does the video show what the caption says, dense and radial?
+"""Prompt accuracy of the bundled models: does the video show what the caption says, dense and radial?
 
 `python -m scripts.prompt_accuracy [CONFIG.yaml ...] [key=value ...] [--every N ...] [--batch B] [--out MD]`.
 All captions of the toy world (or every N-th), one seed each, read back by `toyworld.read`. Readings are kept
-in outputs/prompt_accuracy/ as they come, and a second run goes on where the first stopped.
+in outputs/prompt_accuracy/ as they come, and a second run goes on where the first stopped. Image to video
+starts from the first frame of a scene of the caption, so that only its motion is left to the model.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from models import apply_radial_attention
@@ -26,11 +28,12 @@ from models.guard import CheckError
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import GenerationError, OneLineParser, UsageError, positive
+from scripts.inputs import NEED_IMAGE
 from scripts.plan import attention_options
 from scripts.record import hardware, versions
 from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.video import Job, sample
-from toyworld import all_attributes, read
+from toyworld import all_attributes, random_scene, read, render
 from toyworld.render import VOCABULARY, Attributes
 
 PATTERNS = ("dense", "radial")
@@ -55,11 +58,13 @@ def readings(pipeline: Any, config: Config, captions: list[Attributes], batch: i
     seen = {entry["caption"] for entry in done}
     missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
     name = f"{config.attention.pattern} {config.generation.num_frames} frames"
+    batch = 1 if config.model.family in NEED_IMAGE else batch
     with attention(pipeline, config), tqdm(total=len(captions), initial=len(done), desc=name) as bar:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
             seeds = [config.generation.seed + i for i, _ in part]
-            videos = sample(pipeline, config, [a.caption for _, a in part], seeds)
+            given = first_frame(config, part[0][1], seeds[0])
+            videos = sample(pipeline, config, [a.caption for _, a in part], seeds, **given)
             done += [reading(video, a) for video, (_, a) in zip(videos, part, strict=True)]
             file.with_suffix(".part").write_text(json.dumps(done))
             file.with_suffix(".part").replace(file)
@@ -67,12 +72,21 @@ def readings(pipeline: Any, config: Config, captions: list[Attributes], batch: i
     return done
 
 
+def first_frame(config: Config, attributes: Attributes, seed: int) -> dict[str, Any]:
+    """The image that image to video starts from: that of a random scene; nothing for other families."""
+    if config.model.family not in NEED_IMAGE:
+        return {}
+    sizes, scene = config.generation, random_scene(attributes, torch.Generator().manual_seed(seed))
+    frame = render(scene, 1, sizes.height, sizes.width)[0]
+    return {"image": Image.fromarray((frame * 255).round().byte().numpy())}
+
+
 def reading(video: Any, attributes: Attributes) -> dict[str, Any]:
     """One line of the record: the caption and which attributes are right."""
     return {"caption": attributes.caption, **read(torch.from_numpy(video)).matches(attributes)}
 
 
-def step_seconds(pipeline: Any, config: Config, caption: str) -> dict[str, float]:
+def step_seconds(pipeline: Any, config: Config, attributes: Attributes) -> dict[str, float]:
     """Median seconds of a denoising step of one video, dense and radial taking turns."""
     seconds: dict[str, list[float]] = {pattern: [] for pattern in PATTERNS}
     short = replace(config, generation=replace(config.generation, steps=4))
@@ -81,7 +95,8 @@ def step_seconds(pipeline: Any, config: Config, caption: str) -> dict[str, float
             marks: list[float] = []
             watch = stopwatch(marks)
             with attention(pipeline, with_pattern(short, pattern)):
-                sample(pipeline, short, [caption], [0], output_type="latent", callback_on_step_end=watch)
+                given = first_frame(config, attributes, 0) | {"callback_on_step_end": watch}
+                sample(pipeline, short, [attributes.caption], [0], output_type="latent", **given)
             seconds[pattern] += [after - before for before, after in pairwise(marks)]
     return {pattern: median(values) for pattern, values in seconds.items()}
 
@@ -100,7 +115,8 @@ def density(pipeline: Any, config: Config) -> float:
     """Density of the mask that this configuration uses."""
     with attention(pipeline, config) as handle:
         short = replace(config, generation=replace(config.generation, steps=1))
-        sample(pipeline, short, [all_attributes()[0].caption], [0], output_type="latent")
+        first = all_attributes()[0]
+        sample(pipeline, short, [first.caption], [0], output_type="latent", **first_frame(config, first, 0))
         return handle.report()["density"]
 
 
@@ -109,7 +125,8 @@ def row(config: Config, entries: list[dict], density: float, seconds: float) -> 
     shares = [mean(entry[name] for entry in entries) for name in VOCABULARY]
     whole = mean(all(entry[name] for name in VOCABULARY) for entry in entries)
     percent = [f"{100 * share:.1f}" for share in (*shares, mean(shares), whole)]
-    first = [str(config.generation.num_frames), config.attention.pattern, f"{density:.3f}"]
+    model, frames = Path(config.model.path).name, str(config.generation.num_frames)
+    first = [model, frames, config.attention.pattern, f"{density:.3f}"]
     return "| " + " | ".join([*first, *percent, str(len(entries)), f"{seconds:.3f}"]) + " |"
 
 
@@ -118,12 +135,13 @@ def describe(config: Config) -> str:
     sizes = config.generation
     numbers = f"guidance {sizes.guidance_scale}, shift {sizes.flow_shift}, seeds from {sizes.seed}"
     options = ", ".join(f"{k} {v}" for k, v in asdict(config.attention).items() if k != "pattern")
-    return f"- {sizes.num_frames} frames: {config.model.path}, {sizes.steps} steps, {numbers}; {options}"
+    return f"- {config.model.path}, {sizes.num_frames} frames: {sizes.steps} steps, {numbers}; {options}"
 
 
 def report(command: str, configs: list[Config], rows: list[str], device: str) -> str:
     """The results file: command, table, settings, machine."""
     head = [
+        "model",
         "frames",
         "attention",
         "density",
@@ -136,7 +154,7 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
     machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware(device)}.items())
     settings = [describe(config) for config in configs]
     text = [
-        "# Prompt accuracy of the bundled model",
+        "# Prompt accuracy of the bundled models",
         "",
         f"    {command}",
         "",
@@ -171,7 +189,7 @@ def measure(config: Config, device: str, path: str, every: int, batch: int) -> l
     """The rows of one configuration."""
     pipeline = Job(config, read_architecture(path), path, device).load()
     captions, folder = all_attributes()[::every], work_folder(config, path)
-    seconds, rows = step_seconds(pipeline, config, captions[0].caption), []
+    seconds, rows = step_seconds(pipeline, config, captions[0]), []
     for pattern in PATTERNS:
         chosen = with_pattern(config, pattern)
         entries = readings(pipeline, chosen, captions, batch, folder / f"{pattern}_{every}.json")

@@ -23,7 +23,7 @@ class Stage:
     steps: int
     rate: float
     ema: float = 0.0
-    matrices: str = ""  # Muon trains the matrices whose name holds this; empty: AdamW trains everything
+    matrices: tuple[str, ...] = ()  # Muon trains the matrices whose names begin so; none: AdamW trains all
     decay: float = 1.0  # share of the steps, the last ones, over which the rate falls
 
 
@@ -36,8 +36,8 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 def build_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon beside it where the stage names matrices; both take steps of the same size."""
-    named = list(stage.model.named_parameters())
-    chosen = [p for name, p in named if stage.matrices and p.ndim == 2 and stage.matrices in name]
+    named = [(name, p) for name, p in stage.model.named_parameters() if p.requires_grad]
+    chosen = [p for name, p in named if p.ndim == 2 and name.startswith(stage.matrices)]
     taken = {id(p) for p in chosen}
     rest = [p for _, p in named if id(p) not in taken]
     optimizers = [torch.optim.AdamW(rest, stage.rate, betas=(0.9, 0.99), weight_decay=0.01)]

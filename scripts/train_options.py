@@ -2,19 +2,29 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from scripts import tiny_hunyuan_video, tiny_mochi, tiny_wan, tiny_wan_i2v
 from scripts.train_loop import Stage, run_stage
 from toyworld import all_attributes, random_scene, render
 from toyworld.render import Attributes
+
+FAMILIES: dict[str, ModuleType] = {
+    "wan": tiny_wan,
+    "hunyuan_video": tiny_hunyuan_video,
+    "mochi": tiny_mochi,
+    "wan_i2v": tiny_wan_i2v,
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """What can be set from the command line (`--name value`)."""
 
+    family: str = "wan"
     out: Path = Path("assets/wan-tiny")
     start: Path | None = None  # a model to go on from: its VAE stays as it is
     work: Path = Path("outputs/train_tiny")

@@ -1,4 +1,4 @@
-"""Trains the bundled text-to-video model from nothing: VAE, then text encoder and transformer together.
+"""Trains a bundled model of one family from nothing: VAE, then text encoder and transformer together.
 
 Every batch is drawn from a generator seeded by the step, so that a run which was stopped continues exactly.
 """
@@ -12,14 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.errors import OneLineParser, positive, positive_number
-from scripts.tiny_model import Denoiser, check_target, load_parts, save_pipeline
+from scripts.tiny_model import TinyDenoiser, check_target, save_pipeline, take_over_vae
 from scripts.train_loop import Stage
-from scripts.train_options import Options, draw_video, generator, mixed_precision, run
+from scripts.train_options import FAMILIES, Options, draw_video, generator, mixed_precision, run
 from scripts.train_vae import train_vae
 from toyworld import all_attributes
 from toyworld.render import Attributes
@@ -28,7 +29,7 @@ FREE = ("out", "work", "device", "save_every", "compile")  # may differ when a r
 
 
 def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attributes]]:
-    """Latents `[videos, 16, F, H, W]` and attributes of random scenes, kept in the work folder."""
+    """Latents `[videos, C, F, H, W]` and attributes of random scenes, kept in the work folder."""
     path = options.work / "latents.safetensors"
     combinations = all_attributes()
     if path.exists():
@@ -40,7 +41,7 @@ def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attrib
         drawn = [draw_video(options, options.frames, generator(options, 3, index)) for index in indices]
         with torch.no_grad():
             video = torch.stack([video for video, _ in drawn]).to(options.device)
-            latents.append(vae.encode(video).latent_dist.mean.cpu())
+            latents.append(FAMILIES[options.family].encode(vae, video).cpu())
         names += [combinations.index(attributes) for _, attributes in drawn]
     stored = {"latents": torch.cat(latents), "attributes": torch.tensor(names)}
     save_file(stored, path.with_suffix(".part"))
@@ -67,9 +68,13 @@ def write_caption(attributes: Attributes, random: torch.Generator) -> str:
 
 
 def flow_loss(
-    denoiser: Denoiser, latents: Tensor, attributes: list[Attributes], options: Options
+    denoiser: TinyDenoiser, latents: Tensor, attributes: list[Attributes], options: Options
 ) -> Callable[[int], Tensor]:
-    """Rectified flow; noise levels logit-normal, shifted, one from each eighth (of a batch of eight)."""
+    """Rectified flow; noise levels logit-normal, shifted, one from each eighth (of a batch of eight).
+
+    Channels that `latents` have beyond those of a video are given, without noise.
+    """
+    channels = denoiser.transformer.config.out_channels
 
     def loss(step: int) -> Tensor:
         random = generator(options, 4, step)
@@ -78,23 +83,24 @@ def flow_loss(
         share = torch.arange(options.batch) + torch.rand(options.batch, generator=random)
         level = torch.special.ndtri((share / options.batch).clamp(1e-4, 1 - 1e-4)).sigmoid()
         sigma = (options.shift * level / (1 + (options.shift - 1) * level)).to(options.device)
-        video = latents[chosen].to(options.device)
+        video, given = latents[chosen].to(options.device).tensor_split([channels], dim=1)
         noise = torch.randn(video.shape, generator=random).to(options.device)
         mix = sigma[:, None, None, None, None]
+        noisy = torch.cat([(1 - mix) * video + mix * noise, given], dim=1)
         with mixed_precision(options):
-            velocity = denoiser((1 - mix) * video + mix * noise, sigma, captions)
+            velocity = denoiser(noisy, sigma, captions)
         return (velocity.float() - (noise - video)).square().mean()
 
     return loss
 
 
 def train_denoiser(
-    denoiser: Denoiser, latents: Tensor, attributes: list[Attributes], options: Options
+    denoiser: TinyDenoiser, latents: Tensor, attributes: list[Attributes], options: Options
 ) -> nn.Module:
     """Text encoder and transformer on normalised latents, with dense attention."""
     denoiser.to(options.device)
     if options.compile:
-        for block in denoiser.transformer.blocks:
+        for block in denoiser.blocks():
             block.compile()
     loss = flow_loss(denoiser, latents, attributes, options)
     stage = Stage(
@@ -104,7 +110,7 @@ def train_denoiser(
         options.steps,
         options.rate,
         0.998,
-        matrices="transformer.blocks",
+        matrices=tuple(f"transformer.{name}." for name in denoiser.BLOCKS),
         decay=0.4,
     )
     return run(stage, options)
@@ -133,14 +139,17 @@ def prepare(options: Options) -> None:
     file.write_text(json.dumps(now))
 
 
-def begin(options: Options) -> tuple[nn.Module, Denoiser]:
+def begin(options: Options) -> tuple[nn.Module, TinyDenoiser]:
     """A trained VAE and a new denoiser, or both from the model to go on from."""
-    if options.start is not None:
-        vae, denoiser = load_parts(options.start)
-        return vae.to(options.device).requires_grad_(False).eval(), denoiser
-    vae = train_vae(options)
+    family = FAMILIES[options.family]
+    vae = train_vae(options) if options.start is None else None
     torch.manual_seed(options.seed)
-    return vae, Denoiser()
+    denoiser = family.Denoiser()
+    if options.start is not None:
+        pipeline = DiffusionPipeline.from_pretrained(options.start, torch_dtype=torch.float32)
+        denoiser.take_over(pipeline)
+        vae = take_over_vae(family.build_vae(), pipeline.vae).to(options.device).requires_grad_(False).eval()
+    return vae, denoiser
 
 
 def train(options: Options) -> None:
@@ -148,18 +157,16 @@ def train(options: Options) -> None:
     prepare(options)
     vae, denoiser = begin(options)
     latents, attributes = encode_videos(vae, options)
+    family = FAMILIES[options.family]
     if options.start is None:
-        mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    shape = -1, 1, 1, 1
-    mean, std = (torch.tensor(x).view(shape) for x in (vae.config.latents_mean, vae.config.latents_std))
-    denoiser = train_denoiser(denoiser, (latents - mean) / std, attributes, options)
-    save_pipeline(options.out, vae.cpu(), denoiser.cpu())
+        family.set_statistics(vae, latents)
+    denoiser = train_denoiser(denoiser, family.normalise(latents, vae), attributes, options)
+    save_pipeline(options.out, denoiser.cpu().pipeline(vae.cpu()))
     print(f"saved {options.out}")
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Options from the command line."""
+    """Options from the command line; folders and frames left out are the family's."""
     parser = OneLineParser(prog="scripts/train_tiny.sh", description=__doc__.splitlines()[0])
     for name, field in Options.__dataclass_fields__.items():
         flag = f"--{name.replace('_', '-')}"
@@ -168,12 +175,19 @@ def parse(argv: list[str] | None = None) -> Options:
             continue
         kind = {int: positive, float: positive_number}.get(field.type, field.type)
         kind = {"seed": int, "start": Path}.get(name, kind)
-        parser.add_argument(flag, type=kind, default=field.default)
+        choices = FAMILIES if name == "family" else None
+        parser.add_argument(flag, type=kind, default=field.default, choices=choices)
     can_compile = any(map(shutil.which, ("c++", "g++", "clang++")))
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=can_compile)
+    family = parser.parse_args(argv).family
+    short = family.removesuffix("_video").replace("_", "-")
+    work = Path(f"outputs/train_{short}_tiny")
+    parser.set_defaults(out=Path(f"assets/{short}-tiny"), work=work, frames=FAMILIES[family].FRAMES)
+    parser.set_defaults(start=FAMILIES[family].START)
     options = Options(**vars(parser.parse_args(argv)))
-    if options.size % 8 or options.frames % 4 != 1:
-        parser.error(f"size must be 8k and frames 4k + 1, got {options.size} and {options.frames}")
+    step = FAMILIES[family].FRAMES_STEP
+    if options.size % 8 or options.frames % step != 1:
+        parser.error(f"size must be 8k and frames {step}k + 1, got {options.size} and {options.frames}")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Trains the VAE of the bundled model from nothing: frames, then clips, then clips with outlines stressed."""
+"""Trains the VAE of a bundled model from nothing: frames, then clips, then clips with outlines stressed."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripts.tiny_model import build_vae
 from scripts.train_loop import Stage
-from scripts.train_options import Options, draw_video, generator, mixed_precision, run
+from scripts.train_options import FAMILIES, Options, draw_video, generator, mixed_precision, run
 
 
 def vae_loss(
@@ -19,19 +18,39 @@ def vae_loss(
 
     `edges`: how much more an error on the outline of a shape weighs than one far from it.
     """
+    chunked = frames > 1 and FAMILIES[options.family].CHUNKED
 
     def loss(step: int) -> Tensor:
         random = generator(options, stage, step)
         video = torch.stack([draw_video(options, frames, random)[0] for _ in range(batch)]).to(options.device)
+        weight = 1 + edges * outline(video)
         with mixed_precision(options):
             posterior = vae.encode(video).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=random).to(options.device)
-            error = vae.decode(posterior.mean + posterior.std * noise).sample - video
+            parts = reconstruct(vae, posterior.mean + posterior.std * noise, video, weight, chunked)
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        weight = 1 + edges * outline(video)
-        return ((error.abs() + error.square()) * weight).mean() + 1e-4 * divergence
+        costs = [((error.abs() + error.square()) * weight).mean() for error, weight in parts]
+        return sum(costs) / len(costs) + 1e-4 * divergence
 
     return loss
+
+
+def reconstruct(
+    vae: nn.Module, latents: Tensor, video: Tensor, weight: Tensor, chunked: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Errors of the decoded videos and the weights beside them.
+
+    `chunked`: half of the videos are decoded from the second latent frame on, without the first frame that
+    comes of it, as a pipeline does that decodes in chunks.
+    """
+    if not chunked:
+        return [(vae.decode(latents).sample - video, weight)]
+    half, lost = len(video) // 2, video.shape[2] - 4 * (latents.shape[2] - 2)
+    later = vae.decode(latents[half:, :, 1:]).sample[:, :, 1:] - video[half:, :, lost:]
+    return [
+        *reconstruct(vae, latents[:half], video[:half], weight[:half], False),
+        (later, weight[half:, :, lost:]),
+    ]
 
 
 def outline(video: Tensor) -> Tensor:
@@ -46,40 +65,39 @@ def initialise_vae(vae: nn.Module) -> None:
     """
     with torch.no_grad():
         for layer in vae.modules():
-            if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.Linear):
                 weight = layer.weight
-                scale = 1.8 / math.sqrt(weight.shape[1] * weight.shape[-1] * weight.shape[-2])
+                gain = 1.0 if isinstance(layer, nn.Linear) else 1.8
+                scale = gain / math.sqrt(weight[0, :, 0].numel() if weight.ndim == 5 else weight[0].numel())
                 newest = (
                     weight[:, :, -1] if weight.ndim == 5 else weight
                 )  # causal: the last tap is the present
                 weight.zero_()
                 newest.normal_(std=scale)
-                layer.bias.zero_()
+                if layer.bias is not None:
+                    layer.bias.zero_()
         for name, layer in vae.named_modules():
             if name.endswith("time_conv"):  # begins as the identity: a still video
                 layer.weight.zero_()
                 identity = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
                 layer.weight[:, :, -1, 0, 0] = identity
-        vae.quant_conv.bias[vae.config.z_dim :] = -7.0  # log variance: little noise at first
 
 
 def train_vae(options: Options) -> nn.Module:
-    """Single frames first, which is cheap, then clips of nine frames: the VAE is causal and chunked.
+    """Single frames first, which is cheap, then short clips: the VAE is causal.
 
     At the end outlines count more: most pixels are background, and corners are what tells the shapes apart.
     """
     torch.manual_seed(options.seed)
-    vae = build_vae()
+    family = FAMILIES[options.family]
+    vae = family.build_vae()
     initialise_vae(vae)
+    family.quiet_posterior(vae)
     vae.to(options.device)
-    images = Stage(
-        "vae_images", vae, vae_loss(vae, options, stage=1, frames=1, batch=8), options.image_steps, 3e-3, 0.99
-    )
-    vae = run(images, options)
-    clips = Stage(
-        "vae_clips", vae, vae_loss(vae, options, stage=2, frames=9, batch=4), options.vae_steps, 2e-3, 0.99
-    )
-    vae = run(clips, options)
-    loss = vae_loss(vae, options, stage=5, frames=9, batch=4, edges=8)
+    loss = vae_loss(vae, options, stage=1, frames=1, batch=8)
+    vae = run(Stage("vae_images", vae, loss, options.image_steps, 3e-3, 0.99), options)
+    loss = vae_loss(vae, options, stage=2, frames=family.CLIP, batch=4)
+    vae = run(Stage("vae_clips", vae, loss, options.vae_steps, 2e-3, 0.99), options)
+    loss = vae_loss(vae, options, stage=5, frames=family.CLIP, batch=4, edges=8)
     outlines = Stage("vae_outlines", vae, loss, options.outline_steps, 1e-3, 0.99)
     return run(outlines, options).requires_grad_(False).eval()

@@ -4,12 +4,23 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from diffusers import WanPipeline
 
 from scripts.config import ROOT, Config, read_config
-from scripts.prompt_accuracy import density, parse, readings, report, row, step_seconds, with_pattern
-from toyworld import all_attributes
+from scripts.prompt_accuracy import (
+    density,
+    first_frame,
+    parse,
+    readings,
+    report,
+    row,
+    step_seconds,
+    with_pattern,
+)
+from toyworld import all_attributes, read
 from toyworld.render import VOCABULARY
 
 CAPTIONS = all_attributes()[:3]
@@ -52,14 +63,27 @@ def test_a_caption_is_made_from_its_own_seed_whatever_was_made_before(tmp_path: 
 def test_row_counts_attributes_and_whole_captions(config):
     entries = [entry("a", *VOCABULARY), entry("b", "colour", "shape"), entry("c"), entry("d", "colour")]
     cells = [cell.strip() for cell in row(config, entries, 0.5, 0.25).strip("|").split("|")]
-    assert cells == ["5", "radial", "0.500", "75.0", "50.0", "25.0", "25.0", "43.8", "25.0", "4", "0.250"]
+    assert cells == [
+        "wan-tiny",
+        "5",
+        "radial",
+        "0.500",
+        "75.0",
+        "50.0",
+        "25.0",
+        "25.0",
+        "43.8",
+        "25.0",
+        "4",
+        "0.250",
+    ]
 
 
 def test_measures_density_and_both_step_times(pipeline, config):
     usual = replace(config, generation=replace(config.generation, num_frames=33))
     assert density(pipeline, usual) == pytest.approx(0.573, abs=1e-3)
     assert density(pipeline, with_pattern(usual, "dense")) == 1
-    seconds = step_seconds(pipeline, config, CAPTIONS[0].caption)
+    seconds = step_seconds(pipeline, config, CAPTIONS[0])
     assert set(seconds) == {"dense", "radial"} and min(seconds.values()) > 0
 
 
@@ -77,3 +101,15 @@ def test_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["configs/wan_tiny.yaml", "--every", "1", "3"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_image_to_video_starts_from_a_scene_of_the_caption(config):
+    """Seen as its caption says; other families get nothing."""
+    assert first_frame(config, CAPTIONS[0], 3) == {}
+    longer = read_config("configs/wan_i2v_tiny.yaml", [])
+    image = first_frame(longer, CAPTIONS[0], 3)["image"]
+    frame = torch.from_numpy(np.asarray(image)).float() / 255
+    seen = read(frame[None])
+    assert (seen.colour, seen.background) == (CAPTIONS[0].colour, CAPTIONS[0].background)
+    assert image.size == (64, 64) and image == first_frame(longer, CAPTIONS[0], 3)["image"]
+    assert image != first_frame(longer, CAPTIONS[0], 4)["image"]

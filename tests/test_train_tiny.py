@@ -1,15 +1,18 @@
-"""The trainer of the bundled model: exact resumption, the short-text equivalence, a run of all stages."""
+"""The trainer of the bundled models: exact resumption, the short-text equivalence, a run of all stages."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 
-from scripts.tiny_model import TEXT_SLOTS, Denoiser
-from scripts.train_loop import Stage, learning_rate
-from scripts.train_options import Options, generator, run
+from models.hunyuan_video import attention_layers
+from scripts.tiny_wan import TEXT_SLOTS, Denoiser
+from scripts.train_loop import Stage, build_optimizers, learning_rate
+from scripts.train_options import FAMILIES, Options, generator, run
 from scripts.train_tiny import parse, prepare, train, write_caption
 from toyworld import Attributes, all_attributes, parse_caption
 
@@ -50,19 +53,83 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[100:] == sorted(rates[100:], reverse=True) and rates[-1] < 0.011
 
 
-def test_processors_of_training_equal_those_of_pipelines():
+def random_denoiser(family: str) -> nn.Module:
+    """Weights that are far from those that a denoiser starts with."""
     torch.manual_seed(0)
-    denoiser = Denoiser().eval()
-    for parameter in denoiser.parameters():
-        nn.init.normal_(parameter, std=0.08)
-    latents, sigma = torch.randn(2, 16, 2, 4, 4), torch.tensor([0.3, 0.8])
+    denoiser = FAMILIES[family].Denoiser().eval()
+    for name, parameter in denoiser.named_parameters():
+        if name != "transformer.pos_frequencies":
+            nn.init.normal_(parameter, std=0.08)
+    return denoiser
+
+
+LATENTS, SIGMA = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1)), (0.3, 0.8)
+
+
+def test_processors_of_training_equal_those_of_pipelines():
+    denoiser, sigma = random_denoiser("wan"), torch.tensor(SIGMA)
     with torch.no_grad():
-        short = denoiser(latents, sigma, [CAPTION, ""])
+        short = denoiser(LATENTS, sigma, [CAPTION, ""])
         text = denoiser.embed([CAPTION, ""])
         denoiser.use_training_attention(False)
         text = torch.cat([text, text.new_zeros(2, TEXT_SLOTS - text.shape[1], 64)], dim=1)
-        padded = denoiser.transformer(latents, 1000 * sigma, text, return_dict=False)[0]
+        padded = denoiser.transformer(LATENTS, 1000 * sigma, text, return_dict=False)[0]
     assert torch.allclose(short, padded, atol=1e-4 * padded.abs().max().item())
+
+
+def test_hunyuan_video_is_trained_on_what_its_pipeline_feeds_it():
+    denoiser, sigma = random_denoiser("hunyuan_video"), torch.tensor(SIGMA)
+    with torch.no_grad():
+        short = denoiser(LATENTS, sigma, [CAPTION, ""])
+        pipeline = denoiser.pipeline(FAMILIES["hunyuan_video"].build_vae())
+        template = {"template": "{}", "crop_start": 0}
+        text, pooled, mask = pipeline.encode_prompt([CAPTION, ""], prompt_template=template)
+        padded = pipeline.transformer(LATENTS, 1000 * sigma, text, mask, pooled, return_dict=False)[0]
+    assert text.shape[1] == 256
+    assert torch.allclose(short, padded, atol=1e-4 * padded.abs().max().item())
+
+
+def test_mochi_is_trained_on_what_its_pipeline_feeds_it():
+    """Mochi's own velocity points from noise to video, its time runs from 0, noise, to 1000."""
+    denoiser, sigma, latents = random_denoiser("mochi"), torch.tensor(SIGMA), LATENTS[:, :12]
+    with torch.no_grad():
+        short = denoiser(latents, sigma, [CAPTION, ""])
+        pipeline = denoiser.pipeline(FAMILIES["mochi"].build_vae())
+        text, mask, empty, no_mask = pipeline.encode_prompt([CAPTION], "")
+        text, mask = torch.cat([text, empty]), torch.cat([mask, no_mask])
+        padded = pipeline.transformer(latents, text, 1000 * (1 - sigma), mask, return_dict=False)[0]
+    assert text.shape[1] == 256 and not no_mask.any()
+    assert torch.allclose(short, -padded, atol=1e-4 * padded.abs().max().item())
+
+
+def test_image_to_video_is_trained_on_what_its_pipeline_feeds_it():
+    """The mask and the first frame beside the noise, as WanImageToVideoPipeline makes them."""
+    family, denoiser = FAMILIES["wan_i2v"], random_denoiser("wan_i2v")
+    vae = family.build_vae().requires_grad_(False).eval()
+    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    latents = family.normalise(family.encode(vae, video), vae)
+    fed = []
+    denoiser.transformer.patch_embedding.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
+    with torch.no_grad():
+        denoiser(latents, torch.tensor([0.5]), [CAPTION])
+        pipeline = denoiser.pipeline(vae)
+        _, condition = pipeline.prepare_latents(video[:, :, 0], 1, 16, 32, 32, 5, torch.float32, "cpu", None)
+    assert torch.allclose(fed[0][:, 16:], condition, atol=1e-5)
+
+
+def test_image_to_video_starts_as_the_text_to_video_model(tmp_path):
+    """The kept layers and the rest are that model's; the new channels do nothing yet."""
+    wan, longer = random_denoiser("wan"), FAMILIES["wan_i2v"].Denoiser()
+    longer.take_over(wan.pipeline(FAMILIES["wan"].build_vae()))
+    kept = [wan.transformer.blocks[number] for number in (0, 1, 4, 5)]
+    for ours, theirs in zip(longer.transformer.blocks, kept, strict=True):
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    wan.transformer.blocks = nn.ModuleList(kept)
+    wan.use_training_attention(True)
+    with torch.no_grad():
+        before = wan(LATENTS, torch.tensor(SIGMA), [CAPTION, ""])
+        after = longer.eval()(torch.cat([LATENTS, LATENTS + 1], dim=1), torch.tensor(SIGMA), [CAPTION, ""])
+    assert torch.allclose(before, after, atol=1e-5)
 
 
 def test_tokenizer_knows_every_caption():
@@ -83,38 +150,43 @@ def test_captions_say_what_is_there():
     assert parse_caption(attributes.caption) == attributes
 
 
-def test_all_stages_make_a_pipeline_that_diffusers_loads(tmp_path):
-    options = Options(
-        out=tmp_path / "model",
-        work=tmp_path / "work",
-        image_steps=1,
-        vae_steps=1,
-        outline_steps=1,
-        videos=2,
-        steps=2,
-        batch=2,
-        frames=5,
-        size=16,
-        device="cpu",
-    )
+def shortest(family: str, tmp_path: Path, **changes: object) -> Options:
+    """Options of one or two steps a stage."""
+    settings = {"image_steps": 1, "vae_steps": 1, "outline_steps": 1, "videos": 2, "steps": 2, "batch": 2}
+    sizes = {"size": 16, "frames": 7 if family == "mochi" else 5}
+    folders = {"out": tmp_path / "model", "work": tmp_path / "work"}
+    return Options(family=family, **(settings | sizes | folders | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_stages_make_a_pipeline_that_diffusers_loads(family, tmp_path):
+    options = shortest(family, tmp_path)
     train(options)
-    pipeline = WanPipeline.from_pretrained(options.out)
-    video = pipeline(
-        CAPTION, height=16, width=16, num_frames=5, num_inference_steps=2, output_type="np"
-    ).frames
-    assert video.shape == (1, 5, 16, 16, 3)
+    pipeline = DiffusionPipeline.from_pretrained(options.out, torch_dtype=torch.float32)
+    given = {"image": Image.new("RGB", (16, 16))} if family == "wan_i2v" else {}
+    template = {"prompt_template": {"template": "{}", "crop_start": 0}} if family == "hunyuan_video" else {}
+    sizes = {"height": 16, "width": 16, "num_frames": options.frames, "num_inference_steps": 2}
+    video = pipeline(prompt=CAPTION, output_type="np", **sizes, **given, **template).frames
+    assert video.shape == (1, options.frames, 16, 16, 3)
     assert torch.isfinite(torch.from_numpy(video)).all()
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_nothing_is_left_out():
+    denoiser = FAMILIES["hunyuan_video"].Denoiser()
+    blocks = tuple(f"transformer.{name}." for name in denoiser.BLOCKS)
+    stage = Stage("transformer", denoiser, lambda step: None, 10, 1e-3, matrices=blocks)
+    rest, muon = (optimizer.param_groups[0]["params"] for optimizer in build_optimizers(stage))
+    assert any(p is attention_layers(denoiser.transformer)[0].to_q.weight for p in muon)
+    assert len(rest) + len(muon) == len(list(denoiser.parameters()))
+    assert len(build_optimizers(Stage("linear", nn.Linear(2, 2), lambda step: None, 10, 1e-3))) == 1
 
 
 def test_goes_on_from_a_model(tmp_path):
     """The VAE and what it was normalised with stay; the transformer starts where it was and is trained."""
-    options = Options(
-        out=tmp_path / "first", work=tmp_path / "a", image_steps=1, vae_steps=1, outline_steps=1, videos=2,
-        steps=1, batch=2, frames=5, size=16,
-    )  # fmt: skip
+    options = shortest("wan", tmp_path, out=tmp_path / "first", work=tmp_path / "a", steps=1)
     train(options)
     train(replace(options, out=tmp_path / "second", work=tmp_path / "b", start=tmp_path / "first", rate=1e-9))
-    first, second = (WanPipeline.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    first, second = (DiffusionPipeline.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert first.vae.config.latents_mean == second.vae.config.latents_mean
     written = [(tmp_path / name / "vae" / "config.json").read_text() for name in ("first", "second")]
     assert written[0] == written[1]
@@ -146,6 +218,10 @@ def test_a_work_folder_of_another_run_is_refused(tmp_path):
         (["--shift", "-2"], "error: argument --shift: must be a number above 0, got '-2'"),
         (["--rate", "fast"], "error: argument --rate: must be a number above 0, got 'fast'"),
         (["--frames", "32"], "error: size must be 8k and frames 4k + 1, got 64 and 32"),
+        (
+            ["--family", "mochi", "--frames", "33"],
+            "error: size must be 8k and frames 6k + 1, got 64 and 33",
+        ),
         (["--stps", "5"], "error: unrecognized arguments: --stps 5"),
     ],
 )
@@ -154,3 +230,11 @@ def test_bad_options_give_one_line(words, message, capsys):
         parse(words)
     assert stop.value.code == 2
     assert capsys.readouterr().err == message + "\n"
+
+
+def test_what_is_left_out_is_the_familys():
+    options = parse(["--family", "hunyuan_video"])
+    assert (options.out, options.frames, options.start) == (Path("assets/hunyuan-tiny"), 33, None)
+    options = parse(["--family", "wan_i2v", "--frames", "5"])
+    assert (options.start, options.frames) == (Path("assets/wan-tiny"), 5)
+    assert parse(["--family", "mochi"]).work == Path("outputs/train_mochi_tiny")

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Text to video with Mochi 1. Without a GPU that has room: the bundled Mochi.
+# Sets itself up on the first call; works from any directory.
+#   bash scripts/mochi_t2v_inference.sh
+#   bash scripts/mochi_t2v_inference.sh generation.prompt="a cat walks on the grass" generation.seed=1
+#   bash scripts/mochi_t2v_inference.sh configs/mochi_t2v.yaml --dry-run    what it would cost
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/scripts/setup.sh"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$root/.venv/bin/python" -P -m scripts.generate \
+    --preset=configs/mochi_t2v.yaml --bundled=configs/mochi_tiny.yaml "$@"

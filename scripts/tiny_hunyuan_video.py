@@ -1,0 +1,167 @@
+"""HunyuanVideo's bundled model: text to video by joint attention, captions through a Llama and a CLIP."""
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+from models.hunyuan_video import attention_layers, project
+from scripts.tiny_model import END, PAD, TinyDenoiser, build_tokenizer, mean_latents, plain_attention
+
+START = None  # trained from nothing
+FRAMES, CLIP = 33, 9  # of a video; of what the VAE is trained on
+FRAMES_STEP = 4  # frames to a latent frame
+CHUNKED = True  # pipelines decode in chunks that overlap
+SKIPPED_LAYERS = 2  # the last ones of the Llama, of which HunyuanVideoPipeline takes no output
+CLIP_SLOTS = 77  # text tokens of the CLIP
+
+
+def build_vae() -> AutoencoderKLHunyuanVideo:
+    """HunyuanVideo's causal video VAE, 8 x 8 x 4 compression to 16 channels, 1.1M parameters."""
+    return AutoencoderKLHunyuanVideo(
+        block_out_channels=(16, 24, 32, 40), layers_per_block=1, norm_num_groups=8, latent_channels=16
+    )
+
+
+def quiet_posterior(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Starts with little noise: the log variance at -7."""
+    with torch.no_grad():
+        vae.quant_conv.bias[vae.config.latent_channels :] = -7.0
+
+
+def set_statistics(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
+    """What latents `[B, 16, F, H, W]` are scaled with, into the VAE's configuration."""
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+
+
+def encode(vae: AutoencoderKLHunyuanVideo, video: Tensor) -> Tensor:
+    """Latents `[B, 16, F, H, W]` of videos `[B, 3, frames, height, width]` in [-1, 1], without noise."""
+    vae.use_framewise_encoding = False
+    return mean_latents(vae, video)
+
+
+def normalise(latents: Tensor, vae: AutoencoderKLHunyuanVideo) -> Tensor:
+    """Latents as the transformer takes them."""
+    return latents * vae.config.scaling_factor
+
+
+def build_transformer() -> HunyuanVideoTransformer3DModel:
+    """2 double and 3 single layers, 4 heads x 36; one token a latent pixel; no guidance distilled in."""
+    return HunyuanVideoTransformer3DModel(
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=4,
+        attention_head_dim=36,
+        rope_axes_dim=(12, 12, 12),
+        num_layers=2,
+        num_single_layers=3,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+    )
+
+
+def build_llama(vocabulary: int) -> LlamaModel:
+    """Four layers, width 64."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2 + SKIPPED_LAYERS,
+            num_attention_heads=4,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=END,
+        )
+    )
+
+
+def build_clip(vocabulary: int) -> CLIPTextModel:
+    """Two layers, width 64."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CLIP_SLOTS,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=END,
+        )
+    )
+
+
+class TrainingProcessor(HunyuanVideoAttnProcessor2_0):
+    """Joint attention in plain products."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple,
+    ) -> tuple[Tensor, Tensor]:
+        streams = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        bias = torch.where(attention_mask, 0.0, -torch.inf)
+        mixed = plain_attention(*streams, bias).flatten(2)
+        video, text = mixed.tensor_split([hidden_states.shape[1]], dim=1)
+        if attn.to_out is None:
+            return video, text
+        return attn.to_out[0](video), attn.to_add_out(text)
+
+
+class Denoiser(TinyDenoiser):
+    """Text encoders and transformer, trained together."""
+
+    BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+    PARTS = ("text_encoder", "text_encoder_2", "transformer")
+
+    def __init__(self):
+        super().__init__()
+        self.text_encoder = build_llama(len(self.tokenizer))
+        self.text_encoder_2 = build_clip(len(self.tokenizer))
+        self.transformer = build_transformer()
+        self.use_training_attention(True)
+
+    def use_training_attention(self, on: bool) -> None:
+        """Switches between the processors of training, equal and faster, and those of pipelines."""
+        for layer in attention_layers(self.transformer):
+            layer.set_processor(TrainingProcessor() if on else HunyuanVideoAttnProcessor2_0())
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Text `[B, T, 64]`, its mask `[B, T]` and the pooled text `[B, 64]`, as the pipeline makes them."""
+        tokens, mask = self.tokens(captions)
+        layers = self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states
+        return layers[-SKIPPED_LAYERS - 1], mask, self.text_encoder_2(tokens).pooler_output
+
+    def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
+        """Predicted velocity (noise - video) of `[B, 16, F, H, W]` at noise levels `[B]`."""
+        text, mask, pooled = self.embed(captions)
+        return self.transformer(latents, 1000 * sigma, text, mask, pooled, return_dict=False)[0]
+
+    def pipeline(self, vae: AutoencoderKLHunyuanVideo) -> HunyuanVideoPipeline:
+        """The HunyuanVideoPipeline of these weights."""
+        self.use_training_attention(False)
+        return HunyuanVideoPipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder.eval(),
+            tokenizer_2=build_tokenizer(),
+            text_encoder_2=self.text_encoder_2.eval(),
+            vae=vae.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            transformer=self.transformer.eval(),
+        )
