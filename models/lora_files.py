@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from models.lora_keys import Match, Shape, listed
+from models.lora_keys import Match, Part, Shape, listed
+from models.lora_mochi import peft_settings
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers writes peft's configuration into the file's own header
+MOCHI_KEY = "kwargs"  # Mochi's fine-tuner: its own settings
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -40,21 +42,23 @@ def read_header(file: str | Path) -> Header:
         with safe_open(file, framework="pt") as stream:
             keys = sorted(stream.keys())
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in keys}
-            written = (stream.metadata() or {}).get(METADATA_KEY)
+            metadata = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"LoRA file {file} is not a whole safetensors file: {error}") from error
-    beside = file.with_name(PEFT_CONFIG)
+    written, beside = metadata.get(METADATA_KEY), file.with_name(PEFT_CONFIG)
     if written is None and file.name == PEFT_FILE and beside.is_file():
         written = beside.read_text(encoding="utf-8")
-    return Header(shapes, _settings(file, written))
+    if written is None and "_lora_alpha" in metadata.get(MOCHI_KEY, ""):
+        return Header(shapes, peft_settings(_object(file, metadata[MOCHI_KEY])))
+    content = _object(file, written or "{}")
+    return Header(shapes, {key.removeprefix("transformer."): value for key, value in content.items()})
 
 
-def _settings(file: Path, written: str | None) -> dict[str, Any]:
+def _object(file: Path, written: str) -> dict[str, Any]:
     try:
-        content = dict(json.loads(written or "{}"))
+        return dict(json.loads(written))
     except (TypeError, ValueError) as error:
         raise ValueError(f"LoRA file {file} has settings that are no JSON object: {error}") from error
-    return {key.removeprefix("transformer."): value for key, value in content.items()}
 
 
 def read_weights(
@@ -72,9 +76,11 @@ def read_weights(
     if broken:
         raise ValueError(f"LoRA {Path(file).name} has values that are not finite: {listed(broken)}")
     state: dict[str, torch.Tensor] = {}
-    deltas = {name: tensors[key].float().view_as(parameters[name]) for name, key in match.deltas.items()}
-    for layer, keys in match.pairs.items():
-        found = {kind: tensors[key] for kind, key in keys.items()}
+    deltas = {
+        name: _taken(tensors, part).float().view_as(parameters[name]) for name, part in match.deltas.items()
+    }
+    for layer, parts in match.pairs.items():
+        found = {kind: _taken(tensors, part) for kind, part in parts.items()}
         scaling = _scaling(header.settings, layer, found)
         down, up = found["down"], found["up"]
         if parameters[f"{layer}.weight"].ndim == 2:
@@ -87,6 +93,12 @@ def read_weights(
             name = f"{layer}.bias"
             deltas[name] = deltas.get(name, 0) + scaling * found["up_bias"].float()
     return state, deltas
+
+
+def _taken(tensors: Mapping[str, torch.Tensor], part: Part) -> torch.Tensor:
+    """A file's tensor, or the rows of it that are the layer's."""
+    tensor = tensors[part.key]
+    return torch.cat([tensor[start:end] for start, end in part.rows]) if part.rows else tensor
 
 
 def _scaling(settings: Mapping[str, Any], layer: str, found: Mapping[str, torch.Tensor]) -> float:

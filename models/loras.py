@@ -163,7 +163,7 @@ class Target:
             self._verify(lora.file, name, state)
         for parameter, delta in deltas.items():
             self._sums[parameter] = self._sums.get(parameter, 0) + lora.scale * delta
-        ranks = {header.shapes[keys["down"]][0] for keys in match.pairs.values()}
+        ranks = {header.shapes[parts["down"].key][0] for parts in match.pairs.values()}
         left_out = len(match.unmatched) + len(match.misfits)
         counts = {"pairs": len(match.pairs), "deltas": len(match.deltas), "left_out": left_out}
         about = {"file": str(lora.file), "scale": lora.scale, "rank": max(ranks, default=0)}

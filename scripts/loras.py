@@ -21,6 +21,12 @@ from scripts.known_models import HUB_MODELS
 from scripts.lora_options import LoraConfig
 
 MOST_NAMES = 5
+# Of the hub ids in HUB_MODELS: the classes' defaults have the shapes of their parameters.
+HUB_CLASSES = {
+    "hunyuan_video": "HunyuanVideoTransformer3DModel",
+    "hunyuan_video_i2v": "HunyuanVideoTransformer3DModel",
+    "mochi": "MochiTransformer3DModel",
+}
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,8 @@ def _shapes(path: str, family: str) -> dict[str, Shape] | None:
     settings = Path(path) / "transformer" / "config.json"
     if path in HUB_MODELS and family == "wan" and "T2V" in path:
         build = _wan(HUB_MODELS[path])
+    elif path in HUB_MODELS and family in HUB_CLASSES:
+        build = _from_settings({"_class_name": HUB_CLASSES[family]})
     elif settings.is_file():
         build = _from_settings(json.loads(settings.read_text(encoding="utf-8")))
     else:

@@ -1,6 +1,7 @@
-"""Random LoRAs of tiny Wan transformers, as files in every format that users bring."""
+"""Random LoRAs of tiny transformers, as files in every format that users bring."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -107,9 +108,9 @@ def random_distilled(
     return state, change
 
 
-def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = None) -> Path:
-    """The file, with peft's settings in its header as diffusers writes them."""
-    metadata = {"format": "pt"}
+def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = None, **metadata: str) -> Path:
+    """The file, with peft's settings in its header as diffusers writes them, and other metadata."""
+    metadata["format"] = "pt"
     if settings is not None:
         metadata["lora_adapter_metadata"] = json.dumps(settings)
     save_file(state, file, metadata=metadata)
@@ -133,3 +134,29 @@ def changed(change: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor
 def product(pairs: Pairs) -> dict[str, torch.Tensor]:
     """The change of each weight."""
     return {f"{layer}.weight": up @ down for layer, (down, up) in pairs.items()}
+
+
+def fused_pairs(
+    transformer: torch.nn.Module, names: dict[str, Iterable[str]], rank: int = RANK, seed: int = 0
+) -> Pairs:
+    """A pair for each of the authors' names, for the layers whose rows it holds one after another."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, layers in names.items():
+        weights = [transformer.get_submodule(layer).weight for layer in layers]
+        down = 0.3 * torch.randn(rank, weights[0][0].numel(), generator=generator)
+        pairs[name] = down, 0.3 * torch.randn(sum(map(len, weights)), rank, generator=generator)
+    return pairs
+
+
+@torch.no_grad()
+def add_fused(
+    transformer: torch.nn.Module, names: dict[str, Iterable[str]], pairs: Pairs, scale: float = 1.0
+) -> torch.nn.Module:
+    """The transformer with `scale` times the product of each pair added by hand, cut row by row."""
+    for name, (down, up) in pairs.items():
+        weights = [transformer.get_submodule(layer).weight for layer in names[name]]
+        changes = (scale * up @ down).split([len(weight) for weight in weights])
+        for weight, change in zip(weights, changes, strict=True):
+            weight.add_(change.view_as(weight))
+    return transformer
