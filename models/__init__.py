@@ -36,6 +36,7 @@ def apply_radial_attention(
     dense_backend: str = "auto",
     check: str = "auto",
     num_steps: int | None = None,
+    parallel: Any = None,
 ) -> "RadialAttentionHandle":
     """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
 
@@ -58,6 +59,9 @@ def apply_radial_attention(
     `dense_last_steps`. Without a pipeline a lower timestep is the next step and a higher one the next video
     (for Mochi, whose timesteps rise, a higher and a lower one). In training, where timesteps are random, keep
     `dense_steps` and `dense_last_steps` at 0: every call is radial then.
+
+    `parallel`, a `models.parallel.SequenceParallel`, shares the sequence with other processes, which make the
+    same calls.
 
     Raises:
         ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than
@@ -92,6 +96,7 @@ def apply_radial_attention(
         layers=len(numbers),
         always_dense=sum(number < dense_layers for number in numbers),
         pipeline=pipeline,
+        parallel=parallel,
     )
     return RadialAttentionHandle(context, transformers, families[0])
 
@@ -146,6 +151,8 @@ class RadialAttentionHandle:
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
         self._hooks.append(transformer.rope.register_forward_hook(context.carry))
+        if context.parallel is not None:
+            self._hooks += context.parallel.install(transformer, family)
         if context.guard.check != "off":
             self._hooks.append(transformer.register_forward_hook(context.after_call))
 

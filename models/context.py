@@ -10,14 +10,16 @@ layers noted of their outputs.
 import inspect
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from models.dense import DenseBackend
-from models.guard import Guard, Watch
+from models.guard import Guard
 from models.schedule import Schedule, StepCounter
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
@@ -28,7 +30,8 @@ class Way(NamedTuple):
     """How the layers of a call attend where not by upstream.
 
     `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
-    CPU, None for all.
+    CPU, None for all; `parallel`: the processes that share the sequence. The backend "dense" is upstream's
+    dispatch, which several processes need here.
     """
 
     mask: BlockMask
@@ -36,15 +39,35 @@ class Way(NamedTuple):
     quantize: str | None = None
     compare: bool = False
     text_lengths: Tensor | None = None
+    parallel: Any = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, watch: Watch | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
     """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
+    of_all = partial(_attend, way=way, processor=processor)
+    if way.parallel is None:
+        return of_all(query, key, value)
+    return way.parallel.exchange(query, key, value, way.mask.grid, of_all)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
+    if way.backend == "dense":
+        named = getattr(processor, "_attention_backend", None)
+        allowed = None if way.text_lengths is None else _valid(way, query.device)
+        return dispatch_attention_fn(query, key, value, attn_mask=allowed, backend=named)
     options = {"text_lengths": way.text_lengths, "backend": way.backend, "quantize": way.quantize}
     output = radial_attention(query, key, value, way.mask, **options)
-    if watch is not None:
-        watch.note((query, key, value), output, way.mask if way.compare else None, way.text_lengths)
+    if processor.watch is not None:
+        compared = way.mask if way.compare else None
+        processor.watch.note((query, key, value), output, compared, way.text_lengths)
     return output
+
+
+def _valid(way: Way, device: torch.device) -> Tensor:
+    """Which tokens are keys, bool `[B, 1, 1, S]`."""
+    grid = way.mask.grid
+    places = torch.arange(grid.tokens) < grid.video_tokens + way.text_lengths[:, None]
+    return places[:, None, None].to(device)
 
 
 class TextLengths:
@@ -89,9 +112,10 @@ class RadialContext:
         layers: int,
         always_dense: int,
         pipeline: Any = None,
+        parallel: Any = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
-        self.guard, self.dense = guard, dense
+        self.guard, self.dense, self.parallel = guard, dense, parallel
         self._radial_way: Way | None = None
         self._dense_way: Way | None = None
         self._dtype = torch.float32
@@ -108,6 +132,8 @@ class RadialContext:
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
+        if self.parallel is not None:
+            self.parallel.begin(grid)
         step, begins = self._counter.advance(arguments["timestep"])
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
         self._dense_steps += begins and dense
@@ -120,11 +146,13 @@ class RadialContext:
         self._radial_way = self._dense_way
         if mask is not None:
             backend = self._choose(latents, transformer.config.attention_head_dim, mask)
-            self._radial_way = Way(mask, backend, self.quantize, compare, lengths)
+            self._radial_way = Way(mask, backend, self.quantize, compare, lengths, self.parallel)
         self._count(grid, None if dense else self._radial_way.backend)
 
     def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
         """Forward hook of the rotary embedding: adds the ways of radial and of always dense layers."""
+        if self.parallel is not None:
+            rotary = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in rotary)
         return (*rotary, self._radial_way, self._dense_way)
 
     @torch.compiler.disable
@@ -175,13 +203,16 @@ class RadialContext:
     ) -> Way | None:
         """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
         if self.dense.name == "sage":
-            return Way(radial_mask(grid, replace(self.config, pattern="dense")), "sage", text_lengths=lengths)
+            mask = radial_mask(grid, replace(self.config, pattern="dense"))
+            return Way(mask, "sage", text_lengths=lengths, parallel=self.parallel)
         settings = transformer.config
         shape = len(latents), grid.tokens, settings.num_attention_heads, settings.attention_head_dim
         masked = getattr(self._family, "DENSE_HAS_MASK", False)
         mask = radial_mask(grid, self.config)
         self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
-        return None
+        if self.parallel is None:
+            return None
+        return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel)
 
     def _count(self, grid: TokenGrid, backend: str | None) -> None:
         """Counts the attention calls that follow; here, since a compiled block cannot count."""

@@ -17,7 +17,13 @@ from models.guard import Watch
 from radial_attn import TokenGrid
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
+ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
 DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every kernel takes
+
+
+def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
+    """The blocks that the video tokens go through."""
+    return [[*transformer.transformer_blocks, *transformer.single_transformer_blocks]]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[Attention]:
@@ -60,7 +66,7 @@ class JointProcessor:
         if way is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, way, self.watch).flatten(2, 3)
+        output = attend(*streams, way, self).flatten(2, 3)
         video, text = output.tensor_split([hidden_states.shape[1]], dim=1)
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))

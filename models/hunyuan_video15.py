@@ -3,6 +3,7 @@
 Its text is image, glyph and prompt tokens, which upstream sorts so that the valid ones come first.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from models.hunyuan_video import JointProcessor, joint_grid
 from radial_attn import TokenGrid
 
 UPSTREAM_PROCESSOR = HunyuanVideo15AttnProcessor2_0
+ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
 DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every kernel takes
+
+
+def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
+    """The blocks that the video tokens go through."""
+    return [transformer.transformer_blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[Attention]:

@@ -1,5 +1,6 @@
 """The LTX-Video fork: self-attention of LTXVideoTransformer3DModel, video tokens only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from models.guard import Watch
 from radial_attn import TokenGrid
 
 UPSTREAM_PROCESSOR = LTXVideoAttnProcessor
+ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
+
+
+def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
+    """The blocks that the video tokens go through."""
+    return [transformer.transformer_blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[LTXAttention]:
@@ -64,5 +71,5 @@ class RadialProcessor(LTXVideoAttnProcessor):
         query = apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), rotary)
         key = apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), rotary)
         tensors = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
-        output = attend(*tensors, way, self.watch).flatten(2, 3)
+        output = attend(*tensors, way, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

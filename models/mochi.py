@@ -11,7 +11,13 @@ from models.guard import Watch
 from radial_attn import TokenGrid
 
 UPSTREAM_PROCESSOR = MochiAttnProcessor2_0
+ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
 TIMESTEPS_RISE = True  # from 0, noise, to 1000
+
+
+def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
+    """The blocks that the video tokens go through."""
+    return [transformer.transformer_blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[MochiAttention]:
@@ -55,7 +61,7 @@ class RadialProcessor(MochiAttnProcessor2_0):
         if way is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, way, self.watch).flatten(2, 3)
+        output = attend(*streams, way, self).flatten(2, 3)
         video, text = output.tensor_split((hidden_states.shape[1],), dim=1)
         video = attn.to_out[1](attn.to_out[0](video))
         return video, text if attn.context_pre_only else attn.to_add_out(text)

@@ -1,5 +1,6 @@
 """The Wan fork: self-attention of WanTransformer3DModel, video tokens only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from models.guard import Watch
 from radial_attn import TokenGrid
 
 UPSTREAM_PROCESSOR = WanAttnProcessor
+ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
+
+
+def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
+    """The blocks that the video tokens go through."""
+    return [transformer.blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
@@ -53,5 +60,5 @@ class RadialProcessor(WanAttnProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in normed)
         tables = [table[0, :, 0] for table in rotary]
         query, key = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key))
-        output = attend(query, key, value, way, self.watch).flatten(2, 3)
+        output = attend(query, key, value, way, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

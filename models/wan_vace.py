@@ -1,11 +1,26 @@
 """The Wan-VACE fork: the Wan fork in the layers and the control layers of WanVACETransformer3DModel."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from models.wan import UPSTREAM_PROCESSOR, RadialProcessor, token_grid
+from models.wan import ROTARY_TOKENS, UPSTREAM_PROCESSOR, RadialProcessor, token_grid
 
-__all__ = ["UPSTREAM_PROCESSOR", "RadialProcessor", "attention_layers", "numbering", "token_grid"]
+__all__ = [
+    "ROTARY_TOKENS",
+    "UPSTREAM_PROCESSOR",
+    "RadialProcessor",
+    "attention_layers",
+    "numbering",
+    "stacks",
+    "token_grid",
+]
+
+
+def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
+    """The control blocks and the blocks: the video tokens go through each from the start."""
+    return [transformer.vace_blocks, transformer.blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:

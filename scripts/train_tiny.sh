@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Trains the bundled text-to-video model (assets/wan-tiny) from nothing: about an hour and a half on two cores.
-# A run that was stopped continues from its last checkpoint in outputs/train_tiny.
+# Trains a bundled model: by default Wan's (assets/wan-tiny) from nothing, about an hour and a half on two cores.
+# A run that was stopped continues from its last checkpoint in outputs/train_*_tiny.
 #   bash scripts/train_tiny.sh
+#   bash scripts/train_tiny.sh --family hunyuan_video    or mochi, or wan_i2v, which goes on from assets/wan-tiny
 #   bash scripts/train_tiny.sh --steps 8000 --batch 16 --out outputs/wan-tiny-longer --work outputs/train_longer
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

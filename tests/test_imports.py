@@ -16,9 +16,10 @@ LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors hugging
     imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton"""
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
+XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
     "radial_attn": {"torch", "numpy", "matplotlib", "triton", *OPTIONAL},
-    "models": {"radial_attn", "torch", "diffusers", "safetensors", "torchao", "bitsandbytes"},
+    "models": {"radial_attn", "torch", "diffusers", "safetensors", "torchao", "bitsandbytes", *XDIT},
     "scripts": {"radial_attn", "models", "toyworld", *LIBRARIES.split()},
     "toyworld": {"torch"},
 }

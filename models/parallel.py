@@ -1,0 +1,122 @@
+"""Ulysses under the forks: tokens split over the processes of a group, heads instead inside the attention.
+
+Hooks split the tokens before the first block and gather them before the last norm, rotary tables are split
+alike, and `exchange` stands around the attention op: it sees all tokens, video first and then the text once,
+of a share of the heads. Text goes through every block whole, on every process.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from yunchang.comm.all_to_all import SeqAllToAll4D
+
+from radial_attn import TokenGrid
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class SequenceParallel:
+    """The share of one process in the sequence of a group.
+
+    Attributes:
+        degree: processes of the group; rank: this one's place, from 0.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self._group = group
+        self.degree = torch.distributed.get_world_size(group)
+        self.rank = torch.distributed.get_rank(group)
+        self._tokens = 0
+
+    def begin(self, grid: TokenGrid) -> None:
+        """The grid of the call that follows."""
+        self._tokens = grid.video_tokens
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This process's part of all video tokens along `dim`; the last parts are filled up with zeros."""
+        share = -(-x.shape[dim] // self.degree)
+        first = min(self.rank * share, x.shape[dim])
+        own = x.narrow(dim, first, min(share, x.shape[dim] - first))
+        return own if own.shape[dim] == share else _pad(own, dim, share - own.shape[dim])
+
+    def own_of_first(self, count: int) -> int:
+        """How many of the first `count` video tokens are this process's."""
+        share = -(-self._tokens // self.degree)
+        return max(0, min(share, count - self.rank * share))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
+        return self._gather(x, 1)[:, : self._tokens]
+
+    def exchange(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, attend: Attention
+    ) -> Tensor:
+        """Attention of `[B, n + T, H, D]`, own video tokens and all text, among those of all processes.
+
+        `attend` gets `[B, N + T, h, D]`, all tokens of a share of the heads, which is filled up with heads of
+        zeros where the degree does not divide H. Returns `[B, n + T, H, D]`.
+        """
+        heads, own = query.shape[2], query.shape[1] - grid.text
+        streams = torch.cat([query, key, value])
+        if heads % self.degree:
+            streams = _pad(streams, 2, -heads % self.degree)
+        video, text = streams.tensor_split([own], dim=1)
+        video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : grid.video_tokens]
+        text = text.chunk(self.degree, dim=2)[self.rank]
+        mixed = attend(*torch.cat([video, text], dim=1).chunk(3))
+        video, text = mixed.tensor_split([grid.video_tokens], dim=1)
+        video = _pad(video, 1, own * self.degree - video.shape[1])
+        video = SeqAllToAll4D.apply(self._group, video, 1, 2)
+        parts = [video, self._gather(text, 2)] if grid.text else [video]
+        return torch.cat(parts, dim=1)[:, :, :heads]
+
+    def install(self, transformer: torch.nn.Module, family: ModuleType) -> list[Any]:
+        """Hooks that split the tokens before the blocks of a transformer and gather them after; to remove."""
+        hooks = []
+        for stack in family.stacks(transformer):
+            for place, block in enumerate(stack):
+                enter = _Entrance(self, first=place == 0)
+                hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(transformer.norm_out.register_forward_pre_hook(self._leave))
+        return hooks
+
+    def _leave(self, norm: torch.nn.Module, args: tuple) -> tuple:
+        return self.gather(args[0]), *args[1:]
+
+    def _gather(self, x: Tensor, dim: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            parts = [torch.empty_like(x) for _ in range(self.degree)]
+            torch.distributed.all_gather(parts, x.contiguous(), group=self._group)
+            return torch.cat(parts, dim=dim)
+        return all_gather_tensor_autograd(x.contiguous(), dim, self._group)
+
+
+class _Entrance:
+    """Forward pre-hook of a block: its arguments that go by tokens, split; the stream itself only once."""
+
+    def __init__(self, parallel: SequenceParallel, first: bool) -> None:
+        self._parallel, self._first = parallel, first
+
+    def __call__(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+        arguments = bound.arguments
+        if self._first:
+            for name in ("hidden_states", "control_hidden_states"):
+                if name in arguments:
+                    arguments[name] = self._parallel.shard(arguments[name], 1)
+        if isinstance(time := arguments.get("temb"), Tensor) and time.ndim == 4:  # Wan2.2: one a token
+            arguments["temb"] = self._parallel.shard(time, 1)
+        if arguments.get("num_tokens") is not None:  # of the given first frame, in HunyuanVideo-I2V
+            arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
+        return bound.args[1:], bound.kwargs
+
+
+def _pad(x: Tensor, dim: int, count: int) -> Tensor:
+    """`count` zeros behind the end of `dim`."""
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, count])

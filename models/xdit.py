@@ -1,0 +1,93 @@
+"""xDiT's process groups (`xfuser`): started under torchrun, over NCCL on GPUs and over gloo without any."""
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from typing import Any
+
+import torch
+
+HINT = "install it with: .venv/bin/python -m pip install xfuser==0.7.0"
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many processes share each kind of work; their product is the number of processes.
+
+    Attributes:
+        ulysses: share the heads of the attention, and the tokens everywhere else.
+        ring: share the queries of the attention, beyond the number of heads.
+        cfg: share the two halves of guidance, 1 or 2.
+        data: share the prompts.
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+    cfg: int = 1
+    data: int = 1
+
+    @property
+    def processes(self) -> int:
+        return self.ulysses * self.ring * self.cfg * self.data
+
+
+def start(degrees: Degrees) -> None:
+    """Joins the processes of this torchrun and makes the groups of `degrees`.
+
+    Raises:
+        ImportError: xfuser is missing; the message has the line that installs it.
+        ValueError: the degrees do not make up the number of processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if degrees.processes != world:
+        raise ValueError(f"degrees {degrees} are for {degrees.processes} processes, torchrun started {world}")
+    state = import_xfuser()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    state.init_distributed_environment(backend=backend)
+    state.initialize_model_parallel(
+        data_parallel_degree=degrees.data,
+        classifier_free_guidance_degree=degrees.cfg,
+        sequence_parallel_degree=degrees.ulysses * degrees.ring,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        backend=backend,
+    )
+
+
+def stop() -> None:
+    """Leaves the groups; nothing where there are none."""
+    if torch.distributed.is_initialized():
+        state = import_xfuser()
+        state.destroy_model_parallel()
+        state.destroy_distributed_environment()
+
+
+def import_xfuser() -> Any:
+    """`xfuser.core.distributed.parallel_state`.
+
+    The package refuses to be imported where there is no accelerator: there its own `__init__`, which asks
+    for one, is left out, and three of its probes are answered for it.
+
+    Raises:
+        ImportError: xfuser is missing, or does not fit; the message has the line that installs it.
+    """
+    try:
+        if not torch.cuda.is_available():
+            _import_without_accelerator()
+        return import_module("xfuser.core.distributed.parallel_state")
+    except ImportError as error:
+        raise ImportError(f"several processes need xfuser ({error}); {HINT}") from error
+
+
+def _import_without_accelerator() -> None:
+    if "xfuser" not in sys.modules:
+        spec = find_spec("xfuser")
+        if spec is None:
+            raise ImportError("No module named 'xfuser'")
+        sys.modules["xfuser"] = module_from_spec(spec)
+    envs = import_module("xfuser.envs")
+    envs.get_device_version = lambda: "0.0"
+    envs.get_torch_distributed_backend = lambda: "gloo"
+    envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True

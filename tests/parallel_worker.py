@@ -1,0 +1,135 @@
+"""Run by torchrun: tiny transformers of every family, one process's output beside that of all together.
+
+`torchrun --nproc_per_node N -m tests.parallel_worker OUT.json CFG` writes each case's largest difference.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import MochiPipeline
+
+from models import apply_radial_attention
+from models.guidance import GuidanceParallel
+from models.parallel import SequenceParallel
+from models.xdit import Degrees, import_xfuser, start, stop
+from radial_attn import RadialConfig
+from tests.families import SPARSE
+from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.tiny_hunyuan import hunyuan15_inputs, hunyuan15_transformer, hunyuan_inputs, hunyuan_transformer
+from tests.tiny_ltx import ltx_inputs, ltx_transformer
+from tests.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
+from tests.tiny_wan import vace_inputs, vace_transformer
+
+RADIAL = {"config": SPARSE}
+DENSE = {"config": RadialConfig(block_size=16, pattern="dense")}
+MIXED = {"config": SPARSE, "dense_layers": 2}
+Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], dict]
+
+
+def token_times(inputs: dict) -> dict:
+    """One timestep a token, as Wan2.2 TI2V-5B has it: the first frame is there already."""
+    frames, height, width = inputs["hidden_states"].shape[2:]
+    times = torch.full((1, frames, height // 2, width // 2), 500.0)
+    times[:, 0] = 0
+    return inputs | {"timestep": times.flatten(1)}
+
+
+def cases() -> Iterator[Case]:
+    """Every family, radial and dense, with tokens that 2 and 4 divide and that they do not, batch 1 and 2."""
+    replaced = partial(hunyuan_transformer, image_condition_type="token_replace")
+    families = {
+        "wan": (wan_transformer, lambda *sizes: wan_inputs(*sizes, batch=2), 2),
+        "wan, a time a token": (wan_transformer, lambda *sizes: token_times(wan_inputs(*sizes)), 2),
+        "wan_vace": (vace_transformer, vace_inputs, 2),
+        "hunyuan_video": (hunyuan_transformer, lambda *sizes: hunyuan_inputs(*sizes, lengths=(4, 11)), 2),
+        "hunyuan_video, first frame given": (replaced, hunyuan_inputs, 2),
+        "hunyuan_video15": (hunyuan15_transformer, lambda *s: hunyuan15_inputs(*s, lengths=(3, 9)), 1),
+        "mochi": (mochi_transformer, lambda *sizes: mochi_inputs(*sizes, batch=2, lengths=(3, 7)), 2),
+        "ltx": (ltx_transformer, ltx_inputs, 1),
+    }
+    for name, (transformer, inputs, patch) in families.items():
+        for sizes in ((6, 6, 8), (5, 3, 7)):
+            scaled = sizes[0], sizes[1] * patch, sizes[2] * patch
+            for kind, options in (("radial", RADIAL), ("dense", DENSE), ("mixed", MIXED)):
+                yield f"{name}, {sizes}, {kind}", transformer, partial(inputs, *scaled), options
+    for heads in (3, 5):
+        few = partial(wan_transformer, num_attention_heads=heads)
+        yield f"wan, {heads} heads", few, partial(wan_inputs, 6, 12, 16), RADIAL
+
+
+@torch.no_grad()
+def difference(case: Case, parallel: SequenceParallel) -> float:
+    """Largest difference of the outputs, relative to the largest value."""
+    _, make, inputs, options = case
+    transformer, given = make(), inputs()
+    outputs = []
+    for shared in (None, parallel):
+        with apply_radial_attention(transformer, **options, parallel=shared):
+            outputs.append(transformer(**given).sample)
+    return ((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max()).item()
+
+
+def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
+    """Final latents of a pipeline with radial attention; `guided`: its two halves on two processes."""
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
+    sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
+    parts = [part for part in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if part]
+    batched = type(pipeline) is MochiPipeline
+    with ExitStack() as stack:
+        stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared))
+        if guided:
+            group = import_xfuser().get_cfg_group().device_group
+            stack.enter_context(GuidanceParallel(parts, group, batched=batched))
+        return pipeline(prompts * ["a cat"], generator=generators, **sizes, **options).frames
+
+
+def pipelines() -> dict[str, Callable[[], Any]]:
+    """Pipelines whose steps have two halves: two calls, two calls of one of two experts, one batch."""
+    return {"wan": wan_pipeline, "wan2.2": partial(wan_pipeline, experts=2), "mochi": mochi_pipeline}
+
+
+@torch.no_grad()
+def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceParallel | None) -> float:
+    """Largest difference of the final latents from those of one process, relative to the largest value."""
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    alone = latents(pipeline, prompts, None, False)
+    together = latents(pipeline, prompts, shared, import_xfuser().get_cfg_group().world_size == 2)
+    return ((together - alone).abs().max() / alone.abs().max()).item()
+
+
+def measure(degrees: Degrees, parallel: SequenceParallel) -> Iterator[tuple[str, float]]:
+    """Each case by name with its difference: transformers where all share the sequence, else pipelines."""
+    if degrees.cfg == 1:
+        yield from ((case[0], difference(case, parallel)) for case in cases())
+    shared = parallel if degrees.ulysses > 1 else None
+    for name, make in pipelines().items():
+        for prompts in (1, 2):
+            yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shared)
+
+
+def main(out: Path, cfg: int) -> None:
+    """All cases on all processes of this torchrun; the first writes the worst of all of them."""
+    degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // cfg, cfg=cfg)
+    start(degrees)
+    parallel = SequenceParallel(import_xfuser().get_sp_group().ulysses_group)
+    results = {}
+    for name, found in measure(degrees, parallel):
+        worst = torch.tensor(found)
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        results[name] = worst.item()
+    if torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(results, indent=1))
+    stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
