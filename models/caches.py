@@ -1,7 +1,7 @@
 """The caches of diffusers around the blocks of a transformer: what a step takes over from those before."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CACHES = ("none", "first_block", "taylorseer", "mag", "pab")
 HOOK_FILES = ("first_block_cache", "taylorseer_cache", "mag_cache", "pyramid_attention_broadcast")
+NAMELESS = ("HunyuanVideoImageToVideoPipeline",)  # does not say which call of a step it makes
 WARM_UP = 3  # first steps that TaylorSeer computes at least
 
 
@@ -40,6 +41,22 @@ class CacheUse:
             self.due += len(references)
 
         self._undo.append(transformer.register_forward_pre_hook(call_begins).remove)
+
+    def name_calls(self, transformer: torch.nn.Module) -> None:
+        """Names calls as caches want it, for a pipeline that does not: "cond", then "uncond" if any."""
+        running, last = ExitStack(), None
+
+        def call_begins(part: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            nonlocal last
+            time = float(kwargs["timestep"].flatten()[0])
+            name, last = ("uncond", None) if time == last else ("cond", time)
+            running.enter_context(part.cache_context(name))
+
+        def call_ends(*_: Any) -> None:
+            running.close()
+
+        self._undo.append(transformer.register_forward_pre_hook(call_begins, with_kwargs=True).remove)
+        self._undo.append(transformer.register_forward_hook(call_ends, always_call=True).remove)
 
     def unwatch(self) -> None:
         """Takes the counting back."""
@@ -93,6 +110,8 @@ def cached(
         for transformer in transformers:
             transformer.enable_cache(_settings(pipeline, kind, **settings))
             use.watch(transformer)
+            if type(pipeline).__name__ in NAMELESS:
+                use.name_calls(transformer)
         yield use
     finally:
         use.unwatch()

@@ -1,5 +1,6 @@
 """xDiT's process groups (`xfuser`): started under torchrun, over NCCL on GPUs and over gloo without any."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ def import_xfuser() -> Any:
     try:
         if not torch.cuda.is_available():
             _import_without_accelerator()
-        return import_module("xfuser.core.distributed.parallel_state")
+        state = import_module("xfuser.core.distributed.parallel_state")
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("xfuser")]:
+            logging.getLogger(name).setLevel(logging.WARNING)  # each module of it has its own, at debug
+        return state
     except ImportError as error:
         raise ImportError(f"several processes need xfuser ({error}); {HINT}") from error
 

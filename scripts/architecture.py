@@ -24,7 +24,10 @@ class Architecture:
         text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
         token_macs: multiply-adds of a token in the matrices of a layer.
         rope_length: positions along an axis, None where any number will do.
-        vae_base: channels of the VAE's widest layer a pixel; `vae_frames`, `vae_pixels`: its compression.
+        vae_base: channels of the VAE's last layers a pixel; `vae_frames`, `vae_pixels`: its compression.
+        vae_copies: float32 tensors of `vae_base` channels that decoding holds at once, measured.
+        vae_chunk: frames that it decodes at once, None for all; `vae_stride`: from one to the next where
+            they overlap and tiles are joined chunk by chunk; `vae_tile`: pixels a side, a quarter overlaps.
         pixel_factor: what the pipeline wants height and width to be multiples of.
     """
 
@@ -38,6 +41,10 @@ class Architecture:
     token_macs: int = 0
     rope_length: int | None = 1024
     vae_base: int = 96
+    vae_copies: float = 15
+    vae_chunk: int | None = 4
+    vae_stride: int | None = None
+    vae_tile: int = 256
     vae_frames: int = 4
     vae_pixels: int = 8
     pixel_factor: int = 16

@@ -129,11 +129,24 @@ class OutputConfig:
 
 
 @dataclass
+class ParallelConfig:
+    ulysses_degree: int | None = _key(
+        None, "processes that share tokens and heads; null: as many as fit", low=1
+    )
+    ring_degree: int = _key(1, "processes that share queries beyond the heads; not built yet", (1,))
+    cfg_degree: int | None = _key(
+        None, "processes that share the halves of guidance; null: 2 if it can", low=1
+    )
+    data_degree: int | None = _key(None, "processes that share the prompts of a file; null: the rest", low=1)
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def keys() -> dict[str, Any]:
@@ -201,7 +214,7 @@ def _read_overrides(overrides: list[str]) -> dict[str, dict]:
 def _parse_value(key: str, value: str) -> Any:
     """The value by its key's type: text as it stands (no YAML, no interpolation), numbers in decimal."""
     kind = keys()[key].type if key in keys() else str
-    if kind in (str | None, float | None) and value == "null":
+    if kind in (str | None, float | None, int | None) and value == "null":
         return None
     if key == LORAS:
         return value
@@ -239,6 +252,7 @@ def allowed(key: str) -> str:
         return f"{SHARES[key]}, or a number above 0 up to 1"
     kind = {
         int: "whole number",
+        int | None: "whole number",
         float: "number",
         float | None: "number",
         int | str: "positive whole number or 'block'",
@@ -246,7 +260,7 @@ def allowed(key: str) -> str:
     text = kind.get(entry.type, "text")
     above = "above" if entry.type in (float, float | None) and low == 0 else "of at least"
     text = text if low is None else f"{text} {above} {low:g}"
-    return f"{text}, or null" if entry.type == (float | None) else text
+    return f"{text}, or null" if entry.type in (float | None, int | None) else text
 
 
 def help_text() -> str:

@@ -6,29 +6,35 @@ says why; 130 interrupted.
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.command import choose_config, parse
 from scripts.config import Config, help_text, read_config
 from scripts.errors import DiskFullError, GenerationError, UsageError
+from scripts.ranks import processes, rank, silence_others
 
 if TYPE_CHECKING:
+    from models.xdit import Degrees
     from scripts.video import Job
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    silence_others()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (UsageError, GenerationError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank() == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the files that were written are whole", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted; the files that were written are whole", file=sys.stderr)
         return 130
 
 
@@ -56,8 +62,10 @@ def carry_out(config: Config, dry_run: bool) -> int:
     from scripts.combinations import check_combinations
     from scripts.inputs import read_inputs
     from scripts.loras import describe_loras, find_loras, with_loras
+    from scripts.parallel_cost import lines
     from scripts.plan import describe, describe_density, gain, notes, solved_config
     from scripts.shortage import check_mask, check_memory
+    from scripts.team import check_machine, describe_degrees, plan_degrees, planned
     from scripts.video import Job
 
     model = read_architecture(path)
@@ -70,10 +78,15 @@ def carry_out(config: Config, dry_run: bool) -> int:
         check_mask(config, model)
         solved_config(config, model)
         remarks = remarks + check_backends(config, model, device, dry_run)
-        print(describe(config, model, device, remarks))
+        degrees = plan_degrees(config, model, planned(config), len(prompts))
+        print("\n".join([describe(config, model, device, remarks), *lines(config, model, degrees)]))
         print("".join(f"{line}\n" for line in describe_loras(config, loras)), end="")
         return 0
-    check_memory(config, model, device)
+    degrees = plan_degrees(config, model, processes(), len(prompts))
+    if degrees.processes > 1:
+        check_machine(config, device)
+        print(describe_degrees(degrees, config, model), flush=True)
+    check_memory(config, model, device, degrees)
     for line in describe_density(config, model):
         print(line, flush=True)
     check_backends(config, model, device)
@@ -81,42 +94,58 @@ def carry_out(config: Config, dry_run: bool) -> int:
         print(f"note: {note}", flush=True)
     for line in describe_loras(config, loras):
         print(line, flush=True)
-    return generate(Job(config, model, path, device, loras, inputs), prompts)
+    return generate(Job(config, model, path, device, loras, inputs), prompts, degrees)
 
 
-def generate(job: "Job", prompts: dict[int, str]) -> int:
+def generate(job: "Job", prompts: dict[int, str], degrees: "Degrees") -> int:
     """Makes the videos of all prompts; those of a prompt file that are there already are left alone."""
     from scripts.outputs import video_path, writable_folder
+    from scripts.team import gathered
 
     from_file = job.config.generation.prompt_file is not None
     paths = {number: video_path(job.config, prompt, number) for number, prompt in prompts.items()}
-    with writable_folder(job.config, from_file):
-        if not from_file:
-            announce(job.make_video(job.load(), prompts[0], paths[0]), paths[0])
+    missing = [n for n in prompts if not (from_file and is_there(job, prompts[n], paths[n]))]
+    if from_file:
+        print(f"{len(missing)} of {len(prompts)} videos to make", flush=True)
+    with gathered(degrees, job.device) as job.team:
+        own = missing[job.team.place :: degrees.data]
+        with writable_folder(job.config, from_file) if job.team.leads else nullcontext():
+            pipeline = job.load() if own else None
+            if from_file:
+                return generate_missing(job, pipeline, {n: prompts[n] for n in own}, paths)
+            make_one(job, pipeline, prompts[0], paths[0])
             return 0
-        return generate_missing(job, prompts, paths)
 
 
-def generate_missing(job: "Job", prompts: dict[int, str], paths: dict[int, Path]) -> int:
-    """The prompts whose video is not there yet; 1 where any failed. Only a full disk stops the rest."""
-    missing = [number for number in prompts if not is_there(job, prompts[number], paths[number])]
-    print(f"{len(missing)} of {len(prompts)} videos to make", flush=True)
-    pipeline = job.load() if missing else None
+def generate_missing(job: "Job", pipeline: Any, prompts: dict[int, str], paths: dict[int, Path]) -> int:
+    """Makes the videos of these lines; 1 where any failed. Only a full disk stops the rest.
+
+    With several processes any failure ends them all: what one lacks, the others would wait for.
+    """
     failures: dict[int, str] = {}
     full = False
-    for number in missing:
+    for number, prompt in prompts.items():
         if full:
             failures[number] = "not tried, the disk is full; the same command goes on from here"
             continue
-        print(f"line {number}: {prompts[number]}", flush=True)
+        print(f"line {number}: {prompt}", flush=True)
         try:
-            announce(job.make_video(pipeline, prompts[number], paths[number]), paths[number])
+            make_one(job, pipeline, prompt, paths[number])
         except (UsageError, GenerationError) as error:
+            if job.team.degrees.processes > 1:
+                raise type(error)(f"line {number}: {error}") from error
             failures[number] = str(error)  # the exception would hold its frames' tensors
             full = isinstance(error, DiskFullError)
     for number, error in failures.items():
         print(f"error: line {number}: {error}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def make_one(job: "Job", pipeline: Any, prompt: str, path: Path) -> None:
+    """One video, written and told of by the process that leads."""
+    record = job.make_video(pipeline, prompt, path)
+    if record is not None:
+        announce(record, path)
 
 
 def is_there(job: "Job", prompt: str, path: Path) -> bool:

@@ -15,6 +15,12 @@ MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
 # By the kind of condition: 256 tokens of text, or 252 after every second or fourth of the image's 576.
 HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
 
+# Float32 tensors of the VAE's last layers that decoding on the CPU holds at once, measured: of Wan 13 to 16,
+# where torch unfolds a convolution's input, as of fewer than 32 channels, 39 to 43; of HunyuanVideo, which
+# upsamples twice as many channels, 11.8; of Mochi 6.4, with one resnet a block 5.3.
+WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
+HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
+
 
 def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Architecture:
     """Architecture from the two config.json files.
@@ -33,6 +39,7 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Ar
 
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> Architecture:
     widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
+    base = widest // (vae.get("patch_size") or 1) ** 2  # the last layers make a patch's pixels at once
     return Architecture(
         layers=transformer["num_layers"],
         heads=transformer["num_attention_heads"],
@@ -42,7 +49,8 @@ def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str,
         text_tokens=WAN_TEXT + (WAN_IMAGE if transformer.get("image_dim") else 0),
         control_layers=tuple(transformer.get("vace_layers", ())),
         rope_length=transformer.get("rope_max_seq_len", 1024),
-        vae_base=widest // (vae.get("patch_size") or 1) ** 2,  # the last layers of a patch's pixels at once
+        vae_base=base,
+        vae_copies=WAN_COPIES if base >= WIDE else NARROW_WAN_COPIES,
         vae_frames=vae.get("scale_factor_temporal") or 4,
         vae_pixels=vae.get("scale_factor_spatial") or 8,
         parameters=parameters,
@@ -65,6 +73,9 @@ def _hunyuan_video(
         token_macs=4 * width**2 + 2 * width * ffn,
         rope_length=None,
         vae_base=vae["block_out_channels"][0],
+        vae_copies=HUNYUAN_COPIES,
+        vae_chunk=HUNYUAN_CHUNK,
+        vae_stride=HUNYUAN_STRIDE,
         vae_frames=vae.get("temporal_compression_ratio", 4),
         vae_pixels=vae.get("spatial_compression_ratio", 8),
         parameters=parameters,
@@ -85,6 +96,8 @@ def _mochi(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[st
         token_macs=4 * width**2 + 3 * width * ffn,
         rope_length=None,
         vae_base=vae["decoder_block_out_channels"][0],
+        vae_copies=MOCHI_COPIES[vae.get("layers_per_block", [3])[0] > 1],
+        vae_chunk=None,
         vae_frames=MOCHI_FRAMES,
         vae_pixels=8,
         parameters=parameters,

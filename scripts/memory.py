@@ -10,10 +10,6 @@ from scripts.sampling import calls_per_step
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes of decoding per pixel of a frame and channel of vae_base, measured: 225 to 250 for wide VAEs, 625 to
-# 685 for those of fewer than WIDE_VAE channels.
-WIDE_VAE, WIDE_VAE_BYTES, NARROW_VAE_BYTES = 32, 240, 680
-TILE = 256  # pixels a side of diffusers' tiles
 HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; where the model is on the CPU
 STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # an element; nf4: with a float32 scale for each 64
 WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embeddings, counted; of Wan 0.016
@@ -109,12 +105,38 @@ def is_tiled(config: Config) -> bool:
 
 
 def decoder_bytes(config: Config, model: Architecture) -> float:
-    """Decoding one chunk of frames, or one tile of it where that was asked for, and the decoded video.
+    """Decoding one chunk of frames, or one tile of it where the VAE is tiled, and the decoded video.
 
-    Tiles stay until they are put together.
+    Tiles stay until they are put together, first into rows, then into the video. Latents, of which a video
+    has a sixteenth or less as many bytes, are left out.
     """
-    sizes, asked = config.generation, config.model.vae_tiling == "always"
+    sizes, tiled = config.generation, is_tiled(config)
+    sides = [min(side, model.vae_tile) if tiled else side for side in (sizes.height, sizes.width)]
+    working = 4 * model.vae_copies * model.vae_base * chunk_frames(config, model) * sides[0] * sides[1]
     video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
-    per_channel = WIDE_VAE_BYTES if model.vae_base >= WIDE_VAE else NARROW_VAE_BYTES
-    sides = [min(side, TILE) if asked else side for side in (sizes.height, sizes.width)]
-    return per_channel * model.vae_base * sides[0] * sides[1] + (4 if asked else 2) * video
+    if not tiled:
+        return working + 2 * video
+    kept = kept_videos(config, model)
+    return max(working + kept * video, (kept + 2) * video)
+
+
+def chunk_frames(config: Config, model: Architecture) -> int:
+    """Frames that the VAE decodes at once, with those that it drops where it takes all."""
+    frames = config.generation.num_frames
+    whole = ((frames - 1) // model.vae_frames + 1) * model.vae_frames
+    return whole if model.vae_chunk is None else min(model.vae_chunk, frames)
+
+
+def kept_videos(config: Config, model: Architecture) -> float:
+    """Decoded tiles and chunks kept while the last tile is decoded, in sizes of the video: they overlap."""
+    sizes, tile = config.generation, model.vae_tile
+    tiles = covered(sizes.height, tile, tile * 3 // 4) * covered(sizes.width, tile, tile * 3 // 4)
+    if model.vae_stride is None:
+        return tiles
+    chunk = chunk_frames(config, model) / sizes.num_frames
+    return covered(sizes.num_frames, model.vae_chunk, model.vae_stride) + (tiles - 1) * chunk
+
+
+def covered(length: int, piece: int, stride: int) -> float:
+    """Sum of the pieces that start every `stride` along `length`, over it: more than 1 where they overlap."""
+    return sum(min(piece, length - start) for start in range(0, length, stride)) / length

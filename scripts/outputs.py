@@ -20,7 +20,8 @@ SLUG_LENGTH = 60
 CRF = 10  # of libx264: visually lossless, so that small videos stay crisp
 PROBE_BYTES = 2**20
 INPUTS = ("generation.image", "generation.video", "generation.mask")  # not the name counts, but the content
-NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check", *INPUTS)
+DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
+NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check", *INPUTS, *DEGREES)
 
 
 def video_path(config: Config, prompt: str, number: int = 0) -> Path:
@@ -55,7 +56,7 @@ def finished(
 ) -> tuple[bool, list[str]]:
     """Whether `path` and its JSON were made with this configuration, and else the keys that differ.
 
-    The output path, the name of the prompt file and the check do not count: they change no frame. Of the
+    Output path, name of the prompt file, check and processes do not count: they change no frame. Of the
     `inputs` (image, video, mask), file name and sha256 as the record holds them, only the sha256 counts.
     """
     record = path.with_suffix(".json")

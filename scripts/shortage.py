@@ -1,10 +1,14 @@
 """Memory that is missing, before a run or in the middle of one: how it is found, and what is said of it."""
 
+import os
+
 import torch
 
+from models.xdit import Degrees
 from scripts.architecture import Architecture
 from scripts.config import Config
 from scripts.errors import UsageError
+from scripts.parallel_cost import rank_memory
 from scripts.plan import fitting, gib, host_bytes, mask_bytes, memory, token_grid
 from scripts.record import available_memory, room
 
@@ -17,10 +21,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
-def check_memory(config: Config, model: Architecture, device: str) -> None:
-    """Raises UsageError where the predicted peak is more than device or host have room for."""
+def check_memory(config: Config, model: Architecture, device: str, degrees: Degrees | None = None) -> None:
+    """Raises UsageError where the predicted peak is more than device or host have room for.
+
+    `degrees`: of several processes, which without GPUs share the host.
+    """
     free = room(device)
-    if memory(config, model, device).total > free:
+    need = memory(config, model, device).total
+    if degrees is not None and degrees.processes > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1
+        need = here * rank_memory(config, model, degrees, device).total
+    if need > free:
         raise UsageError(shortage(config, model, device, free, free))
     if device == "cuda":
         check_host(config, model, room("cpu"))

@@ -180,9 +180,9 @@ def parse(argv: list[str] | None = None) -> Options:
     can_compile = any(map(shutil.which, ("c++", "g++", "clang++")))
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=can_compile)
     family = parser.parse_args(argv).family
-    short = family.removesuffix("_video").replace("_", "-")
-    work = Path(f"outputs/train_{short}_tiny")
-    parser.set_defaults(out=Path(f"assets/{short}-tiny"), work=work, frames=FAMILIES[family].FRAMES)
+    short = family.removesuffix("_video")
+    out, work = Path(f"assets/{short.replace('_', '-')}-tiny"), Path(f"outputs/train_{short}_tiny")
+    parser.set_defaults(out=out, work=work, frames=FAMILIES[family].FRAMES)
     parser.set_defaults(start=FAMILIES[family].START)
     options = Options(**vars(parser.parse_args(argv)))
     step = FAMILIES[family].FRAMES_STEP

@@ -30,6 +30,7 @@ from scripts.plan import attention_options, dense_steps, memory, solved_config, 
 from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
 from scripts.sampling import batch, settings
 from scripts.shortage import is_out_of_memory, shortage
+from scripts.team import Team, shared_guidance
 
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -38,7 +39,7 @@ OP = ("radial_attn.attention", "radial_attn.kernels")
 
 @dataclass
 class Job:
-    """A checked configuration, the model's numbers, its folder or hub id, device, LoRAs and input files."""
+    """A checked configuration, the model's numbers, its folder or hub id, device, LoRAs, inputs and team."""
 
     config: Config
     model: Architecture
@@ -48,6 +49,7 @@ class Job:
     inputs: Inputs = field(default_factory=Inputs)
     seconds: dict[str, float] = field(default_factory=dict)
     loras_in: list[dict[str, Any]] = field(default_factory=list)
+    team: Team = field(default_factory=Team)
 
     def load(self) -> Any:
         """The diffusers pipeline; UsageError where weights are missing, broken, misshapen or out of reach."""
@@ -81,8 +83,10 @@ class Job:
             return f"model.path: got {self.config.model.path!r}, which cannot be loaded: {one_line(error)}"
         return hub_unreachable(self.path, error)
 
-    def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any]:
+    def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any] | None:
         """Generates one video and writes it with its JSON, whose content is returned.
+
+        Of several processes only the one that leads decodes and writes; the others return None.
 
         Raises:
             GenerationError: non-finite or wrong values, out of memory, or any failure of the pipeline.
@@ -92,6 +96,8 @@ class Job:
         reset_peak(self.device)
         with self.reporting_memory():
             frames, run = self._sample(pipeline, prompt, seconds)
+        if not self.team.leads:
+            return None
         record = self._record(prompt, run, seconds)
         _write(path, frames, self.config.output.fps, record)
         return record
@@ -100,8 +106,10 @@ class Job:
         self, pipeline: Any, prompt: str, seconds: dict[str, float]
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say."""
+        options = attention_options(self.config)
         with (
-            apply_radial_attention(pipeline, **attention_options(self.config)) as handle,
+            apply_radial_attention(pipeline, **options, parallel=self.team.sequence) as handle,
+            shared_guidance(pipeline, self.config.model.family, self.team),
             cached(pipeline, **cache_options(self.config)) as cache,
         ):
             clock = Clock(synchronizer(self.device))
@@ -114,12 +122,13 @@ class Job:
                 hook.remove()
             seconds |= clock.seconds | {"decode": clock.lap()}
             run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
-            return to_bytes(frames), run
+            return to_bytes(frames) if self.team.leads else frames, run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
         seed = self.config.generation.seed
         try:
             options = {"callback_on_step_end": step_done, **self.inputs.arguments}
+            options |= {} if self.team.leads else {"output_type": "latent"}
             return sample(pipeline, self.config, [prompt], [seed], **options)[0]
         except (UsageError, GenerationError):
             raise
@@ -168,6 +177,7 @@ class Job:
             "prompt": prompt,
             "seed": self.config.generation.seed,
             "config": resolved(self.config, prompt),
+            "processes": vars(self.team.degrees),
             "loras": self.loras_in,
             "inputs": self.inputs.files,
             "tokens": grid.tokens,

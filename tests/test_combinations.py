@@ -11,10 +11,11 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from models import apply_radial_attention
-from models.caches import cached, read_ratios
+from models.caches import CACHES, cached, read_ratios
 from models.economy import compile_blocks, economize, quantization_config, store_in_fp8
 from radial_attn import RadialConfig
 from scripts.architecture import Architecture, read_architecture
@@ -26,11 +27,13 @@ from scripts.memory import cache_bytes, stored_weights
 from scripts.plan import gain, memory, memory_choices, token_grid
 from tests.test_plan import FOURTEEN, FULL, TINY, TOY
 from tests.tiny import wan_pipeline, wan_transformer
-from tests.tiny_hunyuan import hunyuan_pipeline
+from tests.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.tiny_mochi import mochi_pipeline
+from tests.tiny_wan import i2v_pipeline
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
 STEPS, LAYERS = 6, 4
+IMAGE = Image.new("RGB", (64, 64), "red")
 FAMILIES = {
     "wan": (wan_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
     "hunyuan_video": (
@@ -38,6 +41,11 @@ FAMILIES = {
         {"num_frames": 9, "prompt_template": {"template": "{}", "crop_start": 0}},
     ),
     "mochi": (mochi_pipeline, {"num_frames": 7}),
+    "wan_i2v": (i2v_pipeline, {"num_frames": 9, "guidance_scale": 1.0, "image": IMAGE}),
+    "hunyuan_video_i2v": (
+        partial(hunyuan_image_pipeline, "token_replace"),
+        {"num_frames": 9, "prompt_template": TEMPLATE, "image": IMAGE},
+    ),
 }
 SKIPPING = {"first_block": {"threshold": 1e9}, "mag": {"ratios": "1,1", "threshold": 1e9}}
 # Pairs of every two choices of different columns that go together, in few runs.
@@ -60,6 +68,7 @@ MATRIX = [
     ("wan", "model", "none", "none", "first_block", False),
     ("hunyuan_video", "none", "none", "blocks", "none", False),
     ("hunyuan_video", "group", "fp8", "none", "none", True),
+    *((f, *3 * ["none"], c, False) for f in ("wan_i2v", "hunyuan_video_i2v") for c in CACHES[1:]),
 ]
 
 

@@ -41,6 +41,10 @@ def test_a_preset_sets_every_key_and_is_valid(preset):
         "model.cache",
         "model.cache_threshold",
         "model.cache_ratios",
+        "parallel.ulysses_degree",
+        "parallel.ring_degree",
+        "parallel.cfg_degree",
+        "parallel.data_degree",
     }
     assert set(keys()) - named <= optional
     config = read_config(str(preset), [])

@@ -1,0 +1,41 @@
+"""Which of torchrun's processes this is, what it prints, and how it ends without keeping others waiting."""
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+from scripts.errors import one_line
+
+LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "process group")
+PATIENCE = {"first": 0.0, "other": 2.0, "lost": 10.0}  # seconds before a process speaks of its failure
+
+
+def processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def silence_others() -> None:
+    """Only the first process prints: what all would say is said once."""
+    if rank() != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def end_all(error: Exception) -> NoReturn:
+    """Ends this process with one line and exit code 2; torchrun stops the others.
+
+    What all find at once the first one says: the others wait, and are stopped before they speak. So does one
+    that only lost its connection to a process which failed.
+    """
+    text = " ".join(str(error).split()) or one_line(error)
+    lost = any(word in text.lower() for word in LOST)
+    time.sleep(PATIENCE["lost" if lost else "first" if rank() == 0 else "other"])
+    print(f"error: rank {rank()}: {text}", file=sys.stderr, flush=True)
+    os._exit(2)

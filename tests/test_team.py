@@ -1,0 +1,190 @@
+"""Several processes: degrees, what is refused, prompts shared, and how all end when one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from models.xdit import Degrees
+from scripts.architecture import Architecture
+from scripts.config import ROOT, Config, read_config
+from scripts.errors import UsageError
+from scripts.generate import main
+from scripts.launch import count
+from scripts.team import check_machine, describe_degrees, plan_degrees, planned
+from tests.test_generate import TINY
+
+SHORT = ["generation.steps=2", "generation.num_frames=5"]
+
+
+def model(heads: int = 4) -> Architecture:
+    return Architecture(2, heads, 8, 64)
+
+
+def guided(halves: int = 2, **parallel: int) -> Config:
+    """A configuration with two halves of guidance, or one, and these degrees."""
+    config = read_config(TINY, [f"generation.guidance_scale={halves}"])
+    return replace(config, parallel=replace(config.parallel, **parallel))
+
+
+@pytest.mark.parametrize(
+    ("processes", "heads", "halves", "expected"),
+    [
+        (1, 40, 2, Degrees()),
+        (2, 40, 2, Degrees(cfg=2)),
+        (3, 40, 2, Degrees(data=3)),
+        (4, 40, 2, Degrees(cfg=2, ulysses=2)),
+        (5, 40, 2, Degrees(ulysses=5)),
+        (6, 40, 2, Degrees(cfg=2, data=3)),
+        (8, 40, 2, Degrees(cfg=2, ulysses=4)),
+        (16, 40, 2, Degrees(cfg=2, ulysses=8)),
+        (1, 24, 1, Degrees()),
+        (2, 24, 1, Degrees(ulysses=2)),
+        (5, 24, 1, Degrees(data=5)),
+        (8, 24, 1, Degrees(ulysses=8)),
+        (16, 24, 1, Degrees(ulysses=8, data=2)),
+        (24, 24, 1, Degrees(ulysses=24)),
+    ],
+)
+def test_guidance_first_then_heads_then_prompts(processes, heads, halves, expected):
+    assert plan_degrees(guided(halves), model(heads), processes, prompts=processes) == expected
+    assert expected.processes == processes
+
+
+def test_given_degrees_stay_and_the_rest_is_chosen():
+    assert plan_degrees(guided(ulysses_degree=4), model(), 8, 1) == Degrees(ulysses=4, cfg=2)
+    assert plan_degrees(guided(cfg_degree=1), model(), 4, 1) == Degrees(ulysses=4)
+    assert plan_degrees(guided(data_degree=2), model(), 4, 5) == Degrees(cfg=2, data=2)
+    assert plan_degrees(guided(ulysses_degree=3), model(), 3, 1) == Degrees(ulysses=3)  # heads filled up
+    text = describe_degrees(Degrees(ulysses=4, cfg=2), guided(cfg_degree=2), model())
+    assert text == "8 processes: cfg 2 (given), ulysses 4 (shares 4 heads)"
+    assert planned(guided(ulysses_degree=4, cfg_degree=2)) == 8
+
+
+@pytest.mark.parametrize(
+    ("parallel", "halves", "processes", "message"),
+    [
+        ({"ulysses_degree": 4}, 2, 1, "parallel.ulysses_degree: got 4, allowed in one process: 1; start"),
+        ({"cfg_degree": 2}, 1, 2, "parallel.cfg_degree: got 2, allowed without two halves of guidance"),
+        ({"cfg_degree": 3}, 2, 3, "parallel.cfg_degree: got 3, allowed for the two halves of guidance: 2"),
+        ({"data_degree": 2}, 2, 2, "parallel.data_degree: got 2, allowed with this many prompts"),
+        ({}, 1, 3, "parallel: torchrun started 3 processes, which all degrees left to choose, 4 heads and 1"),
+        ({"ulysses_degree": 2}, 1, 3, "numbers of processes that work: 2"),
+    ],
+)
+def test_degrees_that_nothing_fits(parallel, halves, processes, message):
+    with pytest.raises(UsageError) as stop:
+        plan_degrees(guided(halves, **parallel), model(), processes, 1)
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_what_several_processes_refuse(monkeypatch):
+    for key, value in (("cache", "first_block"), ("compile", "blocks")):
+        with pytest.raises(UsageError, match=f"model.{key}: got '{value}', allowed in several processes"):
+            check_machine(read_config(TINY, [f"model.{key}={value}"]), "cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9999")
+    with pytest.raises(UsageError, match="got 9999, allowed on this machine: at most 0, one process a GPU"):
+        check_machine(read_config(TINY, []), "cuda")
+    monkeypatch.setitem(sys.modules, "xfuser", None)
+    with pytest.raises(UsageError, match=r"several processes need xfuser .*install it with"):
+        check_machine(read_config(TINY, []), "cpu")
+
+
+def test_one_process_and_bad_counts(capsys, monkeypatch):
+    assert main([TINY, "parallel.ulysses_degree=2"]) == 2
+    assert "allowed in one process: 1; start several with torchrun" in capsys.readouterr().err
+    assert main([TINY, "parallel.ring_degree=2"]) == 2
+    assert capsys.readouterr().err == "error: parallel.ring_degree: got 2, allowed: 1\n"
+    for text in ("0", "two", "-1"):
+        monkeypatch.setenv("NPROC", text)
+        with pytest.raises(UsageError, match="NPROC: got"):
+            count()
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "scripts.launch", TINY, *words]
+
+
+def launched(*words: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    """The command of `dist_*.sh` in this many processes of one thread."""
+    settings = {"NPROC": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    options = {"capture_output": True, "text": True, "timeout": 250, "env": os.environ | settings}
+    return subprocess.run(command(*words), cwd=ROOT, check=False, **options)
+
+
+def test_several_processes_make_the_video_of_one(tiny_model: Path, tmp_path: Path):
+    words = [f"model.path={tiny_model}", *SHORT]
+    assert main([TINY, *words, f"output.path={tmp_path / 'one.mp4'}"]) == 0
+    result = launched(*words, f"output.path={tmp_path / 'many.mp4'}", processes=4)
+    assert result.returncode == 0, result.stderr
+    assert "4 processes: cfg 2 (shares the halves of guidance), ulysses 2 (shares 2 heads)" in result.stdout
+    assert result.stdout.count("video ") == 1 and "DEBUG" not in result.stdout
+    assert (tmp_path / "many.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
+    record = json.loads((tmp_path / "many.json").read_text())
+    assert record["processes"] == {"ulysses": 2, "ring": 1, "cfg": 2, "data": 1}
+
+
+def test_prompts_are_shared_and_a_second_run_makes_none_again(tiny_model: Path, tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na cow\n")
+    words = [f"model.path={tiny_model}", *SHORT, f"generation.prompt_file={prompts}"]
+    words += [f"output.path={tmp_path / 'out'}", "parallel.data_degree=2"]
+    assert launched(*words).returncode == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert len(names) == 6 and not [name for name in names if name.startswith(".")]
+    alone = [word for word in words if not word.startswith("parallel")]
+    again = launched(*words)
+    assert "0 of 3 videos to make" in again.stdout and again.returncode == 0
+    assert main([TINY, *alone]) == 0
+
+
+def test_bad_input_is_one_line_of_all_processes(tmp_path: Path):
+    result = launched("generation.height=65", f"output.path={tmp_path / 'out'}")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: generation.height: got 65") and not (tmp_path / "out").exists()
+
+
+def test_a_failure_of_all_is_told_once(tiny_model: Path, tmp_path: Path):
+    """The latents of all turn out not to be finite."""
+    words = [f"model.path={tiny_model}", *SHORT, "model.dtype=float16", "generation.guidance_scale=1e38"]
+    result = launched(*words, f"output.path={tmp_path / 'out'}")
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: rank 0: non-finite latents after step") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_path: Path):
+    words = [f"model.path={tiny_model}", "generation.steps=100000", f"output.path={tmp_path / 'out'}"]
+    settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | settings
+    )
+    ranks = wait_for_steps(process)
+    started = time.monotonic()
+    os.kill(ranks[victim], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 60 and process.returncode != 0
+    assert f"error: rank {victim} was ended by SIGKILL" in errors
+    assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1
+    assert not any(psutil.pid_exists(pid) for pid in ranks)
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def wait_for_steps(process: subprocess.Popen) -> list[int]:
+    """Process numbers by rank, once the progress bar has moved."""
+    seen = ""
+    while "3/100000" not in seen:
+        assert process.poll() is None, seen
+        seen = seen[-200:] + process.stderr.read(40)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = {int(child.environ()["RANK"]): child.pid for child in children if "RANK" in child.environ()}
+    return [ranks[number] for number in sorted(ranks)]
