@@ -9,16 +9,21 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from models.hunyuan_video import attention_layers, project
-from scripts.tiny_model import END, PAD, TinyDenoiser, build_tokenizer, mean_latents, plain_attention
+from scripts.tiny_model import (
+    CONV_GAIN,
+    END,
+    PAD,
+    Family,
+    TinyDenoiser,
+    build_tokenizer,
+    mean_latents,
+    plain_attention,
+)
 
-START = None  # trained from nothing
-FRAMES, CLIP = 33, 9  # of a video; of what the VAE is trained on
-FRAMES_STEP = 4  # frames to a latent frame
-CHUNKED = True  # pipelines decode in chunks that overlap
 SKIPPED_LAYERS = 2  # the last ones of the Llama, of which HunyuanVideoPipeline takes no output
 CLIP_SLOTS = 77  # text tokens of the CLIP
 
@@ -26,14 +31,21 @@ CLIP_SLOTS = 77  # text tokens of the CLIP
 def build_vae() -> AutoencoderKLHunyuanVideo:
     """HunyuanVideo's causal video VAE, 8 x 8 x 4 compression to 16 channels, 1.1M parameters."""
     return AutoencoderKLHunyuanVideo(
-        block_out_channels=(16, 24, 32, 40), layers_per_block=1, norm_num_groups=8, latent_channels=16
+        block_out_channels=(16, 24, 32, 40), layers_per_block=1, norm_num_groups=1, latent_channels=16
     )
 
 
-def quiet_posterior(vae: AutoencoderKLHunyuanVideo) -> None:
-    """Starts with little noise: the log variance at -7."""
+def quieten(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Starts with little noise, the log variance at -7, and a signal that keeps its size on the way through.
+
+    Layers outside the branches of residual blocks stand before no nonlinearity.
+    """
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.latent_channels :] = -7.0
+        for name, layer in vae.named_modules():
+            in_branch = any(part in name for part in ("conv1", "conv2", "conv_out"))
+            if isinstance(layer, nn.Conv3d) and not in_branch:
+                layer.weight /= CONV_GAIN
 
 
 def set_statistics(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
@@ -127,6 +139,7 @@ class TrainingProcessor(HunyuanVideoAttnProcessor2_0):
 class Denoiser(TinyDenoiser):
     """Text encoders and transformer, trained together."""
 
+    PIPELINE = HunyuanVideoPipeline
     BLOCKS = ("transformer_blocks", "single_transformer_blocks")
     PARTS = ("text_encoder", "text_encoder_2", "transformer")
 
@@ -165,3 +178,16 @@ class Denoiser(TinyDenoiser):
             scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
             transformer=self.transformer.eval(),
         )
+
+
+FAMILY = Family(
+    build_vae,
+    Denoiser,
+    quieten,
+    encode,
+    set_statistics,
+    normalise,
+    mosaic=True,
+    chunked=True,
+    defaults={"outline_steps": 1000},
+)

@@ -15,21 +15,15 @@ from models.mochi import attention_layers, project
 from scripts.tiny_model import (
     END,
     PAD,
+    Family,
     TinyDenoiser,
-    channel_statistics,
     mean_latents,
     normalise_channels,
     plain_attention,
+    set_channel_statistics,
 )
 
-START = None  # trained from nothing
-FRAMES, CLIP = 31, 13  # of a video; of what the VAE is trained on
-FRAMES_STEP = 6  # frames to a latent frame
-CHUNKED = False  # whether pipelines decode in chunks that overlap
 MOCHI_SIDE = 192  # tokens: positions are stretched to a square of this side, whatever the size of the video
-
-encode = mean_latents
-normalise = normalise_channels
 
 
 def build_vae() -> AutoencoderKLMochi:
@@ -42,21 +36,17 @@ def build_vae() -> AutoencoderKLMochi:
     )
 
 
-def quiet_posterior(vae: AutoencoderKLMochi) -> None:
-    """Starts with little noise, the log variance near -7, and blind to the sines of colours.
+def quieten(vae: AutoencoderKLMochi) -> None:
+    """Starts with little noise, by a log variance below 0, and blind to the sines of colours.
 
-    The last layer has no bias: what it gets is positive on average, 0.207 where its input is standard normal.
+    The last layer has no bias, but what it gets is positive on average (0.207 of a standard normal), so
+    weights of one sign do for one.
     """
     with torch.no_grad():
         encoder = vae.encoder
         encoder.proj_out.weight[vae.config.latent_channels :] = -7.0 / (0.207 * encoder.proj_out.in_features)
         encoder.proj_in.weight[:, 3:] = 0.0
         vae.decoder.proj_out.weight *= 0.25  # no norm stands before it
-
-
-def set_statistics(vae: AutoencoderKLMochi, latents: Tensor) -> None:
-    """What latents `[B, 12, F, H, W]` are normalised with, into the VAE's configuration."""
-    vae.register_to_config(**channel_statistics(latents))
 
 
 def build_transformer() -> MochiTransformer3DModel:
@@ -129,6 +119,7 @@ class TrainingProcessor(MochiAttnProcessor2_0):
 class Denoiser(TinyDenoiser):
     """Text encoder and transformer, trained together."""
 
+    PIPELINE = MochiPipeline
     BLOCKS = ("transformer_blocks",)
     PARTS = ("text_encoder", "transformer")
 
@@ -166,3 +157,17 @@ class Denoiser(TinyDenoiser):
             transformer=self.transformer.eval(),
             force_zeros_for_empty_prompt=True,
         )
+
+
+FAMILY = Family(
+    build_vae,
+    Denoiser,
+    quieten,
+    mean_latents,
+    set_channel_statistics,
+    normalise_channels,
+    frames=31,
+    clip_frames=13,
+    frames_step=6,
+    defaults={"steps": 4500},
+)

@@ -1,6 +1,7 @@
 """What the bundled models of every family share: words, captions as tokens, and how a model is saved."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from toyworld.render import VOCABULARY
 CAPTION_SLOTS = 24  # enough for every caption; the rest of a pipeline's text slots is padding
 GLUE = ("a", "moving", "on", "background", ",", ".")
 STATISTICS = ("latents_mean", "latents_std", "scaling_factor")  # in the configuration of a VAE
+CONV_GAIN = 1.8  # of convolutions at the start: what SiLU takes away
 PAD, END = 0, 1  # numbers of <pad> and </s>
 
 
@@ -49,6 +51,7 @@ class TinyDenoiser(nn.Module):
     `forward(latents, sigma, captions)`: the velocity (noise - video) of `[B, C, F, H, W]` at levels `[B]`.
     """
 
+    PIPELINE: type[DiffusionPipeline]
     BLOCKS: tuple[str, ...]  # lists of the transformer's blocks, which are compiled
     PARTS: tuple[str, ...]  # what `pipeline` takes over, under the names of the pipeline
 
@@ -80,15 +83,47 @@ class TinyDenoiser(nn.Module):
             getattr(self, name).load_state_dict(getattr(pipeline, name).state_dict())
 
 
+@dataclass(frozen=True)
+class Family:
+    """One kind of bundled model, as the trainer takes it.
+
+    Attributes:
+        build_vae, denoiser: make the parts, untrained; `denoiser` is a class under `TinyDenoiser`.
+        quieten: makes a VAE start with little noise in its latents.
+        encode: latents `[B, C, F, H, W]` of videos `[B, 3, frames, height, width]` in [-1, 1].
+        set_statistics: writes what latents are normalised with into the configuration of a VAE.
+        normalise: latents and their VAE to latents as the transformer takes them.
+        frames, clip_frames, frames_step: of a video, of what the VAE learns from, to a latent frame.
+        mosaic: whether the VAE learns from mosaics first.
+        chunked: whether pipelines decode in chunks that overlap.
+        start: the model that training goes on from; None: from nothing.
+        defaults: options of the trainer that are the family's own.
+    """
+
+    build_vae: Callable[[], nn.Module]
+    denoiser: Callable[[], TinyDenoiser]
+    quieten: Callable[[nn.Module], None]
+    encode: Callable[[nn.Module, Tensor], Tensor]
+    set_statistics: Callable[[nn.Module, Tensor], None]
+    normalise: Callable[[Tensor, nn.Module], Tensor]
+    frames: int = 33
+    clip_frames: int = 9
+    frames_step: int = 4
+    mosaic: bool = False
+    chunked: bool = False
+    start: Path | None = None
+    defaults: dict[str, int | float] = field(default_factory=dict)
+
+
 def by_channel(values: Iterable[float]) -> Tensor:
     """A number a channel, `[C, 1, 1, 1]`."""
     return torch.tensor(list(values)).view(-1, 1, 1, 1)
 
 
-def channel_statistics(latents: Tensor) -> dict[str, list[float]]:
-    """Mean and standard deviation of every channel of `[B, C, F, H, W]`, under the names of a VAE's keys."""
+def set_channel_statistics(vae: nn.Module, latents: Tensor) -> None:
+    """Mean and standard deviation of every channel of `[B, C, F, H, W]`, into the VAE's configuration."""
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
 def normalise_channels(latents: Tensor, vae: nn.Module) -> Tensor:

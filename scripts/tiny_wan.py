@@ -13,17 +13,14 @@ from scripts.tiny_model import (
     CAPTION_SLOTS,
     END,
     PAD,
+    Family,
     TinyDenoiser,
-    channel_statistics,
     mean_latents,
     normalise_channels,
     plain_attention,
+    set_channel_statistics,
 )
 
-START = None  # trained from nothing
-FRAMES, CLIP = 33, 9  # of a video; of what the VAE is trained on
-FRAMES_STEP = 4  # frames to a latent frame
-CHUNKED = False  # whether pipelines decode in chunks that overlap
 TEXT_SLOTS = 512  # text tokens of WanPipeline: captions are padded to this with zero embeddings
 
 
@@ -128,24 +125,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def quiet_posterior(vae: AutoencoderKLWan) -> None:
+def quieten(vae: AutoencoderKLWan) -> None:
     """Starts with little noise: the log variance at -7."""
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.z_dim :] = -7.0
 
 
-encode = mean_latents
-normalise = normalise_channels
-
-
-def set_statistics(vae: AutoencoderKLWan, latents: Tensor) -> None:
-    """What latents `[B, 16, F, H, W]` are normalised with, into the VAE's configuration."""
-    vae.register_to_config(**channel_statistics(latents))
-
-
 class Denoiser(TinyDenoiser):
     """Text encoder and transformer, trained together."""
 
+    PIPELINE = WanPipeline
     BLOCKS = ("blocks",)
     PARTS = ("text_encoder", "transformer")
     TRANSFORMER: ClassVar[dict[str, int]] = {}
@@ -181,3 +170,6 @@ class Denoiser(TinyDenoiser):
             scheduler=build_scheduler(),
             transformer=self.transformer.eval(),
         )
+
+
+FAMILY = Family(build_vae, Denoiser, quieten, mean_latents, set_channel_statistics, normalise_channels)

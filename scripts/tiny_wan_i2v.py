@@ -3,6 +3,7 @@
 Text encoder and VAE are those of that model, four of its six layers are trained further.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,13 +13,11 @@ from torch import Tensor
 
 from scripts import tiny_wan
 from scripts.tiny_model import mean_latents, normalise_channels
-from scripts.tiny_wan import CHUNKED, CLIP, FRAMES, FRAMES_STEP, build_scheduler, build_vae, quiet_posterior
+from scripts.tiny_wan import build_scheduler
 
-__all__ = ["CHUNKED", "CLIP", "FRAMES", "FRAMES_STEP", "build_vae", "quiet_posterior", "set_statistics"]
-
-START: Path | None = Path("assets/wan-tiny")  # what training goes on from
 KEPT = (0, 1, 4, 5)  # layers of the text-to-video model
-CHANNELS = 16  # of a latent video; as many again, and four of a mask, hold the first frame
+CHANNELS = 16  # of a latent video; as many again hold the first frame
+GIVEN = 4  # channels of the mask that says which frames are given
 
 
 def encode(vae: torch.nn.Module, video: Tensor) -> Tensor:
@@ -28,20 +27,16 @@ def encode(vae: torch.nn.Module, video: Tensor) -> Tensor:
 
 
 def normalise(latents: Tensor, vae: torch.nn.Module) -> Tensor:
-    """Both halves of the channels as the transformer takes them."""
+    """Both halves of `[B, 32, F, H, W]` as the transformer takes them."""
     return torch.cat([normalise_channels(half, vae) for half in latents.chunk(2, dim=1)], dim=1)
-
-
-def set_statistics(vae: torch.nn.Module, latents: Tensor) -> None:
-    """What latents are normalised with, into the VAE's configuration."""
-    tiny_wan.set_statistics(vae, latents[:, :CHANNELS])
 
 
 class Denoiser(tiny_wan.Denoiser):
     """Text encoder and transformer, trained together."""
 
+    PIPELINE = WanImageToVideoPipeline
     TRANSFORMER: ClassVar[dict[str, int]] = {
-        "in_channels": 2 * CHANNELS + FRAMES_STEP,
+        "in_channels": 2 * CHANNELS + GIVEN,
         "num_layers": len(KEPT),
     }
 
@@ -56,7 +51,7 @@ class Denoiser(tiny_wan.Denoiser):
     def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
         """Predicted velocity `[B, 16, F, H, W]` from `[B, 32, F, H, W]`: the video, then the first frame."""
         video, first = latents.chunk(2, dim=1)
-        given = torch.zeros_like(video[:, :FRAMES_STEP])
+        given = torch.zeros_like(video[:, :GIVEN])
         given[:, :, 0] = 1
         return super().forward(torch.cat([video, given, first], dim=1), sigma, captions)
 
@@ -83,5 +78,15 @@ def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not name.startswith("blocks."):
             kept[name] = tensor
     narrow = kept["patch_embedding.weight"]
-    blind = narrow.new_zeros(len(narrow), CHANNELS + FRAMES_STEP, *narrow.shape[2:])
+    blind = narrow.new_zeros(len(narrow), CHANNELS + GIVEN, *narrow.shape[2:])
     return kept | {"patch_embedding.weight": torch.cat([narrow, blind], dim=1)}
+
+
+FAMILY = replace(
+    tiny_wan.FAMILY,
+    denoiser=Denoiser,
+    encode=encode,
+    normalise=normalise,
+    start=Path("assets/wan-tiny"),
+    defaults={"steps": 1600, "rate": 1e-3, "videos": 2000},
+)

@@ -1,22 +1,22 @@
-"""Options of the trainer of the bundled model, and what both of its parts share."""
+"""Options of the trainer of the bundled models, and what its parts share."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from scripts import tiny_hunyuan_video, tiny_mochi, tiny_wan, tiny_wan_i2v
+from scripts.tiny_model import Family
 from scripts.train_loop import Stage, run_stage
 from toyworld import all_attributes, random_scene, render
-from toyworld.render import Attributes
+from toyworld.render import Attributes, Scene
 
-FAMILIES: dict[str, ModuleType] = {
-    "wan": tiny_wan,
-    "hunyuan_video": tiny_hunyuan_video,
-    "mochi": tiny_mochi,
-    "wan_i2v": tiny_wan_i2v,
+FAMILIES: dict[str, Family] = {
+    "wan": tiny_wan.FAMILY,
+    "hunyuan_video": tiny_hunyuan_video.FAMILY,
+    "mochi": tiny_mochi.FAMILY,
+    "wan_i2v": tiny_wan_i2v.FAMILY,
 }
 
 
@@ -27,7 +27,7 @@ class Options:
     family: str = "wan"
     out: Path = Path("assets/wan-tiny")
     start: Path | None = None  # a model to go on from: its VAE stays as it is
-    work: Path = Path("outputs/train_tiny")
+    work: Path = Path("outputs/train_wan_tiny")
     device: str = "cpu"  # on the command line: CUDA where there is one
     seed: int = 0
     image_steps: int = 1500
@@ -61,7 +61,35 @@ def run(stage: Stage, options: Options) -> nn.Module:
 
 def draw_video(options: Options, frames: int, random: torch.Generator) -> tuple[Tensor, Attributes]:
     """A random captioned video as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
+    scene = draw_scene(random)
+    video = render(scene, frames, options.size, options.size)
+    return video.permute(3, 0, 1, 2) * 2 - 1, scene.attributes
+
+
+def draw_scene(random: torch.Generator) -> Scene:
+    """A scene of random attributes."""
     combinations = all_attributes()
     attributes = combinations[int(torch.randint(len(combinations), (), generator=random))]
-    video = render(random_scene(attributes, random), frames, options.size, options.size)
-    return video.permute(3, 0, 1, 2) * 2 - 1, attributes
+    return random_scene(attributes, random)
+
+
+def draw_mosaic(options: Options, frames: int, random: torch.Generator) -> Tensor:
+    """Quarters of four videos, each cut out around its shape: `[3, frames, size, size]` in [-1, 1].
+
+    With four backgrounds and a fifth of it shapes, where a video has one and a twentieth.
+    """
+    top, bottom = (
+        torch.cat([_quarter(options.size, frames, random) for _ in range(2)], dim=3) for _ in range(2)
+    )
+    return torch.cat([top, bottom], dim=2)
+
+
+def _quarter(size: int, frames: int, random: torch.Generator) -> Tensor:
+    """`[3, frames, size / 2, size / 2]` of a random video; the shape of its first frame is in it."""
+    scene, half = draw_scene(random), size // 2
+    video = render(scene, frames, size, size).permute(3, 0, 1, 2) * 2 - 1
+    for dim, centre in zip((3, 2), scene.position(torch.zeros(())), strict=True):
+        shift = int(torch.randint(-half // 5, half // 5 + 1, (), generator=random))
+        first = int(size * (centre + 0.5)) - half // 2 + shift
+        video = video.narrow(dim, min(max(first, 0), size - half), half)
+    return video

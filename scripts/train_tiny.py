@@ -1,9 +1,10 @@
-"""Trains a bundled model of one family from nothing: VAE, then text encoder and transformer together.
+"""Trains a bundled model of one family: VAE, then text encoder and transformer together.
 
 Every batch is drawn from a generator seeded by the step, so that a run which was stopped continues exactly.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -119,8 +120,7 @@ def train_denoiser(
 def prepare(options: Options) -> None:
     """Makes the work folder. Raises ValueError where it holds a run with other options, naming them."""
     check_target(options.out)
-    if options.start is not None and not (options.start / "model_index.json").is_file():
-        raise ValueError(f"start must be the folder of a model, got {options.start}")
+    check_start(options)
     options.work.mkdir(parents=True, exist_ok=True)
     file = options.work / "options.json"
     now = {
@@ -128,6 +128,7 @@ def prepare(options: Options) -> None:
         for name, value in vars(options).items()
         if name not in FREE
     }
+    now |= {} if options.start is None else {"weights of start": digest(options.start)}
     before = json.loads(file.read_text()) if file.exists() else now
     changed = [
         f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
@@ -139,12 +140,34 @@ def prepare(options: Options) -> None:
     file.write_text(json.dumps(now))
 
 
+def check_start(options: Options) -> None:
+    """Raises ValueError unless `start` is a model of the family, or the one that the family begins from."""
+    family = FAMILIES[options.family]
+    if options.start is None and family.start is None:
+        return
+    index = None if options.start is None else options.start / "model_index.json"
+    if index is None or not index.is_file():
+        raise ValueError(f"start must be the folder of a model, got {options.start}")
+    found = json.loads(index.read_text()).get("_class_name")
+    known = {family.denoiser.PIPELINE.__name__} | ({"WanPipeline"} if family.start else set())
+    if found not in known:
+        raise ValueError(f"start must hold a {' or '.join(sorted(known))}, got {options.start}, a {found}")
+
+
+def digest(folder: Path) -> str:
+    """Sixteen digits that stand for the weights of a model."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
 def begin(options: Options) -> tuple[nn.Module, TinyDenoiser]:
     """A trained VAE and a new denoiser, or both from the model to go on from."""
     family = FAMILIES[options.family]
     vae = train_vae(options) if options.start is None else None
     torch.manual_seed(options.seed)
-    denoiser = family.Denoiser()
+    denoiser = family.denoiser()
     if options.start is not None:
         pipeline = DiffusionPipeline.from_pretrained(options.start, torch_dtype=torch.float32)
         denoiser.take_over(pipeline)
@@ -179,13 +202,12 @@ def parse(argv: list[str] | None = None) -> Options:
         parser.add_argument(flag, type=kind, default=field.default, choices=choices)
     can_compile = any(map(shutil.which, ("c++", "g++", "clang++")))
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=can_compile)
-    family = parser.parse_args(argv).family
-    short = family.removesuffix("_video")
-    out, work = Path(f"assets/{short.replace('_', '-')}-tiny"), Path(f"outputs/train_{short}_tiny")
-    parser.set_defaults(out=out, work=work, frames=FAMILIES[family].FRAMES)
-    parser.set_defaults(start=FAMILIES[family].START)
+    name = parser.parse_args(argv).family
+    family, short = FAMILIES[name], name.removesuffix("_video")
+    parser.set_defaults(out=Path(f"assets/{short.replace('_', '-')}-tiny"), start=family.start)
+    parser.set_defaults(work=Path(f"outputs/train_{short}_tiny"), frames=family.frames, **family.defaults)
     options = Options(**vars(parser.parse_args(argv)))
-    step = FAMILIES[family].FRAMES_STEP
+    step = family.frames_step
     if options.size % 8 or options.frames % step != 1:
         parser.error(f"size must be 8k and frames {step}k + 1, got {options.size} and {options.frames}")
     return options

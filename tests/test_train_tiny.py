@@ -1,5 +1,6 @@
 """The trainer of the bundled models: exact resumption, the short-text equivalence, a run of all stages."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch import nn
 from models.hunyuan_video import attention_layers
 from scripts.tiny_wan import TEXT_SLOTS, Denoiser
 from scripts.train_loop import Stage, build_optimizers, learning_rate
-from scripts.train_options import FAMILIES, Options, generator, run
+from scripts.train_options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
 from scripts.train_tiny import parse, prepare, train, write_caption
+from scripts.train_vae import initialise_vae
 from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"
@@ -56,7 +58,7 @@ def test_learning_rate_warms_up_and_decays():
 def random_denoiser(family: str) -> nn.Module:
     """Weights that are far from those that a denoiser starts with."""
     torch.manual_seed(0)
-    denoiser = FAMILIES[family].Denoiser().eval()
+    denoiser = FAMILIES[family].denoiser().eval()
     for name, parameter in denoiser.named_parameters():
         if name != "transformer.pos_frequencies":
             nn.init.normal_(parameter, std=0.08)
@@ -119,7 +121,7 @@ def test_image_to_video_is_trained_on_what_its_pipeline_feeds_it():
 
 def test_image_to_video_starts_as_the_text_to_video_model(tmp_path):
     """The kept layers and the rest are that model's; the new channels do nothing yet."""
-    wan, longer = random_denoiser("wan"), FAMILIES["wan_i2v"].Denoiser()
+    wan, longer = random_denoiser("wan"), FAMILIES["wan_i2v"].denoiser()
     longer.take_over(wan.pipeline(FAMILIES["wan"].build_vae()))
     kept = [wan.transformer.blocks[number] for number in (0, 1, 4, 5)]
     for ours, theirs in zip(longer.transformer.blocks, kept, strict=True):
@@ -154,7 +156,7 @@ def shortest(family: str, tmp_path: Path, **changes: object) -> Options:
     """Options of one or two steps a stage."""
     settings = {"image_steps": 1, "vae_steps": 1, "outline_steps": 1, "videos": 2, "steps": 2, "batch": 2}
     sizes = {"size": 16, "frames": 7 if family == "mochi" else 5}
-    folders = {"out": tmp_path / "model", "work": tmp_path / "work"}
+    folders = {"out": tmp_path / "model", "work": tmp_path / "work", "start": FAMILIES[family].start}
     return Options(family=family, **(settings | sizes | folders | changes))
 
 
@@ -172,7 +174,7 @@ def test_all_stages_make_a_pipeline_that_diffusers_loads(family, tmp_path):
 
 
 def test_muon_trains_the_matrices_of_the_blocks_and_nothing_is_left_out():
-    denoiser = FAMILIES["hunyuan_video"].Denoiser()
+    denoiser = FAMILIES["hunyuan_video"].denoiser()
     blocks = tuple(f"transformer.{name}." for name in denoiser.BLOCKS)
     stage = Stage("transformer", denoiser, lambda step: None, 10, 1e-3, matrices=blocks)
     rest, muon = (optimizer.param_groups[0]["params"] for optimizer in build_optimizers(stage))
@@ -195,6 +197,12 @@ def test_goes_on_from_a_model(tmp_path):
         assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
     with pytest.raises(ValueError, match="start must be the folder of a model, got"):
         train(replace(options, work=tmp_path / "c", start=tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"start must hold a MochiPipeline, got .*first, a WanPipeline"):
+        train(replace(options, family="mochi", work=tmp_path / "c", start=tmp_path / "first"))
+    assert not (tmp_path / "c").exists()
+    train(replace(options, out=tmp_path / "first", work=tmp_path / "d", seed=1))
+    with pytest.raises(ValueError, match=r"other options \(weights of start \w+ -> \w+\)"):
+        prepare(replace(options, work=tmp_path / "b", start=tmp_path / "first", rate=1e-9))
 
 
 def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
@@ -235,6 +243,37 @@ def test_bad_options_give_one_line(words, message, capsys):
 def test_what_is_left_out_is_the_familys():
     options = parse(["--family", "hunyuan_video"])
     assert (options.out, options.frames, options.start) == (Path("assets/hunyuan-tiny"), 33, None)
+    assert options.outline_steps == 1000 and parse([]).outline_steps == 1200
+    assert parse(["--family", "hunyuan_video", "--outline-steps", "7"]).outline_steps == 7
     options = parse(["--family", "wan_i2v", "--frames", "5"])
     assert (options.start, options.frames) == (Path("assets/wan-tiny"), 5)
     assert parse(["--family", "mochi"]).work == Path("outputs/train_mochi_tiny")
+
+
+def test_a_mosaic_holds_four_shapes():
+    options = Options()
+    mosaics = [draw_mosaic(options, 1, generator(options, 9, step)) for step in range(8)]
+    assert all(mosaic.shape == (3, 1, 64, 64) for mosaic in mosaics)
+    for mosaic in mosaics:
+        for rows, columns in itertools.product((slice(0, 32), slice(32, 64)), repeat=2):
+            quarter = mosaic[:, 0, rows, columns]
+            ground = quarter.flatten(1).median(dim=1).values[:, None, None]
+            assert 0.05 < ((quarter - ground).abs().amax(dim=0) > 0.2).float().mean() < 0.5
+    again = draw_mosaic(options, 1, generator(options, 9, 0))
+    assert torch.equal(mosaics[0], again)
+
+
+def test_the_start_of_a_vae_keeps_the_size_of_its_signal():
+    """Whatever the depth: in the decoder of HunyuanVideo nothing else holds it before the last norm."""
+    for name in ("hunyuan_video", "mochi"):
+        family = FAMILIES[name]
+        torch.manual_seed(0)
+        vae = family.build_vae()
+        initialise_vae(vae)
+        family.quieten(vae)
+        video = torch.stack([draw_video(Options(), 1, generator(Options(), 9, n))[0] for n in range(4)])
+        with torch.no_grad():
+            posterior = vae.encode(video).latent_dist
+            decoded = vae.decode(posterior.mean).sample
+        assert 0.2 < posterior.mean.std() < 8 and posterior.std.mean() < 0.5
+        assert 0.1 < decoded.std() < 5
