@@ -31,7 +31,7 @@ class Way(NamedTuple):
 
     `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
     CPU, None for all; `parallel`: the processes that share the sequence. The backend "dense" is upstream's
-    dispatch, which several processes need here.
+    dispatch, which several processes need here; `valid`: its keys, bool `[B, 1, 1, S]`, None for all.
     """
 
     mask: BlockMask
@@ -40,6 +40,7 @@ class Way(NamedTuple):
     compare: bool = False
     text_lengths: Tensor | None = None
     parallel: Any = None
+    valid: Tensor | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
@@ -53,8 +54,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) 
 def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
     if way.backend == "dense":
         named = getattr(processor, "_attention_backend", None)
-        allowed = None if way.text_lengths is None else _valid(way, query.device)
-        return dispatch_attention_fn(query, key, value, attn_mask=allowed, backend=named)
+        return dispatch_attention_fn(query, key, value, attn_mask=way.valid, backend=named)
     options = {"text_lengths": way.text_lengths, "backend": way.backend, "quantize": way.quantize}
     output = radial_attention(query, key, value, way.mask, **options)
     if processor.watch is not None:
@@ -63,10 +63,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any)
     return output
 
 
-def _valid(way: Way, device: torch.device) -> Tensor:
-    """Which tokens are keys, bool `[B, 1, 1, S]`."""
-    grid = way.mask.grid
-    places = torch.arange(grid.tokens) < grid.video_tokens + way.text_lengths[:, None]
+def _valid(grid: TokenGrid, text_lengths: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which tokens are keys, bool `[B, 1, 1, S]`; None for all."""
+    if text_lengths is None:
+        return None
+    places = torch.arange(grid.tokens) < grid.video_tokens + text_lengths[:, None]
     return places[:, None, None].to(device)
 
 
@@ -206,13 +207,15 @@ class RadialContext:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
             return Way(mask, "sage", text_lengths=lengths, parallel=self.parallel)
         settings = transformer.config
-        shape = len(latents), grid.tokens, settings.num_attention_heads, settings.attention_head_dim
+        heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
+        shape = len(latents), grid.tokens, heads, settings.attention_head_dim
         masked = getattr(self._family, "DENSE_HAS_MASK", False)
         mask = radial_mask(grid, self.config)
         self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
         if self.parallel is None:
             return None
-        return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel)
+        valid = _valid(grid, lengths, latents.device)
+        return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
 
     def _count(self, grid: TokenGrid, backend: str | None) -> None:
         """Counts the attention calls that follow; here, since a compiled block cannot count."""

@@ -104,13 +104,18 @@ def place(pipeline: "DiffusionPipeline", device: str, offload: str, *, stream: b
         stream: of "group", the next block comes while one runs; not where a cache skips blocks.
     """
     if offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
+        pipeline.enable_model_cpu_offload(device=_own(device))
     elif offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
+        pipeline.enable_sequential_cpu_offload(device=_own(device))
     elif offload == "group":
         _place_groups(pipeline, device, stream)
     else:
         pipeline.to(device)
+
+
+def _own(device: str) -> str:
+    """With the number of this process's GPU: diffusers takes a bare "cuda" for the first."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 def _place_groups(pipeline: "DiffusionPipeline", device: str, stream: bool) -> None:

@@ -1,8 +1,8 @@
 """Ulysses under the forks: tokens split over the processes of a group, heads instead inside the attention.
 
-Hooks split the tokens before the first block and gather them before the last norm, rotary tables are split
-alike, and `exchange` stands around the attention op: it sees all tokens, video first and then the text once,
-of a share of the heads. Text goes through every block whole, on every process.
+Hooks split the tokens before the first block and gather them after the last projection, rotary tables are
+split alike, and `exchange` stands around the attention op: it sees all tokens, video first and then the text
+once, of a share of the heads. Text goes through every block whole, on every process.
 """
 
 import inspect
@@ -24,6 +24,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 class SequenceParallel:
     """The share of one process in the sequence of a group.
 
+    Gradients are those of the sum of all processes' losses, which are equal: average them over the group.
+
     Attributes:
         degree: processes of the group; rank: this one's place, from 0.
     """
@@ -43,7 +45,7 @@ class SequenceParallel:
         share = -(-x.shape[dim] // self.degree)
         first = min(self.rank * share, x.shape[dim])
         own = x.narrow(dim, first, min(share, x.shape[dim] - first))
-        return own if own.shape[dim] == share else _pad(own, dim, share - own.shape[dim])
+        return _pad(own, dim, share - own.shape[dim])
 
     def own_of_first(self, count: int) -> int:
         """How many of the first `count` video tokens are this process's."""
@@ -63,18 +65,21 @@ class SequenceParallel:
         zeros where the degree does not divide H. Returns `[B, n + T, H, D]`.
         """
         heads, own = query.shape[2], query.shape[1] - grid.text
-        streams = torch.cat([query, key, value])
-        if heads % self.degree:
-            streams = _pad(streams, 2, -heads % self.degree)
-        video, text = streams.tensor_split([own], dim=1)
-        video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : grid.video_tokens]
-        text = text.chunk(self.degree, dim=2)[self.rank]
-        mixed = attend(*torch.cat([video, text], dim=1).chunk(3))
+        mixed = attend(*(self._own_heads(x, grid) for x in (query, key, value)))
         video, text = mixed.tensor_split([grid.video_tokens], dim=1)
         video = _pad(video, 1, own * self.degree - video.shape[1])
         video = SeqAllToAll4D.apply(self._group, video, 1, 2)
-        parts = [video, self._gather(text, 2)] if grid.text else [video]
-        return torch.cat(parts, dim=1)[:, :, :heads]
+        output = torch.cat([video, self._gather(text, 2)], dim=1) if grid.text else video
+        return output[:, :, :heads]
+
+    def _own_heads(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """`[B, N + T, h, D]`, all tokens of this process's heads, from `[B, n + T, H, D]`."""
+        x = _pad(x, 2, -x.shape[2] % self.degree)
+        video, text = x.tensor_split([x.shape[1] - grid.text], dim=1)
+        video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : grid.video_tokens]
+        if not grid.text:
+            return video
+        return torch.cat([video, text.chunk(self.degree, dim=2)[self.rank]], dim=1)
 
     def install(self, transformer: torch.nn.Module, family: ModuleType) -> list[Any]:
         """Hooks that split the tokens before the blocks of a transformer and gather them after; to remove."""
@@ -83,11 +88,20 @@ class SequenceParallel:
             for place, block in enumerate(stack):
                 enter = _Entrance(self, first=place == 0)
                 hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        hooks.append(transformer.norm_out.register_forward_pre_hook(self._leave))
+        if hasattr(transformer, "condition_embedder"):
+            hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
+        hooks.append(transformer.proj_out.register_forward_hook(self._leave))
         return hooks
 
-    def _leave(self, norm: torch.nn.Module, args: tuple) -> tuple:
-        return self.gather(args[0]), *args[1:]
+    def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
+        """Wan's embedded time and its projection, where there is one a token (TI2V-5B)."""
+        time, projected, *texts = output
+        if time.ndim == 3:
+            time, projected = self.shard(time, 1), self.shard(projected, 1)
+        return time, projected, *texts
+
+    def _leave(self, projection: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.gather(output)
 
     def _gather(self, x: Tensor, dim: int) -> Tensor:
         if not torch.is_grad_enabled():
@@ -110,8 +124,6 @@ class _Entrance:
             for name in ("hidden_states", "control_hidden_states"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
-        if isinstance(time := arguments.get("temb"), Tensor) and time.ndim == 4:  # Wan2.2: one a token
-            arguments["temb"] = self._parallel.shard(time, 1)
         if arguments.get("num_tokens") is not None:  # of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs
@@ -119,4 +131,6 @@ class _Entrance:
 
 def _pad(x: Tensor, dim: int, count: int) -> Tensor:
     """`count` zeros behind the end of `dim`."""
+    if count == 0:
+        return x
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, count])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+STATE = "xfuser.core.distributed.parallel_state"
 HINT = "install it with: .venv/bin/python -m pip install xfuser==0.7.0"
 
 
@@ -34,8 +35,8 @@ class Degrees:
         return self.ulysses * self.ring * self.cfg * self.data
 
 
-def start(degrees: Degrees) -> None:
-    """Joins the processes of this torchrun and makes the groups of `degrees`.
+def start(degrees: Degrees, device: str) -> None:
+    """Joins the processes of this torchrun and makes the groups of `degrees`, for a run on "cuda" or "cpu".
 
     Raises:
         ImportError: xfuser is missing; the message has the line that installs it.
@@ -44,8 +45,8 @@ def start(degrees: Degrees) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if degrees.processes != world:
         raise ValueError(f"degrees {degrees} are for {degrees.processes} processes, torchrun started {world}")
-    state = import_xfuser()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    state = import_xfuser(device)
+    backend = "nccl" if device == "cuda" else "gloo"
     state.init_distributed_environment(backend=backend)
     state.initialize_model_parallel(
         data_parallel_degree=degrees.data,
@@ -60,24 +61,24 @@ def start(degrees: Degrees) -> None:
 def stop() -> None:
     """Leaves the groups; nothing where there are none."""
     if torch.distributed.is_initialized():
-        state = import_xfuser()
+        state = import_module(STATE)
         state.destroy_model_parallel()
         state.destroy_distributed_environment()
 
 
-def import_xfuser() -> Any:
+def import_xfuser(device: str) -> Any:
     """`xfuser.core.distributed.parallel_state`.
 
-    The package refuses to be imported where there is no accelerator: there its own `__init__`, which asks
-    for one, is left out, and three of its probes are answered for it.
+    The package refuses to be imported where there is no accelerator: for a run on the CPU its own `__init__`,
+    which asks for one, is left out, and its probes are answered for it.
 
     Raises:
         ImportError: xfuser is missing, or does not fit; the message has the line that installs it.
     """
     try:
-        if not torch.cuda.is_available():
+        if device == "cpu":
             _import_without_accelerator()
-        state = import_module("xfuser.core.distributed.parallel_state")
+        state = import_module(STATE)
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("xfuser")]:
             logging.getLogger(name).setLevel(logging.WARNING)  # each module of it has its own, at debug
         return state
@@ -94,4 +95,6 @@ def _import_without_accelerator() -> None:
     envs = import_module("xfuser.envs")
     envs.get_device_version = lambda: "0.0"
     envs.get_torch_distributed_backend = lambda: "gloo"
+    envs.get_device_name = lambda: "cpu"
+    envs.get_device = lambda local_rank: torch.device("cpu")
     envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True

@@ -29,6 +29,7 @@ class Architecture:
         vae_chunk: frames that it decodes at once, None for all; `vae_stride`: from one to the next where
             they overlap and tiles are joined chunk by chunk; `vae_tile`: pixels a side, a quarter overlaps.
         pixel_factor: what the pipeline wants height and width to be multiples of.
+        takes_guidance: False for a HunyuanVideo whose transformer has none built in.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class Architecture:
     vae_frames: int = 4
     vae_pixels: int = 8
     pixel_factor: int = 16
+    takes_guidance: bool = True
     parameters: dict[str, int] = field(default_factory=dict)
     control_layers: tuple[int, ...] = ()
 

@@ -7,6 +7,7 @@ from scripts.config import CALL, read_config
 from scripts.errors import UsageError
 
 FULL_PRESET, TINY_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
+OF_A_MODEL = ("model.path=", "model.family=", "model.loras=")
 MARGIN = 1.05  # of free memory over the predicted peak
 NO_DENSE = ("attention.dense_steps=0", "attention.dense_layers=0", "attention.dense_last_steps=0")
 # What the bundled model takes over from a preset that has none of its own; its LoRA would not fit.
@@ -68,14 +69,27 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     if command.config_file is not None:
         return command.config_file, command.overrides, "named on the command line"
     full, bundled = command.preset or FULL_PRESET, command.bundled or TINY_PRESET
+    for preset in (full, bundled):
+        read_config(preset, [])
     config_file, reason = choose_preset(command.overrides, full, bundled)
     if config_file == full or command.preset is None:
         return config_file, command.overrides, reason
+    _check_stand_in(command)
     if command.bundled is not None:
         return config_file, command.overrides, f"{reason}; stands in for {command.preset}"
     without = " and without its LoRA" if read_config(command.preset, []).model.loras else ""
     stands_in = f"stands in for {command.preset}, with its schedule{without}"
     return config_file, [*schedule_of(command.preset), *command.overrides], f"{reason}; {stands_in}"
+
+
+def _check_stand_in(command: Command) -> None:
+    """Raises UsageError where a model of the user's meets the sizes of the bundled one."""
+    own = [word.partition("=")[0] for word in command.overrides if word.startswith(OF_A_MODEL)]
+    if own:
+        raise UsageError(
+            f"{own[0]}: a bundled model would stand in for {command.preset} here; name a configuration that "
+            f"suits yours, as {command.preset}"
+        )
 
 
 def schedule_of(preset: str) -> list[str]:
@@ -111,7 +125,7 @@ def choose_preset(
 
 
 def needed(overrides: list[str], full: str = FULL_PRESET) -> tuple[float, float]:
-    """Bytes of GPU and host that the 14B preset with these overrides needs, with a margin.
+    """Bytes of GPU and host that `full` with these overrides needs, with a margin.
 
     Dense steps and layers take no memory; whether they suit the preset is known when it is chosen.
     """

@@ -266,9 +266,9 @@ def allowed(key: str) -> str:
 def help_text() -> str:
     """Call form, presets, and every key with its default and meaning."""
     lines = [
-        f"usage: {CALL}",
+        f"usage: {CALL}, and likewise every scripts/*_inference.sh",
         "",
-        "presets (without one: the 14B preset where a GPU has room for it, else wan_tiny):",
+        "presets (without one: the script's own where a GPU has room for it, else a bundled model's):",
     ]
     for preset in sorted((ROOT / "configs").glob("*.yaml")):
         expectation = preset.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

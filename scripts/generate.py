@@ -1,4 +1,4 @@
-"""Text to video: `python -m scripts.generate [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`.
+"""A prompt to a video: `python -m scripts.generate [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`.
 
 Exit codes: 0 done; 1 some prompts of a prompt file failed, the others are done; 2 stopped, one line on stderr
 says why; 130 interrupted.
@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.command import choose_config, parse
+from scripts.command import FULL_PRESET, choose_config, parse
 from scripts.config import Config, help_text, read_config
 from scripts.errors import DiskFullError, GenerationError, UsageError
-from scripts.ranks import processes, rank, silence_others
+from scripts.ranks import end_all, leave, prepare, processes, rank
 
 if TYPE_CHECKING:
     from models.xdit import Degrees
@@ -22,19 +22,21 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    silence_others()
+    prepare()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (UsageError, GenerationError) as error:
-        if rank() == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank() != 0:
+            end_all(error)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        if rank() == 0:
-            print("interrupted; the files that were written are whole", file=sys.stderr)
+        if processes() > 1:
+            leave(130)
+        print("interrupted; the files that were written are whole", file=sys.stderr)
         return 130
 
 
@@ -44,6 +46,10 @@ def run(argv: list[str]) -> int:
     if command.help:
         print(help_text())
         return 0
+    if processes() > 1 and command.config_file is None:
+        raise UsageError(
+            f"several processes need a configuration by name, as {FULL_PRESET}; scripts/dist_*.sh choose one"
+        )
     config_file, overrides, reason = choose_config(command)
     config = read_config(config_file, overrides)
     print(f"config: {config_file} ({reason})", flush=True)
@@ -79,12 +85,12 @@ def carry_out(config: Config, dry_run: bool) -> int:
         solved_config(config, model)
         remarks = remarks + check_backends(config, model, device, dry_run)
         degrees = plan_degrees(config, model, planned(config), len(prompts))
-        print("\n".join([describe(config, model, device, remarks), *lines(config, model, degrees)]))
+        print("\n".join([describe(config, model, device, remarks), *lines(config, model, degrees, device)]))
         print("".join(f"{line}\n" for line in describe_loras(config, loras)), end="")
         return 0
     degrees = plan_degrees(config, model, processes(), len(prompts))
     if degrees.processes > 1:
-        check_machine(config, device)
+        check_machine(config, device, degrees)
         print(describe_degrees(degrees, config, model), flush=True)
     check_memory(config, model, device, degrees)
     for line in describe_density(config, model):
@@ -99,7 +105,7 @@ def carry_out(config: Config, dry_run: bool) -> int:
 
 def generate(job: "Job", prompts: dict[int, str], degrees: "Degrees") -> int:
     """Makes the videos of all prompts; those of a prompt file that are there already are left alone."""
-    from scripts.outputs import video_path, writable_folder
+    from scripts.outputs import resolved, video_path, writable_folder
     from scripts.team import gathered
 
     from_file = job.config.generation.prompt_file is not None
@@ -108,7 +114,8 @@ def generate(job: "Job", prompts: dict[int, str], degrees: "Degrees") -> int:
     if from_file:
         print(f"{len(missing)} of {len(prompts)} videos to make", flush=True)
     with gathered(degrees, job.device) as job.team:
-        own = missing[job.team.place :: degrees.data]
+        job.team.compare([resolved(job.config, ""), prompts, job.inputs.files])
+        own = job.team.agree(missing)[job.team.place :: degrees.data]
         with writable_folder(job.config, from_file) if job.team.leads else nullcontext():
             pipeline = job.load() if own else None
             if from_file:
@@ -144,6 +151,7 @@ def generate_missing(job: "Job", pipeline: Any, prompts: dict[int, str], paths: 
 def make_one(job: "Job", pipeline: Any, prompt: str, path: Path) -> None:
     """One video, written and told of by the process that leads."""
     record = job.make_video(pipeline, prompt, path)
+    job.team.wait()
     if record is not None:
         announce(record, path)
 

@@ -78,6 +78,7 @@ def _hunyuan_video(
         vae_stride=HUNYUAN_STRIDE,
         vae_frames=vae.get("temporal_compression_ratio", 4),
         vae_pixels=vae.get("spatial_compression_ratio", 8),
+        takes_guidance=transformer.get("guidance_embeds", True),
         parameters=parameters,
     )
 

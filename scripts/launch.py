@@ -11,9 +11,11 @@ import sys
 import uuid
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from scripts.command import choose_config, parse
 from scripts.errors import UsageError
 
 WITHOUT_GPU = 2  # processes
@@ -51,8 +53,13 @@ def launch(words: list[str], processes: int) -> int:
         if failure.exitcode not in SPOKEN:
             print(f"error: rank {rank} {_end(failure.exitcode)}; all are stopped", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 2
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, SignalException) as stopped:
+        number = getattr(stopped, "sigval", signal.SIGINT)
+        print(
+            f"stopped by {signal.Signals(number).name}; the files that were written are whole",
+            file=sys.stderr,
+        )
+        return 128 + number
     return 0
 
 
@@ -63,9 +70,19 @@ def _end(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}{hint}"
 
 
+def chosen(words: list[str]) -> list[str]:
+    """The words with the configuration by name: one process chooses for all, by the memory that it finds."""
+    command = parse(words)
+    if command.help or command.config_file is not None:
+        return words
+    config_file, overrides, reason = choose_config(command)
+    print(f"config: {config_file} ({reason})", flush=True)
+    return [config_file, *overrides, *(["--dry-run"] if command.dry_run else [])]
+
+
 if __name__ == "__main__":
     try:
-        sys.exit(launch(sys.argv[1:], count()))
+        sys.exit(launch(chosen(sys.argv[1:]), count()))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

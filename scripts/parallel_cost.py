@@ -17,20 +17,18 @@ from scripts.architecture import Architecture, read_architecture
 from scripts.config import Config, read_config
 from scripts.errors import OneLineParser, UsageError, positive, positive_number
 from scripts.gpu_report import table
-from scripts.memory import DTYPE_BYTES, Memory, peak, weights_on_device
-from scripts.sampling import WAN, calls_per_step
+from scripts.memory import DTYPE_BYTES, Memory, peak
+from scripts.sampling import calls_per_step
 from scripts.team import plan_degrees
 from scripts.validate import check_sizes, check_values, resolve_model
 
 COMMAND = "python -m scripts.parallel_cost"
 STREAMS = 4  # query, key and value to the processes that have the heads, the output back
-LAST_NORM = 3  # tensors of all tokens that the last norm holds at once: its input, the normed, the scaled
 LEFT_OUT = """Left out: kernels that run at another rate on fewer heads or tokens, launch latencies, overlap
 of compute and exchange, the copies around an exchange, what each process does once a step outside the blocks
-(embeddings, last norm and projection), text encoder and VAE. Repeated is what exceeds an equal part: rows of
+(embeddings), text encoder and VAE. Repeated is what exceeds an equal part: rows of
 text, filled-up tokens. Weights stay whole on each GPU, and each process first reads all of them into host
-memory; activations are those of the stage that needs the most: a block, the last norm with all tokens, or
-decoding."""
+memory; activations are those of the stage that needs the most, a block or decoding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Exchange:
 
     Attributes:
         streams: query, key, value and output of the video tokens, by all-to-all; text: the output's heads.
-        tokens: all of them, before the last norm; guidance: the model's output, to the other half.
+        tokens: all of them, after the last projection; guidance: the model's output, to the other half.
     """
 
     streams: float
@@ -116,14 +114,9 @@ def exchange(config: Config, model: Architecture, degrees: Degrees) -> Exchange:
     return Exchange(
         streams=layers * STREAMS * own.tokens * head_bytes * others,
         text=layers * grid.text * head_bytes * others,
-        tokens=own.calls * own.tokens * model.width * _norm_bytes(config) * others,
+        tokens=own.calls * own.tokens * _outputs(model, config.model.family) * size * others,
         guidance=(degrees.cfg - 1) * grid.video_tokens * _outputs(model, config.model.family) * size,
     )
-
-
-def _norm_bytes(config: Config) -> int:
-    """Of a number in the last norm, before which tokens are gathered: Wan's takes float32."""
-    return 4 if config.model.family in WAN else DTYPE_BYTES[config.model.dtype]
 
 
 def _outputs(model: Architecture, family: str) -> int:
@@ -153,14 +146,9 @@ def _one_step(config: Config) -> Config:
 
 
 def rank_memory(config: Config, model: Architecture, degrees: Degrees, device: str = "cuda") -> Memory:
-    """Predicted peak of a process: weights whole, tokens by share but for the last norm, which takes all."""
+    """Predicted peak of a process: weights whole, tokens by share."""
     own = TokenGrid(1, 1, share(config, model, degrees).tokens, model.joint_text)
-    blocks = plan.mask_bytes(config, model)
-    need = peak(config, model, own, blocks, device)
-    gathered = LAST_NORM * _norm_bytes(config) * plan.token_grid(config, model).video_tokens * model.width
-    weights = weights_on_device(config, model)
-    resident = sum(weights) if config.model.offload == "none" or device == "cpu" else weights[1]
-    return max(need, Memory(resident, gathered + blocks, need.host), key=lambda memory: memory.total)
+    return peak(config, model, own, plan.mask_bytes(config, model), device)
 
 
 def predict(config: Config, model: Architecture, degrees: Degrees, rates: Rates) -> Prediction:
@@ -180,12 +168,12 @@ def _seconds(config: Config, model: Architecture, degrees: Degrees, rates: Rates
     return sending, dense, radial, first * dense + (1 - first) * radial
 
 
-def lines(config: Config, model: Architecture, degrees: Degrees) -> list[str]:
+def lines(config: Config, model: Architecture, degrees: Degrees, device: str) -> list[str]:
     """What each of several processes has to do, for `--dry-run`; nothing for one."""
     if degrees.processes == 1:
         return []
     sent, todo = exchange(config, model, degrees), work(config, model, degrees)
-    need = rank_memory(config, model, degrees)
+    need = rank_memory(config, model, degrees, device)
     dense, radial = (f"{(todo.other + flops) / 1e15:.3f}" for flops in (todo.dense, todo.radial))
     return [
         f"each a step   {sent.total / 1e9:.2f} GB sent, {dense} PFLOP dense, {radial} radial, "

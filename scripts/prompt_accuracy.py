@@ -38,6 +38,7 @@ from toyworld.render import VOCABULARY, Attributes
 
 PATTERNS = ("dense", "radial")
 TIMED_RUNS = 3
+LEAST_STEPS = 2  # of Mochi, whose noise levels need two
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def stopwatch(marks: list[float]) -> Any:
 def density(pipeline: Any, config: Config) -> float:
     """Density of the mask that this configuration uses."""
     with attention(pipeline, config) as handle:
-        short = replace(config, generation=replace(config.generation, steps=1))
+        short = replace(config, generation=replace(config.generation, steps=LEAST_STEPS))
         first = all_attributes()[0]
         sample(pipeline, short, [first.caption], [0], output_type="latent", **first_frame(config, first, 0))
         return handle.report()["density"]
@@ -164,7 +165,8 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
         "",
         "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
         "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
-        "the median time of a step (both guidance halves) of one video, dense and radial taking turns.",
+        "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn. "
+        "Image to video starts from the first frame of a scene of the caption, one video at a time.",
         "",
         *settings,
         "",
@@ -177,6 +179,7 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
 def work_folder(config: Config, path: str) -> Path:
     """Where the readings of this very configuration, program and weights are kept."""
     sources = [file for name in ("radial_attn", "models", "toyworld") for file in (ROOT / name).rglob("*.py")]
+    sources += [ROOT / "scripts" / f"{name}.py" for name in ("prompt_accuracy", "sampling", "video")]
     digest = hashlib.sha256(json.dumps(asdict(config)).encode())
     for file in sorted(sources) + sorted(Path(path).rglob("*.safetensors")):
         digest.update(file.read_bytes())

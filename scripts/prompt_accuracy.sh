@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How often the bundled model shows what the caption says, dense and radial; writes a table into results/.
+# How often a bundled model shows what the caption says, dense and radial; writes a table into results/.
 #   bash scripts/prompt_accuracy.sh                                     all captions, 33 frames
 #   bash scripts/prompt_accuracy.sh configs/wan_tiny.yaml configs/wan_tiny_4x.yaml --every 1 9     and every ninth, 129 frames
 set -euo pipefail

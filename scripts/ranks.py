@@ -21,8 +21,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def silence_others() -> None:
-    """Only the first process prints: what all would say is said once."""
+def prepare() -> None:
+    """Of several processes only the first prints, since all would say the same, and each has its own GPU."""
+    if processes() == 1:
+        return
+    import torch
+
+    if (local := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
     if rank() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
         os.environ["TQDM_DISABLE"] = "1"
@@ -38,4 +44,10 @@ def end_all(error: Exception) -> NoReturn:
     lost = any(word in text.lower() for word in LOST)
     time.sleep(PATIENCE["lost" if lost else "first" if rank() == 0 else "other"])
     print(f"error: rank {rank()}: {text}", file=sys.stderr, flush=True)
-    os._exit(2)
+    leave(2)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends at once, without the libraries' farewells, which wait for processes that may be gone."""
+    sys.stdout.flush()
+    os._exit(code)

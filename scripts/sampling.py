@@ -62,3 +62,5 @@ def check_family(config: Config) -> None:
         if family not in families and value != needed:
             shown = {None: "null", "": "''"}.get(needed, needed)
             raise UsageError(f"generation.{name}: got {value!r}, allowed with family {family}: {shown}")
+    if family == "mochi" and config.generation.steps < 2:
+        raise UsageError("generation.steps: got 1, allowed with family mochi: whole number of at least 2")

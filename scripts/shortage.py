@@ -31,10 +31,15 @@ def check_memory(config: Config, model: Architecture, device: str, degrees: Degr
     if degrees is not None and degrees.processes > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1
         need = here * rank_memory(config, model, degrees, device).total
+    if need > free and degrees is not None and degrees.processes > 1:
+        raise UsageError(
+            f"out of memory: the processes of this machine need about {gib(need)} of what the {device} has "
+            f"free, {gib(free)}; allowed: more processes on more GPUs, or a smaller or shorter video"
+        )
     if need > free:
         raise UsageError(shortage(config, model, device, free, free))
     if device == "cuda":
-        check_host(config, model, room("cpu"))
+        check_host(config, model, room("cpu") / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_host(config: Config, model: Architecture, free: float) -> None:

@@ -26,21 +26,36 @@ class Team:
     """What this process shares with which others.
 
     Attributes:
-        degrees: of the whole run; sequence: a `models.parallel.SequenceParallel`, None where alone.
+        degrees: of the whole run; everyone, replica: gloo groups of all processes, of those of one video.
+        sequence: a `models.parallel.SequenceParallel`, None where alone.
         guidance: the group of the other half of guidance, None where alone.
         leads: whether this process decodes and writes; place: its number among those of `degrees.data`.
     """
 
     degrees: Degrees = ALONE
+    everyone: Any = None
+    replica: Any = None
     sequence: Any = None
     guidance: Any = None
     leads: bool = True
     place: int = 0
 
+    def agree(self, value: Any) -> Any:
+        """What the first process has for `value`."""
+        values = [value]
+        if self.everyone is not None:
+            torch.distributed.broadcast_object_list(values, src=0, group=self.everyone)
+        return values[0]
 
-def halves(config: Config) -> int:
-    """Of guidance in a step: 2 where it is on and not built in."""
-    return calls_per_step(config)
+    def compare(self, value: Any) -> None:
+        """Raises UsageError where another process has another `value`: files differ between machines."""
+        if self.agree(value) != value:
+            raise UsageError("configuration, prompts or input files differ from those of rank 0")
+
+    def wait(self) -> None:
+        """For the one that decodes and writes; in the next video's exchanges there is less patience."""
+        if self.replica is not None:
+            torch.distributed.barrier(group=self.replica)
 
 
 def plan_degrees(config: Config, model: Architecture, count: int, prompts: int) -> Degrees:
@@ -63,7 +78,7 @@ def plan_degrees(config: Config, model: Architecture, count: int, prompts: int) 
 
 def _uses(config: Config, prompts: int) -> Iterator[tuple[str, int, str]]:
     """The most that a degree can be, and why."""
-    if halves(config) == 1:
+    if calls_per_step(config) == 1:
         yield "cfg_degree", 1, "without two halves of guidance to share"
     yield "cfg_degree", 2, "for the two halves of guidance"
     yield "data_degree", prompts, "with this many prompts to share (generation.prompt_file)"
@@ -72,7 +87,7 @@ def _uses(config: Config, prompts: int) -> Iterator[tuple[str, int, str]]:
 def _fitting(config: Config, model: Architecture, count: int, prompts: int) -> Iterator[Degrees]:
     """All degrees that make up `count` processes and agree with the configuration."""
     wanted = config.parallel
-    cfgs = [wanted.cfg_degree] if wanted.cfg_degree else range(1, halves(config) + 1)
+    cfgs = [wanted.cfg_degree] if wanted.cfg_degree else range(1, calls_per_step(config) + 1)
     shares = [wanted.data_degree] if wanted.data_degree else range(1, prompts + 1)
     for cfg, data in itertools.product(cfgs, shares):
         ulysses, rest = divmod(count, cfg * data)
@@ -91,10 +106,10 @@ def _nothing_fits(config: Config, model: Architecture, count: int, prompts: int)
         return f"parallel.{name}: got {value}, allowed in one process: 1; start several with {launch}"
     most = 2 * max(count, math.prod(given.values()))
     works = [n for n in range(1, most + 1) if any(_fitting(config, model, n, prompts))]
-    shown = ", ".join(f"{name} {value}" for name, value in given.items()) or "all degrees left to choose"
+    shown = ", ".join(f"{name} {value}" for name, value in given.items()) or "all to be chosen"
     return (
-        f"parallel: torchrun started {count} processes, which {shown}, {model.heads} heads and {prompts} "
-        f"prompts do not share; numbers of processes that work: {', '.join(map(str, works)) or 'none'}"
+        f"parallel: got {count} processes, but no degrees ({shown}) share {model.heads} heads and {prompts} "
+        f"prompts among them; numbers of processes that work: {', '.join(map(str, works)) or 'none'}"
     )
 
 
@@ -119,7 +134,7 @@ def describe_degrees(degrees: Degrees, config: Config, model: Architecture) -> s
     return f"{degrees.processes} processes: {', '.join(parts)}"
 
 
-def check_machine(config: Config, device: str) -> None:
+def check_machine(config: Config, device: str, degrees: Degrees) -> None:
     """Raises UsageError where this machine cannot serve several processes, before any weight is loaded."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "cuda" and local > torch.cuda.device_count():
@@ -137,8 +152,13 @@ def check_machine(config: Config, device: str) -> None:
             f"model.compile: got {config.model.compile!r}, allowed in several processes: none; tokens are "
             "exchanged inside the blocks, which has not been tried compiled"
         )
+    if config.attention.check == "reference" and degrees.cfg > 1:
+        raise UsageError(
+            "attention.check: got 'reference', allowed with parallel.cfg_degree=2: auto, off, nan; each "
+            "process would compare one half only"
+        )
     try:
-        import_xfuser()
+        import_xfuser(device)
     except ImportError as error:
         raise UsageError(str(error)) from error
 
@@ -153,11 +173,9 @@ def gathered(degrees: Degrees, device: str) -> Iterator[Team]:
     if degrees.processes == 1:
         yield Team()
         return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    start(degrees)
     try:
-        yield _team(degrees)
+        start(degrees, device)
+        yield _team(degrees, device)
     except KeyboardInterrupt:
         raise
     except Exception as error:  # whatever it is, the others must not wait for this process
@@ -165,13 +183,15 @@ def gathered(degrees: Degrees, device: str) -> Iterator[Team]:
     stop()
 
 
-def _team(degrees: Degrees) -> Team:
+def _team(degrees: Degrees, device: str) -> Team:
     from models.parallel import SequenceParallel
 
-    state = import_xfuser()
+    state = import_xfuser(device)
     sequence, guidance = state.get_sp_group(), state.get_cfg_group()
     return Team(
         degrees,
+        state.get_world_group().cpu_group,
+        state.get_model_replica_group().cpu_group,
         SequenceParallel(sequence.ulysses_group) if degrees.ulysses > 1 else None,
         guidance.device_group if degrees.cfg > 1 else None,
         leads=sequence.rank_in_group == 0 and guidance.rank_in_group == 0,

@@ -82,38 +82,25 @@ def build_transformer() -> HunyuanVideoTransformer3DModel:
     )
 
 
+ENCODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": END,
+}
+
+
 def build_llama(vocabulary: int) -> LlamaModel:
     """Four layers, width 64."""
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2 + SKIPPED_LAYERS,
-            num_attention_heads=4,
-            pad_token_id=PAD,
-            bos_token_id=None,
-            eos_token_id=END,
-        )
-    )
+    return LlamaModel(LlamaConfig(vocab_size=vocabulary, num_hidden_layers=2 + SKIPPED_LAYERS, **ENCODER))
 
 
 def build_clip(vocabulary: int) -> CLIPTextModel:
     """Two layers, width 64."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=CLIP_SLOTS,
-            pad_token_id=PAD,
-            bos_token_id=None,
-            eos_token_id=END,
-        )
-    )
+    sizes = {"num_hidden_layers": 2, "projection_dim": 64, "max_position_embeddings": CLIP_SLOTS}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, **sizes, **ENCODER))
 
 
 class TrainingProcessor(HunyuanVideoAttnProcessor2_0):

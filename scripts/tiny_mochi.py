@@ -13,8 +13,7 @@ from transformers import T5Config, T5EncoderModel
 
 from models.mochi import attention_layers, project
 from scripts.tiny_model import (
-    END,
-    PAD,
+    T5_SHAPE,
     Family,
     TinyDenoiser,
     mean_latents,
@@ -81,20 +80,7 @@ def rotary_frequencies(pairs: int, tokens: int = 8) -> Tensor:
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
     """A two-layer T5 encoder, width 64."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=PAD,
-            eos_token_id=END,
-        )
-    )
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **T5_SHAPE))
 
 
 class TrainingProcessor(MochiAttnProcessor2_0):

@@ -18,6 +18,16 @@ GLUE = ("a", "moving", "on", "background", ",", ".")
 STATISTICS = ("latents_mean", "latents_std", "scaling_factor")  # in the configuration of a VAE
 CONV_GAIN = 1.8  # of convolutions at the start: what SiLU takes away
 PAD, END = 0, 1  # numbers of <pad> and </s>
+T5_SHAPE = {  # of a text encoder of two layers, width 64
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

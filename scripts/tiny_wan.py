@@ -11,8 +11,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from scripts.tiny_model import (
     CAPTION_SLOTS,
-    END,
-    PAD,
+    T5_SHAPE,
     Family,
     TinyDenoiser,
     mean_latents,
@@ -56,19 +55,7 @@ def build_transformer(in_channels: int = 16, num_layers: int = 6) -> WanTransfor
 
 def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
     """A two-layer UMT5 encoder, width 64."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            pad_token_id=PAD,
-            eos_token_id=END,
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **T5_SHAPE))
 
 
 def build_scheduler(flow_shift: float = 3.0) -> UniPCMultistepScheduler:

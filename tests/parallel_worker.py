@@ -86,7 +86,7 @@ def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided
     with ExitStack() as stack:
         stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared))
         if guided:
-            group = import_xfuser().get_cfg_group().device_group
+            group = import_xfuser("cpu").get_cfg_group().device_group
             stack.enter_context(GuidanceParallel(parts, group, batched=batched))
         return pipeline(prompts * ["a cat"], generator=generators, **sizes, **options).frames
 
@@ -102,7 +102,7 @@ def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceP
     pipeline = make()
     pipeline.set_progress_bar_config(disable=True)
     alone = latents(pipeline, prompts, None, False)
-    together = latents(pipeline, prompts, shared, import_xfuser().get_cfg_group().world_size == 2)
+    together = latents(pipeline, prompts, shared, import_xfuser("cpu").get_cfg_group().world_size == 2)
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
@@ -119,8 +119,8 @@ def measure(degrees: Degrees, parallel: SequenceParallel) -> Iterator[tuple[str,
 def main(out: Path, cfg: int) -> None:
     """All cases on all processes of this torchrun; the first writes the worst of all of them."""
     degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // cfg, cfg=cfg)
-    start(degrees)
-    parallel = SequenceParallel(import_xfuser().get_sp_group().ulysses_group)
+    start(degrees, "cpu")
+    parallel = SequenceParallel(import_xfuser("cpu").get_sp_group().ulysses_group)
     results = {}
     for name, found in measure(degrees, parallel):
         worst = torch.tensor(found)

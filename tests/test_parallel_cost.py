@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -43,17 +42,17 @@ def test_bytes_by_hand_with_joint_text():
     of_a_head = 8 * 2  # channels, bytes
     assert sent.streams == 2 * 4 * 8 * of_a_head * 3  # layers, streams, tokens; to each of 3 others
     assert sent.text == 2 * 6 * of_a_head * 3
-    assert sent.tokens == 8 * 32 * 2 * 3
+    assert sent.tokens == 8 * 64 * 2 * 3  # 16 channels of 2 x 2 latents
     assert sent.guidance == 0
-    assert sent.total == 3072 + 576 + 1536
+    assert sent.total == 3072 + 576 + 3072
 
 
 def test_bytes_by_hand_with_guidance():
-    """Wan on 2 x 2 processes: one call each, the last norm in float32, latents of 16 channels."""
+    """Wan on 2 x 2 processes: one call each, latents of 16 channels."""
     config, model = tiny("wan", text=12)
     sent = exchange(config, model, Degrees(ulysses=2, cfg=2))
     assert sent.streams == 2 * 4 * 15 * 2 * 8 * 2
-    assert (sent.text, sent.tokens) == (0, 15 * 32 * 4)
+    assert (sent.text, sent.tokens) == (0, 15 * 64 * 2)
     assert sent.guidance == 3 * 4 * 10 * 16 * 2  # latent frames, rows, columns, channels, bytes
     both = exchange(config, model, Degrees(ulysses=2))
     assert (both.streams, both.tokens, both.guidance) == (2 * sent.streams, 2 * sent.tokens, 0)
@@ -141,14 +140,12 @@ def test_prompts_shared_cost_nothing():
     assert (found.speed_up, found.efficiency, found.exchange) == (3, 1, 0)
 
 
-def test_memory_keeps_weights_whole_and_shares_tokens_down_to_the_last_norm():
-    config = read_config("configs/hunyuan_t2v_4x.yaml", ["model.offload=model"])
-    one, *more = (rank_memory(config, HUNYUAN, Degrees(ulysses=n)) for n in (1, 2, 4, 24))
-    assert all(need.activations <= one.activations for need in more)
-    tokens = plan.token_grid(config, HUNYUAN).video_tokens
-    assert all(need.total >= 2 * HUNYUAN.parameters["transformer"] + 6 * tokens * 3072 for need in more)
-    whole = replace(config, model=replace(config.model, offload="none"))
-    assert len({rank_memory(whole, HUNYUAN, Degrees(n)).weights for n in (1, 2, 8)}) == 1
+def test_memory_keeps_weights_whole_and_shares_tokens():
+    config = read_config("configs/hunyuan_t2v_4x.yaml", [])
+    needs = [rank_memory(config, HUNYUAN, Degrees(ulysses=n)) for n in (1, 2, 4, 24)]
+    assert len({need.weights for need in needs}) == 1
+    assert [need.activations for need in needs] == sorted((n.activations for n in needs), reverse=True)
+    assert needs[1].activations == pytest.approx(needs[0].activations / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(cfg=2)])
@@ -201,10 +198,10 @@ def test_it_imports_nothing_that_starts_processes():
 
 def test_a_dry_run_of_several_processes_says_what_each_does(capsys):
     config, model = tiny("hunyuan_video", joint=6)
-    assert lines(config, model, Degrees()) == []
-    sent, memory = lines(config, model, Degrees(ulysses=4))
+    assert lines(config, model, Degrees(), "cpu") == []
+    sent, memory = lines(config, model, Degrees(ulysses=4), "cpu")
     assert sent.startswith("each a step   0.00 GB sent, ") and sent.endswith(" kept blocks a layer")
     assert "of memory" in memory
     words = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
     assert generate(words) == 0
-    assert "76.88 GB sent, 20.377 PFLOP dense, 3.660 radial" in capsys.readouterr().out
+    assert "74.45 GB sent, 20.377 PFLOP dense, 3.660 radial" in capsys.readouterr().out

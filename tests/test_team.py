@@ -18,7 +18,7 @@ from scripts.config import ROOT, Config, read_config
 from scripts.errors import UsageError
 from scripts.generate import main
 from scripts.launch import count
-from scripts.team import check_machine, describe_degrees, plan_degrees, planned
+from scripts.team import ALONE, Team, check_machine, describe_degrees, plan_degrees, planned
 from tests.test_generate import TINY
 
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
@@ -75,7 +75,12 @@ def test_given_degrees_stay_and_the_rest_is_chosen():
         ({"cfg_degree": 2}, 1, 2, "parallel.cfg_degree: got 2, allowed without two halves of guidance"),
         ({"cfg_degree": 3}, 2, 3, "parallel.cfg_degree: got 3, allowed for the two halves of guidance: 2"),
         ({"data_degree": 2}, 2, 2, "parallel.data_degree: got 2, allowed with this many prompts"),
-        ({}, 1, 3, "parallel: torchrun started 3 processes, which all degrees left to choose, 4 heads and 1"),
+        (
+            {},
+            1,
+            3,
+            "parallel: got 3 processes, but no degrees (all to be chosen) share 4 heads and 1 prompts",
+        ),
         ({"ulysses_degree": 2}, 1, 3, "numbers of processes that work: 2"),
     ],
 )
@@ -88,13 +93,16 @@ def test_degrees_that_nothing_fits(parallel, halves, processes, message):
 def test_what_several_processes_refuse(monkeypatch):
     for key, value in (("cache", "first_block"), ("compile", "blocks")):
         with pytest.raises(UsageError, match=f"model.{key}: got '{value}', allowed in several processes"):
-            check_machine(read_config(TINY, [f"model.{key}={value}"]), "cpu")
+            check_machine(read_config(TINY, [f"model.{key}={value}"]), "cpu", ALONE)
+    compared = read_config(TINY, ["attention.check=reference"])
+    with pytest.raises(UsageError, match=r"got 'reference', allowed with parallel\.cfg_degree=2"):
+        check_machine(compared, "cpu", Degrees(cfg=2))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9999")
     with pytest.raises(UsageError, match="got 9999, allowed on this machine: at most 0, one process a GPU"):
-        check_machine(read_config(TINY, []), "cuda")
+        check_machine(read_config(TINY, []), "cuda", ALONE)
     monkeypatch.setitem(sys.modules, "xfuser", None)
     with pytest.raises(UsageError, match=r"several processes need xfuser .*install it with"):
-        check_machine(read_config(TINY, []), "cpu")
+        check_machine(read_config(TINY, []), "cpu", ALONE)
 
 
 def test_one_process_and_bad_counts(capsys, monkeypatch):
@@ -177,6 +185,33 @@ def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_pat
     assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1
     assert not any(psutil.pid_exists(pid) for pid in ranks)
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):
+    words = [f"model.path={tiny_model}", "generation.steps=100000", f"output.path={tmp_path / 'out'}"]
+    settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | settings
+    )
+    ranks = wait_for_steps(process)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "stopped by SIGINT; the files that were written are whole"
+    assert not any(psutil.pid_exists(pid) for pid in ranks) and not list(tmp_path.rglob("*.mp4"))
+
+
+def test_what_differs_between_machines_is_told(monkeypatch):
+    team = Team(everyone="all")
+    monkeypatch.setattr(Team, "agree", lambda self, value: ["another"])
+    with pytest.raises(UsageError, match="differ from those of rank 0"):
+        team.compare(["mine"])
+
+
+def test_torchrun_by_hand_needs_a_configuration(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([]) == 2
+    assert "several processes need a configuration by name" in capsys.readouterr().err
 
 
 def wait_for_steps(process: subprocess.Popen) -> list[int]:
