@@ -59,6 +59,10 @@ def cases() -> Iterator[Case]:
             scaled = sizes[0], sizes[1] * patch, sizes[2] * patch
             for kind, options in (("radial", RADIAL), ("dense", DENSE), ("mixed", MIXED)):
                 yield f"{name}, {sizes}, {kind}", transformer, partial(inputs, *scaled), options
+    for quantize in ("int8", "fp8"):
+        rounded = {"config": SPARSE, "backend": "reference", "quantize": quantize}
+        yield f"wan, {quantize}", wan_transformer, partial(wan_inputs, 6, 12, 16), rounded
+        yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
     for heads in (3, 5):
         few = partial(wan_transformer, num_attention_heads=heads)
         yield f"wan, {heads} heads", few, partial(wan_inputs, 6, 12, 16), RADIAL

@@ -23,7 +23,7 @@ def test_all_together_give_what_one_gives(processes, cfg, tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert len(found) == (56 if cfg == 1 else 6)
+    assert len(found) == (60 if cfg == 1 else 6)
     assert {name: worst for name, worst in found.items() if not worst <= MOST} == {}
 
 
