@@ -93,7 +93,8 @@ def check_sizes(config: Config, model: Architecture) -> None:
     if config.generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
         got = config.generation.guidance_scale_2
         raise UsageError(f"generation.guidance_scale_2: got {got:g}, allowed: null, the model has one expert")
-    if not model.takes_guidance and config.generation.guidance_scale != 1:
+    guided = config.generation.guidance_scale != 1
+    if config.model.family == "hunyuan_video" and guided and not model.takes_guidance:
         got = config.generation.guidance_scale
         raise UsageError(
             f"generation.guidance_scale: got {got:g}, allowed: 1, the model has no guidance in it"

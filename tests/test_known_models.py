@@ -10,8 +10,9 @@ from radial_attn import RadialConfig
 from scripts.architecture import Architecture
 from scripts.config import read_config
 from scripts.errors import UsageError
-from scripts.known_models import HUB_MODELS, from_configs
+from scripts.known_models import HUB_MODELS, HUNYUAN_CONFIG, from_configs
 from scripts.plan import token_grid
+from scripts.validate import check_sizes
 from tests.tiny_wan import vace_transformer
 
 T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -182,3 +183,14 @@ def test_text_and_image_tokens_and_sizes_of_image_to_video(name, text, joint, fa
 def test_an_unknown_transformer_is_named():
     with pytest.raises(UsageError, match="transformer is a CogVideoXTransformer3DModel; known: Wan"):
         from_configs({"_class_name": "CogVideoXTransformer3DModel"}, {}, {})
+
+
+def test_guidance_that_a_model_has_no_place_for_is_refused():
+    """Of a HunyuanVideo that was not distilled; the image-to-video kind of 33 channels is one too."""
+    named = HUNYUAN_CONFIG | {"_class_name": "HunyuanVideoTransformer3DModel", "guidance_embeds": False}
+    model = from_configs(named, {"block_out_channels": [128]}, {})
+    words = ["generation.guidance_scale=6"]
+    with pytest.raises(UsageError, match=r"generation\.guidance_scale: got 6, allowed: 1, the model has no"):
+        check_sizes(read_config("configs/hunyuan_t2v.yaml", words), model)
+    check_sizes(read_config("configs/hunyuan_t2v.yaml", ["generation.guidance_scale=1"]), model)
+    check_sizes(read_config("configs/hunyuan_i2v.yaml", words), model)

@@ -129,7 +129,7 @@ def launched(*words: str, processes: int = 2, **environment: str) -> subprocess.
 
 def test_several_processes_make_the_video_of_one(tiny_model: Path, tmp_path: Path):
     words = [f"model.path={tiny_model}", *SHORT]
-    assert main([TINY, *words, f"output.path={tmp_path / 'one.mp4'}"]) == 0
+    assert launched(*words, f"output.path={tmp_path / 'one.mp4'}", processes=1).returncode == 0
     result = launched(*words, f"output.path={tmp_path / 'many.mp4'}", processes=4)
     assert result.returncode == 0, result.stderr
     assert "4 processes: cfg 2 (shares the halves of guidance), ulysses 2 (shares 2 heads)" in result.stdout
