@@ -86,7 +86,7 @@ class SequenceParallel:
         hooks = []
         for stack in family.stacks(transformer):
             for place, block in enumerate(stack):
-                enter = _Entrance(self, first=place == 0)
+                enter = _Entrance(self, block, first=place == 0)
                 hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         if hasattr(transformer, "condition_embedder"):
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
@@ -114,11 +114,12 @@ class SequenceParallel:
 class _Entrance:
     """Forward pre-hook of a block: its arguments that go by tokens, split; the stream itself only once."""
 
-    def __init__(self, parallel: SequenceParallel, first: bool) -> None:
+    def __init__(self, parallel: SequenceParallel, block: torch.nn.Module, *, first: bool) -> None:
         self._parallel, self._first = parallel, first
+        self._signature = inspect.signature(type(block).forward)
 
     def __call__(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+        bound = self._signature.bind(block, *args, **kwargs)
         arguments = bound.arguments
         if self._first:
             for name in ("hidden_states", "control_hidden_states"):

@@ -1,7 +1,5 @@
 """Memory that is missing, before a run or in the middle of one: how it is found, and what is said of it."""
 
-import os
-
 import torch
 
 from models.xdit import Degrees
@@ -10,6 +8,7 @@ from scripts.config import Config
 from scripts.errors import UsageError
 from scripts.parallel_cost import rank_memory
 from scripts.plan import fitting, gib, host_bytes, mask_bytes, memory, token_grid
+from scripts.ranks import local_processes
 from scripts.record import available_memory, room
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
@@ -28,10 +27,11 @@ def check_memory(config: Config, model: Architecture, device: str, degrees: Degr
     """
     free = room(device)
     need = memory(config, model, device).total
-    if degrees is not None and degrees.processes > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1
+    shared = degrees is not None and degrees.processes > 1
+    if shared:
+        here = local_processes() if device == "cpu" else 1
         need = here * rank_memory(config, model, degrees, device).total
-    if need > free and degrees is not None and degrees.processes > 1:
+    if need > free and shared:
         raise UsageError(
             f"out of memory: the processes of this machine need about {gib(need)} of what the {device} has "
             f"free, {gib(free)}; allowed: more processes on more GPUs, or a smaller or shorter video"
@@ -39,7 +39,7 @@ def check_memory(config: Config, model: Architecture, device: str, degrees: Degr
     if need > free:
         raise UsageError(shortage(config, model, device, free, free))
     if device == "cuda":
-        check_host(config, model, room("cpu") / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_host(config, model, room("cpu") / local_processes())
 
 
 def check_host(config: Config, model: Architecture, free: float) -> None:

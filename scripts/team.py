@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from models.xdit import Degrees, import_xfuser, start, stop
 from scripts.architecture import Architecture
 from scripts.config import Config
 from scripts.errors import UsageError
-from scripts.ranks import end_all, processes
+from scripts.ranks import end_all, local_processes, processes
 from scripts.sampling import calls_per_step
 
 ALONE = Degrees()
@@ -136,7 +135,7 @@ def describe_degrees(degrees: Degrees, config: Config, model: Architecture) -> s
 
 def check_machine(config: Config, device: str, degrees: Degrees) -> None:
     """Raises UsageError where this machine cannot serve several processes, before any weight is loaded."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = local_processes()
     if device == "cuda" and local > torch.cuda.device_count():
         raise UsageError(
             f"torchrun --nproc_per_node: got {local}, allowed on this machine: at most "
