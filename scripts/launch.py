@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from scripts.command import choose_config, parse
 from scripts.errors import UsageError
+from scripts.ranks import say
 
 WITHOUT_GPU = 2  # processes
 SPOKEN = (1, 2, 130)  # exit codes of processes that have said what was wrong
@@ -51,14 +52,11 @@ def launch(words: list[str], processes: int) -> int:
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode not in SPOKEN:
-            print(f"error: rank {rank} {_end(failure.exitcode)}; all are stopped", file=sys.stderr)
+            say(f"error: rank {rank} {_end(failure.exitcode)}; all are stopped")
         return failure.exitcode if failure.exitcode > 0 else 2
     except (KeyboardInterrupt, SignalException) as stopped:
         number = getattr(stopped, "sigval", signal.SIGINT)
-        print(
-            f"stopped by {signal.Signals(number).name}; the files that were written are whole",
-            file=sys.stderr,
-        )
+        say(f"stopped by {signal.Signals(number).name}; the files that were written are whole")
         return 128 + number
     return 0
 

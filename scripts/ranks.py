@@ -48,8 +48,17 @@ def end_all(error: Exception) -> NoReturn:
     text = " ".join(str(error).split()) or one_line(error)
     lost = any(word in text.lower() for word in LOST)
     time.sleep(PATIENCE["lost" if lost else "first" if rank() == 0 else "other"])
-    print(f"error: rank {rank()}: {text}", file=sys.stderr, flush=True)
+    line = f"error: rank {rank()}: {text}"
+    if rank() == 0:  # its own progress bar has ended with the error
+        print(line, file=sys.stderr, flush=True)
+    else:
+        say(line)
     leave(2)
+
+
+def say(line: str) -> None:
+    """Prints to stderr below a progress bar that another process may have left open."""
+    print(f"\n{line}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
