@@ -1,25 +1,16 @@
 """Every check of a configuration that needs no weights. A failure is one line: key, value, allowed values."""
 
-import math
 from pathlib import Path
 
 from scripts.architecture import Architecture
-from scripts.config import ROOT, SHARES, WORDS, Config, allowed, find_path, keys
+from scripts.config import ROOT, SCHEMA, Config, allowed, find_path
 from scripts.errors import UsageError, multiples_around, one_line
 from scripts.sampling import check_family
 
 
 def check_values(config: Config) -> None:
     """Raises UsageError for a value outside its choices or below its smallest, whatever the model."""
-    for key, entry in keys().items():
-        group, name = key.split(".")
-        value, meta = getattr(getattr(config, group), name), entry.metadata
-        if isinstance(value, str) and not _is_unicode(value):
-            raise UsageError(f"{key}: got {value!r}, allowed: text that UTF-8 can hold")
-        if meta["choices"] and value not in meta["choices"]:
-            raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}")
-        if meta["low"] is not None and value is not None and not _in_range(value, entry.type, meta["low"]):
-            raise UsageError(f"{key}: got {value!r}, allowed: {allowed(key)}")
+    SCHEMA.check(config)
     _check_attention(config)
     check_family(config)
     if config.generation.seed >= 2**63:
@@ -28,29 +19,8 @@ def check_values(config: Config) -> None:
         raise UsageError("output.path: got '', allowed: a folder, or a file name ending in .mp4")
 
 
-def _in_range(value: float, kind: type, low: float) -> bool:
-    """At least `low`; above it for a float whose limit is 0."""
-    above = low == 0 and kind in (float, float | None)
-    return math.isfinite(value) and (value > low if above else value >= low)
-
-
-def _is_unicode(text: str) -> bool:
-    """False for the lone surrogates that stand for bytes which are no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _check_attention(config: Config) -> None:
     attention, steps = config.attention, config.generation.steps
-    for key in SHARES:
-        share = getattr(attention, key.partition(".")[2])
-        if share not in (None, *WORDS.get(key, ())) and not (
-            isinstance(share, int | float) and 0 < share <= 1
-        ):
-            raise UsageError(f"{key}: got {share!r}, allowed: {allowed(key)}")
     width = attention.decimation_width
     if width != "block" and (isinstance(width, str) or width < 1):
         key = "attention.decimation_width"
