@@ -1,6 +1,6 @@
 """Radial attention for the transformers of diffusers: applied to one instance, taken back without a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Self
@@ -37,6 +37,7 @@ def apply_radial_attention(
     check: str = "auto",
     num_steps: int | None = None,
     parallel: Any = None,
+    agree: Callable[[Any], Any] | None = None,
 ) -> "RadialAttentionHandle":
     """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
 
@@ -60,8 +61,9 @@ def apply_radial_attention(
     (for Mochi, whose timesteps rise, a higher and a lower one). In training, where timesteps are random, keep
     `dense_steps` and `dense_last_steps` at 0: every call is radial then.
 
-    `parallel`, a `models.parallel.SequenceParallel`, shares the sequence with other processes, which make the
-    same calls.
+    `parallel`, a `models.parallel.SequenceParallel` or `models.ring.RingParallel`, shares the sequence with
+    other processes, which make the same calls. `agree(value)`, of several processes, gives what the first of
+    them has: all take the dense backend that it finds the fastest.
 
     Raises:
         ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than
@@ -75,11 +77,12 @@ def apply_radial_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
-    guard, dense = Guard(resolve_check(check, quantize, backend, dense_backend)), DenseBackend(dense_backend)
+    guard = Guard(resolve_check(check, quantize, backend, dense_backend))
+    dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = _transformers(model)
-    families = [_family(transformer) for transformer in transformers]
+    families = [family_of(transformer) for transformer in transformers]
     for transformer, family in zip(transformers, families, strict=True):
         _check_layers(transformer, family, dense_layers)
     if pipeline is None:
@@ -169,7 +172,8 @@ def _transformers(model: Any) -> list[torch.nn.Module]:
     return found
 
 
-def _family(transformer: torch.nn.Module) -> ModuleType:
+def family_of(transformer: torch.nn.Module) -> ModuleType:
+    """The fork of a transformer's family; ValueError where it has none."""
     for cls in type(transformer).__mro__:
         if cls.__name__ in TRANSFORMERS:
             return import_module(TRANSFORMERS[cls.__name__])

@@ -21,6 +21,7 @@ from torch import Tensor
 from models.dense import DenseBackend
 from models.guard import Guard
 from models.schedule import Schedule, StepCounter
+from models.xdit import ring_refusal
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.backends import Call
@@ -31,7 +32,8 @@ class Way(NamedTuple):
 
     `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
     CPU, None for all; `parallel`: the processes that share the sequence. The backend "dense" is upstream's
-    dispatch, which several processes need here; `valid`: its keys, bool `[B, 1, 1, S]`, None for all.
+    dispatch, which several processes need here, or a ring's own; `valid`: the dispatch's keys, bool
+    `[B, 1, 1, S]`, None for all.
     """
 
     mask: BlockMask
@@ -52,6 +54,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) 
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
+    if way.parallel is not None and way.parallel.ring is not None:
+        output = way.parallel.ring.attend(
+            query, key, value, way.mask, backend=way.backend, text_lengths=way.text_lengths
+        )
+        if processor.watch is not None and way.backend != "dense" and output.numel():
+            processor.watch.note((query, key, value), output, None, None)
+        return output
     if way.backend == "dense":
         named = getattr(processor, "_attention_backend", None)
         return dispatch_attention_fn(query, key, value, attn_mask=way.valid, backend=named)
@@ -117,6 +126,10 @@ class RadialContext:
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.guard, self.dense, self.parallel = guard, dense, parallel
+        self._in_ring = parallel is not None and parallel.ring is not None
+        reason = ring_refusal(quantize, guard.check, dense.name) if self._in_ring else None
+        if reason is not None:
+            raise ValueError(reason)
         self._radial_way: Way | None = None
         self._dense_way: Way | None = None
         self._dtype = torch.float32
@@ -134,7 +147,7 @@ class RadialContext:
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
         if self.parallel is not None:
-            self.parallel.begin(grid)
+            self.parallel.begin(grid, self.config.block_size)
         step, begins = self._counter.advance(arguments["timestep"])
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
         self._dense_steps += begins and dense
@@ -194,8 +207,8 @@ class RadialContext:
         """The backend of this call's radial layers, of heads `width` wide; what "auto" takes is logged."""
         if self.backend != "auto":
             return self.backend
-        gradients = torch.is_grad_enabled()
-        chosen = choose_backend(Call(latents.device, self._dtype, width, gradients, mask, self.quantize))
+        call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
+        chosen = choose_backend(replace(call, partial=self._in_ring))
         report_choice(chosen, latents, mask)
         return chosen
 
@@ -203,9 +216,10 @@ class RadialContext:
         self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid, lengths: Tensor | None
     ) -> Way | None:
         """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
-        if self.dense.name == "sage":
+        if self.dense.name == "sage" or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
-            return Way(mask, "sage", text_lengths=lengths, parallel=self.parallel)
+            backend = "dense" if self._in_ring else "sage"
+            return Way(mask, backend, text_lengths=lengths, parallel=self.parallel)
         settings = transformer.config
         heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
         shape = len(latents), grid.tokens, heads, settings.attention_head_dim

@@ -7,7 +7,7 @@ import difflib
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ CHOICES = ("auto", "native", "sage")  # and every name of diffusers' dispatch
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 TIMED_DEVICES = ("cuda",)
 REPEATS = 3
+Agree = Callable[[Any], Any]  # several processes: what the first of them has for a value
 
 
 def check_dense_backend(name: str) -> None:
@@ -93,11 +94,16 @@ def choose(
     mask: BlockMask,
     *,
     masked: bool = False,
+    agree: Agree | None = None,
 ) -> tuple[str, dict[str, float | None]]:
-    """The fastest of `names` for `[B, S, H, D]`, and what `measure` says; measured and logged once a mask."""
+    """The fastest of `names` for `[B, S, H, D]`, and what `measure` says; measured and logged once a mask.
+
+    With `agree` the times of the first process hold for all, which then choose alike.
+    """
 
     def build() -> tuple[str, dict[str, float | None]]:
         times = measure(names, shape, dtype, device, masked)
+        times = times if agree is None else agree(times)
         usable = {name: seconds for name, seconds in times.items() if seconds is not None}
         best = min(usable, key=usable.__getitem__, default="native")
         shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in usable.items())
@@ -117,14 +123,15 @@ class DenseBackend:
 
     `name`: "native", what the user's `set_attention_backend` and its kin say; "sage", `radial_attention`
     with a dense mask; another name of the dispatch; or "auto", which on CUDA takes the fastest of
-    `CANDIDATES` for the shape of the run where the user chose none, and is "native" elsewhere.
+    `CANDIDATES` for the shape of the run where the user chose none, and is "native" elsewhere. `agree`: see
+    `choose`.
 
     Raises what `check_dense_backend` raises.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, agree: Agree | None = None) -> None:
         check_dense_backend(name)
-        self.name = name
+        self.name, self._agree = name, agree
         self._given: dict[Any, Any] = {}
         self._free: list[Any] = []
         self._dispatched = True
@@ -175,7 +182,8 @@ class DenseBackend:
             return
         name = None
         if _active() == "native":
-            name, self._times = choose(CANDIDATES, shape, dtype, device, mask, masked=masked)
+            options = {"masked": masked, "agree": self._agree}
+            name, self._times = choose(CANDIDATES, shape, dtype, device, mask, **options)
         for processor in free:
             self._give(processor, None if name == "native" else name)
 

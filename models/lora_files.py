@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,21 @@ from models.lora_keys import Match, Part, Shape, listed
 from models.lora_mochi import peft_settings
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers writes peft's configuration into the file's own header
+TRAINED_KEY = "radial_attention"  # what an adapter of this project was trained for
 MOCHI_KEY = "kwargs"  # Mochi's fine-tuner: its own settings
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself: shapes by key, and the alpha of peft where it is known."""
+    """What a safetensors file says of itself: shapes by key, and the alpha of peft where it is known.
+
+    `trained`: what an adapter of this project was trained for, else empty.
+    """
 
     shapes: dict[str, Shape]
     settings: dict[str, Any]
+    trained: dict[str, Any] = field(default_factory=dict)
 
 
 def read_header(file: str | Path) -> Header:
@@ -51,7 +56,8 @@ def read_header(file: str | Path) -> Header:
     if written is None and "_lora_alpha" in metadata.get(MOCHI_KEY, ""):
         return Header(shapes, peft_settings(_object(file, metadata[MOCHI_KEY])))
     content = _object(file, written or "{}")
-    return Header(shapes, {key.removeprefix("transformer."): value for key, value in content.items()})
+    settings = {key.removeprefix("transformer."): value for key, value in content.items()}
+    return Header(shapes, settings, _object(file, metadata.get(TRAINED_KEY, "{}")))
 
 
 def _object(file: Path, written: str) -> dict[str, Any]:

@@ -28,16 +28,18 @@ class SequenceParallel:
 
     Attributes:
         degree: processes of the group; rank: this one's place, from 0.
+        ring: the `models.ring.Ring` that passes keys around, None where each process has them all.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
         self._group = group
         self.degree = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
+        self.ring: Any = None
         self._tokens = 0
 
-    def begin(self, grid: TokenGrid) -> None:
-        """The grid of the call that follows."""
+    def begin(self, grid: TokenGrid, block_size: int) -> None:
+        """The grid of the call that follows, and the block size of its mask."""
         self._tokens = grid.video_tokens
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
@@ -45,7 +47,7 @@ class SequenceParallel:
         share = -(-x.shape[dim] // self.degree)
         first = min(self.rank * share, x.shape[dim])
         own = x.narrow(dim, first, min(share, x.shape[dim] - first))
-        return _pad(own, dim, share - own.shape[dim])
+        return pad(own, dim, share - own.shape[dim])
 
     def own_of_first(self, count: int) -> int:
         """How many of the first `count` video tokens are this process's."""
@@ -54,7 +56,7 @@ class SequenceParallel:
 
     def gather(self, x: Tensor) -> Tensor:
         """All video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
-        return self._gather(x, 1)[:, : self._tokens]
+        return gather_parts(x, 1, self._group)[:, : self._tokens]
 
     def exchange(
         self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, attend: Attention
@@ -66,17 +68,17 @@ class SequenceParallel:
         """
         heads, own = query.shape[2], query.shape[1] - grid.text
         mixed = attend(*(self._own_heads(x, grid) for x in (query, key, value)))
-        video, text = mixed.tensor_split([grid.video_tokens], dim=1)
-        video = _pad(video, 1, own * self.degree - video.shape[1])
+        video, text = mixed.tensor_split([self._tokens], dim=1)
+        video = pad(video, 1, own * self.degree - video.shape[1])
         video = SeqAllToAll4D.apply(self._group, video, 1, 2)
-        output = torch.cat([video, self._gather(text, 2)], dim=1) if grid.text else video
+        output = torch.cat([video, gather_parts(text, 2, self._group)], dim=1) if grid.text else video
         return output[:, :, :heads]
 
     def _own_heads(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """`[B, N + T, h, D]`, all tokens of this process's heads, from `[B, n + T, H, D]`."""
-        x = _pad(x, 2, -x.shape[2] % self.degree)
+        x = pad(x, 2, -x.shape[2] % self.degree)
         video, text = x.tensor_split([x.shape[1] - grid.text], dim=1)
-        video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : grid.video_tokens]
+        video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : self._tokens]
         if not grid.text:
             return video
         return torch.cat([video, text.chunk(self.degree, dim=2)[self.rank]], dim=1)
@@ -103,13 +105,6 @@ class SequenceParallel:
     def _leave(self, projection: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         return self.gather(output)
 
-    def _gather(self, x: Tensor, dim: int) -> Tensor:
-        if not torch.is_grad_enabled():
-            parts = [torch.empty_like(x) for _ in range(self.degree)]
-            torch.distributed.all_gather(parts, x.contiguous(), group=self._group)
-            return torch.cat(parts, dim=dim)
-        return all_gather_tensor_autograd(x.contiguous(), dim, self._group)
-
 
 class _Entrance:
     """Forward pre-hook of a block: its arguments that go by tokens, split; the stream itself only once."""
@@ -130,7 +125,16 @@ class _Entrance:
         return bound.args[1:], bound.kwargs
 
 
-def _pad(x: Tensor, dim: int, count: int) -> Tensor:
+def gather_parts(x: Tensor, dim: int, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The parts of all processes of a group one after the other along `dim`."""
+    if not torch.is_grad_enabled():
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=dim)
+    return all_gather_tensor_autograd(x.contiguous(), dim, group)
+
+
+def pad(x: Tensor, dim: int, count: int) -> Tensor:
     """`count` zeros behind the end of `dim`."""
     if count == 0:
         return x

@@ -35,6 +35,19 @@ class Degrees:
         return self.ulysses * self.ring * self.cfg * self.data
 
 
+def ring_refusal(quantize: str | None, check: str, dense_backend: str) -> str | None:
+    """What a ring does not serve of the options of `apply_radial_attention`: key, what it is, and allowed."""
+    if quantize is not None:
+        return (
+            f"quantize: got {quantize!r}, allowed in a ring: none; 8-bit products have no log-sum-exp there"
+        )
+    if check == "reference":
+        return "check: got 'reference', allowed in a ring: auto, off, nan; no process has all keys"
+    if dense_backend not in {"auto", "native"}:
+        return f"dense_backend: got {dense_backend!r}, allowed in a ring: auto, native: it has its own"
+    return None
+
+
 def start(degrees: Degrees, device: str) -> None:
     """Joins the processes of this torchrun and makes the groups of `degrees`, for a run on "cuda" or "cpu".
 

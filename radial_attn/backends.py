@@ -34,6 +34,7 @@ class Call:
         gradients: whether a backward pass may follow.
         mask: None where it is not known yet.
         quantize: one of `QUANTIZE`.
+        partial: whether over a part of the keys, with the log-sum-exp (partial.py).
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Call:
     gradients: bool
     mask: BlockMask | None = None
     quantize: str | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Needs:
             that brings it.
         capability: least CUDA compute capability.
         quantize: what it multiplies in fewer bits when asked to.
+        partial: whether it serves a part of the keys, without gradients or fewer bits.
         also: what else it asks of a call: a reason against it, or None.
     """
 
@@ -68,6 +71,7 @@ class Needs:
     install: str = ""
     capability: tuple[int, int] = (0, 0)
     quantize: tuple[str | None, ...] = (None,)
+    partial: bool = False
     also: Callable[[Call], str | None] | None = None
 
 
@@ -118,9 +122,19 @@ def _objections(needs: Needs, call: Call) -> Iterator[str]:
         yield f"has no gradients on {kind}"
     if call.gradients and call.quantize is not None:
         yield f"has no gradients with {bits}"
+    yield from _partial_objections(needs, call) if call.partial else ()
     reason = None if needs.also is None else needs.also(call)
     if reason is not None:
         yield reason
+
+
+def _partial_objections(needs: Needs, call: Call) -> Iterator[str]:
+    if not needs.partial:
+        yield "has no attention over a part of the keys"
+    if call.gradients:
+        yield "has no gradients over a part of the keys"
+    if call.quantize is not None:
+        yield f"has no quantize={call.quantize!r} over a part of the keys"
 
 
 def obstacle(backend: str, call: Call) -> str | None:

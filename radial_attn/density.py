@@ -66,7 +66,8 @@ def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
     start = replace(config, density=None)
     if config.density is None or config.pattern == "dense":
         return start
-    return solve_density(grid, start, config.density)
+    solved = solve_density(grid, replace(start, pattern="radial"), config.density)
+    return replace(solved, pattern=config.pattern)
 
 
 def density_of(grid: TokenGrid, config: RadialConfig) -> float:

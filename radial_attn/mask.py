@@ -13,7 +13,7 @@ from .block_mask import BLOCK_SIZES, BlockMask
 from .grid import TokenGrid, require_int
 
 NEIGHBOURS = ("full", "half")
-PATTERNS = ("radial", "dense")
+PATTERNS = ("radial", "dense", "spatial", "temporal", "strided", "power", "random")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class RadialConfig:
         neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full" is 1, "half" 0.5.
         decimation_width: bands narrower than this many tokens keep only every so many frame distances;
             "block" ties it to `block_size`.
-        pattern: "radial", or "dense" to keep everything.
+        pattern: "radial", "dense" to keep everything, or one of radial_attn/patterns.py, to compare with,
+            which is made as dense as the radial mask of these options.
         density: kept share of all token pairs, text included, in (0, 1]. `radial_mask` then solves for
             decay_factor, neighbour, decimation_width and sink on each grid (`radial_attn.density`), which
             start from the values given here. None takes them as they are, and so does the dense pattern.
@@ -123,6 +124,10 @@ def radial_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
         count = grid.num_blocks(config.block_size)
         every = torch.ones(count, count, dtype=torch.bool, device="cpu")
         return BlockMask(grid, config.block_size, every)
+    if config.pattern != "radial":
+        from .patterns import compared_mask
+
+        return compared_mask(grid, config)
     if config.density is not None:
         from .density import resolve_density
 
@@ -131,13 +136,22 @@ def radial_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
 
 
 def _radial_blocks(grid: TokenGrid, config: RadialConfig) -> np.ndarray:
-    """The rule of `radial_mask` as a bool array `[Q, Q]`, in time linear in the kept frame pairs."""
+    return band_blocks(
+        grid, config, partial(half_width, tokens_per_frame=grid.tokens_per_frame, config=config)
+    )
+
+
+def band_blocks(grid: TokenGrid, config: RadialConfig, half_width: Callable[[int], int | None]) -> np.ndarray:
+    """The rule of `radial_mask` for bands of any width, bool `[Q, Q]`, in time linear in the frame pairs.
+
+    `half_width`: of a frame distance, in tokens; None keeps none of its pairs. Sink, text, diagonal as there.
+    """
     frame, frames = grid.tokens_per_frame, grid.frames
     count = grid.num_blocks(config.block_size)
     blocks = np.zeros((count, count), dtype=bool)
     pair_blocks = lru_cache(maxsize=4096)(partial(_pair_blocks, frame, config.block_size))
     for distance in range(frames):
-        width = half_width(distance, frame, config)
+        width = half_width(distance)
         if width is not None:
             stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=width))
             stamp(queries=range(frames - distance), key=distance, step=1)

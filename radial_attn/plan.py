@@ -96,6 +96,7 @@ class Layout:
 
     Attributes:
         tail: first block that text or the end of the sequence may leave with fewer valid tokens.
+        key_tail: that of the keys where it is another, as in a mask of a part of the keys.
         features: `B H D`, for the estimate of cost.
         key_bytes: bytes of one head's key and value of a token.
         merge: False keeps each row in one rectangle, so that no partial results arise.
@@ -106,6 +107,12 @@ class Layout:
     features: int = 512
     key_bytes: int = 512
     merge: bool = True
+    key_tail: int | None = None
+
+    @property
+    def keys_from(self) -> int:
+        """The tail of the keys."""
+        return self.tail if self.key_tail is None else self.key_tail
 
     @property
     def key_blocks(self) -> int:
@@ -114,7 +121,9 @@ class Layout:
 
 
 def plan_attention(blocks: Tensor, layout: Layout) -> tuple[Group, ...]:
-    """The cheapest of `candidate_plans` for a mask, bool `[Q, K]` on the CPU."""
+    """The cheapest of `candidate_plans` for a mask, bool `[Q, K]` on the CPU; empty where nothing is kept."""
+    if not blocks.any():
+        return ()
     plans = candidate_plans(blocks, layout).values()
     return min(plans, key=lambda plan: _cost(plan, layout))
 
@@ -219,13 +228,13 @@ def _group(rows: tuple[int, ...], rectangles: list[_Rectangle], layout: Layout) 
         rectangles = [part for whole in rectangles for part in _chunks(whole, layout.key_blocks)]
     batches: dict[tuple, list[_Rectangle]] = {}
     for rectangle in rectangles:
-        tails = _tail(rectangle.rows, layout.tail), _tail(rectangle.keys, layout.tail)
+        tails = _tail(rectangle.rows, layout.tail), _tail(rectangle.keys, layout.keys_from)
         sizes = len(rectangle.rows), len(rectangle.keys)
         batches.setdefault((sizes, rectangle.level, rectangle.cells is None, tails), []).append(rectangle)
     pieces = []
     for ((_, keys), *_), batch in batches.items():
         step = max(1, BATCH_TOKENS // (keys * layout.block_size))
-        pieces += [_piece(batch[i : i + step], rows, layout.tail) for i in range(0, len(batch), step)]
+        pieces += [_piece(batch[i : i + step], rows, layout) for i in range(0, len(batch), step)]
     covered = sum(len(rectangle.rows) for rectangle in rectangles)
     return Group(_span([rows], layout.tail), tuple(pieces), merge=covered > len(rows))
 
@@ -238,12 +247,12 @@ def _chunks(whole: _Rectangle, most: int) -> list[_Rectangle]:
     return [replace(whole, keys=whole.keys[a:b], level=(*whole.level, i)) for i, (a, b) in parts]
 
 
-def _piece(batch: list[_Rectangle], group: tuple[int, ...], tail: int) -> Piece:
+def _piece(batch: list[_Rectangle], group: tuple[int, ...], layout: Layout) -> Piece:
     rows = [tuple(rectangle.rows) for rectangle in batch]
     slots = [tuple(map(group.index, numbers)) for numbers in rows]
     cells = None if batch[0].cells is None else torch.stack([rectangle.cells for rectangle in batch])
-    keys = _span([rectangle.keys for rectangle in batch], tail)
-    return Piece(_span(rows, tail), keys, _span(slots, len(group)), cells)
+    keys = _span([rectangle.keys for rectangle in batch], layout.keys_from)
+    return Piece(_span(rows, layout.tail), keys, _span(slots, len(group)), cells)
 
 
 def _span(blocks: list[tuple[int, ...]], tail: int) -> Span:

@@ -16,9 +16,19 @@ Tensors = Sequence[Tensor]
 
 
 def forward_plan(
-    tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, dense: Callable
+    tensors: Tensors,
+    plan: tuple[Group, ...],
+    size: int,
+    limit: int,
+    dense: Callable,
+    *,
+    key_limit: int | None = None,
 ) -> Tensors:
-    """Output `[B, S, H, D]` and log-sum-exp `[B, S, H]`: zeros and -inf from position `limit` on."""
+    """Output `[B, S, H, D]` and log-sum-exp `[B, S, H]`: zeros and -inf from position `limit` on.
+
+    `key_limit`: tokens of the keys that count, where they are not those of the rows.
+    """
+    limits = limit, limit if key_limit is None else key_limit
     query = tensors[0]
     batch, length, heads, width = query.shape
     count = -(-length // size)
@@ -27,7 +37,7 @@ def forward_plan(
     for group in plan:
         if not group.merge:
             for piece in group.pieces:
-                parts = _attend(piece, tensors, size, limit, dense)
+                parts = _attend(piece, tensors, size, limits, dense)
                 _store((out, lse), piece.rows, parts)
             continue
         rows = group.rows.blocks.shape[1]
@@ -36,16 +46,18 @@ def forward_plan(
             query.new_full((batch, rows, size, heads), -torch.inf, dtype=torch.float32),
         )
         for piece in group.pieces:
-            _merge(partial, piece.slots, _attend(piece, tensors, size, limit, dense))
+            _merge(partial, piece.slots, _attend(piece, tensors, size, limits, dense))
         _store((out, lse), group.rows, partial)
     flat = out.flatten(1, 2)[:, :length], lse.flatten(1, 2)[:, :length]
     return [x.contiguous() for x in flat]
 
 
-def _attend(piece: Piece, tensors: Tensors, size: int, limit: int, dense: Callable) -> Tensors | None:
+def _attend(
+    piece: Piece, tensors: Tensors, size: int, limits: tuple[int, int], dense: Callable
+) -> Tensors | None:
     """Attention of a piece in whole blocks, `[B, G r, size, H, D]`, and its log-sum-exp, without `D`."""
     query, key, value = tensors
-    rows, keys = piece.rows.tokens(size, limit), piece.keys.tokens(size, limit)
+    rows, keys = piece.rows.tokens(size, limits[0]), piece.keys.tokens(size, limits[1])
     if not rows or not keys:
         return None
     by_key = (_take(x, piece.keys, size, keys) for x in (key, value))
@@ -164,6 +176,21 @@ def dense_any(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     """SDPA on any device; without a log-sum-exp, so only for plans that merge nothing."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return out, out.new_zeros(out.shape[:3], dtype=torch.float32)
+
+
+def dense_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
+    """SDPA's CUDA kernels, called by name because they also return the log-sum-exp `[B, H, S]`."""
+    if bias is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    if bias is None:
+        out, lse, *_ = kernel(query, key, value, None, True, scale=scale)
+        return out, lse[..., : query.shape[2]]
+    rows, keys = query.shape[2], key.shape[2]
+    # the kernel wants the rows of a bias to begin at even addresses: a wider one is made and cut
+    wide = F.pad(bias, (0, -keys % 16))[..., :keys].expand(len(query), query.shape[1], rows, keys)
+    out, lse, *_ = kernel(query, key, value, wide, True, scale=scale)
+    return out.masked_fill((bias.amax(dim=-1) < 0).unsqueeze(-1), 0), lse[..., :rows]
 
 
 def dense_any_backward(

@@ -37,15 +37,17 @@ class Extent:
     """What the tiles depend on beside the blocks.
 
     Attributes:
-        tokens: length of the sequence.
+        tokens: length of the sequence, as keys.
         block_size: tokens of a block of the mask.
         mixed_from: first key token whose tiles are mixed whatever the blocks say: `tokens`, or the first text
             token where the text is padded and its length differs by sample.
+        rows: length of the query, where it is another.
     """
 
     tokens: int
     block_size: int
     mixed_from: int
+    rows: int | None = None
 
 
 def query_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: torch.device) -> Tiles:
@@ -84,15 +86,16 @@ def _list_key_tiles(
 
 def _cut(blocks: np.ndarray, extent: Extent, rows: int, columns: int) -> list[np.ndarray | None]:
     """Tiles that keep something, whole tiles, and the patterns, each `[H or 1, query tiles, key tiles]`."""
-    cells, tokens = blocks if blocks.ndim == 3 else blocks[None], extent.tokens
-    for axis, tile in ((1, rows), (3, columns)):
+    cells = blocks if blocks.ndim == 3 else blocks[None]
+    length = extent.tokens if extent.rows is None else extent.rows
+    for axis, tile, tokens in ((1, rows, length), (3, columns, extent.tokens)):
         cells = _split(cells, axis, extent.block_size, tile, tokens)
     some, every = cells.any(axis=(2, 4)), cells.all(axis=(2, 4))
     patterns = None
     if (some & ~every).any():
         bits = cells.swapaxes(2, 3).reshape(*some.shape, -1)
         patterns = bits @ (1 << np.arange(bits.shape[-1], dtype=np.uint64))
-    every[:, tokens // rows :] = False
+    every[:, length // rows :] = False
     every[:, :, extent.mixed_from // columns :] = False
     return [some, every, patterns]
 

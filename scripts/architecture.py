@@ -24,6 +24,7 @@ class Architecture:
         text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
         token_macs: multiply-adds of a token in the matrices of a layer.
         rope_length: positions along an axis, None where any number will do.
+        rope_time: channels and base of the rotary embedding in time, None where it is learned.
         vae_base: channels of the VAE's last layers a pixel; `vae_frames`, `vae_pixels`: its compression.
         vae_copies: float32 tensors of `vae_base` channels that decoding holds at once, measured.
         vae_chunk: frames that it decodes at once, None for all; `vae_stride`: from one to the next where
@@ -41,6 +42,7 @@ class Architecture:
     joint_text: int = 0
     token_macs: int = 0
     rope_length: int | None = 1024
+    rope_time: tuple[int, float] | None = None
     vae_base: int = 96
     vae_copies: float = 15
     vae_chunk: int | None = 4

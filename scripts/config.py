@@ -44,17 +44,30 @@ class ModelConfig:
     )
     cache_threshold: float = key(0.05, "change below which first_block and mag skip", low=0.0)
     cache_ratios: str | None = key(None, "of mag: numbers with commas, or calibrate, which prints them")
+    positions: str = key(
+        "plain",
+        "frequencies in time of a video longer than those of the training",
+        ("plain", "riflex", "interpolate", "ntk", "yarn"),
+    )
+    positions_frames: int | None = key(
+        None, "video frames of the training; null: Wan 81, HunyuanVideo 129, Mochi 163", low=1
+    )
 
 
 @dataclass
-class AttentionConfig:
-    pattern: str = key("radial", "which key blocks each query block sees", ("radial", "dense"))
+class MaskConfig:
+    """What a mask is made of, and the kernels of sparse and of dense layers."""
+
+    pattern: str = key(
+        "radial",
+        "which key blocks each query block sees; those after dense are to compare with, as dense as radial",
+        ("radial", "dense", "spatial", "temporal", "strided", "power", "random"),
+    )
     backend: str = key(
         "auto",
         "kernel of the sparse attention",
         ("auto", "reference", "blocks", "flex", "triton", "flashinfer", "sage"),
     )
-    quantize: str = key("none", "8-bit products where the backend has them", ("none", "int8", "fp8"))
     block_size: int = key(128, "tokens per block", (16, 32, 64, 128, 256))
     density: float | None = key(
         None,
@@ -72,12 +85,19 @@ class AttentionConfig:
     decimation_width: int | str = key(
         128, "windows narrower than this skip frames; 'block': block_size", words=("block",)
     )
-    dense_steps: int = key(12, "denoising steps at the start with dense attention", low=0)
     dense_layers: int = key(1, "transformer layers at the start with dense attention", low=0)
-    dense_last_steps: int = key(0, "denoising steps at the end with dense attention", low=0)
     dense_backend: str = key(
         "auto", "kernel of dense attention: auto, native, sage, or one of diffusers, as flash, _native_cudnn"
     )
+
+
+@dataclass
+class AttentionConfig(MaskConfig):
+    """The same in a run of denoising steps."""
+
+    quantize: str = key("none", "8-bit products where the backend has them", ("none", "int8", "fp8"))
+    dense_steps: int = key(12, "denoising steps at the start with dense attention", low=0)
+    dense_last_steps: int = key(0, "denoising steps at the end with dense attention", low=0)
     check: str = key(
         "auto",
         "stop at attention that is not finite (nan) or also compare it (reference); auto: nan if quantised",
@@ -125,7 +145,9 @@ class ParallelConfig:
     ulysses_degree: int | None = key(
         None, "processes that share tokens and heads; null: as many as fit", low=1
     )
-    ring_degree: int = key(1, "processes that share queries beyond the heads; not built yet", (1,))
+    ring_degree: int | None = key(
+        None, "processes that share tokens beyond the heads; null: 1 unless only it makes degrees fit", low=1
+    )
     cfg_degree: int | None = key(
         None, "processes that share the halves of guidance; null: 2 if it can", low=1
     )

@@ -66,12 +66,14 @@ def carry_out(config: Config, dry_run: bool) -> int:
     from scripts.architecture import read_architecture
     from scripts.backends import check_backends
     from scripts.combinations import check_combinations
+    from scripts.degrees import describe_degrees, plan_degrees, planned
     from scripts.inputs import read_inputs
-    from scripts.loras import describe_loras, find_loras, with_loras
-    from scripts.parallel_cost import lines
+    from scripts.loras import describe_loras, find_loras, training_notes, with_loras
+    from scripts.parallel_work import lines
     from scripts.plan import describe, describe_density, gain, notes, solved_config
+    from scripts.positions import describe_positions
     from scripts.shortage import check_mask, check_memory
-    from scripts.team import check_machine, describe_degrees, plan_degrees, planned
+    from scripts.team import check_machine, describe_decoding
     from scripts.video import Job
 
     model = read_architecture(path)
@@ -85,20 +87,31 @@ def carry_out(config: Config, dry_run: bool) -> int:
         solved_config(config, model)
         remarks = remarks + check_backends(config, model, device, dry_run)
         degrees = plan_degrees(config, model, planned(config), len(prompts))
-        print("\n".join([describe(config, model, device, remarks), *lines(config, model, degrees, device)]))
-        print("".join(f"{line}\n" for line in describe_loras(config, loras)), end="")
+        shared = [*lines(config, model, degrees, device), *describe_decoding(config, model, degrees)]
+        print("\n".join([describe(config, model, device, remarks), *shared]))
+        further = [
+            *describe_positions(config, model),
+            *describe_loras(config, loras),
+            *training_notes(config, model, loras),
+        ]
+        print("".join(f"{line}\n" for line in further), end="")
         return 0
     degrees = plan_degrees(config, model, processes(), len(prompts))
     if degrees.processes > 1:
         check_machine(config, device, degrees)
-        print(describe_degrees(degrees, config, model), flush=True)
+        for line in [describe_degrees(degrees, config, model), *describe_decoding(config, model, degrees)]:
+            print(line, flush=True)
     check_memory(config, model, device, degrees)
     for line in describe_density(config, model):
         print(line, flush=True)
     check_backends(config, model, device)
     for note in [*notes(config, model), *gain(config, model)]:
         print(f"note: {note}", flush=True)
-    for line in describe_loras(config, loras):
+    for line in [
+        *describe_positions(config, model),
+        *describe_loras(config, loras),
+        *training_notes(config, model, loras),
+    ]:
         print(line, flush=True)
     return generate(Job(config, model, path, device, loras, inputs), prompts, degrees)
 

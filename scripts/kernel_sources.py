@@ -12,12 +12,13 @@ VARIANTS = {
     "text": {"SIZE": 128, "MIXED": True, "BLOCKS": False},
     "small blocks": {"SIZE": 16, "MIXED": True, "BLOCKS": True},
 }
-POINTERS = {"offsets": "i32", "starts": "i32", "lengths": "i32", "patterns": "i64", "tops": "bf16"}
+POINTERS = dict.fromkeys(("offsets", "starts", "lengths", "row_lengths"), "i32")
+POINTERS |= {"patterns": "i64", "tops": "bf16"}
 POINTERS |= dict.fromkeys(
     ("lse", "products", "scales", "shifts", "query_scales", "key_scales", "mean"), "fp32"
 )
 TENSORS = ("query", "key", "value", "out", "grad", "result", "key_result", "value_result")
-COUNTS = ("tokens", "heads")
+COUNTS = ("tokens", "key_tokens", "heads")
 BITS = {"int8": "i8", "fp8": "fp8e4nv"}
 
 

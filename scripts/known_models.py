@@ -49,12 +49,18 @@ def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str,
         text_tokens=WAN_TEXT + (WAN_IMAGE if transformer.get("image_dim") else 0),
         control_layers=tuple(transformer.get("vace_layers", ())),
         rope_length=transformer.get("rope_max_seq_len", 1024),
+        rope_time=_wan_time(transformer["attention_head_dim"]),
         vae_base=base,
         vae_copies=WAN_COPIES if base >= WIDE else NARROW_WAN_COPIES,
         vae_frames=vae.get("scale_factor_temporal") or 4,
         vae_pixels=vae.get("scale_factor_spatial") or 8,
         parameters=parameters,
     )
+
+
+def _wan_time(head_dim: int) -> tuple[int, float]:
+    """Channels of a head that height and width, an even third each, leave to time; base."""
+    return head_dim - 4 * (head_dim // 6), 10000.0
 
 
 def _hunyuan_video(
@@ -72,6 +78,7 @@ def _hunyuan_video(
         joint_text=HUNYUAN_TEXT[transformer.get("image_condition_type")],
         token_macs=4 * width**2 + 2 * width * ffn,
         rope_length=None,
+        rope_time=(transformer.get("rope_axes_dim", (16, 56, 56))[0], transformer.get("rope_theta", 256.0)),
         vae_base=vae["block_out_channels"][0],
         vae_copies=HUNYUAN_COPIES,
         vae_chunk=HUNYUAN_CHUNK,
@@ -116,6 +123,7 @@ WAN_14B = Architecture(
     heads=40,
     head_dim=128,
     ffn=13824,
+    rope_time=_wan_time(128),
     parameters={"transformer": 14_288_491_584, "text_encoder": UMT5_XXL, "vae": WAN_VAE},
 )
 WAN_I2V_14B = replace(

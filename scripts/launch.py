@@ -1,6 +1,7 @@
 """Several processes on this machine, by torchrun: `python -m scripts.launch [words of scripts.generate]`.
 
 NPROC says how many; left out, one a GPU, or 2 without any. For several machines see the README.
+`--module=scripts.train_lora` as the first word trains instead, without a GPU in one process.
 The first failure is told in one line; then all processes are stopped.
 """
 
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import uuid
+from importlib import import_module
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,22 +21,23 @@ from scripts.command import choose_config, parse
 from scripts.errors import UsageError
 from scripts.ranks import say
 
-WITHOUT_GPU = 2  # processes
+WITHOUT_GPU = {"scripts.generate": 2, "scripts.train_lora": 1}  # processes
+MODULE = "--module="
 SPOKEN = (1, 2, 130)  # exit codes of processes that have said what was wrong
 
 
-def count() -> int:
+def count(module: str = "scripts.generate") -> int:
     """Processes to start; UsageError where NPROC is no number of them."""
     text = os.environ.get("NPROC", "")
     if not text:
-        return torch.cuda.device_count() or WITHOUT_GPU
+        return torch.cuda.device_count() or WITHOUT_GPU[module]
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"NPROC: got {text!r}, allowed: a whole number from 1 on")
     return int(text)
 
 
-def launch(words: list[str], processes: int) -> int:
-    """Runs `scripts.generate` in every process and returns the exit code of the first that failed, else 0."""
+def launch(words: list[str], processes: int, module: str = "scripts.generate") -> int:
+    """Runs a module in every process and returns the exit code of the first that failed, else 0."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
@@ -48,7 +51,7 @@ def launch(words: list[str], processes: int) -> int:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-P", "-m", "scripts.generate", *words)
+        elastic_launch(config, sys.executable)("-P", "-m", module, *words)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode not in SPOKEN:
@@ -78,9 +81,21 @@ def chosen(words: list[str]) -> list[str]:
     return [config_file, *overrides, *(["--dry-run"] if command.dry_run else [])]
 
 
+def main(words: list[str]) -> int:
+    """Starts what the words ask for; one process of training needs no launcher."""
+    if not words or not words[0].startswith(MODULE):
+        return launch(chosen(words), count())
+    module = words.pop(0).removeprefix(MODULE)
+    if module not in WITHOUT_GPU:
+        raise UsageError(f"{MODULE}: got {module!r}, allowed: {', '.join(WITHOUT_GPU)}")
+    if (processes := count(module)) > 1:
+        return launch(words, processes, module)
+    return import_module(module).main(words)
+
+
 if __name__ == "__main__":
     try:
-        sys.exit(launch(chosen(sys.argv[1:]), count()))
+        sys.exit(main(sys.argv[1:]))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from scripts.config import ROOT, Config, find_path
 from scripts.errors import UsageError, one_line
 from scripts.known_models import HUB_MODELS
 from scripts.lora_options import LoraConfig
+from scripts.plan import solved_config
 
 MOST_NAMES = 5
 # Of the hub ids in HUB_MODELS: the classes' defaults have the shapes of their parameters.
@@ -153,6 +154,14 @@ def _unreachable(place: str, entry: LoraConfig, error: BaseException) -> str:
 
 def _shapes(path: str, family: str) -> dict[str, Shape] | None:
     """Shapes of the transformer's parameters by name; None where only loading will tell."""
+    transformer = meta_transformer(path, family)
+    if transformer is None:
+        return None
+    return {name: tuple(value.shape) for name, value in transformer.named_parameters()}
+
+
+def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
+    """The transformer without its weights; None where only loading will tell what it is."""
     settings = Path(path) / "transformer" / "config.json"
     if path in HUB_MODELS and family == "wan" and "T2V" in path:
         build = _wan(HUB_MODELS[path])
@@ -164,7 +173,7 @@ def _shapes(path: str, family: str) -> dict[str, Shape] | None:
         return None
     try:
         with torch.device("meta"):
-            return {name: tuple(value.shape) for name, value in build().named_parameters()}
+            return build()
     except (
         AttributeError,
         TypeError,
@@ -224,6 +233,41 @@ def _described(lora: FoundLora) -> str:
     left_out = len(lora.match.unmatched) + len(lora.match.misfits)
     lost = f", {left_out} left out" if left_out else ""
     return f"{text}, {len(lora.match.pairs)} layers, {len(lora.match.deltas)} other changes{lost}"
+
+
+def training_notes(config: Config, model: Architecture, loras: Sequence[FoundLora]) -> list[str]:
+    """Where the run differs from what an adapter of scripts/train_lora.py was trained for."""
+    found = []
+    for lora in loras:
+        trained = lora.header.trained if lora.header else {}
+        if differences := list(_differences(config, model, lora.entry, trained)):
+            found.append(f"note: LoRA {lora.entry.path} was trained with {', '.join(differences)}")
+    return found
+
+
+def _differences(
+    config: Config, model: Architecture, entry: LoraConfig, trained: dict[str, Any]
+) -> Iterator[str]:
+    """`key=value (here value)` for what the file's header says and the run has otherwise."""
+    if not trained:
+        return
+    sizes = {name: getattr(config.generation, name) for name in ("num_frames", "height", "width")}
+    fitting = [size for size in trained["sizes"] if all(size[name] == x for name, x in sizes.items())]
+    if not fitting:
+        others = ", ".join(
+            f"{size['num_frames']}x{size['height']}x{size['width']}" for size in trained["sizes"]
+        )
+        yield f"videos of {others} (here {'x'.join(map(str, sizes.values()))})"
+    size = (fitting or trained["sizes"])[0]
+    here = asdict(solved_config(config, model)) | {"dense_layers": config.attention.dense_layers}
+    for name, value in (size["mask"] | {"dense_layers": size["dense_layers"]}).items():
+        if here.get(name) != value:
+            yield f"attention.{name}={value} (here {here.get(name)})"
+    if trained["positions"] != config.model.positions:
+        yield f"model.positions={trained['positions']} (here {config.model.positions})"
+    two = "transformer_2" in model.parameters
+    if two and entry.transformer != str(trained["expert"]):
+        yield f"transformer {trained['expert']} alone (here {entry.transformer})"
 
 
 def put_in(pipeline: Any, config: Config, loras: Sequence[FoundLora]) -> list[dict[str, Any]]:

@@ -120,6 +120,17 @@ def decoder_bytes(config: Config, model: Architecture) -> float:
     return max(working + kept * video, (kept + 2) * video)
 
 
+def decoded_tiles(config: Config, model: Architecture) -> int:
+    """Pieces in which the VAE decodes one after the other: in space, and in time where they overlap there."""
+    sizes, step = config.generation, model.vae_tile * 3 // 4
+    latents, count = (sizes.num_frames - 1) // model.vae_frames + 1, 1
+    if is_tiled(config) and max(sizes.height, sizes.width) > model.vae_tile:
+        count = len(range(0, sizes.height, step)) * len(range(0, sizes.width, step))
+    if model.vae_stride is not None and latents > model.vae_chunk // model.vae_frames:
+        count *= len(range(0, latents, model.vae_stride // model.vae_frames))
+    return count
+
+
 def chunk_frames(config: Config, model: Architecture) -> int:
     """Frames that the VAE decodes at once, with those that it drops where it takes all."""
     frames = config.generation.num_frames

@@ -142,7 +142,7 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         with timed(record["seconds"], "write"):
-            _encode(video, frames, fps)
+            encode(video, frames, fps)
         text.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _publish(video, text, path)
     finally:
@@ -169,8 +169,11 @@ def _publish(video: Path, text: Path, path: Path) -> None:
         raise
 
 
-def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
-    """H.264 in mp4, read back to count its frames, since the encoder's own exit status is not handed on."""
+def encode(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes uint8 `[T, H, W, 3]` as H.264 in mp4; OSError where that fails.
+
+    The file is read back to count its frames, since the encoder's own exit status is not handed on.
+    """
     import imageio
 
     options = {

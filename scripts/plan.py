@@ -42,13 +42,17 @@ def describe_density(config: Config, model: Architecture) -> list[str]:
 def token_grid(config: Config, model: Architecture) -> TokenGrid:
     """Tokens of the transformer: latent frames and pixels over the patch size."""
     sizes = config.generation
-    frames = (sizes.num_frames - 1) // model.vae_frames + 1
     return TokenGrid(
-        frames // model.patch[0],
+        latent_frames(sizes.num_frames, model),
         sizes.height // model.vae_pixels // model.patch[1],
         sizes.width // model.vae_pixels // model.patch[2],
         model.joint_text,
     )
+
+
+def latent_frames(frames: int, model: Architecture) -> int:
+    """Tokens in time of so many video frames."""
+    return ((frames - 1) // model.vae_frames + 1) // model.patch[0]
 
 
 def dense_steps(config: Config) -> list[int]:
@@ -72,8 +76,8 @@ def attention_options(config: Config) -> dict[str, Any]:
 
 
 def step_pattern(config: Config, step: int) -> str:
-    """'dense' or 'radial', the pattern of the layers that are not dense at every step."""
-    return "dense" if step in dense_steps(config) else "radial"
+    """'dense', or the pattern of the layers that are not dense at every step."""
+    return "dense" if step in dense_steps(config) else config.attention.pattern
 
 
 def attention_flops(config: Config, model: Architecture, density: float) -> tuple[float, float]:

@@ -23,6 +23,7 @@ KINDS = {
     float | None: "number",
     int | str: "positive whole number or 'block'",
 }
+ZERO = "0"  # as `share`: a share that may be none
 NUMBERS = (float, float | None, int | float | str)
 
 
@@ -107,6 +108,8 @@ class Schema:
             return ", ".join(shown(choice) for choice in meta["choices"])
         if meta["parse"]:
             return meta["form"]
+        if meta["share"] == ZERO:
+            return "a number from 0 to 1"
         if meta["share"]:
             return f"{meta['share']}, or a number above 0 up to 1"
         text, low = KINDS.get(entry.type, "text"), meta["low"]
@@ -129,7 +132,10 @@ class Schema:
         lines = ["keys (default; what it means; what is allowed):"]
         for name, entry in self.keys().items():
             detail = f"{entry.metadata['help']} [{self.allowed(name)}]"
-            lines.append(f"  {f'{name}={shown(entry.default)}':<45} {detail}")
+            default = (
+                shown(entry.default) if entry.default is not MISSING else _listed(entry.default_factory())
+            )
+            lines.append(f"  {f'{name}={default}':<45} {detail}")
         return lines
 
     def preset_lines(self) -> list[str]:
@@ -207,7 +213,7 @@ def _fits(value: Any, entry: Any) -> bool:
     if meta["choices"] and value not in meta["choices"]:
         return False
     if meta["share"] and value not in (None, *meta["words"]):
-        return isinstance(value, int | float) and 0 < value <= 1
+        return isinstance(value, int | float) and (0 < value <= 1 or (meta["share"] == ZERO and value == 0))
     return meta["low"] is None or value is None or _in_range(value, entry.type, meta["low"])
 
 
@@ -228,8 +234,10 @@ def _is_unicode(text: str) -> bool:
 
 def shown(value: Any) -> str:
     """A default as it is written on the command line."""
-    if value is MISSING:
-        return "[]"
     if isinstance(value, bool) or value is None:
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or "''"
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ",".join(values) or "[]"

@@ -6,7 +6,7 @@ from models.xdit import Degrees
 from scripts.architecture import Architecture
 from scripts.config import Config
 from scripts.errors import UsageError
-from scripts.parallel_cost import rank_memory
+from scripts.parallel_work import rank_memory
 from scripts.plan import fitting, gib, host_bytes, mask_bytes, memory, token_grid
 from scripts.ranks import local_processes
 from scripts.record import available_memory, room

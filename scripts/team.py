@@ -1,20 +1,19 @@
 """Several processes under torchrun: who shares what, and what is refused before weights load."""
 
-import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.xdit import Degrees, import_xfuser, start, stop
 from scripts.architecture import Architecture
 from scripts.config import Config
 from scripts.errors import UsageError
-from scripts.ranks import end_all, local_processes, processes
-from scripts.sampling import calls_per_step
+from scripts.memory import decoded_tiles, is_tiled
+from scripts.ranks import end_all, local_processes
 
 ALONE = Degrees()
 BATCHED = ("mochi",)  # families whose one call a step has both halves of guidance
@@ -28,7 +27,9 @@ class Team:
         degrees: of the whole run; everyone, replica: gloo groups of all processes, of those of one video.
         sequence: a `models.parallel.SequenceParallel`, None where alone.
         guidance: the group of the other half of guidance, None where alone.
-        leads: whether this process decodes and writes; place: its number among those of `degrees.data`.
+        decoding: the group of all processes of one video, over NCCL on GPUs, None where alone.
+        leads: whether this process puts the video together and writes it; place: its number among those of
+            `degrees.data`.
     """
 
     degrees: Degrees = ALONE
@@ -36,15 +37,17 @@ class Team:
     replica: Any = None
     sequence: Any = None
     guidance: Any = None
+    decoding: Any = None
     leads: bool = True
     place: int = 0
 
     def agree(self, value: Any) -> Any:
         """What the first process has for `value`."""
-        values = [value]
-        if self.everyone is not None:
-            torch.distributed.broadcast_object_list(values, src=0, group=self.everyone)
-        return values[0]
+        return _of_first(value, self.everyone)
+
+    def agree_on_video(self, value: Any) -> Any:
+        """What the first process of this video has for `value`."""
+        return _of_first(value, self.replica)
 
     def compare(self, value: Any) -> None:
         """Raises UsageError where another process has another `value`: files differ between machines."""
@@ -52,85 +55,17 @@ class Team:
             raise UsageError("configuration, prompts or input files differ from those of rank 0")
 
     def wait(self) -> None:
-        """For the one that decodes and writes; in the next video's exchanges there is less patience."""
+        """For the one that writes; in the next video's exchanges there is less patience."""
         if self.replica is not None:
             torch.distributed.barrier(group=self.replica)
 
 
-def plan_degrees(config: Config, model: Architecture, count: int, prompts: int) -> Degrees:
-    """The degrees of `count` processes: guidance first, then the largest Ulysses degree, then prompts.
-
-    A Ulysses degree that is left out divides the heads; one that is given need not, heads of zeros fill up.
-
-    Raises:
-        UsageError: degrees that do not make up the processes, or that the run has no use for.
-    """
-    for name, most, reason in _uses(config, prompts):
-        got = getattr(config.parallel, name)
-        if got is not None and got > most:
-            raise UsageError(f"parallel.{name}: got {got}, allowed {reason}: {most}")
-    found = list(_fitting(config, model, count, prompts))
-    if not found:
-        raise UsageError(_nothing_fits(config, model, count, prompts))
-    return max(found, key=lambda degrees: (degrees.cfg, degrees.ulysses))
-
-
-def _uses(config: Config, prompts: int) -> Iterator[tuple[str, int, str]]:
-    """The most that a degree can be, and why."""
-    if calls_per_step(config) == 1:
-        yield "cfg_degree", 1, "without two halves of guidance to share"
-    yield "cfg_degree", 2, "for the two halves of guidance"
-    yield "data_degree", prompts, "with this many prompts to share (generation.prompt_file)"
-
-
-def _fitting(config: Config, model: Architecture, count: int, prompts: int) -> Iterator[Degrees]:
-    """All degrees that make up `count` processes and agree with the configuration."""
-    wanted = config.parallel
-    cfgs = [wanted.cfg_degree] if wanted.cfg_degree else range(1, calls_per_step(config) + 1)
-    shares = [wanted.data_degree] if wanted.data_degree else range(1, prompts + 1)
-    for cfg, data in itertools.product(cfgs, shares):
-        ulysses, rest = divmod(count, cfg * data)
-        fits = (
-            wanted.ulysses_degree == ulysses if wanted.ulysses_degree else model.heads % max(ulysses, 1) == 0
-        )
-        if rest == 0 and fits:
-            yield Degrees(ulysses, wanted.ring_degree, cfg, data)
-
-
-def _nothing_fits(config: Config, model: Architecture, count: int, prompts: int) -> str:
-    given = {name: value for name, value in vars(config.parallel).items() if value not in (None, 1)}
-    if count == 1:
-        name, value = next(iter(given.items()))
-        launch = f"torchrun --nproc_per_node={math.prod(given.values())} -m scripts.generate"
-        return f"parallel.{name}: got {value}, allowed in one process: 1; start several with {launch}"
-    most = 2 * max(count, math.prod(given.values()))
-    works = [n for n in range(1, most + 1) if any(_fitting(config, model, n, prompts))]
-    shown = ", ".join(f"{name} {value}" for name, value in given.items()) or "all to be chosen"
-    return (
-        f"parallel: got {count} processes, but no degrees ({shown}) share {model.heads} heads and {prompts} "
-        f"prompts among them; numbers of processes that work: {', '.join(map(str, works)) or 'none'}"
-    )
-
-
-def planned(config: Config) -> int:
-    """Processes that a dry run plans for: what is given, the rest 1, or those that torchrun started."""
-    return max(math.prod(value or 1 for value in vars(config.parallel).values()), processes())
-
-
-def describe_degrees(degrees: Degrees, config: Config, model: Architecture) -> str:
-    """One line: who shares what, and why."""
-    named = vars(config.parallel)
-    because = {
-        "cfg": "the halves of guidance",
-        "ulysses": f"{model.heads} heads",
-        "data": "the prompts",
-    }
-    parts = [
-        f"{name} {getattr(degrees, name)} ({'given' if named[f'{name}_degree'] else f'shares {what}'})"
-        for name, what in because.items()
-        if getattr(degrees, name) > 1
-    ]
-    return f"{degrees.processes} processes: {', '.join(parts)}"
+def _of_first(value: Any, group: Any) -> Any:
+    """What the first process of a group has, the value itself without one."""
+    values = [value]
+    if group is not None:
+        torch.distributed.broadcast_object_list(values, group_src=0, group=group)
+    return values[0]
 
 
 def check_machine(config: Config, device: str, degrees: Degrees) -> None:
@@ -141,15 +76,15 @@ def check_machine(config: Config, device: str, degrees: Degrees) -> None:
             f"torchrun --nproc_per_node: got {local}, allowed on this machine: at most "
             f"{torch.cuda.device_count()}, one process a GPU"
         )
-    if config.model.cache != "none":
-        got = config.model.cache
+    if config.model.cache_ratios == "calibrate":
         raise UsageError(
-            f"model.cache: got {got!r}, allowed in several processes: none; each would skip other steps"
+            "model.cache_ratios: got 'calibrate', allowed in several processes: numbers with commas between "
+            "them; each process would measure its own tokens only"
         )
-    if config.model.compile != "none":
+    if config.model.compile != "none" and degrees.ring > 1:
         raise UsageError(
-            f"model.compile: got {config.model.compile!r}, allowed in several processes: none; tokens are "
-            "exchanged inside the blocks, which has not been tried compiled"
+            f"model.compile: got {config.model.compile!r}, allowed in a ring: none; what a ring passes on "
+            "inside the blocks has not been tried compiled"
         )
     if config.attention.check == "reference" and degrees.cfg > 1:
         raise UsageError(
@@ -183,16 +118,18 @@ def gathered(degrees: Degrees, device: str) -> Iterator[Team]:
 
 
 def _team(degrees: Degrees, device: str) -> Team:
-    from models.parallel import SequenceParallel
+    from models.ring import share_sequence
 
     state = import_xfuser(device)
     sequence, guidance = state.get_sp_group(), state.get_cfg_group()
+    replica = state.get_model_replica_group()
     return Team(
         degrees,
         state.get_world_group().cpu_group,
-        state.get_model_replica_group().cpu_group,
-        SequenceParallel(sequence.ulysses_group) if degrees.ulysses > 1 else None,
+        replica.cpu_group,
+        share_sequence(sequence),
         guidance.device_group if degrees.cfg > 1 else None,
+        replica.device_group if degrees.processes > degrees.data else None,
         leads=sequence.rank_in_group == 0 and guidance.rank_in_group == 0,
         place=state.get_dp_group().rank_in_group,
     )
@@ -207,3 +144,44 @@ def shared_guidance(pipeline: Any, family: str, team: Team) -> AbstractContextMa
     transformers = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
     present = [transformer for transformer in transformers if transformer is not None]
     return GuidanceParallel(present, team.guidance, batched=family in BATCHED)
+
+
+def whole_tokens(family: str, team: Team) -> Callable[[Tensor], Tensor] | None:
+    """What gathers `[B, N, C]`, the video tokens of one call, from those of the processes that share it.
+
+    None where no others do: halves of guidance that are calls of their own are not shared.
+    """
+    halves = team.guidance if family in BATCHED else None
+    if team.sequence is None and halves is None:
+        return None
+
+    def gather(own: Tensor) -> Tensor:
+        tokens = own if team.sequence is None else team.sequence.gather(own)
+        if halves is None:
+            return tokens
+        parts = [torch.empty_like(tokens) for _ in range(2)]
+        torch.distributed.all_gather(parts, tokens.contiguous(), group=halves)
+        return torch.cat(parts)
+
+    return gather
+
+
+def shared_decoding(pipeline: Any, team: Team) -> AbstractContextManager:
+    """The tiles of the VAE shared with the other processes of the video, where there are any."""
+    if team.decoding is None:
+        return nullcontext()
+    from models.parallel_decode import ParallelDecode
+
+    return ParallelDecode(pipeline.vae, team.decoding)
+
+
+def describe_decoding(config: Config, model: Architecture, degrees: Degrees) -> list[str]:
+    """One line where several processes make a video: who decodes it."""
+    count = degrees.processes // degrees.data
+    if count == 1:
+        return []
+    pieces = decoded_tiles(config, model)
+    if pieces > 1:
+        return [f"decoding: {pieces} tiles shared by {min(count, pieces)} processes"]
+    hint = "" if is_tiled(config) else "; model.vae_tiling=always cuts a video into tiles that are shared"
+    return [f"decoding: by one process, as one tile{hint}"]

@@ -9,5 +9,8 @@ bash scripts/setup.sh
 style=0
 .venv/bin/python -m ruff check --quiet . || style=1
 .venv/bin/python -m ruff format --check --quiet . || style=1
-.venv/bin/python -m pytest -q -m "not gpu" "$@"
+# Files of tests go to processes of one thread, as many as there are cores, four at most; a GPU is not shared.
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
+[[ " $* " == *" gpu "* ]] && workers=0 || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+.venv/bin/python -m pytest -q -m "not gpu" -n "$workers" --dist loadfile "$@"
 exit "$style"

@@ -176,5 +176,5 @@ FAMILY = Family(
     normalise,
     mosaic=True,
     chunked=True,
-    defaults={"outline_steps": 1000},
+    defaults={"outline_steps": 1000, "steps": 4200},
 )

@@ -55,11 +55,9 @@ def check_sizes(config: Config, model: Architecture) -> None:
     """Raises UsageError for a size, length or number of dense layers that the model does not take."""
     for name, axis in (("height", 1), ("width", 2)):
         _check_side(f"generation.{name}", getattr(config.generation, name), model.size_factor(axis))
-    frames, step = config.generation.num_frames, model.vae_frames
-    if frames % step != 1:
-        below, above = multiples_around(frames, step, offset=1)
-        nearest = below if frames - below <= above - frames else above
-        raise UsageError(f"generation.num_frames: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
+    _check_frames("generation.num_frames", config.generation.num_frames, model.vae_frames)
+    if config.model.positions_frames is not None:
+        _check_frames("model.positions_frames", config.model.positions_frames, model.vae_frames)
     if config.generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
         got = config.generation.guidance_scale_2
         raise UsageError(f"generation.guidance_scale_2: got {got:g}, allowed: null, the model has one expert")
@@ -82,6 +80,13 @@ def _check_side(key: str, value: int, factor: int) -> None:
         below, above = multiples_around(value, factor)
         nearest = f"{below} or {above}" if below != above else str(above)
         raise UsageError(f"{key}: got {value}, allowed: multiples of {factor}, nearest: {nearest}")
+
+
+def _check_frames(key: str, frames: int, step: int) -> None:
+    if frames % step != 1:
+        below, above = multiples_around(frames, step, offset=1)
+        nearest = below if frames - below <= above - frames else above
+        raise UsageError(f"{key}: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
 
 
 def _check_positions(config: Config, model: Architecture) -> None:

@@ -19,6 +19,7 @@ from models.caches import cached
 from models.economy import economize, quantization_config
 from models.guard import CheckError
 from models.pipelines import is_local, load_pipeline
+from models.positions import extend_positions
 from scripts.architecture import Architecture, hub_unreachable
 from scripts.combinations import cache_options, economy_options
 from scripts.config import Config
@@ -27,10 +28,11 @@ from scripts.inputs import Inputs
 from scripts.loras import FoundLora, find_loras, put_in
 from scripts.outputs import resolved, write_pair
 from scripts.plan import attention_options, dense_steps, memory, solved_config, step_pattern, token_grid
+from scripts.positions import position_options
 from scripts.record import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
 from scripts.sampling import batch, settings
 from scripts.shortage import is_out_of_memory, shortage
-from scripts.team import Team, shared_guidance
+from scripts.team import Team, shared_decoding, shared_guidance, whole_tokens
 
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -75,6 +77,7 @@ class Job:
             with reported_choices():
                 self.loras_in = put_in(pipeline, self.config, loras)
             economize(pipeline, self.device, dtype, **economy_options(self.config))
+            extend_positions(pipeline, **position_options(self.config, self.model))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -86,7 +89,8 @@ class Job:
     def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any] | None:
         """Generates one video and writes it with its JSON, whose content is returned.
 
-        Of several processes only the one that leads decodes and writes; the others return None.
+        Of several processes, which share the tiles of the decoder, only the one that leads puts them together
+        and writes; the others return None.
 
         Raises:
             GenerationError: non-finite or wrong values, out of memory, or any failure of the pipeline.
@@ -106,11 +110,14 @@ class Job:
         self, pipeline: Any, prompt: str, seconds: dict[str, float]
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say."""
-        options = attention_options(self.config)
+        team = self.team
+        whole = whole_tokens(self.config.model.family, team)
+        options = attention_options(self.config) | {"parallel": team.sequence, "agree": team.agree_on_video}
         with (
-            apply_radial_attention(pipeline, **options, parallel=self.team.sequence) as handle,
-            shared_guidance(pipeline, self.config.model.family, self.team),
-            cached(pipeline, **cache_options(self.config)) as cache,
+            apply_radial_attention(pipeline, **options) as handle,
+            shared_guidance(pipeline, self.config.model.family, team),
+            shared_decoding(pipeline, team),
+            cached(pipeline, **cache_options(self.config), gather=whole) as cache,
         ):
             clock = Clock(synchronizer(self.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
@@ -122,13 +129,12 @@ class Job:
                 hook.remove()
             seconds |= clock.seconds | {"decode": clock.lap()}
             run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
-            return to_bytes(frames) if self.team.leads else frames, run
+            return to_bytes(frames) if team.leads else frames, run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
         seed = self.config.generation.seed
         try:
             options = {"callback_on_step_end": step_done, **self.inputs.arguments}
-            options |= {} if self.team.leads else {"output_type": "latent"}
             return sample(pipeline, self.config, [prompt], [seed], **options)[0]
         except (UsageError, GenerationError):
             raise

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lora_cases import make_latents, train, write_config
 from tests.tiny import wan_pipeline
 
 
@@ -19,4 +20,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Wan pipeline with patch (1, 1, 1), as the bundled model has."""
     folder = tmp_path_factory.mktemp("models") / "wan-random"
     wan_pipeline(patch_size=(1, 1, 1), rope_max_seq_len=1024).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_latents(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a few prepared latents of the random pipeline."""
+    return make_latents(tiny_model, tmp_path_factory.mktemp("data") / "latents")
+
+
+@pytest.fixture(scope="session")
+def lora_config(tiny_model: Path, lora_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of LoRA training on them."""
+    return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", tiny_model, lora_latents)
+
+
+@pytest.fixture(scope="session")
+def lora_run(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of such a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(lora_config, folder) == 0
     return folder

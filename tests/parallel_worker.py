@@ -1,6 +1,7 @@
 """Run by torchrun: tiny transformers of every family, one process's output beside that of all together.
 
-`torchrun --nproc_per_node N -m tests.parallel_worker OUT.json CFG` writes each case's largest difference.
+`torchrun --nproc_per_node N -m tests.parallel_worker OUT.json CFG RING` writes the difference of each case.
+A ring of 2 of 4 processes is joined with Ulysses; all 4 in one ring, and two rings of 2, come beside it.
 """
 
 import json
@@ -18,6 +19,7 @@ from diffusers import MochiPipeline
 from models import apply_radial_attention
 from models.guidance import GuidanceParallel
 from models.parallel import SequenceParallel
+from models.ring import RingParallel, share_sequence
 from models.xdit import Degrees, import_xfuser, start, stop
 from radial_attn import RadialConfig
 from tests.families import SPARSE
@@ -41,8 +43,11 @@ def token_times(inputs: dict) -> dict:
     return inputs | {"timestep": times.flatten(1)}
 
 
-def cases() -> Iterator[Case]:
-    """Every family, radial and dense, with tokens that 2 and 4 divide and that they do not, batch 1 and 2."""
+def cases(ring: int) -> Iterator[Case]:
+    """Every family, radial and dense, with tokens that 2 and 4 divide and that they do not, batch 1 and 2.
+
+    A ring has no 8-bit products; it takes tokens that nothing divides.
+    """
     replaced = partial(hunyuan_transformer, image_condition_type="token_replace")
     families = {
         "wan": (wan_transformer, lambda *sizes: wan_inputs(*sizes, batch=2), 2),
@@ -58,26 +63,30 @@ def cases() -> Iterator[Case]:
         for sizes in ((6, 6, 8), (5, 3, 7)):
             scaled = sizes[0], sizes[1] * patch, sizes[2] * patch
             for kind, options in (("radial", RADIAL), ("dense", DENSE), ("mixed", MIXED)):
+                if ring > 1 and (sizes[0] == 6 or kind == "mixed"):
+                    continue
                 yield f"{name}, {sizes}, {kind}", transformer, partial(inputs, *scaled), options
-    for quantize in ("int8", "fp8"):
+    for quantize in ("int8", "fp8") if ring == 1 else ():
         rounded = {"config": SPARSE, "backend": "reference", "quantize": quantize}
         yield f"wan, {quantize}", wan_transformer, partial(wan_inputs, 6, 12, 16), rounded
         yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
+    yield "wan, few blocks", wan_transformer, partial(wan_inputs, 2, 6, 14), RADIAL | {"check": "nan"}
     for heads in (3, 5):
         few = partial(wan_transformer, num_attention_heads=heads)
         yield f"wan, {heads} heads", few, partial(wan_inputs, 6, 12, 16), RADIAL
 
 
 @torch.no_grad()
-def difference(case: Case, parallel: SequenceParallel) -> float:
-    """Largest difference of the outputs, relative to the largest value."""
-    _, make, inputs, options = case
+def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tuple[str, float]]:
+    """Largest difference of the outputs for each way to share, relative to the largest value."""
+    name, make, inputs, options = case
     transformer, given = make(), inputs()
     outputs = []
-    for shared in (None, parallel):
+    for shared in (None, *shares.values()):
         with apply_radial_attention(transformer, **options, parallel=shared):
             outputs.append(transformer(**given).sample)
-    return ((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max()).item()
+    for how, output in zip(shares, outputs[1:], strict=True):
+        yield name + how, ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
 
 
 def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
@@ -110,23 +119,35 @@ def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceP
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
-def measure(degrees: Degrees, parallel: SequenceParallel) -> Iterator[tuple[str, float]]:
+def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
+    """xDiT's groups first, and with a ring others of the same processes."""
+    shares = {"": share_sequence(import_xfuser("cpu").get_sp_group())}
+    if degrees.ring > 1 and degrees.cfg == 1:
+        rank, everyone = torch.distributed.get_rank(), torch.distributed.group.WORLD
+        alone = [torch.distributed.new_group([place]) for place in range(degrees.processes)][rank]
+        pairs = [torch.distributed.new_group([2 * i, 2 * i + 1]) for i in range(degrees.processes // 2)]
+        shares[", all in a ring"] = RingParallel(alone, everyone, everyone)
+        shares[", rings of two"] = RingParallel(alone, pairs[rank // 2], pairs[rank // 2])
+    return shares
+
+
+def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
     """Each case by name with its difference: transformers where all share the sequence, else pipelines."""
+    shares = all_shares(degrees)
     if degrees.cfg == 1:
-        yield from ((case[0], difference(case, parallel)) for case in cases())
-    shared = parallel if degrees.ulysses > 1 else None
+        for case in cases(degrees.ring):
+            yield from differences(case, shares)
     for name, make in pipelines().items():
-        for prompts in (1, 2):
-            yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shared)
+        for prompts in (1, 2) if degrees.ring == 1 else (2,):
+            yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])
 
 
-def main(out: Path, cfg: int) -> None:
+def main(out: Path, cfg: int, ring: int) -> None:
     """All cases on all processes of this torchrun; the first writes the worst of all of them."""
-    degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // cfg, cfg=cfg)
+    degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // (cfg * ring), ring=ring, cfg=cfg)
     start(degrees, "cpu")
-    parallel = SequenceParallel(import_xfuser("cpu").get_sp_group().ulysses_group)
     results = {}
-    for name, found in measure(degrees, parallel):
+    for name, found in measure(degrees):
         worst = torch.tensor(found)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         results[name] = worst.item()
@@ -136,4 +157,4 @@ def main(out: Path, cfg: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -7,6 +7,7 @@ import yaml
 
 from models.guard import CHECKS
 from models.pipelines import FAMILIES
+from models.positions import METHODS
 from radial_attn import RadialConfig
 from radial_attn.backends import BACKENDS, QUANTIZE
 from radial_attn.block_mask import BLOCK_SIZES
@@ -41,6 +42,8 @@ def test_a_preset_sets_every_key_and_is_valid(preset):
         "model.cache",
         "model.cache_threshold",
         "model.cache_ratios",
+        "model.positions",
+        "model.positions_frames",
         "parallel.ulysses_degree",
         "parallel.ring_degree",
         "parallel.cfg_degree",
@@ -81,6 +84,7 @@ def test_choices_are_those_of_the_packages_below():
     assert choices["attention.check"] == CHECKS
     assert choices["attention.block_size"] == tuple(BLOCK_SIZES)
     assert choices["model.family"] == tuple(FAMILIES)
+    assert choices["model.positions"] == METHODS
     for key in ("pattern", "neighbour"):
         for choice in choices[f"attention.{key}"]:
             RadialConfig(**{key: choice})

@@ -13,13 +13,13 @@ SOURCES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 KERNELS = sorted(file for file in (ROOT / "radial_attn" / "kernels").glob("*.py") if file.stem != "__init__")
 LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
-    imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton"""
+    imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes"""
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
 XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
     "radial_attn": {"torch", "numpy", "matplotlib", "triton", *OPTIONAL},
-    "models": {"radial_attn", "torch", "diffusers", "safetensors", "torchao", "bitsandbytes", *XDIT},
+    "models": {"radial_attn", "torch", "diffusers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT},
     "scripts": {"radial_attn", "models", "toyworld", *LIBRARIES.split()},
     "toyworld": {"torch"},
 }

@@ -10,10 +10,11 @@ from radial_attn import radial_mask
 from scripts import plan
 from scripts.architecture import Architecture
 from scripts.config import ROOT, AttentionConfig, Config, GenerationConfig, ModelConfig, read_config
+from scripts.degrees import plan_degrees
 from scripts.generate import main as generate
 from scripts.known_models import HUB_MODELS
-from scripts.parallel_cost import Rates, exchange, lines, main, predict, rank_memory, work
-from scripts.team import plan_degrees
+from scripts.parallel_cost import main
+from scripts.parallel_work import Rates, exchange, lines, predict, rank_memory, work
 
 HUNYUAN = HUB_MODELS["hunyuanvideo-community/HunyuanVideo"]
 MOCHI = HUB_MODELS["genmo/mochi-1-preview"]
@@ -148,11 +149,32 @@ def test_memory_keeps_weights_whole_and_shares_tokens():
     assert needs[1].activations == pytest.approx(needs[0].activations / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(cfg=2)])
-def test_degrees_that_no_run_has_are_refused(degrees):
+def test_degrees_that_no_run_has_are_refused():
     config, model = tiny("hunyuan_video")
-    with pytest.raises(ValueError, match="ring must be 1 and cfg 1 or 1"):
-        exchange(config, model, degrees)
+    with pytest.raises(ValueError, match="cfg must be 1 or 1 with this guidance"):
+        exchange(config, model, Degrees(cfg=2))
+
+
+def test_bytes_of_a_ring_by_hand():
+    """30 video tokens, 16 of them with the first of 2 ranks, and 6 of text."""
+    config, model = tiny("hunyuan_video", joint=6)
+    sent, alone = (exchange(config, model, Degrees(ulysses=n, ring=2)) for n in (2, 1))
+    key_and_value, found = 2 * 8 * 2, 4 * (8 + 1)  # of a token and head; in float32, with the sum
+    assert sent.ring == 2 * 2 * ((16 + 6) * key_and_value + 6 * found)  # layers, heads
+    assert alone.ring == 2 * sent.ring and alone.streams == alone.text == 0
+    assert sent.streams == 2 * 4 * 8 * 2 * 8 * 2  # layers, streams, tokens, heads
+    assert sent.tokens == 8 * 64 * 2 * 3
+
+
+@pytest.mark.parametrize(("preset", "model"), PRESETS)
+@pytest.mark.parametrize("ring", [2, 4, 8])
+def test_a_ring_does_little_more_than_its_part(preset, model, ring):
+    config = read_config(preset, [])
+    one, each = work(config, model, Degrees()), work(config, model, Degrees(ring=ring))
+    assert 1 <= ring * each.dense / one.dense < 1.02
+    assert 1 <= ring * each.radial / one.radial < 1.12
+    assert 1 <= each.busiest <= each.waiting < 1.12
+    assert one.kept_blocks <= ring * each.kept_blocks < 1.05 * one.kept_blocks
 
 
 def test_the_command_writes_its_tables(tmp_path, capsys):
@@ -161,6 +183,8 @@ def test_the_command_writes_its_tables(tmp_path, capsys):
     text = file.read_text(encoding="utf-8")
     assert text.startswith("Predicted, not measured: `python -m scripts.parallel_cost configs/hunyuan")
     assert "| 8 | ulysses 8 |" in text and "| 1 | 1 |" in text
+    main([*CALL, "--gpus", "16", "--prompts", "1"])
+    assert "| 16 | ring 2, ulysses 8 |" in capsys.readouterr().out
     assert text.count("400 TFLOP/s in linear layers, 400 in attention") == 2
     assert "200 GB/s" in text and "25 GB/s" in text and "Left out" in text
     main([*CALL, "--gpus", "1", "8", "--attention-tflops", "600"])
@@ -202,6 +226,8 @@ def test_a_dry_run_of_several_processes_says_what_each_does(capsys):
     sent, memory = lines(config, model, Degrees(ulysses=4), "cpu")
     assert sent.startswith("each a step   0.00 GB sent, ") and sent.endswith(" kept blocks a layer")
     assert "of memory" in memory
+    _, around, _ = lines(config, model, Degrees(ring=2), "cpu")
+    assert around.startswith("ring          0.00 GB of that; kept blocks of the busiest rank 1.")
     words = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
     assert generate(words) == 0
     assert "74.45 GB sent, 20.377 PFLOP dense, 3.660 radial" in capsys.readouterr().out

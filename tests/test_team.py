@@ -9,16 +9,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import imageio
+import numpy as np
 import psutil
 import pytest
 
 from models.xdit import Degrees
 from scripts.architecture import Architecture
 from scripts.config import ROOT, Config, read_config
+from scripts.degrees import describe_degrees, plan_degrees, planned
 from scripts.errors import UsageError
 from scripts.generate import main
 from scripts.launch import count
-from scripts.team import ALONE, Team, check_machine, describe_degrees, plan_degrees, planned
+from scripts.team import ALONE, Team, check_machine
 from tests.test_generate import TINY
 
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
@@ -63,9 +66,53 @@ def test_given_degrees_stay_and_the_rest_is_chosen():
     assert plan_degrees(guided(cfg_degree=1), model(), 4, 1) == Degrees(ulysses=4)
     assert plan_degrees(guided(data_degree=2), model(), 4, 5) == Degrees(cfg=2, data=2)
     assert plan_degrees(guided(ulysses_degree=3), model(), 3, 1) == Degrees(ulysses=3)  # heads filled up
+    assert plan_degrees(guided(ring_degree=2), model(), 4, 1) == Degrees(ring=2, cfg=2)
+    assert plan_degrees(guided(1, ring_degree=2), model(), 8, 1) == Degrees(ulysses=4, ring=2)
+    assert plan_degrees(guided(1, ulysses_degree=3, ring_degree=2), model(), 6, 1) == Degrees(3, 2)
     text = describe_degrees(Degrees(ulysses=4, cfg=2), guided(cfg_degree=2), model())
     assert text == "8 processes: cfg 2 (given), ulysses 4 (shares 4 heads)"
     assert planned(guided(ulysses_degree=4, cfg_degree=2)) == 8
+
+
+@pytest.mark.parametrize(
+    ("processes", "heads", "expected"),
+    [
+        (3, 4, Degrees(ring=3)),
+        (6, 4, Degrees(ulysses=2, ring=3)),
+        (16, 24, Degrees(ulysses=8, ring=2)),
+        (48, 24, Degrees(ulysses=24, ring=2)),
+    ],
+)
+def test_a_ring_takes_what_the_heads_leave(processes, heads, expected):
+    config = guided(1)
+    assert plan_degrees(config, model(heads), processes, 1) == expected
+    text = describe_degrees(expected, config, model(heads))
+    assert text.endswith(
+        f"ring {expected.ring} (shares keys, where {processes} do not divide the {heads} heads)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "backend",
+            "flex",
+            "attention.backend: got 'flex', allowed in a ring: auto, reference, blocks, triton",
+        ),
+        ("compile", "blocks", "model.compile: got 'blocks', allowed in a ring: none; keys are passed on"),
+        ("quantize", "int8", "attention.quantize: got 'int8', allowed in a ring: none"),
+        ("check", "reference", "attention.check: got 'reference', allowed in a ring: auto, off, nan"),
+        ("dense_backend", "sage", "attention.dense_backend: got 'sage', allowed in a ring: auto, native"),
+    ],
+)
+def test_what_a_ring_refuses(key, value, message):
+    config = guided(1, ring_degree=2)
+    group = "model" if key == "compile" else "attention"
+    config = replace(config, **{group: replace(getattr(config, group), **{key: value})})
+    with pytest.raises(UsageError) as stop:
+        plan_degrees(config, model(), 2, 1)
+    assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +123,12 @@ def test_given_degrees_stay_and_the_rest_is_chosen():
         ({"cfg_degree": 3}, 2, 3, "parallel.cfg_degree: got 3, allowed for the two halves of guidance: 2"),
         ({"data_degree": 2}, 2, 2, "parallel.data_degree: got 2, allowed with this many prompts"),
         (
-            {},
+            {"ring_degree": 2},
             1,
             3,
-            "parallel: got 3 processes, but no degrees (all to be chosen) share 4 heads and 1 prompts",
+            "parallel: got 3 processes, but no degrees (ring_degree 2) share 4 heads and 1 prompts",
         ),
+        ({"ring_degree": 2}, 1, 1, "parallel.ring_degree: got 2, allowed in one process: 1; start"),
         ({"ulysses_degree": 2}, 1, 3, "numbers of processes that work: 2"),
     ],
 )
@@ -91,9 +139,11 @@ def test_degrees_that_nothing_fits(parallel, halves, processes, message):
 
 
 def test_what_several_processes_refuse(monkeypatch):
-    for key, value in (("cache", "first_block"), ("compile", "blocks")):
-        with pytest.raises(UsageError, match=f"model.{key}: got '{value}', allowed in several processes"):
-            check_machine(read_config(TINY, [f"model.{key}={value}"]), "cpu", ALONE)
+    calibrating = read_config(TINY, ["model.cache=mag", "model.cache_ratios=calibrate"])
+    with pytest.raises(UsageError, match=r"got .calibrate.*allowed in several processes: numbers"):
+        check_machine(calibrating, "cpu", ALONE)
+    with pytest.raises(UsageError, match=r"model\.compile: got 'blocks', allowed in a ring: none"):
+        check_machine(read_config(TINY, ["model.compile=blocks"]), "cpu", Degrees(ring=2))
     compared = read_config(TINY, ["attention.check=reference"])
     with pytest.raises(UsageError, match=r"got 'reference', allowed with parallel\.cfg_degree=2"):
         check_machine(compared, "cpu", Degrees(cfg=2))
@@ -108,8 +158,8 @@ def test_what_several_processes_refuse(monkeypatch):
 def test_one_process_and_bad_counts(capsys, monkeypatch):
     assert main([TINY, "parallel.ulysses_degree=2"]) == 2
     assert "allowed in one process: 1; start several with torchrun" in capsys.readouterr().err
-    assert main([TINY, "parallel.ring_degree=2"]) == 2
-    assert capsys.readouterr().err == "error: parallel.ring_degree: got 2, allowed: 1\n"
+    assert main([TINY, "parallel.ring_degree=0"]) == 2
+    assert "parallel.ring_degree: got 0, allowed" in capsys.readouterr().err
     for text in ("0", "two", "-1"):
         monkeypatch.setenv("NPROC", text)
         with pytest.raises(UsageError, match="NPROC: got"):
@@ -128,15 +178,34 @@ def launched(*words: str, processes: int = 2, **environment: str) -> subprocess.
 
 
 def test_several_processes_make_the_video_of_one(tiny_model: Path, tmp_path: Path):
-    words = [f"model.path={tiny_model}", *SHORT]
+    words = [f"model.path={tiny_model}", *SHORT, "generation.height=272", "model.vae_tiling=always"]
+    words += ["model.cache=first_block", "model.cache_threshold=0.9"]
     assert launched(*words, f"output.path={tmp_path / 'one.mp4'}", processes=1).returncode == 0
     result = launched(*words, f"output.path={tmp_path / 'many.mp4'}", processes=4)
     assert result.returncode == 0, result.stderr
     assert "4 processes: cfg 2 (shares the halves of guidance), ulysses 2 (shares 2 heads)" in result.stdout
+    assert "decoding: 2 tiles shared by 2 processes" in result.stdout
     assert result.stdout.count("video ") == 1 and "DEBUG" not in result.stdout
     assert (tmp_path / "many.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
     record = json.loads((tmp_path / "many.json").read_text())
+    assert record["cache"]["computed"] < record["cache"]["due"]
     assert record["processes"] == {"ulysses": 2, "ring": 1, "cfg": 2, "data": 1}
+
+
+def test_a_ring_makes_the_video_of_one(tiny_model: Path, tmp_path: Path):
+    words = [f"model.path={tiny_model}", *SHORT]
+    assert main([TINY, *words, f"output.path={tmp_path / 'one.mp4'}"]) == 0
+    words += ["parallel.ring_degree=2", "parallel.cfg_degree=1", f"output.path={tmp_path / 'many.mp4'}"]
+    result = launched(*words)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes: ring 2 (given)" in result.stdout
+    one, many = (
+        np.stack(imageio.mimread(tmp_path / f"{name}.mp4", memtest=False)) for name in ("one", "many")
+    )
+    assert one.shape == many.shape  # sums in another order: a few values round the other way
+    assert np.abs(one.astype(int) - many).mean() < 0.1
+    record = json.loads((tmp_path / "many.json").read_text())
+    assert record["processes"] == {"ulysses": 1, "ring": 2, "cfg": 1, "data": 1}
 
 
 def test_prompts_are_shared_and_a_second_run_makes_none_again(tiny_model: Path, tmp_path: Path):

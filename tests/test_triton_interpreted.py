@@ -12,7 +12,9 @@ import torch
 from radial_attn import BlockMask, TokenGrid, radial_attention, tiles
 from radial_attn.kernels import triton_configs
 from radial_attn.kernels.triton_configs import Launch
+from radial_attn.partial import Part
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
+from tests.test_partial import agree, make, some_blocks
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/test_kernels_triton.py"
@@ -145,6 +147,29 @@ def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
     triton_configs.launch.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "chosen", [("", False), ("whole", False), ("head", True)], ids=["plain", "host", "kernel"]
+)
+@pytest.mark.parametrize("lengths", [None, [0, 7], [3, 7]], ids=str)
+@pytest.mark.parametrize(("sizes", "texts"), [((45, 87), (7, 7)), ((96, 40), (0, 7)), ((40, 64), (7, 0))])
+def test_a_part_of_the_keys(monkeypatch, sizes, texts, lengths, chosen):
+    """Rows and keys of their own lengths and text, under every way of reading keys."""
+    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
+    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
+    triton_configs.launch.cache_clear()
+    agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
+    triton_configs.launch.cache_clear()
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_parts_of_heads_with_patterns_of_their_own(size):
+    blocks = some_blocks(150, 270, 2, size)
+    blocks[1] = False
+    tensors = [x.half() for x in make(150, 270, heads=2, batch=1, width=64)]
+    agree("triton", tensors, Part(blocks, size))
+    agree("triton", tensors, Part(torch.zeros_like(blocks), size))
+
+
 def test_gradient_through_the_log_sum_exp():
     """As a ring of devices needs it, which weighs parts of the keys by their log-sum-exp."""
     from radial_attn.kernels.triton import triton_attention
@@ -175,7 +200,7 @@ def test_values_that_are_not_finite_come_out(place, quantize):
 
 
 def test_unaligned_tensors_are_copied_for_descriptors():
-    from radial_attn.kernels.triton import aligned
+    from radial_attn.kernels.triton_launch import aligned
 
     even = torch.zeros(1, 8, 2, 64, dtype=torch.float16)
     odd = torch.zeros(8 * 2 * 64 + 1, dtype=torch.float16)[1:].view(even.shape)

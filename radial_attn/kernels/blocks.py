@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import Needs
 from ..block_mask import BlockMask
+from ..partial import Part
 from ..plan import Group, Layout, plan_attention, to_device
 from ..rectangles import (
     Tensors,
@@ -22,10 +23,11 @@ from ..rectangles import (
     dense_any_backward,
     dense_cpu,
     dense_cpu_backward,
+    dense_cuda,
     forward_plan,
 )
 
-NEEDS = Needs()
+NEEDS = Needs(partial=True)
 
 
 def attention(
@@ -42,6 +44,35 @@ def attention(
     video = mask.grid.video_tokens
     valid = None if text_lengths is None else text_lengths + video
     return block_attention(query, key, value, mask.blocks, mask.block_size, video, valid, scale)[0]
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]`.
+
+    Args:
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+    """
+    (batch, rows, heads, width), keys, size = query.shape, key.shape[1], part.block_size
+    on_cpu = query.device.type == "cpu"
+    layout = Layout(
+        size,
+        tail=_tail(rows, rows - part.row_text, size),
+        features=batch * heads * width,
+        key_bytes=2 * width * query.element_size(),
+        merge=on_cpu,
+        key_tail=_tail(keys, keys - part.key_text, size),
+    )
+    dense = partial(dense_cpu if on_cpu else dense_cuda, scale=scale)
+
+    def run(tensors: Tensors, plan: tuple[Group, ...], padding: int) -> Tensors:
+        limits = rows - min(padding, part.row_text), keys - min(padding, part.key_text)
+        return forward_plan(tensors, plan, size, limits[0], dense, key_limit=limits[1])
+
+    padding = None if text_lengths is None else part.text - text_lengths
+    plans, samples = _plans(part.blocks, layout, query.device), _sample_groups(padding, 0, query.device)
+    return tuple(_over_both(run, (query, key, value), plans, samples))
 
 
 @torch.library.custom_op("radial_attn::block_attention", mutates_args=())
@@ -123,6 +154,7 @@ block_attention.register_autograd(_gradients, setup_context=_setup_context)
 
 
 Plans = tuple[tuple[Tensor | None, tuple[Group, ...]], ...]
+Groups = tuple[tuple[Tensor | None, int], ...]
 
 
 def _plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
@@ -159,22 +191,32 @@ def _split(
     batch, length, heads, width = tensors[0].shape
     layout = Layout(
         block_size,
-        tail=min(video_tokens, length - length % block_size) // block_size,
+        tail=_tail(length, video_tokens, block_size),
         features=batch * heads * width,
         key_bytes=2 * width * tensors[0].element_size(),
         merge=tensors[0].device.type == "cpu",
     )
-    plans = _plans(blocks, layout, tensors[0].device)
+    device = tensors[0].device
+    return _over_both(run, tensors, _plans(blocks, layout, device), _sample_groups(valid, length, device))
+
+
+def _tail(length: int, video_tokens: int, block_size: int) -> int:
+    """The first block that text or the end of `length` tokens may leave with fewer valid ones."""
+    return min(video_tokens, length - length % block_size) // block_size
+
+
+def _over_both(
+    run: Callable[[Tensors, tuple[Group, ...], int], Tensors], tensors: Tensors, plans: Plans, samples: Groups
+) -> Tensors:
+    """`run` for every group of samples, and in it of heads."""
 
     def over_heads(tensors: Tensors, limit: int) -> Tensors:
         return _over(2, lambda part, plan: run(part, plan, limit), tensors, plans)
 
-    return _over(0, over_heads, tensors, _sample_groups(valid, length, tensors[0].device))
+    return _over(0, over_heads, tensors, samples)
 
 
-def _sample_groups(
-    valid: Tensor | None, length: int, device: torch.device
-) -> tuple[tuple[Tensor | None, int], ...]:
+def _sample_groups(valid: Tensor | None, length: int, device: torch.device) -> Groups:
     """`(samples, tokens that count)` of each distinct number; `samples` is None where it is one for all."""
     limits = [length] if valid is None else valid.tolist()
     if len(set(limits)) == 1:

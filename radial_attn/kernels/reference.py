@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ..backends import QUANTIZE, Needs
 from ..block_mask import BlockMask
+from ..partial import Part
 from .reference_quantized import quantized_attention
 
-NEEDS = Needs(quantize=QUANTIZE)
+NEEDS = Needs(quantize=QUANTIZE, partial=True)
 
 
 def attention(
@@ -44,3 +45,25 @@ def attention(
         rounded = [x.float() for x in heads]
         out = quantized_attention(*rounded, keep | ~seen, scale=scale, bits=quantize).to(query.dtype)
     return out.masked_fill(~seen, 0).transpose(1, 2)
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]`; all in float32.
+
+    `text_lengths`: valid text tokens of each sample, int64 `[B]`, or None for all.
+    """
+    rows, keys = query.shape[1], key.shape[1]
+    keep = part.blocks.repeat_interleave(part.block_size, -2).repeat_interleave(part.block_size, -1)
+    keep = keep[..., :rows, :keys].to(query.device).view(1, -1, rows, keys)
+    if text_lengths is not None:
+        padding = (part.text - text_lengths).to(query.device).view(-1, 1, 1, 1)
+        row, column = (torch.arange(count, device=query.device) for count in (rows, keys))
+        keep = keep & (row.view(-1, 1) < rows - padding.clamp(max=part.row_text))
+        keep = keep & (column < keys - padding.clamp(max=part.key_text))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * scale
+    lse = scores.masked_fill(~keep, -torch.inf).logsumexp(dim=-1)
+    weights = torch.where(keep, (scores - lse.unsqueeze(-1)).exp(), 0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, value.float())
+    return out.to(query.dtype), lse.transpose(1, 2).contiguous()

@@ -6,15 +6,16 @@ backward, and does nothing else on the host.
 """
 
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends import DTYPES, HALF, QUANTIZE, Call, Needs
 from ..block_mask import BlockMask
-from .triton_configs import LAUNCHES, LOG2E, WIDTHS, Launch, architecture, padded
-from .triton_tables import tables
+from ..partial import Part
+from .triton_configs import LAUNCHES, LOG2E, WIDTHS, architecture, padded
+from .triton_launch import run_forward
+from .triton_tables import partial_tables, tables
 
 ROWS = 64  # of a program that multiplies outputs and their gradients
 
@@ -35,6 +36,7 @@ NEEDS = Needs(
     modules=("triton",),
     capability=(8, 0),
     quantize=QUANTIZE,
+    partial=True,
     also=no_tensor_cores,
     install="pip install triton",
 )
@@ -86,6 +88,30 @@ def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.dev
     )
 
 
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]` on one GPU.
+
+    Args:
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    counts = None, None
+    if text_lengths is not None:
+        padding = part.text - text_lengths
+        texts = (key.shape[1], part.key_text), (query.shape[1], part.row_text)
+        counts = [(n - padding.clamp(max=text)).to(query.device, torch.int32) for n, text in texts]
+    found = partial_tables(query, key, part, text_lengths is not None)
+    out, lse = run_forward(inputs, found, counts, scale)
+    return out, lse.transpose(1, 2)
+
+
 @torch.library.custom_op("radial_attn::triton_attention", mutates_args=())
 def triton_attention(  # noqa: PLR0917 (an operator's schema is positional)
     query: Tensor,
@@ -104,30 +130,8 @@ def triton_attention(  # noqa: PLR0917 (an operator's schema is positional)
         video_tokens: position where the text begins.
         counts: tokens of each sample that count, int32 `[B]` on the device, or None for all.
     """
-    from .triton_forward import forward_kernel
-
-    batch, tokens, heads, _ = query.shape
-    out = query.new_empty(query.shape)
-    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    chosen, lists, constants = tables("forward", query, blocks, block_size, video_tokens, counts)
-    if chosen.descriptors:
-        query, key, value = map(aligned, (query, key, value))
-    with torch.cuda.device_of(query):
-        forward_kernel[lists[0].shape[1], batch * heads](
-            *operands((query, key, value), chosen),
-            out,
-            lse,
-            *lists,
-            lse if counts is None else counts,
-            *(stride for x in (query, key, value, out) for stride in x.stride()[:3]),
-            tokens,
-            heads,
-            scale * LOG2E,
-            **constants,
-            DESCRIPTOR=chosen.descriptors,
-            SPECIALIZE=chosen.specialize,
-        )
-    return out, lse
+    found = tables("forward", query, blocks, block_size, video_tokens, counts)
+    return run_forward((query, key, value), found, (counts, counts), scale)
 
 
 @torch.library.custom_op("radial_attn::triton_attention_backward", mutates_args=())
@@ -205,35 +209,6 @@ def row_products(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
             num_warps=8,
         )
     return products
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its rows all begin at a multiple of 16 bytes, as descriptors need it."""
-    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
-    return tensor.clone(memory_format=torch.contiguous_format) if any(s % 16 for s in steps) else tensor
-
-
-def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
-    """Query, key and value as the forward kernel takes them: pointers, or descriptors of keys and values.
-
-    Where the kernel makes descriptors itself, `scratch` becomes this thread's allocator of Triton.
-    """
-    query, *others = tensors
-    if chosen.descriptors == "head":
-        import triton
-
-        triton.set_allocator(scratch)
-    if chosen.descriptors != "whole":
-        return [query, *others]
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    block = [1, chosen.columns, 1, padded(query.shape[-1])]
-    return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
-
-
-def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
-    """Memory of a launch, on the current device, for the descriptors that its programs make."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @triton_attention.register_fake

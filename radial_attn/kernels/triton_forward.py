@@ -181,6 +181,7 @@ def forward_kernel(
     starts,
     patterns,
     lengths,
+    row_lengths,
     query_batch,
     query_token,
     query_head,
@@ -194,6 +195,7 @@ def forward_kernel(
     out_token,
     out_head,
     tokens,
+    key_tokens,
     heads,
     scale,
     ROWS: tl.constexpr,
@@ -210,9 +212,13 @@ def forward_kernel(
 ):
     """Output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
 
-    `scale` is that of the scores times log2(e) and positive; `lengths` the tokens of each sample that count.
+    `scale` is that of the scores times log2(e) and positive; `tokens` are rows, `lengths` and `row_lengths`
+    the keys and rows of each sample that count.
     """
-    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, key_tokens, heads, PER_HEAD, LENGTHS)
+    row_limit = tokens
+    if LENGTHS:
+        row_limit = tl.load(row_lengths + batch)
     # a value of its own for rows: where warps specialise, the compiler (3.6, 3.7) moves the coordinate that a
     # descriptor is read at to the rows of each group of warps, and all that is made of the same value with it
     first = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32)
@@ -226,8 +232,8 @@ def forward_kernel(
         values = value + batch * value_batch + head * value_head
     if DESCRIPTOR == "head":
         queries = tl.make_tensor_descriptor(queries, [tokens, WIDTH], [query_token, 1], [ROWS, PADDED])
-        keys = tl.make_tensor_descriptor(keys, [tokens, WIDTH], [key_token, 1], [COLUMNS, PADDED])
-        values = tl.make_tensor_descriptor(values, [tokens, WIDTH], [value_token, 1], [COLUMNS, PADDED])
+        keys = tl.make_tensor_descriptor(keys, [key_tokens, WIDTH], [key_token, 1], [COLUMNS, PADDED])
+        values = tl.make_tensor_descriptor(values, [key_tokens, WIDTH], [value_token, 1], [COLUMNS, PADDED])
     at = tl.program_id(0) * ROWS
     source: tl.constexpr = "head" if DESCRIPTOR == "head" else ""
     q = load_tile(queries, batch, at, head, query_token, tokens, ROWS, WIDTH, PADDED, True, source)
@@ -238,21 +244,23 @@ def forward_kernel(
     if SPECIALIZE:  # the compiler takes one loop only: the whole tiles are masked as well where any is mixed
         acc, total, peak = attend(
             acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns, whole,
-            end, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, MIXED, BLOCKS, DESCRIPTOR, True,
+            end, key_tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, MIXED, BLOCKS, DESCRIPTOR,
+            True,
         )
     else:
         acc, total, peak = attend(
             acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns, whole,
-            mixed, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False, BLOCKS, DESCRIPTOR, False,
+            mixed, key_tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False, BLOCKS, DESCRIPTOR,
+            False,
         )
         if MIXED:
             acc, total, peak = attend(
                 acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns,
-                mixed, end, tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, True, BLOCKS,
+                mixed, end, key_tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, True, BLOCKS,
                 DESCRIPTOR, False,
             )
     # fmt: on
-    result, sums = finish(acc, total, peak, rows, limit)
+    result, sums = finish(acc, total, peak, rows, row_limit)
     tl.store(lse + tl.program_id(1).to(tl.int64) * tokens + rows, sums, mask=rows < tokens)
     outs = out + batch * out_batch + head * out_head
     store_tile(outs, result, first, out_token, tokens, ROWS, WIDTH, PADDED)

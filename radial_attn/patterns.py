@@ -1,0 +1,103 @@
+"""Other static masks, for comparison: as dense as the radial mask of the same options, and built as simply.
+
+Each has one number that makes it denser; it is chosen so that the density comes nearest to the radial one's.
+Sink, text and the diagonal are kept as the radial mask keeps them.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .block_mask import BlockMask
+from .grid import TokenGrid
+from .mask import RadialConfig, band_blocks, radial_mask
+
+SEED = 0  # of the random mask
+
+
+def compared_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
+    """The mask of `config.pattern`, one of `COMPARED`, at the density of the radial mask of these options.
+
+    - "spatial": whole frames up to a frame distance, and a band in the frames one further: attention to what
+      is near in time, as in the spatial heads of Sparse VideoGen (arXiv 2502.01776).
+    - "temporal": in every frame a band around the query's own position, a token wider up to some distance:
+      the temporal heads of the same.
+    - "strided": blocks of the query's own group of neighbours, in groups and in groups shifted by half: both
+      halves of the heads of LongLoRA (arXiv 2309.12307) in one mask.
+    - "power": blocks at a distance of a power of two, and a window, as in PowerAttention (arXiv 2503.03588).
+    - "random": in each row as many blocks, drawn with one seed.
+    """
+    target = radial_mask(grid, replace(config, pattern="radial")).density
+    build, most = COMPARED[config.pattern](grid, config)
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (
+            (middle + 1, high) if _mask(grid, config, build(middle)).density < target else (low, middle)
+        )
+    masks = [_mask(grid, config, build(number)) for number in (max(low - 1, 0), low)]
+    return min(masks, key=lambda mask: abs(mask.density - target))
+
+
+def _mask(grid: TokenGrid, config: RadialConfig, blocks: np.ndarray) -> BlockMask:
+    """Blocks with what every mask keeps: diagonal, sink, text."""
+    always = band_blocks(grid, config, lambda distance: None)
+    return BlockMask(grid, config.block_size, torch.from_numpy(blocks | always))
+
+
+Family = tuple[Callable[[int], np.ndarray], int]  # blocks `[Q, Q]` of a number, and the largest such number
+
+
+def _spatial(grid: TokenGrid, config: RadialConfig) -> Family:
+    frame = grid.tokens_per_frame
+
+    def build(reach: int) -> np.ndarray:
+        def width(distance: int) -> int | None:
+            left = reach - distance * frame
+            return None if left < 0 else min(left, frame)
+
+        return band_blocks(grid, config, width)
+
+    return build, grid.frames * frame
+
+
+def _temporal(grid: TokenGrid, config: RadialConfig) -> Family:
+    def build(number: int) -> np.ndarray:
+        width, nearer = divmod(number, grid.frames)
+        return band_blocks(grid, config, lambda distance: width + (distance < nearer))
+
+    return build, grid.video_tokens
+
+
+def _strided(grid: TokenGrid, config: RadialConfig) -> Family:
+    places = np.arange(grid.num_blocks(config.block_size))
+
+    def build(size: int) -> np.ndarray:
+        groups = [places // (size + 1), (places + (size + 1) // 2) // (size + 1)]
+        return np.any([group[:, None] == group for group in groups], axis=0)
+
+    return build, len(places)
+
+
+def _power(grid: TokenGrid, config: RadialConfig) -> Family:
+    places = np.arange(grid.num_blocks(config.block_size))
+    distance = np.abs(places[:, None] - places)
+    powers = (distance & (distance - 1)) == 0
+    return lambda window: powers | (distance <= window), len(places)
+
+
+def _random(grid: TokenGrid, config: RadialConfig) -> Family:
+    count = grid.num_blocks(config.block_size)
+    order = np.random.default_rng(SEED).random((count, count)).argsort(axis=1).argsort(axis=1)
+    return lambda number: order < number, count
+
+
+COMPARED = {
+    "spatial": _spatial,
+    "temporal": _temporal,
+    "strided": _strided,
+    "power": _power,
+    "random": _random,
+}

@@ -1,0 +1,129 @@
+"""Shares of a sequence for a ring of devices: blocks dealt so that all keep about equally many.
+
+A radial mask is denser near its diagonal and at the sink, and thins out by frame distance. Short runs of
+blocks are therefore dealt in turn, twice around for each frame: every rank holds strips of all frames, and
+the rectangle of any rank's rows and any rank's keys keeps about the same.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+from .grid import TokenGrid
+from .partial import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """Which blocks and tokens each rank of a ring holds, all ascending.
+
+    Attributes:
+        blocks: int64, of each rank the blocks that video fills; what follows, the end of the video
+            and the text, is with the last rank.
+        tokens: int64, of each rank its video tokens.
+    """
+
+    grid: TokenGrid
+    block_size: int
+    blocks: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
+
+    @property
+    def degree(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def most_tokens(self) -> int:
+        """Video tokens of the largest share."""
+        return max(len(tokens) for tokens in self.tokens)
+
+    @property
+    def front(self) -> int:
+        """Video tokens of the block in which the text begins, or of a short last block."""
+        return self.grid.video_tokens % self.block_size
+
+    def part(self, mask: BlockMask, row_rank: int, key_rank: int) -> Part:
+        """The mask of a rank's video tokens and of a rank's keys, to which the last rank adds the text."""
+        rows = self.blocks[row_rank]
+        if row_rank == self.degree - 1 and self.front:
+            rows = torch.cat([rows, rows.new_tensor([self._first_mixed])])
+        return self._part(mask, ("rows", row_rank), rows, key_rank)
+
+    def text_part(self, mask: BlockMask, key_rank: int) -> Part:
+        """The mask of the text, `front` tokens before it that fill its first block, and a rank's keys."""
+        return self._part(mask, "text", self._mixed, key_rank)
+
+    def kept(self, mask: BlockMask) -> Tensor:
+        """Kept blocks of each rank's rows and each rank's keys, float64 `[R, R]`, the mean over heads.
+
+        The rows of the text are computed by all, each over its own keys: they count on the diagonal.
+        """
+        ranks = range(self.degree)
+        kept = [[self._count(self.part(mask, row, key)) for key in ranks] for row in ranks]
+        for rank in ranks if self.grid.text else ():
+            kept[rank][rank] += self._count(self.text_part(mask, rank))
+        return torch.tensor(kept, dtype=torch.float64, device="cpu")
+
+    @property
+    def _first_mixed(self) -> int:
+        return self.grid.video_tokens // self.block_size
+
+    @property
+    def _mixed(self) -> Tensor:
+        """The blocks from the end of the video on."""
+        return torch.arange(self._first_mixed, self.grid.num_blocks(self.block_size), device="cpu")
+
+    def _part(self, mask: BlockMask, name: object, rows: Tensor, key_rank: int) -> Part:
+        texts = self.grid.text if name == "text" else 0, 0
+        keys = self.blocks[key_rank]
+        if key_rank == self.degree - 1:
+            keys, texts = torch.cat([keys, self._mixed]), (texts[0], self.grid.text)
+
+        def build() -> Part:
+            blocks = mask.blocks.index_select(-2, rows).index_select(-1, keys)
+            return Part(blocks, self.block_size, *texts)
+
+        return mask.cached(("part", self.degree, name, key_rank), build)
+
+    @staticmethod
+    def _count(part: Part) -> float:
+        return part.blocks.sum().item() / (part.blocks.shape[0] if part.blocks.ndim == 3 else 1)
+
+
+@lru_cache(maxsize=8)
+def deal(grid: TokenGrid, block_size: int, degree: int) -> Shards:
+    """Shares for `degree` ranks, of equally many whole video blocks or one less."""
+    whole = grid.video_tokens // block_size
+    owner = torch.from_numpy(_owners(whole, degree, grid.tokens_per_frame // block_size))
+    with torch.inference_mode(False):
+        blocks = tuple((owner == rank).nonzero().flatten() for rank in range(degree))
+        inside = torch.arange(block_size, device="cpu")
+        tokens = [(part.unsqueeze(1) * block_size + inside).flatten() for part in blocks]
+        rest = torch.arange(whole * block_size, grid.video_tokens, device="cpu")
+        tokens[-1] = torch.cat([tokens[-1], rest])
+    return Shards(grid, block_size, blocks, tuple(tokens))
+
+
+def _owners(count: int, degree: int, frame: int) -> np.ndarray:
+    """The rank of each of `count` blocks, int64, dealt in rounds of runs, two rounds to a frame."""
+    run = max(1, frame // (2 * degree))
+    rounds = max(1, round(count / (run * degree)))
+    quotas = np.array([count // degree + (rank < count % degree) for rank in range(degree)])
+    ends = np.arange(rounds + 1)[:, None] * quotas // rounds
+    ranks = np.tile(np.arange(degree), rounds)
+    return np.repeat(ranks, np.diff(ends, axis=0).flatten())
+
+
+def imbalance(kept: Tensor) -> tuple[float, float]:
+    """How much more than the mean the busiest rank has, and all have that wait for the busiest at each step.
+
+    `kept`: of `Shards.kept`. 1.0 is even; at step `j` rank `r` attends to the keys of rank `r - j`.
+    """
+    degree, mean = len(kept), kept.sum() / len(kept)
+    ranks = torch.arange(degree, device="cpu")
+    steps = [kept[ranks, (ranks - step) % degree].max() for step in range(degree)]
+    return (kept.sum(dim=1).max() / mean).item(), (sum(steps) / mean).item()

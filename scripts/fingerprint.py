@@ -1,0 +1,138 @@
+"""Which model latents and text embeddings were made with, as digests that are cheap to take."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from models.pipelines import is_local
+from scripts.architecture import hub_unreachable
+from scripts.errors import UsageError, one_line
+
+FORMAT = 1  # of the folder of latents, and of how a video becomes one
+PATTERNS = ("model_index.json", "scheduler/*", "vae/*", "text_encoder*/*", "tokenizer*/*")
+UNUSED = ("*.bin", "*.fp16.safetensors", "*.msgpack", "*.onnx")
+TEXT = ("text_encoder", "tokenizer")
+VAE_CONFIG = (
+    "_class_name",
+    "latents_mean",
+    "latents_std",
+    "patch_size",
+    "scaling_factor",
+    "shift_factor",
+    "temperal_downsample",
+)
+NOT_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+
+Fingerprint = dict[str, str]  # part -> what it is: "format", "family", "vae", "text encoder"
+
+
+def fingerprint(path: str, family: str) -> Fingerprint:
+    """What latents depend on: the VAE's weights and scaling, text encoders and tokenizers, family, format.
+
+    Of a text encoder configuration, names and sizes of the weight files and their headers count, not the
+    weights, which are tens of gigabytes.
+
+    Args:
+        path: folder in diffusers format, or hub id; of that, what is missing here is fetched.
+
+    Raises:
+        UsageError: a hub id out of reach, a file that is missing or broken.
+    """
+    folder = parts_folder(path)
+    try:
+        return {
+            "format": str(FORMAT),
+            "family": family,
+            "vae": _hexdigest(
+                [_config(folder / "vae", VAE_CONFIG), *map(_content, _weights(folder / "vae"))]
+            ),
+            "text encoder": _hexdigest([_text_part(folder / name) for name in text_parts(folder)]),
+        }
+    except (OSError, ValueError, struct.error) as error:
+        raise UsageError(f"model.path: got {path!r}, which cannot be read: {one_line(error)}") from error
+
+
+def parts_folder(path: str) -> Path:
+    """The folder of VAE, text encoders and tokenizers: `path`, or the hub's copy here, fetched if need be."""
+    if is_local(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    failure: Exception = FileNotFoundError("not all of it is there")
+    for here in (True, False):
+        try:
+            found = snapshot_download(
+                path, allow_patterns=list(PATTERNS), ignore_patterns=list(UNUSED), local_files_only=here
+            )
+        except (OSError, ValueError) as error:
+            failure = error
+            continue
+        if is_complete(Path(found)):
+            return Path(found)
+    raise UsageError(hub_unreachable(path, failure)) from failure
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the weights and tokenizers that the index names are there."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    parts = [folder / name for name in ("vae", *text_parts(folder))]
+    models = [part for part in parts if not part.name.startswith("tokenizer")]
+    return all(part.is_dir() for part in parts) and all(_has_weights(part) for part in models)
+
+
+def text_parts(folder: Path) -> list[str]:
+    """Text encoders and tokenizers of the pipeline's index, in order of their names."""
+    return [name for name in parts(folder) if name.startswith(TEXT)]
+
+
+def parts(folder: Path) -> list[str]:
+    """All that the pipeline's index names and has, in order of their names."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return sorted(name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None)
+
+
+def _has_weights(part: Path) -> bool:
+    """All files of the list of shards, where there is one, else any."""
+    lists = list(part.glob("*.safetensors.index.json"))
+    if not lists:
+        return bool(_weights(part))
+    names = {name for file in lists for name in json.loads(file.read_text())["weight_map"].values()}
+    return all((part / name).is_file() for name in names)
+
+
+def _weights(part: Path) -> list[Path]:
+    return sorted(file for file in part.glob("*.safetensors") if ".fp16." not in file.name)
+
+
+def _text_part(part: Path) -> str:
+    if part.name.startswith("tokenizer"):
+        files = sorted(file for file in part.iterdir() if file.is_file())
+        return _hexdigest([part.name, *(f"{file.name} {_content(file)}" for file in files)])
+    return _hexdigest([part.name, _config(part, without=NOT_CONFIG), *map(_outline, _weights(part))])
+
+
+def _config(part: Path, entries: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> str:
+    """These entries of config.json, or all but some, as text."""
+    content: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    kept = {name: content.get(name) for name in entries or content if name not in without}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _outline(file: Path) -> str:
+    """Name, size and header of a safetensors file."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = stream.read(min(length, file.stat().st_size))
+    return f"{file.name} {file.stat().st_size} {hashlib.sha256(header).hexdigest()}"
+
+
+def _content(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hexdigest(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""Prepared latents as the trainer reads them, and the order in which it does.
+
+A folder holds `index.json` and shards: `latents-00000.safetensors` with a tensor a clip, and
+`text-00000.safetensors` with the tensors of the captions, each caption once.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.flow import Text
+from scripts.errors import UsageError, one_line
+from scripts.fingerprint import FORMAT, Fingerprint, fingerprint
+
+__all__ = ["BucketSampler", "Fingerprint", "LatentStore", "Sample", "fingerprint"]
+INDEX = "index.json"
+OPEN_FILES = 16
+AGAIN = "bash scripts/prepare_latents.sh makes one"
+
+Bucket = tuple[int, int, int]  # latent frames, rows and columns
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip with its caption.
+
+    Attributes:
+        name: of the video, with the number of the clip's first frame where it gave several.
+        frames, height, width: of the clip.
+        latent_shape: `(C, F, h, w)`.
+        shard, key: the file and the tensor in it.
+    """
+
+    name: str
+    caption: str
+    frames: int
+    height: int
+    width: int
+    latent_shape: tuple[int, ...]
+    shard: str
+    key: str
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.latent_shape[1:]
+
+
+def text_key(caption: str) -> str:
+    """Under which a caption's tensors are kept."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:24]
+
+
+class LatentStore:
+    """The samples of a folder, read as they are asked for.
+
+    Attributes:
+        samples: in the order of the videos.
+        fingerprint: of the model that they were made with.
+    """
+
+    def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.fingerprint: Fingerprint = content["fingerprint"]
+        self.samples = [_sample(entry, content["latents"]) for entry in content["samples"]]
+        self._texts: dict[str, str] = content["texts"]
+        self._files: OrderedDict[str, Any] = OrderedDict()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "LatentStore":
+        """Raises UsageError for a folder without an index, one not finished, one with broken files."""
+        folder = Path(folder).expanduser()
+        content = read_index(folder)
+        if content is None:
+            raise UsageError(f"data.latents: got {str(folder)!r}, which has no {INDEX}; {AGAIN}")
+        wanted = [entry["key"] for entry in content["samples"]]
+        done = sum(key in content["latents"] for key in wanted)
+        captions = {text_key(caption) for caption in ["", *(e["caption"] for e in content["samples"])]}
+        if not wanted or done < len(wanted) or captions - content["texts"].keys():
+            raise UsageError(
+                f"data.latents: got {str(folder)!r}, which is not finished ({done} of {len(wanted)} clips); "
+                "the same call of scripts/prepare_latents.sh goes on"
+            )
+        store = cls(folder, content)
+        for shard in {sample.shard for sample in store.samples} | set(content["texts"].values()):
+            store._file(shard)
+        return store
+
+    @property
+    def empty_text(self) -> Text:
+        """Of the prompt '', for captions that are dropped."""
+        return self._text("")
+
+    def load(self, i: int) -> tuple[Tensor, Text]:
+        """Latents `[C, F, h, w]` of sample `i`, and its caption as the pipeline's call takes it."""
+        sample = self.samples[i]
+        return self._file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
+
+    def check(self, wanted: Fingerprint) -> None:
+        """Raises UsageError where the latents are those of another model; it names what differs."""
+        check_fingerprint(self.folder, self.fingerprint, wanted)
+
+    def buckets(self, min_frames: int | None = None) -> dict[Bucket, list[int]]:
+        """Samples by latent `(F, h, w)`, in order; only those of at least `min_frames` frames of video."""
+        found: dict[Bucket, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            if sample.frames >= (min_frames or 0):
+                found.setdefault(sample.bucket, []).append(i)
+        return dict(sorted(found.items()))
+
+    def dropped(self, min_frames: int | None) -> int:
+        """Samples that `buckets` leaves out."""
+        return len(self.samples) - sum(map(len, self.buckets(min_frames).values()))
+
+    def _text(self, caption: str) -> Text:
+        key = text_key(caption)
+        file = self._file(self._texts[key])
+        names = [name for name in file.keys() if name.startswith(f"{key}.")]  # noqa: SIM118
+        return {name.removeprefix(f"{key}."): file.get_tensor(name) for name in names}
+
+    def _file(self, shard: str) -> Any:
+        if shard not in self._files:
+            self._files[shard] = open_shard(self.folder / shard)
+        self._files.move_to_end(shard)
+        if len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)
+        return self._files[shard]
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The content of the index, None where there is none; UsageError for one that is broken or foreign."""
+    file = folder / INDEX
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["fingerprint"]["format"]
+        lacking = {"latents", "samples", "texts"} - content.keys()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"data.latents: {file} is no index of latents ({one_line(error)}); {AGAIN}"
+        ) from error
+    if version != str(FORMAT):
+        raise UsageError(f"data.latents: {file} has format {version}, allowed: {FORMAT}; {AGAIN}")
+    if lacking:
+        raise UsageError(f"data.latents: {file} lacks {', '.join(sorted(lacking))}; {AGAIN}")
+    return content
+
+
+def open_shard(file: Path) -> Any:
+    """A safetensors file, its tensors still on the disk; UsageError for one that is missing or not whole."""
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"data.latents: {file} cannot be read ({one_line(error)}); {AGAIN}") from error
+
+
+def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+    """Raises UsageError that names the parts which differ."""
+    other = [part for part, value in wanted.items() if found.get(part) != value]
+    if other:
+        raise UsageError(
+            f"data.latents: got {str(folder)!r}, whose latents were made with another {' and '.join(other)} "
+            "than model.path and model.family name; allowed: the model they were made with, or another folder"
+        )
+
+
+def _sample(entry: Mapping[str, Any], latents: Mapping[str, Mapping[str, Any]]) -> Sample:
+    place = latents[entry["key"]]
+    return Sample(**entry, latent_shape=tuple(place["shape"]), shard=place["shard"])
+
+
+class BucketSampler:
+    """Batches of samples of one bucket, in an order that follows from seed and step alone.
+
+    An epoch goes through every bucket in an order of its own. Where a bucket's number is no multiple of the
+    batch, its last batch is filled from the beginning of that order.
+    """
+
+    def __init__(self, buckets: Mapping[Bucket, Sequence[int]], batch: int, seed: int) -> None:
+        """Raises ValueError for no samples or a batch below 1."""
+        if batch < 1 or not any(buckets.values()):
+            raise ValueError(f"batch must be at least 1 and a sample be there, got {batch} and {buckets}")
+        self.buckets = {bucket: list(members) for bucket, members in sorted(buckets.items()) if members}
+        self.batch, self.seed = batch, seed
+        self._epoch = lru_cache(maxsize=2)(self._batches)
+
+    @property
+    def batches(self) -> int:
+        """Of an epoch."""
+        return sum(-(-len(members) // self.batch) for members in self.buckets.values())
+
+    def batch_at(self, step: int) -> list[int]:
+        """The samples of a step, counted from 0: a batch of one bucket."""
+        epoch, place = divmod(step, self.batches)
+        return self._epoch(epoch)[place]
+
+    def share(self, step: int, rank: int, world: int) -> list[int]:
+        """What process `rank` of `world` takes in a step: together they take the next `world` batches."""
+        return self.batch_at(step * world + rank)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        batches = []
+        for members in self.buckets.values():
+            order = self._shuffled(members, f"{epoch}")
+            for start in range(0, len(order), self.batch):
+                batches.append([order[(start + i) % len(order)] for i in range(self.batch)])
+        places = self._shuffled(range(len(batches)), f"{epoch} batches")
+        return [batches[place] for place in places]
+
+    def _shuffled(self, numbers: Sequence[int], purpose: str) -> list[int]:
+        """The same order with every version of every library: by digests."""
+
+        def digest(number: int) -> bytes:
+            return hashlib.sha256(f"{self.seed} {purpose} {number}".encode()).digest()
+
+        return sorted(numbers, key=digest)

@@ -1,0 +1,154 @@
+"""Checkpoints of LoRA training: written whole or not at all, the last few kept; and the log beside them.
+
+What is drawn at random in a step follows from the seed and the step's number, and so do the learning rate and
+the samples: a checkpoint needs the step, the adapter and the optimizer, nothing else.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.errors import DiskFullError, UsageError, one_line
+
+STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
+PREFIX = "step_"
+FULL = (28, 122)  # ENOSPC, EDQUOT
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder, `step_000100` and so on."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there and whole, ascending."""
+        found = (path for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
+        return sorted(int(path.name.removeprefix(PREFIX)) for path in found)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` steps."""
+        return self.folder / f"{PREFIX}{step:06d}"
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes a checkpoint and then takes old ones away.
+
+        Raises:
+            DiskFullError: no room; the checkpoints of before are whole.
+        """
+        final = self.path(step)
+        part = final.with_name(f".{final.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            with (part / STATE).open("wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+        except (OSError, RuntimeError) as error:
+            raise _unsaved(final, error) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+
+    def load(self, device: str) -> dict[str, Any] | None:
+        """The newest checkpoint; None where there is none.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        if not (steps := self.steps()):
+            return None
+        file = self.path(steps[-1]) / STATE
+        try:
+            return torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # a broken pickle raises whatever it likes
+            raise UsageError(
+                f"checkpoint {file} cannot be read ({one_line(error)}); remove its folder to go on from the "
+                "one before"
+            ) from error
+
+
+def _unsaved(path: Path, error: BaseException) -> UsageError:
+    """A write of torch that fails may hide the reason behind an error of its own."""
+    number = getattr(error, "errno", None)
+    if number is None and isinstance(error.__context__, OSError):
+        number = error.__context__.errno
+    reason = os.strerror(number) if number else one_line(error)
+    kind = DiskFullError if number in FULL else UsageError
+    return kind(f"{path} cannot be written ({reason}); the checkpoint before it is whole")
+
+
+def check_config(folder: Path, now: dict[str, Any], free: tuple[str, ...], *, accept: bool) -> list[str]:
+    """Keeps the configuration of a run in its folder; what differs from it later.
+
+    Args:
+        now: the configuration, flat.
+        free: keys that may differ.
+        accept: takes the differences, which are returned, instead of refusing them.
+
+    Raises:
+        UsageError: others differ, with the differences.
+    """
+    file = folder / CONFIG
+    before = _read(file) if file.is_file() else now
+    changed = [
+        f"{key} {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(free)
+    ]
+    if changed and not accept:
+        raise UsageError(
+            f"output.path: {folder} holds a run with other settings ({', '.join(changed)}); allowed: the "
+            "same settings, another folder, or output.accept_changes=true"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(now, indent=2), encoding="utf-8")
+    os.replace(part, file)
+    return changed
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(f"{file} cannot be read ({one_line(error)})") from error
+
+
+class Log:
+    """Lines of JSON, one an entry, and the same numbers for TensorBoard."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        """`first`: the step that the run begins with; what stands there of later ones is taken back."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = folder / LOG
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= first]
+        part = self._file.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, self._file)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+
+    def _lines(self) -> list[str]:
+        """Whole entries of before: a kill may have cut the last one."""
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        return [line for line in lines if line.endswith("}")]
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Numbers of a step, counted from 1."""
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what TensorBoard has not been given yet."""
+        self._board.close()

@@ -1,0 +1,46 @@
+"""The command line of LoRA training: what the words mean, and what `--dry-run` prints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.errors import UsageError
+from scripts.lora_config import SCHEMA, LoraTrainConfig
+
+CALL = "bash scripts/wan_lora_train.sh CONFIG.yaml [key=value ...] [--dry-run] [--help]"
+
+
+@dataclass
+class Command:
+    """What was asked for; `text` where it is only to be printed."""
+
+    config: LoraTrainConfig | None = None
+    text: str | None = None
+
+
+def parse(argv: list[str]) -> Command:
+    """Raises UsageError for anything that is no configuration, `key=value`, --dry-run or --help."""
+    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
+    options = [word for word in argv if word.startswith("-")]
+    files = [word for word in argv if word not in overrides and word not in options]
+    if unknown := sorted(set(options) - {"--dry-run", "--help", "-h"}):
+        hint = "write keys without dashes, as in train.seed=1; options: --dry-run, --help"
+        raise UsageError(f"unknown option {unknown[0]!r}; {hint}")
+    if {"--help", "-h"} & set(options):
+        lines = [f"usage: {CALL}", "", "presets:", *SCHEMA.preset_lines(), "", *SCHEMA.help_lines()]
+        return Command(text="\n".join(lines))
+    if len(files) != 1:
+        raise UsageError(f"one configuration, got {' and '.join(map(repr, files)) or 'none'}; usage: {CALL}")
+    config = SCHEMA.read(files[0], overrides)
+    SCHEMA.check(config)
+    return Command(config, text=dry_run(config) if "--dry-run" in options else None)
+
+
+def dry_run(config: LoraTrainConfig) -> str:
+    """What the run would take; no weights are read, and the latents need not be there yet."""
+    from scripts.lora_plan import describe_plan
+    from scripts.lora_setup import examined
+
+    model, path, device = examined(config)
+    data = Path(config.data.latents).expanduser()
+    lines = describe_plan(config, model, path, device)
+    return lines if data.is_dir() else f"{lines}\n{'note':<10} {data} is not there yet: prepare_latents.sh"

@@ -1,0 +1,202 @@
+"""A run of LoRA training made from its configuration: processes, model, adapter, optimizer, samples."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from models import apply_radial_attention
+from models.adapter import add_adapter
+from models.parallel import SequenceParallel
+from models.positions import extend_positions
+from models.xdit import Degrees, import_xfuser, start
+from scripts.architecture import Architecture, read_architecture
+from scripts.errors import UsageError, one_line
+from scripts.latents import BucketSampler, LatentStore, fingerprint
+from scripts.lora_checkpoint import Checkpoints, check_config
+from scripts.lora_config import LoraTrainConfig
+from scripts.lora_plan import as_generation, check_training, mask_settings
+from scripts.lora_run import Run
+from scripts.plan import attention_options
+from scripts.positions import position_options
+from scripts.ranks import processes
+from scripts.validate import resolve_device, resolve_model
+
+FREE = (
+    "output.",
+    "validation.",
+    "model.device",
+    "train.save_every",
+    "data.folder",
+    "data.table",
+    "data.shard_mb",
+)
+
+
+def examined(config: LoraTrainConfig) -> tuple[Architecture, str, str]:
+    """Architecture, path and device of the run; UsageError for what can be refused without weights."""
+    run = as_generation(config, config.data.sizes[0] if config.data.sizes else [1, 16, 16])
+    device, path = resolve_device(run), resolve_model(run)
+    model = read_architecture(path)
+    check_training(config, model, path, device)
+    return model, path, device
+
+
+@contextmanager
+def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
+    """The run, its model on its device and its samples found, for as long as the block runs.
+
+    Raises:
+        UsageError: latents that are missing, unfinished or of another model, a folder that holds another run,
+            weights that cannot be loaded.
+    """
+    model, path, device = examined(config)
+    store = LatentStore.open(config.data.latents)
+    store.check(fingerprint(path, config.model.family))
+    trains, held_out = divided(config, store)
+    world, ulysses = processes(), config.parallel.ulysses_degree
+    if world % ulysses:
+        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, allowed: what divides {world} processes")
+    accelerator, parallel = _start(device, world, ulysses)
+    folder = Path(config.output.path).expanduser()
+    if accelerator.is_main_process:
+        check_config(folder, flat(config), FREE, accept=config.output.accept_changes)
+    with ExitStack() as stack:
+        transformer = load_transformer(config, path)
+        trained = with_adapter(config, transformer)
+        stack.enter_context(_positions(config, model, transformer))
+        options = attention_options(as_generation(config, config.data.sizes[0]))
+        stack.enter_context(apply_radial_attention(transformer, **options, parallel=parallel))
+        optimizer = build_optimizer(config, list(trained.values()))
+        wrapped, optimizer = accelerator.prepare(transformer, optimizer)
+        run = Run(
+            config=config,
+            accelerator=accelerator,
+            transformer=wrapped,
+            plain=transformer,
+            trained=trained,
+            optimizer=optimizer,
+            store=store,
+            sampler=BucketSampler(trains, config.train.batch, config.train.seed),
+            held_out=held_out,
+            path=path,
+            about=about(config, model),
+            place=accelerator.process_index // ulysses,
+            world=world // ulysses,
+            average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
+            boundary=_boundary(path),
+        )
+        yield run, Checkpoints(folder, config.output.keep)
+        accelerator.end_training()
+
+
+def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, SequenceParallel | None]:
+    """The accelerator, and who shares the tokens of a video, None where nobody does."""
+    if ulysses > 1:
+        start(Degrees(ulysses=ulysses, data=world // ulysses), device)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    if ulysses == 1:
+        return accelerator, None
+    return accelerator, SequenceParallel(import_xfuser(device).get_sp_group().ulysses_group)
+
+
+def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, list[int]], list[int]]:
+    """Samples of the sizes of the run: those to learn from, by bucket, and those held out, spread evenly.
+
+    Raises UsageError where none are left to learn from.
+    """
+    sizes = [tuple(size) for size in config.data.sizes]
+    fitting = [
+        i for i, sample in enumerate(store.samples) if (sample.frames, sample.height, sample.width) in sizes
+    ]
+    count = config.validation.samples if config.validation.every else 0
+    if len(fitting) <= count:
+        raise UsageError(
+            f"data.latents: {store.folder} has {len(fitting)} clips of data.sizes, of which "
+            f"validation.samples={count} are held out; allowed: more clips, or fewer held out"
+        )
+    held_out = [fitting[(2 * n + 1) * len(fitting) // (2 * count)] for n in range(count)]
+    trains: dict[tuple, list[int]] = {}
+    for i in fitting:
+        if i not in held_out:
+            trains.setdefault(store.samples[i].bucket, []).append(i)
+    return trains, held_out
+
+
+def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:
+    """The transformer that is trained; UsageError where it cannot be loaded."""
+    from diffusers import AutoModel
+
+    part = "transformer" if config.model.expert == 1 else "transformer_2"
+    try:
+        dtype = getattr(torch, config.model.dtype)
+        return AutoModel.from_pretrained(path, subfolder=part, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # the libraries have no common one for a folder that they cannot load
+        raise UsageError(
+            f"model.path: got {config.model.path!r}, whose {part} cannot be loaded: {one_line(error)}"
+        ) from error
+
+
+def with_adapter(config: LoraTrainConfig, transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Adds the adapter to the transformer, in training mode; its parameters by name."""
+    lora = config.lora
+    trained = add_adapter(
+        transformer,
+        rank=lora.rank,
+        alpha=lora.rank if lora.alpha is None else lora.alpha,
+        targets=lora.targets,
+        dropout=lora.dropout,
+        seed=config.train.seed,
+    )
+    if config.train.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    return trained
+
+
+def build_optimizer(config: LoraTrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW of torch, or that of bitsandbytes with states of 8 bits."""
+    train = config.train
+    options = {"lr": train.rate, "betas": (0.9, 0.99), "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def flat(config: LoraTrainConfig) -> dict[str, Any]:
+    """Dotted keys and their values."""
+    return {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
+
+
+def about(config: LoraTrainConfig, model: Architecture) -> dict[str, Any]:
+    """What the adapter's header says it was trained for."""
+    names = ("path", "family", "expert", "positions", "positions_frames")
+    return {
+        **{name: getattr(config.model, name) for name in names},
+        "steps": config.train.steps,
+        "flow_shift": config.train.flow_shift,
+        "sizes": mask_settings(config, model),
+    }
+
+
+def _positions(config: LoraTrainConfig, model: Architecture, transformer: torch.nn.Module) -> Any:
+    """Positions extended to the longest of the sizes."""
+    run = as_generation(config, max(config.data.sizes))
+    return extend_positions(transformer, **position_options(run, model))
+
+
+def _boundary(path: str) -> float | None:
+    """Noise level at which one expert hands over to the other; None where there is one transformer."""
+    file = Path(path) / "model_index.json"
+    if not file.is_file():
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.load_config(path).get("boundary_ratio")
+    return json.loads(file.read_text(encoding="utf-8")).get("boundary_ratio")

@@ -1,0 +1,91 @@
+"""What a checkpoint of LoRA training holds, how a run goes on from it, and the adapter that users load."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from models.adapter import FILE, adapter_settings, save_adapter
+from scripts.lora_checkpoint import Checkpoints
+from scripts.lora_run import Run
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BEST = "best"
+
+
+def keep(run: Run, checkpoints: Checkpoints, step: int) -> None:
+    """Writes a checkpoint after `step` steps, and the adapter as it is then beside it."""
+    optimizer = get_optimizer_state_dict(run.transformer, run.optimizer.optimizer, options=WHOLE)
+    values = whole(run.trained)
+    if run.accelerator.is_main_process:
+        state = {"step": step, "trained": values, "optimizer": optimizer, "average": run.average}
+        state |= {"skipped": run.skipped, "in_a_row": run.in_a_row, "best": run.best}
+        checkpoints.save(step, state)
+        write_adapter(run, checkpoints.folder, step)
+    run.accelerator.wait_for_everyone()
+
+
+def restore(run: Run, checkpoints: Checkpoints) -> int:
+    """The step that the run goes on with: 0, or that of the newest checkpoint, which is put in."""
+    state = checkpoints.load("cpu")
+    if state is None:
+        return 0
+    with torch.no_grad():
+        for name, value in run.trained.items():
+            value.copy_(state["trained"][name])
+    set_optimizer_state_dict(run.transformer, run.optimizer.optimizer, state["optimizer"], options=WHOLE)
+    if run.average is not None and state["average"] is not None:
+        run.average = {name: x.to(run.accelerator.device) for name, x in state["average"].items()}
+    run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
+    return state["step"]
+
+
+def save_best(run: Run, folder: Path, loss: float, step: int) -> None:
+    """Keeps the adapter whose validation loss is the lowest so far, in the folder `best`."""
+    if loss >= run.best:
+        return
+    run.best = loss
+    if run.accelerator.is_main_process:
+        (folder / BEST).mkdir(parents=True, exist_ok=True)
+        write_adapter(run, folder / BEST, step)
+
+
+def write_adapter(run: Run, folder: Path, step: int) -> None:
+    """The adapter as users load it: the mean, where one is kept."""
+    values = run.trained if run.average is None else run.average
+    save_adapter(folder / FILE, whole(values), adapter_settings(run.plain), run.about | {"step": step})
+
+
+def whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name, gathered where processes share them, on the CPU."""
+    return {
+        name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().cpu().clone()
+        for name, x in values.items()
+    }
+
+
+@contextmanager
+def mean_adapter(run: Run) -> Iterator[None]:
+    """The mean in the place of the adapter, where one is kept."""
+    if run.average is None:
+        yield
+        return
+    before = {name: x.detach().clone() for name, x in run.trained.items()}
+    _put(run, run.average)
+    try:
+        yield
+    finally:
+        _put(run, before)
+
+
+def _put(run: Run, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in run.trained.items():
+            value.copy_(values[name])

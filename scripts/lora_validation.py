@@ -1,0 +1,87 @@
+"""Validation of LoRA training: the loss on samples held out, at fixed noise, and videos of their captions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.flow import stack_text
+from models.pipelines import FAMILIES, flow_scheduler
+from scripts.lora_plan import as_generation
+from scripts.lora_run import Run, flow_loss, generator
+from scripts.lora_state import mean_adapter
+from scripts.outputs import encode
+from scripts.sampling import settings
+from scripts.video import to_bytes
+
+PURPOSE = 1  # a number of its own, so that no noise of a training step comes again
+FPS = 16
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def validate(run: Run, folder: Path, step: int) -> dict[str, float]:
+    """`validation_loss`, and the videos, where any are asked for, in `folder/videos/<step>`."""
+    run.plain.eval()
+    with mean_adapter(run), torch.no_grad():
+        loss = validation_loss(run)
+        if run.config.validation.videos:
+            make_videos(run, folder / "videos" / f"{step:06d}")
+    run.plain.train()
+    return {"validation_loss": loss}
+
+
+def validation_loss(run: Run) -> float:
+    """Mean over the samples held out and evenly spread noise levels, the same noise at every validation."""
+    levels, total = run.config.validation.levels, torch.zeros((), device=run.accelerator.device)
+    least, most = run.span()
+    for number in range(run.place, len(run.held_out), run.world):
+        for place in range(levels):
+            sigma = torch.full((1,), least + (most - least) * (place + 0.5) / levels)
+            random = generator(run.config.train.seed, PURPOSE, number, place)
+            total += flow_loss(run, [run.held_out[number]], sigma, random, drop=0.0)
+    return run.mean(total) * run.world / (levels * len(run.held_out))
+
+
+def make_videos(run: Run, folder: Path) -> None:
+    """A video for each of the first captions held out, at the size of its sample; seeded by its number."""
+    pipeline = sampling_pipeline(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in run.held_out[: run.config.validation.videos]:
+        sample = run.store.samples[number]
+        frames = to_bytes(sampled(run, pipeline, number))
+        if run.accelerator.is_main_process:
+            encode(folder / f"{number:05d}.mp4", frames, FPS)
+            (folder / f"{number:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
+
+
+def sampling_pipeline(run: Run) -> Any:
+    """The model's pipeline around the transformer that is trained, without its text encoders."""
+    import diffusers
+
+    kind = FAMILIES[run.config.model.family]
+    parts: dict[str, Any] = dict.fromkeys(TEXT_PARTS)
+    parts["transformer" if run.config.model.expert == 1 else "transformer_2"] = run.plain
+    pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
+        run.path, **parts, dtype={"default": run.plain.dtype, "vae": torch.float32}
+    )
+    if kind.unipc:
+        pipeline.scheduler = flow_scheduler(pipeline.scheduler)
+    if kind.tiled_vae:
+        pipeline.vae.enable_tiling()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(run.accelerator.device)
+
+
+def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:
+    """Frames `[T, H, W, 3]` of 0 .. 1 for the caption of a sample."""
+    sample, validation = run.store.samples[number], run.config.validation
+    config = as_generation(run.config, [sample.frames, sample.height, sample.width])
+    config.generation.steps, config.generation.guidance_scale = validation.steps, validation.guidance_scale
+    _, text = run.store.load(number)
+    texts = stack_text([text])
+    if validation.guidance_scale > 1 and "pooled_prompt_embeds" not in texts:  # HunyuanVideo's is built in
+        empty = stack_text([run.store.empty_text])
+        texts |= {f"negative_{name}": x for name, x in empty.items()} | {"negative_prompt": None}
+    random = torch.Generator().manual_seed(number)
+    return pipeline(**(settings(config) | texts), generator=random).frames[0]

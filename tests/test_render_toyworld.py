@@ -1,0 +1,78 @@
+"""Captioned videos of the toy world on the disk: what they show, and going on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.inputs import read_frames
+from scripts.render_toyworld import draw_scene, main
+from toyworld import all_attributes, parse_caption, read, render
+
+
+def shown(path: Path) -> torch.Tensor:
+    """Frames as the reader takes them, `[F, H, W, 3]` in [0, 1]."""
+    return torch.from_numpy(np.stack(list(read_frames("video", str(path))))).float() / 255
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_videos_show_their_captions_and_a_second_call_goes_on(tmp_path, capsys):
+    words = [str(tmp_path), "--frames", "33", "--size", "48", "--seed", "5"]
+    assert main([*words, "--videos", "2"]) == 0
+    before = contents(tmp_path)
+    assert list(before) == [f"0000{i}.{kind}" for i in range(2) for kind in ("json", "mp4", "txt")]
+    (tmp_path / "00001.mp4").unlink()
+    assert main([*words, "--videos", "3"]) == 0
+    assert "2 of 3 videos made" in capsys.readouterr().out
+    after = contents(tmp_path)
+    assert all(after[name] == before[name] for name in before if not name.startswith("00001.j"))
+    for number in range(3):
+        video = shown(tmp_path / f"{number:05d}.mp4")
+        attributes = parse_caption((tmp_path / f"{number:05d}.txt").read_text())
+        assert video.shape == (33, 48, 48, 3)
+        assert all(read(video).matches(attributes).values())
+        assert json.loads((tmp_path / f"{number:05d}.json").read_text())["frames"] == 33
+
+
+def test_another_length_is_rendered_anew(tmp_path):
+    words = [str(tmp_path), "--videos", "1", "--size", "32"]
+    assert main([*words, "--frames", "9"]) == main([*words, "--frames", "5"]) == 0
+    assert len(shown(tmp_path / "00000.mp4")) == 5
+
+
+def test_every_caption_comes_once_before_any_comes_again():
+    captions = [draw_scene(1, number).attributes.caption for number in range(2 * len(all_attributes()))]
+    half = len(all_attributes())
+    assert len(set(captions[:half])) == len(set(captions[half:])) == half
+    assert captions[:half] != captions[half:]
+    assert draw_scene(1, 3) == draw_scene(1, 3) != draw_scene(2, 3)
+
+
+def test_four_times_the_frames_go_on_at_the_same_speed():
+    """Three to four and a half times around, and the reader still finds what the caption says."""
+    for number in range(0, 24, 6):
+        scene = draw_scene(0, number)
+        short, long = render(scene, 33), render(scene, 129)
+        assert torch.equal(long[:33], short)
+        assert 2.9 < 129 / scene.period < 4.7
+        assert all(read(long).matches(scene.attributes).values())
+
+
+@pytest.mark.parametrize("words", [["--videos", "0"], ["--size", "33"], ["--seed", "-1"], ["--frames", "x"]])
+def test_bad_words_are_one_line(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "out"), *words])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "file" / "out"), "--videos", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot write into")
