@@ -84,18 +84,18 @@ def save_adapter(
     Args:
         settings: `r`, `lora_alpha` and what else peft is told of it.
         about: what it was trained for, as JSON can hold it; `models.lora_files.read_header` gives it back.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {f"{PREFIX}.{name}": value.contiguous() for name, value in adapter_state(trained).items()}
     header = {f"{PREFIX}.{name}": value for name, value in settings.items()}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))}
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        save_file(
-            tensors,
-            part,
-            metadata={"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))},
-        )
+        part.write_bytes(save(tensors, metadata))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -106,7 +106,7 @@ def _wan(transformer: torch.nn.Module, noisy: Tensor, sigma: Tensor, text: Text,
 def _hunyuan(
     transformer: torch.nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float
 ) -> Tensor:
-    distilled = transformer.config.guidance_embeds
+    distilled = getattr(transformer, "module", transformer).config.guidance_embeds  # without DDP's wrapper
     return transformer(
         noisy,
         STEPS * sigma,

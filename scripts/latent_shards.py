@@ -125,7 +125,7 @@ def _save(part: list[Item], file: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, key: str = "data.latents") -> Iterator[None]:
     """The folder, made where it is missing, for this process alone.
 
     Raises:
@@ -136,15 +136,15 @@ def locked(folder: Path) -> Iterator[None]:
         lock = (folder / LOCK).open("a")
     except OSError as error:
         raise UsageError(
-            f"data.latents: got {str(folder)!r}, which cannot be written ({error.strerror}); allowed: a "
-            "folder you may write to"
+            f"{key}: got {str(folder)!r}, which cannot be written ({error.strerror}); allowed: a folder you "
+            "may write to"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"data.latents: got {str(folder)!r}, into which another process is writing; allowed: another "
+                f"{key}: got {str(folder)!r}, into which another process is writing; allowed: another "
                 "folder, or the same when that has ended"
             ) from error
         yield

@@ -103,6 +103,11 @@ class LatentStore:
         sample = self.samples[i]
         return self._file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
 
+    def digest(self, numbers: Sequence[int]) -> str:
+        """Sixteen digits that stand for these samples in this order."""
+        keys = [(i, self.samples[i].key, self.samples[i].caption) for i in numbers]
+        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
     def check(self, wanted: Fingerprint) -> None:
         """Raises UsageError where the latents are those of another model; it names what differs."""
         check_fingerprint(self.folder, self.fingerprint, wanted)

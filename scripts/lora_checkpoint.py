@@ -5,6 +5,7 @@ the samples: a checkpoint needs the step, the adapter and the optimizer, nothing
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -22,13 +23,15 @@ FULL = (28, 122)  # ENOSPC, EDQUOT
 class Checkpoints:
     """The checkpoints in a run's folder, `step_000100` and so on."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keys: dict[str, Any], keep: int) -> None:
+        """`keys`: the configuration of the run, flat."""
+        self.folder, self.keys, self.keep = folder, keys, keep
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there and whole, ascending."""
         found = (path for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
-        return sorted(int(path.name.removeprefix(PREFIX)) for path in found)
+        numbers = (path.name.removeprefix(PREFIX) for path in found)
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after `step` steps."""
@@ -86,34 +89,40 @@ def _unsaved(path: Path, error: BaseException) -> UsageError:
     return kind(f"{path} cannot be written ({reason}); the checkpoint before it is whole")
 
 
-def check_config(folder: Path, now: dict[str, Any], free: tuple[str, ...], *, accept: bool) -> list[str]:
-    """Keeps the configuration of a run in its folder; what differs from it later.
+def check_config(
+    folder: Path, now: dict[str, Any], *, free: tuple[str, ...], never: tuple[str, ...], accept: bool
+) -> None:
+    """Raises UsageError where the folder holds a run with another configuration, with the differences.
 
     Args:
         now: the configuration, flat.
-        free: keys that may differ.
-        accept: takes the differences, which are returned, instead of refusing them.
-
-    Raises:
-        UsageError: others differ, with the differences.
+        free, never: beginnings of keys that may differ, and of those that may not even with `accept`.
+        accept: takes the other differences.
     """
     file = folder / CONFIG
-    before = _read(file) if file.is_file() else now
+    if not file.is_file():
+        return
+    before = _read(file)
     changed = [
-        f"{key} {before.get(key)} -> {now.get(key)}"
+        key
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(free)
     ]
-    if changed and not accept:
+    refused = [key for key in changed if not accept or key.startswith(never)]
+    if refused:
+        listed = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in refused)
+        hint = "" if any(key.startswith(never) for key in refused) else ", or output.accept_changes=true"
         raise UsageError(
-            f"output.path: {folder} holds a run with other settings ({', '.join(changed)}); allowed: the "
-            "same settings, another folder, or output.accept_changes=true"
+            f"output.path: {folder} holds a run with other settings ({listed}); allowed: the same settings, "
+            f"another folder{hint}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(now, indent=2), encoding="utf-8")
-    os.replace(part, file)
-    return changed
+
+
+def write_config(folder: Path, keys: dict[str, Any]) -> None:
+    """Writes a run's configuration into its folder."""
+    part = folder / f".{CONFIG}.part"
+    part.write_text(json.dumps(keys, indent=2), encoding="utf-8")
+    os.replace(part, folder / CONFIG)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -144,8 +153,9 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Numbers of a step, counted from 1."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
+            stream.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -1,11 +1,13 @@
 """What a LoRA training will take, worked out and checked before any weight is loaded."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 
 from models.adapter import target_names
+from models.dense import check_dense_backend
 from radial_attn import radial_mask
 from radial_attn.attention import choose_backend, require
 from radial_attn.backends import BACKENDS, Call, obstacle
@@ -16,6 +18,8 @@ from scripts.lora_config import LoraTrainConfig
 from scripts.loras import meta_transformer
 from scripts.memory import DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.plan import attention_flops, other_flops, solved_config, token_grid
+from scripts.ranks import local_processes
+from scripts.record import room
 
 GRADIENT = 2.5  # of attention: five products against two
 AGAIN = 1.0  # of all: what checkpointing computes twice
@@ -48,6 +52,8 @@ def check_training(config: LoraTrainConfig, model: Architecture, path: str, devi
 
     if not config.data.sizes:
         raise UsageError("data.sizes: got [], allowed: at least one FRAMESxHEIGHTxWIDTH")
+    for name, wrong, allowed in _refused(config, model):
+        raise UsageError(f"{name}: got {wrong!r}, allowed: {allowed}")
     if config.lora.dropout >= 1:
         raise UsageError(f"lora.dropout: got {config.lora.dropout:g}, allowed: a number from 0 to below 1")
     if config.train.ema >= 1:
@@ -64,6 +70,45 @@ def check_training(config: LoraTrainConfig, model: Architecture, path: str, devi
             raise UsageError(f"data.sizes: {'x'.join(map(str, size))}: {error}") from error
         _check_backend(config, model, run, device)
     trainable(config, path)
+    _check_dense(config)
+
+
+def _check_dense(config: LoraTrainConfig) -> None:
+    try:
+        check_dense_backend(config.attention.dense_backend)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"attention.{one_line(error)}") from error
+
+
+def check_room(config: LoraTrainConfig, model: Architecture, path: str, device: str) -> None:
+    """Raises UsageError where a process needs more memory than its device has free."""
+    runs = [as_generation(config, size) for size in config.data.sizes]
+    adapter, free = trainable(config, path) or 0, room(device)
+    need = max(memory(config, model, run, adapter, device) for run in runs)
+    here = local_processes() if device == "cpu" else 1
+    if need * here > free:
+        raise UsageError(
+            f"out of memory: training needs about {need * here / GIB:.1f} GiB, {free / GIB:.1f} GiB are free "
+            "on the device; allowed: train.checkpointing=true, train.batch=1, a larger "
+            "parallel.ulysses_degree, smaller data.sizes"
+        )
+
+
+def _refused(config: LoraTrainConfig, model: Architecture) -> Iterator[tuple[str, Any, str]]:
+    """Keys, their values, and what is allowed instead."""
+    if config.model.dtype == "float16":
+        yield "model.dtype", "float16", "bfloat16, float32; gradients of float16 would need scaling"
+    if config.train.seed >= 2**63:
+        yield "train.seed", config.train.seed, "0 to 2^63 - 1"
+    if not config.output.path.strip():
+        yield "output.path", config.output.path, "a folder"
+    if config.validation.videos and "transformer_2" in model.parameters:
+        yield "validation.videos", config.validation.videos, "0 with two experts, of which one is here"
+    if config.model.positions != "plain" and len({size[0] for size in config.data.sizes}) > 1:
+        yield "model.positions", config.model.positions, "plain with sizes of several lengths"
+    name = config.attention.dense_backend
+    if "sage" in name:
+        yield "attention.dense_backend", name, "kernels with gradients: auto, native, flash and others"
 
 
 def _check_8bit(device: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from models.flow import predict_velocity, stack_text
+from models.flow import Text, predict_velocity, stack_text
 from scripts.latents import BucketSampler, LatentStore
 from scripts.lora_config import LoraTrainConfig
 
@@ -26,6 +26,7 @@ class Run:
         place, world: this process's number among those that take other samples than it, and their number.
         skipped, in_a_row: steps whose numbers were not finite, in all and up to now without a break.
         best: the lowest loss of validation so far.
+        leads: whether this process writes for those that share its videos.
         boundary: noise level from which on the first of two experts serves; None where there is one.
     """
 
@@ -47,6 +48,7 @@ class Run:
     in_a_row: int = 0
     best: float = math.inf
     boundary: float | None = None
+    leads: bool = True
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of these samples' latents in the transformer."""
@@ -69,6 +71,12 @@ class Run:
         if self.boundary is None:
             return 0.0, 1.0
         return (self.boundary, 1.0) if self.config.model.expert == 1 else (0.0, self.boundary)
+
+    def placed(self, texts: Sequence[Text]) -> Text:
+        """The prompts of a batch on the device, in the data type of the transformer."""
+        device, dtype = self.accelerator.device, self.plain.dtype
+        stacked = stack_text(texts).items()
+        return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in stacked}
 
     def waiting(self, last: bool) -> AbstractContextManager:
         """Gradients are shared between processes in the last part of a batch only."""
@@ -115,8 +123,16 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def flow_loss(run: Run, indices: list[int], sigma: Tensor, random: torch.Generator, drop: float) -> Tensor:
-    """Mean squared error of the velocity for these samples at noise levels `[B]`.
+def flow_loss(
+    run: Run,
+    transformer: torch.nn.Module,
+    indices: list[int],
+    sigma: Tensor,
+    *,
+    random: torch.Generator,
+    drop: float,
+) -> Tensor:
+    """Mean squared error of the transformer's velocity for these samples at noise levels `[B]`.
 
     `drop`: how often a caption gives way to the empty one, which guidance needs.
     """
@@ -130,18 +146,11 @@ def flow_loss(run: Run, indices: list[int], sigma: Tensor, random: torch.Generat
     noise = torch.randn(video.shape, generator=random)
     mix = sigma.view(-1, 1, 1, 1, 1)
     noisy, target = (1 - mix) * video + mix * noise, noise - video
-    return _error(run, noisy, sigma, target, texts)
-
-
-def _error(run: Run, noisy: Tensor, sigma: Tensor, target: Tensor, texts: list[dict[str, Tensor]]) -> Tensor:
-    device, dtype = run.accelerator.device, getattr(torch, run.config.model.dtype)
-    text = {name: x.to(device) for name, x in stack_text(texts).items()}
-    text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in text.items()}
+    device, dtype = run.accelerator.device, run.plain.dtype
     family, guidance = run.config.model.family, run.config.train.guidance
+    inputs = noisy.to(device, dtype), sigma.to(device), run.placed(texts)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = predict_velocity(
-            run.transformer, family, noisy.to(device, dtype), sigma.to(device), text, guidance=guidance
-        )
+        velocity = predict_velocity(transformer, family, *inputs, guidance=guidance)
     return (velocity.float() - target.to(device)).square().mean()
 
 

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from models import apply_radial_attention
 from models.adapter import add_adapter
@@ -17,25 +18,31 @@ from models.positions import extend_positions
 from models.xdit import Degrees, import_xfuser, start
 from scripts.architecture import Architecture, read_architecture
 from scripts.errors import UsageError, one_line
+from scripts.latent_shards import locked
 from scripts.latents import BucketSampler, LatentStore, fingerprint
 from scripts.lora_checkpoint import Checkpoints, check_config
 from scripts.lora_config import LoraTrainConfig
-from scripts.lora_plan import as_generation, check_training, mask_settings
+from scripts.lora_plan import as_generation, check_room, check_training, mask_settings
 from scripts.lora_run import Run
 from scripts.plan import attention_options
 from scripts.positions import position_options
 from scripts.ranks import processes
 from scripts.validate import resolve_device, resolve_model
 
-FREE = (
+FREE = (  # keys that change nothing of what is learnt
     "output.",
-    "validation.",
+    "validation.videos",
+    "validation.steps",
+    "validation.guidance_scale",
     "model.device",
     "train.save_every",
+    "train.most_skipped",
     "data.folder",
     "data.table",
+    "data.latents",
     "data.shard_mb",
 )
+NEVER = ("model.", "lora.rank", "lora.targets")  # that no run can go on with
 
 
 def examined(config: LoraTrainConfig) -> tuple[Architecture, str, str]:
@@ -62,15 +69,20 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
     world, ulysses = processes(), config.parallel.ulysses_degree
     if world % ulysses:
         raise UsageError(f"parallel.ulysses_degree: got {ulysses}, allowed: what divides {world} processes")
+    check_room(config, model, path, device)
     accelerator, parallel = _start(device, world, ulysses)
-    folder = Path(config.output.path).expanduser()
-    if accelerator.is_main_process:
-        check_config(folder, flat(config), FREE, accept=config.output.accept_changes)
+    folder, keys = Path(config.output.path).expanduser(), flat(config)
+    keys |= {"processes": world // ulysses, "samples": store.digest([*chain(*trains.values()), *held_out])}
     with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(locked(folder, "output.path"))
+            check_config(folder, keys, free=FREE, never=NEVER, accept=config.output.accept_changes)
         transformer = load_transformer(config, path)
         trained = with_adapter(config, transformer)
         stack.enter_context(_positions(config, model, transformer))
         options = attention_options(as_generation(config, config.data.sizes[0]))
+        if options["dense_backend"] == "auto":  # what it times need not take what autocast makes of the norms
+            options["dense_backend"] = "native"
         stack.enter_context(apply_radial_attention(transformer, **options, parallel=parallel))
         optimizer = build_optimizer(config, list(trained.values()))
         wrapped, optimizer = accelerator.prepare(transformer, optimizer)
@@ -90,8 +102,9 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
             boundary=_boundary(path),
+            leads=accelerator.process_index % ulysses == 0,
         )
-        yield run, Checkpoints(folder, config.output.keep)
+        yield run, Checkpoints(folder, keys, config.output.keep)
         accelerator.end_training()
 
 
@@ -99,7 +112,9 @@ def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, Sequence
     """The accelerator, and who shares the tokens of a video, None where nobody does."""
     if ulysses > 1:
         start(Degrees(ulysses=ulysses, data=world // ulysses), device)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    # a process may have no clip to validate on, and would not broadcast buffers then
+    wrapper = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[wrapper])
     if ulysses == 1:
         return accelerator, None
     return accelerator, SequenceParallel(import_xfuser(device).get_sp_group().ulysses_group)
@@ -144,15 +159,12 @@ def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:
 
 def with_adapter(config: LoraTrainConfig, transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Adds the adapter to the transformer, in training mode; its parameters by name."""
-    lora = config.lora
-    trained = add_adapter(
-        transformer,
-        rank=lora.rank,
-        alpha=lora.rank if lora.alpha is None else lora.alpha,
-        targets=lora.targets,
-        dropout=lora.dropout,
-        seed=config.train.seed,
-    )
+    lora, seed = config.lora, config.train.seed
+    alpha, options = lora.rank if lora.alpha is None else lora.alpha, {"dropout": lora.dropout, "seed": seed}
+    try:
+        trained = add_adapter(transformer, rank=lora.rank, alpha=alpha, targets=lora.targets, **options)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
     if config.train.checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from models.adapter import FILE, adapter_settings, save_adapter
-from scripts.lora_checkpoint import Checkpoints
+from scripts.lora_checkpoint import Checkpoints, write_config
 from scripts.lora_run import Run
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -36,20 +36,30 @@ def restore(run: Run, checkpoints: Checkpoints) -> int:
     """The step that the run goes on with: 0, or that of the newest checkpoint, which is put in."""
     state = checkpoints.load("cpu")
     if state is None:
+        _write_config(run, checkpoints)
         return 0
     with torch.no_grad():
         for name, value in run.trained.items():
             value.copy_(state["trained"][name])
     set_optimizer_state_dict(run.transformer, run.optimizer.optimizer, state["optimizer"], options=WHOLE)
-    if run.average is not None and state["average"] is not None:
-        run.average = {name: x.to(run.accelerator.device) for name, x in state["average"].items()}
+    if run.average is not None:  # begins with the adapter where the run had none before
+        mean = state["average"] or state["trained"]
+        run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
     run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
+    _write_config(run, checkpoints)
+    if run.accelerator.is_main_process:  # a stop may have come between the checkpoint and its adapter
+        write_adapter(run, checkpoints.folder, state["step"])
     return state["step"]
+
+
+def _write_config(run: Run, checkpoints: Checkpoints) -> None:
+    if run.accelerator.is_main_process:
+        write_config(checkpoints.folder, checkpoints.keys)
 
 
 def save_best(run: Run, folder: Path, loss: float, step: int) -> None:
     """Keeps the adapter whose validation loss is the lowest so far, in the folder `best`."""
-    if loss >= run.best:
+    if not loss < run.best:  # nor where it is not finite
         return
     run.best = loss
     if run.accelerator.is_main_process:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.flow import stack_text
 from models.pipelines import FAMILIES, flow_scheduler
 from scripts.lora_plan import as_generation
 from scripts.lora_run import Run, flow_loss, generator
@@ -39,7 +38,7 @@ def validation_loss(run: Run) -> float:
         for place in range(levels):
             sigma = torch.full((1,), least + (most - least) * (place + 0.5) / levels)
             random = generator(run.config.train.seed, PURPOSE, number, place)
-            total += flow_loss(run, [run.held_out[number]], sigma, random, drop=0.0)
+            total += flow_loss(run, run.plain, [run.held_out[number]], sigma, random=random, drop=0.0)
     return run.mean(total) * run.world / (levels * len(run.held_out))
 
 
@@ -47,11 +46,11 @@ def make_videos(run: Run, folder: Path) -> None:
     """A video for each of the first captions held out, at the size of its sample; seeded by its number."""
     pipeline = sampling_pipeline(run)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in run.held_out[: run.config.validation.videos]:
+    for number in run.held_out[: run.config.validation.videos][run.place :: run.world]:
         sample = run.store.samples[number]
         frames = to_bytes(sampled(run, pipeline, number))
-        if run.accelerator.is_main_process:
-            encode(folder / f"{number:05d}.mp4", frames, FPS)
+        if run.leads:
+            encode(folder / f"{number:05d}.mp4", frames, round(run.config.data.fps or FPS))
             (folder / f"{number:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
 
 
@@ -60,10 +59,9 @@ def sampling_pipeline(run: Run) -> Any:
     import diffusers
 
     kind = FAMILIES[run.config.model.family]
-    parts: dict[str, Any] = dict.fromkeys(TEXT_PARTS)
-    parts["transformer" if run.config.model.expert == 1 else "transformer_2"] = run.plain
+    absent: dict[str, Any] = dict.fromkeys(TEXT_PARTS)
     pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
-        run.path, **parts, dtype={"default": run.plain.dtype, "vae": torch.float32}
+        run.path, **absent, transformer=run.plain, dtype={"default": run.plain.dtype, "vae": torch.float32}
     )
     if kind.unipc:
         pipeline.scheduler = flow_scheduler(pipeline.scheduler)
@@ -78,10 +76,9 @@ def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:
     sample, validation = run.store.samples[number], run.config.validation
     config = as_generation(run.config, [sample.frames, sample.height, sample.width])
     config.generation.steps, config.generation.guidance_scale = validation.steps, validation.guidance_scale
-    _, text = run.store.load(number)
-    texts = stack_text([text])
+    texts = run.placed([run.store.load(number)[1]])
     if validation.guidance_scale > 1 and "pooled_prompt_embeds" not in texts:  # HunyuanVideo's is built in
-        empty = stack_text([run.store.empty_text])
+        empty = run.placed([run.store.empty_text])
         texts |= {f"negative_{name}": x for name, x in empty.items()} | {"negative_prompt": None}
     random = torch.Generator().manual_seed(number)
     return pipeline(**(settings(config) | texts), generator=random).frames[0]

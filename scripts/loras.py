@@ -263,8 +263,10 @@ def _differences(
     for name, value in (size["mask"] | {"dense_layers": size["dense_layers"]}).items():
         if here.get(name) != value:
             yield f"attention.{name}={value} (here {here.get(name)})"
-    if trained["positions"] != config.model.positions:
-        yield f"model.positions={trained['positions']} (here {config.model.positions})"
+    name = "positions" if trained["positions"] != config.model.positions else "positions_frames"
+    now = getattr(config.model, name)
+    if trained[name] != now and not trained["positions"] == config.model.positions == "plain":
+        yield f"model.{name}={trained[name]} (here {now})"
     two = "transformer_2" in model.parameters
     if two and entry.transformer != str(trained["expert"]):
         yield f"transformer {trained['expert']} alone (here {entry.transformer})"

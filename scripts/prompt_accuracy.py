@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import GenerationError, OneLineParser, UsageError, positive
 from scripts.inputs import NEED_IMAGE
+from scripts.loras import find_file
 from scripts.plan import attention_options
 from scripts.record import hardware, versions
 from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
@@ -37,7 +39,7 @@ from toyworld import all_attributes, random_scene, read, render
 from toyworld.render import VOCABULARY, Attributes
 
 PATTERNS = ("dense", "radial")
-TIMED_RUNS = 3
+TIMED_RUNS, TIMED_STEPS = 3, 4
 LEAST_STEPS = 2  # of Mochi, whose noise levels need two
 
 
@@ -53,8 +55,21 @@ def with_pattern(config: Config, pattern: str) -> Config:
     return replace(config, attention=replace(config.attention, pattern=pattern))
 
 
-def readings(pipeline: Any, config: Config, captions: list[Attributes], batch: int, file: Path) -> list[dict]:
-    """What the reader sees in the video of each caption; those in `file` already are not made again."""
+def readings(
+    pipeline: Any,
+    config: Config,
+    captions: list[Attributes],
+    batch: int,
+    file: Path,
+    *,
+    judge: Callable[[np.ndarray, Attributes], dict[str, Any]] | None = None,
+) -> list[dict]:
+    """What is seen in the video of each caption; those in `file` already are not made again.
+
+    `judge` makes the line of the record from frames `[T, H, W, 3]` of 0 .. 1 and the caption's attributes;
+    without one it is `reading`.
+    """
+    judge = judge or reading
     done = json.loads(file.read_text()) if file.exists() else []
     seen = {entry["caption"] for entry in done}
     missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
@@ -66,7 +81,7 @@ def readings(pipeline: Any, config: Config, captions: list[Attributes], batch: i
             seeds = [config.generation.seed + i for i, _ in part]
             given = first_frame(config, part[0][1], seeds[0])
             videos = sample(pipeline, config, [a.caption for _, a in part], seeds, **given)
-            done += [reading(video, a) for video, (_, a) in zip(videos, part, strict=True)]
+            done += [judge(video, a) for video, (_, a) in zip(videos, part, strict=True)]
             file.with_suffix(".part").write_text(json.dumps(done))
             file.with_suffix(".part").replace(file)
             bar.update(len(part))
@@ -89,17 +104,22 @@ def reading(video: Any, attributes: Attributes) -> dict[str, Any]:
 
 def step_seconds(pipeline: Any, config: Config, attributes: Attributes) -> dict[str, float]:
     """Median seconds of a denoising step of one video, dense and radial taking turns."""
-    seconds: dict[str, list[float]] = {pattern: [] for pattern in PATTERNS}
-    short = replace(config, generation=replace(config.generation, steps=4))
+    runs = {pattern: (pipeline, with_pattern(config, pattern)) for pattern in PATTERNS}
+    return seconds_in_turn(runs, attributes)
+
+
+def seconds_in_turn(runs: Mapping[str, tuple[Any, Config]], attributes: Attributes) -> dict[str, float]:
+    """Median seconds of a denoising step of one video of each run, by name, the runs taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(TIMED_RUNS):
-        for pattern in PATTERNS:
+        for name, (pipeline, config) in runs.items():
             marks: list[float] = []
-            watch = stopwatch(marks)
-            with attention(pipeline, with_pattern(short, pattern)):
-                given = first_frame(config, attributes, 0) | {"callback_on_step_end": watch}
+            short = replace(config, generation=replace(config.generation, steps=TIMED_STEPS))
+            with attention(pipeline, short):
+                given = first_frame(config, attributes, 0) | {"callback_on_step_end": stopwatch(marks)}
                 sample(pipeline, short, [attributes.caption], [0], output_type="latent", **given)
-            seconds[pattern] += [after - before for before, after in pairwise(marks)]
-    return {pattern: median(values) for pattern, values in seconds.items()}
+            seconds[name] += [after - before for before, after in pairwise(marks)]
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def stopwatch(marks: list[float]) -> Any:
@@ -178,14 +198,20 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
 
 def work_folder(config: Config, path: str) -> Path:
     """Where the readings of this very configuration, program and weights are kept."""
-    sources = [file for name in ("radial_attn", "models", "toyworld") for file in (ROOT / name).rglob("*.py")]
-    sources += [ROOT / "scripts" / f"{name}.py" for name in ("prompt_accuracy", "sampling", "video")]
-    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
-    for file in sorted(sources) + sorted(Path(path).rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    folder = ROOT / "outputs" / "prompt_accuracy" / digest.hexdigest()[:12]
+    folder = ROOT / "outputs" / "prompt_accuracy" / digest(config, path)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def digest(config: Config, path: str) -> str:
+    """Of a configuration, the program, the weights at `path` and the LoRAs: what a reading follows from."""
+    sources = [file for name in ("radial_attn", "models", "toyworld") for file in (ROOT / name).rglob("*.py")]
+    sources += [ROOT / "scripts" / f"{name}.py" for name in ("prompt_accuracy", "sampling", "video")]
+    loras = [find_file("model.loras", entry) for entry in config.model.loras]
+    total = hashlib.sha256(json.dumps(asdict(config)).encode())
+    for file in [*sorted(sources), *sorted(Path(path).rglob("*.safetensors")), *loras]:
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def measure(config: Config, device: str, path: str, every: int, batch: int) -> list[str]:

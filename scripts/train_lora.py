@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 from models.adapter import FILE
-from scripts.errors import GenerationError, UsageError
+from scripts.errors import GenerationError, UsageError, one_line
 from scripts.lora_checkpoint import Checkpoints, Log
 from scripts.lora_command import parse
 from scripts.lora_run import Run, flow_loss, generator, learning_rate, noise_levels
 from scripts.lora_state import keep, restore, save_best
 from scripts.ranks import end_all, prepare, processes
+from scripts.shortage import is_out_of_memory
 
 
 def train(run: Run, checkpoints: Checkpoints) -> None:
@@ -93,7 +94,8 @@ def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     random = generator(train.seed, number)
     torch.manual_seed(random.initial_seed())  # of the adapter's dropout
     sigma = noise_levels(len(indices), random, kind=train.timesteps, shift=train.flow_shift, span=run.span())
-    return flow_loss(run, indices, sigma, random, train.caption_dropout), run.tokens(indices)
+    loss = flow_loss(run, run.transformer, indices, sigma, random=random, drop=train.caption_dropout)
+    return loss, run.tokens(indices)
 
 
 def update_average(run: Run) -> None:
@@ -131,11 +133,21 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if processes() > 1:  # whatever it is, the others must not wait for this process
-            end_all(error)
-        if not isinstance(error, UsageError | GenerationError):
+            end_all(GenerationError(as_line(error) or error))
+        line = as_line(error)
+        if line is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
+
+
+def as_line(error: Exception) -> str | None:
+    """What went wrong, in one line; None for what is no user's fault."""
+    if is_out_of_memory(error):
+        return f"out of memory while training ({one_line(error)}); the last checkpoint is whole"
+    if isinstance(error, OSError):
+        return f"output.path: cannot write {error.filename} ({error.strerror}); the last checkpoint is whole"
+    return " ".join(str(error).split()) if isinstance(error, UsageError | GenerationError) else None
 
 
 def carry_out(argv: list[str]) -> int:

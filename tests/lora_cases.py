@@ -1,6 +1,9 @@
 """A small folder of latents and a configuration of LoRA training, for tests of any file."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -8,6 +11,7 @@ from safetensors.torch import load_file
 
 from models.flow import encode_text
 from models.pipelines import load_pipeline
+from scripts.config import ROOT
 from scripts.latent_shards import LatentShards
 from scripts.latents import fingerprint, text_key
 from scripts.train_lora import main
@@ -69,3 +73,10 @@ def same(one: Path, other: Path) -> bool:
     first, second = adapter(one), adapter(other)
     equal = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     return equal and losses(one) == losses(other)
+
+
+def launch_training(*words: str) -> None:
+    """Training in two processes of one thread."""
+    settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "scripts.launch", "--module=scripts.train_lora", *words]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True, timeout=250)

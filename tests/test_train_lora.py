@@ -17,7 +17,16 @@ from scripts.lora_config import SCHEMA
 from scripts.lora_run import learning_rate, noise_levels
 from scripts.lora_setup import prepared
 from scripts.train_lora import main
-from tests.lora_cases import CAPTIONS, FILE, adapter, make_latents, train, write_config
+from tests.lora_cases import (
+    CAPTIONS,
+    FILE,
+    adapter,
+    launch_training,
+    losses,
+    make_latents,
+    train,
+    write_config,
+)
 from tests.test_generate import TINY
 from tests.tiny_hunyuan import hunyuan_pipeline
 from tests.tiny_mochi import mochi_pipeline
@@ -65,7 +74,9 @@ def test_loss_is_that_of_flow_matching(lora_config, tiny_model, tmp_path):
     parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}"])
     with prepared(parsed) as (run, _):
         indices, sigma = [0, 4], torch.tensor([0.25, 0.75])
-        found = train_lora.flow_loss(run, indices, sigma, torch.Generator().manual_seed(SEED), drop=0.5)
+        found = train_lora.flow_loss(
+            run, run.plain, indices, sigma, random=torch.Generator().manual_seed(SEED), drop=0.5
+        )
         store, transformer = run.store, run.plain
         random = torch.Generator().manual_seed(SEED)
         dropped = torch.rand(2, generator=random) < 0.5
@@ -166,3 +177,14 @@ def test_other_families_train(family, make, channels, step, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", model, latents, family, size)
     assert train(config, tmp_path / "out", "train.steps=2", "train.checkpointing=true") == 0
     assert all(x.abs().sum() > 0 for name, x in adapter(tmp_path / "out").items() if "lora_A" in name)
+
+
+def test_hunyuan_video_trains_in_two_processes(tmp_path):
+    """As in one, with its tokens shared."""
+    hunyuan_pipeline().save_pretrained(tmp_path / "model")
+    latents = make_latents(tmp_path / "model", tmp_path / "latents", "hunyuan_video")
+    config = write_config(tmp_path / "tiny.yaml", tmp_path / "model", latents, "hunyuan_video")
+    words = ["train.steps=2", "train.checkpointing=true"]
+    assert train(config, tmp_path / "one", *words) == 0
+    launch_training(str(config), f"output.path={tmp_path / 'two'}", "parallel.ulysses_degree=2", *words)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

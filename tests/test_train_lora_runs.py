@@ -12,12 +12,13 @@ import time
 import pytest
 import torch
 
-from scripts import train_lora
+from models.lora_files import read_header
+from scripts import lora_state, lora_validation, train_lora
 from scripts.config import ROOT
 from scripts.latents import LatentStore
 from scripts.lora_checkpoint import Checkpoints
 from scripts.train_lora import main
-from tests.lora_cases import adapter, losses, same, train
+from tests.lora_cases import FILE, adapter, launch_training, losses, same, train
 
 
 def test_a_stopped_run_goes_on_to_the_same(lora_config, lora_run, tmp_path, monkeypatch):
@@ -35,14 +36,14 @@ def test_a_stopped_run_goes_on_to_the_same(lora_config, lora_run, tmp_path, monk
     monkeypatch.setattr(train_lora, "train_step", real)
     assert train(lora_config, tmp_path) == 0
     assert same(tmp_path, lora_run)
-    assert Checkpoints(tmp_path, 3).steps() == [2, 4, 6]
+    assert Checkpoints(tmp_path, {}, 3).steps() == [2, 4, 6]
 
 
 def test_a_killed_run_goes_on_to_the_same(lora_config, lora_run, tmp_path):
     words = [sys.executable, "-m", "scripts.train_lora", str(lora_config), f"output.path={tmp_path}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    while not Checkpoints(tmp_path, 3).steps():
+    while not Checkpoints(tmp_path, {}, 3).steps():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -69,15 +70,10 @@ def test_every_kind_of_run_goes_on_to_the_same(lora_config, tmp_path, words, mon
 
 def test_processes_draw_what_one_does_that_accumulates(lora_config, tmp_path):
     """Two processes with videos of their own, two that share one, and one process."""
-    cases = {"own": ("2", []), "shared": ("2", ["train.accumulate=2", "parallel.ulysses_degree=2"])}
+    cases = {"own": [], "shared": ["train.accumulate=2", "parallel.ulysses_degree=2"]}
     assert train(lora_config, tmp_path / "one", "train.accumulate=2", "train.steps=3") == 0
-    for name, (count, keys) in cases.items():
-        words = ["--module=scripts.train_lora", str(lora_config), f"output.path={tmp_path / name}", *keys]
-        settings = {"NPROC": count, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-P", "-m", "scripts.launch", *words, "train.steps=3"]
-        subprocess.run(
-            command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True, timeout=200
-        )
+    for name, keys in cases.items():
+        launch_training(str(lora_config), f"output.path={tmp_path / name}", "train.steps=3", *keys)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
         one, many = adapter(tmp_path / "one"), adapter(tmp_path / name)
         assert all(torch.allclose(one[key], many[key], atol=1e-4) for key in one)
@@ -122,6 +118,11 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
     assert train(lora_config, lora_run, "train.rate=1e-3", "lora.rank=8") == 2
     line = capsys.readouterr().err
     assert "holds a run with other settings (lora.rank 4 -> 8, train.rate 0.01 -> 0.001)" in line
+    assert train(lora_config, lora_run, "train.rate=1e-3", "lora.rank=8", "output.accept_changes=true") == 2
+    line = capsys.readouterr().err
+    assert "other settings (lora.rank 4 -> 8); allowed: the same settings, another folder\n" in line
+    assert train(lora_config, lora_run, "validation.every=2") == 2  # other samples to learn from
+    assert "samples" in capsys.readouterr().err
     assert train(lora_config, lora_run, "output.keep=9") == 0  # nothing that changes what is learnt
 
 
@@ -141,6 +142,12 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
         ("model.expert=2", "model.expert: got 2, allowed: 1, the model has one transformer"),
         ("attention.backend=flex", "allowed here, with gradients: reference, blocks"),
         ("attention.dense_layers=9", "attention.dense_layers: got 9, allowed: 0 to 4"),
+        ("model.dtype=float16", "model.dtype: got 'float16', allowed: bfloat16, float32; gradients"),
+        ("train.seed=9223372036854775808", "allowed: 0 to 2^63 - 1"),
+        ("attention.dense_backend=sage", "allowed: kernels with gradients: auto, native"),
+        ("attention.dense_backend=nativ", "did you mean 'native'?"),
+        ("output.path=", "output.path: got '', allowed: a folder"),
+        ("output.path=README.md", "output.path: got 'README.md', which cannot be written (File exists)"),
         ("parallel.ulysses_degree=2", "allowed: what divides 1 processes"),
         ("model.path=assets/wan-tiny", "latents were made with another vae"),
     ],
@@ -160,3 +167,43 @@ def test_command_line(lora_config, capsys):
     assert "configs/train/hunyuan_4x.yaml" in text and "lora.targets=to_q,to_k,to_v,to_out.0" in text
     assert main([str(lora_config), "--dry-run"]) == 0
     assert "rank 4 on to_q, to_k, to_v, to_out.0: 3,072 trainable parameters" in capsys.readouterr().out
+
+
+def test_the_newest_adapter_is_there_whenever_a_run_stops(lora_config, lora_run, tmp_path, monkeypatch):
+    """Stopped between the last checkpoint and its adapter, and then called again."""
+    real = lora_state.write_adapter
+
+    def stopped(run, folder, step):
+        if step == 6:
+            raise KeyboardInterrupt
+        real(run, folder, step)
+
+    monkeypatch.setattr(lora_state, "write_adapter", stopped)
+    assert train(lora_config, tmp_path) == 130
+    monkeypatch.setattr(lora_state, "write_adapter", real)
+    assert train(lora_config, tmp_path) == 0 and same(tmp_path, lora_run)
+    assert read_header(tmp_path / FILE).trained["step"] == 6
+
+
+def test_a_mean_that_begins_late_begins_with_the_adapter(lora_config, tmp_path):
+    words = ["train.steps=4", "output.accept_changes=true"]
+    assert train(lora_config, tmp_path, *words) == 0
+    before = adapter(tmp_path)
+    assert train(lora_config, tmp_path, *words, "train.ema=0.999") == 0
+    assert all(torch.equal(x, before[name]) for name, x in adapter(tmp_path).items())
+
+
+def test_best_is_never_one_that_is_not_finite(lora_config, tmp_path, monkeypatch):
+    found = iter([2.0, math.nan, 3.0])
+    monkeypatch.setattr(lora_validation, "validation_loss", lambda run: next(found))
+    assert train(lora_config, tmp_path, "validation.every=2") == 0
+    assert read_header(tmp_path / "best" / FILE).trained["step"] == 2
+    assert '"validation_loss": null' in (tmp_path / "log.jsonl").read_text()
+
+
+def test_processes_without_a_clip_to_validate_on_do_not_wait(lora_config, tmp_path):
+    words = [str(lora_config), f"output.path={tmp_path}", "train.steps=2", "train.batch=1"]
+    words += ["validation.every=1", "validation.samples=1"]
+    launch_training(*words)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(entry["validation_loss"] > 0 for entry in entries)

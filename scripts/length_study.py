@@ -1,0 +1,200 @@
+"""Length extension on the bundled Wan: `python -m scripts.length_study [--only RUN ...] [key=value ...]`.
+
+Renders videos of four times the trained length and prepares them, trains an adapter for each run that has
+one, generates the same captions from the same seeds with each run, and scores what they show. Keys are those
+of generation and of LoRA training. All that is done is kept in --work, and a second call goes on where the
+first stopped. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130 interrupted.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.guard import CheckError
+from radial_attn import radial_mask
+from scripts import prepare_latents, render_toyworld, train_lora
+from scripts.architecture import read_architecture
+from scripts.config import ROOT, Config, keys, read_config
+from scripts.errors import GenerationError, OneLineParser, UsageError, one_line, positive
+from scripts.length_report import write
+from scripts.length_runs import PRESET, ROWS, Result, Study, captions_of, title
+from scripts.length_scores import Record, record
+from scripts.lora_checkpoint import LOG
+from scripts.lora_config import SCHEMA as TRAINING
+from scripts.outputs import encode
+from scripts.plan import solved_config, token_grid
+from scripts.prompt_accuracy import digest, readings, seconds_in_turn
+from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
+from scripts.video import Job, to_bytes
+from toyworld import all_attributes
+from toyworld.render import Attributes
+
+READINGS, SHOWN = "readings.json", "shown.mp4"
+
+
+class Ended(Exception):
+    """A program that this one called stopped with an exit code, its argument; it has said why."""
+
+
+def study(options: Study, names: list[str]) -> dict[str, Result]:
+    """Every run by name: data, training, videos, and at the end the time of a step."""
+    checked = {name: _checked(options.config(name)) for name in names}
+    if any(ROWS[name].tuned for name in names):
+        make_data(options)
+    captions, entries, pipelines = captions_of(options.captions), {}, {}
+    for name in names:
+        print(f"run        {name}: {title(options.config(name), name)}", flush=True)
+        if ROWS[name].tuned:
+            _finish(train_lora.main(options.training(name)))
+        config, (path, device) = options.config(name), checked[name]
+        pipelines[name] = Job(config, read_architecture(path), path, device).load()
+        folder = work_folder(options, config, path)
+        entries[name] = (
+            made_and_read(pipelines[name], config, captions, options.batch, folder),
+            folder / SHOWN,
+        )
+    seconds = seconds_in_turn({name: (pipelines[name], options.config(name)) for name in names}, captions[0])
+    return {name: _result(options, name, *entries[name], seconds[name]) for name in names}
+
+
+def make_data(options: Study) -> None:
+    """Renders the videos that are missing, and prepares the latents that are missing."""
+    sizes = options.config("dense").generation
+    if sizes.height != sizes.width:
+        raise UsageError(f"generation.width: got {sizes.width}, allowed: generation.height ({sizes.height})")
+    words = ["--videos", options.videos, "--frames", sizes.num_frames, "--size", sizes.height]
+    _finish(render_toyworld.main([str(options.clips), *map(str, words)]))
+    _finish(prepare_latents.main(options.preparation()))
+
+
+def made_and_read(
+    pipeline: Any, config: Config, captions: list[Attributes], batch: int, folder: Path
+) -> list[Record]:
+    """A record for each caption, in their order; the video of the first caption is kept beside them."""
+    trained = config.model.positions_frames
+
+    def judge(video: np.ndarray, attributes: Attributes) -> Record:
+        if attributes == captions[0]:
+            encode(folder / SHOWN, to_bytes(video), config.output.fps)
+        return record(torch.from_numpy(video), attributes, trained)
+
+    entries = readings(pipeline, config, captions, batch, folder / READINGS, judge=judge)
+    places = {entry["caption"]: entry for entry in entries}
+    return [places[attributes.caption] for attributes in captions]
+
+
+def work_folder(options: Study, config: Config, path: str) -> Path:
+    """Where the readings of this configuration, program, adapter and weights are kept."""
+    scores = (ROOT / "scripts" / "length_scores.py").read_bytes()
+    name = hashlib.sha256(digest(config, path).encode() + scores).hexdigest()[:12]
+    folder = options.work / "readings" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def training_seconds(log: Path) -> float:
+    """Median seconds of a training step, from the trainer's log; the first step, which sets up, left out."""
+    steps = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
+    return median(steps[1:] or steps)
+
+
+def _result(options: Study, name: str, entries: list[Record], shown: Path, seconds: float) -> Result:
+    config = options.config(name)
+    model = read_architecture(resolve_model(config))
+    density = radial_mask(token_grid(config, model), solved_config(config, model)).density
+    trained = training_seconds(options.work / name / LOG) if ROWS[name].tuned else None
+    return Result(config, entries, density, trained, seconds, shown)
+
+
+def _checked(config: Config) -> tuple[str, str]:
+    """Path of the model and device; UsageError for what they do not take."""
+    if config.model.positions_frames is None:
+        raise UsageError("model.positions_frames: got None, allowed here: the video frames of the training")
+    check_values(config)
+    path, device = resolve_model(config), resolve_device(config)
+    check_sizes(config, read_architecture(path))
+    return path, device
+
+
+def _finish(code: int) -> None:
+    """Raises Ended for an exit code that is not 0."""
+    if code:
+        raise Ended(code)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line: `study`, the runs `only`, and the file `out`."""
+    parser = OneLineParser(prog="scripts/length_study.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of generation, LoRA training, or both")
+    parser.add_argument(
+        "--videos", type=positive, default=180, help="to train on (180 is every caption once)"
+    )
+    parser.add_argument("--steps", type=positive, help="of each training; the default is the preset's")
+    parser.add_argument("--captions", type=positive, default=60, help="generated with each run, up to 180")
+    parser.add_argument("--batch", type=positive, default=4, help="videos generated at once")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="RUN", help=f"{', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/length_study"), help="folder of all that is made"
+    )
+    name = f"length_extension_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
+    options = parser.parse_args(argv)
+    if options.captions > len(all_attributes()):
+        parser.error(f"--captions: got {options.captions}, allowed: 1 to {len(all_attributes())}")
+    try:
+        generation, training = divided(options.words)
+    except UsageError as error:
+        parser.error(str(error))
+    training += [] if options.steps is None else [f"train.steps={options.steps}"]
+    counts = options.videos, options.captions, options.batch
+    options.study = Study(options.work, *counts, training_words=training, generation_words=generation)
+    return options
+
+
+def divided(words: list[str]) -> tuple[list[str], ...]:
+    """Words for generation and for training; those of keys that both have are for both.
+
+    Raises UsageError for a word without `=`, and for a key that neither has.
+    """
+    if bare := [word for word in words if "=" not in word]:
+        raise UsageError(f"got {bare[0]!r}, allowed: key=value, --only and the other options")
+    ours, theirs = keys(), TRAINING.keys()
+    names = {word: word.partition("=")[0] for word in words}
+    read_config(
+        PRESET, [word for word, name in names.items() if name not in ours | theirs]
+    )  # says the nearest
+    kinds = (ours, theirs)
+    return tuple([word for word, name in names.items() if name in kind] for kind in kinds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    options = parse(argv)
+    command = " ".join(["bash scripts/length_study.sh", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        results = study(options.study, [name for name in ROWS if name in options.only])
+        for file in write(options.out, command, options.study, results):
+            print(f"written    {file}")
+    except (UsageError, GenerationError, CheckError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except Ended as ended:
+        return ended.args[0]
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
