@@ -5,7 +5,7 @@ import sys
 import time
 from typing import NoReturn
 
-from scripts.errors import one_line
+from scripts.errors import UsageError, one_line
 
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "process group")
 PATIENCE = {"first": 0.0, "other": 2.0, "lost": 10.0}  # seconds before a process speaks of its failure
@@ -49,7 +49,7 @@ def end_all(error: Exception) -> NoReturn:
     lost = any(word in text.lower() for word in LOST)
     time.sleep(PATIENCE["lost" if lost else "first" if rank() == 0 else "other"])
     line = f"error: rank {rank()}: {text}"
-    if rank() == 0:  # its own progress bar has ended with the error
+    if rank() == 0 and isinstance(error, UsageError):  # found before there is a progress bar
         print(line, file=sys.stderr, flush=True)
     else:
         say(line)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if processes() > 1:  # whatever it is, the others must not wait for this process
-            end_all(GenerationError(as_line(error) or error))
+            end_all(error if isinstance(error, UsageError) else GenerationError(as_line(error) or error))
         line = as_line(error)
         if line is None:
             raise

@@ -1,9 +1,11 @@
 """Fixtures of more than one test file."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from tests.lora_cases import make_latents, train, write_config
 from tests.tiny import wan_pipeline
@@ -13,6 +15,14 @@ from tests.tiny import wan_pipeline
 def interruptible() -> None:
     """Programs that tests start can be interrupted, even where a shell's background job ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def native_attention() -> Iterator[None]:
+    """Attention of diffusers as it is at first: `set_attention_backend` of one model changes it for all."""
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
 @pytest.fixture(scope="session")

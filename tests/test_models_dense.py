@@ -20,15 +20,6 @@ from tests.tiny import wan_inputs, wan_transformer
 OTHERS = ("native", "_native_math")
 
 
-@pytest.fixture(autouse=True)
-def native():
-    """Nothing chosen at first, whatever a test before set for the whole process, and again at the end."""
-    before = _AttentionBackendRegistry.get_active_backend()[0]
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
-    yield
-    _AttentionBackendRegistry.set_active_backend(before)
-
-
 @pytest.fixture
 def timed_here(monkeypatch):
     """ "auto" chooses on the CPU too, between two, and the times say that the second is faster."""
