@@ -6,8 +6,6 @@ import logging
 import pytest
 import torch
 from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
     attention_backend,
 )
 
