@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from models.adapter import FILE, adapter_settings, save_adapter
+from models.lora_files import read_header
 from scripts.lora_checkpoint import Checkpoints, write_config
 from scripts.lora_run import Run
 
@@ -47,9 +48,14 @@ def restore(run: Run, checkpoints: Checkpoints) -> int:
         run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
     run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
     _write_config(run, checkpoints)
-    if run.accelerator.is_main_process:  # a stop may have come between the checkpoint and its adapter
-        write_adapter(run, checkpoints.folder, state["step"])
+    if run.accelerator.is_main_process and _adapter_step(checkpoints.folder / FILE) != state["step"]:
+        write_adapter(run, checkpoints.folder, state["step"])  # a stop came between it and its checkpoint
     return state["step"]
+
+
+def _adapter_step(file: Path) -> int | None:
+    """The step of an adapter by its header; None where there is none."""
+    return read_header(file).trained.get("step") if file.is_file() else None
 
 
 def _write_config(run: Run, checkpoints: Checkpoints) -> None:
