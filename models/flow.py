@@ -19,18 +19,16 @@ class Flow:
     """One family that can be trained.
 
     Attributes:
-        scale: latents of the VAE and its configuration to latents as the transformer takes them.
         encode_prompt: pipeline and prompt to the text arguments of its call, of a batch of one.
         predict: `(transformer, noisy latents, sigma, text, guidance)` to the velocity.
     """
 
-    scale: Callable[[Tensor, Any], Tensor]
     encode_prompt: Callable[[Any, str], Text]
     predict: Callable[[torch.nn.Module, Tensor, Tensor, Text, float], Tensor]
 
 
 @torch.no_grad()
-def encode_video(pipeline: Any, family: str, video: Tensor) -> Tensor:
+def encode_video(pipeline: Any, video: Tensor) -> Tensor:
     """Latents `[B, C, F, h, w]`, scaled for the transformer, of videos `[B, 3, frames, height, width]`.
 
     Values of a video are in [-1, 1]. The mean of the posterior is taken, so that the same video always gives
@@ -38,7 +36,7 @@ def encode_video(pipeline: Any, family: str, video: Tensor) -> Tensor:
     """
     vae = pipeline.vae
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
-    return FLOWS[family].scale(latents.float(), vae.config)
+    return scaled(latents.float(), vae.config)
 
 
 @torch.no_grad()
@@ -68,8 +66,8 @@ def predict_velocity(
     return FLOWS[family].predict(transformer, noisy, sigma, text, guidance)
 
 
-def channel_scale(latents: Tensor, config: Any) -> Tensor:
-    """By mean and deviation of each channel, where the VAE has them, and by its scaling factor."""
+def scaled(latents: Tensor, config: Any) -> Tensor:
+    """Latents as a transformer takes them: by mean and deviation of each channel, by the VAE's factor."""
     factor = getattr(config, "scaling_factor", None) or 1.0
     if getattr(config, "latents_mean", None) is None:
         return latents * factor
@@ -78,10 +76,6 @@ def channel_scale(latents: Tensor, config: Any) -> Tensor:
         for values in (config.latents_mean, config.latents_std)
     )
     return (latents - mean) / deviation * factor
-
-
-def _factor_scale(latents: Tensor, config: Any) -> Tensor:
-    return latents * config.scaling_factor
 
 
 def _wan_text(pipeline: Any, prompt: str) -> Text:
@@ -125,7 +119,7 @@ def _mochi(transformer: torch.nn.Module, noisy: Tensor, sigma: Tensor, text: Tex
 
 
 FLOWS = {
-    "wan": Flow(channel_scale, _wan_text, _wan),
-    "hunyuan_video": Flow(_factor_scale, _hunyuan_text, _hunyuan),
-    "mochi": Flow(channel_scale, _mochi_text, _mochi),
+    "wan": Flow(_wan_text, _wan),
+    "hunyuan_video": Flow(_hunyuan_text, _hunyuan),
+    "mochi": Flow(_mochi_text, _mochi),
 }

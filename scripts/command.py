@@ -36,17 +36,20 @@ class Command:
     bundled: str | None = None
 
 
-def parse(argv: list[str]) -> Command:
-    """Raises UsageError for an unknown option, a second config file, a key without a value."""
+def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Command:
+    """Raises UsageError for an unknown option, a second config file, a key without a value.
+
+    `call`: how the program is called; `stands_in`: whether it takes --preset= and --bundled=.
+    """
     command = Command()
     for word in argv:
         if word in ("--help", "-h"):
             command.help = True
         elif word == "--dry-run":
             command.dry_run = True
-        elif word.startswith("--preset="):
+        elif stands_in and word.startswith("--preset="):
             command.preset = word.partition("=")[2]
-        elif word.startswith("--bundled="):
+        elif stands_in and word.startswith("--bundled="):
             command.bundled = word.partition("=")[2]
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
@@ -57,7 +60,7 @@ def parse(argv: list[str]) -> Command:
             command.config_file = word
         else:
             both = f"{command.config_file!r} and {word!r}"
-            raise UsageError(f"one config file at most, got {both}; usage: {CALL}")
+            raise UsageError(f"one config file at most, got {both}; usage: {call}")
     return command
 
 

@@ -12,13 +12,29 @@ CALL = "bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...] [--dry-r
 
 
 @dataclass
-class ModelConfig:
+class AnyModelConfig:
+    """What generation and training ask of a model."""
+
     path: str = key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
     family: str = key("wan", "model family", FAMILIES)
     dtype: str = key(
         "bfloat16", "of all but the VAE, which stays float32", ("bfloat16", "float16", "float32")
     )
     device: str = key("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
+    positions: str = key(
+        "plain",
+        "frequencies in time of a video longer than those of the training",
+        ("plain", "riflex", "interpolate", "ntk", "yarn"),
+    )
+    positions_frames: int | None = key(
+        None, "video frames of the training; null: Wan 81, HunyuanVideo 129, Mochi 163", low=1
+    )
+
+
+@dataclass
+class ModelConfig(AnyModelConfig):
+    """What generation asks beside."""
+
     loras: list[LoraConfig] = field(
         default_factory=list,
         metadata=listing("LoRAs of any usual key format, which add up", FORM, parse_loras),
@@ -44,14 +60,6 @@ class ModelConfig:
     )
     cache_threshold: float = key(0.05, "change below which first_block and mag skip", low=0.0)
     cache_ratios: str | None = key(None, "of mag: numbers with commas, or calibrate, which prints them")
-    positions: str = key(
-        "plain",
-        "frequencies in time of a video longer than those of the training",
-        ("plain", "riflex", "interpolate", "ntk", "yarn"),
-    )
-    positions_frames: int | None = key(
-        None, "video frames of the training; null: Wan 81, HunyuanVideo 129, Mochi 163", low=1
-    )
 
 
 @dataclass

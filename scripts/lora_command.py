@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts import command
 from scripts.errors import UsageError
 from scripts.lora_config import SCHEMA, LoraTrainConfig
 
@@ -19,20 +20,15 @@ class Command:
 
 def parse(argv: list[str]) -> Command:
     """Raises UsageError for anything that is no configuration, `key=value`, --dry-run or --help."""
-    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-    options = [word for word in argv if word.startswith("-")]
-    files = [word for word in argv if word not in overrides and word not in options]
-    if unknown := sorted(set(options) - {"--dry-run", "--help", "-h"}):
-        hint = "write keys without dashes, as in train.seed=1; options: --dry-run, --help"
-        raise UsageError(f"unknown option {unknown[0]!r}; {hint}")
-    if {"--help", "-h"} & set(options):
+    words = command.parse(argv, CALL, stands_in=False)
+    if words.help:
         lines = [f"usage: {CALL}", "", "presets:", *SCHEMA.preset_lines(), "", *SCHEMA.help_lines()]
         return Command(text="\n".join(lines))
-    if len(files) != 1:
-        raise UsageError(f"one configuration, got {' and '.join(map(repr, files)) or 'none'}; usage: {CALL}")
-    config = SCHEMA.read(files[0], overrides)
+    if words.config_file is None:
+        raise UsageError(f"one configuration, got none; usage: {CALL}")
+    config = SCHEMA.read(words.config_file, words.overrides)
     SCHEMA.check(config)
-    return Command(config, text=dry_run(config) if "--dry-run" in options else None)
+    return Command(config, text=dry_run(config) if words.dry_run else None)
 
 
 def dry_run(config: LoraTrainConfig) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from scripts.config import MaskConfig
+from scripts.config import AnyModelConfig, MaskConfig
 from scripts.errors import UsageError
 from scripts.schema import Schema, key, listing
 
@@ -67,22 +67,9 @@ def parse_targets(value: Any) -> list[str]:
 
 
 @dataclass
-class TrainModelConfig:
-    path: str = key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
+class TrainModelConfig(AnyModelConfig):
     family: str = key("wan", "model family", FAMILIES)
-    dtype: str = key(
-        "bfloat16", "of all but the VAE, which stays float32", ("bfloat16", "float16", "float32")
-    )
-    device: str = key("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
     expert: int = key(1, "of Wan2.2 A14B: 1 is trained on the high noise levels, 2 on the low ones", (1, 2))
-    positions: str = key(
-        "plain",
-        "frequencies in time of a video longer than those of the first training",
-        ("plain", "riflex", "interpolate", "ntk", "yarn"),
-    )
-    positions_frames: int | None = key(
-        None, "video frames of the first training; null: Wan 81, HunyuanVideo 129, Mochi 163", low=1
-    )
 
 
 @dataclass

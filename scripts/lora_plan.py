@@ -39,7 +39,7 @@ def as_generation(config: LoraTrainConfig, size: list[int]) -> Config:
         num_frames=frames,
         height=height,
         width=width,
-        steps=2,
+        steps=1,
         guidance_scale=1.0,
         flow_shift=None if config.model.family == "mochi" else 1.0,
     )
@@ -159,11 +159,10 @@ def training_flops(config: LoraTrainConfig, model: Architecture, run: Config, de
 
     Frozen matrices have no gradient of their own: backward costs them as much as forward.
     """
-    half = 0.5  # the run has two steps
-    dense, sparse = (half * flops for flops in attention_flops(run, model, density))
+    dense, sparse = attention_flops(run, model, density)
     again = AGAIN * config.train.checkpointing
     factor = 1 + GRADIENT + again
-    return [dense * factor, sparse * factor, half * other_flops(run, model) * (2 + again)]
+    return [dense * factor, sparse * factor, other_flops(run, model) * (2 + again)]
 
 
 def memory(config: LoraTrainConfig, model: Architecture, run: Config, adapter: int, device: str) -> float:

@@ -22,7 +22,7 @@ class Run:
     Attributes:
         transformer: as `accelerate` wraps it; plain: the same without its wrapper.
         trained: the adapter's parameters by name; average: their exponential mean, None without one.
-        trains, held_out: the samples to learn from and those that only validation sees.
+        held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
         place, world: this process's number among those that take other samples than it, and their number.
         skipped, in_a_row: steps whose numbers were not finite, in all and up to now without a break.
         best: the lowest loss of validation so far.
@@ -41,6 +41,7 @@ class Run:
     held_out: list[int]
     path: str
     about: dict[str, Any]
+    patch: tuple[int, int, int]
     place: int = 0
     world: int = 1
     average: dict[str, Tensor] | None = None
@@ -52,19 +53,10 @@ class Run:
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Tokens of these samples' latents in the transformer."""
-        patch = self.patch
         sizes = (self.store.samples[index].latent_shape[1:] for index in indices)
         return sum(
-            math.prod(size // side for size, side in zip(shape, patch, strict=True)) for shape in sizes
+            math.prod(size // side for size, side in zip(shape, self.patch, strict=True)) for shape in sizes
         )
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a token."""
-        config = self.plain.config
-        if isinstance(config.patch_size, int):
-            return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
-        return tuple(config.patch_size)
 
     def span(self) -> tuple[float, float]:
         """Noise levels of the transformer that is trained: all, or those of one of two experts."""

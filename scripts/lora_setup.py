@@ -98,6 +98,7 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             held_out=held_out,
             path=path,
             about=about(config, model),
+            patch=model.patch,
             place=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,

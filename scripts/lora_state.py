@@ -24,7 +24,7 @@ BEST = "best"
 def keep(run: Run, checkpoints: Checkpoints, step: int) -> None:
     """Writes a checkpoint after `step` steps, and the adapter as it is then beside it."""
     optimizer = get_optimizer_state_dict(run.transformer, run.optimizer.optimizer, options=WHOLE)
-    values = whole(run.trained)
+    values = {name: value.detach().cpu() for name, value in run.trained.items()}
     if run.accelerator.is_main_process:
         state = {"step": step, "trained": values, "optimizer": optimizer, "average": run.average}
         state |= {"skipped": run.skipped, "in_a_row": run.in_a_row, "best": run.best}
@@ -76,15 +76,7 @@ def save_best(run: Run, folder: Path, loss: float, step: int) -> None:
 def write_adapter(run: Run, folder: Path, step: int) -> None:
     """The adapter as users load it: the mean, where one is kept."""
     values = run.trained if run.average is None else run.average
-    save_adapter(folder / FILE, whole(values), adapter_settings(run.plain), run.about | {"step": step})
-
-
-def whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, gathered where processes share them, on the CPU."""
-    return {
-        name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().cpu().clone()
-        for name, x in values.items()
-    }
+    save_adapter(folder / FILE, values, adapter_settings(run.plain), run.about | {"step": step})
 
 
 @contextmanager

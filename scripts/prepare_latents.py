@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     """Prints the help, or reads the configuration and carries it out."""
-    command = parse(argv)
+    command = parse(argv, CALL, stands_in=False)
     if command.help:
         presets = ["configurations that come with it:", *SCHEMA.preset_lines()]
         print("\n".join([f"usage: {CALL}", "", *presets, "", *SCHEMA.help_lines()]))
@@ -255,7 +255,7 @@ def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
             for clip, frames in read_clips(video, list(own)):
                 with _reporting(f"{clip.name} as {shape(_size(clip))}"):
                     pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-                    latents = encode_video(pipeline, job.config.model.family, pixels)[0]
+                    latents = encode_video(pipeline, pixels)[0]
                 if not torch.isfinite(latents).all():
                     raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
                 bar.update()

@@ -21,6 +21,7 @@ from scripts.tiny_model import (
     TinyDenoiser,
     build_tokenizer,
     mean_latents,
+    normalise,
     plain_attention,
 )
 
@@ -57,11 +58,6 @@ def encode(vae: AutoencoderKLHunyuanVideo, video: Tensor) -> Tensor:
     """Latents `[B, 16, F, H, W]` of videos `[B, 3, frames, height, width]` in [-1, 1], without noise."""
     vae.use_framewise_encoding = False
     return mean_latents(vae, video)
-
-
-def normalise(latents: Tensor, vae: AutoencoderKLHunyuanVideo) -> Tensor:
-    """Latents as the transformer takes them."""
-    return latents * vae.config.scaling_factor
 
 
 def build_transformer() -> HunyuanVideoTransformer3DModel:

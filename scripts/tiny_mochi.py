@@ -17,7 +17,7 @@ from scripts.tiny_model import (
     Family,
     TinyDenoiser,
     mean_latents,
-    normalise_channels,
+    normalise,
     plain_attention,
     set_channel_statistics,
 )
@@ -151,7 +151,7 @@ FAMILY = Family(
     quieten,
     mean_latents,
     set_channel_statistics,
-    normalise_channels,
+    normalise,
     frames=31,
     clip_frames=13,
     frames_step=6,

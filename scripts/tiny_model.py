@@ -1,6 +1,6 @@
 """What the bundled models of every family share: words, captions as tokens, and how a model is saved."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from models.flow import scaled
 from toyworld.render import VOCABULARY
 
 CAPTION_SLOTS = 24  # enough for every caption; the rest of a pipeline's text slots is padding
@@ -125,20 +126,15 @@ class Family:
     defaults: dict[str, int | float] = field(default_factory=dict)
 
 
-def by_channel(values: Iterable[float]) -> Tensor:
-    """A number a channel, `[C, 1, 1, 1]`."""
-    return torch.tensor(list(values)).view(-1, 1, 1, 1)
-
-
 def set_channel_statistics(vae: nn.Module, latents: Tensor) -> None:
     """Mean and standard deviation of every channel of `[B, C, F, H, W]`, into the VAE's configuration."""
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
-def normalise_channels(latents: Tensor, vae: nn.Module) -> Tensor:
-    """Latents as a transformer takes them, by the mean and deviation in the configuration of the VAE."""
-    return (latents - by_channel(vae.config.latents_mean)) / by_channel(vae.config.latents_std)
+def normalise(latents: Tensor, vae: nn.Module) -> Tensor:
+    """Latents as a transformer takes them, by the configuration of the VAE."""
+    return scaled(latents, vae.config)
 
 
 def take_over_vae(vae: nn.Module, trained: nn.Module) -> nn.Module:

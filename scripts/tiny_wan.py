@@ -15,7 +15,7 @@ from scripts.tiny_model import (
     Family,
     TinyDenoiser,
     mean_latents,
-    normalise_channels,
+    normalise,
     plain_attention,
     set_channel_statistics,
 )
@@ -159,4 +159,4 @@ class Denoiser(TinyDenoiser):
         )
 
 
-FAMILY = Family(build_vae, Denoiser, quieten, mean_latents, set_channel_statistics, normalise_channels)
+FAMILY = Family(build_vae, Denoiser, quieten, mean_latents, set_channel_statistics, normalise)

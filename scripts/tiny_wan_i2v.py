@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from torch import Tensor
 
 from scripts import tiny_wan
-from scripts.tiny_model import mean_latents, normalise_channels
+from scripts.tiny_model import mean_latents, normalise
 from scripts.tiny_wan import build_scheduler
 
 KEPT = (0, 1, 4, 5)  # layers of the text-to-video model
@@ -26,9 +26,9 @@ def encode(vae: torch.nn.Module, video: Tensor) -> Tensor:
     return torch.cat([mean_latents(vae, video), mean_latents(vae, alone)], dim=1)
 
 
-def normalise(latents: Tensor, vae: torch.nn.Module) -> Tensor:
+def normalise_both(latents: Tensor, vae: torch.nn.Module) -> Tensor:
     """Both halves of `[B, 32, F, H, W]` as the transformer takes them."""
-    return torch.cat([normalise_channels(half, vae) for half in latents.chunk(2, dim=1)], dim=1)
+    return torch.cat([normalise(half, vae) for half in latents.chunk(2, dim=1)], dim=1)
 
 
 class Denoiser(tiny_wan.Denoiser):
@@ -86,7 +86,7 @@ FAMILY = replace(
     tiny_wan.FAMILY,
     denoiser=Denoiser,
     encode=encode,
-    normalise=normalise,
+    normalise=normalise_both,
     start=Path("assets/wan-tiny"),
     defaults={"steps": 1600, "rate": 1e-3, "videos": 2000},
 )
