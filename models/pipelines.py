@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,14 @@ def load_pipeline(
     flow_shift: float | None = None,
     *,
     quantization_config: Any = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> "DiffusionPipeline":
     """The pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
 
     Weights come in `dtype`, those of the VAE in float32. The scheduler gets `flow_shift`, or keeps the shift
     that the model's own scheduler names; for Wan it becomes UniPC on flow sigmas. The VAEs of HunyuanVideo
     and Mochi decode tile by tile. `quantization_config`: of diffusers, for some of the components.
+    `parts`: components that are there already, by name; None for those to leave out.
 
     Raises:
         FileNotFoundError: no such folder, hub model, model_index.json or component.
@@ -66,6 +69,7 @@ def load_pipeline(
         dtype={"default": dtype, "vae": torch.float32},
         use_safetensors=True,
         quantization_config=quantization_config,
+        **(parts or {}),
     )
     if kind.unipc:
         pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
@@ -102,15 +106,19 @@ def check_model(path: str, family: str) -> None:
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     folder = Path(path)
-    local = is_local(path)
-    index = _read_index(folder) if local else _fetch_index(path)
+    index = read_index(path)
     found = index.get("_class_name")
     wanted = FAMILIES[family].pipeline
     both = family == "wan_i2v" and found == "WanPipeline" and index.get("expand_timesteps")  # TI2V-5B
     if found != wanted and not both:
         raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {found}")
-    if local:
+    if is_local(path):
         _check_components(folder, index)
+
+
+def read_index(path: str) -> dict:
+    """model_index.json of a folder or hub id; FileNotFoundError or ValueError where there is none."""
+    return _read_index(Path(path)) if is_local(path) else _fetch_index(path)
 
 
 def is_local(path: str) -> bool:

@@ -19,13 +19,13 @@ from types import FrameType
 from typing import Any
 
 from scripts.errors import one_line
-from scripts.gpu_cases import CASES, DENSE, STEPS, Case, Task, shrink, tasks
-from scripts.gpu_goals import Findings, goals
-from scripts.gpu_machine import QUERY, flashinfer_obstacle, run_tests, short_name, smi
-from scripts.gpu_options import Options, parse
-from scripts.gpu_report import write
-from scripts.gpu_session import Session, Settings
-from scripts.gpu_worker import Answer, Worker
+from scripts.gpu.cases import CASES, DENSE, STEPS, Case, Task, shrink, tasks
+from scripts.gpu.goals import Findings, goals
+from scripts.gpu.machine import QUERY, flashinfer_obstacle, run_tests, short_name, smi
+from scripts.gpu.options import Options, parse
+from scripts.gpu.report import write
+from scripts.gpu.session import Session, Settings
+from scripts.gpu.worker import Answer, Worker
 
 TEST_SECONDS, START_SECONDS, RESERVE_SECONDS = 90.0, 120.0, 8.0
 BUILD_SECONDS = 480.0

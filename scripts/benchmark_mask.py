@@ -7,7 +7,6 @@ Writes mask_cost_cpu_<date>.md and .png. One thread; every number is the median 
 
 import datetime
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.draw import save_figure
 from scripts.errors import OneLineParser
+from scripts.files import write_text
 from scripts.record import hardware
 from scripts.timing import median_seconds
 
@@ -165,9 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     shapes, points = shape_table(), growth(tuple(sorted(args.frames)))
     save_figure(growth_figure(points), args.out / f"{name}.png")
-    draft = args.out / f".{name}.{os.getpid()}.part"
-    draft.write_text(report(points, shapes, f"{name}.png"), encoding="utf-8")
-    draft.replace(args.out / f"{name}.md")
+    write_text(args.out / f"{name}.md", report(points, shapes, f"{name}.png"))
     print(f"{args.out / name}.md, .png")
 
 

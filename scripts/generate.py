@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 some prompts of a prompt file failed, the others are done;
 says why; 130 interrupted.
 """
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.command import FULL_PRESET, choose_config, parse
 from scripts.config import Config, help_text, read_config
 from scripts.errors import DiskFullError, GenerationError, UsageError
-from scripts.ranks import end_all, leave, prepare, processes, rank
+from scripts.ranks import end_all, interrupted, no_reader, prepare, processes, rank
 
 if TYPE_CHECKING:
     from models.xdit import Degrees
@@ -30,14 +29,10 @@ def main(argv: list[str] | None = None) -> int:
             end_all(error)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return no_reader()
     except KeyboardInterrupt:
-        if processes() > 1:
-            leave(130)
-        print("interrupted; the files that were written are whole", file=sys.stderr)
-        return 130
+        return interrupted("the files that were written are whole")
 
 
 def run(argv: list[str]) -> int:

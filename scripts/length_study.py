@@ -24,11 +24,11 @@ from scripts import prepare_latents, render_toyworld, train_lora
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, keys, read_config
 from scripts.errors import GenerationError, OneLineParser, UsageError, one_line, positive
-from scripts.length_report import write
-from scripts.length_runs import PRESET, ROWS, Result, Study, captions_of, title
-from scripts.length_scores import Record, record
-from scripts.lora_checkpoint import LOG
-from scripts.lora_config import SCHEMA as TRAINING
+from scripts.length.report import write
+from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
+from scripts.length.scores import Record, record
+from scripts.lora.checkpoint import LOG
+from scripts.lora.config import SCHEMA as TRAINING
 from scripts.outputs import encode
 from scripts.plan import solved_config, token_grid
 from scripts.prompt_accuracy import digest, readings, seconds_in_turn
@@ -93,7 +93,7 @@ def made_and_read(
 
 def work_folder(options: Study, config: Config, path: str) -> Path:
     """Where the readings of this configuration, program, adapter and weights are kept."""
-    scores = (ROOT / "scripts" / "length_scores.py").read_bytes()
+    scores = (ROOT / "scripts" / "length" / "scores.py").read_bytes()
     name = hashlib.sha256(digest(config, path).encode() + scores).hexdigest()[:12]
     folder = options.work / "readings" / name
     folder.mkdir(parents=True, exist_ok=True)

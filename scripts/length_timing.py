@@ -2,7 +2,7 @@
 
 Random weights and inputs, LoRA on the self-attention. Without --model the bundled Wan's transformer,
 whole, on grids and lengths that a CPU takes; with --model wan-14b or hunyuan the layers of that model on a
-GPU (`scripts/length_layers.py` says how). Dense and radial take turns, medians are reported.
+GPU (`scripts/length/layers.py` says how). Dense and radial take turns, medians are reported.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from radial_attn.draw import save_figure
 from scripts.architecture import Architecture, read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import GenerationError, OneLineParser, UsageError, one_line, positive
-from scripts.length_layers import MODELS, Layers, Setting, layers_report
-from scripts.lora_config import SCHEMA as TRAINING
-from scripts.lora_plan import as_generation, training_flops
+from scripts.length.layers import MODELS, Layers, Setting, layers_report
+from scripts.lora.config import SCHEMA as TRAINING
+from scripts.lora.plan import as_generation, training_flops
 from scripts.plan import attention_flops, attention_options, other_flops, solved_config, token_grid
 from scripts.record import hardware, versions
 from scripts.timing import medians_in_turn

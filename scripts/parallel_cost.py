@@ -15,7 +15,7 @@ from scripts.architecture import Architecture, read_architecture
 from scripts.config import Config, read_config
 from scripts.degrees import plan_degrees
 from scripts.errors import OneLineParser, UsageError, positive, positive_number
-from scripts.gpu_report import table
+from scripts.gpu.report import table
 from scripts.parallel_work import COMMAND, Rates, exchange, predict, rank_memory, work
 from scripts.validate import check_sizes, check_values, resolve_model
 

@@ -6,7 +6,6 @@ says why; 130 interrupted.
 """
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,15 +21,15 @@ from tqdm import tqdm
 
 from models.flow import encode_text, encode_video
 from models.pipelines import FAMILIES, check_model, is_local
-from scripts.architecture import Architecture, hub_unreachable, read_architecture
+from scripts.architecture import hub_unreachable, read_architecture
 from scripts.command import parse
-from scripts.errors import GenerationError, UsageError, multiples_around, one_line
-from scripts.fingerprint import fingerprint, parts, parts_folder
-from scripts.latent_shards import LatentShards, locked
-from scripts.latents import text_key
-from scripts.lora_config import SCHEMA, DataConfig, LoraTrainConfig
-from scripts.shortage import is_out_of_memory
-from scripts.training_videos import (
+from scripts.errors import GenerationError, UsageError, one_line
+from scripts.lora.config import SCHEMA, LoraTrainConfig
+from scripts.lora.fingerprint import fingerprint, parts, parts_folder
+from scripts.lora.latent_shards import LatentShards, locked
+from scripts.lora.latents import text_key
+from scripts.lora.plan import check_data_sizes
+from scripts.lora.training_videos import (
     Clip,
     Video,
     is_enlarged,
@@ -40,6 +39,8 @@ from scripts.training_videos import (
     read_videos,
     too_short,
 )
+from scripts.ranks import interrupted, no_reader
+from scripts.shortage import is_out_of_memory
 from scripts.validate import resolve_device, resolve_model
 from scripts.video import quiet_libraries
 
@@ -103,12 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, GenerationError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return no_reader()
     except KeyboardInterrupt:
-        print("interrupted; the files that were written are whole, the same command goes on", file=sys.stderr)
-        return 130
+        return interrupted("the files that were written are whole, the same command goes on")
 
 
 def run(argv: list[str]) -> int:
@@ -124,7 +123,7 @@ def run(argv: list[str]) -> int:
     SCHEMA.check(config)
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every video that is turned
     device, path = resolve_device(config), resolve_model(config)
-    check_sizes(config.data, read_architecture(path))
+    check_data_sizes(config.data, read_architecture(path))
     videos = read_videos(config.data)
     job = Job(config, path, device, plan_clips(videos, config.data))
     if not job.clips:
@@ -137,22 +136,6 @@ def run(argv: list[str]) -> int:
     if not command.dry_run:
         prepare(job)
     return 0
-
-
-def check_sizes(data: DataConfig, model: Architecture) -> None:
-    """Raises UsageError for no sizes, or one that the model does not take."""
-    if not data.sizes:
-        raise UsageError(f"data.sizes: got [], allowed: {SCHEMA.allowed('data.sizes')}")
-    for size in data.sizes:
-        for axis, step in enumerate((model.vae_frames, model.size_factor(1), model.size_factor(2))):
-            value, offset = size[axis], int(axis == 0)
-            if value % step != offset % step:
-                name = ("frames", "height", "width")[axis]
-                near = " or ".join(map(str, sorted(set(multiples_around(value, step, offset)))))
-                rule = f"{step}k + 1" if axis == 0 else f"multiples of {step}"
-                raise UsageError(
-                    f"data.sizes: got {name} {value} in {shape(size)}, allowed: {rule}, nearest: {near}"
-                )
 
 
 def shape(size: list[int] | tuple[int, int, int]) -> str:

@@ -29,6 +29,7 @@ from models.guard import CheckError
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import GenerationError, OneLineParser, UsageError, positive
+from scripts.files import write_text
 from scripts.inputs import NEED_IMAGE
 from scripts.loras import find_file
 from scripts.plan import attention_options
@@ -82,8 +83,7 @@ def readings(
             given = first_frame(config, part[0][1], seeds[0])
             videos = sample(pipeline, config, [a.caption for _, a in part], seeds, **given)
             done += [judge(video, a) for video, (_, a) in zip(videos, part, strict=True)]
-            file.with_suffix(".part").write_text(json.dumps(done))
-            file.with_suffix(".part").replace(file)
+            write_text(file, json.dumps(done))
             bar.update(len(part))
     return done
 

@@ -56,6 +56,20 @@ def end_all(error: Exception) -> NoReturn:
     leave(2)
 
 
+def interrupted(text: str) -> int:
+    """Exit code after Ctrl-C; says `text`, but of several processes each ends at once without a word."""
+    if processes() > 1:
+        leave(130)
+    print(f"interrupted; {text}", file=sys.stderr)
+    return 130
+
+
+def no_reader() -> int:
+    """Exit code where nobody reads what is printed, as in `--help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
 def say(line: str) -> None:
     """Prints to stderr below a progress bar that another process may have left open."""
     print(f"\n{line}", file=sys.stderr, flush=True)

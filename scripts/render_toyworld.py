@@ -8,7 +8,6 @@ So a longer video goes on evenly instead of slowing down. Beside each mp4 lie it
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.errors import OneLineParser, one_line, positive
+from scripts.files import write_text
 from scripts.outputs import write_pair
 from toyworld import all_attributes, random_scene, render
 from toyworld.render import Scene
@@ -54,7 +54,7 @@ def render_one(folder: Path, number: int, options: argparse.Namespace) -> bool:
     }
     if _is_there(path, record):
         return False
-    _write_caption(path.with_suffix(".txt"), scene.attributes.caption)
+    write_text(path.with_suffix(".txt"), scene.attributes.caption + "\n")
     video = render(scene, options.frames, options.size, options.size)
     write_pair(path, (video * 255).round().byte().numpy(), FPS, record)
     return True
@@ -68,15 +68,6 @@ def _is_there(path: Path, record: dict[str, Any]) -> bool:
         return False
     same = isinstance(before, dict) and before | {"seconds": {}} == record
     return same and path.is_file() and caption == record["caption"]
-
-
-def _write_caption(path: Path, caption: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(caption + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

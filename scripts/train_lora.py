@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 from models.adapter import FILE
 from scripts.errors import GenerationError, UsageError, one_line
-from scripts.lora_checkpoint import Checkpoints, Log
-from scripts.lora_command import parse
-from scripts.lora_run import Run, flow_loss, generator, learning_rate, noise_levels
-from scripts.lora_state import keep, restore, save_best
-from scripts.ranks import end_all, prepare, processes
+from scripts.lora.checkpoint import Checkpoints, Log
+from scripts.lora.command import parse
+from scripts.lora.run import Run, flow_loss, generator, learning_rate, noise_levels
+from scripts.lora.state import keep, restore, save_best
+from scripts.ranks import end_all, interrupted, no_reader, prepare, processes
 from scripts.shortage import is_out_of_memory
 
 
 def train(run: Run, checkpoints: Checkpoints) -> None:
     """All steps that are left; the adapter of the last one stands in the run's folder."""
-    from scripts.lora_validation import validate
+    from scripts.lora.validation import validate
 
     config, main = run.config, run.accelerator.is_main_process
     first = restore(run, checkpoints)
@@ -128,9 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     prepare()
     try:
         return carry_out(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        return no_reader()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return interrupted("the same command goes on from the last checkpoint")
     except Exception as error:
         if processes() > 1:  # whatever it is, the others must not wait for this process
             end_all(error if isinstance(error, UsageError) else GenerationError(as_line(error) or error))
@@ -156,7 +157,7 @@ def carry_out(argv: list[str]) -> int:
     if command.text is not None:
         print(command.text)
         return 0
-    from scripts.lora_setup import prepared
+    from scripts.lora.setup import prepared
 
     with prepared(command.config) as (run, checkpoints):
         print("\n".join(announced(run)), flush=True)

@@ -6,7 +6,6 @@ Every batch is drawn from a generator seeded by the step, so that a run which wa
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.errors import OneLineParser, positive, positive_number
-from scripts.tiny_model import TinyDenoiser, check_target, save_pipeline, take_over_vae
-from scripts.train_loop import Stage
-from scripts.train_options import FAMILIES, Options, draw_video, generator, mixed_precision, run
-from scripts.train_vae import train_vae
+from scripts.files import replacing
+from scripts.tiny.loop import Stage
+from scripts.tiny.model import TinyDenoiser, check_target, save_pipeline, take_over_vae
+from scripts.tiny.options import FAMILIES, Options, draw_video, generator, mixed_precision, run
+from scripts.tiny.vae import train_vae
 from toyworld import all_attributes
 from toyworld.render import Attributes
 
@@ -45,8 +45,8 @@ def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attrib
             latents.append(FAMILIES[options.family].encode(vae, video).cpu())
         names += [combinations.index(attributes) for _, attributes in drawn]
     stored = {"latents": torch.cat(latents), "attributes": torch.tensor(names)}
-    save_file(stored, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as part:
+        save_file(stored, part)
     return stored["latents"], [combinations[i] for i in names]
 
 

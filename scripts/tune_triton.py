@@ -28,11 +28,11 @@ from radial_attn.check import output_error, sample_blocks, sampled_reference, sa
 from radial_attn.kernels import triton_configs
 from radial_attn.kernels.triton_configs import KINDS, LAUNCHES, SPECIALIZED, Launch, architecture, launch
 from scripts.errors import OneLineParser, positive, positive_number
-from scripts.gpu_attention import GRADIENT_TOLERANCE, QUANTIZED_TOLERANCE, SAMPLED, TOLERANCE, Timer, fresh
-from scripts.gpu_cases import CASES, Case, Task, shrink
-from scripts.gpu_machine import short_name
-from scripts.gpu_report import replace as write_whole
-from scripts.gpu_worker import Worker
+from scripts.files import write_text
+from scripts.gpu.attention import GRADIENT_TOLERANCE, QUANTIZED_TOLERANCE, SAMPLED, TOLERANCE, Timer, fresh
+from scripts.gpu.cases import CASES, Case, Task, shrink
+from scripts.gpu.machine import short_name
+from scripts.gpu.worker import Worker
 
 GRADIENTS = ("query gradient", "key gradients")
 TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
@@ -238,7 +238,7 @@ def tune(worker: Worker, kinds: Sequence[str], setting: Setting, seconds: float,
             told = f"{result['ms']:.3f} ms" if "ms" in result else result["skipped"]
             print(f"{rows[-1]['row']} {told}", flush=True)
             data = {**about.result, "case": setting.case.name, "heads": setting.case.heads, "rows": rows}
-            write_whole(out, json.dumps(data, indent=1))
+            write_text(out, json.dumps(data, indent=1))
     show(rows, about.result)
 
 

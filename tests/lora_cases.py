@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from models.flow import encode_text
 from models.pipelines import load_pipeline
 from scripts.config import ROOT
-from scripts.latent_shards import LatentShards
-from scripts.latents import fingerprint, text_key
+from scripts.lora.latent_shards import LatentShards
+from scripts.lora.latents import fingerprint, text_key
 from scripts.train_lora import main
 
 FILE = "pytorch_lora_weights.safetensors"

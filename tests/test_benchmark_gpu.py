@@ -8,16 +8,16 @@ import time
 import pytest
 import torch
 
-from scripts import gpu_attention
 from scripts.benchmark_gpu import Run
 from scripts.config import ROOT
-from scripts.gpu_attention import AttentionBench
-from scripts.gpu_cases import CASES, DENSE, MEASURED, STAGES, STEPS, Task, shrink, tasks
-from scripts.gpu_goals import Findings, Goal, goals, whole_ms
-from scripts.gpu_machine import flashinfer_obstacle, read_log, short_name
-from scripts.gpu_options import parse
-from scripts.gpu_report import report
-from scripts.gpu_worker import Worker, describe
+from scripts.gpu import attention as gpu_attention
+from scripts.gpu.attention import AttentionBench
+from scripts.gpu.cases import CASES, DENSE, MEASURED, STAGES, STEPS, Task, shrink, tasks
+from scripts.gpu.goals import Findings, Goal, goals, whole_ms
+from scripts.gpu.machine import flashinfer_obstacle, read_log, short_name
+from scripts.gpu.options import parse
+from scripts.gpu.report import report
+from scripts.gpu.worker import Worker, describe
 from tests.breakable import Breakable
 
 TOKENS = [69_120, 147_600, 115_456, 230_656, 461_056, 44_776, 178_336]

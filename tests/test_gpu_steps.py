@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import models
-from scripts.gpu_cases import CASES, STEPS, Task, shrink
-from scripts.gpu_steps import StepBench
+from scripts.gpu.cases import CASES, STEPS, Task, shrink
+from scripts.gpu.steps import StepBench
 
 
 @pytest.mark.parametrize("name", STEPS)

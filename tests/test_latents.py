@@ -11,8 +11,8 @@ import torch
 
 from scripts.config import ROOT
 from scripts.errors import UsageError
-from scripts.latent_shards import LatentShards
-from scripts.latents import BucketSampler, LatentStore, fingerprint, text_key
+from scripts.lora.latent_shards import LatentShards
+from scripts.lora.latents import BucketSampler, LatentStore, fingerprint, text_key
 
 MODEL = ROOT / "assets" / "wan-tiny"
 MARK = {"format": "1", "family": "wan", "vae": "v", "text encoder": "t"}
@@ -60,7 +60,7 @@ def test_what_was_written_is_read(folder):
 
 
 def test_few_files_are_open_at_a_time(folder, monkeypatch):
-    monkeypatch.setattr("scripts.latents.OPEN_FILES", 1)
+    monkeypatch.setattr("scripts.lora.latents.OPEN_FILES", 1)
     store = LatentStore.open(folder)
     for i in (0, 2, 1, 0):
         assert torch.equal(store.load(i)[0], latents("abc"[i]))

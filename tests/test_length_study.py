@@ -13,10 +13,10 @@ import torch
 
 from scripts import length_study, length_timing, train_lora
 from scripts.config import ROOT
-from scripts.length_layers import MODELS, Setting, layer_times, layers_report
-from scripts.length_report import accuracy_goals, goal_lines
-from scripts.length_runs import ROWS, Result, captions_of
-from scripts.length_scores import by_part, difference, judged, parts, record, shares
+from scripts.length.layers import MODELS, Setting, layer_times, layers_report
+from scripts.length.report import accuracy_goals, goal_lines
+from scripts.length.runs import ROWS, Result, captions_of
+from scripts.length.scores import by_part, difference, judged, parts, record, shares
 from toyworld import Attributes, random_scene, render
 from toyworld.render import VOCABULARY
 
@@ -246,7 +246,8 @@ def test_goals_of_step_times():
 @pytest.mark.parametrize("name", MODELS)
 def test_step_times_by_layer(name, monkeypatch):
     """The way that a GPU goes, on layers of the same kinds that are small."""
-    from scripts import gpu_cases, length_layers
+    from scripts.gpu import cases as gpu_cases
+    from scripts.length import layers as length_layers
 
     spec = MODELS[name]
     frames = max(spec.cases)
@@ -263,13 +264,13 @@ def test_step_times_by_layer(name, monkeypatch):
 
 
 def length_options(name: str) -> dict:
-    from scripts.gpu_steps import TINY
+    from scripts.gpu.steps import TINY
 
     return TINY[name]
 
 
 def test_a_step_is_the_sum_of_its_layers():
-    from scripts.length_layers import Times
+    from scripts.length.layers import Times
 
     times = Times({"training": (4.0, 1.0)}, {"training": 10.0}, 0.2, 100, "blocks")
     assert times.step("training", depth=10, dense_layers=2) == (50.0, 26.0)

@@ -16,11 +16,12 @@ import torch
 
 from models.flow import encode_text, encode_video
 from models.pipelines import load_pipeline
-from scripts import latent_shards, prepare_latents
+from scripts import prepare_latents
 from scripts.config import ROOT
 from scripts.inputs import fit, read_frames
-from scripts.latent_shards import locked
-from scripts.latents import LatentStore, fingerprint
+from scripts.lora import latent_shards
+from scripts.lora.latent_shards import locked
+from scripts.lora.latents import LatentStore, fingerprint
 from scripts.prepare_latents import main
 from tests.latent_cases import SIZES, run, table, write_video
 from tests.tiny_hunyuan import hunyuan_pipeline

@@ -13,9 +13,9 @@ from models.loras import Lora, load_loras
 from scripts import train_lora
 from scripts.config import ROOT
 from scripts.generate import main as generate
-from scripts.lora_config import SCHEMA
-from scripts.lora_run import learning_rate, noise_levels
-from scripts.lora_setup import prepared
+from scripts.lora.config import SCHEMA
+from scripts.lora.run import learning_rate, noise_levels
+from scripts.lora.setup import prepared
 from scripts.train_lora import main
 from tests.lora_cases import (
     CAPTIONS,
@@ -99,7 +99,7 @@ def test_radial_attention_is_what_is_trained_with(lora_config, tmp_path):
         plain = WanPipeline.from_pretrained(parsed.model.path).transformer
         dense = predict_velocity(plain, "wan", *inputs)
         assert not torch.allclose(radial, dense, atol=1e-4)
-        from scripts.lora_plan import as_generation
+        from scripts.lora.plan import as_generation
         from scripts.plan import radial_config
 
         mask = radial_config(as_generation(parsed, parsed.data.sizes[0]))

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from models.lora_files import read_header
-from scripts import lora_state, lora_validation, train_lora
+from scripts import train_lora
 from scripts.config import ROOT
-from scripts.latents import LatentStore
-from scripts.lora_checkpoint import Checkpoints
+from scripts.lora import state as lora_state
+from scripts.lora import validation as lora_validation
+from scripts.lora.checkpoint import Checkpoints
+from scripts.lora.latents import LatentStore
 from scripts.train_lora import main
 from tests.lora_cases import FILE, adapter, launch_training, losses, same, train
 
@@ -129,8 +131,8 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("data.sizes=[]", "data.sizes: got [], allowed: at least one"),
-        ("data.sizes=10x48x64", "data.sizes: 10x48x64: generation.num_frames: got 10, allowed: 4k + 1"),
+        ("data.sizes=[]", "data.sizes: got [], allowed: FRAMESxHEIGHTxWIDTH"),
+        ("data.sizes=10x48x64", "data.sizes: got frames 10 in 10x48x64, allowed: 4k + 1"),
         ("data.sizes=13x48x64", "has 0 clips of data.sizes"),
         ("data.latents=/nowhere", "has no index.json"),
         ("lora.targets=to_z", "lora.targets: got 'to_z', allowed in WanTransformer3DModel: "),

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import nn
 
 from models.hunyuan_video import attention_layers
-from scripts.tiny_wan import TEXT_SLOTS, Denoiser
-from scripts.train_loop import Stage, build_optimizers, learning_rate
-from scripts.train_options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
+from scripts.tiny.loop import Stage, build_optimizers, learning_rate
+from scripts.tiny.options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
+from scripts.tiny.vae import initialise_vae
+from scripts.tiny.wan import TEXT_SLOTS, Denoiser
 from scripts.train_tiny import parse, prepare, train, write_caption
-from scripts.train_vae import initialise_vae
 from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"

@@ -13,8 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scripts.errors import DiskFullError, UsageError
-from scripts.fingerprint import Fingerprint
-from scripts.latents import INDEX, check_fingerprint, read_index
+from scripts.files import replacing
+from scripts.lora.fingerprint import Fingerprint
+from scripts.lora.latents import INDEX, check_fingerprint, read_index
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK = ".lock"
@@ -99,17 +100,14 @@ class LatentShards:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         """Under a temporary name first; UsageError, or DiskFullError, where that fails."""
-        file = self.folder / f".{name}.part"
         try:
-            write(file)
-            os.replace(file, self.folder / name)
+            with replacing(self.folder / name) as file:
+                write(file)
         except OSError as error:
             raise (DiskFullError if error.errno in FULL else UsageError)(
                 f"data.latents: cannot write {str(self.folder / name)!r} ({error.strerror}); allowed: a "
                 "folder with room; what was written before is whole, and the same command goes on from there"
             ) from error
-        finally:
-            file.unlink(missing_ok=True)
 
 
 def _number(shard: str) -> int:

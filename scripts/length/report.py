@@ -1,6 +1,5 @@
 """Writes what `scripts.length_study` measured: table, goals and whether they are reached, two pictures."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,10 +7,11 @@ from typing import TYPE_CHECKING
 from radial_attn.draw import save_figure
 from scripts.architecture import read_architecture
 from scripts.contact_sheet import read_frames, sheet
-from scripts.latents import LatentStore
-from scripts.length_runs import Result, Study, title
-from scripts.length_scores import SCORES, by_part, difference, parts, shares
-from scripts.lora_plan import as_generation, training_flops
+from scripts.files import write_text
+from scripts.length.runs import Result, Study, title
+from scripts.length.scores import SCORES, by_part, difference, parts, shares
+from scripts.lora.latents import LatentStore
+from scripts.lora.plan import as_generation, training_flops
 from scripts.plan import attention_flops, other_flops
 from scripts.prompt_accuracy import describe
 from scripts.record import hardware, versions
@@ -38,9 +38,7 @@ def write(out: Path, command: str, options: Study, results: dict[str, Result]) -
     save_figure(draw(results), curves)
     rows = [read_frames(result.shown, SHEET_FRAMES) for result in results.values()]
     imageio.imwrite(frames, sheet(rows, 1))
-    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
-    draft.write_text(report(command, options, results, (curves.name, frames.name)), encoding="utf-8")
-    draft.replace(out)
+    write_text(out, report(command, options, results, (curves.name, frames.name)))
     return [out, curves, frames]
 
 

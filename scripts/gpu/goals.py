@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.gpu_cases import BACKWARD_CASES, CASES, DENSE, QUANTIZED, STEPS, StepModel
+from scripts.gpu.cases import BACKWARD_CASES, CASES, DENSE, QUANTIZED, STEPS, StepModel
 
 STEPS_OF_A_VIDEO = 50
 FORWARD_GOAL, BACKWARD_GOAL, QUANTIZED_GOAL = 0.9, 0.8, 1.4

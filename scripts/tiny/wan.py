@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from scripts.tiny_model import (
+from scripts.tiny.model import (
     CAPTION_SLOTS,
     T5_SHAPE,
     Family,

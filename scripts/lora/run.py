@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from models.flow import Text, predict_velocity, stack_text
-from scripts.latents import BucketSampler, LatentStore
-from scripts.lora_config import LoraTrainConfig
+from scripts.lora.config import LoraTrainConfig
+from scripts.lora.latents import BucketSampler, LatentStore
 
 
 @dataclass

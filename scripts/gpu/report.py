@@ -1,13 +1,13 @@
 """Writes what the GPU benchmark measured: the numbers as JSON, tables, a plot; whole files or none."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu_cases import BACKWARD_CASES, CASES, DENSE, SPARSE, STEPS
-from scripts.gpu_goals import STEPS_OF_A_VIDEO, EndToEnd, Findings, data_steps, goals
+from scripts.files import write_text
+from scripts.gpu.cases import BACKWARD_CASES, CASES, DENSE, SPARSE, STEPS
+from scripts.gpu.goals import STEPS_OF_A_VIDEO, EndToEnd, Findings, data_steps, goals
 
 GIB = 2**30
 NOTES = """Inputs are random normal, batch 1; times are medians of up to 10 calls by events, after calls that
@@ -22,23 +22,13 @@ inputs."""
 def write(path: Path, data: dict[str, Any], *, picture: bool) -> None:
     """Writes `path` (.md) and its .json, with `picture` also its .png."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path.with_suffix(".json"), json.dumps(data, indent=1))
+    write_text(path.with_suffix(".json"), json.dumps(data, indent=1))
     if picture:
         try:
             plot(Findings(data), path.with_suffix(".png"))
         except ImportError as error:
             data["left_out"].append(f"plot: {error}")
-    replace(path, report(data, path.with_suffix(".png")))
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file under another name first, so that `path` is never half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, report(data, path.with_suffix(".png")))
 
 
 def report(data: dict[str, Any], picture: Path) -> str:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from scripts.gpu_attention import AttentionBench
-from scripts.gpu_cases import Task
-from scripts.gpu_machine import machine
+from scripts.gpu.attention import AttentionBench
+from scripts.gpu.cases import Task
+from scripts.gpu.machine import machine
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Session:
         return self._attention
 
     def _steps_bench(self) -> Any:
-        from scripts.gpu_steps import StepBench
+        from scripts.gpu.steps import StepBench
 
         if self._attention is not None:
             self._attention.forget()

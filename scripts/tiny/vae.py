@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripts.tiny_model import CONV_GAIN
-from scripts.train_loop import Stage
-from scripts.train_options import (
+from scripts.tiny.loop import Stage
+from scripts.tiny.model import CONV_GAIN
+from scripts.tiny.options import (
     FAMILIES,
     Options,
     draw_mosaic,

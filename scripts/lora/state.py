@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from models.adapter import FILE, adapter_settings, save_adapter
 from models.lora_files import read_header
-from scripts.lora_checkpoint import Checkpoints, write_config
-from scripts.lora_run import Run
+from scripts.lora.checkpoint import Checkpoints, write_config
+from scripts.lora.run import Run
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BEST = "best"

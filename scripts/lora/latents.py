@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.flow import Text
 from scripts.errors import UsageError, one_line
-from scripts.fingerprint import FORMAT, Fingerprint, fingerprint
+from scripts.lora.fingerprint import FORMAT, Fingerprint, fingerprint
 
 __all__ = ["BucketSampler", "Fingerprint", "LatentStore", "Sample", "fingerprint"]
 INDEX = "index.json"

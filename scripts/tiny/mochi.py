@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from models.mochi import attention_layers, project
-from scripts.tiny_model import (
+from scripts.tiny.model import (
     T5_SHAPE,
     Family,
     TinyDenoiser,

@@ -1,6 +1,5 @@
 """A run of LoRA training made from its configuration: processes, model, adapter, optimizer, samples."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -14,16 +13,17 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from models import apply_radial_attention
 from models.adapter import add_adapter
 from models.parallel import SequenceParallel
+from models.pipelines import read_index
 from models.positions import extend_positions
 from models.xdit import Degrees, import_xfuser, start
 from scripts.architecture import Architecture, read_architecture
 from scripts.errors import UsageError, one_line
-from scripts.latent_shards import locked
-from scripts.latents import BucketSampler, LatentStore, fingerprint
-from scripts.lora_checkpoint import Checkpoints, check_config
-from scripts.lora_config import LoraTrainConfig
-from scripts.lora_plan import as_generation, check_room, check_training, mask_settings
-from scripts.lora_run import Run
+from scripts.lora.checkpoint import Checkpoints, check_config
+from scripts.lora.config import LoraTrainConfig
+from scripts.lora.latent_shards import locked
+from scripts.lora.latents import BucketSampler, LatentStore, fingerprint
+from scripts.lora.plan import as_generation, check_room, check_training, mask_settings
+from scripts.lora.run import Run
 from scripts.plan import attention_options
 from scripts.positions import position_options
 from scripts.ranks import processes
@@ -102,7 +102,7 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             place=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
-            boundary=_boundary(path),
+            boundary=read_index(path).get("boundary_ratio"),
             leads=accelerator.process_index % ulysses == 0,
         )
         yield run, Checkpoints(folder, keys, config.output.keep)
@@ -203,13 +203,3 @@ def _positions(config: LoraTrainConfig, model: Architecture, transformer: torch.
     """Positions extended to the longest of the sizes."""
     run = as_generation(config, max(config.data.sizes))
     return extend_positions(transformer, **position_options(run, model))
-
-
-def _boundary(path: str) -> float | None:
-    """Noise level at which one expert hands over to the other; None where there is one transformer."""
-    file = Path(path) / "model_index.json"
-    if not file.is_file():
-        from diffusers import DiffusionPipeline
-
-        return DiffusionPipeline.load_config(path).get("boundary_ratio")
-    return json.loads(file.read_text(encoding="utf-8")).get("boundary_ratio")

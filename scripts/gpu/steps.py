@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import radial_attn
-from scripts.gpu_attention import dense_attention
-from scripts.gpu_cases import SPARSE, STEPS, Case, StepModel, Task
+from scripts.gpu.attention import dense_attention
+from scripts.gpu.cases import SPARSE, STEPS, Case, StepModel, Task
 
 WAN = "WanTransformer3DModel"
 CHANNELS, WARM_FRAMES = 16, 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from models.hunyuan_video import attention_layers, project
-from scripts.tiny_model import (
+from scripts.tiny.model import (
     CONV_GAIN,
     END,
     PAD,

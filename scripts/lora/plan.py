@@ -13,8 +13,8 @@ from radial_attn.attention import choose_backend, require
 from radial_attn.backends import BACKENDS, Call, obstacle
 from scripts.architecture import Architecture
 from scripts.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig
-from scripts.errors import UsageError, one_line
-from scripts.lora_config import LoraTrainConfig
+from scripts.errors import UsageError, multiples_around, one_line
+from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.loras import meta_transformer
 from scripts.memory import DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.plan import attention_flops, other_flops, solved_config, token_grid
@@ -50,8 +50,7 @@ def check_training(config: LoraTrainConfig, model: Architecture, path: str, devi
     """Raises UsageError for sizes, targets, dense layers and backends that training cannot take."""
     from scripts.validate import check_sizes
 
-    if not config.data.sizes:
-        raise UsageError("data.sizes: got [], allowed: at least one FRAMESxHEIGHTxWIDTH")
+    check_data_sizes(config.data, model)
     for name, wrong, allowed in _refused(config, model):
         raise UsageError(f"{name}: got {wrong!r}, allowed: {allowed}")
     if config.lora.dropout >= 1:
@@ -64,13 +63,25 @@ def check_training(config: LoraTrainConfig, model: Architecture, path: str, devi
         _check_8bit(device)
     for size in config.data.sizes:
         run = as_generation(config, size)
-        try:
-            check_sizes(run, model)
-        except UsageError as error:
-            raise UsageError(f"data.sizes: {'x'.join(map(str, size))}: {error}") from error
+        check_sizes(run, model)
         _check_backend(config, model, run, device)
     trainable(config, path)
     _check_dense(config)
+
+
+def check_data_sizes(data: DataConfig, model: Architecture) -> None:
+    """Raises UsageError for no sizes, or one that the model does not take."""
+    if not data.sizes:
+        raise UsageError(f"data.sizes: got [], allowed: {SCHEMA.allowed('data.sizes')}")
+    for size in data.sizes:
+        for axis, step in enumerate((model.vae_frames, model.size_factor(1), model.size_factor(2))):
+            value, offset = size[axis], int(axis == 0)
+            if value % step != offset % step:
+                name = ("frames", "height", "width")[axis]
+                near = " or ".join(map(str, sorted(set(multiples_around(value, step, offset)))))
+                rule = f"{step}k + 1" if axis == 0 else f"multiples of {step}"
+                given = f"{name} {value} in {'x'.join(map(str, size))}"
+                raise UsageError(f"data.sizes: got {given}, allowed: {rule}, nearest: {near}")
 
 
 def _check_dense(config: LoraTrainConfig) -> None:

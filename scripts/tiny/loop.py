@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from scripts.files import replacing
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def build_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Atomic: the old checkpoint stays until the new one is whole."""
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:

@@ -22,7 +22,7 @@ from models.flow import predict_velocity
 from radial_attn import TokenGrid, radial_attention
 from radial_attn.attention import choose_backend
 from radial_attn.backends import Call
-from scripts.gpu_cases import CASES, HUNYUAN_BLOCKS, WAN_BLOCKS
+from scripts.gpu.cases import CASES, HUNYUAN_BLOCKS, WAN_BLOCKS
 from scripts.record import hardware, versions
 from scripts.timing import medians_in_turn
 
@@ -36,8 +36,8 @@ class Layers:
 
     Attributes:
         name: its class in diffusers; family: of `models.flow`.
-        cases: of `gpu_cases.CASES` by video frames; goals: how many times faster than dense a training step
-            is to be, as the paper has it, by video frames.
+        cases: of `scripts.gpu.cases.CASES` by video frames.
+        goals: how many times faster than dense a training step shall be, by the paper and by video frames.
         blocks: `(option of its configuration, list of modules, how many)` of each kind of layer.
         dense_layers: as the training presets have them.
         options: of its configuration, other than the defaults.
@@ -235,7 +235,7 @@ def layers_report(command: str, spec: Layers, lengths: list[int], setting: Setti
     about = (
         f"{spec.name} with random weights, {spec.depth} layers of which {spec.dense_layers} stay dense, rank "
         f"{setting.rank}: what one of {SHARE} GPUs computes in a step that share a video's tokens (scripts/"
-        f"length_layers.py says how), dense attention by torch. Medians of {setting.repeats} turns."
+        f"length/layers.py says how), dense attention by torch. Medians of {setting.repeats} turns."
     )
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
     text = ["# Step times by layer", "", f"    {command}", "", *table, "", about, "", *goals, "", machine, ""]

@@ -11,9 +11,9 @@ import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from torch import Tensor
 
-from scripts import tiny_wan
-from scripts.tiny_model import mean_latents, normalise
-from scripts.tiny_wan import build_scheduler
+from scripts.tiny import wan
+from scripts.tiny.model import mean_latents, normalise
+from scripts.tiny.wan import build_scheduler
 
 KEPT = (0, 1, 4, 5)  # layers of the text-to-video model
 CHANNELS = 16  # of a latent video; as many again hold the first frame
@@ -31,7 +31,7 @@ def normalise_both(latents: Tensor, vae: torch.nn.Module) -> Tensor:
     return torch.cat([normalise(half, vae) for half in latents.chunk(2, dim=1)], dim=1)
 
 
-class Denoiser(tiny_wan.Denoiser):
+class Denoiser(wan.Denoiser):
     """Text encoder and transformer, trained together."""
 
     PIPELINE = WanImageToVideoPipeline
@@ -83,7 +83,7 @@ def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 FAMILY = replace(
-    tiny_wan.FAMILY,
+    wan.FAMILY,
     denoiser=Denoiser,
     encode=encode,
     normalise=normalise_both,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from scripts.errors import DiskFullError, UsageError, one_line
+from scripts.files import write_text
 
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
 PREFIX = "step_"
@@ -120,9 +121,7 @@ def check_config(
 
 def write_config(folder: Path, keys: dict[str, Any]) -> None:
     """Writes a run's configuration into its folder."""
-    part = folder / f".{CONFIG}.part"
-    part.write_text(json.dumps(keys, indent=2), encoding="utf-8")
-    os.replace(part, folder / CONFIG)
+    write_text(folder / CONFIG, json.dumps(keys, indent=2))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -141,9 +140,7 @@ class Log:
 
         self._file = folder / LOG
         kept = [line for line in self._lines() if json.loads(line)["step"] <= first]
-        part = self._file.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, self._file)
+        write_text(self._file, "".join(f"{line}\n" for line in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
     def _lines(self) -> list[str]:

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.pipelines import FAMILIES, flow_scheduler
-from scripts.lora_plan import as_generation
-from scripts.lora_run import Run, flow_loss, generator
-from scripts.lora_state import mean_adapter
+from models.pipelines import load_pipeline
+from scripts.lora.plan import as_generation
+from scripts.lora.run import Run, flow_loss, generator
+from scripts.lora.state import mean_adapter
 from scripts.outputs import encode
 from scripts.sampling import settings
 from scripts.video import to_bytes
@@ -56,19 +56,11 @@ def make_videos(run: Run, folder: Path) -> None:
 
 def sampling_pipeline(run: Run) -> Any:
     """The model's pipeline around the transformer that is trained, without its text encoders."""
-    import diffusers
-
-    kind = FAMILIES[run.config.model.family]
-    absent: dict[str, Any] = dict.fromkeys(TEXT_PARTS)
-    pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
-        run.path, **absent, transformer=run.plain, dtype={"default": run.plain.dtype, "vae": torch.float32}
-    )
-    if kind.unipc:
-        pipeline.scheduler = flow_scheduler(pipeline.scheduler)
-    if kind.tiled_vae:
-        pipeline.vae.enable_tiling()
+    parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}
+    device = str(run.accelerator.device)
+    pipeline = load_pipeline(run.path, run.config.model.family, run.plain.dtype, device, parts=parts)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(run.accelerator.device)
+    return pipeline
 
 
 def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from radial_attn import BlockMask, radial_attention
 from radial_attn.check import OutputError, output_error, sample_blocks, sampled_reference, sampled_rows
 from scripts.errors import one_line
-from scripts.gpu_cases import DENSE, QUANTIZED, SPARSE, Case, Task
+from scripts.gpu.cases import DENSE, QUANTIZED, SPARSE, Case, Task
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "sdpa": None}
 PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}

@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scripts import tiny_hunyuan_video, tiny_mochi, tiny_wan, tiny_wan_i2v
-from scripts.tiny_model import Family
-from scripts.train_loop import Stage, run_stage
+from scripts.tiny import hunyuan_video, mochi, wan, wan_i2v
+from scripts.tiny.loop import Stage, run_stage
+from scripts.tiny.model import Family
 from toyworld import all_attributes, random_scene, render
 from toyworld.render import Attributes, Scene
 
 FAMILIES: dict[str, Family] = {
-    "wan": tiny_wan.FAMILY,
-    "hunyuan_video": tiny_hunyuan_video.FAMILY,
-    "mochi": tiny_mochi.FAMILY,
-    "wan_i2v": tiny_wan_i2v.FAMILY,
+    "wan": wan.FAMILY,
+    "hunyuan_video": hunyuan_video.FAMILY,
+    "mochi": mochi.FAMILY,
+    "wan_i2v": wan_i2v.FAMILY,
 }
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from scripts.errors import UsageError, one_line
 from scripts.inputs import BROKEN, fit, read_frames
-from scripts.lora_config import DataConfig
+from scripts.lora.config import DataConfig
 from scripts.schema import find_path
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")

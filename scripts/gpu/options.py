@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.errors import OneLineParser, positive_number
-from scripts.gpu_cases import CASES, MEASURED, SPARSE
+from scripts.gpu.cases import CASES, MEASURED, SPARSE
 
 ABOUT = "Attention and denoising steps on one GPU, correctness first, within a few minutes."
 

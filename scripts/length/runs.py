@@ -5,9 +5,9 @@ from pathlib import Path
 
 from models.adapter import FILE
 from scripts.config import Config, read_config
-from scripts.length_scores import Record
-from scripts.lora_config import SCHEMA as TRAINING
-from scripts.lora_config import LoraTrainConfig
+from scripts.length.scores import Record
+from scripts.lora.config import SCHEMA as TRAINING
+from scripts.lora.config import LoraTrainConfig
 from toyworld import all_attributes
 from toyworld.render import Attributes
 
@@ -105,7 +105,7 @@ class Result:
 
     Attributes:
         config: of its generation.
-        entries: a record of `length_scores` for each caption; density: of its mask.
+        entries: a record of `scripts.length.scores` for each caption; density: of its mask.
         training_seconds: median of its training steps, None without a training.
         step_seconds: median of a denoising step of one video, measured in turns with the other runs.
         shown: video of the first caption.

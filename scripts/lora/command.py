@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scripts import command
 from scripts.errors import UsageError
-from scripts.lora_config import SCHEMA, LoraTrainConfig
+from scripts.lora.config import SCHEMA, LoraTrainConfig
 
 CALL = "bash scripts/wan_lora_train.sh CONFIG.yaml [key=value ...] [--dry-run] [--help]"
 
@@ -33,8 +33,8 @@ def parse(argv: list[str]) -> Command:
 
 def dry_run(config: LoraTrainConfig) -> str:
     """What the run would take; no weights are read, and the latents need not be there yet."""
-    from scripts.lora_plan import describe_plan
-    from scripts.lora_setup import examined
+    from scripts.lora.plan import describe_plan
+    from scripts.lora.setup import examined
 
     model, path, device = examined(config)
     data = Path(config.data.latents).expanduser()

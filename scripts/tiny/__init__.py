@@ -1,0 +1,1 @@
+"""The bundled models: what scripts/train_tiny.py is made of."""
