@@ -10,6 +10,7 @@ import torch
 from models.context import RadialContext
 from models.dense import DenseBackend
 from models.guard import Guard, resolve_check
+from models.observe import Observer, Seen, refusal
 from models.schedule import Schedule
 from radial_attn import RadialConfig
 from radial_attn.backends import BACKENDS, QUANTIZE
@@ -38,6 +39,7 @@ def apply_radial_attention(
     num_steps: int | None = None,
     parallel: Any = None,
     agree: Callable[[Any], Any] | None = None,
+    observe: Callable[[Seen], None] | None = None,
 ) -> "RadialAttentionHandle":
     """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
 
@@ -65,10 +67,15 @@ def apply_radial_attention(
     other processes, which make the same calls. `agree(value)`, of several processes, gives what the first of
     them has: all take the dense backend that it finds the fastest.
 
+    `observe(seen)`, a `models.observe.Seen`, is called by every attention layer at every step before it
+    attends. Dense layers then go through diffusers' dispatch in place of upstream's processor, with the same
+    result. Neither a compiled transformer nor several processes can be observed.
+
     Raises:
         ValueError: no RadialConfig, an unknown transformer class, self-attention processors other than
             upstream's (so a second application too), an unknown backend or check, a count below 0, more dense
-            layers than there are, or last steps that cannot be known. The model is left as it was.
+            layers than there are, last steps that cannot be known, or what cannot be observed. The model is
+            left as it was.
         ImportError: the library of a named `dense_backend` is missing.
     """
     if not isinstance(config, RadialConfig):
@@ -83,6 +90,9 @@ def apply_radial_attention(
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = _transformers(model)
     families = [family_of(transformer) for transformer in transformers]
+    reason = None if observe is None else refusal(_parts(model), parallel)
+    if reason is not None:
+        raise ValueError(reason)
     for transformer, family in zip(transformers, families, strict=True):
         _check_layers(transformer, family, dense_layers)
     if pipeline is None:
@@ -100,6 +110,7 @@ def apply_radial_attention(
         always_dense=sum(number < dense_layers for number in numbers),
         pipeline=pipeline,
         parallel=parallel,
+        observer=None if observe is None else Observer(observe),
     )
     return RadialAttentionHandle(context, transformers, families[0])
 
@@ -145,11 +156,13 @@ class RadialAttentionHandle:
     def _install(self, transformer: torch.nn.Module, family: ModuleType) -> None:
         context = self._context
         layers = zip(family.attention_layers(transformer), _numbering(transformer, family), strict=True)
-        for attention, (number, name) in layers:
+        for place, (attention, (number, name)) in enumerate(layers):
             before, always_dense = attention.processor, number < context.schedule.dense_layers
             ours = family.RadialProcessor(always_dense, context.guard.watch(transformer, always_dense, name))
             vars(ours).update(vars(before))
             context.dense.install(ours)
+            if context.observer is not None:
+                context.observer.add(ours, place)
             attention.processor = ours
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
@@ -160,13 +173,17 @@ class RadialAttentionHandle:
             self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 
-def _transformers(model: Any) -> list[torch.nn.Module]:
-    """The model, or the `transformer` and `transformer_2` of a pipeline, without torch.compile's wrapper."""
+def _parts(model: Any) -> list[torch.nn.Module]:
+    """The model, or the `transformer` and `transformer_2` of a pipeline."""
     if isinstance(model, torch.nn.Module):
-        found = [model]
-    else:
-        found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
-    found = [getattr(part, "_orig_mod", part) for part in found if part is not None]
+        return [model]
+    found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
+    return [part for part in found if part is not None]
+
+
+def _transformers(model: Any) -> list[torch.nn.Module]:
+    """The parts of a model without torch.compile's wrapper."""
+    found = [getattr(part, "_orig_mod", part) for part in _parts(model)]
     if not found:
         raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
     return found

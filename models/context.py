@@ -9,6 +9,7 @@ layers noted of their outputs.
 
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from models.dense import DenseBackend
 from models.guard import Guard
+from models.observe import Observer
 from models.schedule import Schedule, StepCounter
 from models.xdit import ring_refusal
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
@@ -32,8 +34,9 @@ class Way(NamedTuple):
 
     `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
     CPU, None for all; `parallel`: the processes that share the sequence. The backend "dense" is upstream's
-    dispatch, which several processes need here, or a ring's own; `valid`: the dispatch's keys, bool
-    `[B, 1, 1, S]`, None for all.
+    dispatch, which several processes and an observer need here, or a ring's own; `valid`: the dispatch's
+    keys, bool `[B, 1, 1, S]`, None for all; `observe`: told of what each layer is given, None where nobody
+    looks on.
     """
 
     mask: BlockMask
@@ -43,10 +46,13 @@ class Way(NamedTuple):
     text_lengths: Tensor | None = None
     parallel: Any = None
     valid: Tensor | None = None
+    observe: Callable[..., None] | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
     """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
+    if way.observe is not None:
+        way.observe(processor, query, key, value)
     of_all = partial(_attend, way=way, processor=processor)
     if way.parallel is None:
         return of_all(query, key, value)
@@ -123,9 +129,10 @@ class RadialContext:
         always_dense: int,
         pipeline: Any = None,
         parallel: Any = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
-        self.guard, self.dense, self.parallel = guard, dense, parallel
+        self.guard, self.dense, self.parallel, self.observer = guard, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         reason = ring_refusal(quantize, guard.check, dense.name) if self._in_ring else None
         if reason is not None:
@@ -161,6 +168,10 @@ class RadialContext:
         if mask is not None:
             backend = self._choose(latents, transformer.config.attention_head_dim, mask)
             self._radial_way = Way(mask, backend, self.quantize, compare, lengths, self.parallel)
+        if self.observer is not None:
+            note = self.observer.of_call(step, radial_mask(grid, self.config), lengths)
+            ways = self._radial_way, self._dense_way
+            self._radial_way, self._dense_way = (way and way._replace(observe=note) for way in ways)
         self._count(grid, None if dense else self._radial_way.backend)
 
     def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
@@ -226,7 +237,7 @@ class RadialContext:
         masked = getattr(self._family, "DENSE_HAS_MASK", False)
         mask = radial_mask(grid, self.config)
         self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
-        if self.parallel is None:
+        if self.parallel is None and self.observer is None:
             return None
         valid = _valid(grid, lengths, latents.device)
         return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)

@@ -13,7 +13,17 @@ from .block_mask import BLOCK_SIZES, BlockMask
 from .grid import TokenGrid, require_int
 
 NEIGHBOURS = ("full", "half")
-PATTERNS = ("radial", "dense", "spatial", "temporal", "strided", "power", "random")
+PATTERNS = (
+    "radial",
+    "dense",
+    "spatial",
+    "temporal",
+    "sliding_tile",
+    "strided",
+    "harmonic",
+    "power",
+    "random",
+)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ import torch
 from .block_mask import BlockMask
 from .grid import TokenGrid
 from .mask import RadialConfig, band_blocks, radial_mask
+from .windows import window_radii
 
 SEED = 0  # of the random mask
+GOLDEN = 0.5 * (5**0.5 - 1)  # whose multiples, modulo 1, are spread evenly
+TRIFLE = 1e-9  # by which the nearer of two blocks alike in all else comes first
 
 
 def compared_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
@@ -24,8 +27,15 @@ def compared_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
       is near in time, as in the spatial heads of Sparse VideoGen (arXiv 2502.01776).
     - "temporal": in every frame a band around the query's own position, a token wider up to some distance:
       the temporal heads of the same.
+    - "sliding_tile": in each row as many blocks, those that the smallest windows hold: cubes of 1, 3,
+      5, ... tiles around the query's own, moved inwards at the borders, as in Sliding Tile Attention
+      (arXiv 2502.04507). There a block is a tile; here tokens are in raster order, so a block counts by the
+      share of its token pairs that each window holds (radial_attn/windows.py).
     - "strided": blocks of the query's own group of neighbours, in groups and in groups shifted by half: both
       halves of the heads of LongLoRA (arXiv 2309.12307) in one mask.
+    - "harmonic": a band of half-width `w / d` between frames at distance `d`, whole frames at most: the decay
+      of the radial mask without its steps of powers of two, its least width and its skipped frames, so that
+      bands too narrow to fill a block end it. A definition of our own; none published was found.
     - "power": blocks at a distance of a power of two, and a window, as in PowerAttention (arXiv 2503.03588).
     - "random": in each row as many blocks, drawn with one seed.
     """
@@ -71,6 +81,20 @@ def _temporal(grid: TokenGrid, config: RadialConfig) -> Family:
     return build, grid.video_tokens
 
 
+def _sliding_tile(grid: TokenGrid, config: RadialConfig) -> Family:
+    radii = window_radii(grid, config.block_size)
+    places = np.arange(len(radii))
+    return _by_row(radii + TRIFLE * np.abs(places[:, None] - places))
+
+
+def _by_row(scores: np.ndarray) -> Family:
+    """In each row as many blocks, the lowest scores first; the rows' turns for one more are spread evenly."""
+    count = len(scores)
+    ranks = scores.argsort(axis=1, kind="stable").argsort(axis=1)
+    turns = (np.arange(count) * GOLDEN % 1).argsort().argsort()
+    return lambda number: ranks * count + turns[:, None] < number, count**2
+
+
 def _strided(grid: TokenGrid, config: RadialConfig) -> Family:
     places = np.arange(grid.num_blocks(config.block_size))
 
@@ -79,6 +103,17 @@ def _strided(grid: TokenGrid, config: RadialConfig) -> Family:
         return np.any([group[:, None] == group for group in groups], axis=0)
 
     return build, len(places)
+
+
+def _harmonic(grid: TokenGrid, config: RadialConfig) -> Family:
+    frame = grid.tokens_per_frame
+
+    def build(reach: int) -> np.ndarray:
+        return band_blocks(
+            grid, config, lambda distance: min(reach // distance, frame) if distance else frame
+        )
+
+    return build, grid.frames * frame
 
 
 def _power(grid: TokenGrid, config: RadialConfig) -> Family:
@@ -97,7 +132,9 @@ def _random(grid: TokenGrid, config: RadialConfig) -> Family:
 COMPARED = {
     "spatial": _spatial,
     "temporal": _temporal,
+    "sliding_tile": _sliding_tile,
     "strided": _strided,
+    "harmonic": _harmonic,
     "power": _power,
     "random": _random,
 }

@@ -69,7 +69,7 @@ class MaskConfig:
     pattern: str = key(
         "radial",
         "which key blocks each query block sees; those after dense are to compare with, as dense as radial",
-        ("radial", "dense", "spatial", "temporal", "strided", "power", "random"),
+        ("radial", "dense", "spatial", "temporal", "sliding_tile", "strided", "harmonic", "power", "random"),
     )
     backend: str = key(
         "auto",

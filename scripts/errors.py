@@ -3,8 +3,9 @@
 import argparse
 import difflib
 import math
+import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -18,6 +19,22 @@ class DiskFullError(UsageError):
 
 class GenerationError(RuntimeError):
     """A run that started and could not finish: non-finite values, a backend that failed."""
+
+
+def exit_code(work: Callable[[], object], stopped: str, *also: type[Exception]) -> int:
+    """Carries out a command of one process. 0: done; 130: interrupted, `stopped` says what is left of it.
+
+    2: bad input, a run that failed, a file that cannot be written, or an error of `also`, in one line.
+    """
+    try:
+        work()
+    except (UsageError, GenerationError, OSError, *also) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {stopped}", file=sys.stderr)
+        return 130
+    return 0
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -25,7 +25,8 @@ from radial_attn import radial_mask
 from radial_attn.draw import save_figure
 from scripts.architecture import Architecture, read_architecture
 from scripts.config import ROOT, Config, read_config
-from scripts.errors import GenerationError, OneLineParser, UsageError, one_line, positive
+from scripts.errors import OneLineParser, exit_code, positive
+from scripts.files import write_text
 from scripts.length.layers import MODELS, Layers, Setting, layers_report
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import as_generation, training_flops
@@ -265,7 +266,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         spec: Layers = MODELS[options.model]
         setting = Setting(options.rank or 128, options.repeats, options.device)
         text = layers_report(command, spec, options.frames or [max(spec.cases)], setting)
-        options.out.write_text(text, encoding="utf-8")
+        write_text(options.out, text)
+        print(f"written {options.out}")
         return
     fixed = {"rank": options.rank or 16, "repeats": options.repeats, "device": options.device}
     points = []
@@ -276,23 +278,15 @@ def run(options: argparse.Namespace, command: str) -> None:
     picture = options.out.with_suffix(".png")
     save_figure(draw(points), picture)
     about = described(options.words, fixed["rank"], options.repeats)
-    options.out.write_text(report(command, points, picture.name, options.device, about), encoding="utf-8")
+    write_text(options.out, report(command, points, picture.name, options.device, about))
+    print(f"written {options.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parse(argv)
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        run(options, " ".join(["python -m scripts.length_timing", *words]))
-    except (UsageError, GenerationError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(f"written {options.out}")
-    return 0
+    command = " ".join(["python -m scripts.length_timing", *(sys.argv[1:] if argv is None else argv)])
+    return exit_code(lambda: run(options, command), "nothing was written")
 
 
 if __name__ == "__main__":

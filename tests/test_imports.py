@@ -13,7 +13,8 @@ SOURCES = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 KERNELS = sorted(file for file in (ROOT / "radial_attn" / "kernels").glob("*.py") if file.stem != "__init__")
 LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
-    imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes"""
+    imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
+    torchvision vbench"""
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
 XDIT = ("xfuser", "yunchang")  # where several processes share a video

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Attention FLOPs, kept blocks, density and predicted times over length and resolution, dense and radial, against
+# n log n, and the paper's sparsities beside ours; a table and a picture into results/. Seconds.
+#   bash scripts/cost.sh --models wan hunyuan --rate 400 300      TFLOP/s of a GPU's dense and radial kernels
+#   bash scripts/cost.sh --models configs/wan2.1_t2v_14b_2x.yaml --frames 81 161 321 --size 720x1280
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+exec .venv/bin/python -m scripts.evaluation.cost "$@"

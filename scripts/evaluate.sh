@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# How near radial videos are to dense ones of the same prompts and seeds: PSNR, SSIM, LPIPS, attention recall and
+# output error, seconds, operations, density; writes videos, evaluation.json and a table. Goes on where it stopped.
+#   bash scripts/evaluate.sh                                        the bundled Wan against itself with dense attention
+#   bash scripts/evaluate.sh configs/wan_tiny.yaml evaluate.prompts=prompts.txt evaluate.seeds=1,2,3
+#   bash scripts/evaluate.sh configs/wan_tiny.yaml evaluate.compare="warm: attention.dense_steps=4; thin: attention.density=0.45"
+#   bash scripts/evaluate.sh --folders dense=outputs/a radial=outputs/b    finished videos of the same names
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+exec .venv/bin/python -m scripts.evaluation.evaluate "$@"

@@ -1,0 +1,138 @@
+"""What the ablation measures of each run, all of it kept: videos beside the dense ones, and times."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scripts.architecture import Architecture
+from scripts.config import AttentionConfig, Config
+from scripts.evaluation.ablate_runs import Run
+from scripts.evaluation.files import write_json
+from scripts.evaluation.metrics import psnr, ssim
+from scripts.files import replacing
+from scripts.prompt_accuracy import digest, reading, readings, seconds_in_turn
+from scripts.video import to_bytes
+from toyworld.render import Attributes
+
+DENSE = "dense"
+SOURCES = ("ablate_attention.py", "ablate_measure.py", "ablate_runs.py", "metrics.py")
+Entry = dict[str, Any]
+
+
+class Setup(NamedTuple):
+    """What all runs share.
+
+    Attributes:
+        rows: sampled query rows; work: folder of everything that is kept.
+        program: digest of sources and weights as they were at the start.
+    """
+
+    config: Config
+    model: Architecture
+    path: str
+    device: str
+    captions: list[Attributes]
+    batch: int
+    rows: int
+    work: Path
+    program: str
+
+    @property
+    def dense(self) -> Config:
+        """The configuration of the dense videos."""
+        return all_dense(self.config)
+
+    def folder(self, config: Config) -> Path:
+        """Where what this configuration, program and weights made is kept; it is made."""
+        name = hashlib.sha256(f"{self.program} {json.dumps(asdict(config))}".encode()).hexdigest()
+        folder = self.work / "readings" / name[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def all_dense(config: Config) -> Config:
+    """Dense attention everywhere; whatever the mask's options are, it is the same."""
+    own = config.attention
+    attention = AttentionConfig(pattern=DENSE, dense_steps=0, dense_layers=0, check="off")
+    attention = replace(attention, backend=own.backend, dense_backend=own.dense_backend)
+    return replace(config, attention=attention)
+
+
+def program_digest(config: Config, path: str) -> str:
+    """Of the sources and the weights that all videos and numbers of an ablation follow from."""
+    own = b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(digest(all_dense(config), path).encode() + own).hexdigest()
+
+
+def dense_videos(setup: Setup, pipeline: Any) -> list[Entry]:
+    """Generates the dense videos that are missing and keeps them as uint8; what each shows."""
+    folder = setup.folder(setup.dense)
+
+    def judge(video: np.ndarray, attributes: Attributes) -> Entry:
+        _keep(_file(folder, attributes), to_bytes(video))
+        return reading(video, attributes)
+
+    found = readings(pipeline, setup.dense, setup.captions, setup.batch, folder / "dense.json", judge=judge)
+    return _in_order(setup, found)
+
+
+def compared(setup: Setup, pipeline: Any, config: Config) -> list[Entry]:
+    """What each video of a run shows, and its `psnr` and `ssim` to the dense one of the same seed.
+
+    A video equal to the dense one has None for the PSNR, which is infinite.
+    """
+    dense = setup.folder(setup.dense)
+
+    def judge(video: np.ndarray, attributes: Attributes) -> Entry:
+        frames, wanted = to_bytes(video), np.load(_file(dense, attributes))["frames"]
+        same = np.array_equal(frames, wanted)
+        likeness = {"psnr": None if same else psnr(frames, wanted), "ssim": ssim(frames, wanted)}
+        return reading(video, attributes) | likeness
+
+    file = setup.folder(config) / "readings.json"
+    return _in_order(setup, readings(pipeline, config, setup.captions, setup.batch, file, judge=judge))
+
+
+def _in_order(setup: Setup, found: list[Entry]) -> list[Entry]:
+    places = {entry["caption"]: entry for entry in found}
+    return [places[attributes.caption] for attributes in setup.captions]
+
+
+def _file(folder: Path, attributes: Attributes) -> Path:
+    return folder / f"{attributes.caption.replace(' ', '-')}.npz"
+
+
+def _keep(file: Path, frames: np.ndarray) -> None:
+    with replacing(file) as part, part.open("wb") as stream:
+        np.savez_compressed(stream, frames=frames)
+
+
+def paces(setup: Setup, pipeline: Any, runs: Iterable[Run]) -> dict[str, float]:
+    """Seconds of a step that is dense, under "dense", and of each run's radial step, under its `pace`.
+
+    All take turns; where one is missing from what is kept, all are timed anew.
+    """
+    names = {run.pace: _without_warm_up(run.config) for run in runs} | {DENSE: setup.dense}
+    file = setup.folder(setup.dense) / "seconds.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if not names.keys() <= known.keys():
+        print(f"timing     {len(names)} kinds of step in turn", flush=True)
+        timed = {name: (pipeline, config) for name, config in names.items()}
+        known |= seconds_in_turn(timed, setup.captions[0])
+        write_json(file, known)
+    return known
+
+
+def _without_warm_up(config: Config) -> Config:
+    return replace(config, attention=replace(config.attention, dense_steps=0, dense_last_steps=0))
+
+
+def step_seconds(run: Run, known: dict[str, float]) -> float:
+    """Mean seconds of a step of a whole run, its dense steps counted."""
+    steps, dense = run.config.generation.steps, len(run.dense)
+    return (dense * known[DENSE] + (steps - dense) * known[run.pace]) / steps

@@ -1,0 +1,101 @@
+"""The files of the ablation: ablation.json, tables in Markdown, and fidelity over density as a picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from radial_attn.draw import save_figure
+from scripts.evaluation.files import number, table, write_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMS = {  # of the columns after the first
+    "density": ".3f",
+    "density of the run": ".3f",
+    "PSNR": ".2f",
+    "SSIM": ".4f",
+    "recall": ".4f",
+    "output MSE": ".3g",
+    "relative MSE": ".3g",
+    "attributes, %": ".1f",
+    "s a step": ".3f",
+}
+COLUMNS = tuple(FORMS)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+MARKERS = "osD^vP*Xh"
+NAME = "ablation.json"
+SAID = """PSNR and SSIM compare with the dense videos of the same captions and seeds, means over the
+videos; no PSNR means that they are equal. Density is that of the mask, density of the run counts dense steps
+and layers. Recall is the share of the dense softmax mass that the mask keeps, output MSE the mean squared
+error of an attention output, relative MSE its ratio to the mean square of that output: along the dense run
+of the first caption, means over all steps, layers, heads and the sampled query rows, where dense steps and
+layers keep everything and err by nothing. Attributes are what `toyworld.read` finds right. The time of a
+step is the median of radial and of dense steps, in turn with all others, weighted by their number. Values
+whose masks keep the same are one run."""
+
+
+def write(data: dict[str, Any], work: Path, out: Path) -> list[Path]:
+    """Writes the JSON into `work`, tables and picture at `out`; the files. OSError where that fails."""
+    picture = out.with_suffix(".png")
+    files = [write_json(work / NAME, data), write_text(out, "\n".join(lines(data, picture.name)) + "\n")]
+    save_figure(draw(data), picture)
+    return [*files, picture]
+
+
+def lines(data: dict[str, Any], picture: str) -> list[str]:
+    """The Markdown."""
+    config = data["config"]
+    sizes, options = config["generation"], config["attention"]
+    machine = ", ".join(f"{key} {value}" for key, value in {**data["versions"], **data["hardware"]}.items())
+    around = ", ".join(f"{key} {value}" for key, value in options.items())
+    return [
+        f"# Ablation of the mask: {config['model']['path']}, {sizes['num_frames']} frames",
+        "",
+        f"    {data['command']}",
+        "",
+        f"{data['captions']} captions, {sizes['steps']} steps, {data['rows']} query rows. "
+        + " ".join(SAID.split()),
+        "",
+        f"![PSNR over density]({picture})",
+        *(line for found in data["tables"] for line in _section(found)),
+        "",
+        f"- what is not varied: {around}",
+        "",
+        machine,
+    ]
+
+
+def _section(found: dict[str, Any]) -> list[str]:
+    forms = FORMS.values()
+    rows = (
+        (_shown(first), *(number(value, form) for value, form in zip(rest, forms, strict=True)))
+        for first, *rest in found["rows"]
+    )
+    titles = " | ".join(found["columns"])
+    return ["", f"## {found['title']}", "", found["note"], *table(titles, rows)]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def draw(data: dict[str, Any]) -> "Figure":
+    """PSNR against the density of the run, a curve for each table; static masks are named points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    place, height = (1 + COLUMNS.index(name) for name in ("density of the run", "PSNR"))
+    for order, found in enumerate(data["tables"]):
+        rows = [row for row in found["rows"] if row[height] is not None]
+        apart = found["columns"][0] == "attention.pattern"
+        style = {"color": COLOURS[order % len(COLOURS)], "marker": MARKERS[order % len(MARKERS)]}
+        style |= {"linestyle": "" if apart else "-", "label": found["title"], "alpha": 0.85}
+        points = sorted((row[place], row[height]) for row in rows)
+        axes.plot([x for x, _ in points], [y for _, y in points], markersize=5, **style)
+        for row in rows if apart else []:
+            axes.annotate(_shown(row[0]), (row[place], row[height]), fontsize=7)
+    axes.set(xlabel="density of the run", ylabel="PSNR to the dense video, dB")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,242 @@
+"""The videos of an evaluation, dense and of each setting, with what is measured while they are made.
+
+A video lies in the folder of its setting with a JSON beside it, which holds its configuration and readings;
+beside a dense one lie its very frames too, as lossless H.264, for the settings that are compared later.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from models import apply_radial_attention
+from models.caches import cached
+from models.guard import CheckError
+from radial_attn import RadialConfig
+from scripts.combinations import cache_options
+from scripts.config import Config
+from scripts.errors import GenerationError, UsageError, one_line
+from scripts.evaluation.evaluate_attention import Readings
+from scripts.evaluation.evaluate_config import DENSE
+from scripts.evaluation.metrics import compare
+from scripts.outputs import finished, resolved, video_path, write_pair
+from scripts.plan import attention_options
+from scripts.record import Clock, synchronizer
+from scripts.shortage import is_out_of_memory
+from scripts.video import Job, reported_choices, sample, to_bytes
+
+FRAMES = ".mkv"
+
+
+@dataclass(frozen=True)
+class Take:
+    """One prompt and seed; `number` of the prompt in its file, 0 without one, `index` of the seed."""
+
+    prompt: str
+    seed: int
+    number: int
+    index: int
+
+
+@dataclass
+class Evaluation:
+    """What is asked for: folder, a job for each setting by name, dense first, and what to look at."""
+
+    work: Path
+    jobs: dict[str, Job]
+    takes: list[Take]
+    masks: dict[str, RadialConfig]
+    rows: int
+    steps: list[int]
+
+    def config(self, name: str, take: Take) -> Config:
+        """Of one video."""
+        config = self.jobs[name].config
+        return replace(config, generation=replace(config.generation, seed=take.seed, prompt=take.prompt))
+
+    def path(self, name: str, take: Take) -> Path:
+        config = self.config(name, take)
+        config.output = replace(config.output, path=str(self.work / "videos" / name))
+        return video_path(config, take.prompt, take.number)
+
+    def record(self, name: str, take: Take) -> dict[str, Any]:
+        """What is known of a video that is done."""
+        return json.loads(self.path(name, take).with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def make_missing(evaluation: Evaluation) -> None:
+    """Makes the videos that are not there, pipeline by pipeline, the settings of a prompt in turn.
+
+    Raises:
+        UsageError: a video in the folder was made with other settings, or cannot be written.
+        GenerationError: a pipeline failed.
+    """
+    missing = missing_videos(evaluation)
+    steps = evaluation.jobs[DENSE].config.generation.steps
+    total = len(evaluation.jobs) * len(evaluation.takes)
+    with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
+        for names in same_pipeline(evaluation.jobs):
+            todo = [(name, take) for name, take in missing if name in names]
+            pipeline = evaluation.jobs[names[0]].load() if todo else None
+            for name, take in todo:
+                bar.set_description(name)
+                _make(evaluation, pipeline, name, take, bar)
+            del pipeline
+
+
+def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
+    """Setting and take of the videos to make, take by take, dense first."""
+    missing = []
+    for take in evaluation.takes:
+        others = [(name, take) for name in evaluation.jobs if name != DENSE]
+        others = [(name, take) for name, take in others if not _is_done(evaluation, name, take)]
+        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not others
+        if not (_is_done(evaluation, DENSE, take) and frames and _is_read(evaluation, take)):
+            others.insert(0, (DENSE, take))
+        missing += others
+    return missing
+
+
+def same_pipeline(jobs: dict[str, Job]) -> list[list[str]]:
+    """Names of the settings that one pipeline serves, those of dense first."""
+    groups: list[list[str]] = []
+    for name, job in jobs.items():
+        fitting = [group for group in groups if jobs[group[0]].config.model == job.config.model]
+        if fitting:
+            fitting[0].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
+    path, inputs = evaluation.path(name, take), evaluation.jobs[name].inputs.files
+    done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
+    if changed:
+        keys = ", ".join(changed)
+        raise UsageError(f"{path} was made with other settings ({keys}); allowed: these, or another --work")
+    return done
+
+
+def _is_read(evaluation: Evaluation, take: Take) -> bool:
+    """Whether the dense video's JSON has the attention of all masks, as it is asked for."""
+    if not evaluation.rows:
+        return True
+    wanted, found = _asked(evaluation), evaluation.record(DENSE, take).get("asked", {})
+    masks = found.get("masks", {})
+    same = all(masks.get(name) == mask for name, mask in wanted["masks"].items())
+    return same and all(found.get(key) == wanted[key] for key in ("rows", "steps"))
+
+
+def _asked(evaluation: Evaluation) -> dict[str, Any]:
+    masks = {name: asdict(mask) for name, mask in evaluation.masks.items()}
+    return {"rows": evaluation.rows, "steps": evaluation.steps, "masks": masks}
+
+
+def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqdm) -> None:
+    """Generates a video and writes it with what was measured."""
+    job, path = evaluation.jobs[name], evaluation.path(name, take)
+    job = replace(job, config=evaluation.config(name, take))
+    readings = None
+    if name == DENSE and evaluation.rows:
+        looks = evaluation.masks, evaluation.rows, evaluation.steps
+        readings = Readings(*looks, synchronizer(job.device))
+    with job.reporting_memory(), failing(name):
+        frames, record = sampled(job, pipeline, readings, bar)
+    record |= {"prompt": take.prompt, "seed": take.seed, "config": resolved(job.config, take.prompt)}
+    record["inputs"] = job.inputs.files
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name == DENSE:
+            record |= {"asked": _asked(evaluation), "attention": readings.table() if readings else {}}
+            write_frames(path.with_suffix(FRAMES), frames, job.config.output.fps)
+        else:
+            reference = read_video(evaluation.path(DENSE, take).with_suffix(FRAMES))
+            record["metrics"] = finite(compare(frames, reference))
+        write_pair(path, frames, job.config.output.fps, record)
+    except OSError as error:
+        raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
+
+
+def sampled(
+    job: Job, pipeline: Any, readings: Readings | None, bar: tqdm
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames uint8 `[T, H, W, 3]`, and `seconds`, `step_seconds`, `calls`; reading takes none of the time."""
+    config, clock = job.config, Clock(synchronizer(job.device))
+    observe = {} if readings is None else {"observe": readings.see}
+
+    def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict:
+        clock.step_done()
+        clock.steps[-1] = round(clock.steps[-1] - (readings.take_seconds() if readings else 0), 4)
+        bar.update()
+        return {}
+
+    options = {"callback_on_step_end": step_done, **job.inputs.arguments}
+    with (
+        apply_radial_attention(pipeline, **attention_options(config), **observe) as handle,
+        cached(pipeline, **cache_options(config)),
+        reported_choices(),
+    ):
+        hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
+        try:
+            seed = config.generation.seed
+            frames = sample(pipeline, config, [config.generation.prompt], [seed], **options)[0]
+        finally:
+            hook.remove()
+        calls = handle.report()["calls"]
+    clock.seconds |= {"denoise": round(sum(clock.steps), 4), "decode": clock.lap()}
+    return to_bytes(frames), {"seconds": clock.seconds, "step_seconds": clock.steps, "calls": calls}
+
+
+def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """None for the PSNR of equal videos, which JSON has no number for."""
+    return {name: None if value == math.inf else value for name, value in metrics.items()}
+
+
+@contextmanager
+def failing(name: str) -> Iterator[None]:
+    """Whatever a pipeline raises as one line with the setting's name; shortage of memory as it is."""
+    try:
+        yield
+    except (CheckError, GenerationError, UsageError) as error:
+        raise GenerationError(f"{name}: {one_line(error)}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise GenerationError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes uint8 `[T, H, W, 3]` without loss, under a temporary name first."""
+    import imageio
+
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    options = {"codec": "libx264rgb", "pixelformat": "rgb24", "macro_block_size": 1, "quality": None}
+    quiet = {"output_params": ["-qp", "0"], "ffmpeg_log_level": "quiet"}
+    try:
+        with imageio.get_writer(draft, format="FFMPEG", fps=fps, **options, **quiet) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames of a video file, uint8 `[T, H, W, 3]`; UsageError where it cannot be read."""
+    import imageio
+
+    try:
+        with warnings.catch_warnings(), imageio.get_reader(path, format="FFMPEG") as reader:
+            warnings.simplefilter("ignore")
+            return np.stack(list(reader.iter_data()))
+    except (OSError, ValueError, IndexError, RuntimeError) as error:
+        raise UsageError(f"cannot read the frames of {path}: {one_line(error)}") from error

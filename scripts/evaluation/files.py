@@ -1,0 +1,57 @@
+"""What the files of these commands have in common: the head of their JSON, tables, how they are written."""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scripts import files
+from scripts.config import Config
+from scripts.record import hardware, versions
+
+
+def head(kind: str, command: str, device: str, config: Config | None = None) -> dict[str, Any]:
+    """The first entries of every JSON."""
+    return {
+        "kind": kind,
+        "command": command,
+        "made": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "config": config and asdict(config),
+    }
+
+
+def table(titles: str, rows: Iterable[Iterable[object]]) -> list[str]:
+    """A table in Markdown; `titles` are separated by bars. None becomes a dash."""
+    names = titles.split("|")
+    lines = ["", f"| {' | '.join(name.strip() for name in names)} |", "|" + "---|" * len(names)]
+    return lines + [f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |" for row in rows]
+
+
+def number(value: float | None, form: str) -> str | None:
+    """A number as text; None stays None."""
+    return None if value is None else format(value, form)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file whole, in a folder that is made where it is missing; OSError where it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, text)
+    return path
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """The same for JSON; numbers that are not finite become null."""
+    return write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,90 @@
+"""How near a video is to another: PSNR, SSIM and LPIPS of uint8 frames `[T, H, W, 3]`."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PEAK = 255
+WINDOW = 11  # pixels of the Gaussian window of SSIM: Wang et al. 2004, sigma 1.5
+LEAST_LPIPS = 32  # pixels a side that AlexNet's layers take
+NETWORK, WEIGHTS = "alex", "alexnet-owt-7be5be79.pth"
+FETCH = "python -c \"from torchvision.models import alexnet; alexnet(weights='DEFAULT')\""
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """10 log10(255^2 / MSE) in dB, of the whole video's mean squared error; infinity for equal ones.
+
+    Raises ValueError for arrays that are no two videos of one shape.
+    """
+    _check(a, b)
+    squares = sum(int(((x.astype(np.int64) - y) ** 2).sum()) for x, y in zip(a, b, strict=True))
+    return math.inf if squares == 0 else 10 * math.log10(PEAK**2 * a.size / squares)
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity, the mean over frames, channels and pixels; borders are mirrored.
+
+    Raises ValueError as `psnr`, and for frames under 11 pixels a side.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as of_images
+
+    _check(a, b)
+    if min(a.shape[1:3]) < WINDOW:
+        raise ValueError(f"SSIM needs frames of at least {WINDOW} pixels a side, got {list(a.shape[1:3])}")
+    pairs = zip(a, b, strict=True)
+    return float(np.mean([of_images(_image(x), _image(y), data_range=1.0).item() for x, y in pairs]))
+
+
+def lpips(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Learned perceptual distance (AlexNet), the mean over frames; None where it cannot be had here.
+
+    Raises ValueError as `psnr`.
+    """
+    _check(a, b)
+    if no_lpips() is not None or min(a.shape[1:3]) < LEAST_LPIPS:
+        return None
+    network = _network()
+    with torch.inference_mode():
+        pairs = zip(a, b, strict=True)
+        return float(np.mean([network(_image(x).float(), _image(y).float()).item() for x, y in pairs]))
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+    """`psnr`, `ssim` and `lpips` by name; ValueError as they raise."""
+    return {"psnr": psnr(a, b), "ssim": ssim(a, b), "lpips": lpips(a, b)}
+
+
+def no_lpips() -> str | None:
+    """Why there is no LPIPS here, in one line that says what would help; None where there is."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
+        what = "torchvision is not installed" if isinstance(error, ImportError) else "torchvision is broken"
+        return f"no LPIPS: {what}; pip install the torchvision of torch {torch.__version__}, then {FETCH}"
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS).is_file():
+        return f"no LPIPS: the weights are not here; {FETCH}"
+    return None
+
+
+@lru_cache
+def _network() -> Any:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type=NETWORK, normalize=True).eval()
+
+
+def _image(frame: np.ndarray) -> torch.Tensor:
+    """`[H, W, 3]` uint8 as float64 `[1, 3, H, W]` of 0 .. 1: SSIM takes differences of squares."""
+    return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].double() / PEAK
+
+
+def _check(a: np.ndarray, b: np.ndarray) -> None:
+    for video in (a, b):
+        if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or video.size == 0:
+            raise ValueError(f"videos must be uint8 [T, H, W, 3], got {video.dtype} {list(video.shape)}")
+    if a.shape != b.shape:
+        raise ValueError(f"videos must have one shape, got {list(a.shape)} and {list(b.shape)}")

@@ -1,0 +1,147 @@
+"""The cost command: rows and fits by hand, the paper's sparsities, the files, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from scripts.architecture import Architecture
+from scripts.config import AttentionConfig, Config, GenerationConfig, ModelConfig
+from scripts.evaluation import cost
+from scripts.evaluation.cost import Case, Rates, curves, exponent, fit, main, n_log_n, sparsities
+
+RATES = Rates(dense=2e9, radial=1e9, source="given")
+
+
+def case(**attention: object) -> Case:
+    """4 latent frames of 2 x 8 tokens, one block a frame, 3 layers of 2 heads of 8."""
+    options = {
+        "block_size": 16,
+        "decimation_width": 16,
+        "neighbour": "full",
+        "decay_factor": 1.0,
+        **attention,
+    }
+    sizes = GenerationConfig(height=32, width=128, num_frames=13)
+    model = Architecture(3, 2, 8, 64, rope_length=None)
+    return Case("tiny", Config(ModelConfig(), AttentionConfig(**options), sizes), model, RATES)
+
+
+def test_row_by_hand():
+    """Distances 1 and 2 are kept whole, 3 is skipped but for the sink: 15 of 16 blocks."""
+    row = case().row()
+    assert (row["model"], row["frames"], row["height"], row["width"]) == ("tiny", 13, 32, 128)
+    assert (row["tokens"], row["kept_blocks"], row["density"]) == (64, 15, 15 / 16)
+    assert row["dense_flops"] == 4 * 64**2 * 16 * 3 == 786432
+    assert row["radial_flops"] == 786432 * 15 / 16
+    assert row["seconds_dense"] == 786432 / 2e9 and row["seconds_radial"] == 737280 / 1e9
+    assert row["of_bound"] == 15 * 256 / (4 * 16**2 * 4 * 2)
+    assert case(sink=False).row()["kept_blocks"] == 14
+
+
+def test_no_rate_means_no_times():
+    row = case()._replace(rates=None).row()
+    assert row["seconds_dense"] is None and row["seconds_radial"] is None
+
+
+def test_fit_and_exponent_of_known_curves():
+    rows = [{"tokens": n, "radial_flops": 7.5 * n * math.log2(n)} for n in (64, 256, 4096)]
+    factor, r2 = fit(rows)
+    assert factor == pytest.approx(7.5) and r2 == pytest.approx(1)
+    assert fit(rows[:1]) == (pytest.approx(7.5), None)
+    straight = [{"tokens": n, "radial_flops": float(n * n)} for n in (64, 256, 1024)]
+    factor, r2 = fit(straight)
+    x, y = [n_log_n(n) for n in (64, 256, 1024)], [row["radial_flops"] for row in straight]
+    by_hand = sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)
+    rest = sum((b - by_hand * a) ** 2 for a, b in zip(x, y, strict=True))
+    assert factor == pytest.approx(by_hand)
+    assert r2 == pytest.approx(1 - rest / sum((b - sum(y) / 3) ** 2 for b in y))
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2) and exponent([5, 5], [1, 2]) is None
+
+
+def test_curves_over_length_and_resolution():
+    rows, found = curves(case(), frames=[13, 29], sizes=[(32, 128), (64, 128)])
+    assert [(r["frames"], r["height"]) for r in rows] == [(13, 32), (29, 32), (13, 64)]
+    assert found["frames"] == 13 and found["size"] == [32, 128]
+    assert [r["n_log_n"] for r in rows] == pytest.approx([found["c"] * n_log_n(r["tokens"]) for r in rows])
+    assert found["dense_exponent_pixels"] == pytest.approx(2)
+    assert found["dense_exponent_length"] == pytest.approx(2 * math.log(2) / math.log(29 / 13))
+    usual, _ = curves(case())
+    assert {r["frames"] for r in usual if r["height"] == 32} >= {9, 13, 25, 97}
+    assert {(r["height"], r["width"]) for r in usual if r["frames"] == 13} >= {(16, 64), (48, 192)}
+
+
+def test_sparsities_of_the_paper():
+    """Within 0.3 points each; Mochi's and HunyuanVideo's presets keep their text besides."""
+    found = sparsities()
+    assert [(row["frames"], row["paper"]) for row in found] == [
+        *((253, 80.8), (509, 88.3)),
+        *((331, 76.4), (667, 85.5)),
+        (161, 73.6),
+    ]
+    for row in found:
+        assert abs(row["ours"] - row["paper"]) < 0.3
+        assert row["preset"] == pytest.approx(row["ours"], abs=0.7)
+
+
+def test_command_writes_json_table_and_picture(tmp_path: Path, capsys):
+    words = [
+        "--models",
+        "wan_tiny",
+        "--frames",
+        "33",
+        "65",
+        "--rate",
+        "0.5",
+        "0.25",
+        "--work",
+        str(tmp_path / "w"),
+    ]
+    assert main([*words, "--out", str(tmp_path / "cost.md")]) == 0
+    data = json.loads((tmp_path / "w" / "cost.json").read_text())
+    assert data["kind"] == "cost" and data["config"] is None and "--frames 33 65" in data["command"]
+    first = data["rows"][0]
+    assert (first["frames"], first["tokens"], round(first["density"], 3)) == (33, 576, 0.573)
+    assert first["seconds_dense"] == pytest.approx(first["dense_flops"] / 0.5e12)
+    assert first["seconds_radial"] == pytest.approx(first["radial_flops"] / 0.25e12)
+    assert len(data["paper"]) == 5 and data["rates"]["source"] == "given by --rate"
+    text = (tmp_path / "cost.md").read_text()
+    assert "| HunyuanVideo | 253 | 80.8 |" in text and "| wan_tiny | 33 | 64x64 | 576 | 0.5725 |" in text
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cost.md", "cost.png", "w"]
+    assert capsys.readouterr().out.count("written") == 3
+
+
+def test_a_short_measurement_and_none(monkeypatch):
+    options = cost.parse(["--no-times"])
+    assert cost.rates_of(options, "cpu") is None
+    rates = cost.rates_of(cost.parse([]), "cpu")
+    assert rates.dense > 1e8 and rates.radial > 1e8 and rates.source.startswith("measured here on cpu")
+    assert cost.rates_of(cost.parse(["--rate", "400"]), "cpu")[:2] == (4e14, 4e14)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--models", "wam"], "--models: got 'wam', allowed: wan_tiny, wan, hunyuan, mochi, or a file"),
+        (["--size", "64"], "must be height x width"),
+        (["--rate", "1", "2", "3"], "--rate: got 3 numbers"),
+        (
+            ["--models", "wan", "--frames", "70"],
+            "generation.num_frames: got 70, allowed: 4k + 1, nearest: 69",
+        ),
+        (["--models", "wan", "--size", "100x64"], "generation.height: got 100"),
+        (["generation.hight=3"], "did you mean 'generation.height'"),
+        (["--models", "no.yaml"], "config file 'no.yaml' not found"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, tmp_path, capsys):
+    folder = ["--no-times", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "cost.md")]
+    try:
+        code = main([*words, *folder])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
