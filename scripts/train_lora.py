@@ -172,11 +172,12 @@ def announced(run: Run) -> list[str]:
     sizes = ", ".join(f"{count} of {'x'.join(map(str, bucket))}" for bucket, count in buckets.items())
     left = len(run.store.samples) - sum(buckets.values()) - len(run.held_out)
     numbers = sum(value.numel() for value in run.trained.values())
+    weights = "" if run.config.parallel.shard == "none" else "; all share the model's weights"
     return [
         f"data       {sizes} (latent frames x rows x columns)",
         f"           {len(run.held_out)} held out, {left} of other sizes left out",
         f"adapter    {numbers:,} parameters, rank {run.config.lora.rank}",
-        f"processes  {run.accelerator.num_processes}, {run.world} with videos of their own",
+        f"processes  {run.accelerator.num_processes}, {run.world} with videos of their own{weights}",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,19 @@ SIZE = (9, 48, 64)  # frames, height, width: 3 x 6 x 8 latents
 
 
 def make_latents(
-    model: Path, folder: Path, family: str = "wan", size: tuple = SIZE, *, channels: int = 4, step: int = 4
+    model: Path,
+    folder: Path,
+    family: str = "wan",
+    size: tuple = SIZE,
+    *,
+    channels: int = 4,
+    step: int = 4,
+    broken: int | None = None,
 ) -> Path:
-    """Random latents of eight clips with the text of three captions, as prepare_latents.sh leaves them."""
+    """Random latents of eight clips with the text of three captions, as prepare_latents.sh leaves them.
+
+    `broken`: the clip whose latents are not finite.
+    """
     frames, height, width = size
     generator = torch.Generator().manual_seed(7)
     shape = channels, (frames - 1) // step + 1, height // 8, width // 8
@@ -37,7 +48,10 @@ def make_latents(
     ]
     shards.begin(fingerprint(str(model), family), samples)
     shards.add_texts((text_key(words), encode_text(pipeline, family, words)) for words in ("", *CAPTIONS))
-    shards.add_latents((f"clip{i}", torch.randn(shape, generator=generator)) for i in range(CLIPS))
+    videos = [torch.randn(shape, generator=generator) for _ in range(CLIPS)]
+    if broken is not None:
+        videos[broken].fill_(float("nan"))
+    shards.add_latents((f"clip{i}", video) for i, video in enumerate(videos))
     return folder
 
 
@@ -73,6 +87,15 @@ def same(one: Path, other: Path) -> bool:
     first, second = adapter(one), adapter(other)
     equal = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     return equal and losses(one) == losses(other)
+
+
+def cut(folder: Path, copy: Path, step: int) -> Path:
+    """A copy of a run's folder without the checkpoints after `step`, as a stop soon after it leaves it."""
+    shutil.copytree(folder, copy)
+    for later in copy.glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    return copy
 
 
 def launch_training(*words: str) -> None:

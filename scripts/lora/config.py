@@ -154,6 +154,11 @@ class RunConfig:
 @dataclass
 class SharedConfig:
     ulysses_degree: int = key(1, "processes that share the tokens of a video", low=1)
+    shard: str = key(
+        "none",
+        "the model's weights: whole in every process, or fsdp, a part in each of them",
+        ("none", "fsdp"),
+    )
 
 
 @dataclass

@@ -16,9 +16,9 @@ from scripts.config import AttentionConfig, Config, GenerationConfig, MaskConfig
 from scripts.errors import UsageError, multiples_around, one_line
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.loras import meta_transformer
-from scripts.memory import DTYPE_BYTES, GIB, HOST_BYTES
+from scripts.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.plan import attention_flops, other_flops, solved_config, token_grid
-from scripts.ranks import local_processes
+from scripts.ranks import local_processes, processes
 from scripts.record import room
 
 GRADIENT = 2.5  # of attention: five products against two
@@ -101,7 +101,7 @@ def check_room(config: LoraTrainConfig, model: Architecture, path: str, device: 
         raise UsageError(
             f"out of memory: training needs about {need * here / GIB:.1f} GiB, {free / GIB:.1f} GiB are free "
             "on the device; allowed: train.checkpointing=true, train.batch=1, a larger "
-            "parallel.ulysses_degree, smaller data.sizes"
+            "parallel.ulysses_degree, parallel.shard=fsdp, smaller data.sizes"
         )
 
 
@@ -177,16 +177,31 @@ def training_flops(config: LoraTrainConfig, model: Architecture, run: Config, de
 
 
 def memory(config: LoraTrainConfig, model: Architecture, run: Config, adapter: int, device: str) -> float:
-    """Predicted bytes at the peak: the transformer, the adapter with its optimizer, activations."""
+    """Predicted bytes at the peak of a process: transformer, adapter with its optimizer, activations."""
     size = DTYPE_BYTES[config.model.dtype]
     part = "transformer_2" if config.model.expert == 2 else "transformer"
-    weights = size * model.parameters.get(part, 0)
+    weights = shared(config, model, size * model.parameters.get(part, 0))
     share = token_grid(run, model).tokens * config.train.batch / config.parallel.ulysses_degree
     stream = size * share * model.width
     block = size * share * (SAVED_WIDTHS * model.width + SAVED_HIDDEN * model.ffn)
     kept = model.layers * stream + block if config.train.checkpointing else model.layers * block
     average = 4 * adapter * (config.train.ema > 0)
     return weights + ADAPTER_BYTES * adapter + average + kept + (HOST_BYTES if device == "cpu" else 0)
+
+
+def sharers(config: LoraTrainConfig) -> int:
+    """Processes that the weights are divided over; `--dry-run` in one counts at least those of a video."""
+    return 1 if config.parallel.shard == "none" else max(processes(), config.parallel.ulysses_degree)
+
+
+def shared(config: LoraTrainConfig, model: Architecture, whole: float) -> float:
+    """Bytes of weights in a process: its part, and the blocks that are gathered at a time.
+
+    Loading takes no more where the file has the data type of the run: its pages are read as they are divided.
+    """
+    if sharers(config) == 1:
+        return whole
+    return whole / sharers(config) + BLOCKS_AT_ONCE * whole / model.layers
 
 
 def describe_plan(config: LoraTrainConfig, model: Architecture, path: str, device: str) -> str:
@@ -199,6 +214,9 @@ def describe_plan(config: LoraTrainConfig, model: Architecture, path: str, devic
         "adapter": f"rank {lora.rank} on {', '.join(lora.targets)}: {numbers} trainable parameters",
         "steps": f"{train.steps}, {each} videos a process, rate {train.rate:g}, {train.schedule}",
     }
+    if config.parallel.shard != "none":
+        count = sharers(config)
+        rows["weights"] = f"shared by {count} processes" if count > 1 else "whole, shared from NPROC=2 on"
     lines = [f"{name:<10} {text}" for name, text in rows.items()]
     for size in config.data.sizes:
         lines += _describe_size(config, model, size, adapter or 0, device)

@@ -15,6 +15,7 @@ from models.adapter import add_adapter
 from models.parallel import SequenceParallel
 from models.pipelines import read_index
 from models.positions import extend_positions
+from models.sharding import shared_weights
 from models.xdit import Degrees, import_xfuser, start
 from scripts.architecture import Architecture, read_architecture
 from scripts.errors import UsageError, one_line
@@ -41,6 +42,7 @@ FREE = (  # keys that change nothing of what is learnt
     "data.table",
     "data.latents",
     "data.shard_mb",
+    "parallel.shard",
 )
 NEVER = ("model.", "lora.rank", "lora.targets")  # that no run can go on with
 
@@ -67,8 +69,7 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
     store.check(fingerprint(path, config.model.family))
     trains, held_out = divided(config, store)
     world, ulysses = processes(), config.parallel.ulysses_degree
-    if world % ulysses:
-        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, allowed: what divides {world} processes")
+    check_processes(config, world)
     check_room(config, model, path, device)
     accelerator, parallel = _start(device, world, ulysses)
     folder, keys = Path(config.output.path).expanduser(), flat(config)
@@ -85,7 +86,11 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             options["dense_backend"] = "native"
         stack.enter_context(apply_radial_attention(transformer, **options, parallel=parallel))
         optimizer = build_optimizer(config, list(trained.values()))
-        wrapped, optimizer = accelerator.prepare(transformer, optimizer)
+        if config.parallel.shard == "fsdp":  # accelerate's plugin for it does nothing without a GPU
+            sharing = shared_weights(transformer, trained.values(), accelerator.device)
+            wrapped, optimizer = stack.enter_context(sharing), accelerator.prepare(optimizer)
+        else:
+            wrapped, optimizer = accelerator.prepare(transformer, optimizer)
         run = Run(
             config=config,
             accelerator=accelerator,
@@ -107,6 +112,17 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
         )
         yield run, Checkpoints(folder, keys, config.output.keep)
         accelerator.end_training()
+
+
+def check_processes(config: LoraTrainConfig, world: int) -> None:
+    """Raises UsageError for what this number of processes cannot share."""
+    ulysses, shard = config.parallel.ulysses_degree, config.parallel.shard
+    if world % ulysses:
+        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, allowed: what divides {world} processes")
+    if shard != "none" and world == 1:
+        raise UsageError(
+            f"parallel.shard: got {shard!r}, allowed in one process: none; weights are shared from NPROC=2 on"
+        )
 
 
 def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, SequenceParallel | None]:

@@ -1,5 +1,6 @@
 """Validation of LoRA training: the loss on samples held out, at fixed noise, and videos of their captions."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,35 @@ def validation_loss(run: Run) -> float:
     """Mean over the samples held out and evenly spread noise levels, the same noise at every validation."""
     levels, total = run.config.validation.levels, torch.zeros((), device=run.accelerator.device)
     least, most = run.span()
-    for number in range(run.place, len(run.held_out), run.world):
+    for number, own in shares(run, len(run.held_out)):
         for place in range(levels):
             sigma = torch.full((1,), least + (most - least) * (place + 0.5) / levels)
             random = generator(run.config.train.seed, PURPOSE, number, place)
-            total += flow_loss(run, run.plain, [run.held_out[number]], sigma, random=random, drop=0.0)
+            loss = flow_loss(run, run.plain, [run.held_out[number]], sigma, random=random, drop=0.0)
+            total += loss if own else 0
     return run.mean(total) * run.world / (levels * len(run.held_out))
+
+
+def shares(run: Run, count: int) -> Iterator[tuple[int, bool]]:
+    """Numbers below `count` that this process takes, and whether it is the one whose result counts.
+
+    Processes that share weights call the transformer equally often: where none is left, the last once more.
+    """
+    for number in range(run.place, count + run.place, run.world):
+        if number < count or run.config.parallel.shard != "none":
+            yield min(number, count - 1), number < count
 
 
 def make_videos(run: Run, folder: Path) -> None:
     """A video for each of the first captions held out, at the size of its sample; seeded by its number."""
     pipeline = sampling_pipeline(run)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in run.held_out[: run.config.validation.videos][run.place :: run.world]:
+    chosen = run.held_out[: run.config.validation.videos]
+    for place, own in shares(run, len(chosen)):
+        number = chosen[place]
         sample = run.store.samples[number]
         frames = to_bytes(sampled(run, pipeline, number))
-        if run.leads:
+        if run.leads and own:
             encode(folder / f"{number:05d}.mp4", frames, round(run.config.data.fps or FPS))
             (folder / f"{number:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
 
