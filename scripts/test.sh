@@ -12,5 +12,5 @@ style=0
 # Files of tests go to processes of one thread, as many as there are cores, four at most; a GPU is not shared.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
 [[ " $* " == *" gpu "* ]] && workers=0 || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-.venv/bin/python -m pytest -q -m "not gpu" -n "$workers" --dist loadfile "$@"
+.venv/bin/python -m pytest -q -m "not gpu" -n "$workers" --dist loadfile --no-loadscope-reorder --durations=15 "$@"
 exit "$style"

@@ -10,6 +10,24 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from tests.lora_cases import make_latents, train, write_config
 from tests.tiny import wan_pipeline
 
+# Files of minutes: they begin first, so that no process is left alone with one at the end.
+LONG = (
+    "bundled_model",
+    "train_lora_sharded",
+    "sharing",
+    "parallel",
+    "team",
+    "length_study",
+    "train_lora_runs",
+    "evaluate",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others in their order."""
+    names = [f"test_{name}.py" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
