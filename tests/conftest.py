@@ -13,6 +13,7 @@ from tests.tiny import wan_pipeline
 # Files of minutes: they begin first, so that no process is left alone with one at the end.
 LONG = (
     "bundled_model",
+    "kernels_triton",
     "train_lora_sharded",
     "sharing",
     "parallel",
