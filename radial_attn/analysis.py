@@ -5,7 +5,7 @@ memory grows with the length of the sequence and never with its square.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,12 +34,16 @@ class Chunk(NamedTuple):
     scores: Tensor
 
 
-class OutputMSE(NamedTuple):
-    """Error of some output rows, float64 `[B, H]` on the CPU; `mse / dense` is the relative one.
+class Kept(NamedTuple):
+    """What a mask does to some rows, by sample and head, float64 `[B, H]` on the CPU.
 
-    `mse`: mean squared difference of masked and dense attention; `dense`: mean square of the dense.
+    Attributes:
+        recall: mean over the rows of the share of the dense softmax mass that is on kept keys.
+        mse: mean squared difference of masked and dense output.
+        dense: mean square of the dense output; `mse / dense` is the relative error.
     """
 
+    recall: Tensor
     mse: Tensor
     dense: Tensor
 
@@ -110,28 +114,40 @@ def recall(
     return out
 
 
-def output_mse(
+def kept_by(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: BlockMask,
+    masks: Sequence[BlockMask],
     rows: Tensor,
     *,
     text_lengths: Tensor | None = None,
-) -> OutputMSE:
-    """How far the output of some rows under a mask is from that of dense attention, by head.
+) -> list[Kept]:
+    """Recall and output error of each mask, on scores that are worked out once for all, in float32.
 
-    Arguments and errors as of `recall`; `value` `[B, S, H, D]`. Both outputs are worked out in float32.
+    Arguments and errors as of `recall`; `value` `[B, S, H, D]`, the masks of one grid.
+
+    Raises:
+        ValueError: as `recall`; no masks, or masks of several grids.
     """
-    found = torch.zeros(2, query.shape[0], query.shape[2], dtype=torch.float64)
-    for chunk, kept in masked_chunks(query, key, rows, mask, text_lengths):
+    if len({mask.grid for mask in masks}) != 1:
+        raise ValueError(f"masks must be of one grid, got {[str(mask.grid) for mask in masks]}")
+    for mask in masks:
+        _check_heads(mask, query)
+    found = torch.zeros(len(masks), 3, query.shape[0], query.shape[2], dtype=torch.float64)
+    for chunk in score_chunks(query, key, rows, masks[0].grid, text_lengths):
         values = value[chunk.sample, :, chunk.head].float()
-        dense = chunk.scores.softmax(-1) @ values
-        scores = chunk.scores.masked_fill(~kept, -math.inf)
-        error = scores.softmax(-1) @ values - dense
-        sums = torch.stack([error.double().square().sum(), dense.double().square().sum()])
-        found[:, chunk.sample, chunk.head] += sums.cpu()
-    return OutputMSE(*(found / (len(rows) * value.shape[-1])))
+        weights = chunk.scores.softmax(-1)
+        dense = weights @ values
+        for number, mask in enumerate(masks):
+            kept = _kept(mask, chunk)
+            error = chunk.scores.masked_fill(~kept, -math.inf).softmax(-1) @ values - dense
+            mass = (weights * kept).sum(-1).clamp(max=1).double().sum()
+            sums = torch.stack([mass, error.double().square().sum(), dense.double().square().sum()])
+            found[number, :, chunk.sample, chunk.head] += sums.cpu()
+    found[:, 0] /= len(rows)
+    found[:, 1:] /= len(rows) * value.shape[-1]
+    return [Kept(*own) for own in found]
 
 
 def score_chunks(
@@ -163,12 +179,20 @@ def masked_chunks(
 
     Arguments and errors as of `recall`.
     """
+    _check_heads(mask, query)
+    for chunk in score_chunks(query, key, rows, mask.grid, text_lengths):
+        yield chunk, _kept(mask, chunk)
+
+
+def _kept(mask: BlockMask, chunk: Chunk) -> Tensor:
+    blocks = mask.blocks if mask.heads is None else mask.blocks[chunk.head]
+    kept = blocks[chunk.rows // mask.block_size].to(chunk.scores.device)
+    return kept.repeat_interleave(mask.block_size, dim=-1)[:, : mask.grid.tokens]
+
+
+def _check_heads(mask: BlockMask, query: Tensor) -> None:
     if mask.heads not in (None, query.shape[2]):
         raise ValueError(f"heads must be the {mask.heads} of the per-head mask, got {query.shape[2]}")
-    for chunk in score_chunks(query, key, rows, mask.grid, text_lengths):
-        blocks = mask.blocks if mask.heads is None else mask.blocks[chunk.head]
-        kept = blocks[chunk.rows // mask.block_size].to(chunk.scores.device)
-        yield chunk, kept.repeat_interleave(mask.block_size, dim=-1)[:, : mask.grid.tokens]
 
 
 def _check(query: Tensor, key: Tensor, rows: Tensor, grid: TokenGrid | None) -> Tensor:

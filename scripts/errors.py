@@ -43,6 +43,14 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
+    def divided(self, words: Iterable[str], default: str) -> tuple[str, list[str]]:
+        """The one word without `=`, else the default, and the words `key=value`; an error for two."""
+        words = list(words)
+        configs = [word for word in words if "=" not in word] or [default]
+        if len(configs) > 1:
+            self.error(f"one configuration at most, got {' and '.join(map(repr, configs))}")
+        return configs[0], [word for word in words if "=" in word]
+
 
 def positive(text: str) -> int:
     """An argument's whole number from 1 on."""

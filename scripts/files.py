@@ -7,9 +7,12 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block ends without an error, else it is removed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A file beside `path` that takes its place when the block ends without an error, else it is removed.
+
+    `suffix`: of its name, for programs that go by it.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part{suffix}")
     try:
         yield part
         os.replace(part, path)

@@ -53,30 +53,28 @@ def run(argv: list[str]) -> int:
 
 def carry_out(config: Config, dry_run: bool) -> int:
     """Checks everything that can be checked without weights, then plans or generates."""
-    from scripts.validate import check_sizes, check_values, read_prompts, resolve_device, resolve_model
+    from scripts.validate import check_values, read_prompts, resolve_device, resolve_model
 
     check_values(config)
     prompts = read_prompts(config)
     device, path = resolve_device(config), resolve_model(config)
-    from scripts.architecture import read_architecture
     from scripts.backends import check_backends
-    from scripts.combinations import check_combinations
+    from scripts.checked_job import open_job
     from scripts.degrees import describe_degrees, plan_degrees, planned
-    from scripts.inputs import read_inputs
-    from scripts.loras import describe_loras, find_loras, training_notes, with_loras
+    from scripts.loras import describe_loras, training_notes
     from scripts.parallel_work import lines
     from scripts.plan import describe, describe_density, gain, notes, solved_config
     from scripts.positions import describe_positions
     from scripts.shortage import check_mask, check_memory
     from scripts.team import check_machine, describe_decoding
-    from scripts.video import Job
 
-    model = read_architecture(path)
-    check_sizes(config, model)
-    inputs = read_inputs(config, dry_run)
-    remarks = check_combinations(config, device, 1 + ("transformer_2" in model.parameters), dry_run)
-    loras = find_loras(config, path, fetch=not dry_run)
-    model = with_loras(model, loras)
+    job, remarks = open_job(config, device, path, dry_run)
+    model = job.model
+    further = [
+        *describe_positions(config, model),
+        *describe_loras(config, job.loras),
+        *training_notes(config, model, job.loras),
+    ]
     if dry_run:
         check_mask(config, model)
         solved_config(config, model)
@@ -84,11 +82,6 @@ def carry_out(config: Config, dry_run: bool) -> int:
         degrees = plan_degrees(config, model, planned(config), len(prompts))
         shared = [*lines(config, model, degrees, device), *describe_decoding(config, model, degrees)]
         print("\n".join([describe(config, model, device, remarks), *shared]))
-        further = [
-            *describe_positions(config, model),
-            *describe_loras(config, loras),
-            *training_notes(config, model, loras),
-        ]
         print("".join(f"{line}\n" for line in further), end="")
         return 0
     degrees = plan_degrees(config, model, processes(), len(prompts))
@@ -102,13 +95,9 @@ def carry_out(config: Config, dry_run: bool) -> int:
     check_backends(config, model, device)
     for note in [*notes(config, model), *gain(config, model)]:
         print(f"note: {note}", flush=True)
-    for line in [
-        *describe_positions(config, model),
-        *describe_loras(config, loras),
-        *training_notes(config, model, loras),
-    ]:
+    for line in further:
         print(line, flush=True)
-    return generate(Job(config, model, path, device, loras, inputs), prompts, degrees)
+    return generate(job, prompts, degrees)
 
 
 def generate(job: "Job", prompts: dict[int, str], degrees: "Degrees") -> int:

@@ -23,7 +23,7 @@ from radial_attn import radial_mask
 from scripts import prepare_latents, render_toyworld, train_lora
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, keys, read_config
-from scripts.errors import GenerationError, OneLineParser, UsageError, one_line, positive
+from scripts.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.length.report import write
 from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record
@@ -181,19 +181,16 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parse(argv)
     command = " ".join(["bash scripts/length_study.sh", *(sys.argv[1:] if argv is None else argv)])
-    try:
+
+    def work() -> None:
         results = study(options.study, [name for name in ROWS if name in options.only])
         for file in write(options.out, command, options.study, results):
             print(f"written    {file}")
-    except (UsageError, GenerationError, CheckError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+
+    try:
+        return exit_code(work, "the same command goes on", CheckError)
     except Ended as ended:
         return ended.args[0]
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from scripts.length.layers import MODELS, Layers, Setting, layers_report
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import as_generation, training_flops
 from scripts.plan import attention_flops, attention_options, other_flops, solved_config, token_grid
-from scripts.record import hardware, versions
+from scripts.record import hardware, pairs, versions
 from scripts.timing import medians_in_turn
 from scripts.validate import check_sizes, check_values, resolve_model
 
@@ -157,7 +157,7 @@ def report(command: str, points: list[Point], picture: str, device: str, about: 
     head = ["pixels", "frames", "tokens", "density"]
     for kind in KINDS:
         head += [f"{kind}, dense, s", "radial, s", "faster", "by operations"]
-    machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware(device)}.items())
+    machine = pairs(versions(), hardware(device))
     text = [
         "# Step times at growing length",
         "",

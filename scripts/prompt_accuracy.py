@@ -28,12 +28,12 @@ from models import apply_radial_attention
 from models.guard import CheckError
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, Config, read_config
-from scripts.errors import GenerationError, OneLineParser, UsageError, positive
+from scripts.errors import OneLineParser, exit_code, positive
 from scripts.files import write_text
 from scripts.inputs import NEED_IMAGE
 from scripts.loras import find_file
 from scripts.plan import attention_options
-from scripts.record import hardware, versions
+from scripts.record import hardware, pairs, versions
 from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.video import Job, sample
 from toyworld import all_attributes, random_scene, read, render
@@ -172,7 +172,7 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
         "captions",
         "s a step",
     ]
-    machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware(device)}.items())
+    machine = pairs(versions(), hardware(device))
     settings = [describe(config) for config in configs]
     text = [
         "# Prompt accuracy of the bundled models",
@@ -265,11 +265,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        run(parse())
-    except (UsageError, GenerationError, CheckError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    options = parse()
+    sys.exit(exit_code(lambda: run(options), "the same command goes on", CheckError))

@@ -4,7 +4,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +43,10 @@ class Clock:
         self.steps.append(self.lap())
         self.seconds["denoise"] = round(sum(self.steps), 4)
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes time that was spent on something else out of the current lap."""
+        self._mark += seconds
+
     def lap(self) -> float:
         """Seconds since the last mark."""
         self._synchronize()
@@ -73,6 +77,11 @@ def versions() -> dict[str, str]:
         **installed(PACKAGES),
         "torch": torch.__version__,
     }
+
+
+def pairs(*groups: Mapping[str, Any]) -> str:
+    """`name value` of all entries, in one line."""
+    return ", ".join(f"{name} {value}" for group in groups for name, value in group.items())
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:

@@ -5,10 +5,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from models import apply_radial_attention
 from models.caches import cached
 from models.economy import economize, quantization_config
 from models.guard import CheckError
+from models.observe import Seen
 from models.pipelines import is_local, load_pipeline
 from models.positions import extend_positions
 from scripts.architecture import Architecture, hub_unreachable
@@ -37,6 +38,14 @@ from scripts.team import Team, shared_decoding, shared_guidance, whole_tokens
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
 DISPATCH = "diffusers.models.attention_dispatch"
 OP = ("radial_attn.attention", "radial_attn.kernels")
+
+
+class Observer(Protocol):
+    """Looks at each call of the attention, and says how long it took since it was last asked."""
+
+    def see(self, seen: Seen) -> None: ...
+
+    def take_seconds(self) -> float: ...
 
 
 @dataclass
@@ -99,20 +108,31 @@ class Job:
         seconds = dict(self.seconds)
         reset_peak(self.device)
         with self.reporting_memory():
-            frames, run = self._sample(pipeline, prompt, seconds)
+            frames, run = self.sample_video(pipeline, prompt, seconds)
         if not self.team.leads:
             return None
         record = self._record(prompt, run, seconds)
         _write(path, frames, self.config.output.fps, record)
         return record
 
-    def _sample(
-        self, pipeline: Any, prompt: str, seconds: dict[str, float]
+    def sample_video(
+        self,
+        pipeline: Any,
+        prompt: str,
+        seconds: dict[str, float],
+        *,
+        bar: tqdm | None = None,
+        observer: Observer | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say."""
+        """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say.
+
+        Adds its stages to `seconds`, without the time that the observer of the attention takes. `bar` counts
+        the steps of several videos; errors are those of `make_video`, memory shortage as it is raised.
+        """
         team = self.team
         whole = whole_tokens(self.config.model.family, team)
         options = attention_options(self.config) | {"parallel": team.sequence, "agree": team.agree_on_video}
+        options["observe"] = observer and observer.see
         with (
             apply_radial_attention(pipeline, **options) as handle,
             shared_guidance(pipeline, self.config.model.family, team),
@@ -122,8 +142,8 @@ class Job:
             clock = Clock(synchronizer(self.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
             try:
-                with reported_choices(), progress_bar(self.config.generation.steps) as bar:
-                    step_done = self._step_watcher(clock, bar, handle)
+                with reported_choices(), shown_steps(self.config.generation.steps, bar) as shown:
+                    step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
                 hook.remove()
@@ -155,10 +175,12 @@ class Job:
             return UsageError(f"attention.backend: got {attention.backend!r}: {one_line(error)}")
         return GenerationError(f"the pipeline failed with {type(error).__name__}: {one_line(error)}")
 
-    def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any) -> Callable:
+    def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any, observer: Observer | None) -> Callable:
         """The pipeline's callback: clock, progress bar, a stop at the first latents that are not finite."""
 
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
+            if observer is not None:
+                clock.leave_out(observer.take_seconds())
             clock.step_done()
             pattern = step_pattern(self.config, step)
             if not torch.isfinite(tensors["latents"]).all():
@@ -242,8 +264,10 @@ def reported_choices() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def progress_bar(steps: int) -> tqdm:
-    return tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True)
+def shown_steps(steps: int, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
+    """A progress bar of one video, or the one that there is, which stays open."""
+    own = tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True) if bar is None else None
+    return nullcontext(bar) if own is None else own
 
 
 def to_bytes(frames: np.ndarray) -> np.ndarray:

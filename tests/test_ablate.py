@@ -143,13 +143,15 @@ def test_recall_and_error_are_those_of_the_run_itself(whole, tmp_path, monkeypat
         ablate_attention, "mask_of", lambda grid, config: seen.append(config) or radial_mask(grid, DENSE)
     )
     setup = ablate.prepare(ablate.parse([*SHORT, "--work", str(tmp_path)]))
-    pipeline = ablate.Job(setup.config, setup.model, setup.path, setup.device).load()
-    looked = ablate_attention.looked_at(setup, pipeline, {"all": setup.config}, tmp_path / "a.json")["all"]
+    pipeline = setup.job.load()
+    looked = ablate_attention.looked_at(setup, pipeline, {"all": setup.job.config}, tmp_path / "a.json")[
+        "all"
+    ]
     assert [len(looked["recall"]), len(looked["recall"][0])] == [2, 6] and len(seen) == 1
     assert np.allclose(looked["recall"], 1) and np.allclose(looked["mse"], 0, atol=1e-10)
     assert np.min(looked["dense"]) > 0
     known = (tmp_path / "a.json").read_text()
-    assert ablate_attention.looked_at(setup, None, {"all": setup.config}, tmp_path / "a.json") == {
+    assert ablate_attention.looked_at(setup, None, {"all": setup.job.config}, tmp_path / "a.json") == {
         "all": looked
     }
     assert (tmp_path / "a.json").read_text() == known
@@ -196,7 +198,7 @@ def test_files(whole, tmp_path):
     [
         (["--only", "sinks"], "invalid choice: 'sinks'"),
         (["--captions", "181"], "--captions: got 181, allowed: 1 to 180"),
-        (["a.yaml", "b.yaml"], "got 2 configs, allowed: 1"),
+        (["a.yaml", "b.yaml"], "one configuration at most, got 'a.yaml' and 'b.yaml'"),
         (["attention.pattern=power"], "attention.pattern: got 'power', allowed here: radial"),
         (["attention.density=0.5"], "attention.density: got 0.5, allowed here: null"),
         (["model.compile=blocks"], "model.compile: got 'blocks', allowed here: none"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, analysis, radial_mask
-from radial_attn.analysis import attention_rows, output_mse, recall, sample_rows
+from radial_attn.analysis import attention_rows, kept_by, recall, sample_rows
 from radial_attn.kernels import reference
 
 CONFIG = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=16)
@@ -85,7 +85,8 @@ def test_a_mask_of_everything_recalls_all_and_changes_no_output():
     mask, rows = radial_mask(grid, RadialConfig(block_size=16, pattern="dense")), sample_rows(grid, 12)
     found = recall(query, key, mask, rows, text_lengths=LENGTHS[9])
     torch.testing.assert_close(found, torch.ones(2, 3, 12), atol=1e-6, rtol=0)
-    assert output_mse(query, key, value, mask, rows, text_lengths=LENGTHS[9]).mse.max() < 1e-12
+    (kept,) = kept_by(query, key, value, [mask], rows, text_lengths=LENGTHS[9])
+    assert kept.recall.min() > 1 - 1e-6 and kept.mse.max() < 1e-12
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -97,7 +98,9 @@ def test_output_error_is_that_of_the_reference(grid, make):
     everything = radial_mask(grid, RadialConfig(block_size=16, pattern="dense"))
     dense = reference.attention(query, key, value, everything, **options)[:, rows].double()
     masked = reference.attention(query, key, value, mask, **options)[:, rows].double()
-    found = output_mse(query, key, value, mask, rows, text_lengths=lengths)
+    _, found = kept_by(query, key, value, [everything, mask], rows, text_lengths=lengths)
+    shares = recall(query, key, mask, rows, text_lengths=lengths)
+    torch.testing.assert_close(found.recall, shares.double().mean(-1), atol=1e-7, rtol=0)
     torch.testing.assert_close(found.mse, (masked - dense).square().mean(dim=(1, 3)), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.dense, dense.square().mean(dim=(1, 3)), atol=1e-6, rtol=1e-5)
     assert found.mse.min() > 1e-4
@@ -109,7 +112,8 @@ def test_half_precision_is_worked_out_in_float32():
     mask, rows = radial_mask(grid, CONFIG), sample_rows(grid, 12)
     exact = [x.float() for x in (query, key, value)]
     assert torch.equal(recall(query, key, mask, rows), recall(*exact[:2], mask, rows))
-    assert torch.equal(output_mse(query, key, value, mask, rows).mse, output_mse(*exact, mask, rows).mse)
+    half, whole = (kept_by(*given, [mask], rows)[0] for given in ((query, key, value), exact))
+    assert all(torch.equal(a, b) for a, b in zip(half, whole, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,14 @@ def test_what_does_not_fit_is_one_line(change, message):
     given = {"query": query, "key": key, "mask": head_masks(GRIDS[1]), "rows": torch.tensor([0])}
     with pytest.raises(ValueError, match=message):
         recall(**(given | change))
+
+
+def test_masks_are_judged_on_one_grid():
+    query, key, value = tensors(GRIDS[1])
+    masks = [radial_mask(grid, CONFIG) for grid in GRIDS[:2]]
+    for given, message in ((masks, "of one grid"), ([], "of one grid"), ([head_masks(GRIDS[1])], "heads")):
+        with pytest.raises(ValueError, match=message):
+            kept_by(query[:, :, :2], key[:, :, :2], value[:, :, :2], given, torch.tensor([0]))
 
 
 def test_text_lengths_need_the_grid():

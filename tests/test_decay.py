@@ -205,7 +205,7 @@ def test_the_bound_holds_on_attention(grid):
 LONG = """
 import psutil, torch
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.analysis import output_mse, recall, sample_rows
+from radial_attn.analysis import kept_by, recall, sample_rows
 from radial_attn.decay import measure
 from radial_attn.tail import measure_tails
 from scripts.record import peak_memory
@@ -216,7 +216,7 @@ query = torch.randn(1, grid.tokens, 1, 128)
 before = psutil.Process().memory_info().rss
 measure(query, query, mask, rows)
 recall(query, query, mask, rows)
-output_mse(query, query, query, mask, rows)
+kept_by(query, query, query, [mask, mask], rows)
 measure_tails(query, query, mask, rows[150:151])
 print(grid.tokens, peak_memory("cpu")["host_bytes"] - before)
 """

@@ -10,10 +10,10 @@ import pytest
 
 from models import apply_radial_attention
 from radial_attn import radial_mask
-from radial_attn.analysis import output_mse, recall, sample_rows
+from radial_attn.analysis import kept_by, recall, sample_rows
+from scripts import video
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, read_config
-from scripts.evaluation import evaluate_videos
 from scripts.evaluation.evaluate import main
 from scripts.evaluation.evaluate_videos import read_video, write_frames
 from scripts.evaluation.metrics import compare
@@ -118,8 +118,8 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
         if seen.step == 1:
             mask, rows = radial_mask(seen.mask.grid, mask_config), sample_rows(seen.mask.grid, 6)
             kept = recall(seen.query, seen.key, mask, rows).mean(dim=(0, 2)).numpy()
-            error = output_mse(seen.query, seen.key, seen.value, mask, rows).mse.mean(dim=0).numpy()
-            calls.setdefault(seen.layer, []).append((kept, error))
+            (errors,) = kept_by(seen.query, seen.key, seen.value, [mask], rows)
+            calls.setdefault(seen.layer, []).append((kept, errors.mse.mean(dim=0).numpy()))
 
     for seed in (1, 2):
         with apply_radial_attention(pipeline, **attention_options(config), observe=see):
@@ -132,19 +132,22 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path, monkeypatch, capsys):
-    made, sampled = [], evaluate_videos.sampled
+    made, sampled = [], Job.sample_video
 
-    def stops(job: Any, *rest: Any) -> Any:
+    def counts(job: Any, *rest: Any, **options: Any) -> Any:
+        made.append(job.config)
+        return sampled(job, *rest, **options)
+
+    def stops(job: Any, *rest: Any, **options: Any) -> Any:
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append(job.config)
-        return sampled(job, *rest)
+        return counts(job, *rest, **options)
 
-    monkeypatch.setattr(evaluate_videos, "sampled", stops)
+    monkeypatch.setattr(Job, "sample_video", stops)
     assert evaluated(tmp_path, *COMPARE) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
     assert not (tmp_path / "work" / "evaluation.json").exists() and not (tmp_path / "table.md").exists()
-    monkeypatch.setattr(evaluate_videos, "sampled", lambda *a: made.append(a[0].config) or sampled(*a))
+    monkeypatch.setattr(Job, "sample_video", counts)
     assert evaluated(tmp_path, *COMPARE) == 0
     assert len(made) == 8
     assert timeless(content(tmp_path)) == timeless(content(run))
@@ -164,9 +167,12 @@ def test_a_failing_pipeline_leaves_one_line_and_no_half_files(tmp_path: Path, mo
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("the kernel\nsaid no")
 
-    monkeypatch.setattr(evaluate_videos, "sample", fails)
+    monkeypatch.setattr(video, "sample", fails)
     assert evaluated(tmp_path) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: dense: RuntimeError: the kernel"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "error: dense: the pipeline failed with RuntimeError: the kernel"
+    )
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

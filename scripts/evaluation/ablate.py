@@ -17,9 +17,7 @@ from typing import Any
 import torch
 
 from models.guard import CheckError
-from scripts.architecture import read_architecture
-from scripts.backends import check_backends
-from scripts.combinations import check_combinations
+from scripts.checked_job import checked_job
 from scripts.config import ROOT, read_config
 from scripts.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.evaluation.ablate_attention import looked_at, of_run
@@ -33,13 +31,11 @@ from scripts.evaluation.ablate_measure import (
     program_digest,
     step_seconds,
 )
-from scripts.evaluation.ablate_report import COLUMNS, write
+from scripts.evaluation.ablate_report import COLUMNS, NAME, draw, lines
 from scripts.evaluation.ablate_runs import TABLES, Run, Table, runs_of
-from scripts.evaluation.files import head
+from scripts.evaluation.files import head, publish
 from scripts.plan import attention_flops
 from scripts.schema import shown
-from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
-from scripts.video import Job
 from toyworld import all_attributes
 from toyworld.render import VOCABULARY, Attributes
 
@@ -48,18 +44,19 @@ NEEDED = {  # what a table varies, hides attention from the observer, or is left
     ("attention", "density"): None,
     ("model", "compile"): "none",
     ("model", "cache"): "none",
+    ("generation", "video"): None,
 }
 STRIDE = 77  # has no factor in common with the number of captions: each comes once, and all values early
 
 
 def ablate(setup: Setup, names: Sequence[str]) -> list[dict[str, Any]]:
     """The tables by these names, as the JSON has them."""
-    planned = {name: runs_of(TABLES[name], setup.config, setup.model) for name in names}
+    planned = {name: runs_of(TABLES[name], setup.job.config, setup.job.model) for name in names}
     every: dict[Any, Run] = {}
     for runs, _ in planned.values():
         for run in runs:
             every.setdefault(run.identity, run)
-    pipeline = Job(setup.config, setup.model, setup.path, setup.device).load()
+    pipeline = setup.job.load()
     dense, entries = dense_videos(setup, pipeline), {}
     for number, (identity, run) in enumerate(every.items(), 1):
         print(f"run        {number} of {len(every)}: density {run.mask.density:.3f}, {run.words}", flush=True)
@@ -82,7 +79,7 @@ def row(
     setup: Setup, run: Run, entries: list[Entry], attention: dict[str, float], seconds: dict[str, float]
 ) -> list[Any]:
     """One line of a table, as `COLUMNS`; None where there is no number."""
-    dense, kept = attention_flops(run.config, setup.model, run.mask.density)
+    dense, kept = attention_flops(run.config, setup.job.model, run.mask.density)
     likeness = [entry["psnr"] for entry in entries if entry["psnr"] is not None]
     return [
         run.value,
@@ -122,25 +119,17 @@ def captions_of(count: int) -> list[Attributes]:
 def prepare(options: argparse.Namespace) -> Setup:
     """The checked configuration; UsageError for one that cannot run."""
     config = read_config(options.config, options.words)
-    check_values(config)
-    path, device = resolve_model(config), resolve_device(config)
-    model = read_architecture(path)
-    check_sizes(config, model)
-    check_combinations(config, device, 1 + ("transformer_2" in model.parameters))
-    check_backends(config, model, device)
+    job = checked_job(config)
     for (group, name), needed in NEEDED.items():
         if (got := getattr(getattr(config, group), name)) != needed:
             raise UsageError(f"{group}.{name}: got {got!r}, allowed here: {shown(needed)}")
     return Setup(
-        config=config,
-        model=model,
-        path=path,
-        device=device,
+        job=job,
         captions=captions_of(options.captions),
         batch=options.batch,
         rows=options.rows,
         work=options.work,
-        program=program_digest(config, path),
+        program=program_digest(config, job.path),
     )
 
 
@@ -161,12 +150,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     name = f"ablation_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the tables")
     options = parser.parse_args(argv)
-    configs = [word for word in options.words if "=" not in word] or ["configs/wan_tiny.yaml"]
-    if len(configs) > 1:
-        parser.error(f"got {len(configs)} configs, allowed: 1")
     if options.captions > len(all_attributes()):
         parser.error(f"--captions: got {options.captions}, allowed: 1 to {len(all_attributes())}")
-    options.config, options.words = configs[0], [word for word in options.words if "=" in word]
+    options.config, options.words = parser.divided(options.words, "configs/wan_tiny.yaml")
     return options
 
 
@@ -174,9 +160,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Measures what is missing and writes the tables."""
     setup = prepare(options)
     tables = ablate(setup, [name for name in TABLES if name in options.only])
-    data = head("ablation", command, setup.device, setup.config) | {"tables": tables}
+    data = head("ablation", command, setup.job.device, setup.job.config) | {"tables": tables}
     data |= {"captions": options.captions, "rows": options.rows}
-    for file in write(data, options.work, options.out):
+    for file in publish(data, options.work / NAME, options.out, lines, draw):
         print(f"written    {file}")
 
 

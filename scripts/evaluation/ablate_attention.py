@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from models import apply_radial_attention
 from models.observe import Seen
-from radial_attn import BlockMask
-from radial_attn.analysis import output_mse, recall, sample_rows
+from radial_attn.analysis import Kept, kept_by, sample_rows
 from scripts.config import Config
 from scripts.evaluation.ablate_measure import Setup
 from scripts.evaluation.ablate_runs import Run, mask_of
@@ -21,7 +20,7 @@ from scripts.plan import attention_options
 from scripts.prompt_accuracy import first_frame
 from scripts.video import sample
 
-KINDS = ("recall", "mse", "dense")  # the last: mean square of the dense output
+KINDS = Kept._fields
 Readings = dict[str, list[list[float]]]  # by kind: step, layer
 
 
@@ -46,9 +45,12 @@ def _watch(setup: Setup, pipeline: Any, masks: Mapping[str, Config]) -> dict[str
     with tqdm(desc=f"attention of {len(masks)} masks", unit="call") as bar:
 
         def observe(seen: Seen) -> None:
-            for name, cells in found.items():
-                numbers = _numbers(seen, built(seen.mask.grid, name), setup.rows)
-                cells.setdefault((seen.step, seen.layer), []).append(numbers)
+            built_masks = [built(seen.mask.grid, name) for name in found]
+            rows, lengths = sample_rows(seen.mask.grid, setup.rows), seen.text_lengths
+            kept = kept_by(seen.query, seen.key, seen.value, built_masks, rows, text_lengths=lengths)
+            for cells, numbers in zip(found.values(), kept, strict=True):
+                call = tuple(part.mean().item() for part in numbers)
+                cells.setdefault((seen.step, seen.layer), []).append(call)
             bar.update()
 
         with apply_radial_attention(pipeline, **attention_options(config), observe=observe):
@@ -56,14 +58,6 @@ def _watch(setup: Setup, pipeline: Any, masks: Mapping[str, Config]) -> dict[str
             given = first_frame(config, first, seed)
             sample(pipeline, config, [first.caption], [seed], output_type="latent", **given)
     return {name: _nested(cells) for name, cells in found.items()}
-
-
-def _numbers(seen: Seen, mask: BlockMask, rows: int) -> tuple[float, float, float]:
-    """As `KINDS`, of one call."""
-    chosen, lengths = sample_rows(mask.grid, rows), seen.text_lengths
-    kept = recall(seen.query, seen.key, mask, chosen, text_lengths=lengths)
-    error = output_mse(seen.query, seen.key, seen.value, mask, chosen, text_lengths=lengths)
-    return kept.mean().item(), error.mse.mean().item(), error.dense.mean().item()
 
 
 def _nested(cells: dict[tuple[int, int], list[tuple[float, ...]]]) -> Readings:

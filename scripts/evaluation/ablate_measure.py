@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scripts.architecture import Architecture
 from scripts.config import AttentionConfig, Config
 from scripts.evaluation.ablate_runs import Run
 from scripts.evaluation.files import write_json
 from scripts.evaluation.metrics import psnr, ssim
 from scripts.files import replacing
 from scripts.prompt_accuracy import digest, reading, readings, seconds_in_turn
-from scripts.video import to_bytes
+from scripts.video import Job, to_bytes
 from toyworld.render import Attributes
 
 DENSE = "dense"
@@ -32,10 +31,7 @@ class Setup(NamedTuple):
         program: digest of sources and weights as they were at the start.
     """
 
-    config: Config
-    model: Architecture
-    path: str
-    device: str
+    job: Job
     captions: list[Attributes]
     batch: int
     rows: int
@@ -45,7 +41,7 @@ class Setup(NamedTuple):
     @property
     def dense(self) -> Config:
         """The configuration of the dense videos."""
-        return all_dense(self.config)
+        return all_dense(self.job.config)
 
     def folder(self, config: Config) -> Path:
         """Where what this configuration, program and weights made is kept; it is made."""

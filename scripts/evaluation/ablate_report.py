@@ -1,10 +1,9 @@
 """The files of the ablation: ablation.json, tables in Markdown, and fidelity over density as a picture."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radial_attn.draw import save_figure
-from scripts.evaluation.files import number, table, write_json, write_text
+from scripts.evaluation.files import number, style, table
+from scripts.record import pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +20,6 @@ FORMS = {  # of the columns after the first
     "s a step": ".3f",
 }
 COLUMNS = tuple(FORMS)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
-MARKERS = "osD^vP*Xh"
 NAME = "ablation.json"
 SAID = """PSNR and SSIM compare with the dense videos of the same captions and seeds, means over the
 videos; no PSNR means that they are equal. Density is that of the mask, density of the run counts dense steps
@@ -34,20 +31,10 @@ step is the median of radial and of dense steps, in turn with all others, weight
 whose masks keep the same are one run."""
 
 
-def write(data: dict[str, Any], work: Path, out: Path) -> list[Path]:
-    """Writes the JSON into `work`, tables and picture at `out`; the files. OSError where that fails."""
-    picture = out.with_suffix(".png")
-    files = [write_json(work / NAME, data), write_text(out, "\n".join(lines(data, picture.name)) + "\n")]
-    save_figure(draw(data), picture)
-    return [*files, picture]
-
-
 def lines(data: dict[str, Any], picture: str) -> list[str]:
     """The Markdown."""
     config = data["config"]
     sizes, options = config["generation"], config["attention"]
-    machine = ", ".join(f"{key} {value}" for key, value in {**data["versions"], **data["hardware"]}.items())
-    around = ", ".join(f"{key} {value}" for key, value in options.items())
     return [
         f"# Ablation of the mask: {config['model']['path']}, {sizes['num_frames']} frames",
         "",
@@ -59,9 +46,9 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
         f"![PSNR over density]({picture})",
         *(line for found in data["tables"] for line in _section(found)),
         "",
-        f"- what is not varied: {around}",
+        f"- what is not varied: {pairs(options)}",
         "",
-        machine,
+        pairs(data["versions"], data["hardware"]),
     ]
 
 
@@ -89,10 +76,9 @@ def draw(data: dict[str, Any]) -> "Figure":
     for order, found in enumerate(data["tables"]):
         rows = [row for row in found["rows"] if row[height] is not None]
         apart = found["columns"][0] == "attention.pattern"
-        style = {"color": COLOURS[order % len(COLOURS)], "marker": MARKERS[order % len(MARKERS)]}
-        style |= {"linestyle": "" if apart else "-", "label": found["title"], "alpha": 0.85}
+        look = style(order) | {"linestyle": "" if apart else "-", "label": found["title"], "alpha": 0.85}
         points = sorted((row[place], row[height]) for row in rows)
-        axes.plot([x for x, _ in points], [y for _, y in points], markersize=5, **style)
+        axes.plot([x for x, _ in points], [y for _, y in points], markersize=5, **look)
         for row in rows if apart else []:
             axes.annotate(_shown(row[0]), (row[place], row[height]), fontsize=7)
     axes.set(xlabel="density of the run", ylabel="PSNR to the dense video, dB")

@@ -19,19 +19,14 @@ import torch
 
 from models.guard import CheckError
 from radial_attn import radial_mask
-from scripts.architecture import read_architecture
-from scripts.backends import check_backends
-from scripts.combinations import check_combinations
+from scripts.checked_job import checked_job
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.evaluation.analyse_report import Analysis, write
 from scripts.evaluation.analyse_run import Looks, gather
-from scripts.inputs import read_inputs
-from scripts.loras import find_loras, with_loras
 from scripts.plan import solved_config, token_grid
 from scripts.ranks import processes
-from scripts.shortage import check_mask, check_memory
-from scripts.validate import check_sizes, check_values, read_prompts, resolve_device, resolve_model
+from scripts.validate import check_values, read_prompts
 from scripts.video import Job
 
 TINY = "configs/wan_tiny.yaml"
@@ -65,18 +60,7 @@ def prepare(config: Config) -> tuple[Job, dict[int, str]]:
         value = getattr(config.model, name)
         if value != "none":
             raise UsageError(f"model.{name}: got {value!r}, allowed where attention is observed: none")
-    prompts, device, path = read_prompts(config), resolve_device(config), resolve_model(config)
-    model = read_architecture(path)
-    check_sizes(config, model)
-    inputs = read_inputs(config)
-    check_combinations(config, device, 1 + ("transformer_2" in model.parameters))
-    loras = find_loras(config, path)
-    model = with_loras(model, loras)
-    check_mask(config, model)
-    solved_config(config, model)
-    check_memory(config, model, device)
-    check_backends(config, model, device)
-    return Job(config, model, path, device, loras, inputs), prompts
+    return checked_job(config), read_prompts(config)
 
 
 def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:
@@ -117,10 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # keys first, so that an option of several numbers before them does not take them for its own
     options = parser.parse_intermixed_args(sorted(given, key=lambda word: not KEY.match(word)))
     options.given = given
-    configs = [word for word in options.words if "=" not in word] or [TINY]
-    if len(configs) > 1:
-        parser.error(f"one configuration at most, got {' and '.join(map(repr, configs))}")
-    options.config, options.overrides = configs[0], [word for word in options.words if "=" in word]
+    options.config, options.overrides = parser.divided(options.words, TINY)
     options.work = options.work or ROOT / "outputs" / "analysis" / Path(options.config).stem
     return options
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scripts.evaluation.files import number, table
+from scripts.record import pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
         _joined(TAIL),
         *_tail(data["tail"]),
         "",
-        ", ".join(f"{key} {value}" for key, value in {**data["versions"], **data["hardware"]}.items()),
+        pairs(data["versions"], data["hardware"]),
     ]
 
 

@@ -22,8 +22,8 @@ from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from scripts.architecture import Architecture, read_architecture
 from scripts.config import ROOT, Config, read_config
 from scripts.errors import OneLineParser, exit_code, positive, positive_number
-from scripts.evaluation.cost_report import write
-from scripts.evaluation.files import head
+from scripts.evaluation.cost_report import NAME, draw, lines
+from scripts.evaluation.files import head, publish
 from scripts.plan import radial_config, solved_config, token_grid
 from scripts.timing import medians_in_turn
 from scripts.validate import check_sizes, check_values, resolve_model
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     data = head("cost", command, device) | {"rows": rows, "paper": sparsities(), "fits": fits}
     data["rates"] = rates and rates._asdict()
     data["masks"] = {case.name: asdict(radial_config(case.config)) for case in cases}
-    for file in write(data, options.work, options.out):
+    for file in publish(data, options.work / NAME, options.out, lines, draw):
         print(f"written    {file}")
 
 

@@ -1,35 +1,23 @@
 """The files of the cost command: cost.json, tables in Markdown, and curves."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radial_attn.draw import save_figure
-from scripts.evaluation.files import number, table, write_json, write_text
+from scripts.evaluation.files import number, style, table
+from scripts.record import pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-MARKERS = "osD^vP"
 NAME = "cost.json"
 WAN = """Sparsity counts pairs of video tokens alone. The paper's 73.6 % of Wan2.1-14B at 161 frames is that
 of 768 x 1280, and its preset is of 720 x 1280; the last column has the presets as they stand, with their
 text, whose rows and columns are kept."""
 
 
-def write(data: dict[str, Any], work: Path, out: Path) -> list[Path]:
-    """Writes the JSON into `work`, tables and picture at `out`; the files. OSError where that fails."""
-    picture = out.with_suffix(".png")
-    files = [write_json(work / NAME, data), write_text(out, "\n".join(lines(data, picture.name)) + "\n")]
-    save_figure(draw(data), picture)
-    return [*files, picture]
-
-
 def lines(data: dict[str, Any], picture: str) -> list[str]:
     """The Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in {**data["versions"], **data["hardware"]}.items())
     return [
         "# What attention costs over length and resolution",
         "",
@@ -45,7 +33,7 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
         "",
         *(f"- mask of {name}: {_options(mask)}" for name, mask in data["masks"].items()),
         "",
-        machine,
+        pairs(data["versions"], data["hardware"]),
     ]
 
 
@@ -127,13 +115,13 @@ def draw(data: dict[str, Any]) -> "Figure":
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     along, across = figure.subplots(1, 2)
-    for number_, (name, found) in enumerate(data["fits"].items()):
+    for order, (name, found) in enumerate(data["fits"].items()):
         rows = [row for row in data["rows"] if row["model"] == name]
         size, frames = tuple(found["size"]), found["frames"]
-        style = {"color": COLOURS[number_ % len(COLOURS)], "marker": MARKERS[number_ % len(MARKERS)]}
+        look = style(order)
         lengths = [row for row in rows if (row["height"], row["width"]) == size]
-        _lines(along, sorted(lengths, key=_frames), _frames, name, style)
-        _lines(across, sorted((r for r in rows if r["frames"] == frames), key=_pixels), _pixels, None, style)
+        _lines(along, sorted(lengths, key=_frames), _frames, name, look)
+        _lines(across, sorted((r for r in rows if r["frames"] == frames), key=_pixels), _pixels, None, look)
     along.set(xlabel="video frames", ylabel="attention FLOPs of a call")
     across.set(xlabel="pixels a frame")
     for axes in (along, across):

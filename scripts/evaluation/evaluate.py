@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from scripts.architecture import read_architecture
-from scripts.backends import check_backends
-from scripts.combinations import check_combinations
+from scripts.checked_job import checked_job
 from scripts.config import ROOT, Config
 from scripts.errors import OneLineParser, UsageError, exit_code
 from scripts.evaluation import folders
@@ -44,12 +42,9 @@ from scripts.evaluation.vbench import (
     run_vbench,
     video_name,
 )
-from scripts.inputs import read_inputs
-from scripts.loras import find_loras, with_loras
 from scripts.plan import solved_config
 from scripts.ranks import processes
-from scripts.shortage import check_mask, check_memory
-from scripts.validate import check_sizes, check_values, read_prompts, resolve_device, resolve_model
+from scripts.validate import read_prompts
 from scripts.video import Job
 
 PRESET = "configs/wan_tiny.yaml"
@@ -105,21 +100,9 @@ def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) 
 def checked(name: str, config: Config) -> Job:
     """A job of a setting that can run here; UsageError names the setting where it cannot."""
     try:
-        check_values(config)
-        device, path = resolve_device(config), resolve_model(config)
-        model = read_architecture(path)
-        check_sizes(config, model)
-        inputs = read_inputs(config)
-        check_combinations(config, device, 1 + ("transformer_2" in model.parameters))
-        loras = find_loras(config, path)
-        model = with_loras(model, loras)
-        check_mask(config, model)
-        check_memory(config, model, device)
-        solved_config(config, model)
-        check_backends(config, model, device)
+        return checked_job(config)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
-    return Job(config, model, path, device, loras, inputs)
 
 
 def takes_of(config: EvaluationConfig) -> list[Take]:
@@ -205,15 +188,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
     parser.add_argument("--dry-run", action="store_true", help="densities and operations only")
     options = parser.parse_intermixed_args(argv)
-    configs = [word for word in options.given if "=" not in word]
-    options.words = [word for word in options.given if "=" in word]
-    if len(configs) > 1:
-        parser.error(f"one config file at most, got {' and '.join(map(repr, configs))}")
+    options.config, options.words = parser.divided(options.given, PRESET)
     if options.folders:
         words = [*options.given, *options.folders]
         options.folders = [word for word in words if not word.startswith(SCORE_WORD)]
         options.words = [word for word in words if word.startswith(SCORE_WORD)]
-    options.config = configs[0] if configs else PRESET
     kind = "folders" if options.folders else Path(options.config).stem
     options.work = options.work or Path("outputs") / "evaluation" / kind
     if options.out.is_dir():

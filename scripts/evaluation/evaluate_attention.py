@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.observe import Seen
 from radial_attn import RadialConfig, radial_mask
-from radial_attn.analysis import output_mse, recall, sample_rows
+from radial_attn.analysis import kept_by, sample_rows
 
 Levels = list[list[list[float]]]  # [step][layer][head]
 DIGITS = 6
@@ -44,13 +44,11 @@ class Readings:
             return
         self.synchronize()
         start = time.perf_counter()
-        rows = sample_rows(seen.mask.grid, self.rows)
-        given = {"rows": rows, "text_lengths": seen.text_lengths}
-        for config in set(self.masks.values()):
-            mask = radial_mask(seen.mask.grid, config)
-            kept = recall(seen.query, seen.key, mask, **given).mean(dim=(0, 2))
-            error = output_mse(seen.query, seen.key, seen.value, mask, **given).mse.mean(dim=0)
-            both = torch.stack([kept.double().cpu(), error.double().cpu()])
+        rows, configs = sample_rows(seen.mask.grid, self.rows), list(set(self.masks.values()))
+        masks = [radial_mask(seen.mask.grid, config) for config in configs]
+        found = kept_by(seen.query, seen.key, seen.value, masks, rows, text_lengths=seen.text_lengths)
+        for config, kept in zip(configs, found, strict=True):
+            both = torch.stack([kept.recall, kept.mse]).mean(dim=1)
             self._found.setdefault((config, seen.step + 1, seen.layer), []).append(both)
         self.synchronize()
         self.seconds += time.perf_counter() - start

@@ -13,6 +13,7 @@ from scripts.evaluation.evaluate_videos import Evaluation, Take
 from scripts.evaluation.metrics import no_lpips
 from scripts.plan import attention_flops, dense_steps, radial_config, solved_config, token_grid
 from scripts.prompt_accuracy import describe
+from scripts.record import pairs
 
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = {
@@ -128,7 +129,6 @@ def table(found: dict[str, Any]) -> list[str]:
 
 def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
     """The results file; `evaluation` is None for folders of videos."""
-    machine = {**data["versions"], **data["hardware"]}
     text = [
         "# Fidelity to dense attention" if evaluation else f"# Fidelity to the videos of {data['reference']}",
         "",
@@ -140,7 +140,7 @@ def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
         "",
         *scores(data.get("scores", {})),
         *([] if evaluation is None else [*settings(data, evaluation), ""]),
-        ", ".join(f"{key} {value}" for key, value in machine.items()),
+        pairs(data["versions"], data["hardware"]),
         "",
     ]
     return "\n".join(text)

@@ -6,10 +6,7 @@ beside a dense one lie its very frames too, as lossless H.264, for the settings 
 
 import json
 import math
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +14,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from models import apply_radial_attention
-from models.caches import cached
-from models.guard import CheckError
 from radial_attn import RadialConfig
-from scripts.combinations import cache_options
 from scripts.config import Config
 from scripts.errors import GenerationError, UsageError, one_line
 from scripts.evaluation.evaluate_attention import Readings
 from scripts.evaluation.evaluate_config import DENSE
 from scripts.evaluation.metrics import compare
+from scripts.files import replacing
 from scripts.outputs import finished, resolved, video_path, write_pair
-from scripts.plan import attention_options
-from scripts.record import Clock, synchronizer
-from scripts.shortage import is_out_of_memory
-from scripts.video import Job, reported_choices, sample, to_bytes
+from scripts.record import synchronizer
+from scripts.video import Job
 
 FRAMES = ".mkv"
 
@@ -149,10 +141,15 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
     if name == DENSE and evaluation.rows:
         looks = evaluation.masks, evaluation.rows, evaluation.steps
         readings = Readings(*looks, synchronizer(job.device))
-    with job.reporting_memory(), failing(name):
-        frames, record = sampled(job, pipeline, readings, bar)
-    record |= {"prompt": take.prompt, "seed": take.seed, "config": resolved(job.config, take.prompt)}
-    record["inputs"] = job.inputs.files
+    seconds: dict[str, float] = {}
+    try:
+        with job.reporting_memory():
+            frames, run = job.sample_video(pipeline, take.prompt, seconds, bar=bar, observer=readings)
+    except (UsageError, GenerationError) as error:
+        raise GenerationError(f"{name}: {one_line(error)}") from error
+    record = {"prompt": take.prompt, "seed": take.seed, "config": resolved(job.config, take.prompt)}
+    record |= {"inputs": job.inputs.files, "seconds": seconds, "step_seconds": run["step_seconds"]}
+    record["calls"] = run["attention"]["calls"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == DENSE:
@@ -166,68 +163,23 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
         raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
 
 
-def sampled(
-    job: Job, pipeline: Any, readings: Readings | None, bar: tqdm
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Frames uint8 `[T, H, W, 3]`, and `seconds`, `step_seconds`, `calls`; reading takes none of the time."""
-    config, clock = job.config, Clock(synchronizer(job.device))
-    observe = {} if readings is None else {"observe": readings.see}
-
-    def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict:
-        clock.step_done()
-        clock.steps[-1] = round(clock.steps[-1] - (readings.take_seconds() if readings else 0), 4)
-        bar.update()
-        return {}
-
-    options = {"callback_on_step_end": step_done, **job.inputs.arguments}
-    with (
-        apply_radial_attention(pipeline, **attention_options(config), **observe) as handle,
-        cached(pipeline, **cache_options(config)),
-        reported_choices(),
-    ):
-        hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
-        try:
-            seed = config.generation.seed
-            frames = sample(pipeline, config, [config.generation.prompt], [seed], **options)[0]
-        finally:
-            hook.remove()
-        calls = handle.report()["calls"]
-    clock.seconds |= {"denoise": round(sum(clock.steps), 4), "decode": clock.lap()}
-    return to_bytes(frames), {"seconds": clock.seconds, "step_seconds": clock.steps, "calls": calls}
-
-
 def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
     """None for the PSNR of equal videos, which JSON has no number for."""
     return {name: None if value == math.inf else value for name, value in metrics.items()}
 
 
-@contextmanager
-def failing(name: str) -> Iterator[None]:
-    """Whatever a pipeline raises as one line with the setting's name; shortage of memory as it is."""
-    try:
-        yield
-    except (CheckError, GenerationError, UsageError) as error:
-        raise GenerationError(f"{name}: {one_line(error)}") from error
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise GenerationError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
-
-
 def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 `[T, H, W, 3]` without loss, under a temporary name first."""
+    """Writes uint8 `[T, H, W, 3]` without loss, whole or not at all."""
     import imageio
 
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
     options = {"codec": "libx264rgb", "pixelformat": "rgb24", "macro_block_size": 1, "quality": None}
     quiet = {"output_params": ["-qp", "0"], "ffmpeg_log_level": "quiet"}
-    try:
-        with imageio.get_writer(draft, format="FFMPEG", fps=fps, **options, **quiet) as writer:
-            for frame in frames:
-                writer.append_data(frame)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with (
+        replacing(path, path.suffix) as part,
+        imageio.get_writer(part, format="FFMPEG", fps=fps, **options, **quiet) as writer,
+    ):
+        for frame in frames:
+            writer.append_data(frame)
 
 
 def read_video(path: Path) -> np.ndarray:

@@ -3,14 +3,21 @@
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from radial_attn.draw import save_figure
 from scripts import files
 from scripts.config import Config
 from scripts.record import hardware, versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+MARKERS = "osD^vP*Xh"  # the colours before them are those of Okabe and Ito, and a grey
 
 
 def head(kind: str, command: str, device: str, config: Config | None = None) -> dict[str, Any]:
@@ -47,6 +54,28 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, data: Any) -> Path:
     """The same for JSON; numbers that are not finite become null."""
     return write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def style(number: int) -> dict[str, str]:
+    """Colour and marker of a curve by its number, from 0."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def publish(
+    data: dict[str, Any],
+    kept: Path,
+    out: Path,
+    lines: Callable[[dict[str, Any], str], list[str]],
+    draw: Callable[[dict[str, Any]], "Figure"],
+) -> list[Path]:
+    """Writes the JSON as `kept`, the Markdown of `lines` and the picture of `draw` at `out`; the files.
+
+    `lines` gets the name of the picture. Raises OSError where a file cannot be written.
+    """
+    picture = out.with_suffix(".png")
+    files = [write_json(kept, data), write_text(out, "\n".join(lines(data, picture.name)) + "\n")]
+    save_figure(draw(data), picture)
+    return [*files, picture]
 
 
 def _finite(data: Any) -> Any:

@@ -23,7 +23,7 @@ from radial_attn import TokenGrid, radial_attention
 from radial_attn.attention import choose_backend
 from radial_attn.backends import Call
 from scripts.gpu.cases import CASES, HUNYUAN_BLOCKS, WAN_BLOCKS
-from scripts.record import hardware, versions
+from scripts.record import hardware, pairs, versions
 from scripts.timing import medians_in_turn
 
 SHARE = 8
@@ -231,7 +231,7 @@ def layers_report(command: str, spec: Layers, lengths: list[int], setting: Setti
             if kind == "training" and frames in spec.goals:
                 goals.append(_goal(frames, slow / fast, spec.goals[frames]))
         rows.append("| " + " | ".join(cells) + " |")
-    machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware(setting.device)}.items())
+    machine = pairs(versions(), hardware(setting.device))
     about = (
         f"{spec.name} with random weights, {spec.depth} layers of which {spec.dense_layers} stay dense, rank "
         f"{setting.rank}: what one of {SHARE} GPUs computes in a step that share a video's tokens (scripts/"

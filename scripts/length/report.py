@@ -14,7 +14,7 @@ from scripts.lora.latents import LatentStore
 from scripts.lora.plan import as_generation, training_flops
 from scripts.plan import attention_flops, other_flops
 from scripts.prompt_accuracy import describe
-from scripts.record import hardware, versions
+from scripts.record import hardware, pairs, versions
 from scripts.validate import resolve_device, resolve_model
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def report(command: str, options: Study, results: dict[str, Result], pictures: t
     """The Markdown file."""
     entries = next(iter(results.values())).entries
     device = resolve_device(next(iter(results.values())).config)
-    machine = ", ".join(f"{key} {value}" for key, value in {**versions(), **hardware(device)}.items())
+    machine = pairs(versions(), hardware(device))
     order = ", ".join(title(result.config, name) for name, result in results.items())
     text = [
         "# Length extension on the bundled Wan",
