@@ -67,13 +67,6 @@ def test_few_files_are_open_at_a_time(folder, monkeypatch):
         assert len(store._files) == 1
 
 
-def test_buckets_leave_short_clips_out_and_count_them(folder):
-    store = LatentStore.open(folder)
-    assert store.buckets() == {(2, 2, 4): [1], (3, 2, 2): [0, 2]} and store.dropped(None) == 0
-    assert store.buckets(min_frames=9) == {(3, 2, 2): [0, 2]} and store.dropped(9) == 1
-    assert store.buckets(min_frames=10) == {} and store.dropped(10) == 3
-
-
 @pytest.mark.parametrize("part", MARK)
 def test_latents_of_another_model_are_refused_with_what_differs(folder, part):
     store = LatentStore.open(folder)
@@ -147,13 +140,6 @@ def test_the_order_follows_from_seed_and_step_alone():
     assert [first.batch_at(step) for step in range(6)] == [[1, 3], [3, 4], [5, 7], [0, 6], [6, 2], [8, 8]]
     other = BucketSampler(BUCKETS, 2, seed=2)
     assert [other.batch_at(step) for step in range(6)] != [first.batch_at(step) for step in range(6)]
-
-
-def test_processes_share_the_batches():
-    sampler = BucketSampler(BUCKETS, batch=2, seed=1)
-    alone = [sampler.batch_at(step) for step in range(12)]
-    shared = [sampler.share(step, rank, world=3) for step in range(4) for rank in range(3)]
-    assert shared == alone
 
 
 @pytest.mark.parametrize(("buckets", "batch"), [({}, 1), ({(1, 1, 1): []}, 1), (BUCKETS, 0)])

@@ -112,18 +112,6 @@ class LatentStore:
         """Raises UsageError where the latents are those of another model; it names what differs."""
         check_fingerprint(self.folder, self.fingerprint, wanted)
 
-    def buckets(self, min_frames: int | None = None) -> dict[Bucket, list[int]]:
-        """Samples by latent `(F, h, w)`, in order; only those of at least `min_frames` frames of video."""
-        found: dict[Bucket, list[int]] = {}
-        for i, sample in enumerate(self.samples):
-            if sample.frames >= (min_frames or 0):
-                found.setdefault(sample.bucket, []).append(i)
-        return dict(sorted(found.items()))
-
-    def dropped(self, min_frames: int | None) -> int:
-        """Samples that `buckets` leaves out."""
-        return len(self.samples) - sum(map(len, self.buckets(min_frames).values()))
-
     def _text(self, caption: str) -> Text:
         key = text_key(caption)
         file = self._file(self._texts[key])
@@ -206,10 +194,6 @@ class BucketSampler:
         """The samples of a step, counted from 0: a batch of one bucket."""
         epoch, place = divmod(step, self.batches)
         return self._epoch(epoch)[place]
-
-    def share(self, step: int, rank: int, world: int) -> list[int]:
-        """What process `rank` of `world` takes in a step: together they take the next `world` batches."""
-        return self.batch_at(step * world + rank)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         batches = []
