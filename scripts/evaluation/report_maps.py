@@ -82,18 +82,23 @@ def masks(packed: list[dict[str, Any]]) -> Element:
 
 
 def _mask_frame() -> Element:
-    lines = node("svg", id="mask-lines", aria_hidden="true")
+    picture = node("canvas", id="mask-picture"), node("svg", id="mask-lines", aria_hidden="true")
+    about = "Blocks that the mask keeps; query frames from above, key frames from the left"
+    return _map("mask", "map of frame pairs", about, *picture)
+
+
+def _map(name: str, kind: str, about: str, *children: Element, class_: str = "focusable") -> Element:
+    """An element that is walked over by keys; `name-text` says where one stands."""
     return node(
         "div",
-        node("canvas", id="mask-picture"),
-        lines,
-        id="mask-map",
-        class_="focusable",
+        *children,
+        id=f"{name}-map",
+        class_=class_,
         tabindex="0",
         role="application",
-        aria_roledescription="map of frame pairs",
-        aria_label="Blocks that the mask keeps; query frames from above, key frames from the left",
-        aria_describedby="mask-text",
+        aria_roledescription=kind,
+        aria_label=about,
+        aria_describedby=f"{name}-text",
     )
 
 
@@ -107,21 +112,10 @@ def heads() -> Element:
     return section(
         "heads",
         "Layers and heads",
-        node(
-            "p",
-            words.HEADS,
-            class_="aside",
-        ),
+        node("p", words.HEADS, class_="aside"),
         node("div", *(chooser(*choice) for choice in choices), class_="choosers"),
-        node(
-            "div",
-            id="heads-map",
-            class_="focusable heads",
-            tabindex="0",
-            role="application",
-            aria_roledescription="map of layers and heads",
-            aria_label="One cell for each layer and head",
-            aria_describedby="heads-text",
+        _map(
+            "heads", "map of layers and heads", "One cell for each layer and head", class_="focusable heads"
         ),
         node("output", id="heads-text", class_="readout"),
         node("div", id="heads-scale", class_="colours"),
