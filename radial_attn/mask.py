@@ -128,7 +128,8 @@ def radial_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
         A shared `BlockMask`, `blocks` bool `[Q, Q]`. Equal arguments return the same object.
 
     Raises:
-        ValueError: no mask of this grid has `config.density`; the message says which densities there are.
+        ValueError: no mask of this grid has `config.density`, the message says which densities there are;
+            or none of another `config.pattern` is about as dense as the radial one.
     """
     if config.pattern == "dense":
         count = grid.num_blocks(config.block_size)

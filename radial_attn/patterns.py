@@ -15,6 +15,7 @@ from .grid import TokenGrid
 from .mask import RadialConfig, band_blocks, radial_mask
 from .windows import window_radii
 
+TOLERANCE = 0.05  # of the density, relative to that of the radial mask
 SEED = 0  # of the random mask
 GOLDEN = 0.5 * (5**0.5 - 1)  # whose multiples, modulo 1, are spread evenly
 TRIFLE = 1e-9  # by which the nearer of two blocks alike in all else comes first
@@ -38,6 +39,10 @@ def compared_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
       bands too narrow to fill a block end it. A definition of our own; none published was found.
     - "power": blocks at a distance of a power of two, and a window, as in PowerAttention (arXiv 2503.03588).
     - "random": in each row as many blocks, drawn with one seed.
+
+    Raises:
+        ValueError: none of the masks of this pattern is within `TOLERANCE` of that density; "power", which
+            keeps all powers of two, is too dense on small grids.
     """
     target = radial_mask(grid, replace(config, pattern="radial")).density
     build, most = COMPARED[config.pattern](grid, config)
@@ -48,7 +53,14 @@ def compared_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
             (middle + 1, high) if _mask(grid, config, build(middle)).density < target else (low, middle)
         )
     masks = [_mask(grid, config, build(number)) for number in (max(low - 1, 0), low)]
-    return min(masks, key=lambda mask: abs(mask.density - target))
+    nearest = min(masks, key=lambda mask: abs(mask.density - target))
+    if abs(nearest.density / target - 1) > TOLERANCE:
+        raise ValueError(
+            f"pattern must have a mask within {TOLERANCE:.0%} of the radial one's density {target:.3f} for "
+            f"{grid.frames} x {grid.height} x {grid.width} tokens in blocks of {config.block_size}: "
+            f"nearest {nearest.density:.3f}, got {config.pattern!r}"
+        )
+    return nearest
 
 
 def _mask(grid: TokenGrid, config: RadialConfig, blocks: np.ndarray) -> BlockMask:

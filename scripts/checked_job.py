@@ -4,6 +4,7 @@ from scripts.architecture import read_architecture
 from scripts.backends import check_backends
 from scripts.combinations import check_combinations
 from scripts.config import Config
+from scripts.degrees import plan_degrees
 from scripts.inputs import read_inputs
 from scripts.loras import find_loras, with_loras
 from scripts.plan import solved_config
@@ -30,6 +31,7 @@ def checked_job(config: Config) -> Job:
     """A job of one process that can run here; UsageError where it cannot."""
     check_values(config)
     job, _ = open_job(config, resolve_device(config), resolve_model(config))
+    plan_degrees(config, job.model, 1, 1)
     check_mask(config, job.model)
     solved_config(config, job.model)
     check_memory(config, job.model, job.device)

@@ -131,7 +131,7 @@ class GenerationConfig:
     negative_prompt: str = key("", "what guidance moves away from")
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
-    num_frames: int = key(69, "video frames, 4k + 1", low=1)
+    num_frames: int = key(69, "video frames: 4k + 1, of Mochi 6k + 1", low=1)
     steps: int = key(50, "denoising steps", low=1)
     guidance_scale: float = key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
     guidance_scale_2: float | None = key(None, "of Wan2.2's second expert; null: the same", low=1.0)

@@ -90,6 +90,7 @@ def carry_out(config: Config, dry_run: bool) -> int:
         for line in [describe_degrees(degrees, config, model), *describe_decoding(config, model, degrees)]:
             print(line, flush=True)
     check_memory(config, model, device, degrees)
+    solved_config(config, model)
     for line in describe_density(config, model):
         print(line, flush=True)
     check_backends(config, model, device)

@@ -31,13 +31,24 @@ from scripts.lora.checkpoint import LOG
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.outputs import encode
 from scripts.plan import solved_config, token_grid
-from scripts.prompt_accuracy import digest, readings, seconds_in_turn
+from scripts.prompt_accuracy import digest, readings, whole_run_seconds
 from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.video import Job, to_bytes
 from toyworld import all_attributes
 from toyworld.render import Attributes
 
 READINGS, SHOWN = "readings.json", "shown.mp4"
+OWN = {  # keys that each run sets for itself, or that its captions stand for
+    *("attention.pattern", "model.positions", "model.loras", "model.lora_mode", "output.path"),
+    *(
+        "data.folder",
+        "data.table",
+        "data.latents",
+        "data.sizes",
+        "generation.prompt",
+        "generation.prompt_file",
+    ),
+}
 
 
 class Ended(Exception):
@@ -61,7 +72,8 @@ def study(options: Study, names: list[str]) -> dict[str, Result]:
             made_and_read(pipelines[name], config, captions, options.batch, folder),
             folder / SHOWN,
         )
-    seconds = seconds_in_turn({name: (pipelines[name], options.config(name)) for name in names}, captions[0])
+    runs = {name: (pipelines[name], options.config(name)) for name in names}
+    seconds = whole_run_seconds(runs, captions[0])
     return {name: _result(options, name, *entries[name], seconds[name]) for name in names}
 
 
@@ -118,9 +130,13 @@ def _checked(config: Config) -> tuple[str, str]:
     """Path of the model and device; UsageError for what they do not take."""
     if config.model.positions_frames is None:
         raise UsageError("model.positions_frames: got None, allowed here: the video frames of the training")
+    if config.model.cache != "none":  # the time of a step would leave out what is skipped
+        raise UsageError(f"model.cache: got {config.model.cache!r}, allowed here: none")
     check_values(config)
     path, device = resolve_model(config), resolve_device(config)
-    check_sizes(config, read_architecture(path))
+    model = read_architecture(path)
+    check_sizes(config, model)
+    solved_config(config, model)
     return path, device
 
 
@@ -164,7 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def divided(words: list[str]) -> tuple[list[str], ...]:
     """Words for generation and for training; those of keys that both have are for both.
 
-    Raises UsageError for a word without `=`, and for a key that neither has.
+    Raises UsageError for a word without `=`, and for a key that neither has or that is each run's own.
     """
     if bare := [word for word in words if "=" not in word]:
         raise UsageError(f"got {bare[0]!r}, allowed: key=value, --only and the other options")
@@ -173,6 +189,8 @@ def divided(words: list[str]) -> tuple[list[str], ...]:
     read_config(
         PRESET, [word for word, name in names.items() if name not in ours | theirs]
     )  # says the nearest
+    if own := [word for word, name in names.items() if name in OWN]:
+        raise UsageError(f"got {own[0]!r}, which each run sets for itself; allowed: other keys")
     kinds = (ours, theirs)
     return tuple([word for word, name in names.items() if name in kind] for kind in kinds)
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from radial_attn import radial_mask
 from radial_attn.draw import save_figure
 from scripts.architecture import Architecture, read_architecture
 from scripts.config import ROOT, Config, read_config
-from scripts.errors import OneLineParser, exit_code, positive
+from scripts.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.files import write_text
 from scripts.length.layers import MODELS, Layers, Setting, layers_report
 from scripts.lora.config import SCHEMA as TRAINING
@@ -43,6 +43,7 @@ SIDES, FRAMES = (64, 128), (33, 65, 129, 257)
 GOALS = {(64, 129): 1.5, (128, 129): 3.0}  # pixels a side and frames: how many times faster than dense
 KINDS = ("training", "inference")
 FEWEST = 2  # steps that the schema takes
+NEEDED = {"pattern": "radial", "dense_steps": 0, "dense_last_steps": 0}  # one step is timed, a radial one
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def measure(side: int, frames: int, *, rank: int, repeats: int, device: str, wor
     sizes += [f"generation.num_frames={frames}", "generation.guidance_scale=1", f"generation.steps={FEWEST}"]
     config = read_config(PRESET, [*words, *sizes])
     check_values(config)
+    for name, needed in NEEDED.items():
+        if (got := getattr(config.attention, name)) != needed:
+            raise UsageError(f"attention.{name}: got {got!r}, allowed here: {needed}")
     path = resolve_model(config)
     model = read_architecture(path)
     check_sizes(config, model)
@@ -144,7 +148,7 @@ def bounds(config: Config, model: Architecture, density: float, rank: int) -> di
     sizes = config.generation
     words = [f"lora.rank={rank}", f"data.sizes={sizes.num_frames}x{sizes.height}x{sizes.width}"]
     training = TRAINING.read(TRAIN_PRESET, words)
-    run = as_generation(training, training.data.sizes[0])
+    run = replace(as_generation(training, training.data.sizes[0]), attention=config.attention)
     operations = {
         "training": training_flops(training, model, run, density),
         "inference": [*attention_flops(config, model, density), other_flops(config, model)],
@@ -226,8 +230,8 @@ def draw(points: list[Point]) -> "Figure":
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = OneLineParser(prog="length_timing", description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs="*", metavar="key=value", help="as attention.block_size=64")
-    parser.add_argument("--sides", type=positive, nargs="+", default=SIDES, help="pixels a side")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="keys of attention")
+    parser.add_argument("--sides", type=positive, nargs="+", help="pixels a side")
     parser.add_argument("--frames", type=positive, nargs="+", help="lengths")
     parser.add_argument("--repeats", type=positive, default=3, help="counted turns")
     parser.add_argument("--rank", type=positive, help="of the adapter: 16, with --model 128")
@@ -239,6 +243,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device: got cuda, but torch {torch.__version__} sees no CUDA device; allowed: cpu")
     if options.model and options.device == "cpu":
         parser.error("--model: these layers need a GPU; allowed with --device cuda")
+    words = [*options.words, *(["--sides"] if options.sides else [])]
+    if unused := [word for word in words if options.model or not word.startswith(("attention.", "--"))]:
+        parser.error(f"got {unused[0]!r}, allowed: keys of attention and --sides, and with --model neither")
     if options.model and (strange := set(options.frames or ()) - MODELS[options.model].cases.keys()):
         known = ", ".join(map(str, MODELS[options.model].cases))
         parser.error(f"--frames: got {min(strange)}, allowed with {options.model}: {known}")
@@ -271,7 +278,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     fixed = {"rank": options.rank or 16, "repeats": options.repeats, "device": options.device}
     points = []
-    for side in options.sides:
+    for side in options.sides or SIDES:
         for frames in options.frames or FRAMES:
             points.append(measure(side, frames, **fixed, words=options.words))
             print(row(points[-1]), flush=True)

@@ -8,6 +8,7 @@ from models.schedule import Schedule
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.density import resolve_density
 from radial_attn.density_table import changes, curve_lines
+from radial_attn.patterns import COMPARED
 from scripts.architecture import Architecture
 from scripts.config import Config, keys
 from scripts.errors import UsageError
@@ -24,9 +25,16 @@ def radial_config(config: Config) -> RadialConfig:
 
 
 def solved_config(config: Config, model: Architecture) -> RadialConfig:
-    """The same, with `attention.density` solved for; UsageError where the grid has no mask of it."""
+    """The same, with `attention.density` solved for.
+
+    Raises UsageError where the grid has no mask of it, or none of another pattern about as dense.
+    """
+    grid = token_grid(config, model)
     try:
-        return resolve_density(token_grid(config, model), radial_config(config))
+        solved = resolve_density(grid, radial_config(config))
+        if solved.pattern in COMPARED:
+            radial_mask(grid, solved)  # says whether there is one; it is kept
+        return solved
     except ValueError as error:
         raise UsageError(f"attention.{error}") from error
 

@@ -32,15 +32,17 @@ from scripts.errors import OneLineParser, exit_code, positive
 from scripts.files import write_text
 from scripts.inputs import NEED_IMAGE
 from scripts.loras import find_file
-from scripts.plan import attention_options
-from scripts.record import hardware, pairs, versions
+from scripts.plan import attention_options, dense_steps
+from scripts.record import hardware, pairs, synchronizer, versions
 from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.video import Job, sample
 from toyworld import all_attributes, random_scene, read, render
 from toyworld.render import VOCABULARY, Attributes
 
 PATTERNS = ("dense", "radial")
+SOURCES = ("architecture", "combinations", "inputs", "loras", "plan", "positions", "sampling", "video")
 TIMED_RUNS, TIMED_STEPS = 3, 4
+LARGE = 2**26  # bytes of a file
 LEAST_STEPS = 2  # of Mochi, whose noise levels need two
 
 
@@ -103,14 +105,42 @@ def reading(video: Any, attributes: Attributes) -> dict[str, Any]:
 
 
 def step_seconds(pipeline: Any, config: Config, attributes: Attributes) -> dict[str, float]:
-    """Median seconds of a denoising step of one video, dense and radial taking turns."""
+    """Mean seconds of a denoising step of one video, dense and radial taking turns."""
     runs = {pattern: (pipeline, with_pattern(config, pattern)) for pattern in PATTERNS}
-    return seconds_in_turn(runs, attributes)
+    return whole_run_seconds(runs, attributes)
 
 
-def seconds_in_turn(runs: Mapping[str, tuple[Any, Config]], attributes: Attributes) -> dict[str, float]:
-    """Median seconds of a denoising step of one video of each run, by name, the runs taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def whole_run_seconds(runs: Mapping[str, tuple[Any, Config]], attributes: Attributes) -> dict[str, float]:
+    """Mean seconds of a step of each whole run, by name: its dense steps and the others are timed apart."""
+    timed: dict[tuple[str, bool], tuple[Any, Config]] = {}
+    for name, (pipeline, config) in runs.items():
+        timed[name, False] = pipeline, without_warm_up(config)
+        if dense_steps(config) and config.attention.pattern != "dense":
+            timed[name, True] = pipeline, with_pattern(config, "dense")
+    found = seconds_in_turn(timed, attributes)
+    return {
+        name: mean_step(config, found.get((name, True), found[name, False]), found[name, False])
+        for name, (_, config) in runs.items()
+    }
+
+
+def without_warm_up(config: Config) -> Config:
+    """The same run without steps whose attention is dense in every layer."""
+    return replace(config, attention=replace(config.attention, dense_steps=0, dense_last_steps=0))
+
+
+def mean_step(config: Config, dense: float, sparse: float) -> float:
+    """Mean seconds of a step of a whole run, from those of a dense step and of one that is not."""
+    steps, count = config.generation.steps, len(dense_steps(config))
+    return (count * dense + (steps - count) * sparse) / steps
+
+
+def seconds_in_turn(runs: Mapping[Any, tuple[Any, Config]], attributes: Attributes) -> dict[Any, float]:
+    """Median seconds of a denoising step of one video of each run, by name, the runs taking turns.
+
+    Of the first steps: a run with dense steps among them is to be timed as two (`whole_run_seconds`).
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(TIMED_RUNS):
         for name, (pipeline, config) in runs.items():
             marks: list[float] = []
@@ -126,6 +156,7 @@ def stopwatch(marks: list[float]) -> Any:
     """A pipeline callback that notes the time at the end of every step."""
 
     def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        synchronizer(pipeline.device.type)()
         marks.append(time.perf_counter())
         return {}
 
@@ -161,17 +192,8 @@ def describe(config: Config) -> str:
 
 def report(command: str, configs: list[Config], rows: list[str], device: str) -> str:
     """The results file: command, table, settings, machine."""
-    head = [
-        "model",
-        "frames",
-        "attention",
-        "density",
-        *VOCABULARY,
-        "attributes",
-        "whole captions",
-        "captions",
-        "s a step",
-    ]
+    head = ["model", "frames", "attention", "density", *VOCABULARY, "attributes", "whole captions"]
+    head += ["captions", "s a step"]
     machine = pairs(versions(), hardware(device))
     settings = [describe(config) for config in configs]
     text = [
@@ -185,8 +207,9 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
         "",
         "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
         "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
-        "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn. "
-        "Image to video starts from the first frame of a scene of the caption, one video at a time.",
+        "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn; "
+        "where a run has dense steps, the mean of both by their number. Image to video starts from the first "
+        "frame of a scene of the caption, one video at a time.",
         "",
         *settings,
         "",
@@ -204,13 +227,16 @@ def work_folder(config: Config, path: str) -> Path:
 
 
 def digest(config: Config, path: str) -> str:
-    """Of a configuration, the program, the weights at `path` and the LoRAs: what a reading follows from."""
+    """Of a configuration, the program, the model at `path` and the LoRAs: what a reading follows from."""
     sources = [file for name in ("radial_attn", "models", "toyworld") for file in (ROOT / name).rglob("*.py")]
-    sources += [ROOT / "scripts" / f"{name}.py" for name in ("prompt_accuracy", "sampling", "video")]
+    sources += [Path(__file__), *(ROOT / "scripts" / f"{name}.py" for name in SOURCES)]
     loras = [find_file("model.loras", entry) for entry in config.model.loras]
+    model = [file for file in Path(path).rglob("*") if file.suffix in (".safetensors", ".json")]
     total = hashlib.sha256(json.dumps(asdict(config)).encode())
-    for file in [*sorted(sources), *sorted(Path(path).rglob("*.safetensors")), *loras]:
-        total.update(file.read_bytes())
+    for file in [*sorted(sources), *sorted(model), *loras]:
+        about = file.stat()
+        large = about.st_size > LARGE  # tens of gigabytes are known by size and time of change
+        total.update(f"{about.st_size} {about.st_mtime_ns}".encode() if large else file.read_bytes())
     return total.hexdigest()
 
 

@@ -12,10 +12,10 @@ from radial_attn.patterns import COMPARED
 from scripts import prompt_accuracy
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, read_config
-from scripts.evaluation import ablate, ablate_attention
+from scripts.evaluation import ablate, ablate_attention, ablate_measure
 from scripts.evaluation.ablate import captions_of, main
 from scripts.evaluation.ablate_attention import of_run
-from scripts.evaluation.ablate_measure import step_seconds
+from scripts.evaluation.ablate_measure import paces, step_seconds
 from scripts.evaluation.ablate_report import COLUMNS, draw, lines
 from scripts.evaluation.ablate_runs import TABLES, Run, runs_of
 from scripts.video import sample
@@ -57,6 +57,10 @@ def test_masks_of_the_runs(tiny):
     for run in runs(tiny, "density"):
         assert run.mask.density == pytest.approx(run.value, rel=0.02)
     scarce = TABLES["density"]._replace(values=lambda *_: [0.1, 0.5])
+    small = read_config("configs/wan_tiny.yaml", ["generation.height=48", "generation.width=48"])
+    found, (why,) = runs_of(TABLES["pattern"], small, tiny[1])
+    assert {run.value for run in found} == {"radial", *COMPARED} - {"power"}
+    assert why.startswith("attention.pattern must have a mask within 5%") and why.endswith("got 'power'")
     found, left_out = runs_of(scarce, *tiny)
     assert [run.value for run in found] == [0.5] and len(left_out) == 1
     assert left_out[0].startswith("attention.density must be") and left_out[0].endswith("got 0.1")
@@ -108,6 +112,46 @@ def test_seconds_count_dense_steps(tiny):
     run = runs(tiny, "dense_steps")[-1]
     assert len(run.dense) == 8
     assert step_seconds(run, {"dense": 2.0, run.pace: 1.0}) == pytest.approx((8 * 2 + 12) / 20)
+
+
+def test_what_is_timed_is_timed_in_turn_here_and_now(tiny, tmp_path, monkeypatch):
+    """Tables one after the other, then other hardware: never times of two calls together."""
+    calls = []
+
+    def timed(configs: dict, caption: object) -> dict:
+        calls.append(set(configs))
+        return dict.fromkeys(configs, float(len(calls)))
+
+    monkeypatch.setattr(ablate_measure, "seconds_in_turn", timed)
+    setup = ablate.prepare(ablate.parse([*SHORT, "--work", str(tmp_path)]))
+    for count, name in enumerate(("sink", "neighbour"), 1):
+        found = paces(setup, None, runs(tiny, name))
+        assert found == dict.fromkeys({run.pace for run in runs(tiny, name)} | {"dense"}, count)
+        assert paces(setup, None, runs(tiny, name)) == found and len(calls) == count
+    monkeypatch.setattr(ablate_measure, "hardware", lambda device: {"device": device, "threads": 99})
+    assert set(paces(setup, None, runs(tiny, "neighbour")).values()) == {3}
+    cuda = setup._replace(job=replace(setup.job, device="cuda"))
+    assert cuda.folder(cuda.dense) != setup.folder(setup.dense)
+
+
+def test_equal_videos_are_counted_and_not_in_the_mean(tiny, tmp_path):
+    setup = ablate.prepare(ablate.parse([*SHORT, "--work", str(tmp_path)]))
+    run = runs(tiny, "sink")[0]
+    entry = {"ssim": 1.0, **dict.fromkeys(VOCABULARY, True)}
+    entries = [entry | {"psnr": None}, entry | {"psnr": 30.0}]
+    looked = {"recall": 1.0, "mse": 0.0, "relative": 0.0}
+    line = ablate.row(setup, run, entries, looked, {"dense": 1.0, run.pace: 1.0})
+    assert line[1 + COLUMNS.index("PSNR")] == 30
+    (said,) = ablate.equal({4: entries[1:], 8: entries})
+    assert said.endswith("8 1 of 2") and ablate.equal({4: entries[1:]}) == []
+
+
+def test_files_are_named_by_the_configuration():
+    options = ablate.parse(["configs/mochi_tiny.yaml"])
+    assert options.work == Path("outputs/ablation/mochi_tiny")
+    assert options.out.name.startswith("ablation_mochi_tiny_")
+    assert ablate.parse([]).work == Path("outputs/ablation/wan_tiny")
+    assert ablate.parse(["--work", "here"]).work == Path("here")
 
 
 @pytest.fixture(scope="module")

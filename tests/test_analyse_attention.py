@@ -12,16 +12,19 @@ from models import apply_radial_attention
 from radial_attn import radial_mask
 from radial_attn.analysis import recall, sample_rows
 from radial_attn.decay import Profile, measure
-from scripts.config import read_config
+from scripts.architecture import read_architecture
+from scripts.config import ROOT, read_config
 from scripts.evaluation import analyse_report, analyse_run
-from scripts.evaluation.analyse import main, prepare
+from scripts.evaluation.analyse import main, parse, prepare
 from scripts.evaluation.analyse_run import Looks, gather
 from scripts.evaluation.files import write_json
+from scripts.lora_options import LoraConfig
 from scripts.plan import attention_options
 from scripts.video import Job, sample
 from tests.test_analysis import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
+WAN_MODEL = "assets/wan-tiny"
 SHORT = ["generation.num_frames=9", "generation.steps=2", "model.device=cpu"]
 FEW = ["--rows", "9", "--tail-rows", "2"]
 
@@ -95,6 +98,37 @@ def test_a_second_run_looks_only_at_what_is_new(both_steps, monkeypatch, capsys)
     monkeypatch.setattr(Job, "load", lambda job: pytest.fail("nothing is missing"))
     assert analysed(folder, "--steps", "1", "2") == data
     assert "temporal: y = exp(-a x + b), a " in capsys.readouterr().out
+
+
+def test_readings_follow_from_sources_loras_and_the_prompts_number(tmp_path, monkeypatch):
+    lora, config = tmp_path / "lora.safetensors", read_config(WAN, SHORT)
+    lora.write_bytes(b"1")
+    config.model.loras = [LoraConfig(str(lora))]
+    job, taken = Job(config, read_architecture(str(ROOT / WAN_MODEL)), str(ROOT / WAN_MODEL), "cpu"), []
+    monkeypatch.setattr(torch, "load", lambda file, **_: taken.append(file.name) or {"profiles": {}})
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+
+    def name(number: int = 0) -> str:
+        gather(job, {number: "a"}, Looks(), tmp_path)
+        return taken[-1]
+
+    first = name()
+    assert name() == first and name(1) != first
+    lora.write_bytes(b"2")
+    second = name()
+    assert second != first
+    read, changed = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name in changed))
+    for source in ("mask.py", "patterns.py", "analyse_run.py"):
+        changed[:] = [source]
+        assert name() != second
+
+
+def test_each_configuration_has_its_own_table():
+    for config, kind in ((WAN, "wan_tiny"), (MOCHI, "mochi_tiny")):
+        assert parse([config]).out.name.startswith(
+            tuple(f"attention_decay_{kind}_{device}_" for device in ("cpu", "gpu"))
+        )
 
 
 def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
@@ -205,6 +239,7 @@ def test_layers_are_stacked_head_by_head():
         (["--layers", "6"], "--layers: got 6, allowed: 0 to 5, the layers of this model"),
         (["model.compile=blocks"], "model.compile: got 'blocks', allowed where attention is observed: none"),
         (["model.cache=pab"], "model.cache: got 'pab', allowed where attention is observed: none"),
+        (["parallel.cfg_degree=2"], "parallel.cfg_degree: got 2, allowed in one process: 1"),
         (["attention.rows=3"], "unknown key 'attention.rows' (command line); did you mean"),
         (["attention.density=0.0001"], "attention.density must be 0.75 to 1 for 3 x 8 x 8 tokens"),
         (["configs/none.yaml"], "config file 'configs/none.yaml' not found; bundled ones: "),

@@ -78,6 +78,15 @@ VALUES = {
     "density nan": (["attention.density=nan"], ["attention.density", "nan", "above 0 up to 1"]),
     "density word": (["attention.density=low"], ["attention.density", "'low'", "null", "above 0 up to 1"]),
     "out of reach": (["attention.density=0.001"], ["attention.density must be", "to 1 for 2 x", "got 0.001"]),
+    "no such pattern": (
+        [
+            "generation.height=32",
+            "generation.width=32",
+            "generation.num_frames=33",
+            "attention.pattern=power",
+        ],
+        ["attention.pattern must have a mask within 5%", "got 'power'"],
+    ),
     "dtype": (["model.dtype=int8"], ["model.dtype", "'int8'", "bfloat16, float16, float32"]),
     "device": (["model.device=tpu"], ["model.device", "'tpu'", "auto, cpu, cuda"]),
     "family": (["model.family=sora"], ["model.family", "'sora'", "wan"]),

@@ -113,6 +113,14 @@ def test_command_writes_json_table_and_picture(tmp_path: Path, capsys):
     assert capsys.readouterr().out.count("written") == 3
 
 
+def test_files_are_named_by_the_models():
+    usual, some = cost.parse([]), cost.parse(["--models", "wan", "configs/mochi_tiny.yaml"])
+    assert usual.work == Path("outputs/cost") and usual.out.name.startswith(("cost_cpu_", "cost_gpu_"))
+    assert some.work == Path("outputs/cost/wan_mochi_tiny") and some.out.stem.startswith(
+        "cost_wan_mochi_tiny_"
+    )
+
+
 def test_a_short_measurement_and_none(monkeypatch):
     options = cost.parse(["--no-times"])
     assert cost.rates_of(options, "cpu") is None

@@ -14,8 +14,17 @@ from radial_attn.analysis import kept_by, recall, sample_rows
 from scripts import video
 from scripts.architecture import read_architecture
 from scripts.config import ROOT, read_config
-from scripts.evaluation.evaluate import main
-from scripts.evaluation.evaluate_videos import read_video, write_frames
+from scripts.evaluation.evaluate import examined, main
+from scripts.evaluation.evaluate_config import settings_of
+from scripts.evaluation.evaluate_report import content as found_in
+from scripts.evaluation.evaluate_report import explained, table
+from scripts.evaluation.evaluate_videos import (
+    Evaluation,
+    make_missing,
+    missing_videos,
+    read_video,
+    write_frames,
+)
 from scripts.evaluation.metrics import compare
 from scripts.plan import attention_options, radial_config, token_grid
 from scripts.video import Job, sample, to_bytes
@@ -33,6 +42,12 @@ def evaluated(folder: Path, *words: str) -> int:
 
 def content(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "work" / "evaluation.json").read_text())
+
+
+def planned(folder: Path, *words: str) -> Evaluation:
+    """The evaluation of these words, of which nothing is made."""
+    config, settings = settings_of(TINY, [*SHORT, *words])
+    return examined(config, {name: own for name, (_, own) in settings.items()}, folder / "work")
 
 
 def timeless(data: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +178,43 @@ def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path,
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("file", ["mask.py", "metrics.py", "diffusion_pytorch_model.safetensors"])
+def test_videos_of_another_program_or_other_weights_are_made_anew(file: str, run: Path, monkeypatch, capsys):
+    assert missing_videos(planned(run, *COMPARE)) == []
+    read, other = Path.read_bytes, planned(run, *COMPARE)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == file))
+    assert len(missing_videos(other)) == 8
+    monkeypatch.setattr(Job, "load", lambda job: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        make_missing(other)
+    line = "note: 8 videos are made anew, since program, weights or device have changed"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_seconds_of_another_machine_are_left_out(run: Path, monkeypatch):
+    evaluation, whole = planned(run, *COMPARE), Evaluation.record
+    words = {name: [] for name in evaluation.jobs}
+    assert found_in(evaluation, words)["elsewhere"] == 0
+
+    def moved(seeds: tuple[int, ...]) -> dict[str, Any]:
+        def record(self: Evaluation, name: str, take: Any) -> dict[str, Any]:
+            kept = whole(self, name, take)
+            return kept | ({"machine": {"threads": 99}} if take.seed in seeds else {})
+
+        monkeypatch.setattr(Evaluation, "record", record)
+        return found_in(evaluation, words)
+
+    some = moved((1,))
+    for setting in some["settings"]:
+        kept = whole(evaluation, setting["name"], evaluation.takes[1])["seconds"]
+        expected = kept["encode_text"] + kept["denoise"] + kept["decode"]
+        assert setting["seconds_video"] == pytest.approx(expected)
+    assert "The seconds of 4 videos, made on another machine" in explained(some, evaluation)
+    every = moved((1, 2))
+    assert every["elsewhere"] == 8 and "s a step" not in table(every)[0]
+    assert every["means"] == some["means"]
+
+
 def test_a_failing_pipeline_leaves_one_line_and_no_half_files(tmp_path: Path, monkeypatch, capsys):
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("the kernel\nsaid no")
@@ -193,6 +245,14 @@ REFUSED = {
         "unknown key 'evaluate.sedes' (command line); did you mean 'evaluate.seeds'",
     ),
     "of a setting": (["evaluate.compare=a: attention.block_size=7"], "attention.block_size: got 7"),
+    "equal to dense": (
+        ["evaluate.compare=b: attention.pattern=dense"],
+        "evaluate.compare: b is equal to dense in everything",
+    ),
+    "processes": (
+        ["parallel.ulysses_degree=2"],
+        "dense: parallel.ulysses_degree: got 2, allowed in one process: 1",
+    ),
     "against itself": (["attention.pattern=dense"], "evaluate.compare: got 'dense'"),
     "step": (["evaluate.steps=3"], "evaluate.steps: got [3], allowed: 1 to 2 (generation.steps)"),
     "prompts": (["evaluate.prompts=absent.txt"], "evaluate.prompts: got 'absent.txt', which cannot be read"),

@@ -186,5 +186,8 @@ def test_an_evaluation_reads_vbenchs_list_and_writes_its_names(tmp_path: Path, c
     data = json.loads((tmp_path / "w" / "evaluation.json").read_text())
     assert data["attention"] == {} and data["means"]["radial"]["recall"] is None
     assert [entry["seed"] for entry in data["videos"]] == [3, 4]
+    fewer = [*words[:-2], "evaluate.seeds=3", "evaluate.vbench=names"]
+    assert main(["configs/wan_tiny.yaml", *fewer, *options]) == 0
+    assert [file.name for file in (tmp_path / "w" / "vbench" / "dense").iterdir()] == names[:1]
     if run_vbench(tmp_path / "w" / "vbench" / "dense", "dense", None, None, "cpu") is None:
         assert f"note: {INSTALL}" in capsys.readouterr().out.splitlines()

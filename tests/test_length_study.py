@@ -1,4 +1,4 @@
-"""Length extension: what a long video is judged by, the study and its demo from end to end, step times."""
+"""Length extension: what a long video is judged by, the study and its demo from end to end."""
 
 import json
 import os
@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import length_study, length_timing, train_lora
+from scripts import length_study, train_lora
 from scripts.config import ROOT
-from scripts.length.layers import MODELS, Setting, layer_times, layers_report
 from scripts.length.report import accuracy_goals, goal_lines
 from scripts.length.runs import ROWS, Result, captions_of
 from scripts.length.scores import by_part, difference, judged, parts, record, shares
@@ -137,10 +136,17 @@ def run_study(folder: Path, *words: str) -> int:
 
 
 def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-    """Table, goals and pictures; a second call makes and trains nothing, and names are checked at once."""
+    """Table, goals and pictures; a second call makes and trains nothing, and names are checked at once.
+
+    One of two steps is dense, and takes twice as long.
+    """
+
+    def timed(runs: dict, attributes: Attributes) -> dict:
+        return {name: 2.0 if run.attention.pattern == "dense" else 1.0 for name, (_, run) in runs.items()}
+
     runs = ["dense_1x", "dense_lora", "radial_lora", "strided_lora"]
-    only = ["--only", *runs]
-    monkeypatch.setattr("scripts.prompt_accuracy.TIMED_RUNS", 1)
+    only = ["attention.dense_steps=1", "--only", *runs]
+    monkeypatch.setattr("scripts.prompt_accuracy.seconds_in_turn", timed)
     assert run_study(tmp_path, *only) == 0
     table = tmp_path / "results" / "table.md"
     text = table.read_text()
@@ -149,6 +155,7 @@ def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     assert [line.split(" | ")[0][2:] for line in lines] == names
     densities = [float(line.split(" | ")[1]) for line in lines]
     assert densities[:2] == [1, 1] and densities[3] == pytest.approx(densities[2], abs=0.1)
+    assert [line.split(" | ")[-1] for line in lines] == ["2.000 |", "2.000 |", "1.500 |", "1.500 |"]
     assert all((line.split(" | ")[-2] == "") == ("LoRA" not in line) for line in lines)
     assert "training step at least 1.5x faster than dense" in text and "3 videos, 0 of them held out" in text
     assert {file.name for file in table.parent.iterdir()} == {"table.md", "table.png", "table_frames.png"}
@@ -172,6 +179,9 @@ def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
         (["--captions", "181"], "error: --captions: got 181, allowed: 1 to 180"),
         (["quick"], "error: got 'quick', allowed: key=value"),
         (["--only", "power"], "invalid choice: 'power'"),
+        (["attention.pattern=power"], "error: got 'attention.pattern=power', which each run sets for itself"),
+        (["data.latents=X"], "error: got 'data.latents=X', which each run sets for itself"),
+        (["model.loras=Y"], "error: got 'model.loras=Y', which each run sets for itself"),
     ],
 )
 def test_study_refuses_in_one_line(words, message, capsys):
@@ -180,6 +190,31 @@ def test_study_refuses_in_one_line(words, message, capsys):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.cache=first_block"], "error: model.cache: got 'first_block', allowed here: none"),
+        ([*SMALL[:2], "generation.width=48"], "allowed: generation.height"),
+        (["attention.block_size=128", "attention.density=0.2"], "error: attention.density must be"),
+    ],
+)
+def test_study_refuses_before_anything_is_made(words, message, tmp_path, capsys):
+    assert run_study(tmp_path, *words, "--only", "random_lora") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not list(tmp_path.iterdir())
+
+
+def test_study_refuses_a_mask_that_is_not_about_as_dense(monkeypatch, tmp_path, capsys):
+    """Of the patterns only power has such a gap on small grids."""
+    monkeypatch.setitem(ROWS, "random_lora", replace(ROWS["random_lora"], pattern="power"))
+    assert run_study(tmp_path, "--only", "random_lora") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: attention.pattern must have a mask within 5%") and line.endswith(
+        "got 'power'"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_differ_in_what_their_names_say():
@@ -218,70 +253,3 @@ def test_demo_from_end_to_end(tmp_path):
     for name in ("scores.md", "frames.png", "scores.png", "scores_frames.png"):
         assert str(tmp_path / name) in run.stdout and (tmp_path / name).stat().st_size > 0
     assert "2x radial + LoRA" in (tmp_path / "scores.md").read_text()
-
-
-def test_step_times_of_the_bundled_shape(tmp_path, capsys):
-    out = tmp_path / "times.md"
-    words = ["--sides", "32", "--frames", "9", "17", "--repeats", "1", "--rank", "2", "--out", str(out)]
-    assert length_timing.main(["attention.decay_factor=0.25", *words]) == 0
-    rows = [line for line in out.read_text().splitlines() if line.startswith("| 32 x 32")]
-    assert [row.split(" | ")[2] for row in rows] == ["48", "80"]
-    assert all(row.count("x |") == 4 for row in rows)
-    assert "rank 2" in out.read_text() and out.with_suffix(".png").stat().st_size > 0
-    assert length_timing.main(["--sides", "33", "--frames", "9", "--out", str(out)]) == 2
-    assert "generation.height: got 33" in capsys.readouterr().err
-
-
-def test_goals_of_step_times():
-    seconds = {"training": (3.2, 1.0), "inference": (2.0, 1.0)}
-    point = length_timing.Point(128, 129, 8448, 0.2, seconds, {"training": 4.0, "inference": 2.5})
-    first, second, _ = length_timing.goal_lines([point])
-    assert first.endswith("training: at least 3x wanted, 3.20x found, reached")
-    assert second.endswith(
-        "inference: at least 3x wanted, 2.00x found, not reached; 2.50x fewer operations in all"
-    )
-    assert not length_timing.goal_lines([replace(point, side=64, frames=33)])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_step_times_by_layer(name, monkeypatch):
-    """The way that a GPU goes, on layers of the same kinds that are small."""
-    from scripts.gpu import cases as gpu_cases
-    from scripts.length import layers as length_layers
-
-    spec = MODELS[name]
-    frames = max(spec.cases)
-    case = gpu_cases.shrink(gpu_cases.CASES[spec.cases[frames]])
-    options = {"num_attention_heads": 2, "attention_head_dim": 64, **length_options(spec.name)}
-    small = replace(spec, options=options, text_tokens=case.grid.text or 7)
-    monkeypatch.setattr(length_layers, "CASES", {spec.cases[frames]: case})
-    setting = Setting(rank=2, repeats=1, device="cpu", dtype=torch.float32)
-    times = layer_times(small, frames, setting)
-    assert times.tokens == case.grid.tokens and times.backend == "blocks"
-    assert min(seconds for pair in times.attention.values() for seconds in pair) > 0
-    text = layers_report("it", small, [frames], setting)
-    assert f"{spec.depth} layers of which 2 stay dense" in text and f"- {frames} frames, training: " in text
-
-
-def length_options(name: str) -> dict:
-    from scripts.gpu.steps import TINY
-
-    return TINY[name]
-
-
-def test_a_step_is_the_sum_of_its_layers():
-    from scripts.length.layers import Times
-
-    times = Times({"training": (4.0, 1.0)}, {"training": 10.0}, 0.2, 100, "blocks")
-    assert times.step("training", depth=10, dense_layers=2) == (50.0, 26.0)
-
-
-def test_timing_refuses_in_one_line(capsys):
-    for words in (["--model", "wan-14b"], ["--device", "cuda"]):
-        if "cuda" in words and torch.cuda.is_available():
-            continue
-        with pytest.raises(SystemExit) as stop:
-            length_timing.parse(words)
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: --") and "allowed" in line

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from scripts import prompt_accuracy
 from scripts.config import ROOT, Config, read_config
 from scripts.prompt_accuracy import (
     density,
+    digest,
     first_frame,
     parse,
     readings,
@@ -85,6 +87,37 @@ def test_measures_density_and_both_step_times(pipeline, config):
     assert density(pipeline, with_pattern(usual, "dense")) == 1
     seconds = step_seconds(pipeline, config, CAPTIONS[0])
     assert set(seconds) == {"dense", "radial"} and min(seconds.values()) > 0
+
+
+def test_dense_steps_are_timed_apart(monkeypatch, config):
+    """Four of twenty dense: the few steps that are timed are those of one kind."""
+    seen = {}
+
+    def timed(runs: dict, attributes: object) -> dict:
+        seen.update({name: run for name, (_, run) in runs.items()})
+        return {name: 2.0 if run.attention.pattern == "dense" else 1.0 for name, (_, run) in runs.items()}
+
+    monkeypatch.setattr(prompt_accuracy, "seconds_in_turn", timed)
+    warm = read_config("configs/wan_tiny.yaml", ["attention.dense_steps=3", "attention.dense_last_steps=1"])
+    assert step_seconds(None, warm, CAPTIONS[0]) == {"dense": 2.0, "radial": pytest.approx(1.2)}
+    radial, dense = seen["radial", False].attention, seen["radial", True].attention
+    assert (radial.pattern, radial.dense_steps, radial.dense_last_steps) == ("radial", 0, 0)
+    assert dense.pattern == "dense" and len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["plan", "loras", "positions", "combinations", "inputs", "sampling", "video"]
+)
+def test_readings_follow_the_program(name, monkeypatch, tmp_path, config):
+    (tmp_path / "scripts").mkdir()
+    for file in (ROOT / "scripts").glob("*.py"):
+        (tmp_path / "scripts" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(prompt_accuracy, "ROOT", tmp_path)
+    model, file = str(tmp_path / "model"), tmp_path / "scripts" / f"{name}.py"
+    before = digest(config, model)
+    assert digest(config, model) == before
+    file.write_text(file.read_text() + "# changed")
+    assert digest(config, model) != before
 
 
 def test_report_holds_command_table_and_settings(config):

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -137,6 +138,46 @@ def test_plain_runs_of_one_prompt_stand_side_by_side(tmp_path):
     assert list(clip.files) == ["dense", "radial"] and clip.reference == "dense"
     cases.generation(tmp_path / "longer", "radial", frames=16)
     assert len(clips(find_runs([*places, tmp_path / "longer"]))) == 2
+
+
+def test_plain_runs_that_differ_in_more_than_attention_stand_alone(tmp_path):
+    def run(name: str, **changes: dict) -> Path:
+        folder = cases.generation(tmp_path / name, changes.pop("pattern", "dense"))
+        file = folder / "circle_seed3.json"
+        record = json.loads(file.read_text())
+        record["inputs"] = changes.pop("inputs", None)
+        for group, values in changes.items():
+            record["config"].setdefault(group, {}).update(values)
+        file.write_text(json.dumps(record))
+        return folder
+
+    same = {"output": {"path": "a", "fps": 16}, "generation": {"prompt_file": "a.txt"}}
+    places = [
+        run("dense"),
+        run("radial", pattern="radial", parallel={"ulysses_degree": 2}, **same),
+        run("other", pattern="radial", model={"path": "assets/mochi-tiny"}, generation={"steps": 4}),
+        run("image", pattern="radial", inputs={"image": {"file": "a.png", "sha256": "1"}}),
+        run("same image", inputs={"image": {"file": "b.png", "sha256": "1"}}),
+    ]
+    found = clips(find_runs(places))
+    assert [list(clip.files) for clip in found] == [["dense", "radial"], ["radial"], ["dense", "radial"]]
+
+
+def test_plain_runs_of_one_name_are_numbered(tmp_path):
+    places = [cases.generation(tmp_path / parent / "x") for parent in "ab"]
+    (clip,) = clips(find_runs(places))
+    assert list(clip.files) == [f"radial (x/circle_seed3) {number}" for number in (1, 2)]
+    assert len(set(clip.files.values())) == 2
+
+
+def test_equal_videos_are_counted_beside_the_mean(runs_of_all, tmp_path):
+    def equal(content: dict) -> None:
+        content["videos"][0]["metrics"]["radial"] |= {"psnr": None, "ssim": 1.0}
+
+    assert "infinite and not in the mean" not in report.build(runs_of_all[:1], 1, 4, 100)
+    shutil.copytree(runs_of_all[0], tmp_path / "run")
+    text = report.build([cases.edited(tmp_path / "run", "evaluation", equal)], 1, 4, 100)
+    assert "PSNR of 1 equal video is infinite and not in the mean." in Page(text).texts
 
 
 def test_missing_parts_are_sentences(tmp_path):

@@ -2,7 +2,8 @@
 
 `[CONFIG.yaml] [key=value ...] [--only TABLE ...] [--captions N]`. Every value of a table generates the same
 captions from the same seeds and is compared with the dense run. All that is made is kept in --work, and a
-second call goes on where the first stopped. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
+second call goes on where the first stopped; ablation.json and --out hold the tables of the last call alone.
+Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from scripts.evaluation.ablate_measure import (
     step_seconds,
 )
 from scripts.evaluation.ablate_report import COLUMNS, NAME, draw, lines
-from scripts.evaluation.ablate_runs import TABLES, Run, Table, runs_of
+from scripts.evaluation.ablate_runs import TABLES, Run, Table, captions_of, runs_of
 from scripts.evaluation.files import head, publish
 from scripts.plan import attention_flops
 from scripts.schema import shown
 from toyworld import all_attributes
-from toyworld.render import VOCABULARY, Attributes
+from toyworld.render import VOCABULARY
 
 NEEDED = {  # what a table varies, hides attention from the observer, or is left out of these videos
     ("attention", "pattern"): "radial",
@@ -46,7 +47,6 @@ NEEDED = {  # what a table varies, hides attention from the observer, or is left
     ("model", "cache"): "none",
     ("generation", "video"): None,
 }
-STRIDE = 77  # has no factor in common with the number of captions: each comes once, and all values early
 
 
 def ablate(setup: Setup, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -71,7 +71,9 @@ def ablate(setup: Setup, names: Sequence[str]) -> list[dict[str, Any]]:
             row(setup, run, entries[run.identity], of_run(run, looked[run.mask_name]), seconds)
             for run in runs
         ]
-        tables.append(as_table(TABLES[name], rows, [said(dense, seconds[DENSE]), *left_out]))
+        same = equal({run.value: entries[run.identity] for run in runs})
+        notes = [said(dense, seconds[DENSE]), *same, *left_out]
+        tables.append(as_table(TABLES[name], rows, notes))
     return tables
 
 
@@ -105,15 +107,16 @@ def said(dense: list[Entry], seconds: float) -> str:
     return f"dense: {accuracy(dense):.1f} % of the attributes, {seconds:.3f} s a step"
 
 
+def equal(videos: dict[Any, list[Entry]]) -> list[str]:
+    """Which values have how many videos that equal the dense ones, in words; nothing where none has."""
+    counts = {value: sum(entry["psnr"] is None for entry in entries) for value, entries in videos.items()}
+    found = [f"{value} {count} of {len(videos[value])}" for value, count in counts.items() if count]
+    return [f"equal videos, whose PSNR is infinite and not in the mean: {', '.join(found)}"] if found else []
+
+
 def as_table(table: Table, rows: list[list[Any]], notes: list[str]) -> dict[str, Any]:
     columns = [f"attention.{table.key}", *COLUMNS]
     return {"title": table.title, "note": "; ".join(notes), "columns": columns, "rows": rows}
-
-
-def captions_of(count: int) -> list[Attributes]:
-    """The first of all captions, in an order in which the values of an attribute come about equally often."""
-    everything = all_attributes()
-    return [everything[STRIDE * (i + 1) % len(everything)] for i in range(count)]
 
 
 def prepare(options: argparse.Namespace) -> Setup:
@@ -144,15 +147,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--captions", type=positive, default=12, help="generated with each run, up to 180")
     parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
     parser.add_argument("--rows", type=positive, default=32, help="query rows whose attention is looked at")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/ablation"), help="folder of all that is kept"
-    )
-    name = f"ablation_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the tables")
+    parser.add_argument("--work", type=Path, help="of all that is kept: outputs/ablation/CONFIG")
+    parser.add_argument("--out", type=Path, help="of the tables of this call: results/ablation_CONFIG_...md")
     options = parser.parse_args(argv)
     if options.captions > len(all_attributes()):
         parser.error(f"--captions: got {options.captions}, allowed: 1 to {len(all_attributes())}")
     options.config, options.words = parser.divided(options.words, "configs/wan_tiny.yaml")
+    stem, kind = Path(options.config).stem, "gpu" if torch.cuda.is_available() else "cpu"
+    options.work = options.work or Path("outputs/ablation") / stem
+    name = f"ablation_{stem}_{kind}_{time.strftime('%Y-%m-%d')}.md"
+    options.out = options.out or ROOT / "results" / name
     return options
 
 

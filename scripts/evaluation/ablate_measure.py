@@ -14,7 +14,15 @@ from scripts.evaluation.ablate_runs import Run
 from scripts.evaluation.files import write_json
 from scripts.evaluation.metrics import psnr, ssim
 from scripts.files import replacing
-from scripts.prompt_accuracy import digest, reading, readings, seconds_in_turn
+from scripts.prompt_accuracy import (
+    digest,
+    mean_step,
+    reading,
+    readings,
+    seconds_in_turn,
+    without_warm_up,
+)
+from scripts.record import hardware
 from scripts.video import Job, to_bytes
 from toyworld.render import Attributes
 
@@ -44,8 +52,9 @@ class Setup(NamedTuple):
         return all_dense(self.job.config)
 
     def folder(self, config: Config) -> Path:
-        """Where what this configuration, program and weights made is kept; it is made."""
-        name = hashlib.sha256(f"{self.program} {json.dumps(asdict(config))}".encode()).hexdigest()
+        """Where what this configuration, program, weights and device made is kept; it is made."""
+        key = f"{self.program} {self.job.device} {json.dumps(asdict(config))}"
+        name = hashlib.sha256(key.encode()).hexdigest()
         folder = self.work / "readings" / name[:12]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -111,24 +120,20 @@ def _keep(file: Path, frames: np.ndarray) -> None:
 def paces(setup: Setup, pipeline: Any, runs: Iterable[Run]) -> dict[str, float]:
     """Seconds of a step that is dense, under "dense", and of each run's radial step, under its `pace`.
 
-    All take turns; where one is missing from what is kept, all are timed anew.
+    All take turns; where one is missing from what is kept, or that is of other hardware or another number of
+    threads, all are timed anew and take its place.
     """
-    names = {run.pace: _without_warm_up(run.config) for run in runs} | {DENSE: setup.dense}
-    file = setup.folder(setup.dense) / "seconds.json"
+    names = {run.pace: without_warm_up(run.config) for run in runs} | {DENSE: setup.dense}
+    file, here = setup.folder(setup.dense) / "seconds.json", hardware(setup.job.device)
     known = json.loads(file.read_text()) if file.exists() else {}
-    if not names.keys() <= known.keys():
+    if known.get("hardware") != here or not names.keys() <= known["seconds"].keys():
         print(f"timing     {len(names)} kinds of step in turn", flush=True)
         timed = {name: (pipeline, config) for name, config in names.items()}
-        known |= seconds_in_turn(timed, setup.captions[0])
+        known = {"hardware": here, "seconds": seconds_in_turn(timed, setup.captions[0])}
         write_json(file, known)
-    return known
-
-
-def _without_warm_up(config: Config) -> Config:
-    return replace(config, attention=replace(config.attention, dense_steps=0, dense_last_steps=0))
+    return known["seconds"]
 
 
 def step_seconds(run: Run, known: dict[str, float]) -> float:
     """Mean seconds of a step of a whole run, its dense steps counted."""
-    steps, dense = run.config.generation.steps, len(run.dense)
-    return (dense * known[DENSE] + (steps - dense) * known[run.pace]) / steps
+    return mean_step(run.config, known[DENSE], known[run.pace])

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.block_mask import BLOCK_SIZES
 from radial_attn.density_table import density_curve
-from radial_attn.patterns import COMPARED
+from radial_attn.patterns import COMPARED, TOLERANCE
 from scripts.architecture import Architecture
 from scripts.config import Config
 from scripts.errors import UsageError
 from scripts.plan import dense_steps, radial_config, solved_config, token_grid
+from toyworld import all_attributes
+from toyworld.render import Attributes
 
 Values = Callable[[Config, Architecture], list[Any]]
+STRIDE = 77  # has no factor in common with the number of captions: each comes once, and all values early
 
 
 class Table(NamedTuple):
@@ -72,7 +75,11 @@ TABLES = {
         "neighbour",
         lambda *_: [0.25, "half", 0.75, "full"],
     ),
-    "pattern": Table("Static masks of equal density", "pattern", lambda *_: ["radial", *COMPARED]),
+    "pattern": Table(
+        f"Static masks of equal density, within {100 * TOLERANCE:g} %",
+        "pattern",
+        lambda *_: ["radial", *COMPARED],
+    ),
 }
 
 
@@ -116,7 +123,7 @@ class Run:
 
 
 def runs_of(table: Table, config: Config, model: Architecture) -> tuple[list[Run], list[str]]:
-    """The runs of a table, and why values were left out: a density that the grid does not have."""
+    """The runs of a table, and why values were left out: the grid has no mask of that density or pattern."""
     runs, left_out = [], []
     for value in table.values(config, model):
         attention = replace(config.attention, **{table.key: value})
@@ -137,3 +144,12 @@ def _run(value: Any, config: Config, model: Architecture) -> Run:
 def mask_of(grid: TokenGrid, config: Config) -> BlockMask:
     """The mask of a configuration on a grid."""
     return radial_mask(grid, radial_config(config))
+
+
+def captions_of(count: int) -> list[Attributes]:
+    """The first of all captions, in an order in which the values of an attribute come about equally often.
+
+    Their places give the videos their seeds.
+    """
+    everything = all_attributes()
+    return [everything[STRIDE * (i + 1) % len(everything)] for i in range(count)]

@@ -83,8 +83,6 @@ def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: the one word without `=` is the configuration."""
-    today = time.strftime("%Y-%m-%d")
-    name = f"attention_decay_{'gpu' if torch.cuda.is_available() else 'cpu'}_{today}.md"
     parser = OneLineParser(prog="scripts/analyse_attention.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
     where = parser.add_mutually_exclusive_group()
@@ -96,13 +94,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tail-rows", type=positive, default=4, help="of these, how many get a bound")
     parser.add_argument("--layers", type=_layer, nargs="+", default=[], help="from 0; else all")
     parser.add_argument("--work", type=Path, help="folder of readings and analysis.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the tables")
+    parser.add_argument(
+        "--out", type=Path, help="file of the tables (results/attention_decay_CONFIG_HARDWARE_DATE.md)"
+    )
     given = sys.argv[1:] if argv is None else argv
     # keys first, so that an option of several numbers before them does not take them for its own
     options = parser.parse_intermixed_args(sorted(given, key=lambda word: not KEY.match(word)))
     options.given = given
     options.config, options.overrides = parser.divided(options.words, TINY)
-    options.work = options.work or ROOT / "outputs" / "analysis" / Path(options.config).stem
+    kind = Path(options.config).stem
+    options.work = options.work or ROOT / "outputs" / "analysis" / kind
+    device, day = "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")
+    options.out = options.out or ROOT / "results" / f"attention_decay_{kind}_{device}_{day}.md"
     return options
 
 

@@ -20,13 +20,12 @@ from models.observe import Seen
 from radial_attn.analysis import sample_rows
 from radial_attn.decay import Profile, measure
 from radial_attn.tail import Tail, measure_tails
-from scripts.config import ROOT, Config
+from scripts.config import Config
 from scripts.files import replacing
 from scripts.plan import attention_options
+from scripts.prompt_accuracy import digest
 from scripts.sampling import HUNYUAN
 from scripts.video import Job, reported_choices, sample
-
-SOURCES = ("radial_attn/analysis.py", "radial_attn/decay.py", "radial_attn/tail.py", "models/*.py")
 
 
 class Enough(Exception):
@@ -97,7 +96,11 @@ def gather(
     """Profiles and tails by layer, of all prompts together; prompts whose readings are in `folder` are not
     looked at again.
     """
-    files = {number: folder / f"{_digest(job, prompt, looks)}.pt" for number, prompt in prompts.items()}
+    program = digest(job.config, job.path)
+    files = {
+        number: folder / f"{_name(program, job, (number, prompt), looks)}.pt"
+        for number, prompt in prompts.items()
+    }
     missing = [number for number in prompts if not files[number].exists()]
     pipeline = job.load() if missing else None
     steps = max(1, len(looks.steps))
@@ -172,20 +175,10 @@ def _end(*_: Any) -> None:
     raise Enough
 
 
-def _digest(job: Job, prompt: str, looks: Looks) -> str:
-    """Of all that the readings of a prompt follow from; of weights and LoRAs size and time of change."""
-    sources = [file for pattern in SOURCES for file in sorted(ROOT.glob(pattern))]
-    weights = [file.stat() for file in sorted(Path(job.path).rglob("*.safetensors"))]
-    facts = [
-        asdict(job.config),
-        prompt,
-        asdict(looks),
-        job.path,
-        [(file.st_size, file.st_mtime_ns) for file in weights],
-        job.inputs.files,
-        job.device,
-    ]
-    total = hashlib.sha256(json.dumps(facts).encode())
-    for file in [*sources, Path(__file__)]:
-        total.update(file.read_bytes())
-    return total.hexdigest()[:16]
+def _name(program: str, job: Job, prompt: tuple[int, str], looks: Looks) -> str:
+    """A digest of all that the readings of a prompt, whose number gives the sampled rows, follow from.
+
+    `program` is that of the configuration, the program, the weights and the LoRAs.
+    """
+    facts = [program, prompt, asdict(looks), job.path, job.inputs.files, job.device]
+    return hashlib.sha256(json.dumps(facts).encode() + Path(__file__).read_bytes()).hexdigest()[:16]

@@ -259,10 +259,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--rate", type=positive_number, nargs="+", default=[], metavar="TFLOPS", help="dense, then radial"
     )
     parser.add_argument("--no-times", action="store_true", help="neither measure nor predict")
-    parser.add_argument("--work", type=Path, default=Path("outputs/cost"), help="folder of cost.json")
-    name = f"cost_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the tables")
+    parser.add_argument("--work", type=Path, help="of cost.json: outputs/cost, with --models NAMES below it")
+    parser.add_argument("--out", type=Path, help="of the tables: results/cost_NAMES_...md")
     options = parser.parse_args(argv)
+    chosen = [] if options.models == list(PRESETS) else [Path(name).stem for name in options.models]
+    options.work = options.work or Path("outputs/cost", "_".join(chosen))
+    words = ["cost", *chosen, "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")]
+    options.out = options.out or ROOT / "results" / f"{'_'.join(words)}.md"
     if len(options.rate) > 2:
         parser.error(f"--rate: got {len(options.rate)} numbers, allowed: 1 or 2 (dense, radial)")
     unknown = [name for name in options.models if name not in PRESETS and not name.endswith(".yaml")]

@@ -140,10 +140,12 @@ def read_all(entries: list[NamedWords], names: list[str]) -> dict[str, dict[str,
 
 
 def name_for_vbench(evaluation: Evaluation) -> None:
-    """Puts the videos into the folder `vbench` of `--work` under the names that VBench expects."""
+    """The folder `vbench` of `--work` has these videos and no others, under the names that VBench expects."""
     for name in evaluation.jobs:
+        folder = evaluation.work / "vbench" / name
+        for video in folder.glob("*.mp4"):
+            video.unlink()
         for take in evaluation.takes:
-            folder = evaluation.work / "vbench" / name
             place(evaluation.path(name, take), folder, video_name(take.prompt, take.index))
 
 
@@ -184,8 +186,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--folders", nargs="+", metavar="NAME=DIR", help="finished videos; the first is the reference"
     )
     parser.add_argument("--work", type=Path, help="folder of all that is made (outputs/evaluation/CONFIG)")
-    name = f"evaluation_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
+    parser.add_argument(
+        "--out", type=Path, help="file of the table (results/evaluation_CONFIG_HARDWARE_DATE.md)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="densities and operations only")
     options = parser.parse_intermixed_args(argv)
     options.config, options.words = parser.divided(options.given, PRESET)
@@ -195,6 +198,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.words = [word for word in words if word.startswith(SCORE_WORD)]
     kind = "folders" if options.folders else Path(options.config).stem
     options.work = options.work or Path("outputs") / "evaluation" / kind
+    device, day = "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")
+    options.out = options.out or ROOT / "results" / f"evaluation_{kind}_{device}_{day}.md"
     if options.out.is_dir():
         parser.error(f"--out: got {str(options.out)!r}, which is a folder; allowed: a file's name")
     if options.work.is_file():

@@ -26,6 +26,7 @@ class Readings:
         masks: of each setting to judge, which must not depend on the model.
         rows: query tokens of each call, the same in all.
         steps: denoising steps, from 1, that are looked at.
+        layers: of the model.
         synchronize: waits for the device's work.
         seconds: spent here since they were last taken.
     """
@@ -33,6 +34,7 @@ class Readings:
     masks: dict[str, RadialConfig]
     rows: int
     steps: Sequence[int]
+    layers: int
     synchronize: Callable[[], None]
     seconds: float = 0.0
     _found: dict[tuple[RadialConfig, int, int], list[Tensor]] = field(default_factory=dict)
@@ -60,9 +62,9 @@ class Readings:
 
     def table(self) -> dict[str, dict[str, Any]]:
         """By setting: `steps`, those in which no cache left a layer out, and `recall`, `mse` of these."""
-        layers = sorted({layer for _, _, layer in self._found})
+        layers = range(self.layers)
         seen = Counter(step for step, _ in {(step, layer) for _, step, layer in self._found})
-        steps = sorted(step for step, count in seen.items() if count == len(layers))
+        steps = sorted(step for step, count in seen.items() if count == self.layers)
         return {
             name: {
                 "steps": steps,
@@ -78,14 +80,16 @@ class Readings:
 
 
 def averaged(tables: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The mean over videos of one setting's tables; None without any."""
+    """The mean over videos of one setting's tables, at the steps that all have; None without any."""
     tables = list(tables)
-    if not tables:
+    steps = sorted(set.intersection(*(set(table["steps"]) for table in tables))) if tables else []
+    if not steps:
         return None
-    return {
-        "steps": tables[0]["steps"],
-        **{kind: _mean_of([table[kind] for table in tables]) for kind in ("recall", "mse")},
+    levels = {
+        kind: [[table[kind][table["steps"].index(step)] for step in steps] for table in tables]
+        for kind in ("recall", "mse")
     }
+    return {"steps": steps, **{kind: _mean_of(values) for kind, values in levels.items()}}
 
 
 def overall(levels: Levels) -> float:

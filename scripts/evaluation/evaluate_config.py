@@ -149,8 +149,8 @@ def plain(config: EvaluationConfig) -> Config:
 def settings_of(file: str, words: list[str]) -> tuple[EvaluationConfig, dict[str, tuple[list[str], Config]]]:
     """The whole configuration, and each setting's own words and configuration by name, dense first.
 
-    Raises UsageError for what the schema does not take, a setting called dense, other keys than those of a
-    model and of attention, and settings of which none is sparse.
+    Raises UsageError for what the schema does not take, a setting called dense or equal to dense in
+    everything, and other keys than those of a model and of attention.
     """
     config = SCHEMA.read(file, words)
     SCHEMA.check(config)
@@ -167,6 +167,10 @@ def settings_of(file: str, words: list[str]) -> tuple[EvaluationConfig, dict[str
                 raise UsageError(f"{COMPARE}: {setting.name} has {word!r}, allowed: {keys}")
         own = SCHEMA.read(file, [*words, *setting.words])
         SCHEMA.check(own)
+        if plain(own) == dense:
+            raise UsageError(
+                f"{COMPARE}: {setting.name} is equal to dense in everything; allowed: {SETTINGS_FORM}"
+            )
         found[setting.name] = (setting.words, plain(own))
     return config, found
 

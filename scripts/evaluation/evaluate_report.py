@@ -9,7 +9,7 @@ from typing import Any
 from radial_attn import radial_mask
 from scripts.evaluation.evaluate_attention import averaged, overall
 from scripts.evaluation.evaluate_config import DENSE
-from scripts.evaluation.evaluate_videos import Evaluation, Take
+from scripts.evaluation.evaluate_videos import Evaluation, Take, machine
 from scripts.evaluation.metrics import no_lpips
 from scripts.plan import attention_flops, dense_steps, radial_config, solved_config, token_grid
 from scripts.prompt_accuracy import describe
@@ -31,17 +31,24 @@ COLUMNS = {
 
 
 def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, Any]:
-    """`settings`, `videos`, `attention` and `means`; `words` are those of each setting."""
+    """`settings`, `videos`, `attention` and `means`; `words` are those of each setting.
+
+    `elsewhere` counts the videos whose seconds are left out, since they are of another machine.
+    """
     records = {
         name: {take: evaluation.record(name, take) for take in evaluation.takes} for name in evaluation.jobs
     }
     attention = {name: _attention(records[DENSE].values(), name) for name in evaluation.masks}
     others = [name for name in evaluation.jobs if name != DENSE]
+    here = {name: machine(job.device) for name, job in evaluation.jobs.items()}
+    timed = {
+        name: [record for record in own.values() if record["machine"] == here[name]]
+        for name, own in records.items()
+    }
     return {
         "reference": DENSE,
-        "settings": [
-            _setting(evaluation, name, words[name], records[name].values()) for name in evaluation.jobs
-        ],
+        "settings": [_setting(evaluation, name, words[name], timed[name]) for name in evaluation.jobs],
+        "elsewhere": sum(len(own) - len(timed[name]) for name, own in records.items()),
         "videos": [
             _video(evaluation, take, {name: records[name][take]["metrics"] for name in others})
             for take in evaluation.takes
@@ -72,29 +79,35 @@ def _kept(attention: dict[str, Any] | None) -> dict[str, float | None]:
 
 
 def _setting(
-    evaluation: Evaluation, name: str, words: list[str], records: Iterable[dict[str, Any]]
+    evaluation: Evaluation, name: str, words: list[str], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    return planned(evaluation, name) | {"words": words} | _seconds(evaluation, name, list(records))
+    return planned(evaluation, name) | {"words": words} | _seconds(evaluation, name, records)
 
 
 def planned(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """What is known of a setting before it runs: grid, density, FLOPs of attention in a video, mask."""
+    """What is known of a setting before it runs: grid, density, FLOPs of attention in a video, mask.
+
+    With a cache, which skips calls, None stands for what counts all of them.
+    """
     job = evaluation.jobs[name]
     grid, solved = token_grid(job.config, job.model), solved_config(job.config, job.model)
     density = radial_mask(grid, radial_config(job.config)).density
     dense, flops = attention_flops(job.config, job.model, density)
+    cached = job.config.model.cache != "none"
     return {
         "name": name,
         "grid": [grid.frames, grid.height, grid.width, grid.text],
         "density": density,
-        "density_with_warmup": flops / dense,
-        "attention_flops": flops,
+        "density_with_warmup": None if cached else flops / dense,
+        "attention_flops": None if cached else flops,
         "mask": asdict(solved),
     }
 
 
-def _seconds(evaluation: Evaluation, name: str, records: list[dict[str, Any]]) -> dict[str, float]:
+def _seconds(evaluation: Evaluation, name: str, records: list[dict[str, Any]]) -> dict[str, float | None]:
     """Medians of a step that is not dense in all layers (if any is not), and of a video without loading."""
+    if not records:
+        return {"seconds_step": None, "seconds_video": None}
     config = evaluation.jobs[name].config
     dense = set(dense_steps(config))
     chosen = [step for step in range(config.generation.steps) if step not in dense] or sorted(dense)
@@ -156,17 +169,32 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
             "mask; with warm-up it counts dense steps and layers. A step is the median of those that are not "
             "dense, a video the median without loading and writing."
         ]
-        if evaluation.rows:
-            steps = ", ".join(map(str, evaluation.steps))
-            lines.append(
-                "Recall, the share of the dense softmax mass on keys that the mask keeps, and the mean "
-                "squared error of the attention's output are those of the mask itself in all layers and "
-                f"heads, of {evaluation.rows} query tokens in the dense run at steps {steps}."
-            )
+        lines += [
+            *([_recall(data, evaluation)] if evaluation.rows else []),
+            *([_elsewhere(data["elsewhere"])] if data["elsewhere"] else []),
+        ]
+        if any(job.config.model.cache != "none" for job in evaluation.jobs.values()):
+            lines.append("Operations are not given with a cache, which skips calls.")
     values = [metrics["psnr"] for video in data["videos"] for metrics in video["metrics"].values()]
     if None in values:
         lines.append(f"PSNR of {values.count(None)} equal videos is infinite and not in the mean.")
     return " ".join([*lines, *([f"There is {no_lpips()}."] if no_lpips() else [])])
+
+
+def _recall(data: dict[str, Any], evaluation: Evaluation) -> str:
+    if not data["attention"]:
+        return "There is no recall: in no step that was looked at the cache left all layers in all videos."
+    steps = ", ".join(map(str, next(iter(data["attention"].values()))["steps"]))
+    return (
+        "Recall, the share of the dense softmax mass on keys that the mask keeps, and the mean squared error "
+        "of the attention's output are those of the mask itself in all layers and heads, of "
+        f"{evaluation.rows} query tokens in the dense run at steps {steps}."
+    )
+
+
+def _elsewhere(count: int) -> str:
+    videos = f"{count} video{'s' * (count > 1)}"
+    return f"The seconds of {videos}, made on another machine or with other threads, are left out."
 
 
 def scores(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:

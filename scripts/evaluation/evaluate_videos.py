@@ -4,10 +4,12 @@ A video lies in the folder of its setting with a JSON beside it, which holds its
 beside a dense one lie its very frames too, as lossless H.264, for the settings that are compared later.
 """
 
+import hashlib
 import json
 import math
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from scripts.evaluation.evaluate_config import DENSE
 from scripts.evaluation.metrics import compare
 from scripts.files import replacing
 from scripts.outputs import finished, resolved, video_path, write_pair
-from scripts.record import synchronizer
+from scripts.prompt_accuracy import digest
+from scripts.record import hardware, synchronizer
 from scripts.video import Job
 
 FRAMES = ".mkv"
+SOURCES = ("evaluate_attention.py", "evaluate_videos.py", "metrics.py")
 
 
 @dataclass(frozen=True)
@@ -56,22 +60,40 @@ class Evaluation:
 
     def path(self, name: str, take: Take) -> Path:
         config = self.config(name, take)
-        config.output = replace(config.output, path=str(self.work / "videos" / name))
-        return video_path(config, take.prompt, take.number)
+        config.output = replace(config.output, path="")
+        return self.work / "videos" / name / video_path(config, take.prompt, take.number)
 
     def record(self, name: str, take: Take) -> dict[str, Any]:
         """What is known of a video that is done."""
         return json.loads(self.path(name, take).with_suffix(".json").read_text(encoding="utf-8"))
 
+    @cached_property
+    def programs(self) -> dict[str, str]:
+        """By setting, a digest of program, weights, LoRAs and device of its videos and of the dense ones."""
+        own = b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES)
+        found: dict[str, str] = {}
+        for names in same_pipeline(self.jobs):
+            job = self.jobs[names[0]]
+            facts = [found.get(DENSE), digest(Config(model=job.config.model), job.path), job.device]
+            total = hashlib.sha256(json.dumps(facts).encode() + own).hexdigest()
+            found |= dict.fromkeys(names, total)
+        return found
+
 
 def make_missing(evaluation: Evaluation) -> None:
     """Makes the videos that are not there, pipeline by pipeline, the settings of a prompt in turn.
+
+    Those of another program, other weights or another device are made anew, which a line says.
 
     Raises:
         UsageError: a video in the folder was made with other settings, or cannot be written.
         GenerationError: a pipeline failed.
     """
     missing = missing_videos(evaluation)
+    outdated = sum(_is_outdated(evaluation, name, take) for name, take in missing)
+    if outdated:
+        videos = f"{outdated} video{'s are' if outdated > 1 else ' is'}"
+        print(f"note: {videos} made anew, since program, weights or device have changed", flush=True)
     steps = evaluation.jobs[DENSE].config.generation.steps
     total = len(evaluation.jobs) * len(evaluation.takes)
     with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
@@ -115,7 +137,15 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     if changed:
         keys = ", ".join(changed)
         raise UsageError(f"{path} was made with other settings ({keys}); allowed: these, or another --work")
-    return done
+    return done and not _is_outdated(evaluation, name, take)
+
+
+def _is_outdated(evaluation: Evaluation, name: str, take: Take) -> bool:
+    """Whether a video is there, and made with another program, other weights or on another device."""
+    path = evaluation.path(name, take)
+    if not (path.is_file() and path.with_suffix(".json").is_file()):
+        return False
+    return evaluation.record(name, take).get("program") != evaluation.programs[name]
 
 
 def _is_read(evaluation: Evaluation, take: Take) -> bool:
@@ -139,7 +169,7 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
     job = replace(job, config=evaluation.config(name, take))
     readings = None
     if name == DENSE and evaluation.rows:
-        looks = evaluation.masks, evaluation.rows, evaluation.steps
+        looks = evaluation.masks, evaluation.rows, evaluation.steps, job.model.attention_layers()
         readings = Readings(*looks, synchronizer(job.device))
     seconds: dict[str, float] = {}
     try:
@@ -149,7 +179,7 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
         raise GenerationError(f"{name}: {one_line(error)}") from error
     record = {"prompt": take.prompt, "seed": take.seed, "config": resolved(job.config, take.prompt)}
     record |= {"inputs": job.inputs.files, "seconds": seconds, "step_seconds": run["step_seconds"]}
-    record["calls"] = run["attention"]["calls"]
+    record |= {"program": evaluation.programs[name], "machine": machine(job.device)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == DENSE:
@@ -161,6 +191,11 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
         write_pair(path, frames, job.config.output.fps, record)
     except OSError as error:
         raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What seconds depend on: device, processor, cores and threads, GPU."""
+    return {name: value for name, value in hardware(device).items() if not name.endswith("memory_bytes")}
 
 
 def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:

@@ -67,6 +67,7 @@ FORMS: dict[str, dict] = {
         "prompt": str,
         "seed": int,
         "config": dict,
+        "inputs?": {str: dict},
         "density?": NUMBER,
         "tokens?": NUMBER,
         "mask?": dict,

@@ -8,6 +8,7 @@ from typing import Any
 
 from scripts.errors import UsageError, one_line
 from scripts.evaluation.report_forms import FORMS, HEAD, checked, number
+from scripts.outputs import NO_FRAMES
 
 MADE_BY = {
     "evaluation": "evaluate.sh",
@@ -98,13 +99,13 @@ def _told_apart(run: Run) -> Run:
 
 
 def clips(runs: list[Run]) -> list[Clip]:
-    """The videos of evaluations, then those of plain runs: equal prompt, seed and sizes stand together.
+    """The videos of evaluations, then those of plain runs: what differs in attention only stands together.
 
     Raises:
         UsageError: a video that a JSON names and that is not there.
     """
     found = [clip for run in runs if run.kind == "evaluation" for clip in _evaluated(run)]
-    together: dict[tuple, list[Run]] = {}
+    together: dict[str, list[Run]] = {}
     for run in runs:
         if run.kind == "generation":
             together.setdefault(_likeness(run), []).append(run)
@@ -131,11 +132,18 @@ def _evaluated(run: Run) -> list[Clip]:
     return found
 
 
-def _likeness(run: Run) -> tuple:
-    generation = run.content["config"].get("generation")
-    sizes = generation if isinstance(generation, dict) else {}
-    known = tuple(str(sizes.get(key)) for key in ("height", "width", "num_frames"))
-    return run.content["prompt"], run.content["seed"], *known
+def _likeness(run: Run) -> str:
+    """Prompt, seed and configuration without attention and output; of input files their content counts."""
+    content = run.content
+    kept = {
+        f"{group}.{key}": value
+        for group, values in content["config"].items()
+        if group not in ("attention", "output") and isinstance(values, dict)
+        for key, value in values.items()
+    }
+    kept = {key: value for key, value in kept.items() if key not in NO_FRAMES}
+    inputs = {name: file.get("sha256") for name, file in (content["inputs"] or {}).items()}
+    return json.dumps([content["prompt"], content["seed"], kept, inputs], sort_keys=True)
 
 
 def _generated(runs: list[Run]) -> Clip:
@@ -144,6 +152,10 @@ def _generated(runs: list[Run]) -> Clip:
     names = [
         pattern if patterns.count(pattern) == 1 else f"{pattern} ({run.file.parent.name}/{run.file.stem})"
         for pattern, run in zip(patterns, runs, strict=True)
+    ]
+    names = [
+        name if names.count(name) == 1 else f"{name} {names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
     ]
     files = {name: run.file.with_suffix(".mp4") for name, run in zip(names, runs, strict=True)}
     reference = "dense" if "dense" in files and len(files) > 1 else None

@@ -88,7 +88,7 @@ def fidelity(runs: list[Run]) -> Element:
     ]
     for run in runs:
         found.append(node("h3", run.name) if len(runs) > 1 else None)
-        found.append(_means(run))
+        found += [_means(run), _equal_videos(run)]
         found += list(_scores(run))
         rows = list(_of_each_video(run))
         if rows:
@@ -127,9 +127,22 @@ def _means(run: Run) -> Element:
     return table(columns, rows, f"Settings of {run.name} compared", hidden=True)
 
 
+def _equal_videos(run: Run) -> Element | None:
+    """How many videos have no part in the mean PSNR."""
+    videos = [values for video in run.content["videos"] or [] for values in (video["metrics"] or {}).values()]
+    count = sum(map(_is_equal, videos))
+    text = f"PSNR of {count} equal video{'s' * (count > 1)} is infinite and not in the mean."
+    return node("p", text, class_="aside") if count else None
+
+
+def _is_equal(values: dict[str, Any]) -> bool:
+    """Whether these metrics are those of a video equal to its reference."""
+    return number(values.get("psnr")) is None and (number(values.get("ssim")) or 0) >= EQUAL
+
+
 def _metric(key: str, values: dict[str, Any]) -> Element:
     value = number(values.get(key))
-    if key == "psnr" and value is None and (number(values.get("ssim")) or 0) >= EQUAL:
+    if key == "psnr" and _is_equal(values):
         return node("span", "∞", title="equal videos")
     return measured(value, None if value is None or key != "psnr" else figures(value, 4))
 

@@ -93,7 +93,8 @@ def explained(captions: int) -> list[str]:
         "the model's training, read by itself, shows the motion of the caption. Identity held: colour and "
         "shape can be read in the first and the last quarter of the video and are the same; held and right: "
         "and are those of the caption. Training: median of the trainer's log; inference: median time of a "
-        "denoising step (both halves of guidance) of one video, all runs in turn in one process.",
+        "denoising step (both halves of guidance) of one video, all runs in turn in one process, dense steps "
+        "counted by their number.",
     ]
 
 

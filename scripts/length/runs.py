@@ -107,7 +107,8 @@ class Result:
         config: of its generation.
         entries: a record of `scripts.length.scores` for each caption; density: of its mask.
         training_seconds: median of its training steps, None without a training.
-        step_seconds: median of a denoising step of one video, measured in turns with the other runs.
+        step_seconds: of a denoising step of one video, medians in turn with the other runs; where there are
+            dense steps, the mean of both kinds by their number.
         shown: video of the first caption.
     """
 

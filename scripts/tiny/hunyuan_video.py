@@ -61,7 +61,7 @@ def encode(vae: AutoencoderKLHunyuanVideo, video: Tensor) -> Tensor:
 
 
 def build_transformer() -> HunyuanVideoTransformer3DModel:
-    """2 double and 3 single layers, 4 heads x 36; one token a latent pixel; no guidance distilled in."""
+    """2 double and 4 single layers, 4 heads x 36; one token a latent pixel; no guidance distilled in."""
     return HunyuanVideoTransformer3DModel(
         patch_size=1,
         patch_size_t=1,
@@ -69,7 +69,7 @@ def build_transformer() -> HunyuanVideoTransformer3DModel:
         attention_head_dim=36,
         rope_axes_dim=(12, 12, 12),
         num_layers=2,
-        num_single_layers=3,
+        num_single_layers=4,
         num_refiner_layers=1,
         mlp_ratio=2.0,
         text_embed_dim=64,
@@ -137,6 +137,16 @@ class Denoiser(TinyDenoiser):
         """Switches between the processors of training, equal and faster, and those of pipelines."""
         for layer in attention_layers(self.transformer):
             layer.set_processor(TrainingProcessor() if on else HunyuanVideoAttnProcessor2_0())
+
+    def take_over(self, pipeline: HunyuanVideoPipeline) -> None:
+        """Weights of a HunyuanVideo; single layers that it lacks begin as identities."""
+        lacking = self.transformer.single_transformer_blocks[pipeline.transformer.config.num_single_layers :]
+        for block in lacking:
+            nn.init.zeros_(block.norm.linear.weight)
+            nn.init.zeros_(block.norm.linear.bias)
+        for name in self.PARTS:
+            part = getattr(self, name)
+            part.load_state_dict(part.state_dict() | getattr(pipeline, name).state_dict())
 
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Text `[B, T, 64]`, its mask `[B, T]` and the pooled text `[B, 64]`, as the pipeline makes them."""
