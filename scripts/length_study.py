@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record
 from scripts.lora.checkpoint import LOG
 from scripts.lora.config import SCHEMA as TRAINING
+from scripts.lora.setup import prepared
+from scripts.lora.validation import validate
 from scripts.outputs import encode
 from scripts.plan import solved_config, token_grid
 from scripts.prompt_accuracy import digest, readings, whole_run_seconds
@@ -58,7 +61,7 @@ class Ended(Exception):
 def study(options: Study, names: list[str]) -> dict[str, Result]:
     """Every run by name: data, training, videos, and at the end the time of a step."""
     checked = {name: _checked(options.config(name)) for name in names}
-    if any(ROWS[name].tuned for name in names):
+    if data := any(ROWS[name].tuned for name in names):
         make_data(options)
     captions, entries, pipelines = captions_of(options.captions), {}, {}
     for name in names:
@@ -72,9 +75,10 @@ def study(options: Study, names: list[str]) -> dict[str, Result]:
             made_and_read(pipelines[name], config, captions, options.batch, folder),
             folder / SHOWN,
         )
+    losses = {name: held_out_loss(options, name) for name in names} if data else {}
     runs = {name: (pipelines[name], options.config(name)) for name in names}
     seconds = whole_run_seconds(runs, captions[0])
-    return {name: _result(options, name, *entries[name], seconds[name]) for name in names}
+    return {name: _result(options, name, entries[name], losses.get(name), seconds[name]) for name in names}
 
 
 def make_data(options: Study) -> None:
@@ -112,18 +116,42 @@ def work_folder(options: Study, config: Config, path: str) -> Path:
     return folder
 
 
-def training_seconds(log: Path) -> float:
-    """Median seconds of a training step, from the trainer's log; the first step, which sets up, left out."""
-    steps = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
+def held_out_loss(options: Study, name: str) -> float | None:
+    """The trainer's loss on the videos held out, at the end of a training or of the model as it is.
+
+    None for a run of another length than theirs, and where no videos are held out.
+    """
+    config = options.training_config(name)
+    if not ROWS[name].longer or not config.validation.every:
+        return None
+    if ROWS[name].tuned:
+        return [entry["validation_loss"] for entry in logged(options, name) if "validation_loss" in entry][-1]
+    with TemporaryDirectory() as folder:
+        config.output.path, config.validation.videos = folder, 0
+        with prepared(config) as (run, _):
+            return validate(run, Path(folder), 0)["validation_loss"]
+
+
+def logged(options: Study, name: str) -> list[dict[str, Any]]:
+    """What the trainer noted of each step of a run."""
+    lines = (options.work / name / LOG).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def training_seconds(options: Study, name: str) -> float:
+    """Median seconds of a training step; the first step, which sets up, left out."""
+    steps = [entry["seconds"] for entry in logged(options, name)]
     return median(steps[1:] or steps)
 
 
-def _result(options: Study, name: str, entries: list[Record], shown: Path, seconds: float) -> Result:
+def _result(
+    options: Study, name: str, made: tuple[list[Record], Path], loss: float | None, seconds: float
+) -> Result:
     config = options.config(name)
     model = read_architecture(resolve_model(config))
     density = radial_mask(token_grid(config, model), solved_config(config, model)).density
-    trained = training_seconds(options.work / name / LOG) if ROWS[name].tuned else None
-    return Result(config, entries, density, trained, seconds, shown)
+    trained = training_seconds(options, name) if ROWS[name].tuned else None
+    return Result(config, *made, density, loss, trained, seconds)
 
 
 def _checked(config: Config) -> tuple[str, str]:

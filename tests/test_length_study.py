@@ -13,7 +13,7 @@ import torch
 
 from scripts import length_study, train_lora
 from scripts.config import ROOT
-from scripts.length.report import accuracy_goals, goal_lines
+from scripts.length.report import accuracy_goals, goal_lines, loss_goals
 from scripts.length.runs import ROWS, Result, captions_of
 from scripts.length.scores import by_part, difference, judged, parts, record, shares
 from toyworld import Attributes, random_scene, render
@@ -107,7 +107,7 @@ def results_of(**gaps: int) -> dict[str, Result]:
     results = {}
     for name, count in gaps.items():
         entries = [(wrong if i < count else right) | {"caption": str(i)} for i in range(10)]
-        results[name] = Result(config, entries, 0.25, None, 1.0, Path())
+        results[name] = Result(config, entries, Path(), 0.25, 0.1 * (1 + count), None, 1.0)
     return results
 
 
@@ -126,6 +126,14 @@ def test_goals_say_what_is_reached_and_why_not():
     )
     assert goals["whole captions: ahead of spatial + LoRA"][1]
     assert "at most 0.0 points are left" in goals["motion throughout: ahead of random + LoRA"][2]
+    losses = {
+        wanted: (found, ok)
+        for wanted, found, ok, _ in loss_goals(results_of(radial_lora=2, dense_lora=1, dense=4))
+    }
+    assert losses == {
+        "held-out loss: within 2% of dense + LoRA": ("1.50 times", False),
+        "held-out loss: below that of dense": ("0.60 times", True),
+    }
     assert "need the runs" in goal_lines(length_study.parse([]).study, results_of(dense=0))[0]
 
 
@@ -144,20 +152,23 @@ def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     def timed(runs: dict, attributes: Attributes) -> dict:
         return {name: 2.0 if run.attention.pattern == "dense" else 1.0 for name, (_, run) in runs.items()}
 
-    runs = ["dense_1x", "dense_lora", "radial_lora", "strided_lora"]
-    only = ["attention.dense_steps=1", "--only", *runs]
+    runs = ["dense_1x", "dense", "dense_lora", "radial_lora", "strided_lora"]
+    only = ["attention.dense_steps=1", "validation.every=2", "validation.samples=1", "--only", *runs]
     monkeypatch.setattr("scripts.prompt_accuracy.seconds_in_turn", timed)
     assert run_study(tmp_path, *only) == 0
     table = tmp_path / "results" / "table.md"
     text = table.read_text()
     lines = [line for line in text.splitlines() if re.match(r"\| \d+x ", line)]
-    names = ["1x dense", "4x dense + LoRA", "4x radial + LoRA", "4x strided + LoRA"]
+    names = ["1x dense", "4x dense", "4x dense + LoRA", "4x radial + LoRA", "4x strided + LoRA"]
     assert [line.split(" | ")[0][2:] for line in lines] == names
     densities = [float(line.split(" | ")[1]) for line in lines]
-    assert densities[:2] == [1, 1] and densities[3] == pytest.approx(densities[2], abs=0.1)
-    assert [line.split(" | ")[-1] for line in lines] == ["2.000 |", "2.000 |", "1.500 |", "1.500 |"]
+    assert densities[:3] == [1, 1, 1] and densities[4] == pytest.approx(densities[3], abs=0.1)
+    assert [line.split(" | ")[-1] for line in lines] == [*["2.000 |"] * 3, *["1.500 |"] * 2]
+    losses = [line.split(" | ")[-3] for line in lines]
+    assert losses[0] == "" and all(float(loss) > 0 for loss in losses[1:])
+    assert "| held-out loss: within 2% of dense + LoRA |" in text
     assert all((line.split(" | ")[-2] == "") == ("LoRA" not in line) for line in lines)
-    assert "training step at least 1.5x faster than dense" in text and "3 videos, 0 of them held out" in text
+    assert "training step at least 1.5x faster than dense" in text and "3 videos, 1 of them held out" in text
     assert {file.name for file in table.parent.iterdir()} == {"table.md", "table.png", "table_frames.png"}
 
     def made_again(*_: object) -> None:
@@ -168,7 +179,7 @@ def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "readings").rglob("*.*")}
     assert run_study(tmp_path, *only) == 0
     assert before == {file: file.stat().st_mtime_ns for file in before} and len(before) == 2 * len(runs)
-    assert run_study(tmp_path, "lora.rank=4", "--only", "radial_lora") == 2
+    assert run_study(tmp_path, "lora.rank=4", *only[:3], "--only", "radial_lora") == 2
     assert "holds a run with other settings (lora.rank 2 -> 4)" in capsys.readouterr().err
 
 

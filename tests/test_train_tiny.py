@@ -134,6 +134,19 @@ def test_image_to_video_starts_as_the_text_to_video_model(tmp_path):
     assert torch.allclose(before, after, atol=1e-5)
 
 
+def test_layers_that_a_hunyuan_video_lacks_begin_as_identities():
+    shallow, deep = random_denoiser("hunyuan_video"), FAMILIES["hunyuan_video"].denoiser().eval()
+    layers = shallow.transformer.single_transformer_blocks
+    shallow.transformer.single_transformer_blocks = layers[:-1]
+    shallow.transformer.register_to_config(num_single_layers=len(layers) - 1)
+    deep.take_over(shallow.pipeline(FAMILIES["hunyuan_video"].build_vae()))
+    shallow.use_training_attention(True)
+    given = LATENTS, torch.tensor(SIGMA), [CAPTION, ""]
+    with torch.no_grad():
+        assert torch.allclose(shallow(*given), deep(*given), atol=1e-5)
+        assert not torch.allclose(shallow(*given), random_denoiser("hunyuan_video")(*given), atol=1e-2)
+
+
 def test_tokenizer_knows_every_caption():
     tokenizer = Denoiser().tokenizer
     for attributes in all_attributes():

@@ -8,7 +8,7 @@ from radial_attn.draw import save_figure
 from scripts.architecture import read_architecture
 from scripts.contact_sheet import read_frames, sheet
 from scripts.files import write_text
-from scripts.length.runs import Result, Study, title
+from scripts.length.runs import ROWS, Result, Study, title
 from scripts.length.scores import SCORES, by_part, difference, parts, shares
 from scripts.lora.latents import LatentStore
 from scripts.lora.plan import as_generation, training_flops
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 NEAR, AHEAD, FASTER = 2.0, 10.0, 1.5  # points behind the dense adapter, ahead of no adapter; speed-up
+LOSS_NEAR = 1.02  # times the loss of the dense adapter
 OTHERS = ("spatial_lora", "temporal_lora", "strided_lora", "random_lora")
 JUDGED = ("attributes", "whole", "motion_throughout")
 SHEET_FRAMES = 9
@@ -74,13 +75,14 @@ def report(command: str, options: Study, results: dict[str, Result], pictures: t
 
 def table(results: dict[str, Result]) -> list[str]:
     """A line for each run."""
-    head = ["run", "density", *SCORES.values(), "training, s a step", "inference, s a step"]
+    head = ["run", "density", *SCORES.values(), "held-out loss", "training, s a step", "inference, s a step"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, result in results.items():
         scores = [f"{value:.1f}" for value in shares(result.entries).values()]
-        training = "" if result.training_seconds is None else f"{result.training_seconds:.3f}"
-        cells = [title(result.config, name), f"{result.density:.3f}", *scores, training]
-        lines.append("| " + " | ".join([*cells, f"{result.step_seconds:.3f}"]) + " |")
+        numbers = (result.held_out_loss, result.training_seconds, result.step_seconds)
+        shown = ["" if value is None else f"{value:.3f}" for value in numbers]
+        cells = [title(result.config, name), f"{result.density:.3f}", *scores, *shown]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -92,15 +94,16 @@ def explained(captions: int) -> list[str]:
         "their mean, a whole caption is right when all four are. Motion throughout: every part as long as "
         "the model's training, read by itself, shows the motion of the caption. Identity held: colour and "
         "shape can be read in the first and the last quarter of the video and are the same; held and right: "
-        "and are those of the caption. Training: median of the trainer's log; inference: median time of a "
-        "denoising step (both halves of guidance) of one video, all runs in turn in one process, dense steps "
-        "counted by their number.",
+        "and are those of the caption. Held-out loss: the trainer's mean squared error of the velocity on "
+        "longer videos held out, at fixed noise. Training: median of the trainer's log; inference: median "
+        "time of a denoising step (both halves of guidance) of one video, all runs in turn in one process, dense "
+        "steps counted by their number.",
     ]
 
 
 def goal_lines(options: Study, results: dict[str, Result]) -> list[str]:
     """A table of the goals whose runs are there."""
-    goals = [*accuracy_goals(results), *speed_goals(options, results)]
+    goals = [*accuracy_goals(results), *loss_goals(results), *speed_goals(options, results)]
     if not goals:
         return ["The goals need the runs dense, dense_lora and radial_lora.", ""]
     head = ["| wanted | measured | reached | why not |", "|---|---|---|---|"]
@@ -123,6 +126,19 @@ def accuracy_goals(results: dict[str, Result]) -> Iterator[Goal]:
             if name in results:
                 wanted = f"{SCORES[score]}: ahead of {name.removesuffix('_lora')} + LoRA"
                 yield _gap_goal(wanted, score, results, name, None)
+
+
+def loss_goals(results: dict[str, Result]) -> Iterator[Goal]:
+    """Of radial + LoRA against the others by the loss on the videos held out, where both have one."""
+    ours = results["radial_lora"].held_out_loss if "radial_lora" in results else None
+    for name, result in results.items() if ours is not None else ():
+        if name == "radial_lora" or result.held_out_loss is None:
+            continue
+        limit = LOSS_NEAR if name == "dense_lora" else 1.0
+        wanted = f"within {LOSS_NEAR - 1:.0%} of" if name == "dense_lora" else "below that of"
+        ratio = ours / result.held_out_loss
+        why = "" if ratio <= limit else "the mask hides what the other attends to"
+        yield f"held-out loss: {wanted} {ROWS[name].title}", f"{ratio:.2f} times", ratio <= limit, why
 
 
 def _gap_goal(wanted: str, score: str, results: dict[str, Result], other: str, least: float | None) -> Goal:

@@ -81,6 +81,7 @@ class Study:
         return [
             *self._data_words(),
             f"attention.pattern={ROWS[name].pattern}",
+            f"model.positions={ROWS[name].positions}",
             f"output.path={self.work / name}",
         ]
 
@@ -105,19 +106,21 @@ class Result:
 
     Attributes:
         config: of its generation.
-        entries: a record of `scripts.length.scores` for each caption; density: of its mask.
+        entries: a record of `scripts.length.scores` for each caption; shown: video of the first.
+        density: of its mask.
+        held_out_loss: of the trainer on the videos held out, None where no such video was seen.
         training_seconds: median of its training steps, None without a training.
         step_seconds: of a denoising step of one video, medians in turn with the other runs; where there are
             dense steps, the mean of both kinds by their number.
-        shown: video of the first caption.
     """
 
     config: Config
     entries: list[Record]
+    shown: Path
     density: float
+    held_out_loss: float | None
     training_seconds: float | None
     step_seconds: float
-    shown: Path
 
 
 def captions_of(count: int) -> list[Attributes]:
