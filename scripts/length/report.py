@@ -96,8 +96,8 @@ def explained(captions: int) -> list[str]:
         "shape can be read in the first and the last quarter of the video and are the same; held and right: "
         "and are those of the caption. Held-out loss: the trainer's mean squared error of the velocity on "
         "longer videos held out, at fixed noise. Training: median of the trainer's log; inference: median "
-        "time of a denoising step (both halves of guidance) of one video, all runs in turn in one process, dense "
-        "steps counted by their number.",
+        "time of a denoising step (both halves of guidance) of one video, all runs in turn in one process, "
+        "dense steps counted by their number.",
     ]
 
 
