@@ -66,7 +66,12 @@ def test_a_video_that_stops_or_is_empty_fails():
     found = scores(stopped, asked)
     assert found["motion"] == 1 and found["motion_throughout"] == 0 and found["identity_right"] == 1
     slowed = clip(asked, 33).repeat_interleave(4, dim=0)[:FRAMES]
-    assert scores(slowed, asked)["motion_throughout"] == 0
+    assert (scores(slowed, asked)["motion_throughout"], scores(slowed, asked)["speed_right"]) == (0, 0)
+    assert scores(slowed, asked)["size_right"] == 1 and scores(clip(asked, 33), asked)["speed_right"] is None
+    for radius in (0.1, 0.21):
+        scene = random_scene(asked, torch.Generator().manual_seed(0))
+        scene = replace(scene, radius=radius, reach=(0.2, 0.2), centre=(0, 0))
+        assert scores(render(scene, FRAMES), asked)["size_right"] == 0
     gone = torch.cat([video[:64], torch.zeros(65, 64, 64, 3) + video[0, 0, 0]])
     assert scores(gone, asked)["identity_held"] == 0
 

@@ -61,6 +61,11 @@ def test_reader_sees_nothing_in_an_empty_video():
     assert reading.path.isnan().all()
 
 
+def test_nothing_has_neither_size_nor_speed():
+    found = read(torch.zeros(9, 32, 32, 3))
+    assert found.radius is None and found.period is None
+
+
 def test_reader_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"got \(4, 4, 3\)"):
         read(torch.zeros(4, 4, 3))
@@ -87,6 +92,14 @@ def test_path_is_periodic_and_read_back():
     assert torch.allclose(video[:17], video[16:33], atol=1e-4)
     x, y = scene.position(torch.arange(33.0))
     assert torch.allclose(read(video).path, 64 * torch.stack([x, y], dim=1), atol=0.25)
+
+
+@pytest.mark.parametrize("number", range(0, 180, 13))
+def test_radius_and_period_are_read_back(number):
+    scene = random_scene(all_attributes()[number], torch.Generator().manual_seed(number))
+    found = read(render(scene, 129))
+    assert found.radius == pytest.approx(scene.radius, rel=0.02)
+    assert found.period == pytest.approx(scene.period, rel=0.01)
 
 
 def test_captions_round_trip():

@@ -5,22 +5,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .render import BACKGROUNDS, COLOURS, SHAPES, VOCABULARY, Attributes, coverage, pixel_grid
+from .render import AREAS, BACKGROUNDS, COLOURS, SHAPES, VOCABULARY, Attributes, coverage, pixel_grid
 
 EDGE = 2  # pixels of border from which the background is taken
 LINE = 0.3  # a path is a line where its width is under this share of its length
+PADDED = 4096  # points of the spectrum that a period is read from
 STRAIGHT = 0.35  # a line is horizontal or vertical where its slope is under this
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a video shows; an attribute is None where nothing can be recognised."""
+    """What a video shows; an attribute is None where nothing can be recognised.
+
+    Attributes:
+        path: centre of the shape in pixels from the middle (x, y), `[frames, 2]`; NaN where unseen.
+        radius: of the circle of the shape's size, as a share of the shorter side, the median of the frames.
+        period: frames a cycle, of a video of two cycles or more; else it is rough, and at most its length.
+    """
 
     colour: str | None
     shape: str | None
     motion: str | None
     background: str | None
-    path: Tensor  # [frames, 2], centre of the shape in pixels from the middle (x, y); NaN where unseen
+    path: Tensor
+    radius: float | None = None
+    period: float | None = None
 
     def matches(self, attributes: Attributes) -> dict[str, bool]:
         """Which attributes are as asked."""
@@ -41,7 +50,9 @@ def read(video: Tensor) -> Reading:
     colour_seen = video[core].median(dim=0).values
     alpha = _alpha(video, ground, colour_seen)
     path = _path(alpha)
-    return Reading(_nearest(colour_seen, COLOURS), _shape(alpha, path), _motion(path), background, path)
+    shape, motion = _shape(alpha, path), _motion(path)
+    radius, period = _radius(alpha, shape), _period(path) if motion else None
+    return Reading(_nearest(colour_seen, COLOURS), shape, motion, background, path, radius, period)
 
 
 def _border(video: Tensor) -> Tensor:
@@ -94,8 +105,7 @@ def _centred(alpha: Tensor, path: Tensor) -> Tensor:
 def _misfit(shape: str, mean: Tensor) -> float:
     """Smallest squared difference between a centred shape and templates of about its area."""
     x, y = pixel_grid(*mean.shape)
-    scale = {"circle": 1.0, "square": 1.0, "triangle": 0.8}[shape]
-    radius = (mean.sum() / (scale * torch.pi)).sqrt().item()
+    radius = (mean.sum() / (AREAS[shape] * torch.pi)).sqrt().item()
     best = float("inf")
     for factor in (0.9, 0.95, 1.0, 1.05):
         template = coverage(shape, x, y, factor * radius)
@@ -103,6 +113,27 @@ def _misfit(shape: str, mean: Tensor) -> float:
         template = coverage(shape, x, y + offset, factor * radius)
         best = min(best, (template - mean).square().sum().item())
     return best
+
+
+def _radius(alpha: Tensor, shape: str | None) -> float | None:
+    """From the median area of the frames in which anything is seen."""
+    areas = alpha.sum(dim=(1, 2))
+    if shape is None or not (areas > 4).any():
+        return None
+    radius = (areas[areas > 4].median() / (AREAS[shape] * torch.pi)).sqrt().item()
+    return radius / min(alpha.shape[1:])
+
+
+def _period(path: Tensor) -> float | None:
+    """From the strongest frequency along the path's longer axis."""
+    seen = ~path.isnan().any(dim=1)
+    points = path[seen] - path[seen].mean(dim=0)
+    along = torch.zeros(len(path))
+    along[seen] = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, 1]
+    power = torch.fft.rfft(along * torch.hann_window(len(along)), PADDED).abs()
+    least = PADDED // len(along)  # the frequency of a single cycle
+    peak = least + int(power[least:].argmax())
+    return PADDED / peak
 
 
 def _motion(path: Tensor) -> str | None:

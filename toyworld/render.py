@@ -17,6 +17,9 @@ COLOURS = {
 BACKGROUNDS = {"black": (0.03, 0.03, 0.03), "navy": (0.06, 0.08, 0.35), "gray": (0.45, 0.45, 0.45)}
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("horizontally", "vertically", "around", "diagonally")
+RADII = (0.12, 0.18)  # of a scene drawn at random, shares of the shorter side
+PERIODS = (28, 44)  # frames a cycle
+AREAS = {"circle": 1.0, "square": 1.0, "triangle": 0.8}  # of a shape, relative to the circle of its radius
 VOCABULARY = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 
 
@@ -86,7 +89,7 @@ def random_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    radius = uniform(0.12, 0.18)
+    radius = uniform(*RADII)
     room = 0.5 - 1.25 * radius
     reach = uniform(0.7, 1.0) * min(room, 0.28)
     spare = room - reach
@@ -98,7 +101,7 @@ def random_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
     )
     sign = 1 if torch.rand((), generator=generator).item() < 0.5 else -1
     phase = uniform(0, 2 * math.pi)
-    return Scene(attributes, radius, centre, (reach, reach), uniform(28, 44), phase, sign)
+    return Scene(attributes, radius, centre, (reach, reach), uniform(*PERIODS), phase, sign)
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
@@ -110,7 +113,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
         return torch.hypot(x, y) - radius
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - radius * math.sqrt(math.pi) / 2
-    inner = radius * math.sqrt(0.8 * math.pi / (3 * math.sqrt(3)))
+    inner = radius * math.sqrt(AREAS["triangle"] * math.pi / (3 * math.sqrt(3)))
     slope = math.sqrt(3) / 2 * x.abs() - 0.5 * y
     return torch.maximum(slope, y) - inner
 

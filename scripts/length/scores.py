@@ -1,4 +1,4 @@
-"""What a longer video of the toy world is judged by: its caption, motion all along, identity.
+"""What a longer video of the toy world is judged by: its caption, motion all along, identity, size and speed.
 
 A shape of the toy world takes 28 to 44 frames for its path, however long the video is, so that every part of
 33 frames, the length that the bundled models were trained with, shows its motion: 129 frames have four parts.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from toyworld import read
-from toyworld.render import VOCABULARY, Attributes
+from toyworld.render import PERIODS, RADII, VOCABULARY, Attributes
 
 IDENTITY = ("colour", "shape")
 SCORES = {
@@ -22,7 +22,10 @@ SCORES = {
     "motion_throughout": "motion throughout",
     "identity_held": "identity held",
     "identity_right": "held and right",
+    "size_right": "size right",
+    "speed_right": "speed right",
 }
+SLACK = 0.1  # of size and speed beyond what the toy world draws
 Record = dict[str, Any]
 
 
@@ -40,13 +43,16 @@ def parts(frames: int, trained_frames: int) -> list[slice]:
 def record(video: Tensor, attributes: Attributes, trained_frames: int) -> Record:
     """What is seen in a video `[frames, height, width, 3]` of 0 .. 1, as JSON can hold it.
 
-    Of the whole video which attributes are right, of each part all four attributes, and colour and shape of
-    the first and the last quarter; None where nothing can be recognised.
+    Of the whole video which attributes are right, radius and period, of each part all four attributes, and
+    colour and shape of the first and the last quarter; None where nothing can be recognised.
     """
-    quarter = max(1, len(video) // 4)
+    quarter, seen = max(1, len(video) // 4), read(video)
     return {
         "caption": attributes.caption,
-        **read(video).matches(attributes),
+        **seen.matches(attributes),
+        "frames": len(video),
+        "radius": seen.radius,
+        "period": seen.period,
         "asked": {name: getattr(attributes, name) for name in VOCABULARY},
         "parts": [_seen(video[part], tuple(VOCABULARY)) for part in parts(len(video), trained_frames)],
         "ends": [_seen(end, IDENTITY) for end in (video[:quarter], video[-quarter:])],
@@ -58,13 +64,14 @@ def _seen(video: Tensor, names: Sequence[str]) -> dict[str, str | None]:
     return {name: getattr(reading, name) for name in names}
 
 
-def judged(entry: Record) -> dict[str, float]:
-    """Every score of `SCORES` for one video, from 0 to 1.
+def judged(entry: Record) -> dict[str, float | None]:
+    """Every score of `SCORES` for one video, from 0 to 1; None where it is too short to tell.
 
     - attributes: share of the four that the whole video shows; whole: all four.
     - motion_throughout: each part by itself shows the motion of the caption.
     - identity_held: colour and shape can be read in the first and the last quarter and are the same;
       identity_right: and are those of the caption.
+    - size_right, speed_right: radius and period are among those of the toy world, 10 % more or less.
     """
     right = {name: float(entry[name]) for name in VOCABULARY}
     first, last = entry["ends"]
@@ -77,13 +84,23 @@ def judged(entry: Record) -> dict[str, float]:
         "motion_throughout": float(all(part["motion"] == asked["motion"] for part in entry["parts"])),
         "identity_held": float(held),
         "identity_right": float(held and first == {name: asked[name] for name in IDENTITY}),
+        "size_right": _within(entry["radius"], RADII),
+        "speed_right": _within(entry["period"], PERIODS) if entry["frames"] >= 2 * PERIODS[1] else None,
     }
 
 
-def shares(entries: Sequence[Record]) -> dict[str, float]:
-    """The mean of every score, in percent."""
+def _within(value: float | None, limits: tuple[float, float]) -> float:
+    least, most = limits
+    return float(value is not None and least * (1 - SLACK) <= value <= most * (1 + SLACK))
+
+
+def shares(entries: Sequence[Record]) -> dict[str, float | None]:
+    """The mean of every score, in percent; None where the videos are too short to tell."""
     found = [judged(entry) for entry in entries]
-    return {name: 100 * mean(one[name] for one in found) for name in SCORES}
+    return {
+        name: None if None in (scores := [one[name] for one in found]) else 100 * mean(scores)
+        for name in SCORES
+    }
 
 
 def by_part(entries: Sequence[Record]) -> list[float]:
