@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scripts.errors import OneLineParser, positive, positive_number
+from scripts.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.files import replacing
 from scripts.tiny.loop import Stage
 from scripts.tiny.model import TinyDenoiser, check_target, save_pipeline, take_over_vae
@@ -214,11 +214,6 @@ def parse(argv: list[str] | None = None) -> Options:
 
 
 if __name__ == "__main__":
-    try:
-        train(parse())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    options = parse()
+    stopped = "the same command continues from the last checkpoint"
+    sys.exit(exit_code(lambda: train(options), stopped, ValueError))

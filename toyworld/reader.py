@@ -9,7 +9,7 @@ from .render import AREAS, BACKGROUNDS, COLOURS, SHAPES, VOCABULARY, Attributes,
 
 EDGE = 2  # pixels of border from which the background is taken
 LINE = 0.3  # a path is a line where its width is under this share of its length
-PADDED = 4096  # points of the spectrum that a period is read from
+PADDED = 4096  # points of the spectrum that a period is read from, at least
 STRAIGHT = 0.35  # a line is horizontal or vertical where its slope is under this
 
 
@@ -127,13 +127,14 @@ def _radius(alpha: Tensor, shape: str | None) -> float | None:
 def _period(path: Tensor) -> float | None:
     """From the strongest frequency along the path's longer axis."""
     seen = ~path.isnan().any(dim=1)
-    points = path[seen] - path[seen].mean(dim=0)
+    centred = path[seen] - path[seen].mean(dim=0)
     along = torch.zeros(len(path))
-    along[seen] = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, 1]
-    power = torch.fft.rfft(along * torch.hann_window(len(along)), PADDED).abs()
-    least = PADDED // len(along)  # the frequency of a single cycle
+    along[seen] = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, 1]
+    points = max(PADDED, len(along))
+    power = torch.fft.rfft(along * torch.hann_window(len(along)), points).abs()
+    least = points // len(along)  # the frequency of a single cycle
     peak = least + int(power[least:].argmax())
-    return PADDED / peak
+    return points / peak
 
 
 def _motion(path: Tensor) -> str | None:
