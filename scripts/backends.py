@@ -8,6 +8,7 @@ from models.dense import check_dense_backend
 from radial_attn import radial_mask
 from radial_attn.attention import choose_backend
 from radial_attn.backends import BACKENDS, QUANTIZE, Call, obstacle
+from radial_attn.compiler import compiler_problem
 from scripts.architecture import Architecture
 from scripts.config import Config
 from scripts.errors import UsageError
@@ -17,9 +18,12 @@ from scripts.plan import attention_options, dense_layers, dense_steps, radial_co
 def check_backends(config: Config, model: Architecture, device: str, dry_run: bool = False) -> list[str]:
     """Raises UsageError where a named backend does not serve device, data type, head width or mask.
 
+    And where torch.compile, asked for, cannot work.
+
     A dry run without a GPU, where none was asked for, may plan for another machine: it gets notes instead.
     """
-    found = [line for line in (_radial(config, model, device), _dense(config, model, device)) if line]
+    problems = (_radial(config, model, device), _dense(config, model, device), _compiled(config, device))
+    found = [line for line in problems if line]
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     if found and not elsewhere:
         raise UsageError(found[0])
@@ -60,6 +64,14 @@ def _dense(config: Config, model: Architecture, device: str) -> str | None:
     mask = radial_mask(call.mask.grid, replace(radial_config(config), pattern="dense"))
     reason = obstacle(name, replace(call, mask=mask, quantize=None))
     return reason and f"attention.dense_backend: got 'sage', which {reason}; allowed here: auto, native"
+
+
+def _compiled(config: Config, device: str) -> str | None:
+    """What keeps torch.compile from working, where it is asked for."""
+    problem = compiler_problem(device) if config.model.compile != "none" else None
+    return (
+        problem and f"model.compile: got {config.model.compile!r}, which needs {problem}; allowed here: none"
+    )
 
 
 def _call(config: Config, model: Architecture, device: str) -> Call:

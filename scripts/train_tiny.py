@@ -6,9 +6,9 @@ Every batch is drawn from a generator seeded by the step, so that a run which wa
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from radial_attn.compiler import compiler_problem
 from scripts.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.files import replacing
 from scripts.tiny.loop import Stage
@@ -200,13 +201,16 @@ def parse(argv: list[str] | None = None) -> Options:
         kind = {"seed": int, "start": Path}.get(name, kind)
         choices = FAMILIES if name == "family" else None
         parser.add_argument(flag, type=kind, default=field.default, choices=choices)
-    can_compile = any(map(shutil.which, ("c++", "g++", "clang++")))
-    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=can_compile)
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=None)
     name = parser.parse_args(argv).family
     family, short = FAMILIES[name], name.removesuffix("_video")
     parser.set_defaults(out=Path(f"assets/{short.replace('_', '-')}-tiny"), start=family.start)
     parser.set_defaults(work=Path(f"outputs/train_{short}_tiny"), frames=family.frames, **family.defaults)
     options = Options(**vars(parser.parse_args(argv)))
+    problem = compiler_problem(torch.device(options.device).type)
+    if options.compile and problem:
+        parser.error(f"--compile needs {problem}")
+    options = replace(options, compile=options.compile is not False and problem is None)
     step = family.frames_step
     if options.size % 8 or options.frames % step != 1:
         parser.error(f"size must be 8k and frames {step}k + 1, got {options.size} and {options.frames}")

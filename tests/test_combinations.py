@@ -284,14 +284,15 @@ def test_the_gain_is_said_before_a_run():
 
 
 def test_predicted_memory_of_tiles_and_fp8_is_near_the_peak_of_a_run(tmp_path):
-    """A process of its own, in which tiles, not the program, take the most."""
+    """Tiles, not the program, take the most; the heap keeps nothing, or its holes vary by a quarter."""
     wan_pipeline().save_pretrained(tmp_path / "model")
     words = [f"model.path={tmp_path / 'model'}", f"output.path={tmp_path / 'a.mp4'}"]
     words += ["model.vae_tiling=always", "model.quantization=fp8", "attention.block_size=128"]
     sizes = ["num_frames=5", "height=512", "width=512", "steps=1", "guidance_scale=1"]
     command = [sys.executable, "-P", "-m", "scripts.generate", TINY, *words]
     command += [f"generation.{size}" for size in sizes]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=280)
+    own = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "131072"}
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | own, timeout=280)
     record = json.loads((tmp_path / "a.json").read_text())
     whole = memory(read_config(TINY, command[-5:]), read_architecture(str(tmp_path / "model")), "cpu").total
     peak = record["peak_memory"]["host_bytes"]

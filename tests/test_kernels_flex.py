@@ -1,15 +1,15 @@
 """The flex backend against the definition. Compiling takes seconds: few shapes, all on the CPU."""
 
-import shutil
-
 import pytest
 import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.compiler import compiler_problem
 from radial_attn.kernels import flex as kernel
 from tests.attention_cases import GRIDS, assert_as_good_as, compare, exact, make_inputs, make_mask
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention compiles C++ with g++")
+PROBLEM = compiler_problem("cpu")
+needs_compiler = pytest.mark.skipif(PROBLEM is not None, reason=f"FlexAttention needs {PROBLEM}")
 
 
 @pytest.fixture(autouse=True)

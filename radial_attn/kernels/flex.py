@@ -5,11 +5,8 @@ indices, and this keeps even that exact.
 """
 
 import copy
-import os
-import shutil
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +15,7 @@ from torch.nn.attention import flex_attention as flex
 
 from ..backends import Needs
 from ..block_mask import BlockMask
+from ..compiler import compiler_problem
 
 NEEDS = Needs(backward=("cuda",))
 KERNEL_BLOCK = 128  # a multiple of every tile that FlexAttention chooses from
@@ -34,7 +32,7 @@ def attention(
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
 
     Raises:
-        ImportError: no C++ compiler for the CPU kernel.
+        ImportError: torch.compile cannot make the kernel on this machine.
     """
     inputs = [query, key, value]
     if not torch.compiler.is_compiling():
@@ -58,14 +56,9 @@ def attention(
 
 def _check_compiler(device_type: str) -> None:
     """Raises ImportError where what FlexAttention compiles with is missing."""
-    if device_type == "cuda" and find_spec("triton") is None:
-        raise ImportError("backend 'flex' needs Triton on CUDA: pip install triton, or use backend='blocks'")
-    variable, *names = ("CC", "gcc", "clang", "cc") if device_type == "cuda" else ("CXX", "g++", "clang++")
-    if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
-        raise ImportError(
-            f"backend 'flex' compiles on {device_type} and found no compiler: "
-            f"apt install {names[0]}, or use backend='blocks'"
-        )
+    problem = compiler_problem(device_type)
+    if problem:
+        raise ImportError(f"backend 'flex' needs {problem}, or use backend='blocks'")
 
 
 def _compiled(mask: BlockMask) -> Callable[..., Tensor]:

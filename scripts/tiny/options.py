@@ -41,7 +41,7 @@ class Options:
     frames: int = 33
     size: int = 64
     save_every: int = 100
-    compile: bool = False  # the transformer's blocks; on the command line: where there is a C++ compiler
+    compile: bool = False  # the transformer's blocks; on the command line: where torch.compile can
 
 
 def generator(options: Options, stage: int, step: int) -> torch.Generator:
