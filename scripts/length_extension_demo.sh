@@ -22,7 +22,8 @@ bash scripts/wan_lora_train.sh configs/train/wan_tiny_4x.yaml $data $train_keys 
     "output.path=$work/radial_lora"
 
 # one prompt without it and with it
-bash scripts/wan_t2v_inference.sh configs/wan_tiny_4x.yaml $size $keys "output.path=$work/without.mp4"
+bash scripts/wan_t2v_inference.sh configs/wan_tiny_4x.yaml $size $keys "output.path=$work/without.mp4" \
+    "model.loras=null"
 bash scripts/wan_t2v_inference.sh configs/wan_tiny_4x.yaml $size $keys "output.path=$work/with.mp4" \
     "model.loras=$work/radial_lora"
 

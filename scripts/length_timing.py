@@ -71,7 +71,7 @@ def measure(side: int, frames: int, *, rank: int, repeats: int, device: str, wor
     """Both kinds of step of the bundled architecture at one size; UsageError for a size it does not take."""
     sizes = [f"generation.{axis}={side}" for axis in ("height", "width")]
     sizes += [f"generation.num_frames={frames}", "generation.guidance_scale=1", f"generation.steps={FEWEST}"]
-    config = read_config(PRESET, [*words, *sizes])
+    config = read_config(PRESET, ["attention.dense_steps=0", "model.loras=null", *words, *sizes])
     check_values(config)
     for name, needed in NEEDED.items():
         if (got := getattr(config.attention, name)) != needed:

@@ -195,7 +195,9 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
     head = ["model", "frames", "attention", "density", *VOCABULARY, "attributes", "whole captions"]
     head += ["captions", "s a step"]
     machine = pairs(versions(), hardware(device))
-    settings = [describe(config) for config in configs]
+    settings = [
+        describe(config) + "".join(f", LoRA {x.path}" for x in config.model.loras) for config in configs
+    ]
     text = [
         "# Prompt accuracy of the bundled models",
         "",

@@ -91,7 +91,8 @@ def flow_loss(
         noisy = torch.cat([(1 - mix) * video + mix * noise, given], dim=1)
         with mixed_precision(options):
             velocity = denoiser(noisy, sigma, captions)
-        return (velocity.float() - (noise - video)).square().mean()
+            apart = denoiser.caption_loss(captions)
+        return (velocity.float() - (noise - video)).square().mean() + apart
 
     return loss
 

@@ -71,7 +71,10 @@ def test_presets_hold_the_settings_of_the_papers_table():
     assert smaller == attention == AttentionConfig()
     longer = read_config("configs/wan_tiny_4x.yaml", [])
     assert longer.generation.num_frames == 129
-    short = asdict(read_config(TINY, []))
+    (adapter,) = longer.model.loras
+    assert adapter.path == "assets/wan-tiny-4x-lora"
+    words = ["attention.dense_steps=4", f"model.loras={adapter.path}"]
+    short = asdict(read_config(TINY, words))
     assert {key: value for key, value in asdict(longer).items() if key in ("model", "attention")} == {
         key: short[key] for key in ("model", "attention")
     }

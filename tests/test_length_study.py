@@ -21,7 +21,7 @@ from toyworld.render import VOCABULARY
 
 FRAMES, TRAINED = 129, 33
 SMALL = ["generation.num_frames=17", "generation.height=32", "generation.width=32"]
-KEYS = ["generation.steps=2", "model.positions_frames=5"]
+KEYS = ["generation.steps=2", "attention.dense_steps=0", "model.positions_frames=5"]
 TRAIN_KEYS = ["validation.every=0", "train.batch=1", "lora.rank=2", "model.positions_frames=5"]
 
 

@@ -69,7 +69,8 @@ def test_bounds_are_of_the_mask_that_is_timed():
     """Half of the layers dense: both kinds of step have less to gain."""
     found = []
     for count in (0, 3):
-        config = length_timing.read_config(length_timing.PRESET, [f"attention.dense_layers={count}"])
+        words = ["attention.dense_steps=0", f"attention.dense_layers={count}"]
+        config = length_timing.read_config(length_timing.PRESET, words)
         model = length_timing.read_architecture(length_timing.resolve_model(config))
         found.append(length_timing.bounds(config, model, 0.233, 16))
     for kind in ("training", "inference"):

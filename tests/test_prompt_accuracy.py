@@ -121,10 +121,12 @@ def test_readings_follow_the_program(name, monkeypatch, tmp_path, config):
 
 
 def test_report_holds_command_table_and_settings(config):
-    text = report("bash it.sh", [config], ["| 5 | row |"], "cpu")
+    longer = read_config("configs/wan_tiny_4x.yaml", [])
+    text = report("bash it.sh", [config, longer], ["| 5 | row |"], "cpu")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0].count("|") == table[1].count("|") and table[2] == "| 5 | row |"
     assert "    bash it.sh" in text and "2 steps" in text and "decimation_width 64" in text
+    assert text.count(", LoRA assets/wan-tiny-4x-lora") == 1
 
 
 def test_command_line(capsys):

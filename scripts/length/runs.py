@@ -69,8 +69,9 @@ class Study:
         row = ROWS[name]
         words = [*self.generation_words, f"attention.pattern={row.pattern}"]
         words += [f"model.positions={row.positions}"]
+        words += [f"model.loras={self.adapter(name) if row.tuned else 'null'}"]
         if row.tuned:  # a fused adapter costs nothing in a step
-            words += [f"model.loras={self.adapter(name)}", "model.lora_mode=fused"]
+            words += ["model.lora_mode=fused"]
         config = read_config(PRESET, words)
         if not row.longer:
             config.generation.num_frames = config.model.positions_frames
