@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text to video with HunyuanVideo. Without a GPU that has room: the bundled Mochi.
+# Text to video with HunyuanVideo. Without a GPU that has room: the bundled HunyuanVideo.
 # Sets itself up on the first call; works from any directory.
 #   bash scripts/hunyuan_t2v_inference.sh
 #   bash scripts/hunyuan_t2v_inference.sh generation.prompt="a cat walks on the grass" generation.seed=1
@@ -8,4 +8,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$root/.venv/bin/python" -P -m scripts.generate \
-    --preset=configs/hunyuan_t2v.yaml --bundled=configs/mochi_tiny.yaml "$@"
+    --preset=configs/hunyuan_t2v.yaml --bundled=configs/hunyuan_tiny.yaml "$@"

