@@ -23,7 +23,7 @@ PRESETS = {
     "hunyuan_tiny": "HunyuanVideoPipeline",
 }
 # Least share of the colours, shapes and all attributes. HunyuanVideo's are two to three videos of twelve
-# below what was seen, since another processor may turn a video over; by chance they would be 0.2, 0.33 and 0.28.
+# below what was seen, since another processor may turn a video over; by chance they would be 0.2, 0.33, 0.28.
 LEAST = {"wan": (1, 0.9, 0.9), "hunyuan_video": (0.9, 0.4, 0.73)}
 
 
