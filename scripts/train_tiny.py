@@ -208,7 +208,10 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.set_defaults(out=Path(f"assets/{short.replace('_', '-')}-tiny"), start=family.start)
     parser.set_defaults(work=Path(f"outputs/train_{short}_tiny"), frames=family.frames, **family.defaults)
     options = Options(**vars(parser.parse_args(argv)))
-    problem = compiler_problem(torch.device(options.device).type)
+    device = options.device.split(":")[0]
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device: got {options.device!r}, allowed: cpu, and cuda where there is a GPU")
+    problem = compiler_problem(device)
     if options.compile and problem:
         parser.error(f"--compile needs {problem}")
     options = replace(options, compile=options.compile is not False and problem is None)

@@ -76,3 +76,12 @@ def test_the_small_models_are_trained_uncompiled_unless_told(spaced, capsys):
     with pytest.raises(SystemExit):
         train_tiny.parse([*words, "--compile"])
     assert f"--compile {SPACED}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:0"])
+def test_the_small_models_refuse_a_device_that_is_not_here(device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny.parse(["--device", device])
+    assert stop.value.code == 2
+    assert f"--device: got {device!r}, allowed: cpu" in capsys.readouterr().err

@@ -154,8 +154,11 @@ class Denoiser(TinyDenoiser):
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Text `[B, T, 64]`, its mask `[B, T]` and the pooled text `[B, 64]`, as the pipeline makes them."""
         tokens, mask = self.tokens(captions)
-        layers = self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states
-        return layers[-SKIPPED_LAYERS - 1], mask, self.text_encoder_2(tokens).pooler_output
+        return self.llama_text(tokens, mask), mask, self.text_encoder_2(tokens).pooler_output
+
+    def llama_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The Llama's text `[B, T, 64]` of tokens and mask `[B, T]`, from the layer that pipelines take."""
+        return self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states[-SKIPPED_LAYERS - 1]
 
     def caption_loss(self, captions: list[str]) -> Tensor:
         """Cross-entropy of the direction of each token of the Llama's text, which has to tell its word.
@@ -163,8 +166,7 @@ class Denoiser(TinyDenoiser):
         Without it two shapes ended 2 % apart in that text, too near for the transformer to tell them.
         """
         tokens, mask = self.tokens(captions)
-        layers = self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states
-        text = functional.normalize(layers[-SKIPPED_LAYERS - 1].float(), dim=-1)[mask.bool()]
+        text = functional.normalize(self.llama_text(tokens, mask).float(), dim=-1)[mask.bool()]
         cosines = text @ functional.normalize(self.words, dim=-1).T
         return WORDS_APART * functional.cross_entropy(LIKENESS * cosines, tokens[mask.bool()])
 
