@@ -1,12 +1,14 @@
-"""A kernel that is made to fail: `blocks` whose output is spoilt in one call, compiled or not."""
+"""A kernel that is made to fail: that of "auto" on the CPU, whose output is spoilt in one call."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from radial_attn.kernels import blocks
+from radial_attn.backends import kernel
+from tests.machine import AUTO
 
 STATE: dict[str, object] = {"left": 0, "spoil": None}
 
@@ -36,7 +38,11 @@ def twice(output: Tensor) -> Tensor:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, call: int, how: Callable[[Tensor], Tensor]) -> None:
-    """Spoils one attention call of `blocks`, numbered from 0 from now on."""
-    original = blocks.attention
+    """Spoils one attention call, numbered from 0 from now on, of a sparse mask or ("blocks") a dense one."""
     STATE.update(left=call, spoil=how)
-    monkeypatch.setattr(blocks, "attention", lambda *args, **options: spoil(original(*args, **options)))
+    for module in map(kernel, {AUTO, "blocks"}):
+        monkeypatch.setattr(module, "attention", partial(_spoilt, module.attention))
+
+
+def _spoilt(original: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+    return spoil(original(*args, **options))

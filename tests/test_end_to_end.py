@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from scripts.config import ROOT
+from tests.machine import AUTO
 from toyworld import parse_caption, read
 
 PROMPT = "a red circle moving around on a navy background"
@@ -27,5 +28,5 @@ def test_the_bundled_model_makes_the_video_that_the_prompt_asks_for(tmp_path):
     assert all(read(torch.from_numpy(frames) / 255).matches(parse_caption(PROMPT)).values())
     record = json.loads((tmp_path / "red.json").read_text())
     assert record["config"]["attention"]["pattern"] == "radial"
-    assert record["density"] <= 0.60 and record["attention"]["calls"]["blocks"] > 0
+    assert record["density"] <= 0.60 and record["attention"]["calls"][AUTO] > 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["red.json", "red.mp4"]

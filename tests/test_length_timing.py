@@ -7,6 +7,7 @@ import torch
 
 from scripts import length_timing
 from scripts.length.layers import MODELS, Setting, layer_times, layers_report
+from tests.machine import AUTO
 
 
 def test_step_times_of_the_bundled_shape(tmp_path, capsys):
@@ -46,7 +47,7 @@ def test_step_times_by_layer(name, monkeypatch):
     monkeypatch.setattr(length_layers, "CASES", {spec.cases[frames]: case})
     setting = Setting(rank=2, repeats=1, device="cpu", dtype=torch.float32)
     times = layer_times(small, frames, setting)
-    assert times.tokens == case.grid.tokens and times.backend == "blocks"
+    assert times.tokens == case.grid.tokens and times.backend == AUTO
     assert min(seconds for pair in times.attention.values() for seconds in pair) > 0
     text = layers_report("it", small, [frames], setting)
     assert f"{spec.depth} layers of which 2 stay dense" in text and f"- {frames} frames, training: " in text

@@ -12,6 +12,7 @@ from diffusers import UniPCMultistepScheduler
 from models import apply_radial_attention
 from models.schedule import Schedule, StepCounter
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from tests.machine import AUTO
 from tests.tiny import wan_inputs, wan_pipeline
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
@@ -115,7 +116,7 @@ def test_pipeline_schedule_and_further_videos(guidance, halves):
             assert torch.equal(generate(pipeline, 1, guidance=guidance), dense[0])
         final = handle.report()
     assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 4, 2)
-    assert report["calls"] == {"dense": halves * (2 * 4 + 2 * 1), "blocks": halves * 2 * 3}
+    assert report["calls"] == {"dense": halves * (2 * 4 + 2 * 1), AUTO: halves * 2 * 3}
     assert (final["videos"], final["steps"], final["dense_steps"]) == (4, 10, 6)
     assert torch.equal(generate(pipeline, 3, guidance=guidance), dense[1])
 
@@ -155,7 +156,7 @@ def test_two_experts_share_one_count():
         1 < int((pipeline.scheduler.timesteps >= 800).sum()) < 5
     )  # the experts change amid the sparse steps
     assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 6, 3)
-    assert report["calls"] == {"dense": 3 * 4, "blocks": 3 * 4}
+    assert report["calls"] == {"dense": 3 * 4, AUTO: 3 * 4}
 
 
 def test_resolutions_and_pipelines_do_not_disturb_each_other():
@@ -199,8 +200,8 @@ def test_the_blocks_get_the_backend_that_the_report_names(caplog):
         for timestep in (900, 500, 400):
             transformer(**wan_inputs(timestep=timestep))
     mask = radial_mask(TokenGrid(6, 6, 8), config)
-    assert carried == 4 * [None] + 8 * [(mask, "blocks")]
-    assert handle.report()["calls"] == {"dense": 4, "blocks": 8}
+    assert carried == 4 * [None] + 8 * [(mask, AUTO)]
+    assert handle.report()["calls"] == {"dense": 4, AUTO: 8}
     assert [record.getMessage() for record in caplog.records] == [
-        f"backend blocks for [1, 4, 6, 12, 16] torch.float32 on cpu, density {mask.density:.3f}"
+        f"backend {AUTO} for [1, 4, 6, 12, 16] torch.float32 on cpu, density {mask.density:.3f}"
     ]

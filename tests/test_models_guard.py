@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from models import apply_radial_attention
 from models.guard import CheckError, resolve_check
 from tests.failing import fail, one_nan, twice
+from tests.machine import AUTO
 from tests.test_models_context import generate
 from tests.test_models_training import OPTIONS, SPARSE, assert_same_gradients, gradients, video
 from tests.test_models_wan import run
@@ -36,7 +37,7 @@ def test_the_first_output_that_is_not_finite_stops_the_call(prepare, monkeypatch
     """Layer 3 of the second half of step 4, where steps 1 and 2 are dense, 6 too, and layers 0 and 1."""
     transformer = prepare(wan_transformer())
     fail(monkeypatch, RADIAL_CALLS + 2 + 1, one_nan)
-    message = "non-finite attention output in layer 3 at step 4 of 6, float32, backend blocks"
+    message = f"non-finite attention output in layer 3 at step 4 of 6, float32, backend {AUTO}"
     with apply_radial_attention(transformer, SPARSE, check="nan", **OPTIONS) as handle:
         with pytest.raises(CheckError) as raised:
             video(transformer)
@@ -87,7 +88,8 @@ def test_reference_compares_each_layer_once_for_each_size(prepare, dtype, caplog
             run(prepared, **{name: value.to(dtype) for name, value in wan_inputs(*size).items()})
         report = handle.report()["check"]
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("check")]
-    starts = [f"check layer {layer}: blocks against reference: relative L2 " for layer in (1, 2, 3)]
+    backend = AUTO if dtype == torch.float32 else "blocks"
+    starts = [f"check layer {layer}: {backend} against reference: relative L2 " for layer in (1, 2, 3)]
     assert len(lines) == 6 and all(map(str.startswith, lines, 2 * starts)), lines
     assert report["mode"] == "reference" and report["compared"] == 6
     worst = report["worst"]
@@ -101,7 +103,7 @@ def test_reference_stops_at_a_wrong_output(prepare, monkeypatch, caplog):
     transformer = prepare(wan_transformer())
     fail(monkeypatch, 2, twice)
     message = (
-        r"wrong attention output in layer 2 at step 1, float32, backend blocks: relative L2 1\.00e\+00, "
+        rf"wrong attention output in layer 2 at step 1, float32, backend {AUTO}: relative L2 1\.00e\+00, "
     )
     with apply_radial_attention(transformer, SPARSE, check="reference"):
         with pytest.raises(CheckError, match=message) as raised:
@@ -163,6 +165,6 @@ def test_inference_mode_leaves_notes_that_training_can_use():
 def test_the_second_transformer_is_named(monkeypatch):
     pipeline = wan_pipeline(experts=2)
     fail(monkeypatch, 5 * 4 + 1, one_nan)
-    message = "in layer 1 of transformer_2 at step 6 of 6, float32, backend blocks"
+    message = f"in layer 1 of transformer_2 at step 6 of 6, float32, backend {AUTO}"
     with apply_radial_attention(pipeline, SPARSE, check="nan"), pytest.raises(CheckError, match=message):
         generate(pipeline, steps=6)

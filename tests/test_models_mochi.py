@@ -8,6 +8,7 @@ from models import apply_radial_attention
 from models.schedule import StepCounter
 from radial_attn import TokenGrid
 from tests.families import DENSE, FULL, SPARSE, masked_upstream, run
+from tests.machine import AUTO
 from tests.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 
 GRID = TokenGrid(6, 6, 8, 7)
@@ -105,7 +106,7 @@ def test_pipeline_saved_and_loaded(tmp_path):
             report = handle.report()
         assert each.scheduler.timesteps.diff().min() > 0
         assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 4, 2)
-        assert report["calls"] == {"dense": 2 * 4 + 2, "blocks": 2 * 3}
+        assert report["calls"] == {"dense": 2 * 4 + 2, AUTO: 2 * 3}
         assert report["grid"] == [4, 4, 6] and report["check"]["worst"]["relative_l2"] < 1e-6
     torch.testing.assert_close(videos[1], videos[0], atol=1e-5, rtol=0)
     assert (videos[0] - dense).abs().max() > 1e-3
