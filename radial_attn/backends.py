@@ -16,12 +16,12 @@ import torch
 
 from .block_mask import BlockMask
 
-BACKENDS = ("auto", "reference", "native", "blocks", "flex", "triton", "flashinfer", "sage")
+BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage")
 QUANTIZE = (None, "int8", "fp8")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
 # by device type, or by CUDA compute capability ("sm90") where it was measured; the first that serves a call
-ORDER = {"cpu": ("native", "blocks"), "cuda": ("flex", "triton", "blocks")}
+ORDER = {"cpu": ("cpp", "blocks"), "cuda": ("flex", "triton", "blocks")}
 MEASURED = {"cpu": "results/attention_cpu-amx_2026-11-21.md", "cuda": "not measured yet"}
 
 
@@ -80,8 +80,8 @@ def kernel(backend: str) -> ModuleType:
     match backend:
         case "reference":
             from .kernels import reference as module
-        case "native":
-            from .kernels import native as module
+        case "cpp":
+            from .kernels import cpp as module
         case "blocks":
             from .kernels import blocks as module
         case "flex":

@@ -81,7 +81,7 @@ def _compile(source: Path, compiler: str, out: Path) -> Path:
 def _fingerprint(source: Path, compiler: str) -> str:
     """Changes with whatever the library depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=LIMIT, check=True).stdout
-    headers = sorted(source.parent.glob(f"{source.stem}*.h"))
+    headers = sorted(source.parent.glob("*.h"))
     parts = [*(file.read_bytes() for file in (source, *headers)), version, repr((FLAGS, CHOICES)).encode()]
     digest = hashlib.sha256()
     for part in (*parts, *(line.encode() for line in _processor())):

@@ -1,4 +1,4 @@
-"""Times dense SDPA, blocks and flex side by side on radial masks, and measures their memory.
+"""Times dense SDPA, cpp, blocks and flex side by side on radial masks, and measures their memory.
 
     python -m scripts.benchmark [--quick] [--device cpu] [--out results]
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.backends import Call, obstacle
 from radial_attn.plan import Layout, candidate_plans
 from radial_attn.rectangles import dense_cpu, forward_plan
 from scripts.errors import OneLineParser
@@ -30,7 +31,8 @@ from scripts.timing import median_seconds
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
 FLEX_SECONDS = 60  # flex is left out where the shape before says that it would take longer
-BACKENDS = ("dense", "blocks", "flex")
+BACKENDS = ("dense", "cpp", "blocks", "flex")
+TRAINABLE = ("dense", "cpp", "blocks")  # everywhere
 FRAME = TokenGrid(1, 32, 32)  # 1024 tokens
 
 
@@ -103,13 +105,19 @@ def measure(backend: str, case: Case) -> Row:
     return row
 
 
+def serving(names: tuple[str, ...], case: Case) -> list[str]:
+    """Those of the backends that serve a case."""
+    asked = Call(torch.device(case.device), getattr(torch, case.dtype), case.head_width, case.backward)
+    return [name for name in names if name == "dense" or obstacle(name, asked) is None]
+
+
 def growing(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
     """Forward times of all backends over video length."""
     for dtype in ("float32", "bfloat16"):
         flex_seconds = 0.0
         for frames in frame_counts:
             case = Case(frames, dtype, device=device)
-            for backend in BACKENDS:
+            for backend in serving(BACKENDS, case):
                 if backend != "flex" or 4 * flex_seconds < FLEX_SECONDS:
                     row = measure(backend, case)
                 else:
@@ -119,11 +127,12 @@ def growing(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
 
 
 def training(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
-    """Forward and backward of the two backends that have one everywhere."""
+    """Forward and backward of the backends that have one everywhere."""
     for dtype in ("float32", "bfloat16"):
         for frames in frame_counts:
-            for backend in ("dense", "blocks"):
-                yield measure(backend, Case(frames, dtype, device=device, backward=True))
+            case = Case(frames, dtype, device=device, backward=True)
+            for backend in serving(TRAINABLE, case):
+                yield measure(backend, case)
 
 
 def small(device: str) -> Iterator[Row]:
@@ -131,7 +140,7 @@ def small(device: str) -> Iterator[Row]:
     for frames in (9, 33):
         for dtype in ("float32", "bfloat16"):
             case = Case(frames, dtype, 8, 8, block_size=16, batch=2, heads=4, head_width=48, device=device)
-            for backend in ("dense", "blocks"):
+            for backend in serving(TRAINABLE, case):
                 yield measure(backend, case)
 
 
@@ -157,9 +166,10 @@ def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
     """Peak MiB of one call, inputs included, for each data type and backend, each in a process of its own."""
     peaks: dict[str, dict[str, float]] = {}
     for dtype in ("float32", "bfloat16"):
-        for backend in ("dense", "blocks"):
-            case = json.dumps(asdict(Case(frames, dtype, device=device)))
-            command = [sys.executable, "-m", "scripts.benchmark", "--memory-of", backend, case]
+        case = Case(frames, dtype, device=device)
+        for backend in serving(TRAINABLE, case):
+            words = ["--memory-of", backend, json.dumps(asdict(case))]
+            command = [sys.executable, "-m", "scripts.benchmark", *words]
             peaks.setdefault(dtype, {})[backend] = float(subprocess.check_output(command, text=True))
             print(
                 f"{frames * 1024:6d} tokens {dtype:9} memory {backend:7} {peaks[dtype][backend]:7.1f} MiB",

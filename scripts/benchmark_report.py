@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from scripts.benchmark import Row
 
-COLOURS = {"dense": "tab:gray", "blocks": "tab:blue", "flex": "tab:orange"}
+COLOURS = {"dense": "tab:gray", "cpp": "tab:green", "blocks": "tab:blue", "flex": "tab:orange"}
 STYLES = {"float32": "-", "bfloat16": "--"}
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
 
@@ -35,7 +35,7 @@ def write(
     )
     plot(parts["growing"], path.with_suffix(".png"))
     lines = [
-        f"# Attention on the {device.upper()}: dense SDPA, blocks, flex",
+        f"# Attention on the {device.upper()}: dense SDPA, cpp, blocks, flex",
         f"\n`{command}`, {date}, {about}.",
         f"{machine(device)}; torch {torch.__version__}.",
         "Radial masks, decay factor 1, with sink, frames of 32 x 32 tokens, blocks of 128, 8 heads of 64,",
@@ -109,12 +109,12 @@ def memory_section(peaks: dict, rows: list["Row"]) -> list[str]:
         f"\n## Peak memory of a forward call{tokens}\n",
         "Growth of a fresh process by inputs and call, after a small call: on the CPU its peak resident",
         "size (VmHWM, reset before) less the resident size before, on CUDA torch's peak of allocations.\n",
-        "| dtype | dense, MiB | blocks, MiB | ratio |",
+        "| dtype | backend | MiB | times dense |",
         "|---|---|---|---|",
     ]
     for dtype, peak in peaks.items():
-        ratio = peak["blocks"] / peak["dense"]
-        lines.append(f"| {dtype} | {peak['dense']:.1f} | {peak['blocks']:.1f} | {ratio:.2f} |")
+        for backend, size in peak.items():
+            lines.append(f"| {dtype} | {backend} | {size:.1f} | {size / peak['dense']:.2f} |")
     return lines
 
 

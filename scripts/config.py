@@ -74,7 +74,7 @@ class MaskConfig:
     backend: str = key(
         "auto",
         "kernel of the sparse attention",
-        ("auto", "reference", "native", "blocks", "flex", "triton", "flashinfer", "sage"),
+        ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage"),
     )
     block_size: int = key(128, "tokens per block", (16, 32, 64, 128, 256))
     density: float | None = key(

@@ -1,4 +1,4 @@
-"""What "auto" takes for a sparse mask in float32 on this machine's CPU: `native` where it compiles."""
+"""What "auto" takes for a sparse mask in float32 on this machine's CPU: `cpp` where it compiles."""
 
 import torch
 

@@ -50,7 +50,7 @@ def test_the_table(capsys):
     assert head.split() == ["backend", "installed", "usable", "why", "not"]
     assert [row.split()[0] for row in rows] == list(BACKENDS[1:])
     assert "runs on cuda, got a tensor on cpu" in next(row for row in rows if row.startswith("triton"))
-    assert order.startswith("auto tries: native, blocks (results/")
+    assert order.startswith("auto tries: cpp, blocks (results/")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda"])

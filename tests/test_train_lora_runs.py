@@ -21,6 +21,7 @@ from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.latents import LatentStore
 from scripts.train_lora import main
 from tests.lora_cases import FILE, adapter, launch_training, losses, same, train
+from tests.machine import AUTO
 
 
 def test_a_stopped_run_goes_on_to_the_same(lora_config, lora_run, tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
         ("train.rat=1", "unknown key 'train.rat'"),
         ("train.optimizer=adamw8bit", "which needs a GPU; allowed here: adamw"),
         ("model.expert=2", "model.expert: got 2, allowed: 1, the model has one transformer"),
-        ("attention.backend=flex", "allowed here, with gradients: reference, blocks"),
+        ("attention.backend=flex", f"allowed here, with gradients: reference, {AUTO}"),
         ("attention.dense_layers=9", "attention.dense_layers: got 9, allowed: 0 to 4"),
         ("model.dtype=float16", "model.dtype: got 'float16', allowed: bfloat16, float32; gradients"),
         ("train.seed=9223372036854775808", "allowed: 0 to 2^63 - 1"),

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "native_vectors.h"
+#include "vectors.h"
 
 namespace radial {
 

@@ -7,8 +7,8 @@
 #include <cmath>
 #include <limits>
 
-#include "native_problem.h"
-#include "native_products.h"
+#include "problem.h"
+#include "products.h"
 
 namespace {
 
@@ -21,9 +21,11 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 struct Scratch {
     std::vector<float> scores, slopes, out, query, grad;
     std::vector<Index> panels;
-    Scratch(Index wide, bool backward)
-        : scores(TILE * SCORES), slopes(backward ? TILE * SCORES : 0), out(TILE * wide), query(TILE * wide),
-          grad(backward ? TILE * wide : 0) {}
+    Scratch(const Problem& is, bool backward)
+        : scores(TILE * SCORES), slopes(backward ? TILE * SCORES : 0), out(TILE * is.wide()),
+          query(TILE * is.wide()), grad(backward ? TILE * is.wide() : 0) {
+        panels.reserve(is.padded() / PANEL);
+    }
 };
 
 // run(panels, count) over chunks of a thread's panels
@@ -185,7 +187,7 @@ void radial_forward(const float* const* inputs, const std::int64_t* strides, con
         pack_rows(values + at, value, is, b, h, first, stop, 1.0f);
     });
     Forward forward{is, query, keys, values, scale, out, lse};
-    std::vector<Scratch> scratch(is.threads, Scratch(is.wide(), false));
+    std::vector<Scratch> scratch(is.threads, Scratch(is, false));
     in_parallel(is.batch * is.heads * blocks, is.threads, [&](Index task, int thread) {
         Index place = task / blocks, block = task % blocks, b = place / is.heads, h = place % is.heads;
         is.panels_of(h, block, is.limits[b], scratch[thread].panels);
@@ -211,7 +213,7 @@ void radial_backward(const float* const* inputs, const std::int64_t* strides, co
         pack_rows(rows_of_keys + at, key, is, b, h, first, stop, 1.0f);
     });
     Backward backward{is, grad, query, out, lse, keys, values, rows_of_keys, scale, grads[0]};
-    std::vector<Scratch> scratch(is.threads, Scratch(is.wide(), true));
+    std::vector<Scratch> scratch(is.threads, Scratch(is, true));
     in_parallel(is.batch * is.heads * parts, is.threads, [&](Index task, int thread) {
         Index place = task / parts, part = task % parts, b = place / is.heads, h = place % is.heads;
         float *to_key = sums + 2 * task * each, *to_value = to_key + each;

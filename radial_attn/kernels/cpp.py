@@ -1,6 +1,6 @@
-"""Block-sparse attention in C++ for CPUs, float32: native.cpp, compiled when it is first used.
+"""Block-sparse attention in C++ for CPUs, float32: cpp/attention.cpp, compiled when it is first used.
 
-One operator for autograd and torch.compile, `radial_attn::native_attention`.
+One operator for autograd and torch.compile, `radial_attn::cpp_attention`.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from ..backends import Call, Needs
 from ..block_mask import BlockMask
 from ..library import load_library
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
 
 
 @torch.compiler.assume_constant_result
@@ -40,11 +40,11 @@ def attention(
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
     """
     valid = None if text_lengths is None else text_lengths + mask.grid.video_tokens
-    return native_attention(query, key, value, mask.blocks, mask.block_size, valid, scale)[0]
+    return cpp_attention(query, key, value, mask.blocks, mask.block_size, valid, scale)[0]
 
 
-@torch.library.custom_op("radial_attn::native_attention", mutates_args=())
-def native_attention(  # noqa: PLR0917 (an operator's schema is positional)
+@torch.library.custom_op("radial_attn::cpp_attention", mutates_args=())
+def cpp_attention(  # noqa: PLR0917 (an operator's schema is positional)
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -67,8 +67,8 @@ def native_attention(  # noqa: PLR0917 (an operator's schema is positional)
     return out, lse
 
 
-@torch.library.custom_op("radial_attn::native_attention_backward", mutates_args=())
-def native_attention_backward(  # noqa: PLR0917
+@torch.library.custom_op("radial_attn::cpp_attention_backward", mutates_args=())
+def cpp_attention_backward(  # noqa: PLR0917
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -80,7 +80,7 @@ def native_attention_backward(  # noqa: PLR0917
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `native_attention`."""
+    """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `cpp_attention`."""
     call = _Call((grad, query, key, value, out), blocks, block_size, valid)
     grads = tuple(query.new_empty(query.shape) for _ in range(3))
     work, lse = call.workspace(backward=True), lse.contiguous()
@@ -90,12 +90,12 @@ def native_attention_backward(  # noqa: PLR0917
     return grads
 
 
-@native_attention.register_fake
+@cpp_attention.register_fake
 def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3])
 
 
-@native_attention_backward.register_fake
+@cpp_attention_backward.register_fake
 def _(_grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(query.new_empty(query.shape) for _ in range(3))
 
@@ -109,14 +109,14 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
     *tensors, blocks, valid = ctx.saved_tensors
     block_size, scale = ctx.numbers
-    return *native_attention_backward(grad, *tensors, blocks, block_size, valid, scale), *[None] * 4
+    return *cpp_attention_backward(grad, *tensors, blocks, block_size, valid, scale), *[None] * 4
 
 
-native_attention.register_autograd(_gradients, setup_context=_setup_context)
+cpp_attention.register_autograd(_gradients, setup_context=_setup_context)
 
 
 class _Call:
-    """The arguments of a call as native.cpp takes them; what they point to lives as long as this."""
+    """The arguments of a call as cpp/attention.cpp takes them; what they point to lives as long as this."""
 
     def __init__(
         self, tensors: tuple[Tensor, ...], blocks: Tensor, block_size: int, valid: Tensor | None

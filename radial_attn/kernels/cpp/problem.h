@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "native_vectors.h"
+#include "vectors.h"
 
 namespace radial {
 

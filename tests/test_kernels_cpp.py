@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
-from radial_attn.kernels.native import SOURCE, native_attention
+from radial_attn.kernels.cpp import SOURCE, cpp_attention
 from radial_attn.library import load_library
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
 
@@ -35,13 +35,13 @@ def poison():
 def test_equals_definition(tokens, width, poison):
     grid = GRIDS[tokens]
     batch, heads = (1, 1) if tokens == 1000 else (1 + width % 3, 2)
-    compare("native", make_inputs(grid, batch, heads, width), make_mask(grid), torch.float32)
+    compare("cpp", make_inputs(grid, batch, heads, width), make_mask(grid), torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [11, 11], [0, 11], [4, 9], [5, 5]])
 def test_padded_text(lengths, poison):
     grid = GRIDS[111]
-    compare("native", make_inputs(grid, 2, 3, 12), make_mask(grid), torch.float32, text_lengths=lengths)
+    compare("cpp", make_inputs(grid, 2, 3, 12), make_mask(grid), torch.float32, text_lengths=lengths)
 
 
 @pytest.mark.parametrize("lengths", [None, [0, 3, 10], [10, 3, 3]])
@@ -49,7 +49,7 @@ def test_padded_text(lengths, poison):
 def test_mask_per_head(heads, lengths, poison):
     grid = GRIDS[1000]
     inputs = make_inputs(grid, 3, heads, 16)
-    compare("native", inputs, make_mask(grid, 32, heads), torch.float32, text_lengths=lengths)
+    compare("cpp", inputs, make_mask(grid, 32, heads), torch.float32, text_lengths=lengths)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
@@ -57,7 +57,7 @@ def test_mask_per_head(heads, lengths, poison):
 def test_block_sizes(grid, block_size, poison):
     lengths = [grid.text // 2] * 2 if grid.text else None
     mask = make_mask(grid, block_size)
-    compare("native", make_inputs(grid, 2, 2, 16), mask, torch.float32, text_lengths=lengths)
+    compare("cpp", make_inputs(grid, 2, 2, 16), mask, torch.float32, text_lengths=lengths)
 
 
 def test_a_sequence_whose_gradients_are_summed_in_parts():
@@ -65,7 +65,7 @@ def test_a_sequence_whose_gradients_are_summed_in_parts():
     blocks = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) < 0.1
     blocks.fill_diagonal_(fill_value=True)
     mask = BlockMask.from_blocks(grid, blocks, 128)
-    compare("native", make_inputs(grid, 1, 1, 16), mask, torch.float32)
+    compare("cpp", make_inputs(grid, 1, 1, 16), mask, torch.float32)
 
 
 def test_padding_that_leaves_a_row_without_keys():
@@ -74,14 +74,14 @@ def test_padding_that_leaves_a_row_without_keys():
     blocks[0] = torch.tensor([0, 0, 0, 1])
     inputs = make_inputs(grid, 1, 2, 16)
     mask = BlockMask.from_blocks(grid, blocks, 16)
-    compare("native", inputs, mask, torch.float32, text_lengths=[16])
-    assert not run("native", inputs, mask, torch.float32, text_lengths=[16])[0][:, :16].any()
+    compare("cpp", inputs, mask, torch.float32, text_lengths=[16])
+    assert not run("cpp", inputs, mask, torch.float32, text_lengths=[16])[0][:, :16].any()
 
 
 def test_padded_rows_are_zeros_and_padding_is_not_read():
     grid = GRIDS[111]
     query, key, value, _ = make_inputs(grid, 2, 2, 16)
-    options = {"mask": make_mask(grid), "backend": "native", "text_lengths": [3, 7]}
+    options = {"mask": make_mask(grid), "backend": "cpp", "text_lengths": [3, 7]}
     before = radial_attention(query, key, value, **options)
     for sample, length in enumerate((3, 7)):
         assert not before[sample, 100 + length :].any()
@@ -94,11 +94,11 @@ def test_inputs_unchanged_and_any_strides():
     grid, mask = GRIDS[1000], make_mask(GRIDS[1000])
     packed = torch.randn(2, 4, grid.tokens, 3, 16).permute(3, 0, 2, 1, 4)
     copy = packed.clone()
-    out = radial_attention(*packed, mask, backend="native")
+    out = radial_attention(*packed, mask, backend="cpp")
     assert torch.equal(packed, copy)
-    assert torch.equal(out, radial_attention(*copy.contiguous(), mask, backend="native"))
+    assert torch.equal(out, radial_attention(*copy.contiguous(), mask, backend="cpp"))
     apart = copy.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert apart.stride(-1) != 1 and torch.equal(out, radial_attention(*apart, mask, backend="native"))
+    assert apart.stride(-1) != 1 and torch.equal(out, radial_attention(*apart, mask, backend="cpp"))
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
@@ -108,7 +108,7 @@ def test_what_is_not_finite_shows_in_the_rows_that_see_it(which, number):
     blocks = torch.eye(16, dtype=torch.bool)
     inputs = list(make_inputs(grid, 1, 1, 48)[:3])
     inputs[which][0, 20, 0, 5] = number
-    out = radial_attention(*inputs, BlockMask.from_blocks(grid, blocks, 16), backend="native")
+    out = radial_attention(*inputs, BlockMask.from_blocks(grid, blocks, 16), backend="cpp")
     seen = ~out.isfinite().all(dim=-1).flatten()
     assert seen[16:32].any() and not seen[:16].any() and not seen[32:].any()
 
@@ -116,13 +116,13 @@ def test_what_is_not_finite_shows_in_the_rows_that_see_it(which, number):
 def test_large_scores_do_not_overflow():
     grid = GRIDS[111]
     inputs = [x * 10 for x in make_inputs(grid, 1, 2, 16)]
-    compare("native", inputs, make_mask(grid), torch.float32)
+    compare("cpp", inputs, make_mask(grid), torch.float32)
 
 
 def test_log_sum_exp_is_that_of_the_scores():
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     query, key, value, _ = make_inputs(grid, 1, 2, 16)
-    _, lse = native_attention(query, key, value, mask.blocks, mask.block_size, None, 0.25)
+    _, lse = cpp_attention(query, key, value, mask.blocks, mask.block_size, None, 0.25)
     scores = torch.einsum("bqhd,bkhd->bqhk", query, key).double() * 0.25
     scores = scores.masked_fill(~mask.token_mask()[None, :, None], -torch.inf)
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
@@ -131,11 +131,11 @@ def test_log_sum_exp_is_that_of_the_scores():
 def test_no_sum_depends_on_threads():
     grid = TokenGrid(18, 16, 16)
     inputs, mask = make_inputs(grid, 1, 3, 16), make_mask(TokenGrid(18, 16, 16), 64)
-    results = []
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(run("native", inputs, mask, torch.float32))
-    torch.set_num_threads(2)
+        results.append(run("cpp", inputs, mask, torch.float32))
+    torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -144,14 +144,14 @@ def test_operator_is_what_it_says_to_compilers():
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     query, key, value, _ = (x.requires_grad_() for x in make_inputs(grid, 1, 2, 16))
     arguments = query, key, value, mask.blocks, mask.block_size, torch.tensor([60]), 0.25
-    torch.library.opcheck(native_attention, arguments)
+    torch.library.opcheck(cpp_attention, arguments)
 
 
 def test_only_float32_on_the_cpu():
     grid = GRIDS[63]
     tensors = [x.bfloat16() for x in make_inputs(grid, 1, 2, 16)[:3]]
-    with pytest.raises(ValueError, match=r"backend 'native' takes float32, got torch\.bfloat16"):
-        radial_attention(*tensors, make_mask(grid, heads=2), backend="native")
+    with pytest.raises(ValueError, match=r"backend 'cpp' takes float32, got torch\.bfloat16"):
+        radial_attention(*tensors, make_mask(grid, heads=2), backend="cpp")
 
 
 def test_without_a_compiler_it_names_one(monkeypatch, tmp_path):
@@ -198,14 +198,14 @@ def test_narrower_vectors_compute_the_same(flags, monkeypatch, tmp_path):
         "import torch; from radial_attn import library; "
         f"library.CHOICES = (({', '.join(map(repr, (*flags, '-pthread')))},),); "
         "from tests.attention_cases import GRIDS, compare, make_inputs, make_mask; torch.manual_seed(0); "
-        "[compare('native', make_inputs(GRIDS[111], 2, 2, w), make_mask(GRIDS[111]), torch.float32, "
+        "[compare('cpp', make_inputs(GRIDS[111], 2, 2, w), make_mask(GRIDS[111]), torch.float32, "
         "text_lengths=[4, 11]) for w in (10, 48)]"
     )
     environment = os.environ | {"RADIAL_ATTN_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program],
         check=False,
-        cwd=SOURCE.parents[2],
+        cwd=SOURCE.parents[3],
         env=environment,
         capture_output=True,
         text=True,
