@@ -22,7 +22,7 @@ HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
 # by device type, or by CUDA compute capability ("sm90") where it was measured; the first that serves a call
 ORDER = {"cpu": ("cpp", "blocks"), "cuda": ("flex", "triton", "blocks")}
-MEASURED = {"cpu": "results/attention_cpu-amx_2026-11-21.md", "cuda": "not measured yet"}
+MEASURED = {"cpu": "results/attention_cpu-avx512_2026-11-22.md", "cuda": "not measured yet"}
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,11 @@ def token_times(inputs: dict) -> dict:
     return inputs | {"timestep": times.flatten(1)}
 
 
-def cases(ring: int) -> Iterator[Case]:
+def cases(ring: int, processes: int) -> Iterator[Case]:
     """Every family, radial and dense, with tokens that 2 and 4 divide and that they do not, batch 1 and 2.
 
-    A ring has no 8-bit products; it takes tokens that nothing divides.
+    A ring has no 8-bit products; it takes tokens that nothing divides. Four processes without a ring take
+    both kinds of layer in one model.
     """
     replaced = partial(hunyuan_transformer, image_condition_type="token_replace")
     families = {
@@ -64,6 +65,8 @@ def cases(ring: int) -> Iterator[Case]:
             scaled = sizes[0], sizes[1] * patch, sizes[2] * patch
             for kind, options in (("radial", RADIAL), ("dense", DENSE), ("mixed", MIXED)):
                 if ring > 1 and (sizes[0] == 6 or kind == "mixed"):
+                    continue
+                if ring == 1 and processes == 4 and kind != "mixed":
                     continue
                 yield f"{name}, {sizes}, {kind}", transformer, partial(inputs, *scaled), options
     for quantize in ("int8", "fp8") if ring == 1 else ():
@@ -135,7 +138,7 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
     """Each case by name with its difference: transformers where all share the sequence, else pipelines."""
     shares = all_shares(degrees)
     if degrees.cfg == 1:
-        for case in cases(degrees.ring):
+        for case in cases(degrees.ring, degrees.processes):
             yield from differences(case, shares)
     for name, make in pipelines().items():
         for prompts in (1, 2) if degrees.ring == 1 else (2,):
