@@ -139,13 +139,18 @@ class BlockMask:
         return int((keys * self.block_tokens).sum())
 
     def _build_csr(self) -> tuple[Tensor, Tensor]:
-        counts = self._row_counts()
-        ends = counts.flatten().cumsum(0).view(counts.shape)
-        starts = ends[..., :1] - counts[..., :1]
-        indptr = torch.cat([starts, ends], dim=-1).to(torch.int32)
-        numbers = np.arange(self.blocks.shape[-1], dtype=np.int32)
-        kept = np.broadcast_to(numbers, self.blocks.shape)[self.blocks.numpy()]
-        return indptr, torch.from_numpy(kept)
+        return csr_of(self.blocks, self._row_counts())
+
+
+def csr_of(blocks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`BlockMask.indptr` and `indices` of `blocks`; `counts`: kept blocks of each row, where known."""
+    counts = torch.from_numpy(np.count_nonzero(blocks.numpy(), axis=-1)) if counts is None else counts
+    ends = counts.flatten().cumsum(0).view(counts.shape)
+    starts = ends[..., :1] - counts[..., :1]
+    indptr = torch.cat([starts, ends], dim=-1).to(torch.int32)
+    numbers = np.arange(blocks.shape[-1], dtype=np.int32)
+    kept = np.broadcast_to(numbers, blocks.shape)[blocks.numpy()]
+    return indptr, torch.from_numpy(kept)
 
 
 def _infer_block_size(grid: TokenGrid, blocks: Tensor) -> int:

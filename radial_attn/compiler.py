@@ -3,6 +3,7 @@
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,12 +20,18 @@ def compiler_problem(device_type: str) -> str | None:
     if on_gpu and find_spec("triton") is None:
         return "Triton on CUDA: pip install triton"
     variable, *names = ("CC", "gcc", "clang", "cc") if on_gpu else ("CXX", "g++", "clang++")
-    if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
+    if find_program(variable, names) is None:
         return f"a compiler on {device_type}, and found none: apt install {names[0]}"
     spaced = [] if on_gpu else [folder for folder in _linked_folders() if " " in folder]
     if spaced:
         return f"folders without a space on cpu, and found {spaced[0]!r}: set this up in another folder"
     return None
+
+
+def find_program(variable: str, names: Iterable[str]) -> str | None:
+    """The path of the program that an environment variable names, else of the first one found; or None."""
+    found = (shutil.which(name) for name in (os.environ.get(variable), *names) if name)
+    return next(filter(None, found), None)
 
 
 def _linked_folders() -> list[str]:

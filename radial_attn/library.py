@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from .compiler import find_program
+
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 # the first that the compiler takes: a processor's own instructions, torch's threads
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
@@ -26,21 +28,16 @@ LIMIT = 300  # seconds for one attempt
 @lru_cache
 def load_library(source: Path) -> ctypes.CDLL | str:
     """The library of a source file, or in one line what it lacks, to follow "needs"."""
-    compiler = find_compiler()
+    compiler = find_program("CXX", COMPILERS)
     if compiler is None:
         return "a C++ compiler, and found none: apt install g++"
     try:
-        return ctypes.CDLL(str(_build(source, compiler)))
+        with tempfile.TemporaryDirectory(prefix="radial_attn_") as spare:
+            return ctypes.CDLL(str(_build(source, compiler, Path(spare))))
     except (OSError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
         return f"{source.name} compiled by {compiler}, which failed: {reason}"
-
-
-def find_compiler() -> str | None:
-    """The path of the compiler that CXX names, else of the first known one; None without any."""
-    found = (shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name)
-    return next(filter(None, found), None)
 
 
 def cache_folder() -> Path:
@@ -50,19 +47,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radial_attn"
 
 
-def _build(source: Path, compiler: str) -> Path:
-    """The library's path; where the user's folder cannot be written to, in one that lasts for the process."""
-    target = cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
-    if target.is_file():
-        return target
+def _build(source: Path, compiler: str, spare: Path) -> Path:
+    """The library's path, in the folder `spare` where the user has none that can be written to."""
+    name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
+        target = cache_folder() / name
+        if target.is_file():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=target.parent)
-    except OSError:
-        folder = tempfile.mkdtemp(prefix="radial_attn_")
-        return _compile(source, compiler, Path(folder) / target.name)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        return _compile(source, compiler, spare / name)
     try:
-        os.replace(_compile(source, compiler, Path(folder) / target.name), target)
+        os.replace(_compile(source, compiler, Path(folder) / name), target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target

@@ -8,8 +8,10 @@ import torch
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask, rectangles
 from radial_attn.plan import Layout, candidate_plans, plan_attention
 from tests.attention_cases import GRIDS, assert_as_good_as, compare, exact, make_inputs, make_mask, run
+from tests.machine import AUTO
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+kernels = pytest.mark.parametrize("backend", sorted({"blocks", AUTO}))  # with that in C++ where it compiles
 
 
 @pytest.fixture(autouse=True)
@@ -64,20 +66,22 @@ def test_block_sizes(grid, block_size, poison):
     compare("blocks", make_inputs(grid, 2, 2, 16), mask, torch.float32, text_lengths=lengths)
 
 
-def test_padding_that_leaves_a_row_without_keys():
+@kernels
+def test_padding_that_leaves_a_row_without_keys(backend):
     grid = TokenGrid(1, 4, 8, text=32)
     blocks = torch.eye(4, dtype=torch.bool)
     blocks[0] = torch.tensor([0, 0, 0, 1])
     inputs = make_inputs(grid, 1, 2, 16)
     mask = BlockMask.from_blocks(grid, blocks, 16)
-    compare("blocks", inputs, mask, torch.float32, text_lengths=[16])
-    assert not run("blocks", inputs, mask, torch.float32, text_lengths=[16])[0][:, :16].any()
+    compare(backend, inputs, mask, torch.float32, text_lengths=[16])
+    assert not run(backend, inputs, mask, torch.float32, text_lengths=[16])[0][:, :16].any()
 
 
-def test_padded_rows_are_zeros_and_padding_is_not_read():
+@kernels
+def test_padded_rows_are_zeros_and_padding_is_not_read(backend):
     grid = GRIDS[111]
     query, key, value, _ = make_inputs(grid, 2, 2, 16)
-    options = {"mask": make_mask(grid), "backend": "blocks", "text_lengths": [3, 7]}
+    options = {"mask": make_mask(grid), "backend": backend, "text_lengths": [3, 7]}
     before = radial_attention(query, key, value, **options)
     for sample, length in enumerate((3, 7)):
         assert not before[sample, 100 + length :].any()
@@ -86,22 +90,24 @@ def test_padded_rows_are_zeros_and_padding_is_not_read():
     assert torch.equal(radial_attention(query, key, value, **options), before)
 
 
-def test_inputs_unchanged_and_any_strides():
+@kernels
+def test_inputs_unchanged_and_any_strides(backend):
     grid, mask = GRIDS[1000], make_mask(GRIDS[1000])
     packed = torch.randn(2, 4, grid.tokens, 3, 16).permute(3, 0, 2, 1, 4)
     copy = packed.clone()
     query, key, value = packed
     assert not query.is_contiguous()
-    out = radial_attention(query, key, value, mask, backend="blocks")
+    out = radial_attention(query, key, value, mask, backend=backend)
     assert torch.equal(packed, copy)
-    assert torch.equal(out, radial_attention(*copy.contiguous(), mask, backend="blocks"))
+    assert torch.equal(out, radial_attention(*copy.contiguous(), mask, backend=backend))
 
 
-def test_scale():
+@kernels
+def test_scale(backend):
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     query, key, value, _ = make_inputs(grid, 1, 2, 16)
-    scaled = radial_attention(query * 3, key, value, mask, backend="blocks", scale=0.25 / 3)
-    torch.testing.assert_close(scaled, radial_attention(query, key, value, mask, backend="blocks"))
+    scaled = radial_attention(query * 3, key, value, mask, backend=backend, scale=0.25 / 3)
+    torch.testing.assert_close(scaled, radial_attention(query, key, value, mask, backend=backend))
 
 
 @pytest.mark.parametrize("lengths", [None, [0, 6]])

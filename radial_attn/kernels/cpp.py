@@ -7,12 +7,11 @@ import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..backends import Call, Needs
-from ..block_mask import BlockMask
+from ..block_mask import BlockMask, csr_of
 from ..library import load_library
 
 SOURCE = Path(__file__).with_name("cpp") / "attention.cpp"
@@ -139,13 +138,10 @@ class _Call:
 
 
 def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """CSR of all rows, int32: offsets `[rows + 1]`, key blocks; made once, it hangs on the mask's tensor."""
-    if "lists" not in blocks.__dict__:
-        rows = blocks.flatten(0, -2).numpy()
-        offsets = np.concatenate([[0], np.count_nonzero(rows, axis=1).cumsum()])
-        arrays = offsets, rows.nonzero()[1]
-        blocks.__dict__["lists"] = tuple(torch.from_numpy(x.astype(np.int32)) for x in arrays)
-    return blocks.__dict__["lists"]
+    """CSR of a mask, made once: it hangs on the mask's tensor."""
+    if "csr" not in blocks.__dict__:
+        blocks.__dict__["csr"] = csr_of(blocks)
+    return blocks.__dict__["csr"]
 
 
 def _numbers(numbers: Iterable[int]) -> ctypes.Array:

@@ -36,7 +36,7 @@ struct Problem {
     Index batch, tokens, heads, width, size;  // size: tokens of a block
     Index lists;                              // 1, or as many as heads
     int threads;
-    const std::int32_t *indptr, *indices;  // CSR of the kept key blocks, ascending, list after list
+    const std::int32_t *indptr, *indices;  // CSR of kept key blocks, ascending; offsets [lists][blocks + 1]
     const Index* limits;                   // tokens of each sample that count
 
     Problem(const Index* sizes, const std::int32_t* indptr, const std::int32_t* indices, const Index* limits)
@@ -52,7 +52,7 @@ struct Problem {
     // numbers of the panels that hold tokens which count, of the blocks that query block `row` keeps
     void panels_of(Index head, Index row, Index limit, std::vector<Index>& panels) const {
         panels.clear();
-        Index at = (lists == 1 ? 0 : head) * blocks() + row;
+        Index at = (lists == 1 ? 0 : head * (blocks() + 1)) + row;
         for (Index i = indptr[at]; i < indptr[at + 1]; ++i) {
             Index first = indices[i] * size, end = std::min(first + size, limit);
             for (Index token = first; token < end; token += PANEL) panels.push_back(token / PANEL);
