@@ -131,10 +131,22 @@ def _gif_frames(path: Path) -> Iterator[Image.Image]:
             yield upright(frame)
 
 
-def _video_frames(path: Path) -> Iterator[Image.Image]:
+def video_reader(path: Path) -> Any:
+    """imageio's reader of a video file, a context manager; one of BROKEN where it cannot be read.
+
+    imageio fails once in some hundred files to catch what ffmpeg says of a good one
+    (https://github.com/imageio/imageio/issues/273), so that a file is refused at the second try only.
+    """
     import imageio
 
-    with imageio.get_reader(path, format="FFMPEG") as reader:
+    try:
+        return imageio.get_reader(path, format="FFMPEG")
+    except OSError:
+        return imageio.get_reader(path, format="FFMPEG")
+
+
+def _video_frames(path: Path) -> Iterator[Image.Image]:
+    with video_reader(path) as reader:
         for frame in reader.iter_data():
             yield Image.fromarray(frame)
 

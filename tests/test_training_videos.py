@@ -3,12 +3,13 @@
 import subprocess
 from pathlib import Path
 
+import imageio
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from scripts import prepare_latents
 from scripts.lora.config import DataConfig
-from scripts.lora.training_videos import Video, plan_clips, read_clips, too_short
+from scripts.lora.training_videos import Video, plan_clips, read_clips, read_videos, too_short
 from tests.latent_cases import run, table, write_video
 
 CONFIG = Path("configs/train/wan_tiny_4x.yaml")
@@ -95,6 +96,20 @@ def test_bad_input_is_one_line_before_a_weight_is_loaded(case, folder, capsys, m
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and all(word in line for word in words), line
     assert not (folder / "out").exists()
+
+
+def test_a_good_video_is_read_where_imageio_fails_once(folder, monkeypatch):
+    reader, calls = imageio.get_reader, []
+
+    def failing_once(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError("Could not load meta information")
+        return reader(*arguments, **options)
+
+    monkeypatch.setattr(imageio, "get_reader", failing_once)
+    (found,) = read_videos(DataConfig(folder=str(folder), sizes=[[9, 32, 32]]))
+    assert (found.name, found.frames, len(calls)) == ("a.mp4", 9, 2)
 
 
 def test_a_video_that_breaks_off_is_named(tmp_path):

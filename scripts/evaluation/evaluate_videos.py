@@ -23,6 +23,7 @@ from scripts.evaluation.evaluate_attention import Readings
 from scripts.evaluation.evaluate_config import DENSE
 from scripts.evaluation.metrics import compare
 from scripts.files import replacing
+from scripts.inputs import video_reader
 from scripts.outputs import finished, resolved, video_path, write_pair
 from scripts.prompt_accuracy import digest
 from scripts.record import hardware, synchronizer
@@ -219,10 +220,8 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
 
 def read_video(path: Path) -> np.ndarray:
     """All frames of a video file, uint8 `[T, H, W, 3]`; UsageError where it cannot be read."""
-    import imageio
-
     try:
-        with warnings.catch_warnings(), imageio.get_reader(path, format="FFMPEG") as reader:
+        with warnings.catch_warnings(), video_reader(path) as reader:
             warnings.simplefilter("ignore")
             return np.stack(list(reader.iter_data()))
     except (OSError, ValueError, IndexError, RuntimeError) as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from scripts.errors import UsageError, one_line
 from scripts.evaluation.report_runs import Clip
+from scripts.inputs import video_reader
 from scripts.outputs import encode
 
 
@@ -56,11 +57,10 @@ class Frames:
 
 def open_video(path: Path) -> Video:
     """Reads what a page must know of a video; UsageError where it is none."""
-    import imageio
     from imageio_ffmpeg import count_frames_and_secs
 
     try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
+        with video_reader(path) as reader:
             about = reader.get_meta_data()
         frames = count_frames_and_secs(str(path))[0]
     except (OSError, ValueError, IndexError, RuntimeError) as error:
@@ -72,9 +72,7 @@ def open_video(path: Path) -> Video:
 
 def read_frames(video: Video) -> Iterator[np.ndarray]:
     """The frames, one after the other, uint8 `[H, W, 3]`."""
-    import imageio
-
-    with imageio.get_reader(video.path, format="FFMPEG") as reader:
+    with video_reader(video.path) as reader:
         yield from reader
 
 

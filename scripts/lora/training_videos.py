@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.errors import UsageError, one_line
-from scripts.inputs import BROKEN, fit, read_frames
+from scripts.inputs import BROKEN, fit, read_frames, video_reader
 from scripts.lora.config import DataConfig
 from scripts.schema import find_path
 
@@ -158,12 +158,10 @@ def _caption(entry: Entry) -> str | ValueError:
 
 def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
     """Digest, frames, frames a second, height and width; ffmpeg decodes the whole video to count."""
-    import imageio
-
     try:
         with entry.path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        with imageio.get_reader(entry.path, format="FFMPEG") as reader:
+        with video_reader(entry.path) as reader:
             fps, (height, width) = float(reader.get_meta_data()["fps"]), reader.get_data(0).shape[:2]
         frames, seconds = _count(entry.path)
     except BROKEN as error:
