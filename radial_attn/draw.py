@@ -158,9 +158,20 @@ def save_figure(figure: "Figure", path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
+        if path.suffix.lower() == ".png":
+            _to_palette(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_palette(path: Path) -> None:
+    """Rewrites a PNG file in 256 colours: a third of the bytes, and a plot looks the same."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(path, format="PNG", optimize=True)
 
 
 class _Parser(argparse.ArgumentParser):

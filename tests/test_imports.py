@@ -17,9 +17,10 @@ LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors hugging
     torchvision vbench"""
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
+DRAWING = {"matplotlib", "PIL"}
 XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
-    "radial_attn": {"torch", "numpy", "matplotlib", "triton", *OPTIONAL},
+    "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
     "models": {"radial_attn", "torch", "diffusers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT},
     "scripts": {"radial_attn", "models", "toyworld", *LIBRARIES.split()},
     "toyworld": {"torch"},
@@ -86,13 +87,13 @@ def test_the_walk_finds_strangers():
     assert strangers(names, "toyworld") == {"einops", "models"}
 
 
-def test_only_the_picture_needs_matplotlib_and_only_when_it_is_drawn():
+def test_only_the_picture_needs_the_drawing_packages_and_only_when_it_is_drawn():
     core = [file for file in SOURCES if file.is_relative_to(ROOT / "radial_attn")]
-    users = {file.name for file in core if "matplotlib" in roots(imports(file))}
+    users = {file.name for file in core if DRAWING & set(roots(imports(file)))}
     assert users == {"draw.py"}
     tree = ast.parse((ROOT / "radial_attn" / "draw.py").read_text(encoding="utf-8"))
     at_once = {name for node in tree.body for name in modules_of(node, ("radial_attn",))}
-    assert "numpy" in at_once and "matplotlib" not in roots(at_once)
+    assert "numpy" in at_once and not DRAWING & set(roots(at_once))
 
 
 def test_kernels_do_not_import_one_another():
