@@ -16,6 +16,7 @@ from scripts.config import ROOT
 from scripts.lora.latent_shards import LatentShards
 from scripts.lora.latents import fingerprint, text_key
 from scripts.train_lora import main
+from tests.processes import run_ranks
 
 FILE = "pytorch_lora_weights.safetensors"
 CLIPS, CAPTIONS = 8, ("a cat", "a dog", "a cow")
@@ -98,8 +99,11 @@ def cut(folder: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-def launch_training(*words: str) -> None:
+def launch_training(*words: str, by_torchrun: bool = False) -> None:
     """Training in two processes of one thread."""
+    if not by_torchrun:
+        run_ranks(2, "scripts.train_lora", *words)
+        return
     settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-m", "scripts.launch", "--module=scripts.train_lora", *words]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True, timeout=250)

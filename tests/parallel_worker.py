@@ -1,6 +1,6 @@
-"""Run by torchrun: tiny transformers of every family, one process's output beside that of all together.
+"""In several processes: tiny transformers of every family, one's output beside that of all together.
 
-`torchrun --nproc_per_node N -m tests.parallel_worker OUT.json CFG RING` writes the difference of each case.
+`run_ranks(N, "tests.parallel_worker", OUT.json, CFG, RING)` writes the difference of each case.
 A ring of 2 of 4 processes is joined with Ulysses; all 4 in one ring, and two rings of 2, come beside it.
 """
 
@@ -145,8 +145,9 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
             yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])
 
 
-def main(out: Path, cfg: int, ring: int) -> None:
-    """All cases on all processes of this torchrun; the first writes the worst of all of them."""
+def main(words: list[str]) -> None:
+    """All cases on all processes; the first writes the worst of all of them."""
+    out, cfg, ring = Path(words[0]), *map(int, words[1:])
     degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // (cfg * ring), ring=ring, cfg=cfg)
     start(degrees, "cpu")
     results = {}
@@ -160,4 +161,4 @@ def main(out: Path, cfg: int, ring: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
-"""Run by torchrun: transformers whose frozen weights are shared, beside the same ones whole.
+"""Run in several processes: transformers whose frozen weights are shared, beside the same ones whole.
 
-`torchrun --nproc_per_node N -m tests.sharding_worker OUT.json`: the first process writes what each one found
+`run_ranks(N, "tests.sharding_worker", OUT.json)`: the first process writes what each one found
 under the name of each case.
 """
 
@@ -113,7 +113,7 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def main(out: Path) -> None:
+def main(words: list[str]) -> None:
     """All cases, in all processes."""
     torch.distributed.init_process_group("gloo")
     results = {}
@@ -121,9 +121,9 @@ def main(out: Path) -> None:
         results[case[0]] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(results[case[0]], measure(case))
     if torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(results, indent=1))
+        Path(words[0]).write_text(json.dumps(results, indent=1))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

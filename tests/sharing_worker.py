@@ -1,6 +1,6 @@
-"""Run by torchrun: what several processes share beside the transformer, checked in all of them.
+"""Run in several processes: what several processes share beside the transformer, checked in all of them.
 
-`torchrun --nproc_per_node N -m tests.sharing_worker OUT.json PART ...`: the first process writes a list of
+`run_ranks(N, "tests.sharing_worker", OUT.json, PART, ...)`: the first process writes a list of
 what each one found under the name of each case.
 """
 
@@ -15,8 +15,9 @@ import torch
 from models.xdit import Degrees, import_xfuser, start, stop
 
 
-def main(out: Path, parts: list[str]) -> None:
+def main(words: list[str]) -> None:
     """All cases of the parts, modules `tests.PART_cases` with a `measure` that takes the group of all."""
+    out, *parts = words
     start(Degrees(ulysses=int(os.environ["WORLD_SIZE"])), "cpu")
     group = import_xfuser("cpu").get_model_replica_group().device_group
     results = {}
@@ -25,9 +26,9 @@ def main(out: Path, parts: list[str]) -> None:
             results[name] = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(results[name], found, group=group)
     if torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(results, indent=1))
+        Path(out).write_text(json.dumps(results, indent=1))
     stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,13 +18,13 @@ from scripts.config import ROOT, read_config
 from scripts.memory import decoded_tiles
 from scripts.team import describe_decoding
 from tests.decode_cases import SIDE, tiled
+from tests.processes import environment, run_ranks, torchrun
 from tests.test_generate import TINY
 from tests.test_memory import architecture
-from tests.test_parallel import MOST, environment
+from tests.test_parallel import MOST
 from tests.test_plan import FULL
 from tests.tiny_hunyuan import hunyuan_vae
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
 PARTS = ("decode", "cache", "gradient", "compile", "choice")
 
 
@@ -34,10 +33,7 @@ def found() -> dict[str, list[dict[str, Any]]]:
     """What two processes say of all cases, one entry a process; run once."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        words = [*LAUNCH, "tests.sharing_worker", str(out), *PARTS]
-        options = {"capture_output": True, "text": True, "timeout": 280, "env": environment()}
-        result = subprocess.run(words, cwd=ROOT, check=False, **options)
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_ranks(2, "tests.sharing_worker", out, *PARTS)
         return json.loads(out.read_text())
 
 
@@ -104,7 +100,7 @@ def test_a_failure_in_decoding_ends_all_in_one_line(tiny_model: Path, tmp_path: 
     words = [TINY, f"model.path={tiny_model}", "generation.steps=1", "generation.num_frames=5"]
     words += ["generation.height=272", "model.vae_tiling=always", f"output.path={tmp_path / 'out'}"]
     options = {"capture_output": True, "text": True, "timeout": 250, "env": environment()}
-    result = subprocess.run([*LAUNCH, "tests.failing_decode", *words], cwd=ROOT, check=False, **options)
+    result = subprocess.run(torchrun(2, "tests.failing_decode", *words), cwd=ROOT, check=False, **options)
     assert result.returncode != 0 and not list(tmp_path.iterdir())
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert line == "error: rank 1: the pipeline failed with ArithmeticError: no tile for you"

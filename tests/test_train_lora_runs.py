@@ -207,6 +207,6 @@ def test_best_is_never_one_that_is_not_finite(lora_config, tmp_path, monkeypatch
 def test_processes_without_a_clip_to_validate_on_do_not_wait(lora_config, tmp_path):
     words = [str(lora_config), f"output.path={tmp_path}", "train.steps=2", "train.batch=1"]
     words += ["validation.every=1", "validation.samples=1"]
-    launch_training(*words)
+    launch_training(*words, by_torchrun=True)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(entry["validation_loss"] > 0 for entry in entries)

@@ -5,8 +5,6 @@ is the same bit for bit, so nothing here has a tolerance.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ import torch
 from diffusers import WanPipeline
 
 from scripts.architecture import Architecture, read_architecture
-from scripts.config import ROOT
 from scripts.errors import UsageError
 from scripts.lora import plan
 from scripts.lora.config import SCHEMA
@@ -31,7 +28,7 @@ from tests.lora_cases import (
     train,
     write_config,
 )
-from tests.test_parallel import environment
+from tests.processes import run_ranks
 from tests.tiny_hunyuan import hunyuan_pipeline
 
 SHARD = "parallel.shard=fsdp"
@@ -72,9 +69,7 @@ def test_shared_weights_give_what_whole_ones_give(tmp_path):
     One block is whole at a time; two in the backward of Wan-VACE, whose blocks are of two stacks.
     """
     out = tmp_path / "found.json"
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = {"env": environment(), "timeout": 250, "capture_output": True}
-    subprocess.run([*command, "-m", "tests.sharding_worker", str(out)], cwd=ROOT, check=True, **options)
+    run_ranks(2, "tests.sharding_worker", out)
     found = json.loads(out.read_text())
     assert len(found) == 11
     for name, everyone in found.items():
