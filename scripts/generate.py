@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.command import FULL_PRESET, choose_config, parse
 from scripts.config import Config, help_text, read_config
 from scripts.errors import DiskFullError, GenerationError, UsageError
-from scripts.ranks import end_all, interrupted, no_reader, prepare, processes, rank
+from scripts.ranks import end_all, first_to_speak, interrupted, no_reader, prepare, processes, rank
 
 if TYPE_CHECKING:
     from models.xdit import Degrees
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, GenerationError) as error:
         if rank() != 0:
             end_all(error)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if first_to_speak():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return no_reader()

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from datetime import timedelta
 from typing import NoReturn
 
 from scripts.errors import UsageError, one_line
@@ -48,12 +49,31 @@ def end_all(error: Exception) -> NoReturn:
     text = " ".join(str(error).split()) or one_line(error)
     lost = any(word in text.lower() for word in LOST)
     time.sleep(PATIENCE["lost" if lost else "first" if rank() == 0 else "other"])
+    if not first_to_speak():
+        leave(2)
     line = f"error: rank {rank()}: {text}"
     if rank() == 0 and isinstance(error, UsageError):  # found before there is a progress bar
         print(line, file=sys.stderr, flush=True)
     else:
         say(line)
     leave(2)
+
+
+def first_to_speak() -> bool:
+    """Whether no process has told of its failure so far, by the store of torchrun's agent; now one has.
+
+    Where there is no such store, waiting has to do.
+    """
+    if processes() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+        return store.add("radial_attn/told", 1) == 1
+    except RuntimeError:  # the agent is gone, and all with it
+        return rank() == 0
 
 
 def interrupted(text: str) -> int:
