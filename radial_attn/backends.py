@@ -142,7 +142,7 @@ def _partial_objections(needs: Needs, call: Call) -> Iterator[str]:
 def obstacle(backend: str, call: Call) -> str | None:
     """Why a backend cannot take a call, in words that follow its name; None where it can.
 
-    Inside torch.compile neither libraries nor the mask are looked at.
+    Inside torch.compile the mask and Python's libraries are not looked at; `cpp` finds or builds its own.
     """
     needs = kernel(backend).NEEDS
     if torch.compiler.is_compiling():

@@ -1,7 +1,8 @@
 """Compiles the C++ source of a kernel for this machine's processor, once, and loads it.
 
 The library is kept in a folder of the user, under a name that changes with the source, the compiler, its
-flags and the processor, and is moved there when it is whole: processes may build it at the same time.
+flags and the processor, and is moved there when it is whole: processes may build it at the same time. Where
+the folder cannot be written, each process builds for itself and keeps nothing.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times dense SDPA, cpp, blocks and flex side by side on radial masks of growing length; writes table and plot.
-#   bash scripts/benchmark.sh            2k to 32k tokens, under 8 minutes on two quiet cores
+#   bash scripts/benchmark.sh            2k to 32k tokens, 5 to 14 minutes on two quiet cores
 #   bash scripts/benchmark.sh --quick    2k to 8k tokens
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,4 @@
-"""Block-sparse attention in C++ for CPUs, float32: cpp/attention.cpp, compiled when it is first used.
+"""Block-sparse attention in C++ for CPUs, float32: cpp/attention.cpp, compiled when it is first asked for.
 
 One operator for autograd and torch.compile, `radial_attn::cpp_attention`.
 """
