@@ -1,8 +1,15 @@
-"""What "auto" takes for a sparse mask in float32 on this machine's CPU: `cpp` where it compiles."""
+"""What "auto" takes for a sparse mask on this machine's CPU: `cpp` where it compiles and is faster."""
 
 import torch
 
 from radial_attn.backends import Call, obstacle, order
 
 CPU = torch.device("cpu")
-AUTO = next(name for name in order(CPU) if not obstacle(name, Call(CPU, torch.float32, 16, gradients=True)))
+
+
+def automatic(dtype: torch.dtype) -> str:
+    """For tensors of this type."""
+    return next(name for name in order(CPU) if not obstacle(name, Call(CPU, dtype, 16, gradients=True)))
+
+
+AUTO, AUTO_BFLOAT16 = automatic(torch.float32), automatic(torch.bfloat16)

@@ -11,7 +11,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend
 from radial_attn.backends import Call
 from tests.attention_cases import GRIDS, make_inputs, make_mask
-from tests.machine import AUTO
+from tests.machine import AUTO, AUTO_BFLOAT16
 
 GRID = GRIDS[111]
 
@@ -93,7 +93,7 @@ def chosen(device: str, mask=None, width: int = 64, quantize: str | None = None)
 
 def test_choice():
     dense = radial_mask(GRID, RadialConfig(block_size=16, pattern="dense"))
-    assert [chosen(device) for device in ("cpu", "cuda", "mps")] == ["blocks", "flex", "blocks"]
+    assert [chosen(device) for device in ("cpu", "cuda", "mps")] == [AUTO_BFLOAT16, "flex", "blocks"]
     assert chosen("cuda", dense) == "blocks"
 
 

@@ -15,7 +15,7 @@ from scripts.command import MARGIN, Command, choose_preset, needed, parse, pick
 from scripts.errors import UsageError
 from scripts.generate import main
 from scripts.plan import GIB
-from tests.machine import AUTO
+from tests.machine import AUTO, AUTO_BFLOAT16
 
 TINY = "configs/wan_tiny.yaml"
 
@@ -85,7 +85,7 @@ def test_other_dtype_and_no_guidance(overrides, tiny_model, tmp_path):
     assert run(tiny_model, tmp_path, *overrides) == 0
     record = json.loads(only(tmp_path, "*.json").read_text())
     halves = 1 if "guidance" in overrides[0] else 2
-    assert record["attention"]["calls"][AUTO if halves == 1 else "blocks"] == 3 * 4 * halves
+    assert record["attention"]["calls"][AUTO if halves == 1 else AUTO_BFLOAT16] == 3 * 4 * halves
 
 
 def test_a_wanted_density_is_solved_printed_and_recorded(tiny_model, tmp_path, capsys):

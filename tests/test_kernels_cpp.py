@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn.attention import choose_backend
+from radial_attn.backends import Call
 from radial_attn.kernels.cpp import SOURCE, cpp_attention
 from radial_attn.library import load_library
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
@@ -122,11 +125,21 @@ def test_operator_is_what_it_says_to_compilers():
     torch.library.opcheck(cpp_attention, arguments)
 
 
-def test_only_float32_on_the_cpu():
-    grid = GRIDS[63]
-    tensors = [x.bfloat16() for x in make_inputs(grid, 1, 2, 16)[:3]]
-    with pytest.raises(ValueError, match=r"backend 'cpp' takes float32, got torch\.bfloat16"):
-        radial_attention(*tensors, make_mask(grid, heads=2), backend="cpp")
+@pytest.mark.parametrize("lengths", [None, [4, 11]], ids=["whole", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits(dtype, lengths, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    grid = GRIDS[111]
+    compare("cpp", make_inputs(grid, 2, 3, 16), make_mask(grid), dtype, text_lengths=lengths)
+
+
+def test_bfloat16_is_left_to_processors_that_multiply_its_tiles(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    call = Call(torch.device("cpu"), torch.bfloat16, 16, gradients=True, mask=make_mask(GRIDS[63]))
+    assert choose_backend(call) == "blocks" and choose_backend(replace(call, dtype=torch.float16)) == "cpp"
+    tensors = [x.bfloat16() for x in make_inputs(GRIDS[63], 1, 2, 16)[:3]]
+    with pytest.raises(ValueError, match="backend 'cpp' computes in float32, slower than `blocks` where"):
+        radial_attention(*tensors, call.mask, backend="cpp")
 
 
 def test_without_a_compiler_it_names_one(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from models import apply_radial_attention
 from models.guard import CheckError, resolve_check
 from tests.failing import fail, one_nan, twice
-from tests.machine import AUTO
+from tests.machine import AUTO, automatic
 from tests.test_models_context import generate
 from tests.test_models_training import OPTIONS, SPARSE, assert_same_gradients, gradients, video
 from tests.test_models_wan import run
@@ -88,7 +88,7 @@ def test_reference_compares_each_layer_once_for_each_size(prepare, dtype, caplog
             run(prepared, **{name: value.to(dtype) for name, value in wan_inputs(*size).items()})
         report = handle.report()["check"]
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("check")]
-    backend = AUTO if dtype == torch.float32 else "blocks"
+    backend = automatic(dtype)
     starts = [f"check layer {layer}: {backend} against reference: relative L2 " for layer in (1, 2, 3)]
     assert len(lines) == 6 and all(map(str.startswith, lines, 2 * starts)), lines
     assert report["mode"] == "reference" and report["compared"] == 6

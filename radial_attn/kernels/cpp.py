@@ -1,10 +1,10 @@
-"""Block-sparse attention in C++ for CPUs, float32: cpp/attention.cpp, compiled when it is first asked for.
+"""Block-sparse attention in C++ for CPUs, in float32: cpp/attention.cpp, compiled when it is first asked for.
 
 One operator for autograd and torch.compile, `radial_attn::cpp_attention`.
 """
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,23 +23,31 @@ def _problem() -> str | None:
     return f"needs {found}" if isinstance(found, str) else None
 
 
-def _objection(_: Call) -> str | None:
+def _objection(call: Call) -> str | None:
+    if call.dtype == torch.bfloat16 and _capabilities().get("amx_bf16"):
+        return "computes in float32, slower than `blocks` where the processor multiplies tiles in bfloat16"
     return _problem()
 
 
-NEEDS = Needs(devices=("cpu",), dtypes=(torch.float32,), also=_objection)
+@torch.compiler.assume_constant_result
+def _capabilities() -> Mapping[str, object]:
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+NEEDS = Needs(devices=("cpu",), also=_objection)
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]`, float32 on the CPU.
+    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on the CPU, of 16 bits by copies.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
     """
     valid = None if text_lengths is None else text_lengths + mask.grid.video_tokens
-    return cpp_attention(query, key, value, mask.blocks, mask.block_size, valid, scale)[0]
+    wide = (x.float() for x in (query, key, value))
+    return cpp_attention(*wide, mask.blocks, mask.block_size, valid, scale)[0].to(query.dtype)
 
 
 @torch.library.custom_op("radial_attn::cpp_attention", mutates_args=())
