@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scripts.config import ROOT
 
@@ -83,5 +84,7 @@ def _begin(program: Callable[[], object], rank: int, processes: int, place: dict
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
         torch.set_num_threads(1)
+        for state in (AcceleratorState, PartialState, GradientState):  # of a run in the process copied
+            state._reset_state()
         code = program()
     sys.exit(code or 0)
