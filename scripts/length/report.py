@@ -139,7 +139,9 @@ def loss_goals(results: dict[str, Result]) -> Iterator[Goal]:
         limit = LOSS_NEAR if name == "dense_lora" else 1.0
         wanted = f"within {LOSS_NEAR - 1:.0%} of" if name == "dense_lora" else "below that of"
         ratio = ours / result.held_out_loss
-        why = "" if ratio <= limit else "the mask hides what the other attends to"
+        hidden = "the mask hides what the other attends to"
+        pairs_kept = "at equal density the other keeps pairs that matter more here"
+        why = "" if ratio <= limit else pairs_kept if name in OTHERS else hidden
         yield f"held-out loss: {wanted} {ROWS[name].title}", f"{ratio:.2f} times", ratio <= limit, why
 
 
