@@ -50,20 +50,22 @@ def test_padded_text(lengths, dtype, poison):
     compare("blocks", inputs, make_mask(grid), dtype, text_lengths=lengths)
 
 
+@kernels
 @pytest.mark.parametrize("lengths", [None, [0, 3, 10], [10, 3, 3]])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_mask_per_head(heads, lengths, poison):
+def test_mask_per_head(backend, heads, lengths, poison):
     grid = GRIDS[1000]
     inputs = make_inputs(grid, 3, heads, 16)
-    compare("blocks", inputs, make_mask(grid, 32, heads), torch.float32, text_lengths=lengths)
+    compare(backend, inputs, make_mask(grid, 32, heads), torch.float32, text_lengths=lengths)
 
 
+@kernels
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("grid", [TokenGrid(12, 8, 8, text=9), TokenGrid(5, 11, 13), TokenGrid(6, 8, 16)])
-def test_block_sizes(grid, block_size, poison):
+def test_block_sizes(backend, grid, block_size, poison):
     lengths = [grid.text // 2] * 2 if grid.text else None
     mask = make_mask(grid, block_size)
-    compare("blocks", make_inputs(grid, 2, 2, 16), mask, torch.float32, text_lengths=lengths)
+    compare(backend, make_inputs(grid, 2, 2, 16), mask, torch.float32, text_lengths=lengths)
 
 
 @kernels

@@ -47,22 +47,6 @@ def test_padded_text(lengths, poison):
     compare("cpp", make_inputs(grid, 2, 3, 12), make_mask(grid), torch.float32, text_lengths=lengths)
 
 
-@pytest.mark.parametrize("lengths", [None, [0, 3, 10], [10, 3, 3]])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_mask_per_head(heads, lengths, poison):
-    grid = GRIDS[1000]
-    inputs = make_inputs(grid, 3, heads, 16)
-    compare("cpp", inputs, make_mask(grid, 32, heads), torch.float32, text_lengths=lengths)
-
-
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("grid", [TokenGrid(12, 8, 8, text=9), TokenGrid(5, 11, 13), TokenGrid(6, 8, 16)])
-def test_block_sizes(grid, block_size, poison):
-    lengths = [grid.text // 2] * 2 if grid.text else None
-    mask = make_mask(grid, block_size)
-    compare("cpp", make_inputs(grid, 2, 2, 16), mask, torch.float32, text_lengths=lengths)
-
-
 def test_a_sequence_whose_gradients_are_summed_in_parts():
     grid = TokenGrid(20, 16, 16)
     blocks = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) < 0.1
