@@ -12,9 +12,10 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor
 
-from models.context import attend
-from models.guard import Watch
 from radial_attn import TokenGrid
+
+from .runtime.context import attend
+from .runtime.output_check import Watch
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables

@@ -11,8 +11,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch import Tensor
 
-from models.hunyuan_video import JointProcessor, joint_grid
 from radial_attn import TokenGrid
+
+from .hunyuan_video import JointProcessor, joint_grid
 
 UPSTREAM_PROCESSOR = HunyuanVideo15AttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables

@@ -10,9 +10,10 @@ from diffusers.models.transformers.transformer_ltx import (
     apply_rotary_emb,
 )
 
-from models.context import attend
-from models.guard import Watch
 from radial_attn import TokenGrid
+
+from .runtime.context import attend
+from .runtime.output_check import Watch
 
 UPSTREAM_PROCESSOR = LTXVideoAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables

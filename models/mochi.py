@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
 
-from models.context import attend
-from models.guard import Watch
 from radial_attn import TokenGrid
+
+from .runtime.context import attend
+from .runtime.output_check import Watch
 
 UPSTREAM_PROCESSOR = MochiAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables

@@ -7,9 +7,10 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, _get_qkv_projections
 
-from models.context import attend
-from models.guard import Watch
 from radial_attn import TokenGrid
+
+from .runtime.context import attend
+from .runtime.output_check import Watch
 
 UPSTREAM_PROCESSOR = WanAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from models.wan import ROTARY_TOKENS, UPSTREAM_PROCESSOR, RadialProcessor, token_grid
+from .wan import ROTARY_TOKENS, UPSTREAM_PROCESSOR, RadialProcessor, token_grid
 
 __all__ = [
     "ROTARY_TOKENS",

@@ -1,19 +1,28 @@
 """Radial Attention: O(n log n) sparse attention for long video (arXiv 2506.19852)."""
 
-from importlib import import_module
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
 
-_HOMES = {
-    "TokenGrid": "grid",
-    "RadialConfig": "mask",
-    "BlockMask": "block_mask",
-    "radial_mask": "mask",
-    "radial_attention": "attention",
-}
-__all__ = list(_HOMES)
+from .attention import radial_attention
+from .block_mask import BlockMask
+from .grid import TokenGrid
+from .masks.make import radial_mask
+from .masks.radial import RadialConfig
+
+__version__ = "0.2.0"
+__all__ = ["BlockMask", "RadialConfig", "TokenGrid", "disable", "enable", "radial_attention", "radial_mask"]
+
+_HERE = _Path(__file__).resolve().parent
+if not (_HERE / "models").is_dir():  # in a checkout models/ stands beside this folder
+    __path__.append(str(_HERE.parent))
 
 
 def __getattr__(name: str) -> object:
-    """Imports the public name on first use, so that `python -m radial_attn.mask` finds a fresh module."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    """Imports `enable` and `disable` when they are first used, for they need diffusers."""
+    if name in ("disable", "enable"):
+        return getattr(_import_module(".models.enable", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

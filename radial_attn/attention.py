@@ -1,6 +1,6 @@
 """`radial_attention`: one operator over all backends. It validates, chooses, and hands over.
 
-`python -m radial_attn.attention` prints which backends are installed and usable here.
+`python -m radial_attn backends` prints which backends are installed and usable here.
 """
 
 import difflib
@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, DTYPES, QUANTIZE, Call, kernel, obstacle, order
 from .block_mask import BlockMask
+from .dispatch import BACKENDS, kernel, obstacle, order
+from .kernels.contract import DTYPES, QUANTIZE, Call
 
 
 def radial_attention(
@@ -184,9 +185,3 @@ def _check_text_lengths(
             f"text_lengths must be within 0 ... {text} (the grid's text), got {lengths.tolist()}"
         )
     return None if bool((lengths == text).all()) else lengths
-
-
-if __name__ == "__main__":
-    from .backends import main
-
-    main()

@@ -162,3 +162,40 @@ def _infer_block_size(grid: TokenGrid, blocks: Tensor) -> int:
             f"{grid.tokens} tokens into {count} blocks"
         )
     return fitting[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A rectangle of a block mask: some query blocks and some key blocks, each side of its own length.
+
+    Attributes:
+        blocks: bool on the CPU, `[Q, K]` shared by all heads or `[H, Q, K]` per head; a row may keep nothing.
+            Not to be written to: what backends make of it stays with this very tensor.
+        block_size: tokens of a block; the last one of either side may be short.
+        row_text, key_text: text tokens at the end of the query and of the keys; equal, unless one is 0.
+
+    Raises:
+        ValueError: a block size, data type, shape or number of text tokens that does not fit.
+    """
+
+    blocks: Tensor = field(repr=False)
+    block_size: int
+    row_text: int = 0
+    key_text: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
+        blocks = self.blocks
+        if blocks.dtype != torch.bool or blocks.device.type != "cpu" or blocks.ndim not in (2, 3):
+            raise ValueError(
+                "blocks must be bool [Q, K] or [H, Q, K] on the CPU, got "
+                f"{blocks.dtype} {list(blocks.shape)} on {blocks.device}"
+            )
+        if 0 not in (self.row_text, self.key_text) and self.row_text != self.key_text:
+            raise ValueError(f"row_text and key_text must agree, got {self.row_text} and {self.key_text}")
+
+    @property
+    def text(self) -> int:
+        """Text tokens of the side that has any."""
+        return max(self.row_text, self.key_text)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_mask import BlockMask
+from .block_mask import BlockMask, Part
 from .grid import TokenGrid
-from .partial import Part
 
 
 @dataclass(frozen=True, eq=False)

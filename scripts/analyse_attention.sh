@@ -7,4 +7,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-exec .venv/bin/python -m scripts.evaluation.analyse "$@"
+exec .venv/bin/python -m scripts.analyse_attention "$@"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,62 +21,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
-from radial_attn.backends import Call, obstacle
-from radial_attn.plan import Layout, candidate_plans
-from radial_attn.rectangles import dense_cpu, forward_plan
-from scripts.errors import OneLineParser
-from scripts.timing import median_seconds
+from radial_attn import radial_attention
+from radial_attn.dispatch import obstacle
+from radial_attn.kernels.blocks.plan import Layout, candidate_plans
+from radial_attn.kernels.blocks.rectangles import dense_cpu, forward_plan
+from radial_attn.kernels.contract import Call
+from scripts.benchmarks.cpu_report import Case, Row
+from scripts.benchmarks.timing import median_seconds
+from scripts.run.errors import OneLineParser
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
 FLEX_SECONDS = 60  # flex is left out where the shape before says that it would take longer
 BACKENDS = ("dense", "cpp", "blocks", "flex")
 TRAINABLE = ("dense", "cpp", "blocks")  # everywhere
-FRAME = TokenGrid(1, 32, 32)  # 1024 tokens
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: `frames` of the frame size, or the small shapes of the bundled model."""
-
-    frames: int
-    dtype: str
-    height: int = FRAME.height
-    width: int = FRAME.width
-    block_size: int = 128
-    batch: int = 1
-    heads: int = 8
-    head_width: int = 64
-    device: str = "cpu"
-    backward: bool = False
-
-    @property
-    def grid(self) -> TokenGrid:
-        return TokenGrid(self.frames, self.height, self.width)
-
-    @property
-    def mask(self) -> BlockMask:
-        decimation = 128 if self.block_size == 128 else 64
-        return radial_mask(self.grid, RadialConfig(block_size=self.block_size, decimation_width=decimation))
-
-    def inputs(self) -> list[Tensor]:
-        """Query, key and value `[B, S, H, D]`, the same for every backend."""
-        torch.manual_seed(0)
-        shape = self.batch, self.grid.tokens, self.heads, self.head_width
-        dtype = getattr(torch, self.dtype)
-        return [torch.randn(shape).to(self.device, dtype).requires_grad_(self.backward) for _ in range(3)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured call; `seconds` is None where it was left out, and `note` says why."""
-
-    backend: str
-    case: Case
-    density: float
-    seconds: float | None
-    note: str = ""
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -220,7 +178,7 @@ def main() -> None:
     if options.memory_of:
         print(memory_of(options.memory_of[0], Case(**json.loads(options.memory_of[1]))))
         return
-    from scripts.benchmark_report import write
+    from scripts.benchmarks.cpu_report import write
 
     start, device, others = time.perf_counter(), options.device, cpu_of_others()
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)

@@ -18,14 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scripts.errors import one_line
-from scripts.gpu.cases import CASES, DENSE, STEPS, Case, Task, shrink, tasks
-from scripts.gpu.goals import Findings, goals
-from scripts.gpu.machine import QUERY, flashinfer_obstacle, run_tests, short_name, smi
-from scripts.gpu.options import Options, parse
-from scripts.gpu.report import write
-from scripts.gpu.session import Session, Settings
-from scripts.gpu.worker import Answer, Worker
+from scripts.benchmarks.cases import CASES, DENSE, STEPS, Case, Task, shrink, tasks
+from scripts.benchmarks.goals import Findings, goals
+from scripts.benchmarks.machine import QUERY, flashinfer_obstacle, run_tests, short_name, smi
+from scripts.benchmarks.options import Options, parse
+from scripts.benchmarks.report import write
+from scripts.benchmarks.session import Session, Settings
+from scripts.benchmarks.worker import Answer, Worker
+from scripts.run.errors import one_line
 
 TEST_SECONDS, START_SECONDS, RESERVE_SECONDS = 90.0, 120.0, 8.0
 BUILD_SECONDS = 480.0

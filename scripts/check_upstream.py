@@ -9,6 +9,7 @@ otherwise with the fork.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -18,16 +19,20 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from scripts.errors import OneLineParser
-from scripts.record import installed
+import pytest
+
+from scripts.run.errors import OneLineParser
+from scripts.run.system import installed
 
 ROOT = Path(__file__).parent.parent
 TESTS = "tests/models/transformers/test_models_transformer_{}.py"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pytest")
-FORK = ("-p", "scripts.upstream_plugin")
+FORK = ("-p", "scripts.check_upstream")  # this file is a pytest plugin too
+# no band narrower than the frame, no frame pair left out: every block is kept
+DENSITY_ONE = {"decay_factor": 1e6, "block_size": 16, "decimation_width": 1}
 
 
 class Family(NamedTuple):
@@ -185,6 +190,55 @@ def source_version(source: Path) -> str:
     file = source / "src" / "diffusers" / "__init__.py"
     first = file.read_text(encoding="utf-8").split("\n")[0] if file.is_file() else ""
     return f"diffusers {first.split(chr(34))[1]}" if first.startswith("__version__") else "an unknown version"
+
+
+class Fork:
+    """Installs the fork in every model and counts its calls; used by the hooks of pytest below."""
+
+    def __init__(self, counts_file: Path) -> None:
+        self.counts_file = counts_file
+        self.handles: list[Any] = []
+
+    def patch(self, model_class: type) -> None:
+        """Wraps the constructor of a transformer class."""
+        from radial_attn.models import apply_radial_attention
+
+        from radial_attn import RadialConfig
+
+        upstream_init = model_class.__init__
+
+        @functools.wraps(upstream_init)
+        def init(model: object, *args: object, **kwargs: object) -> None:
+            upstream_init(model, *args, **kwargs)
+            self.handles.append(apply_radial_attention(model, RadialConfig(**DENSITY_ONE)))
+
+        model_class.__init__ = init
+
+    def pytest_sessionfinish(self) -> None:
+        """Writes the counts; a model that ran at another density fails the run."""
+        reports = [handle.report() for handle in self.handles]
+        densities = {entry["density"] for report in reports for entry in report["grids"]}
+        calls = sum((Counter(report["calls"]) for report in reports), Counter())
+        self.counts_file.write_text(json.dumps({"models": len(reports), "calls": calls}), encoding="utf-8")
+        if densities - {1.0}:
+            pytest.exit(f"every model must run at density 1.0, got {sorted(densities)}", returncode=1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --fork-class and --fork-counts."""
+    parser.addoption("--fork-class", required=True, help="transformer class of diffusers")
+    parser.addoption(
+        "--fork-counts", type=Path, required=True, help="file for the attention calls by backend"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Patches the class before any test is collected."""
+    import diffusers
+
+    fork = Fork(config.getoption("--fork-counts"))
+    fork.patch(getattr(diffusers, config.getoption("--fork-class")))
+    config.pluginmanager.register(fork)
 
 
 if __name__ == "__main__":

@@ -8,4 +8,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-exec .venv/bin/python -m scripts.evaluation.evaluate "$@"
+exec .venv/bin/python -m scripts.evaluate "$@"

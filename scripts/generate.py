@@ -9,14 +9,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.command import FULL_PRESET, choose_config, parse
-from scripts.config import Config, help_text, read_config
-from scripts.errors import DiskFullError, GenerationError, UsageError
-from scripts.ranks import end_all, first_to_speak, interrupted, no_reader, prepare, processes, rank
+from scripts.run.command_line import FULL_PRESET, choose_config, parse
+from scripts.run.config import Config, help_text, read_config
+from scripts.run.errors import DiskFullError, GenerationError, UsageError
+from scripts.run.processes import end_all, first_to_speak, interrupted, no_reader, prepare, processes, rank
 
 if TYPE_CHECKING:
-    from models.xdit import Degrees
-    from scripts.video import Job
+    from radial_attn.models.parallel.groups import Degrees
+
+    from scripts.run.sampler import Job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,20 +55,20 @@ def run(argv: list[str]) -> int:
 
 def carry_out(config: Config, dry_run: bool) -> int:
     """Checks everything that can be checked without weights, then plans or generates."""
-    from scripts.validate import check_values, read_prompts, resolve_device, resolve_model
+    from scripts.run.validate import check_values, read_prompts, resolve_device, resolve_model
 
     check_values(config)
     prompts = read_prompts(config)
     device, path = resolve_device(config), resolve_model(config)
-    from scripts.backends import check_backends
-    from scripts.checked_job import open_job
-    from scripts.degrees import describe_degrees, plan_degrees, planned
-    from scripts.loras import describe_loras, training_notes
-    from scripts.parallel_work import lines
-    from scripts.plan import describe, describe_density, gain, notes, solved_config
-    from scripts.positions import describe_positions
-    from scripts.shortage import check_mask, check_memory
-    from scripts.team import check_machine, describe_decoding
+    from scripts.run.checked_job import open_job
+    from scripts.run.loras import describe_loras, training_notes
+    from scripts.run.machine_checks import check_backends
+    from scripts.run.parallel import describe_degrees, plan_degrees, planned
+    from scripts.run.parallel_work import lines
+    from scripts.run.plan import describe, describe_density, gain, notes, solved_config
+    from scripts.run.positions import describe_positions
+    from scripts.run.process_groups import check_machine, describe_decoding
+    from scripts.run.shortage import check_mask, check_memory
 
     job, remarks = open_job(config, device, path, dry_run)
     model = job.model
@@ -104,8 +105,8 @@ def carry_out(config: Config, dry_run: bool) -> int:
 
 def generate(job: "Job", prompts: dict[int, str], degrees: "Degrees") -> int:
     """Makes the videos of all prompts; those of a prompt file that are there already are left alone."""
-    from scripts.outputs import resolved, video_path, writable_folder
-    from scripts.team import gathered
+    from scripts.run.outputs import resolved, video_path, writable_folder
+    from scripts.run.process_groups import gathered
 
     from_file = job.config.generation.prompt_file is not None
     paths = {number: video_path(job.config, prompt, number) for number, prompt in prompts.items()}
@@ -157,7 +158,7 @@ def make_one(job: "Job", pipeline: Any, prompt: str, path: Path) -> None:
 
 def is_there(job: "Job", prompt: str, path: Path) -> bool:
     """Whether the video was made with these settings; prints that, or which settings differ."""
-    from scripts.outputs import finished
+    from scripts.run.outputs import finished
 
     done, changed = finished(path, job.config, prompt, job.inputs.files)
     if done:

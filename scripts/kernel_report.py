@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from radial_attn.kernels.triton_configs import KINDS, LAUNCHES
-from scripts.errors import OneLineParser
-from scripts.kernel_sources import Variant, source, variants
+from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
+from scripts.benchmarks.kernel_sources import Variant, source, variants
+from scripts.run.errors import OneLineParser
 
 SHARED_BYTES = {  # the most that one program may have
     "sm80": 166_912,
@@ -127,7 +127,7 @@ def report(rows: list[Compiled]) -> str:
         "# The Triton kernels as compiled",
         "",
         "`python -m scripts.kernel_report`: compiled, not run, by Triton "
-        f"{triton.__version__} from the launch table of radial_attn/kernels/triton_configs.py.",
+        f"{triton.__version__} from the launch table of radial_attn/kernels/triton/configs.py.",
         "",
         "| arch | kernel | head width | mask | tile | warps | stages | TMA | registers | spilled, B "
         "| shared, B (limit) | tensor core instructions |",

@@ -17,9 +17,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from scripts.command import choose_config, parse
-from scripts.errors import UsageError
-from scripts.ranks import say
+from scripts.run.command_line import choose_config, parse
+from scripts.run.errors import UsageError
+from scripts.run.processes import say
 
 WITHOUT_GPU = {"scripts.generate": 2, "scripts.train_lora": 1}  # processes
 MODULE = "--module="

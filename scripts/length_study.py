@@ -18,27 +18,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from radial_attn.models.runtime.output_check import CheckError
 
-from models.guard import CheckError
 from radial_attn import radial_mask
-from scripts import prepare_latents, render_toyworld, train_lora
-from scripts.architecture import read_architecture
-from scripts.config import ROOT, Config, keys, read_config
-from scripts.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.length.report import write
 from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record
 from scripts.lora.checkpoint import LOG
 from scripts.lora.config import SCHEMA as TRAINING
+from scripts.lora.prepare import prepare_latents
 from scripts.lora.setup import prepared
+from scripts.lora.train import train
 from scripts.lora.validation import validate
-from scripts.outputs import encode
-from scripts.plan import solved_config, token_grid
-from scripts.prompt_accuracy import digest, readings, whole_run_seconds
-from scripts.validate import check_sizes, check_values, resolve_device, resolve_model
-from scripts.video import Job, to_bytes
-from toyworld import all_attributes
-from toyworld.render import Attributes
+from scripts.run.config import ROOT, Config, keys, read_config
+from scripts.run.digest import digest
+from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
+from scripts.run.hub_models import read_model_info
+from scripts.run.outputs import encode
+from scripts.run.plan import solved_config, token_grid
+from scripts.run.sampler import Job, to_bytes
+from scripts.run.validate import check_sizes, check_values, resolve_device, resolve_model
+from scripts.toyworld import all_attributes
+from scripts.toyworld.accuracy import readings, whole_run_seconds
+from scripts.toyworld.files import render_videos
+from scripts.toyworld.render import Attributes
 
 READINGS, SHOWN = "readings.json", "shown.mp4"
 OWN = {  # keys that each run sets for itself, or that its captions stand for
@@ -54,10 +57,6 @@ OWN = {  # keys that each run sets for itself, or that its captions stand for
 }
 
 
-class Ended(Exception):
-    """A program that this one called stopped with an exit code, its argument; it has said why."""
-
-
 def study(options: Study, names: list[str]) -> dict[str, Result]:
     """Every run by name: data, training, videos, and at the end the time of a step."""
     checked = {name: _checked(options.config(name)) for name in names}
@@ -67,9 +66,10 @@ def study(options: Study, names: list[str]) -> dict[str, Result]:
     for name in names:
         print(f"run        {name}: {title(options.config(name), name)}", flush=True)
         if ROWS[name].tuned:
-            _finish(train_lora.main(options.training(name)))
+            with prepared(options.training_config(name)) as (run, checkpoints):
+                train(run, checkpoints)
         config, (path, device) = options.config(name), checked[name]
-        pipelines[name] = Job(config, read_architecture(path), path, device).load()
+        pipelines[name] = Job(config, read_model_info(path), path, device).load()
         folder = work_folder(options, config, path)
         entries[name] = (
             made_and_read(pipelines[name], config, captions, options.batch, folder),
@@ -86,9 +86,8 @@ def make_data(options: Study) -> None:
     sizes = options.config("dense").generation
     if sizes.height != sizes.width:
         raise UsageError(f"generation.width: got {sizes.width}, allowed: generation.height ({sizes.height})")
-    words = ["--videos", options.videos, "--frames", sizes.num_frames, "--size", sizes.height]
-    _finish(render_toyworld.main([str(options.clips), *map(str, words)]))
-    _finish(prepare_latents.main(options.preparation()))
+    render_videos(options.clips, options.videos, frames=sizes.num_frames, size=sizes.height)
+    prepare_latents(options.preparation_config())
 
 
 def made_and_read(
@@ -148,7 +147,7 @@ def _result(
     options: Study, name: str, made: tuple[list[Record], Path], loss: float | None, seconds: float
 ) -> Result:
     config = options.config(name)
-    model = read_architecture(resolve_model(config))
+    model = read_model_info(resolve_model(config))
     density = radial_mask(token_grid(config, model), solved_config(config, model)).density
     trained = training_seconds(options, name) if ROWS[name].tuned else None
     return Result(config, *made, density, loss, trained, seconds)
@@ -162,16 +161,10 @@ def _checked(config: Config) -> tuple[str, str]:
         raise UsageError(f"model.cache: got {config.model.cache!r}, allowed here: none")
     check_values(config)
     path, device = resolve_model(config), resolve_device(config)
-    model = read_architecture(path)
+    model = read_model_info(path)
     check_sizes(config, model)
     solved_config(config, model)
     return path, device
-
-
-def _finish(code: int) -> None:
-    """Raises Ended for an exit code that is not 0."""
-    if code:
-        raise Ended(code)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -233,10 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         for file in write(options.out, command, options.study, results):
             print(f"written    {file}")
 
-    try:
-        return exit_code(work, "the same command goes on", CheckError)
-    except Ended as ended:
-        return ended.args[0]
+    return exit_code(work, "the same command goes on", CheckError)
 
 
 if __name__ == "__main__":

@@ -16,24 +16,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.training.adapter import add_adapter
+from radial_attn.models.training.flow import predict_velocity
 from torch import Tensor
 
-from models import apply_radial_attention
-from models.adapter import add_adapter
-from models.flow import predict_velocity
 from radial_attn import radial_mask
-from radial_attn.draw import save_figure
-from scripts.architecture import Architecture, read_architecture
-from scripts.config import ROOT, Config, read_config
-from scripts.errors import OneLineParser, UsageError, exit_code, positive
-from scripts.files import write_text
+from radial_attn.masks.draw import save_figure
+from scripts.benchmarks.timing import medians_in_turn
 from scripts.length.layers import MODELS, Layers, Setting, layers_report
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import as_generation, training_flops
-from scripts.plan import attention_flops, attention_options, other_flops, solved_config, token_grid
-from scripts.record import hardware, pairs, versions
-from scripts.timing import medians_in_turn
-from scripts.validate import check_sizes, check_values, resolve_model
+from scripts.run.config import ROOT, Config, read_config
+from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
+from scripts.run.files import write_text
+from scripts.run.hub_models import read_model_info
+from scripts.run.model_info import ModelInfo
+from scripts.run.plan import attention_flops, attention_options, other_flops, solved_config, token_grid
+from scripts.run.system import hardware, pairs, versions
+from scripts.run.validate import check_sizes, check_values, resolve_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ def measure(side: int, frames: int, *, rank: int, repeats: int, device: str, wor
         if (got := getattr(config.attention, name)) != needed:
             raise UsageError(f"attention.{name}: got {got!r}, allowed here: {needed}")
     path = resolve_model(config)
-    model = read_architecture(path)
+    model = read_model_info(path)
     check_sizes(config, model)
     calls = {"training": training_call, "inference": inference_call}
     seconds = {}
@@ -92,7 +93,7 @@ def measure(side: int, frames: int, *, rank: int, repeats: int, device: str, wor
 
 
 def training_call(
-    path: str, config: Config, model: Architecture, rank: int, device: str
+    path: str, config: Config, model: ModelInfo, rank: int, device: str
 ) -> Callable[[Callable], None]:
     """Forward, backward and update of an adapter, with the attention that `apply` gives."""
     transformer, noisy, text = random_model(path, config, model, device)
@@ -112,7 +113,7 @@ def training_call(
 
 
 def inference_call(
-    path: str, config: Config, model: Architecture, rank: int, device: str
+    path: str, config: Config, model: ModelInfo, rank: int, device: str
 ) -> Callable[[Callable], None]:
     """One call of the transformer without gradients; a fused adapter costs nothing in it."""
     transformer, noisy, text = random_model(path, config, model, device)
@@ -127,7 +128,7 @@ def inference_call(
 
 
 def random_model(
-    path: str, config: Config, model: Architecture, device: str
+    path: str, config: Config, model: ModelInfo, device: str
 ) -> tuple[torch.nn.Module, Tensor, dict[str, Tensor]]:
     """The transformer of the folder `path` with random weights, latents and text for it."""
     from diffusers import WanTransformer3DModel
@@ -143,7 +144,7 @@ def random_model(
     return transformer, noisy, {"prompt_embeds": text}
 
 
-def bounds(config: Config, model: Architecture, density: float, rank: int) -> dict[str, float]:
+def bounds(config: Config, model: ModelInfo, density: float, rank: int) -> dict[str, float]:
     """How many times fewer operations a step has with the mask than dense, by kind."""
     sizes = config.generation
     words = [f"lora.rank={rank}", f"data.sizes={sizes.num_frames}x{sizes.height}x{sizes.width}"]

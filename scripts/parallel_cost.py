@@ -8,16 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.xdit import Degrees
+from radial_attn.models.parallel.groups import Degrees
+
 from radial_attn import radial_mask
-from scripts import plan
-from scripts.architecture import Architecture, read_architecture
-from scripts.config import Config, read_config
-from scripts.degrees import plan_degrees
-from scripts.errors import OneLineParser, UsageError, positive, positive_number
-from scripts.gpu.report import table
-from scripts.parallel_work import COMMAND, Rates, exchange, predict, rank_memory, work
-from scripts.validate import check_sizes, check_values, resolve_model
+from scripts.benchmarks.report import table
+from scripts.run import plan
+from scripts.run.config import Config, read_config
+from scripts.run.errors import OneLineParser, UsageError, positive, positive_number
+from scripts.run.hub_models import read_model_info
+from scripts.run.model_info import ModelInfo
+from scripts.run.parallel import plan_degrees
+from scripts.run.parallel_work import COMMAND, Rates, exchange, predict, rank_memory, work
+from scripts.run.validate import check_sizes, check_values, resolve_model
 
 LEFT_OUT = """Left out: kernels that run at another rate on fewer heads or tokens, launch latencies, overlap
 of compute and exchange, the copies around an exchange, what each process does once a step outside the blocks
@@ -31,7 +33,7 @@ def _above_one(degrees: Degrees) -> str:
     return ", ".join(sorted(f"{name} {n}" for name, n in vars(degrees).items() if n > 1)) or "1"
 
 
-def share_table(config: Config, model: Architecture, plans: Sequence[Degrees]) -> list[str]:
+def share_table(config: Config, model: ModelInfo, plans: Sequence[Degrees]) -> list[str]:
     """Markdown of what holds at any rate: bytes, operations, kept blocks and memory of a process."""
     titles = (
         "GPUs | degrees | all-to-all GB | ring GB | text MB | token gather GB | guidance MB | "
@@ -56,7 +58,7 @@ def share_table(config: Config, model: Architecture, plans: Sequence[Degrees]) -
     return table(titles, rows)
 
 
-def time_table(config: Config, model: Architecture, plans: Sequence[Degrees], rates: Rates) -> list[str]:
+def time_table(config: Config, model: ModelInfo, plans: Sequence[Degrees], rates: Rates) -> list[str]:
     """Markdown of seconds at these rates."""
     steps = config.generation.steps
     titles = f"GPUs | exchange s | dense step s | radial step s | mean step s | {steps} steps s | speed-up"
@@ -70,7 +72,7 @@ def time_table(config: Config, model: Architecture, plans: Sequence[Degrees], ra
 
 
 def report(
-    config: Config, model: Architecture, plans: Sequence[Degrees], rates: Sequence[Rates], command: str
+    config: Config, model: ModelInfo, plans: Sequence[Degrees], rates: Sequence[Rates], command: str
 ) -> str:
     """The whole Markdown file."""
     sizes, grid = config.generation, plan.token_grid(config, model)
@@ -107,14 +109,14 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _read(words: Sequence[str]) -> tuple[Config, Architecture]:
+def _read(words: Sequence[str]) -> tuple[Config, ModelInfo]:
     """Raises UsageError for a configuration that no run takes, or with degrees of its own."""
     config = read_config(words[0], list(words[1:]))
     check_values(config)
     for name, value in vars(config.parallel).items():
         if value not in (None, 1):
             raise UsageError(f"parallel.{name}: got {value}, allowed: null; --gpus decides here")
-    model = read_architecture(resolve_model(config))
+    model = read_model_info(resolve_model(config))
     check_sizes(config, model)
     plan.solved_config(config, model)
     return config, model

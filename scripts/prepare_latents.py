@@ -5,96 +5,15 @@ goes on by the same command and ends with the same files. Exit codes: 0 done; 2 
 says why; 130 interrupted.
 """
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from models.flow import encode_text, encode_video
-from models.pipelines import FAMILIES, check_model, is_local
-from scripts.architecture import hub_unreachable, read_architecture
-from scripts.command import parse
-from scripts.errors import GenerationError, UsageError, one_line
-from scripts.lora.config import SCHEMA, LoraTrainConfig
-from scripts.lora.fingerprint import fingerprint, parts, parts_folder
-from scripts.lora.latent_shards import LatentShards, locked
-from scripts.lora.latents import text_key
-from scripts.lora.plan import check_data_sizes
-from scripts.lora.training_videos import (
-    Clip,
-    Video,
-    is_enlarged,
-    listed,
-    plan_clips,
-    read_clips,
-    read_videos,
-    too_short,
-)
-from scripts.ranks import interrupted, no_reader
-from scripts.shortage import is_out_of_memory
-from scripts.validate import resolve_device, resolve_model
-from scripts.video import quiet_libraries
+from scripts.lora.config import SCHEMA
+from scripts.lora.prepare import prepare_latents
+from scripts.run.command_line import parse
+from scripts.run.errors import GenerationError, UsageError
+from scripts.run.processes import interrupted, no_reader
 
 CALL = "bash scripts/prepare_latents.sh CONFIG.yaml [key=value ...] [--dry-run] [--help]"
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked configuration, the model's folder or hub id, device, and the clips to encode."""
-
-    config: LoraTrainConfig
-    path: str
-    device: str
-    clips: list[Clip]
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.data.latents).expanduser()
-
-    @property
-    def captions(self) -> dict[str, str]:
-        """Each once by its key, the empty prompt first."""
-        texts = ["", *(clip.video.caption for clip in self.clips)]
-        return {text_key(caption): caption for caption in texts}
-
-    def shards(self) -> LatentShards:
-        """What of it there is."""
-        return LatentShards(self.folder, self.config.model.dtype, self.config.data.shard_mb * MIB)
-
-    def load(self, *, text: bool) -> Any:
-        """The pipeline with nothing but text encoders, or nothing but the VAE."""
-        import diffusers
-
-        quiet_libraries()
-        model, folder = self.config.model, parts_folder(self.path)
-        dtype = {"default": getattr(torch, model.dtype), "vae": torch.float32}
-        kept = ("text_encoder", "tokenizer", "scheduler") if text else ("vae", "scheduler")
-        without = dict.fromkeys(name for name in parts(folder) if not name.startswith(kept))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
-            try:
-                pipeline = getattr(diffusers, FAMILIES[model.family].pipeline).from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True, **without
-                )
-            except Exception as error:  # the libraries have no common one for a folder that they cannot load
-                if is_out_of_memory(error):
-                    raise
-                raise UsageError(
-                    f"model.path: got {model.path!r}, which cannot be loaded: {one_line(error)}"
-                ) from error
-        if not text and FAMILIES[model.family].tiled_vae:
-            pipeline.vae.enable_tiling()
-        return pipeline.to(self.device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,140 +40,8 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"a configuration is missing; usage: {CALL}")
     config = SCHEMA.read(command.config_file, command.overrides)
     SCHEMA.check(config)
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every video that is turned
-    device, path = resolve_device(config), resolve_model(config)
-    check_data_sizes(config.data, read_architecture(path))
-    videos = read_videos(config.data)
-    job = Job(config, path, device, plan_clips(videos, config.data))
-    if not job.clips:
-        raise UsageError(
-            f"data.sizes: {len(videos)} videos, none with the frames of any size; the longest has "
-            f"{max(video.frames for video in videos)}"
-        )
-    for line in [*summary(videos, job), *progress(job)]:
-        print(line, flush=True)
-    if not command.dry_run:
-        prepare(job)
+    prepare_latents(config, dry_run=command.dry_run)
     return 0
-
-
-def shape(size: list[int] | tuple[int, int, int]) -> str:
-    """As sizes are written."""
-    return "x".join(map(str, size))
-
-
-def summary(videos: list[Video], job: Job) -> list[str]:
-    """What was found, what becomes of it, and what is left out."""
-    data, clips = job.config.data, job.clips
-    rates = sorted({f"{video.fps:g}" for video in videos}, key=float)
-    taken = "" if data.fps is None else f", taken at {data.fps:g}"
-    counts = [(size, sum(_size(clip) == tuple(size) for clip in clips)) for size in data.sizes]
-    lines = [
-        f"videos     {len(videos)} with captions, {', '.join(rates)} frames a second{taken}",
-        f"clips      {len(clips)}: {', '.join(f'{shape(size)} {count}' for size, count in counts)}",
-    ]
-    if short := too_short(videos, data):
-        least = min(frames for frames, _, _ in data.sizes)
-        lines.append(f"dropped    {len(short)} of under {least} frames: {listed(short)}")
-    if small := [clip.name for clip in clips if is_enlarged(clip.video, clip.height, clip.width)]:
-        lines.append(f"note: {len(small)} clips are enlarged: {listed(small)}")
-    return lines
-
-
-def progress(job: Job) -> list[str]:
-    """What of the clips and captions is there already."""
-    shards, keys, captions = job.shards(), {clip.key for clip in job.clips}, job.captions
-    done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
-    return [
-        f"latents    {job.folder}: {done} of {len(keys)} clips and {texts} of {len(captions)} texts are there"
-    ]
-
-
-def _size(clip: Clip) -> tuple[int, int, int]:
-    return len(clip.frames), clip.height, clip.width
-
-
-def prepare(job: Job) -> None:
-    """Encodes what is missing: text with the text encoders alone, then videos with the VAE alone."""
-    if not is_local(job.path):
-        _check_hub(job)
-    mark = fingerprint(job.path, job.config.model.family)
-    with locked(job.folder), torch.no_grad():
-        shards = job.shards()
-        shards.begin(mark, [_entry(clip) for clip in job.clips])
-        captions = {key: text for key, text in job.captions.items() if key not in shards.texts}
-        if captions:
-            with closing(_texts(job, captions)) as texts:
-                shards.add_texts(texts)
-        clips = list({clip.key: clip for clip in job.clips if clip.key not in shards.latents}.values())
-        if clips:
-            with closing(_latents(job, clips)) as latents:
-                shards.add_latents(latents)
-    files = sorted(job.folder.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files) / MIB
-    print(f"done       {job.folder}: {len(files)} files, {size:.1f} MiB")
-
-
-def _check_hub(job: Job) -> None:
-    """Raises UsageError for a hub id that is out of reach or of another family."""
-    quiet_libraries()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            check_model(job.path, job.config.model.family)
-        except FileNotFoundError as error:
-            raise UsageError(hub_unreachable(job.path, error)) from error
-        except ValueError as error:
-            raise UsageError(f"model.path: got {job.path!r}: {one_line(error)}") from error
-
-
-def _entry(clip: Clip) -> dict[str, Any]:
-    frames, height, width = _size(clip)
-    return {
-        "name": clip.name,
-        "caption": clip.video.caption,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "key": clip.key,
-    }
-
-
-def _texts(job: Job, captions: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    pipeline = job.load(text=True)
-    with tqdm(total=len(captions), desc="texts", unit="text", dynamic_ncols=True) as bar:
-        for key, caption in captions.items():
-            with _reporting(f"caption {caption[:40]!r}"):
-                text = encode_text(pipeline, job.config.model.family, caption)
-            bar.update()
-            yield key, text
-
-
-def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
-    pipeline = job.load(text=False)
-    dtype = torch.float32 if job.config.model.dtype == "float32" else torch.bfloat16
-    with tqdm(total=len(clips), desc="clips", unit="clip", dynamic_ncols=True) as bar:
-        for video, own in groupby(clips, key=lambda clip: clip.video):
-            for clip, frames in read_clips(video, list(own)):
-                with _reporting(f"{clip.name} as {shape(_size(clip))}"):
-                    pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-                    latents = encode_video(pipeline, pixels)[0]
-                if not torch.isfinite(latents).all():
-                    raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
-                bar.update()
-                yield clip.key, latents.to(dtype)
-
-
-@contextmanager
-def _reporting(what: str) -> Iterator[None]:
-    """A shortage of memory, or a failure of the model, in one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, IndexError, ValueError) as error:
-        reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
-        raise GenerationError(
-            f"{what} cannot be encoded: {reason}; what was written before is whole"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -7,67 +7,11 @@ So a longer video goes on evenly instead of slowing down. Beside each mp4 lie it
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from scripts.errors import OneLineParser, one_line, positive
-from scripts.files import write_text
-from scripts.outputs import write_pair
-from toyworld import all_attributes, random_scene, render
-from toyworld.render import Scene
-
-FPS = 16
-OWN_SEEDS = 10_000_000  # videos of a seed
-
-
-def draw_scene(seed: int, number: int) -> Scene:
-    """The scene of a video: every caption once before any comes again, in an order of the seed."""
-    attributes = all_attributes()
-    around, place = divmod(number, len(attributes))
-    order = torch.randperm(len(attributes), generator=_generator(seed, OWN_SEEDS - 1 - around))
-    return random_scene(attributes[order[place]], _generator(seed, number))
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * OWN_SEEDS + number)
-
-
-def render_one(folder: Path, number: int, options: argparse.Namespace) -> bool:
-    """Writes caption, video and record of a number; False where they are there already.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    path, scene = folder / f"{number:05d}.mp4", draw_scene(options.seed, number)
-    record = {
-        "caption": scene.attributes.caption,
-        "frames": options.frames,
-        "size": options.size,
-        "scene": json.loads(json.dumps(asdict(scene))),
-        "seconds": {},
-    }
-    if _is_there(path, record):
-        return False
-    write_text(path.with_suffix(".txt"), scene.attributes.caption + "\n")
-    video = render(scene, options.frames, options.size, options.size)
-    write_pair(path, (video * 255).round().byte().numpy(), FPS, record)
-    return True
-
-
-def _is_there(path: Path, record: dict[str, Any]) -> bool:
-    try:
-        before = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return False
-    same = isinstance(before, dict) and before | {"seconds": {}} == record
-    return same and path.is_file() and caption == record["caption"]
+from scripts.run.errors import OneLineParser, one_line, positive
+from scripts.toyworld.files import render_videos
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parse(argv)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with tqdm(range(options.videos), desc="rendering", unit="video", dynamic_ncols=True) as bar:
-            made = sum(render_one(options.out, number, options) for number in bar)
+        made = render_videos(
+            options.out, options.videos, frames=options.frames, size=options.size, seed=options.seed
+        )
     except OSError as error:
         reason = error.strerror or one_line(error)
         print(f"error: cannot write into {options.out} ({reason})", file=sys.stderr)

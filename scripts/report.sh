@@ -6,4 +6,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-exec .venv/bin/python -m scripts.evaluation.report "$@"
+exec .venv/bin/python -m scripts.report "$@"

@@ -6,121 +6,15 @@ stopped, one line on stderr says why; 130 interrupted.
 """
 
 import sys
-import time
 
-import torch
-from tqdm import tqdm
+from radial_attn.models.training.adapter import FILE
 
-from models.adapter import FILE
-from scripts.errors import GenerationError, UsageError, one_line
-from scripts.lora.checkpoint import Checkpoints, Log
 from scripts.lora.command import parse
-from scripts.lora.run import Run, flow_loss, generator, learning_rate, noise_levels
-from scripts.lora.state import keep, restore, save_best
-from scripts.ranks import end_all, interrupted, no_reader, prepare, processes
-from scripts.shortage import is_out_of_memory
-
-
-def train(run: Run, checkpoints: Checkpoints) -> None:
-    """All steps that are left; the adapter of the last one stands in the run's folder."""
-    from scripts.lora.validation import validate
-
-    config, main = run.config, run.accelerator.is_main_process
-    first = restore(run, checkpoints)
-    log = Log(checkpoints.folder, first) if main else None
-    bar = tqdm(range(first, config.train.steps), initial=first, total=config.train.steps, disable=not main)
-    for step in bar:
-        values = train_step(run, step)
-        done = step + 1
-        if config.validation.every and (done % config.validation.every == 0 or done == config.train.steps):
-            values |= validate(run, checkpoints.folder, done)
-            save_best(run, checkpoints.folder, values["validation_loss"], done)
-        if log:
-            log.write(done, values)
-            bar.set_postfix_str(progress(values), refresh=False)
-        if done % config.train.save_every == 0 or done == config.train.steps:
-            keep(run, checkpoints, done)
-    if log:
-        log.close()
-
-
-def train_step(run: Run, step: int) -> dict[str, float]:
-    """One update; its loss, gradient norm, learning rate, seconds and tokens a second.
-
-    A loss or gradient that is not finite changes nothing and is counted; more than `train.most_skipped` such
-    steps in a row end the run with GenerationError.
-    """
-    start, train = time.perf_counter(), run.config.train
-    rate = learning_rate(run.config, step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    losses, tokens, finite = [], 0, True
-    for part in range(train.accumulate):
-        last = part + 1 == train.accumulate
-        with run.waiting(last):
-            loss, count = sampled_loss(run, step, part)
-            finite = finite and run.all_finite(loss)
-            if finite:
-                run.accelerator.backward(loss / train.accumulate)
-        losses.append(loss.detach())
-        tokens += count
-    norm = torch.nn.utils.clip_grad_norm_(list(run.trained.values()), train.clip) if finite else loss.detach()
-    finite = finite and run.all_finite(norm)
-    if finite:
-        run.optimizer.step()
-        update_average(run)
-    run.optimizer.zero_grad(set_to_none=True)
-    count_skipped(run, finite)
-    seconds = time.perf_counter() - start
-    return {
-        "loss": run.mean(torch.stack(losses).mean()),
-        "gradient_norm": norm.item(),
-        "learning_rate": rate,
-        "skipped": run.skipped,
-        "seconds": seconds,
-        "tokens_per_second": tokens * run.world / seconds,
-    }
-
-
-def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
-    """Loss of one batch, and its tokens.
-
-    What is drawn follows from the number of the batch alone: two processes draw what one does that
-    accumulates two.
-    """
-    train = run.config.train
-    number = (step * train.accumulate + part) * run.world + run.place
-    indices = run.sampler.batch_at(number)
-    random = generator(train.seed, number)
-    torch.manual_seed(random.initial_seed())  # of the adapter's dropout
-    sigma = noise_levels(len(indices), random, kind=train.timesteps, shift=train.flow_shift, span=run.span())
-    loss = flow_loss(run, run.transformer, indices, sigma, random=random, drop=train.caption_dropout)
-    return loss, run.tokens(indices)
-
-
-def update_average(run: Run) -> None:
-    """Exponential mean of the adapter's parameters, where one is kept."""
-    if run.average is None:
-        return
-    with torch.no_grad():
-        for name, value in run.trained.items():
-            run.average[name].lerp_(value.detach(), 1 - run.config.train.ema)
-
-
-def count_skipped(run: Run, finite: bool) -> None:
-    """GenerationError after `train.most_skipped` steps in a row whose numbers were not finite."""
-    run.skipped, run.in_a_row = run.skipped + (not finite), 0 if finite else run.in_a_row + 1
-    if run.in_a_row > run.config.train.most_skipped:
-        raise GenerationError(
-            f"loss or gradient not finite in {run.in_a_row} steps in a row (train.most_skipped="
-            f"{run.config.train.most_skipped}); the last checkpoint is as it was"
-        )
-
-
-def progress(values: dict[str, float]) -> str:
-    """What the progress bar says beside the time that is left."""
-    skipped = f", {values['skipped']:.0f} skipped" if values["skipped"] else ""
-    return f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s{skipped}"
+from scripts.lora.step import Run
+from scripts.lora.train import train
+from scripts.run.errors import GenerationError, UsageError, one_line
+from scripts.run.processes import end_all, interrupted, no_reader, prepare, processes
+from scripts.run.shortage import is_out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:

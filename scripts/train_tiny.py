@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from radial_attn.compiler import compiler_problem
-from scripts.errors import OneLineParser, exit_code, positive, positive_number
-from scripts.files import replacing
-from scripts.tiny.loop import Stage
-from scripts.tiny.model import TinyDenoiser, check_target, save_pipeline, take_over_vae
-from scripts.tiny.options import FAMILIES, Options, draw_video, generator, mixed_precision, run
-from scripts.tiny.vae import train_vae
-from toyworld import all_attributes
-from toyworld.render import Attributes
+from radial_attn.kernels.compiler import compiler_problem
+from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
+from scripts.run.files import replacing
+from scripts.toyworld import all_attributes
+from scripts.toyworld.render import Attributes
+from scripts.toyworld.train.loop import Stage
+from scripts.toyworld.train.model import TinyDenoiser, check_target, save_pipeline, take_over_vae
+from scripts.toyworld.train.options import FAMILIES, Options, draw_video, generator, mixed_precision, run
+from scripts.toyworld.train.vae import train_vae
 
 FREE = ("out", "work", "device", "save_every", "compile")  # may differ when a run is continued
 

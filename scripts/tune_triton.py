@@ -24,15 +24,22 @@ import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, radial_attention
-from radial_attn.check import output_error, sample_blocks, sampled_reference, sampled_rows
-from radial_attn.kernels import triton_configs
-from radial_attn.kernels.triton_configs import KINDS, LAUNCHES, SPECIALIZED, Launch, architecture, launch
-from scripts.errors import OneLineParser, positive, positive_number
-from scripts.files import write_text
-from scripts.gpu.attention import GRADIENT_TOLERANCE, QUANTIZED_TOLERANCE, SAMPLED, TOLERANCE, Timer, fresh
-from scripts.gpu.cases import CASES, Case, Task, shrink
-from scripts.gpu.machine import short_name
-from scripts.gpu.worker import Worker
+from radial_attn.analysis.sampled_error import output_error, sample_blocks, sampled_reference, sampled_rows
+from radial_attn.kernels.triton import configs as triton_configs
+from radial_attn.kernels.triton.configs import KINDS, LAUNCHES, SPECIALIZED, Launch, architecture, launch
+from scripts.benchmarks.attention import (
+    GRADIENT_TOLERANCE,
+    QUANTIZED_TOLERANCE,
+    SAMPLED,
+    TOLERANCE,
+    Timer,
+    fresh,
+)
+from scripts.benchmarks.cases import CASES, Case, Task, shrink
+from scripts.benchmarks.machine import short_name
+from scripts.benchmarks.worker import Worker
+from scripts.run.errors import OneLineParser, positive, positive_number
+from scripts.run.files import write_text
 
 GRADIENTS = ("query gradient", "key gradients")
 TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
@@ -177,8 +184,8 @@ class TuneSession:
     @torch.no_grad()
     def _check_lse(self, mask: BlockMask) -> None:
         """Raises ValueError for a wrong log-sum-exp: the backward needs it, and no output shows it."""
-        from radial_attn.kernels.blocks import block_attention
-        from radial_attn.kernels.triton import triton_attention
+        from radial_attn.kernels.blocks.op import block_attention
+        from radial_attn.kernels.triton.op import triton_attention
 
         shape = mask.blocks, mask.block_size, mask.grid.video_tokens
         arguments = *self._inputs[:3], *shape, None, self._setting.width**-0.5

@@ -5,12 +5,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.groups import Degrees
+from radial_attn.models.parallel.ulysses import SequenceParallel
+from radial_attn.models.pipeline.caches import cached
 
-from models import apply_radial_attention
-from models.caches import cached
-from models.parallel import SequenceParallel
-from models.xdit import Degrees
-from scripts.team import Team, shared_guidance, whole_tokens
+from scripts.run.process_groups import Team, shared_guidance, whole_tokens
 from tests.families import SPARSE
 from tests.tiny import wan_pipeline
 from tests.tiny_hunyuan import TEMPLATE, hunyuan_pipeline

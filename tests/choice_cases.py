@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from radial_attn.models.runtime import dense_backend as dense
 
-from models import dense
 from radial_attn import TokenGrid, radial_mask
-from scripts.team import Team
+from scripts.run.process_groups import Team
 from tests.families import SPARSE
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from radial_attn.backends import kernel
+from radial_attn.dispatch import kernel
 from tests.machine import AUTO
 
 STATE: dict[str, object] = {"left": 0, "spoil": None}

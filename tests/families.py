@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from radial_attn.models import ltx, mochi, wan_vace
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from models import ltx, mochi, wan_vace
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from tests.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.tiny_mochi import mochi_inputs, mochi_transformer

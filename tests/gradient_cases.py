@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 from peft import LoraConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.ulysses import SequenceParallel
 from torch import Tensor
 
-from models import apply_radial_attention
-from models.parallel import SequenceParallel
 from radial_attn import RadialConfig
 from tests.families import SPARSE
 from tests.tiny import wan_inputs, wan_transformer

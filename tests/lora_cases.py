@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+from radial_attn.models.pipeline.load import load_pipeline
+from radial_attn.models.training.flow import encode_text
 from safetensors.torch import load_file
 
-from models.flow import encode_text
-from models.pipelines import load_pipeline
-from scripts.config import ROOT
 from scripts.lora.latent_shards import LatentShards
 from scripts.lora.latents import fingerprint, text_key
+from scripts.run.config import ROOT
 from scripts.train_lora import main
 from tests.processes import run_ranks
 

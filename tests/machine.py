@@ -2,7 +2,8 @@
 
 import torch
 
-from radial_attn.backends import Call, obstacle, order
+from radial_attn.dispatch import obstacle, order
+from radial_attn.kernels.contract import Call
 
 CPU = torch.device("cpu")
 

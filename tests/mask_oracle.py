@@ -1,4 +1,4 @@
-"""The radial rule written out on tokens, slow and plain: what `radial_attn.mask` is tested against."""
+"""The radial rule written out on tokens, slow and plain: the oracle of the mask's tests."""
 
 import math
 

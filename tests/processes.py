@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from scripts.config import ROOT
+from scripts.run.config import ROOT
 
 
 def environment() -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.outputs import encode
-from toyworld import parse_caption, random_scene, render
+from scripts.run.outputs import encode
+from scripts.toyworld import parse_caption, random_scene, render
 
 FRAMES, SIZE, FPS = 12, 64, 8
 GRID = [9, 8, 8, 0]

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-from models.xdit import Degrees, import_xfuser, start, stop
+from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 
 
 def main(words: list[str]) -> None:

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from radial_attn import RadialConfig, radial_mask
-from radial_attn.patterns import COMPARED
-from scripts import prompt_accuracy
-from scripts.architecture import read_architecture
-from scripts.config import ROOT, read_config
-from scripts.evaluation import ablate, ablate_attention, ablate_measure
-from scripts.evaluation.ablate import captions_of, main
-from scripts.evaluation.ablate_attention import of_run
-from scripts.evaluation.ablate_measure import paces, step_seconds
-from scripts.evaluation.ablate_report import COLUMNS, draw, lines
-from scripts.evaluation.ablate_runs import TABLES, Run, runs_of
-from scripts.video import sample
-from toyworld.render import VOCABULARY
+from radial_attn.masks.patterns import COMPARED
+from scripts import ablate, prompt_accuracy
+from scripts.ablate import captions_of, main
+from scripts.evaluation import ablation_attention as ablate_attention
+from scripts.evaluation import ablation_measure as ablate_measure
+from scripts.evaluation.ablation_attention import of_run
+from scripts.evaluation.ablation_measure import paces, step_seconds
+from scripts.evaluation.ablation_report import COLUMNS, draw, lines
+from scripts.evaluation.ablation_runs import TABLES, Run, runs_of
+from scripts.run.config import ROOT, read_config
+from scripts.run.hub_models import read_model_info
+from scripts.run.sampler import sample
+from scripts.toyworld.render import VOCABULARY
 
 SHORT = ["generation.num_frames=9", "generation.steps=2", "--captions", "2", "--batch", "1", "--rows", "6"]
 ONLY = ["--only", "dense_steps", "sink"]
@@ -29,7 +30,7 @@ DENSE = RadialConfig(pattern="dense", block_size=16)
 @pytest.fixture(scope="module")
 def tiny() -> tuple:
     config = read_config("configs/wan_tiny.yaml", [])
-    return config, read_architecture(str(ROOT / config.model.path))
+    return config, read_model_info(str(ROOT / config.model.path))
 
 
 def runs(tiny: tuple, name: str) -> list[Run]:

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from radial_attn.models import apply_radial_attention
 
-from models import apply_radial_attention
 from radial_attn import radial_mask
-from radial_attn.analysis import recall, sample_rows
-from radial_attn.decay import Profile, measure
-from scripts.architecture import read_architecture
-from scripts.config import ROOT, read_config
-from scripts.evaluation import analyse_report, analyse_run
-from scripts.evaluation.analyse import main, parse, prepare
-from scripts.evaluation.analyse_run import Looks, gather
+from radial_attn.analysis.decay import Profile, measure
+from radial_attn.analysis.recall import recall, sample_rows
+from scripts.analyse_attention import main, parse, prepare
+from scripts.evaluation import attention_report as analyse_report
+from scripts.evaluation import attention_run as analyse_run
+from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.files import write_json
-from scripts.lora_options import LoraConfig
-from scripts.plan import attention_options
-from scripts.video import Job, sample
+from scripts.run.config import ROOT, read_config
+from scripts.run.hub_models import read_model_info
+from scripts.run.lora_options import LoraConfig
+from scripts.run.plan import attention_options
+from scripts.run.sampler import Job, sample
 from tests.test_analysis import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
@@ -104,7 +105,7 @@ def test_readings_follow_from_sources_loras_and_the_prompts_number(tmp_path, mon
     lora, config = tmp_path / "lora.safetensors", read_config(WAN, SHORT)
     lora.write_bytes(b"1")
     config.model.loras = [LoraConfig(str(lora))]
-    job, taken = Job(config, read_architecture(str(ROOT / WAN_MODEL)), str(ROOT / WAN_MODEL), "cpu"), []
+    job, taken = Job(config, read_model_info(str(ROOT / WAN_MODEL)), str(ROOT / WAN_MODEL), "cpu"), []
     monkeypatch.setattr(torch, "load", lambda file, **_: taken.append(file.name) or {"profiles": {}})
     monkeypatch.setattr(Path, "exists", lambda path: True)
 

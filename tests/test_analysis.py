@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from radial_attn import BlockMask, RadialConfig, TokenGrid, analysis, radial_mask
-from radial_attn.analysis import attention_rows, kept_by, recall, sample_rows
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.analysis import recall as analysis
+from radial_attn.analysis.recall import attention_rows, kept_by, recall, sample_rows
 from radial_attn.kernels import reference
 
 CONFIG = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=16)

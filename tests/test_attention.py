@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend
-from radial_attn.backends import Call
+from radial_attn.kernels.contract import Call
 from tests.attention_cases import GRIDS, make_inputs, make_mask
 from tests.machine import AUTO, AUTO_BFLOAT16
 
@@ -166,7 +166,7 @@ def test_compiles_with_text_lengths():
 
 def test_operator_contract():
     """Schema, fake tensors and autograd registration of the operator, by torch's own checker."""
-    from radial_attn.kernels.blocks import block_attention
+    from radial_attn.kernels.blocks.op import block_attention
 
     mask = make_mask(GRIDS[63])
     tensors = [torch.randn(2, 63, 2, 16, requires_grad=True) for _ in range(3)]

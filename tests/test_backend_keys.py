@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from radial_attn.models.runtime.output_check import MOST_ERROR
 
-from models.guard import MOST_ERROR
-from scripts.architecture import read_architecture
-from scripts.backends import check_backends
-from scripts.config import read_config
-from scripts.errors import UsageError
 from scripts.generate import main
-from scripts.known_models import HUB_MODELS
-from scripts.video import Job
+from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.hub_models import HUB_MODELS, read_model_info
+from scripts.run.machine_checks import check_backends
+from scripts.run.sampler import Job
 from tests.failing import fail, one_nan, twice
 from tests.machine import AUTO
 
@@ -85,13 +84,13 @@ def test_a_backend_that_is_never_called_is_not_looked_at():
 
 
 def test_the_head_width_counts(tiny_model, monkeypatch):
-    from radial_attn import backends
+    from radial_attn import dispatch as backends
     from radial_attn.kernels import flex
 
     monkeypatch.setattr(flex, "NEEDS", backends.Needs(widths=(64, 128)))
     config = read_config(TINY, ["attention.backend=flex"])
     with pytest.raises(UsageError, match=r"'flex', which takes head widths \(64, 128\), got 12; allowed"):
-        check_backends(config, read_architecture(str(tiny_model)), "cpu")
+        check_backends(config, read_model_info(str(tiny_model)), "cpu")
 
 
 @pytest.mark.parametrize("case", [("nan", one_nan), ("reference", one_nan), ("reference", twice)])

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from scripts.benchmark_gpu import Run
-from scripts.config import ROOT
-from scripts.gpu import attention as gpu_attention
-from scripts.gpu.attention import AttentionBench
-from scripts.gpu.cases import CASES, DENSE, MEASURED, STAGES, STEPS, Task, shrink, tasks
-from scripts.gpu.goals import Findings, Goal, goals, whole_ms
-from scripts.gpu.machine import flashinfer_obstacle, read_log, short_name
-from scripts.gpu.options import parse
-from scripts.gpu.report import report
-from scripts.gpu.worker import Worker, describe
+from scripts.benchmarks import attention as gpu_attention
+from scripts.benchmarks.attention import AttentionBench
+from scripts.benchmarks.cases import CASES, DENSE, MEASURED, STAGES, STEPS, Task, shrink, tasks
+from scripts.benchmarks.goals import Findings, Goal, goals, whole_ms
+from scripts.benchmarks.machine import flashinfer_obstacle, read_log, short_name
+from scripts.benchmarks.options import parse
+from scripts.benchmarks.report import report
+from scripts.benchmarks.worker import Worker, describe
+from scripts.run.config import ROOT
 from tests.breakable import Breakable
 
 TOKENS = [69_120, 147_600, 115_456, 230_656, 461_056, 44_776, 178_336]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmark_mask import growth, growth_figure, main, report
+from scripts.benchmarks.mask import growth, growth_figure, main, report
 
 
 def test_report_and_picture_are_written(tmp_path: Path):

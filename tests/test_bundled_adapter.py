@@ -1,14 +1,14 @@
 """The bundled LoRA for four times the length: small, loads by its preset, denoises longer videos better."""
 
 import torch
+from radial_attn.models.training.flow import encode_text, encode_video, predict_velocity, stack_text
 
-from models.flow import encode_text, encode_video, predict_velocity, stack_text
-from scripts.architecture import read_architecture
-from scripts.config import ROOT, read_config
-from scripts.prompt_accuracy import attention
-from scripts.video import Job
-from toyworld import random_scene, render
-from toyworld.render import Attributes
+from scripts.run.config import ROOT, read_config
+from scripts.run.hub_models import read_model_info
+from scripts.run.sampler import Job
+from scripts.toyworld import random_scene, render
+from scripts.toyworld.accuracy import attention
+from scripts.toyworld.render import Attributes
 
 PRESET = "configs/wan_tiny_4x.yaml"
 SCENES = (Attributes("red", "circle", "around", "navy"), Attributes("blue", "square", "vertically", "gray"))
@@ -19,7 +19,7 @@ def loss(*words: str) -> float:
     """Mean squared error of the velocity of toy world videos at fixed noise, with the preset's mask."""
     config = read_config(PRESET, ["model.device=cpu", *words])
     path = str(ROOT / config.model.path)
-    pipeline = Job(config, read_architecture(path), path, "cpu").load()
+    pipeline = Job(config, read_model_info(path), path, "cpu").load()
     random, sizes = torch.Generator().manual_seed(0), config.generation
     scenes = [render(random_scene(a, random), sizes.num_frames, 64, 64) for a in SCENES]
     videos = encode_video(pipeline, torch.stack(scenes).permute(0, 4, 1, 2, 3) * 2 - 1)

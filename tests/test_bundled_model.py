@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from scripts.config import ROOT, Config, read_config
-from scripts.inputs import NEED_IMAGE
-from scripts.prompt_accuracy import attention, first_frame, reading, with_pattern
-from scripts.video import sample
-from toyworld import all_attributes
-from toyworld.render import VOCABULARY
+from scripts.run.config import ROOT, Config, read_config
+from scripts.run.inputs import NEED_IMAGE
+from scripts.run.sampler import sample
+from scripts.toyworld import all_attributes
+from scripts.toyworld.accuracy import attention, first_frame, reading, with_pattern
+from scripts.toyworld.render import VOCABULARY
 
 # Of the captions, each with its number as its seed, as in results/prompt_accuracy_*.
 CHOSEN = range(7, 180, 15)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radial_attn import radial_attention
-from radial_attn.check import output_error, sample_blocks, sampled_reference, sampled_rows
+from radial_attn.analysis.sampled_error import output_error, sample_blocks, sampled_reference, sampled_rows
 from tests.attention_cases import GRIDS, make_inputs, make_mask
 
 

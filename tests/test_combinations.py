@@ -12,19 +12,25 @@ from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.caches import CACHES, cached, read_ratios
+from radial_attn.models.pipeline.efficiency import (
+    compile_blocks,
+    economize,
+    quantization_config,
+    store_in_fp8,
+)
 from torch._dynamo.testing import CompileCounter
 
-from models import apply_radial_attention
-from models.caches import CACHES, cached, read_ratios
-from models.economy import compile_blocks, economize, quantization_config, store_in_fp8
 from radial_attn import RadialConfig
-from scripts.architecture import Architecture, read_architecture
-from scripts.combinations import check_combinations, refusals
-from scripts.config import ROOT, read_config
-from scripts.errors import UsageError
 from scripts.generate import main
-from scripts.memory import cache_bytes, stored_weights
-from scripts.plan import gain, memory, memory_choices, token_grid
+from scripts.run.config import ROOT, read_config
+from scripts.run.errors import UsageError
+from scripts.run.hub_models import read_model_info
+from scripts.run.memory import cache_bytes, stored_weights
+from scripts.run.model_info import ModelInfo
+from scripts.run.option_checks import check_combinations, refusals
+from scripts.run.plan import gain, memory, memory_choices, token_grid
 from tests.test_plan import FOURTEEN, FULL, TINY, TOY
 from tests.tiny import wan_pipeline, wan_transformer
 from tests.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
@@ -212,7 +218,7 @@ def test_what_does_not_combine_is_one_line_before_weights_load(words, message, c
 
 
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setattr("scripts.combinations.find_spec", lambda name: None)
+    monkeypatch.setattr("scripts.run.option_checks.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs torchao; install it with: pip install .*torchao"):
         check_combinations(read_config(TINY, ["model.quantization=int8"]), "cuda")
 
@@ -243,7 +249,7 @@ def test_predicted_storage_and_cache_are_those_of_real_tensors():
     settings = {"attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 20}
     pipeline = wan_pipeline(**settings)
     count = sum(p.numel() for p in wan_transformer(**settings).parameters())
-    model = Architecture(layers=20, heads=2, head_dim=64, ffn=1024, parameters={"transformer": count})
+    model = ModelInfo(layers=20, heads=2, head_dim=64, ffn=1024, parameters={"transformer": count})
     words = ["model.quantization=fp8", "model.cache=first_block", "generation.num_frames=9"]
     config = read_config(TINY, words)
     store_in_fp8(pipeline, torch.float32)
@@ -294,7 +300,7 @@ def test_predicted_memory_of_tiles_and_fp8_is_near_the_peak_of_a_run(tmp_path):
     own = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "131072"}
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | own, timeout=280)
     record = json.loads((tmp_path / "a.json").read_text())
-    whole = memory(read_config(TINY, command[-5:]), read_architecture(str(tmp_path / "model")), "cpu").total
+    whole = memory(read_config(TINY, command[-5:]), read_model_info(str(tmp_path / "model")), "cpu").total
     peak = record["peak_memory"]["host_bytes"]
     assert peak == pytest.approx(sum(record["predicted_memory"].values()), rel=0.15)
     assert peak < 0.75 * whole

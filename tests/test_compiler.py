@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from radial_attn import RadialConfig, TokenGrid, compiler, radial_attention, radial_mask
-from radial_attn.compiler import compiler_problem
+from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.kernels import compiler
+from radial_attn.kernels.compiler import compiler_problem
 from scripts import generate, train_tiny
 
 TINY = "configs/wan_tiny.yaml"

@@ -4,7 +4,8 @@ import imageio
 import numpy as np
 import pytest
 
-from scripts.contact_sheet import GAP, main, sheet
+from scripts.contact_sheet import main
+from scripts.evaluation.frame_sheet import GAP, sheet
 
 
 def test_rows_and_frames_are_in_their_places():

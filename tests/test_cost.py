@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.architecture import Architecture
-from scripts.config import AttentionConfig, Config, GenerationConfig, ModelConfig
-from scripts.evaluation import cost
-from scripts.evaluation.cost import Case, Rates, curves, exponent, fit, main, n_log_n, sparsities
+from scripts import cost
+from scripts.cost import Case, Rates, curves, exponent, fit, main, n_log_n, sparsities
+from scripts.run.config import AttentionConfig, Config, GenerationConfig, ModelConfig
+from scripts.run.model_info import ModelInfo
 
 RATES = Rates(dense=2e9, radial=1e9, source="given")
 
@@ -24,7 +24,7 @@ def case(**attention: object) -> Case:
         **attention,
     }
     sizes = GenerationConfig(height=32, width=128, num_frames=13)
-    model = Architecture(3, 2, 8, 64, rope_length=None)
+    model = ModelInfo(3, 2, 8, 64, rope_length=None)
     return Case("tiny", Config(ModelConfig(), AttentionConfig(**options), sizes), model, RATES)
 
 

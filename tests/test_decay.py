@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from radial_attn import TokenGrid, analysis, radial_mask
-from radial_attn.analysis import sample_rows
-from radial_attn.decay import bands, column_reach, fit_exponential, measure
-from radial_attn.tail import first_dropped, fit_tail, measure_tails, paper_bound, tail_bound
+from radial_attn import TokenGrid, radial_mask
+from radial_attn.analysis import recall as analysis
+from radial_attn.analysis.bound import first_dropped, fit_tail, measure_tails, paper_bound, tail_bound
+from radial_attn.analysis.decay import bands, column_reach, fit_exponential, measure
+from radial_attn.analysis.recall import sample_rows
 from tests.mask_oracle import equation_four
 from tests.test_analysis import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
 

@@ -8,12 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from radial_attn.models import apply_radial_attention
 
-from models import apply_radial_attention
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.density import TOLERANCE, decay_factors, density_of, estimate, resolve_density, solve_density
-from radial_attn.density_table import changes, curve_lines, density_curve, main
-from radial_attn.draw import draw_mask
+from radial_attn.__main__ import main
+from radial_attn.masks.density import (
+    TOLERANCE,
+    decay_factors,
+    density_of,
+    estimate,
+    resolve_density,
+    solve_density,
+)
+from radial_attn.masks.density_curve import changes, curve_lines, density_curve
+from radial_attn.masks.draw import draw_mask
 from tests.tiny import wan_inputs, wan_transformer
 
 WAN = RadialConfig(0.2, neighbour="half")
@@ -209,9 +217,9 @@ def test_the_command_prints_curve_or_table(capsys):
         "--neighbour",
         "half",
     ]
-    main(shape)
+    main(["density", *shape])
     assert "0.2634  decay_factor 0.125\n" in capsys.readouterr().out
-    main([*shape, "--target", "0.2", "0.01"])
+    main(["density", *shape, "--target", "0.2", "0.01"])
     table = capsys.readouterr().out.splitlines()
     assert table[2] == "| 0.2 | 0.2016 | 0.125 | 0.061 | 128 | true |"
     assert table[3].startswith("| 0.01 | density must be 0.09117 to 1 for ")
@@ -223,6 +231,6 @@ def test_the_command_prints_curve_or_table(capsys):
         ["--target", "much"],
     ):
         with pytest.raises(SystemExit) as stop:
-            main([*shape, *wrong])
+            main(["density", *shape, *wrong])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and wrong[1] in error

@@ -6,14 +6,25 @@ import pytest
 from matplotlib.image import imread
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.draw import draw_mask, frame_distance, layers, main
+from radial_attn.__main__ import main
+from radial_attn.masks.draw import draw_mask, frame_distance, layers
 
 SHAPE = ["--frames", "12", "--height", "6", "--width", "10", "--block-size", "16"]
 
 
 def test_command_draws_a_picture_and_names_the_density(tmp_path):
     picture = tmp_path / "mask.png"
-    command = [sys.executable, "-m", "radial_attn.mask", *SHAPE, "--text", "20", "--out", str(picture)]
+    command = [
+        sys.executable,
+        "-m",
+        "radial_attn",
+        "draw",
+        *SHAPE,
+        "--text",
+        "20",
+        "--out",
+        str(picture),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     density = radial_mask(TokenGrid(12, 6, 10, text=20), RadialConfig(block_size=16)).density
     assert f"density {density:.4f}" in done.stdout
@@ -74,7 +85,7 @@ def test_bad_input_ends_in_one_line(changes, message, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit) as stop:
-        main([*SHAPE, "--out", "mask.png", *changes])
+        main(["draw", *SHAPE, "--out", "mask.png", *changes])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert message in error

@@ -7,9 +7,9 @@ import imageio
 import numpy as np
 import torch
 
-from scripts.config import ROOT
+from scripts.run.config import ROOT
+from scripts.toyworld import parse_caption, read
 from tests.machine import AUTO
-from toyworld import parse_caption, read
 
 PROMPT = "a red circle moving around on a navy background"
 

@@ -7,27 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from radial_attn.models import apply_radial_attention
 
-from models import apply_radial_attention
 from radial_attn import radial_mask
-from radial_attn.analysis import kept_by, recall, sample_rows
-from scripts import video
-from scripts.architecture import read_architecture
-from scripts.config import ROOT, read_config
-from scripts.evaluation.evaluate import examined, main
-from scripts.evaluation.evaluate_config import settings_of
-from scripts.evaluation.evaluate_report import content as found_in
-from scripts.evaluation.evaluate_report import explained, table
-from scripts.evaluation.evaluate_videos import (
-    Evaluation,
-    make_missing,
-    missing_videos,
-    read_video,
-    write_frames,
-)
+from radial_attn.analysis.recall import kept_by, recall, sample_rows
+from scripts.evaluate import examined, main
 from scripts.evaluation.metrics import compare
-from scripts.plan import attention_options, radial_config, token_grid
-from scripts.video import Job, sample, to_bytes
+from scripts.evaluation.settings import settings_of
+from scripts.evaluation.tables import content as found_in
+from scripts.evaluation.tables import explained, table
+from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, read_video, write_frames
+from scripts.run import sampler as video
+from scripts.run.config import ROOT, read_config
+from scripts.run.hub_models import read_model_info
+from scripts.run.plan import attention_options, radial_config, token_grid
+from scripts.run.sampler import Job, sample, to_bytes
 
 TINY = "configs/wan_tiny.yaml"
 SHORT = ["generation.num_frames=17", "generation.steps=2"]
@@ -70,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline() -> Any:
     config = read_config(TINY, SHORT)
     path = str(ROOT / config.model.path)
-    return Job(config, read_architecture(path), path, "cpu").load()
+    return Job(config, read_model_info(path), path, "cpu").load()
 
 
 def test_settings_hold_density_operations_and_mask(run: Path):
@@ -79,7 +73,7 @@ def test_settings_hold_density_operations_and_mask(run: Path):
     by_name = {setting["name"]: setting for setting in data["settings"]}
     assert list(by_name) == ["dense", "thin", "warm", "all"]
     config = read_config(TINY, [*SHORT, THIN])
-    grid = token_grid(config, read_architecture(str(ROOT / config.model.path)))
+    grid = token_grid(config, read_model_info(str(ROOT / config.model.path)))
     density = radial_mask(grid, radial_config(config)).density
     assert 0.5 < density < 0.7
     thin, warm = by_name["thin"], by_name["warm"]

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.errors import UsageError
+from scripts.evaluate import main
 from scripts.evaluation import folders
-from scripts.evaluation.evaluate import main
-from scripts.evaluation.evaluate_videos import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.vbench import INSTALL, listed_prompts, place, read_scores, run_vbench, video_name
-from scripts.outputs import encode
+from scripts.evaluation.videos import read_video
+from scripts.run.errors import UsageError
+from scripts.run.outputs import encode
 
 SIZE = (3, 32, 48, 3)
 INFO = [

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from radial_attn import RadialConfig
-from scripts.config import ROOT
-from scripts.evaluation.evaluate import examined, main, parse
-from scripts.evaluation.evaluate_attention import Readings, averaged
-from scripts.evaluation.evaluate_config import settings_of
-from scripts.evaluation.evaluate_report import explained
-from scripts.evaluation.evaluate_videos import Evaluation
+from scripts.evaluate import examined, main, parse
+from scripts.evaluation.recall import Readings, averaged
+from scripts.evaluation.settings import settings_of
+from scripts.evaluation.tables import explained
+from scripts.evaluation.videos import Evaluation
+from scripts.run.config import ROOT
 
 TINY = "configs/wan_tiny.yaml"
 THIN = "attention.density=0.6"

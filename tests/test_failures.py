@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from scripts.architecture import read_architecture
-from scripts.config import ROOT, read_config
-from scripts.errors import GenerationError
 from scripts.generate import main
-from scripts.record import available_memory, room
-from scripts.video import Job
+from scripts.run.config import ROOT, read_config
+from scripts.run.errors import GenerationError
+from scripts.run.hub_models import read_model_info
+from scripts.run.sampler import Job
+from scripts.run.system import available_memory, room
 
 TINY = "configs/wan_tiny.yaml"
 MOVES = 2**25  # what other programs take between two readings of free memory
@@ -164,7 +164,7 @@ def test_a_failure_of_the_op_names_the_backend(tiny_model, tmp_path, capsys, mon
 def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny_model):
     """As cuBLAS says it. What would fit depends on what is free and what this process holds already."""
     config = read_config(TINY, ["generation.height=512", "generation.width=512"])
-    job = Job(config, read_architecture(str(tiny_model)), str(tiny_model), "cpu")
+    job = Job(config, read_model_info(str(tiny_model)), str(tiny_model), "cpu")
     held = torch.ones(2**27, dtype=torch.uint8)
     with pytest.raises(GenerationError, match=r"would fit: generation\.") as raised, job.reporting_memory():
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.command import MARGIN, Command, choose_preset, needed, parse, pick
-from scripts.errors import UsageError
 from scripts.generate import main
-from scripts.plan import GIB
+from scripts.run.command_line import MARGIN, Command, choose_preset, needed, parse, pick
+from scripts.run.errors import UsageError
+from scripts.run.plan import GIB
 from tests.machine import AUTO, AUTO_BFLOAT16
 
 TINY = "configs/wan_tiny.yaml"

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
+from radial_attn.models.apply import TRANSFORMERS
 
-import models
-from scripts.gpu.cases import CASES, STEPS, Task, shrink
-from scripts.gpu.steps import StepBench
+from scripts.benchmarks.cases import CASES, STEPS, Task, shrink
+from scripts.benchmarks.steps import StepBench
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -20,7 +20,7 @@ def test_a_denoising_step_block_by_block(name, dtype):
     assert dense["reduced"] == spec.only_reduced and dense["attention_calls"] == sum(kinds.values())
     assert 0 < dense["attention_ms"] < sum(sum(times) for times in dense["blocks_ms"].values()) < dense["ms"]
     task = Task("step", case, "radial", using="blocks", dense="sdpa")
-    if spec.name not in models.TRANSFORMERS:
+    if spec.name not in TRANSFORMERS:
         with pytest.raises(ValueError, match="models has no fork of"):
             bench.run(task)
         return

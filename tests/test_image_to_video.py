@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 
-from scripts.config import read_config
-from scripts.errors import UsageError
 from scripts.generate import main
-from scripts.inputs import fit, open_image, read_inputs
+from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.inputs import fit, open_image, read_inputs
 from tests.test_script_families import SMALL
 from tests.tiny import CHANNELS
 from tests.tiny_hunyuan import hunyuan_image_pipeline

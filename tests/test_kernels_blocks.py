@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask, rectangles
-from radial_attn.plan import Layout, candidate_plans, plan_attention
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.kernels.blocks import rectangles
+from radial_attn.kernels.blocks.plan import Layout, candidate_plans, plan_attention
 from tests.attention_cases import GRIDS, assert_as_good_as, compare, exact, make_inputs, make_mask, run
 from tests.machine import AUTO
 

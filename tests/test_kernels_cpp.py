@@ -10,9 +10,9 @@ import torch
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
 from radial_attn.attention import choose_backend
-from radial_attn.backends import Call
-from radial_attn.kernels.cpp import SOURCE, cpp_attention
-from radial_attn.library import load_library
+from radial_attn.kernels.contract import Call
+from radial_attn.kernels.cpp.build import load_library
+from radial_attn.kernels.cpp.op import SOURCE, cpp_attention
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
 
 pytestmark = pytest.mark.skipif(isinstance(load_library(SOURCE), str), reason="no C++ compiler")

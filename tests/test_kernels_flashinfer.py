@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
-from radial_attn.backends import Call, missing, unsuited
+from radial_attn.dispatch import missing, unsuited
 from radial_attn.kernels import flashinfer as kernel
 from radial_attn.kernels import reference
+from radial_attn.kernels.contract import Call
 from tests import kernel_emulations
 from tests.attention_cases import GRIDS, assert_as_good_as, exact, make_inputs, make_mask
 

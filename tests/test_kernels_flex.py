@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
-from radial_attn.compiler import compiler_problem
 from radial_attn.kernels import flex as kernel
+from radial_attn.kernels.compiler import compiler_problem
 from tests.attention_cases import GRIDS, assert_as_good_as, compare, exact, make_inputs, make_mask
 
 PROBLEM = compiler_problem("cpu")

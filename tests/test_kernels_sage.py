@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
-from radial_attn.backends import missing
-from radial_attn.check import output_error
+from radial_attn.analysis.sampled_error import output_error
+from radial_attn.dispatch import missing
 from radial_attn.kernels import reference
 from radial_attn.kernels import sage as kernel
 from tests import kernel_emulations

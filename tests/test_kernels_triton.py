@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from radial_attn import radial_attention
-from radial_attn.backends import Call, obstacle
-from radial_attn.check import output_error
+from radial_attn.analysis.sampled_error import output_error
+from radial_attn.dispatch import obstacle
+from radial_attn.kernels.contract import Call
 from scripts.kernel_report import LAUNCHES, main
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask
 

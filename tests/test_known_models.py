@@ -4,15 +4,15 @@ import diffusers
 import pytest
 import torch
 import transformers
+from radial_attn.models import apply_radial_attention
 
-from models import apply_radial_attention
 from radial_attn import RadialConfig
-from scripts.architecture import Architecture
-from scripts.config import read_config
-from scripts.errors import UsageError
-from scripts.known_models import HUB_MODELS, HUNYUAN_CONFIG, from_configs
-from scripts.plan import token_grid
-from scripts.validate import check_sizes
+from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.hub_models import HUB_MODELS, HUNYUAN_CONFIG
+from scripts.run.model_info import ModelInfo, from_configs
+from scripts.run.plan import token_grid
+from scripts.run.validate import check_sizes
 from tests.tiny_wan import vace_transformer
 
 T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -25,7 +25,7 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
 }
 
 
-def wan(name: str, model: Architecture) -> torch.nn.Module:
+def wan(name: str, model: ModelInfo) -> torch.nn.Module:
     cls = diffusers.WanVACETransformer3DModel if "VACE" in name else diffusers.WanTransformer3DModel
     kind = "-".join(name.removeprefix("Wan-AI/").split("-")[:2])
     return cls(
@@ -88,7 +88,7 @@ def clip() -> torch.nn.Module:
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
 
 
-def parts(name: str, model: Architecture) -> dict[str, torch.nn.Module]:
+def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if name.startswith("Wan-AI"):
         found = {"transformer": wan(name, model), "text_encoder": umt5(), "vae": wan_vae(name)}
         if "Wan2.1-I2V" in name:

@@ -9,10 +9,10 @@ import huggingface_hub
 import pytest
 import torch
 
-from scripts.config import ROOT
-from scripts.errors import UsageError
 from scripts.lora.latent_shards import LatentShards
 from scripts.lora.latents import BucketSampler, LatentStore, fingerprint, text_key
+from scripts.run.config import ROOT
+from scripts.run.errors import UsageError
 
 MODEL = ROOT / "assets" / "wan-tiny"
 MARK = {"format": "1", "family": "wan", "vae": "v", "text encoder": "t"}

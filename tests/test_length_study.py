@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from scripts import length_study, train_lora
-from scripts.config import ROOT
 from scripts.length.report import accuracy_goals, goal_lines, loss_goals
 from scripts.length.runs import ROWS, Result, captions_of
 from scripts.length.scores import by_part, difference, judged, parts, record, shares
-from toyworld import Attributes, random_scene, render
-from toyworld.render import VOCABULARY
+from scripts.run.config import ROOT
+from scripts.toyworld import Attributes, random_scene, render
+from scripts.toyworld.render import VOCABULARY
 
 FRAMES, TRAINED = 129, 33
 SMALL = ["generation.num_frames=17", "generation.height=32", "generation.width=32"]
@@ -159,7 +159,7 @@ def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
 
     runs = ["dense_1x", "dense", "dense_lora", "radial_lora", "strided_lora"]
     only = ["attention.dense_steps=1", "validation.every=2", "validation.samples=1", "--only", *runs]
-    monkeypatch.setattr("scripts.prompt_accuracy.seconds_in_turn", timed)
+    monkeypatch.setattr("scripts.toyworld.accuracy.seconds_in_turn", timed)
     assert run_study(tmp_path, *only) == 0
     table = tmp_path / "results" / "table.md"
     text = table.read_text()

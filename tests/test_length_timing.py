@@ -36,7 +36,7 @@ def test_goals_of_step_times():
 @pytest.mark.parametrize("name", MODELS)
 def test_step_times_by_layer(name, monkeypatch):
     """The way that a GPU goes, on layers of the same kinds that are small."""
-    from scripts.gpu import cases as gpu_cases
+    from scripts.benchmarks import cases as gpu_cases
     from scripts.length import layers as length_layers
 
     spec = MODELS[name]
@@ -54,7 +54,7 @@ def test_step_times_by_layer(name, monkeypatch):
 
 
 def length_options(name: str) -> dict:
-    from scripts.gpu.steps import TINY
+    from scripts.benchmarks.steps import TINY
 
     return TINY[name]
 
@@ -72,7 +72,7 @@ def test_bounds_are_of_the_mask_that_is_timed():
     for count in (0, 3):
         words = ["attention.dense_steps=0", f"attention.dense_layers={count}"]
         config = length_timing.read_config(length_timing.PRESET, words)
-        model = length_timing.read_architecture(length_timing.resolve_model(config))
+        model = length_timing.read_model_info(length_timing.resolve_model(config))
         found.append(length_timing.bounds(config, model, 0.233, 16))
     for kind in ("training", "inference"):
         assert 1 < found[1][kind] < found[0][kind]

@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+from radial_attn.models.lora.keys import match_keys
+from radial_attn.models.lora.load import Lora, load_loras
+from radial_attn.models.lora.names_hunyuan_video import NAMES
 
-from models.lora_hunyuan_video import NAMES
-from models.lora_keys import match_keys
-from models.loras import Lora, load_loras
-from scripts.config import read_config
-from scripts.errors import UsageError
-from scripts.loras import find_loras
+from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.loras import find_loras
 from tests.tiny_hunyuan import hunyuan_image_pipeline, hunyuan_inputs, hunyuan_pipeline, hunyuan_transformer
 from tests.tiny_lora import add_fused, fused_pairs, write
 

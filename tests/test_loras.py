@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from radial_attn.models.lora.load import EXPERTS, MODES, UNMATCHED
 
-from models.loras import EXPERTS, MODES, UNMATCHED
-from scripts import lora_options
-from scripts.command import FULL_PRESET, TINY_PRESET, Command, choose_config, parse, schedule_of
-from scripts.config import ROOT, keys, read_config
-from scripts.errors import UsageError
 from scripts.generate import main
-from scripts.lora_options import LoraConfig
-from scripts.loras import find_loras
+from scripts.run import lora_options
+from scripts.run.command_line import FULL_PRESET, TINY_PRESET, Command, choose_config, parse, schedule_of
+from scripts.run.config import ROOT, keys, read_config
+from scripts.run.errors import UsageError
+from scripts.run.lora_options import LoraConfig
+from scripts.run.loras import find_loras
 from tests.tiny import wan_transformer
 from tests.tiny_lora import random_distilled, random_pairs, spell, write
 

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.mask import half_width
-
-from .mask_oracle import block_rule, equation_four, pair_rule, token_rule
+from radial_attn.masks.radial import half_width
+from tests.mask_oracle import block_rule, equation_four, pair_rule, token_rule
 
 REFERENCE = Path(__file__).parent / "data" / "reference_masks.npz"
 

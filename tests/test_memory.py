@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
 
-from scripts.architecture import Architecture
-from scripts.config import ROOT, read_config
-from scripts.known_models import HUB_MODELS, from_configs
-from scripts.memory import GIB, covered, decoder_bytes
+from scripts.run.config import ROOT, read_config
+from scripts.run.hub_models import HUB_MODELS
+from scripts.run.memory import GIB, covered, decoder_bytes
+from scripts.run.model_info import ModelInfo, from_configs
 from tests.test_plan import FULL
 from tests.tiny import wan_vae
 from tests.tiny_hunyuan import hunyuan_transformer
@@ -56,14 +56,14 @@ print(peak_memory("cpu")["host_bytes"] - before)
 """
 
 
-def architecture(family: str) -> Architecture:
+def architecture(family: str) -> ModelInfo:
     """As read from the tiny models' own configurations, with small tiles."""
     transformer = TRANSFORMERS[family]()
     config = {"_class_name": type(transformer).__name__, **transformer.config}
     return replace(from_configs(config, VAES[family], {}), vae_tile=TILE)
 
 
-def decoding(model: Architecture, family: str, sizes: tuple[int, int, int], tiling: str) -> float:
+def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling: str) -> float:
     """Bytes predicted for a video of `sizes`: frames, height, width."""
     names = ("num_frames", "height", "width")
     words = [f"generation.{name}={value}" for name, value in zip(names, sizes, strict=True)]
@@ -114,7 +114,7 @@ def test_tiles_and_chunks_are_those_of_diffusers():
     """What is predicted from: tiles of 256 every 192 pixels, chunks of 16 and one frames every 12."""
     vaes = {family: CLASSES[family](**VAES[family]) for family in CLASSES} | {"wan": wan_vae()}
     for family, vae in vaes.items():
-        assert vae.tile_sample_min_height == vae.tile_sample_min_width == Architecture(1, 1, 1, 1).vae_tile
+        assert vae.tile_sample_min_height == vae.tile_sample_min_width == ModelInfo(1, 1, 1, 1).vae_tile
         assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == 192
         assert getattr(vae, "use_framewise_decoding", False) == (family == "hunyuan_video")
     model, vae = architecture("hunyuan_video"), vaes["hunyuan_video"]

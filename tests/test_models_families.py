@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.output_check import CheckError
 
-from models import apply_radial_attention
-from models.guard import CheckError
 from radial_attn import radial_mask
 from tests.failing import fail, one_nan
 from tests.families import DENSE, FAMILIES, FULL, SPARSE, masked_upstream, run

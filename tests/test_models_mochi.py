@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import MochiPipeline
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.schedule import StepCounter
 
-from models import apply_radial_attention
-from models.schedule import StepCounter
 from radial_attn import TokenGrid
 from tests.families import DENSE, FULL, SPARSE, masked_upstream, run
 from tests.machine import AUTO

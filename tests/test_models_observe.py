@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from radial_attn.models import apply_radial_attention, wan
+from radial_attn.models.runtime import context
 
-from models import apply_radial_attention, context, wan
 from radial_attn import TokenGrid, radial_mask
 from radial_attn.kernels import reference
 from tests.families import DENSE, FAMILIES, SPARSE, Family, run
@@ -113,7 +114,7 @@ def repeated_blocks(transformer):
 @pytest.mark.parametrize("compiled", [compiled_blocks, repeated_blocks, torch.compile])
 def test_a_compiled_transformer_is_refused(compiled):
     transformer = compiled(wan_transformer())
-    with pytest.raises(ValueError, match=r"^observe: got a compiled transformer, allowed: one that is not"):
+    with pytest.raises(ValueError, match=r"^observe: got a compiled transformer"):
         apply_radial_attention(transformer, SPARSE, observe=print)
     apply_radial_attention(transformer, SPARSE).remove()
 

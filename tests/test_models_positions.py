@@ -5,18 +5,19 @@ from functools import partial
 
 import pytest
 import torch
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.rope_scaling import (
+    METHODS,
+    describe,
+    extend_positions,
+    rescale,
+    temporal_frequencies,
+)
 
-from models import apply_radial_attention
-from models.positions import METHODS, describe, extend_positions, rescale, temporal_frequencies
 from radial_attn import RadialConfig
 from tests.families import run
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
-from tests.tiny_hunyuan import (
-    hunyuan15_inputs,
-    hunyuan15_transformer,
-    hunyuan_inputs,
-    hunyuan_transformer,
-)
+from tests.tiny_hunyuan import hunyuan15_inputs, hunyuan15_transformer, hunyuan_inputs, hunyuan_transformer
 from tests.tiny_ltx import ltx_transformer
 from tests.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.tiny_wan import vace_inputs, vace_transformer

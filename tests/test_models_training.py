@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig
+from radial_attn.models import apply_radial_attention
 from torch._dynamo.testing import CompileCounter
 
-from models import apply_radial_attention
 from radial_attn import RadialConfig
 from tests.machine import AUTO
 from tests.tiny import wan_inputs, wan_transformer

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from radial_attn.models import apply_radial_attention
 
-from models import apply_radial_attention
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from tests.machine import AUTO
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from radial_attn.models import apply_radial_attention
 
-from models import apply_radial_attention
 from radial_attn import BlockMask, RadialConfig, radial_attention, radial_mask
 from tests.attention_cases import GRIDS, make_inputs, make_mask, run
 from tests.test_models_wan import GRID, SPARSE, masked_upstream

@@ -12,10 +12,10 @@ import imageio
 import numpy as np
 import pytest
 
-from scripts.config import ROOT, read_config
-from scripts.errors import UsageError
-from scripts.outputs import _raise_reason, finished, resolved, video_path, writable_folder, write_pair
-from scripts.record import cgroup_free, installed, own_memory, versions
+from scripts.run.config import ROOT, read_config
+from scripts.run.errors import UsageError
+from scripts.run.outputs import _raise_reason, finished, resolved, video_path, writable_folder, write_pair
+from scripts.run.system import cgroup_free, installed, own_memory, versions
 
 TINY = "configs/wan_tiny.yaml"
 

@@ -4,17 +4,17 @@ import subprocess
 import sys
 
 import pytest
+from radial_attn.models.parallel.groups import Degrees
 
-from models.xdit import Degrees
 from radial_attn import radial_mask
-from scripts import plan
-from scripts.architecture import Architecture
-from scripts.config import ROOT, AttentionConfig, Config, GenerationConfig, ModelConfig, read_config
-from scripts.degrees import plan_degrees
 from scripts.generate import main as generate
-from scripts.known_models import HUB_MODELS
 from scripts.parallel_cost import main
-from scripts.parallel_work import Rates, exchange, lines, predict, rank_memory, work
+from scripts.run import plan
+from scripts.run.config import ROOT, AttentionConfig, Config, GenerationConfig, ModelConfig, read_config
+from scripts.run.hub_models import HUB_MODELS
+from scripts.run.model_info import ModelInfo
+from scripts.run.parallel import plan_degrees
+from scripts.run.parallel_work import Rates, exchange, lines, predict, rank_memory, work
 
 HUNYUAN = HUB_MODELS["hunyuanvideo-community/HunyuanVideo"]
 MOCHI = HUB_MODELS["genmo/mochi-1-preview"]
@@ -28,9 +28,9 @@ RATES = Rates(linear=400e12, attention=400e12, bandwidth=25e9)
 CALL = ["configs/hunyuan_t2v_4x.yaml", "--tflops", "400", "--bandwidth", "200", "25"]
 
 
-def tiny(family: str, text: int = 0, joint: int = 0, **model: object) -> tuple[Config, Architecture]:
+def tiny(family: str, text: int = 0, joint: int = 0, **model: object) -> tuple[Config, ModelInfo]:
     """3 frames of 2 x 5 tokens in 2 layers of 4 heads of 8, float16, guidance on."""
-    shape = Architecture(2, 4, 8, 64, text_tokens=text, joint_text=joint, **model)
+    shape = ModelInfo(2, 4, 8, 64, text_tokens=text, joint_text=joint, **model)
     sizes = GenerationConfig(height=32, width=80, num_frames=9, steps=10)
     attention = AttentionConfig(block_size=16, dense_steps=4, dense_layers=1, dense_last_steps=1)
     return Config(ModelConfig(family=family, dtype="float16"), attention, sizes), shape

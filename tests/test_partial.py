@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
-from radial_attn.partial import Part, merge, partial_attention
+from radial_attn.block_mask import Part
+from radial_attn.partial import merge, partial_attention
 from tests.attention_cases import assert_as_good_as
 
 SIZES = [(40, 70), (64, 32), (5, 100), (97, 16)]  # rows and keys, last blocks short or whole

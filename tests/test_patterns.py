@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
-from radial_attn.density import resolve_density
-from radial_attn.patterns import COMPARED
-from radial_attn.windows import axis_radii, tile_shape, window_radii
+from radial_attn.masks.density import resolve_density
+from radial_attn.masks.patterns import COMPARED, axis_radii, tile_shape, window_radii
 
 TOY = RadialConfig(decay_factor=0.5, block_size=16, decimation_width=64)
 REAL = RadialConfig(decay_factor=0.95)

@@ -13,12 +13,12 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.architecture import Architecture, read_architecture
-from scripts.config import ROOT, Config, read_config
-from scripts.errors import UsageError
 from scripts.generate import main
-from scripts.known_models import HUB_MODELS
-from scripts.plan import (
+from scripts.run.config import ROOT, Config, read_config
+from scripts.run.errors import UsageError
+from scripts.run.hub_models import HUB_MODELS, read_model_info
+from scripts.run.model_info import ModelInfo
+from scripts.run.plan import (
     GIB,
     attention_flops,
     dense_steps,
@@ -30,12 +30,12 @@ from scripts.plan import (
     other_flops,
     token_grid,
 )
-from scripts.shortage import check_host
+from scripts.run.shortage import check_host
 from tests.tiny import wan_inputs, wan_transformer
 
 FULL, TINY = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
 FOURTEEN = HUB_MODELS["Wan-AI/Wan2.1-T2V-14B-Diffusers"]
-TOY = Architecture(layers=6, heads=4, head_dim=48, ffn=512, patch=(1, 1, 1), vae_base=8)
+TOY = ModelInfo(layers=6, heads=4, head_dim=48, ffn=512, patch=(1, 1, 1), vae_base=8)
 
 
 def elements(module: torch.nn.Module) -> int:
@@ -43,7 +43,7 @@ def elements(module: torch.nn.Module) -> int:
 
 
 def test_a_folder_is_read_without_its_weights(tiny_model):
-    model = read_architecture(str(tiny_model))
+    model = read_model_info(str(tiny_model))
     assert (model.layers, model.heads, model.head_dim, model.ffn) == (4, 2, 12, 32)
     assert (model.patch, model.vae_base, model.size_factor(1)) == ((1, 1, 1), 4, 16)
     real = WanTransformer3DModel.from_pretrained(tiny_model / "transformer")

@@ -4,15 +4,14 @@ import json
 
 import pytest
 
-from scripts.architecture import read_architecture
 from scripts.generate import main
-from scripts.known_models import HUB_MODELS
+from scripts.run.hub_models import HUB_MODELS, read_model_info
 from tests.test_models_positions import REAL
 from tests.tiny import wan_transformer
 
 
 def test_architectures_know_the_rotary_embedding(tiny_model):
-    assert read_architecture(str(tiny_model)).rope_time == (wan_transformer().rope.t_dim, 10000.0) == (4, 1e4)
+    assert read_model_info(str(tiny_model)).rope_time == (wan_transformer().rope.t_dim, 10000.0) == (4, 1e4)
     times = {name: model.rope_time for name, model in HUB_MODELS.items()}
     for name, time in times.items():
         family = "wan" if name.startswith("Wan") else "hunyuan_video" if "Hunyuan" in name else None

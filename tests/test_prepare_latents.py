@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from radial_attn.models.pipeline.load import load_pipeline
+from radial_attn.models.training.flow import encode_text, encode_video
 
-from models.flow import encode_text, encode_video
-from models.pipelines import load_pipeline
-from scripts import prepare_latents
-from scripts.config import ROOT
-from scripts.inputs import fit, read_frames
 from scripts.lora import latent_shards
+from scripts.lora import prepare as prepare_latents
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import LatentStore, fingerprint
 from scripts.prepare_latents import main
+from scripts.run.config import ROOT
+from scripts.run.inputs import fit, read_frames
 from tests.latent_cases import SIZES, run, table, write_video
 from tests.tiny_hunyuan import hunyuan_pipeline
 from tests.tiny_mochi import mochi_pipeline
@@ -151,7 +151,10 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
 
 
 def test_a_killed_run_goes_on(config, videos, prepared, tmp_path, monkeypatch):
-    program = f"import sys, scripts.prepare_latents as p; p.MIB = {SHARD}; sys.exit(p.main(sys.argv[1:]))"
+    program = (
+        f"import sys, scripts.lora.prepare as p, scripts.prepare_latents as c; p.MIB = {SHARD}; "
+        "sys.exit(c.main(sys.argv[1:]))"
+    )
     keys = [f"data.folder={videos}", f"data.latents={tmp_path}", "data.shard_mb=1", SIZES]
     process = subprocess.Popen([sys.executable, "-c", program, str(config), *keys], cwd=ROOT)
     deadline = time.monotonic() + 200

@@ -9,21 +9,12 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from scripts import prompt_accuracy
-from scripts.config import ROOT, Config, read_config
-from scripts.prompt_accuracy import (
-    density,
-    digest,
-    first_frame,
-    parse,
-    readings,
-    report,
-    row,
-    step_seconds,
-    with_pattern,
-)
-from toyworld import all_attributes, read
-from toyworld.render import VOCABULARY
+from scripts.prompt_accuracy import density, parse, report, row, step_seconds
+from scripts.run.config import ROOT, Config, read_config
+from scripts.run.digest import digest
+from scripts.toyworld import all_attributes, read
+from scripts.toyworld.accuracy import first_frame, readings, with_pattern
+from scripts.toyworld.render import VOCABULARY
 
 CAPTIONS = all_attributes()[:3]
 SHORT = ["generation.num_frames=5", "generation.steps=2"]
@@ -97,7 +88,7 @@ def test_dense_steps_are_timed_apart(monkeypatch, config):
         seen.update({name: run for name, (_, run) in runs.items()})
         return {name: 2.0 if run.attention.pattern == "dense" else 1.0 for name, (_, run) in runs.items()}
 
-    monkeypatch.setattr(prompt_accuracy, "seconds_in_turn", timed)
+    monkeypatch.setattr("scripts.toyworld.accuracy.seconds_in_turn", timed)
     warm = read_config("configs/wan_tiny.yaml", ["attention.dense_steps=3", "attention.dense_last_steps=1"])
     assert step_seconds(None, warm, CAPTIONS[0]) == {"dense": 2.0, "radial": pytest.approx(1.2)}
     radial, dense = seen["radial", False].attention, seen["radial", True].attention
@@ -105,19 +96,16 @@ def test_dense_steps_are_timed_apart(monkeypatch, config):
     assert dense.pattern == "dense" and len(seen) == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["plan", "loras", "positions", "combinations", "inputs", "sampling", "video"]
-)
-def test_readings_follow_the_program(name, monkeypatch, tmp_path, config):
-    (tmp_path / "scripts").mkdir()
-    for file in (ROOT / "scripts").glob("*.py"):
-        (tmp_path / "scripts" / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(prompt_accuracy, "ROOT", tmp_path)
-    model, file = str(tmp_path / "model"), tmp_path / "scripts" / f"{name}.py"
-    before = digest(config, model)
-    assert digest(config, model) == before
-    file.write_text(file.read_text() + "# changed")
-    assert digest(config, model) != before
+def test_readings_follow_configuration_weights_and_version(monkeypatch, tmp_path, config):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    before = digest(config, str(tmp_path))
+    assert digest(config, str(tmp_path)) == before != digest(config, str(tmp_path), "another fact")
+    assert digest(with_pattern(config, "dense"), str(tmp_path)) != before
+    weights.write_bytes(b"Weights")
+    changed = digest(config, str(tmp_path))
+    monkeypatch.setattr("scripts.run.digest.RESULTS_VERSION", 0)
+    assert len({before, changed, digest(config, str(tmp_path))}) == 3
 
 
 def test_report_holds_command_table_and_settings(config):

@@ -2,7 +2,7 @@
 
 from torch.distributed import TCPStore
 
-from scripts.ranks import first_to_speak
+from scripts.run.processes import first_to_speak
 
 
 def test_only_the_first_of_several_tells(monkeypatch):

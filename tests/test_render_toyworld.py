@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.inputs import read_frames
-from scripts.render_toyworld import draw_scene, main
-from toyworld import all_attributes, parse_caption, read, render
+from scripts.render_toyworld import main
+from scripts.run.inputs import read_frames
+from scripts.toyworld import all_attributes, parse_caption, read, render
+from scripts.toyworld.files import draw_scene
 
 
 def shown(path: Path) -> torch.Tensor:

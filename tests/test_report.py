@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
-from scripts.evaluation import report
+from scripts import report
 from scripts.evaluation.report_forms import NUMBER, checked
 from scripts.evaluation.report_html import figures, node, tostring
 from scripts.evaluation.report_mask import packed_mask, pair_shares, runs
 from scripts.evaluation.report_plots import scale, tick_text
 from scripts.evaluation.report_runs import clips, find_runs
 from scripts.evaluation.report_videos import Difference, open_video, read_frames
-from scripts.outputs import encode
+from scripts.run.outputs import encode
 from tests import report_cases as cases
 
 

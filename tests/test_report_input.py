@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.evaluation import report
-from scripts.outputs import encode
+from scripts import report
+from scripts.run.outputs import encode
 from tests import report_cases as cases
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from scripts.evaluation import report
+from scripts import report
 from scripts.evaluation.report_html import figures
 from tests import report_cases as cases
 

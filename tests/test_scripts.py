@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.check_upstream import main as check_upstream
-from scripts.config import ROOT
+from scripts.run.config import ROOT
 
 SETUP = ROOT / "scripts/setup.sh"
 

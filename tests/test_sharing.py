@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from radial_attn.models.parallel.decoding import share
+from radial_attn.models.parallel.groups import Degrees
 
-from models.parallel_decode import share
-from models.xdit import Degrees
-from scripts.architecture import Architecture
-from scripts.config import ROOT, read_config
-from scripts.memory import decoded_tiles
-from scripts.team import describe_decoding
+from scripts.run.config import ROOT, read_config
+from scripts.run.memory import decoded_tiles
+from scripts.run.model_info import ModelInfo
+from scripts.run.process_groups import describe_decoding
 from tests.decode_cases import SIDE, tiled
 from tests.processes import environment, run_ranks, torchrun
 from tests.test_generate import TINY
@@ -108,7 +108,7 @@ def test_a_failure_in_decoding_ends_all_in_one_line(tiny_model: Path, tmp_path: 
 
 def planned(path: str, count: int, *words: str) -> list[str]:
     config = read_config(path, list(words))
-    return describe_decoding(config, Architecture(2, 4, 8, 64), Degrees(ulysses=count, data=2))
+    return describe_decoding(config, ModelInfo(2, 4, 8, 64), Degrees(ulysses=count, data=2))
 
 
 @torch.no_grad()

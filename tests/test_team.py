@@ -14,22 +14,22 @@ import imageio
 import numpy as np
 import psutil
 import pytest
+from radial_attn.models.parallel.groups import Degrees
 
-from models.xdit import Degrees
-from scripts.architecture import Architecture
-from scripts.config import ROOT, Config, read_config
-from scripts.degrees import describe_degrees, plan_degrees, planned
-from scripts.errors import UsageError
 from scripts.generate import main
 from scripts.launch import count
-from scripts.team import ALONE, Team, check_machine
+from scripts.run.config import ROOT, Config, read_config
+from scripts.run.errors import UsageError
+from scripts.run.model_info import ModelInfo
+from scripts.run.parallel import describe_degrees, plan_degrees, planned
+from scripts.run.process_groups import ALONE, Team, check_machine
 from tests.test_generate import TINY
 
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
 
 
-def model(heads: int = 4) -> Architecture:
-    return Architecture(2, heads, 8, 64)
+def model(heads: int = 4) -> ModelInfo:
+    return ModelInfo(2, heads, 8, 64)
 
 
 def guided(halves: int = 2, **parallel: int) -> Config:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from radial_attn import BlockMask, TokenGrid
-from radial_attn.tiles import Extent, Tiles, key_tiles, query_tiles
+from radial_attn.kernels.triton.tiles import Extent, Tiles, key_tiles, query_tiles
 from tests.attention_cases import make_mask
 
 CPU = torch.device("cpu")

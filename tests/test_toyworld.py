@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import conv3d, pad
 
-from toyworld import Attributes, Scene, all_attributes, parse_caption, random_scene, read, render
-from toyworld.render import SHAPES, VOCABULARY, coverage, pixel_grid
+from scripts.toyworld import Attributes, Scene, all_attributes, parse_caption, random_scene, read, render
+from scripts.toyworld.render import SHAPES, VOCABULARY, coverage, pixel_grid
 
 
 def blurred(video: torch.Tensor, sigma: float) -> torch.Tensor:

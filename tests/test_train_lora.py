@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 from diffusers import WanPipeline
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.lora.load import Lora, load_loras
+from radial_attn.models.training.flow import predict_velocity, stack_text
 
-from models import apply_radial_attention
-from models.flow import predict_velocity, stack_text
-from models.loras import Lora, load_loras
-from scripts import train_lora
-from scripts.config import ROOT
 from scripts.generate import main as generate
+from scripts.lora import step
 from scripts.lora.config import SCHEMA
-from scripts.lora.run import learning_rate, noise_levels
 from scripts.lora.setup import prepared
+from scripts.lora.step import learning_rate, noise_levels
+from scripts.run.config import ROOT
 from scripts.train_lora import main
 from tests.lora_cases import (
     CAPTIONS,
@@ -74,7 +74,7 @@ def test_loss_is_that_of_flow_matching(lora_config, tiny_model, tmp_path):
     parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}"])
     with prepared(parsed) as (run, _):
         indices, sigma = [0, 4], torch.tensor([0.25, 0.75])
-        found = train_lora.flow_loss(
+        found = step.flow_loss(
             run, run.plain, indices, sigma, random=torch.Generator().manual_seed(SEED), drop=0.5
         )
         store, transformer = run.store, run.plain
@@ -100,7 +100,7 @@ def test_radial_attention_is_what_is_trained_with(lora_config, tmp_path):
         dense = predict_velocity(plain, "wan", *inputs)
         assert not torch.allclose(radial, dense, atol=1e-4)
         from scripts.lora.plan import as_generation
-        from scripts.plan import radial_config
+        from scripts.run.plan import radial_config
 
         mask = radial_config(as_generation(parsed, parsed.data.sizes[0]))
         with apply_radial_attention(plain, mask, dense_layers=1):

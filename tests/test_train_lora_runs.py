@@ -11,14 +11,14 @@ import time
 
 import pytest
 import torch
+from radial_attn.models.lora.files import read_header
 
-from models.lora_files import read_header
-from scripts import train_lora
-from scripts.config import ROOT
 from scripts.lora import state as lora_state
+from scripts.lora import train as train_lora
 from scripts.lora import validation as lora_validation
 from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.latents import LatentStore
+from scripts.run.config import ROOT
 from scripts.train_lora import main
 from tests.lora_cases import FILE, adapter, launch_training, losses, same, train
 from tests.machine import AUTO

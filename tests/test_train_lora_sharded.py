@@ -13,21 +13,14 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from scripts.architecture import Architecture, read_architecture
-from scripts.errors import UsageError
 from scripts.lora import plan
 from scripts.lora.config import SCHEMA
 from scripts.lora.validation import shares
+from scripts.run.errors import UsageError
+from scripts.run.hub_models import read_model_info
+from scripts.run.model_info import ModelInfo
 from scripts.train_lora import main
-from tests.lora_cases import (
-    adapter,
-    cut,
-    launch_training,
-    make_latents,
-    same,
-    train,
-    write_config,
-)
+from tests.lora_cases import adapter, cut, launch_training, make_latents, same, train, write_config
 from tests.processes import run_ranks
 from tests.tiny_hunyuan import hunyuan_pipeline
 
@@ -158,7 +151,7 @@ def test_bad_input_is_one_line(lora_config, tmp_path, capsys):
 def test_the_plan_counts_weights_as_shared(lora_config, tiny_model, monkeypatch, capsys):
     """A quarter of them and the two blocks, of four, that are whole at a time."""
     config = SCHEMA.read(str(lora_config), [SHARD])
-    model = read_architecture(str(tiny_model))
+    model = read_model_info(str(tiny_model))
     assert model.layers == 4
     whole = 4 * model.parameters["transformer"]
     assert needed(config, model) == pytest.approx(needed(whole_of(config), model))  # one process
@@ -177,7 +170,7 @@ def test_the_plan_counts_weights_as_shared(lora_config, tiny_model, monkeypatch,
 
 def test_room_is_checked_for_shared_weights(lora_config, tiny_model, monkeypatch):
     """Weights of 4 GiB, in blocks of one sixteenth: more than is free whole, less when eight share them."""
-    model = replace(read_architecture(str(tiny_model)), layers=16, parameters={"transformer": 2**30})
+    model = replace(read_model_info(str(tiny_model)), layers=16, parameters={"transformer": 2**30})
     config = SCHEMA.read(str(lora_config), [SHARD])
     monkeypatch.setattr(plan, "room", lambda device: 3 * 2**30)
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -191,6 +184,6 @@ def whole_of(config):
     return replace(config, parallel=replace(config.parallel, shard="none"))
 
 
-def needed(config, model: Architecture) -> float:
+def needed(config, model: ModelInfo) -> float:
     run = plan.as_generation(config, config.data.sizes[0])
     return plan.memory(config, model, run, 3072, "cpu")

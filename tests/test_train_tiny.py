@@ -8,15 +8,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from radial_attn.models.hunyuan_video import attention_layers
 from torch import nn
 
-from models.hunyuan_video import attention_layers
-from scripts.tiny.loop import Stage, build_optimizers, learning_rate
-from scripts.tiny.options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
-from scripts.tiny.vae import initialise_vae
-from scripts.tiny.wan import TEXT_SLOTS, Denoiser
+from scripts.toyworld import Attributes, all_attributes, parse_caption
+from scripts.toyworld.train.loop import Stage, build_optimizers, learning_rate
+from scripts.toyworld.train.options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
+from scripts.toyworld.train.vae import initialise_vae
+from scripts.toyworld.train.wan import TEXT_SLOTS, Denoiser
 from scripts.train_tiny import parse, prepare, train, write_caption
-from toyworld import Attributes, all_attributes, parse_caption
 
 CAPTION = "a red circle moving around on a navy background"
 

@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional
 
-from scripts.tiny.hunyuan_video import LIKENESS, WORDS_APART
-from scripts.tiny.options import FAMILIES
+from scripts.toyworld.train.hunyuan_video import LIKENESS, WORDS_APART
+from scripts.toyworld.train.options import FAMILIES
 
 CAPTIONS = ["a red circle", "a red square"]
 

@@ -9,7 +9,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from scripts import prepare_latents
 from scripts.lora.config import DataConfig
-from scripts.lora.training_videos import Video, plan_clips, read_clips, read_videos, too_short
+from scripts.lora.videos import Video, plan_clips, read_clips, read_videos, too_short
 from tests.latent_cases import run, table, write_video
 
 CONFIG = Path("configs/train/wan_tiny_4x.yaml")

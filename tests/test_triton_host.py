@@ -41,7 +41,10 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch) -> Counter:
-    from radial_attn.kernels import triton_backward, triton_forward, triton_quantize, triton_quantized_forward
+    from radial_attn.kernels.triton import backward as triton_backward
+    from radial_attn.kernels.triton import forward as triton_forward
+    from radial_attn.kernels.triton import quantize as triton_quantize
+    from radial_attn.kernels.triton import quantized_forward as triton_quantized_forward
 
     counter: Counter = Counter()
     for module in (triton_backward, triton_forward, triton_quantize, triton_quantized_forward):
@@ -53,7 +56,8 @@ def launches(monkeypatch) -> Counter:
 @pytest.fixture
 def opened(monkeypatch):
     """The operators as the functions behind them, so that what they run is seen."""
-    from radial_attn.kernels import triton, triton_quantized
+    from radial_attn.kernels.triton import op as triton
+    from radial_attn.kernels.triton import quantized as triton_quantized
 
     for module, name in (
         (triton, "triton_attention"),

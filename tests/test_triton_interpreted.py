@@ -9,10 +9,11 @@ import os
 import pytest
 import torch
 
-from radial_attn import BlockMask, TokenGrid, radial_attention, tiles
-from radial_attn.kernels import triton_configs
-from radial_attn.kernels.triton_configs import Launch
-from radial_attn.partial import Part
+from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn.block_mask import Part
+from radial_attn.kernels.triton import configs as triton_configs
+from radial_attn.kernels.triton import tiles
+from radial_attn.kernels.triton.configs import Launch
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
 from tests.test_partial import agree, make, some_blocks
 
@@ -121,8 +122,8 @@ def test_compiles_into_one_graph(quantize, lengths):
 @pytest.mark.parametrize("bits", [None, "int8"])
 def test_operator_contract(bits):
     """Schema, fake tensors and autograd registration of the operators, by torch's own checker."""
-    from radial_attn.kernels import triton as kernel
-    from radial_attn.kernels.triton_quantized import quantized_attention
+    from radial_attn.kernels.triton import op as kernel
+    from radial_attn.kernels.triton.quantized import quantized_attention
 
     grid = GRIDS[63]
     tensors = [x.requires_grad_(bits is None) for x in make_inputs(grid, 1, 2, 64)[:3]]
@@ -173,7 +174,7 @@ def test_parts_of_heads_with_patterns_of_their_own(size):
 
 def test_gradient_through_the_log_sum_exp():
     """As a ring of devices needs it, which weighs parts of the keys by their log-sum-exp."""
-    from radial_attn.kernels.triton import triton_attention
+    from radial_attn.kernels.triton.op import triton_attention
 
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     leaves = [x.requires_grad_() for x in make_inputs(grid, 1, 2, 64)[:3]]
@@ -201,7 +202,7 @@ def test_values_that_are_not_finite_come_out(place, quantize):
 
 
 def test_unaligned_tensors_are_copied_for_descriptors():
-    from radial_attn.kernels.triton_launch import aligned
+    from radial_attn.kernels.triton.launch import aligned
 
     even = torch.zeros(1, 8, 2, 64, dtype=torch.float16)
     odd = torch.zeros(8 * 2 * 64 + 1, dtype=torch.float16)[1:].view(even.shape)

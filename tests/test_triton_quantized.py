@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from radial_attn import TokenGrid, radial_attention
-from radial_attn.check import OutputError, output_error
+from radial_attn.analysis.sampled_error import OutputError, output_error
 from radial_attn.kernels import reference
-from radial_attn.kernels.reference_quantized import quantized_attention
+from radial_attn.kernels.quantized_reference import quantized_attention
 from tests.attention_cases import GRIDS, make_inputs, make_mask
 
 pytestmark = pytest.mark.skipif(
@@ -93,8 +93,8 @@ def test_quantized_mask_per_head_and_zero_rows(monkeypatch, bits):
 @pytest.mark.parametrize(("bits", "most"), [("int8", 0.01), ("fp8", 0.06), (None, 1e-5)])
 def test_log_sum_exp(bits, most):
     """Of the kept scores, the mean key that quantisation takes off included; -inf without keys."""
-    from radial_attn.kernels import triton as kernel
-    from radial_attn.kernels.triton_quantized import quantized_attention as quantized
+    from radial_attn.kernels.triton import op as kernel
+    from radial_attn.kernels.triton.quantized import quantized_attention as quantized
 
     grid = GRIDS[111]
     query, key, value, _ = make_inputs(grid, 2, 2, 64)

@@ -14,6 +14,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from radial_attn.models import hunyuan_video, hunyuan_video15
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -26,8 +27,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-
-from models import hunyuan_video, hunyuan_video15
 
 CHANNELS = 4
 TEXT = 11  # tokens

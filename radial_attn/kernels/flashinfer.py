@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import HALF, Needs
 from ..block_mask import BlockMask
+from .contract import HALF, Needs
 
 NEEDS = Needs(
     devices=("cuda",),

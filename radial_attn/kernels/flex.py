@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from ..backends import Needs
 from ..block_mask import BlockMask
-from ..compiler import compiler_problem
+from .compiler import compiler_problem
+from .contract import Needs
 
 NEEDS = Needs(backward=("cuda",))
 KERNEL_BLOCK = 128  # a multiple of every tile that FlexAttention chooses from

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import QUANTIZE, Needs
-from ..block_mask import BlockMask
-from ..partial import Part
-from .reference_quantized import quantized_attention
+from ..block_mask import BlockMask, Part
+from .contract import QUANTIZE, Needs
+from .quantized_reference import quantized_attention
 
 NEEDS = Needs(quantize=QUANTIZE, partial=True)
 

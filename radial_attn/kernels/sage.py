@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import HALF, Needs
 from ..block_mask import BlockMask
+from .contract import HALF, Needs
 
 SPARSE = ("spas_sage_attn", "sparse_sageattn")
 INSTALL = "third_party/README.md says how to install it"

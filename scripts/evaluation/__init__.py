@@ -1,1 +1,1 @@
-"""Fidelity, attention statistics, cost and ablation: what a run of this method is judged by."""
+"""Fidelity, attention statistics, cost and ablation: the measures of this method."""

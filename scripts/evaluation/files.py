@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radial_attn.draw import save_figure
-from scripts import files
-from scripts.config import Config
-from scripts.record import hardware, versions
+from radial_attn.masks.draw import save_figure
+from scripts.run import files
+from scripts.run.config import Config
+from scripts.run.system import hardware, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

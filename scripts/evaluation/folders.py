@@ -6,11 +6,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.errors import UsageError
-from scripts.evaluation.evaluate_report import means
-from scripts.evaluation.evaluate_videos import finite, read_video
 from scripts.evaluation.files import write_json
 from scripts.evaluation.metrics import compare, no_lpips
+from scripts.evaluation.tables import means
+from scripts.evaluation.videos import finite, read_video
+from scripts.run.errors import UsageError
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif")
 READINGS = "readings.json"

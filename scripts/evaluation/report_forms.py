@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from scripts.errors import UsageError
+from scripts.run.errors import UsageError
 
 NUMBER = "a number or null"  # a form of its own: what was not measured is null
 ANY = "anything"

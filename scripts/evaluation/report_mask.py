@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
-from radial_attn.draw import SINK_COLOUR, TEXT_COLOUR, layers
-from scripts.errors import UsageError, one_line
+from radial_attn.masks.draw import SINK_COLOUR, TEXT_COLOUR, layers
+from scripts.run.errors import UsageError, one_line
 
 MOST_BLOCKS = 4096  # a side: as many pixels as the smallest canvas of a browser has
 KINDS = {SINK_COLOUR: "sink", TEXT_COLOUR: "text"}

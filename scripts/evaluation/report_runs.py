@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.errors import UsageError, one_line
 from scripts.evaluation.report_forms import FORMS, HEAD, checked, number
-from scripts.outputs import NO_FRAMES
+from scripts.run.errors import UsageError, one_line
+from scripts.run.outputs import NO_FRAMES
 
 MADE_BY = {
     "evaluation": "evaluate.sh",

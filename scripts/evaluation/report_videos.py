@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.errors import UsageError, one_line
 from scripts.evaluation.report_runs import Clip
-from scripts.inputs import video_reader
-from scripts.outputs import encode
+from scripts.run.errors import UsageError, one_line
+from scripts.run.inputs import video_reader
+from scripts.run.outputs import encode
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from scripts.errors import UsageError, one_line
+from scripts.run.errors import UsageError, one_line
 
 PROMPTS = "evaluate.prompts"
 LONGEST = 255  # bytes of a file's name

@@ -1,1 +1,1 @@
-"""Longer video: what scripts/length_study.py and scripts/length_timing.py are made of."""
+"""The study of longer video, used by scripts/length_study.py."""

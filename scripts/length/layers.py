@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from radial_attn.models.training.adapter import add_adapter
+from radial_attn.models.training.flow import predict_velocity
 from torch import Tensor
 
-from models.adapter import add_adapter
-from models.flow import predict_velocity
 from radial_attn import TokenGrid, radial_attention
 from radial_attn.attention import choose_backend
-from radial_attn.backends import Call
-from scripts.gpu.cases import CASES, HUNYUAN_BLOCKS, WAN_BLOCKS
-from scripts.record import hardware, pairs, versions
-from scripts.timing import medians_in_turn
+from radial_attn.kernels.contract import Call
+from scripts.benchmarks.cases import CASES, HUNYUAN_BLOCKS, WAN_BLOCKS
+from scripts.benchmarks.timing import medians_in_turn
+from scripts.run.system import hardware, pairs, versions
 
 SHARE = 8
 KINDS = ("training", "inference")
@@ -35,8 +35,8 @@ class Layers:
     """One model.
 
     Attributes:
-        name: its class in diffusers; family: of `models.flow`.
-        cases: of `scripts.gpu.cases.CASES` by video frames.
+        name: its class in diffusers; family: of `radial_attn.models.training.flow`.
+        cases: of `scripts.benchmarks.cases.CASES` by video frames.
         goals: how many times faster than dense a training step shall be, by the paper and by video frames.
         blocks: `(option of its configuration, list of modules, how many)` of each kind of layer.
         dense_layers: as the training presets have them.

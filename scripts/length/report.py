@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radial_attn.draw import save_figure
-from scripts.architecture import read_architecture
-from scripts.contact_sheet import read_frames, sheet
-from scripts.files import write_text
+from radial_attn.masks.draw import save_figure
+from scripts.evaluation.frame_sheet import read_frames, sheet
 from scripts.length.runs import ROWS, Result, Study, title
 from scripts.length.scores import SCORES, by_part, difference, parts, shares
 from scripts.lora.latents import LatentStore
 from scripts.lora.plan import as_generation, training_flops
-from scripts.plan import attention_flops, other_flops
-from scripts.prompt_accuracy import describe
-from scripts.record import hardware, pairs, versions
-from scripts.validate import resolve_device, resolve_model
+from scripts.run.describe import describe_settings
+from scripts.run.files import write_text
+from scripts.run.hub_models import read_model_info
+from scripts.run.plan import attention_flops, other_flops
+from scripts.run.system import hardware, pairs, versions
+from scripts.run.validate import resolve_device, resolve_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +182,7 @@ def speed_goals(options: Study, results: dict[str, Result]) -> Iterator[Goal]:
 
 def operation_bounds(options: Study, radial: Result) -> dict[str, tuple[float, float]]:
     """Of both kinds of step: how many times fewer operations with the mask, attention's share if dense."""
-    config, model = radial.config, read_architecture(resolve_model(radial.config))
+    config, model = radial.config, read_model_info(resolve_model(radial.config))
     training, sizes = options.training_config("radial_lora"), radial.config.generation
     run = as_generation(training, [sizes.num_frames, sizes.height, sizes.width])
     operations = {
@@ -197,7 +197,7 @@ def operation_bounds(options: Study, radial: Result) -> dict[str, tuple[float, f
 
 def settings(options: Study, results: dict[str, Result]) -> list[str]:
     """How the runs were made."""
-    lines = list(dict.fromkeys(describe(result.config) for result in results.values()))
+    lines = list(dict.fromkeys(describe_settings(result.config) for result in results.values()))
     tuned = [name for name, result in results.items() if result.training_seconds is not None]
     if tuned:
         config, clips = options.training_config(tuned[0]), len(LatentStore.open(options.latents).samples)

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.adapter import FILE
-from scripts.config import Config, read_config
+from radial_attn.models.training.adapter import FILE
+
 from scripts.length.scores import Record
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.config import LoraTrainConfig
-from toyworld import all_attributes
-from toyworld.render import Attributes
+from scripts.run.config import Config, read_config
+from scripts.toyworld import all_attributes
+from scripts.toyworld.render import Attributes
 
 PRESET, TRAIN_PRESET = "configs/wan_tiny_4x.yaml", "configs/train/wan_tiny_4x.yaml"
 NEXT_CAPTION = 43  # has no factor in common with their number: each comes once, and all values early
@@ -91,9 +92,10 @@ class Study:
         file, *words = self.training(name)
         return TRAINING.read(file, words)
 
-    def preparation(self) -> list[str]:
-        """The command line that prepares the videos."""
-        return [*self._data_words(), f"data.folder={self.clips}"]
+    def preparation_config(self) -> LoraTrainConfig:
+        """What the videos are prepared with."""
+        file, *words = self._data_words()
+        return TRAINING.read(file, [*words, f"data.folder={self.clips}"])
 
     def _data_words(self) -> list[str]:
         sizes = self.config("dense").generation

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toyworld import read
-from toyworld.render import PERIODS, RADII, VOCABULARY, Attributes
+from scripts.toyworld import read
+from scripts.toyworld.render import PERIODS, RADII, VOCABULARY, Attributes
 
 IDENTITY = ("colour", "shape")
 SCORES = {

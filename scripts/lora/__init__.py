@@ -1,1 +1,1 @@
-"""LoRA training: what scripts/train_lora.py and scripts/prepare_latents.py are made of."""
+"""LoRA training, used by scripts/train_lora.py and scripts/prepare_latents.py."""

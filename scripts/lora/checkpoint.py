@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from scripts.errors import DiskFullError, UsageError, one_line
-from scripts.files import write_text
+from scripts.run.errors import DiskFullError, UsageError, one_line
+from scripts.run.files import write_text
 
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
 PREFIX = "step_"

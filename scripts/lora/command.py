@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts import command
-from scripts.errors import UsageError
 from scripts.lora.config import SCHEMA, LoraTrainConfig
+from scripts.run import command_line as command
+from scripts.run.errors import UsageError
 
 CALL = "bash scripts/wan_lora_train.sh CONFIG.yaml [key=value ...] [--dry-run] [--help]"
 

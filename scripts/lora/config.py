@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from scripts.config import AnyModelConfig, MaskConfig
-from scripts.errors import UsageError
-from scripts.schema import Schema, key, listing
+from scripts.run.config import AnyModelConfig, MaskConfig
+from scripts.run.errors import UsageError
+from scripts.run.schema import Schema, key, listing
 
 FAMILIES = ("wan", "hunyuan_video", "mochi")
 SIZES = "data.sizes"

@@ -6,9 +6,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from models.pipelines import is_local
-from scripts.architecture import hub_unreachable
-from scripts.errors import UsageError, one_line
+from radial_attn.models.pipeline.load import is_local
+
+from scripts.run.errors import UsageError, one_line
+from scripts.run.hub_models import hub_unreachable
 
 FORMAT = 1  # of the folder of latents, and of how a video becomes one
 PATTERNS = ("model_index.json", "scheduler/*", "vae/*", "text_encoder*/*", "tokenizer*/*")

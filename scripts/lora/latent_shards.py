@@ -12,10 +12,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from scripts.errors import DiskFullError, UsageError
-from scripts.files import replacing
 from scripts.lora.fingerprint import Fingerprint
 from scripts.lora.latents import INDEX, check_fingerprint, read_index
+from scripts.run.errors import DiskFullError, UsageError
+from scripts.run.files import replacing
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK = ".lock"

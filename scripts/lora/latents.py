@@ -13,12 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from radial_attn.models.training.flow import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.flow import Text
-from scripts.errors import UsageError, one_line
 from scripts.lora.fingerprint import FORMAT, Fingerprint, fingerprint
+from scripts.run.errors import UsageError, one_line
 
 __all__ = ["BucketSampler", "Fingerprint", "LatentStore", "Sample", "fingerprint"]
 INDEX = "index.json"

@@ -5,21 +5,22 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
+from radial_attn.models.runtime.dense_backend import check_dense_backend
+from radial_attn.models.training.adapter import target_names
 
-from models.adapter import target_names
-from models.dense import check_dense_backend
 from radial_attn import radial_mask
 from radial_attn.attention import choose_backend, require
-from radial_attn.backends import BACKENDS, Call, obstacle
-from scripts.architecture import Architecture
-from scripts.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig
-from scripts.errors import UsageError, multiples_around, one_line
+from radial_attn.dispatch import BACKENDS, obstacle
+from radial_attn.kernels.contract import Call
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
-from scripts.loras import meta_transformer
-from scripts.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
-from scripts.plan import attention_flops, other_flops, solved_config, token_grid
-from scripts.ranks import local_processes, processes
-from scripts.record import room
+from scripts.run.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig
+from scripts.run.errors import UsageError, multiples_around, one_line
+from scripts.run.loras import meta_transformer
+from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
+from scripts.run.model_info import ModelInfo
+from scripts.run.plan import attention_flops, other_flops, solved_config, token_grid
+from scripts.run.processes import local_processes, processes
+from scripts.run.system import room
 
 GRADIENT = 2.5  # of attention: five products against two
 AGAIN = 1.0  # of all: what checkpointing computes twice
@@ -46,9 +47,9 @@ def as_generation(config: LoraTrainConfig, size: list[int]) -> Config:
     return Config(model, attention, generation)
 
 
-def check_training(config: LoraTrainConfig, model: Architecture, path: str, device: str) -> None:
+def check_training(config: LoraTrainConfig, model: ModelInfo, path: str, device: str) -> None:
     """Raises UsageError for sizes, targets, dense layers and backends that training cannot take."""
-    from scripts.validate import check_sizes
+    from scripts.run.validate import check_sizes
 
     check_data_sizes(config.data, model)
     for name, wrong, allowed in _refused(config, model):
@@ -69,7 +70,7 @@ def check_training(config: LoraTrainConfig, model: Architecture, path: str, devi
     _check_dense(config)
 
 
-def check_data_sizes(data: DataConfig, model: Architecture) -> None:
+def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
     """Raises UsageError for no sizes, or one that the model does not take."""
     if not data.sizes:
         raise UsageError(f"data.sizes: got [], allowed: {SCHEMA.allowed('data.sizes')}")
@@ -91,7 +92,7 @@ def _check_dense(config: LoraTrainConfig) -> None:
         raise UsageError(f"attention.{one_line(error)}") from error
 
 
-def check_room(config: LoraTrainConfig, model: Architecture, path: str, device: str) -> None:
+def check_room(config: LoraTrainConfig, model: ModelInfo, path: str, device: str) -> None:
     """Raises UsageError where a process needs more memory than its device has free."""
     runs = [as_generation(config, size) for size in config.data.sizes]
     adapter, free = trainable(config, path) or 0, room(device)
@@ -105,7 +106,7 @@ def check_room(config: LoraTrainConfig, model: Architecture, path: str, device: 
         )
 
 
-def _refused(config: LoraTrainConfig, model: Architecture) -> Iterator[tuple[str, Any, str]]:
+def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, Any, str]]:
     """Keys, their values, and what is allowed instead."""
     if config.model.dtype == "float16":
         yield "model.dtype", "float16", "bfloat16, float32; gradients of float16 would need scaling"
@@ -130,7 +131,7 @@ def _check_8bit(device: str) -> None:
         raise UsageError(f"train.optimizer: got 'adamw8bit', which {lack}; allowed here: adamw")
 
 
-def _check_backend(config: LoraTrainConfig, model: Architecture, run: Config, device: str) -> None:
+def _check_backend(config: LoraTrainConfig, model: ModelInfo, run: Config, device: str) -> None:
     """A backend without a backward pass is refused, with those that have one."""
     name, kind = config.attention.backend, torch.device(device)
     if config.attention.pattern == "dense":
@@ -165,7 +166,7 @@ def trainable(config: LoraTrainConfig, path: str) -> int | None:
     return sum(config.lora.rank * sum(transformer.get_submodule(name).weight.shape) for name in names)
 
 
-def training_flops(config: LoraTrainConfig, model: Architecture, run: Config, density: float) -> list[float]:
+def training_flops(config: LoraTrainConfig, model: ModelInfo, run: Config, density: float) -> list[float]:
     """Operations of one video forward and backward: self-attention dense, with the mask, and all else.
 
     Frozen matrices have no gradient of their own: backward costs them as much as forward.
@@ -176,7 +177,7 @@ def training_flops(config: LoraTrainConfig, model: Architecture, run: Config, de
     return [dense * factor, sparse * factor, other_flops(run, model) * (2 + again)]
 
 
-def memory(config: LoraTrainConfig, model: Architecture, run: Config, adapter: int, device: str) -> float:
+def memory(config: LoraTrainConfig, model: ModelInfo, run: Config, adapter: int, device: str) -> float:
     """Predicted bytes at the peak of a process: transformer, adapter with its optimizer, activations."""
     size = DTYPE_BYTES[config.model.dtype]
     part = "transformer_2" if config.model.expert == 2 else "transformer"
@@ -194,7 +195,7 @@ def sharers(config: LoraTrainConfig) -> int:
     return 1 if config.parallel.shard == "none" else max(processes(), config.parallel.ulysses_degree)
 
 
-def shared(config: LoraTrainConfig, model: Architecture, whole: float) -> float:
+def shared(config: LoraTrainConfig, model: ModelInfo, whole: float) -> float:
     """Bytes of weights in a process: its part, and the blocks that are gathered at a time.
 
     Loading takes no more where the file has the data type of the run: its pages are read as they are divided.
@@ -204,7 +205,7 @@ def shared(config: LoraTrainConfig, model: Architecture, whole: float) -> float:
     return whole / sharers(config) + BLOCKS_AT_ONCE * whole / model.layers
 
 
-def describe_plan(config: LoraTrainConfig, model: Architecture, path: str, device: str) -> str:
+def describe_plan(config: LoraTrainConfig, model: ModelInfo, path: str, device: str) -> str:
     """The table that `--dry-run` prints: a line for the run, two for each size."""
     adapter, train, lora = trainable(config, path), config.train, config.lora
     numbers = "unknown before loading" if adapter is None else f"{adapter:,}"
@@ -224,7 +225,7 @@ def describe_plan(config: LoraTrainConfig, model: Architecture, path: str, devic
 
 
 def _describe_size(
-    config: LoraTrainConfig, model: Architecture, size: list[int], adapter: int, device: str
+    config: LoraTrainConfig, model: ModelInfo, size: list[int], adapter: int, device: str
 ) -> list[str]:
     run = as_generation(config, size)
     grid = token_grid(run, model)
@@ -240,7 +241,7 @@ def _describe_size(
     ]
 
 
-def mask_settings(config: LoraTrainConfig, model: Architecture) -> list[dict[str, Any]]:
+def mask_settings(config: LoraTrainConfig, model: ModelInfo) -> list[dict[str, Any]]:
     """Size, mask and dense layers of each size that is trained, as JSON can hold them."""
     found = []
     for frames, height, width in config.data.sizes:

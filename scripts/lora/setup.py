@@ -9,26 +9,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.fsdp import shared_weights
+from radial_attn.models.parallel.groups import Degrees, import_xfuser, start
+from radial_attn.models.parallel.ulysses import SequenceParallel
+from radial_attn.models.pipeline.load import read_index
+from radial_attn.models.pipeline.rope_scaling import extend_positions
+from radial_attn.models.training.adapter import add_adapter
 
-from models import apply_radial_attention
-from models.adapter import add_adapter
-from models.parallel import SequenceParallel
-from models.pipelines import read_index
-from models.positions import extend_positions
-from models.sharding import shared_weights
-from models.xdit import Degrees, import_xfuser, start
-from scripts.architecture import Architecture, read_architecture
-from scripts.errors import UsageError, one_line
 from scripts.lora.checkpoint import Checkpoints, check_config
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import BucketSampler, LatentStore, fingerprint
 from scripts.lora.plan import as_generation, check_room, check_training, mask_settings
-from scripts.lora.run import Run
-from scripts.plan import attention_options
-from scripts.positions import position_options
-from scripts.ranks import processes
-from scripts.validate import resolve_device, resolve_model
+from scripts.lora.step import Run
+from scripts.run.errors import UsageError, one_line
+from scripts.run.hub_models import read_model_info
+from scripts.run.model_info import ModelInfo
+from scripts.run.plan import attention_options
+from scripts.run.positions import position_options
+from scripts.run.processes import processes
+from scripts.run.validate import resolve_device, resolve_model
 
 FREE = (  # keys that change nothing of what is learnt
     "output.",
@@ -47,11 +48,11 @@ FREE = (  # keys that change nothing of what is learnt
 NEVER = ("model.", "lora.rank", "lora.targets")  # that no run can go on with
 
 
-def examined(config: LoraTrainConfig) -> tuple[Architecture, str, str]:
-    """Architecture, path and device of the run; UsageError for what can be refused without weights."""
+def examined(config: LoraTrainConfig) -> tuple[ModelInfo, str, str]:
+    """ModelInfo, path and device of the run; UsageError for what can be refused without weights."""
     run = as_generation(config, config.data.sizes[0] if config.data.sizes else [1, 16, 16])
     device, path = resolve_device(run), resolve_model(run)
-    model = read_architecture(path)
+    model = read_model_info(path)
     check_training(config, model, path, device)
     return model, path, device
 
@@ -204,7 +205,7 @@ def flat(config: LoraTrainConfig) -> dict[str, Any]:
     return {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
 
 
-def about(config: LoraTrainConfig, model: Architecture) -> dict[str, Any]:
+def about(config: LoraTrainConfig, model: ModelInfo) -> dict[str, Any]:
     """What the adapter's header says it was trained for."""
     names = ("path", "family", "expert", "positions", "positions_frames")
     return {
@@ -215,7 +216,7 @@ def about(config: LoraTrainConfig, model: Architecture) -> dict[str, Any]:
     }
 
 
-def _positions(config: LoraTrainConfig, model: Architecture, transformer: torch.nn.Module) -> Any:
+def _positions(config: LoraTrainConfig, model: ModelInfo, transformer: torch.nn.Module) -> Any:
     """Positions extended to the longest of the sizes."""
     run = as_generation(config, max(config.data.sizes))
     return extend_positions(transformer, **position_options(run, model))

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from radial_attn.models.lora.files import read_header
+from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -12,10 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from models.adapter import FILE, adapter_settings, save_adapter
-from models.lora_files import read_header
 from scripts.lora.checkpoint import Checkpoints, write_config
-from scripts.lora.run import Run
+from scripts.lora.step import Run
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BEST = "best"

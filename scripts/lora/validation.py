@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from radial_attn.models.pipeline.load import load_pipeline
 
-from models.pipelines import load_pipeline
 from scripts.lora.plan import as_generation
-from scripts.lora.run import Run, flow_loss, generator
 from scripts.lora.state import mean_adapter
-from scripts.outputs import encode
-from scripts.sampling import settings
-from scripts.video import to_bytes
+from scripts.lora.step import Run, flow_loss, generator
+from scripts.run.families import settings
+from scripts.run.outputs import encode
+from scripts.run.sampler import to_bytes
 
 PURPOSE = 1  # a number of its own, so that no noise of a training step comes again
 FPS = 16

@@ -1,0 +1,1 @@
+"""LoRA files of any usual key format, matched to diffusers' modules."""

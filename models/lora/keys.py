@@ -1,0 +1,265 @@
+"""The names inside a LoRA file: which parameter of a transformer each key changes, in every usual format.
+
+Formats: diffusers and peft (`transformer.` or `base_model.model.` before the module's name), the names of the
+authors (`diffusion_model.blocks.0.self_attn.q`, with `diff`, `diff_b` and `diff_m` for what has no rank) and
+kohya (`lora_unet_blocks_0_self_attn_q`), with `lora_A` and `lora_B` or `lora_down` and `lora_up`. Where the
+authors have query, key and value in one matrix, as in HunyuanVideo and Mochi, each layer takes its rows.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+
+from . import names_hunyuan_video as lora_hunyuan_video
+from . import names_mochi as lora_mochi
+
+Shape = tuple[int, ...]
+
+PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_unet_",
+    "lora_transformer_",
+)
+# What a key does to its layer. A word between the two, as in `lora_A.default.weight`, is an adapter's name;
+# Mochi's own fine-tuner ends at `lora_A`.
+KINDS = {
+    "down": r"\.(?:(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)?\.weight|lora_A)",
+    "up": r"\.(?:(?:lora_B|lora_up|lora\.up)(?:\.[^.]+)?\.weight|lora_B)",
+    "up_bias": r"\.lora_B(?:\.[^.]+)?\.bias",
+    "alpha": r"\.alpha",
+    "weight": r"\.diff",
+    "bias": r"\.diff_b",
+    "modulation": r"\.diff_m",
+}
+LOW_RANK = ("down", "up", "up_bias", "alpha")
+BY_ROWS = ("up", "up_bias", "weight", "bias")  # the others are for all layers of a fused one
+# Names of diffusers and of the original Wan. Only names that differ; `norm2` is the affine one of a block.
+ORIGINAL_WAN = (
+    (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"condition_embedder\.time_proj", "time_projection.1"),
+    (r"condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"(blocks\.\d+)\.scale_shift_table", r"\1.modulation"),
+    (r"scale_shift_table", "head.modulation"),
+    (r"proj_out", "head.head"),
+    (r"(blocks\.\d+)\.norm2", r"\1.norm3"),
+    (r"(blocks\.\d+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+    (r"(blocks\.\d+)\.ffn\.net\.2", r"\1.ffn.2"),
+    (r"(blocks\.\d+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+    (r"(blocks\.\d+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+    (r"(blocks\.\d+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+    (r"(blocks\.\d+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+    (r"(blocks\.\d+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+    (r"(blocks\.\d+)\.attn2\.norm_added_k", r"\1.cross_attn.norm_k_img"),
+    (r"(blocks\.\d+)\.attn1\.(norm_[qk])", r"\1.self_attn.\2"),
+    (r"(blocks\.\d+)\.attn2\.(norm_[qk])", r"\1.cross_attn.\2"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a layer takes of a tensor: ranges of its rows, in this order; without any, the whole.
+
+    `layer`: its name in diffusers; `total`: rows that the tensor must have; `key`: its name in a file.
+    """
+
+    layer: str
+    rows: tuple[tuple[int, int], ...] = ()
+    total: int = 0
+    key: str = ""
+
+    def of(self, shape: Shape) -> Shape:
+        """Shape of a tensor that a layer's parameter of this shape takes its part of."""
+        return (self.total, *shape[1:]) if self.rows else shape
+
+
+@dataclass
+class Match:
+    """What the keys of a file mean to one transformer.
+
+    `pairs`: for each layer what it takes by kind, those of LOW_RANK; `deltas`: for each parameter what is
+    added to it; `unmatched`: keys that mean nothing here, with the reason; `misfits`: layers of another
+    shape.
+    """
+
+    pairs: dict[str, dict[str, Part]] = field(default_factory=dict)
+    deltas: dict[str, Part] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
+    misfits: dict[str, str] = field(default_factory=dict)
+
+
+def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> Match:
+    """The keys of a file, with their shapes, against the parameters of a transformer, with theirs."""
+    layers, match = _by_layer(shapes, parameters)
+    for layer, kinds in layers.items():
+        low_rank = {kind: part for kind, part in kinds.items() if kind in LOW_RANK}
+        if {"down", "up"} <= low_rank.keys():
+            _add_pair(match, layer, low_rank, shapes, parameters)
+        else:
+            match.unmatched |= dict.fromkeys(_keys(low_rank), "half of a pair")
+        for kind in kinds.keys() - low_rank.keys():
+            name = layer if layer in parameters else f"{layer}.{kind}"
+            _add_delta(match, name, kinds[kind], shapes, parameters)
+    return match
+
+
+def _by_layer(
+    shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
+) -> tuple[dict[str, dict[str, Part]], Match]:
+    """Layer -> kind -> what it takes, and a Match with the keys that no layer takes."""
+    known, match = _spellings(parameters), Match()
+    layers: dict[str, dict[str, Part]] = {}
+    for key in shapes:
+        stem, kind = split_key(key)
+        parts = known.get(stem, ())
+        first = next((layers[part.layer][kind] for part in parts if kind in layers.get(part.layer, {})), None)
+        if not kind or not parts:
+            match.unmatched[key] = "no such layer" if kind else "no LoRA key"
+        elif first:
+            match.unmatched[key] = f"second to {first.key}"
+        else:
+            for part in parts:
+                taken = replace(part, key=key) if kind in BY_ROWS else Part(part.layer, key=key)
+                layers.setdefault(part.layer, {})[kind] = taken
+    return layers, match
+
+
+def _keys(parts: Mapping[str, Part]) -> list[str]:
+    return [part.key for part in parts.values()]
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(name of the layer as the file spells it, kind); the kind is empty where the key is of no LoRA."""
+    name = key
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    for kind, pattern in KINDS.items():
+        found = re.fullmatch(f"(.+?){pattern}", name)
+        if found:
+            return (f"{found[1]}.modulation", "weight") if kind == "modulation" else (found[1], kind)
+    return name, ""
+
+
+def _spellings(parameters: Mapping[str, Shape]) -> dict[str, tuple[Part, ...]]:
+    """Every spelling of a layer's name, or of several fused ones -> what each takes of it."""
+    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters.items()}
+    known = _original(rows) | {layer: (Part(layer),) for layer in rows}
+    return {name.replace(".", "_"): parts for name, parts in known.items()} | known
+
+
+def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
+    """The authors' names for the layers of a transformer, given the rows of each."""
+    if "context_embedder.proj_in" in rows and "single_transformer_blocks.0.proj_mlp" in rows:
+        ours = lora_hunyuan_video
+        return _expand(ours.NAMES, rows, ours.SWAPPED, ours.OTHERS)
+    if "time_embed.pooler.to_kv" in rows:
+        names = (lora_mochi.NAMES, lora_mochi.LAST_BLOCK)
+        return {k: v for table in names for k, v in _expand(table, rows, lora_mochi.SWAPPED).items()}
+    return {original_name(layer): (Part(layer),) for layer in rows}
+
+
+def _expand(
+    names: Mapping[str, Sequence[str]],
+    rows: Mapping[str, int],
+    swapped: Sequence[str],
+    others: Iterable[tuple[str, str]] = (),
+) -> dict[str, tuple[Part, ...]]:
+    """A table with `#` for the number of a block, for the blocks that a transformer has."""
+    numbers = {"0", *(found[1] for layer in rows if (found := re.search(r"blocks\.(\d+)\.", layer)))}
+    known: dict[str, tuple[Part, ...]] = {}
+    for name, layers in names.items():
+        spellings = {name, *(re.sub(pattern, other, name) for pattern, other in others)}
+        for number in numbers:
+            these = [layer.replace("#", number) for layer in layers]
+            if rows.keys() >= set(these):
+                parts = _parts(these, rows, name in swapped)
+                known |= {spelling.replace("#", number): parts for spelling in spellings}
+    return known
+
+
+def _parts(layers: Sequence[str], rows: Mapping[str, int], swapped: bool) -> tuple[Part, ...]:
+    """What each of some layers takes of a tensor that holds them one after another, or one in two halves."""
+    ends = [0, *accumulate(rows[layer] for layer in layers)]
+    total, half = ends[-1], ends[-1] // 2
+    if swapped:
+        return (Part(layers[0], ((half, total), (0, half)), total),)
+    if len(layers) == 1:
+        return (Part(layers[0]),)
+    return tuple(Part(layer, (span,), total) for layer, span in zip(layers, pairwise(ends), strict=True))
+
+
+def original_name(layer: str) -> str:
+    """What the original Wan calls a layer of diffusers' WanTransformer3DModel."""
+    for pattern, replacement in ORIGINAL_WAN:
+        if re.fullmatch(pattern, layer):
+            return re.sub(pattern, replacement, layer)
+    return layer
+
+
+def _add_pair(
+    match: Match,
+    layer: str,
+    parts: dict[str, Part],
+    shapes: Mapping[str, Shape],
+    parameters: Mapping[str, Shape],
+) -> None:
+    weight = parts["up"].of(parameters.get(f"{layer}.weight", ()))
+    found = {kind: shapes[part.key] for kind, part in parts.items()}
+    lost = [kind for kind in parts if kind == "up_bias" and f"{layer}.bias" not in parameters]
+    if len(weight) < 2:
+        match.unmatched |= dict.fromkeys(_keys(parts), "not a layer with a matrix")
+    elif not fits(found, weight):
+        down, up = found["down"], found["up"]
+        match.misfits[layer] = f"{_text(up)} times {_text(down)} for a weight of {_text(weight)}"
+    else:
+        match.unmatched |= {parts[kind].key: "the layer has no bias" for kind in lost}
+        match.pairs[layer] = {kind: part for kind, part in parts.items() if kind not in lost}
+
+
+def fits(found: Mapping[str, Shape], weight: Shape) -> bool:
+    """Whether `up @ down` has the weight's shape, with one rank and a single alpha."""
+    down, up = found["down"], found["up"]
+    return (
+        min(len(down), len(up)) >= 2
+        and (up[0], math.prod(down[1:])) == (weight[0], math.prod(weight[1:]))
+        and down[0] == math.prod(up[1:]) > 0
+        and math.prod(found.get("alpha", ())) == 1
+        and found.get("up_bias", weight[:1]) == weight[:1]
+    )
+
+
+def _add_delta(
+    match: Match, name: str, part: Part, shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
+) -> None:
+    shape = shapes[part.key]
+    if name not in parameters:
+        match.unmatched[part.key] = f"there is no {name}"
+    elif _without_ones(shape) != _without_ones(part.of(parameters[name])):
+        match.misfits[name] = f"{_text(shape)} for {_text(part.of(parameters[name]))}"
+    else:
+        match.deltas[name] = part
+
+
+def _without_ones(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(str(size) for size in shape) or "a number"
+
+
+def listed(names: Mapping[str, str] | Iterable[str], most: int = 4) -> str:
+    """The first few of some names, each with its reason where it has one, and how many are left."""
+    reasons = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
+    texts = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -1,0 +1,240 @@
+"""LoRA files put into transformers of diffusers, every key of them, and taken out again or fused.
+
+diffusers' own loading drops keys without a word: changes of norms, whatever lacks the prefix that it expects,
+what it finds no layer for. Here each key finds its place, or an error names it. Low-rank pairs become peft
+layers; changes without a rank (norms, biases, modulation) are added to the parameters.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import Header, read_header, read_weights
+from .keys import Match, Shape, listed, match_keys
+
+MODES = ("separate", "fused")
+UNMATCHED = ("error", "warn")
+EXPERTS = ("both", "1", "2")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A safetensors file, its strength, and for two transformers (Wan2.2 A14B) the one it is for."""
+
+    file: str | Path
+    scale: float = 1.0
+    transformer: str = "both"
+
+
+def match_lora(
+    file: str | Path, header: Header, parameters: Mapping[str, Shape], unmatched: str = "error"
+) -> Match:
+    """What each key of a file changes among `parameters`, the shapes of a transformer by name.
+
+    Raises:
+        ValueError: no key that fits, mostly shapes of another model, or with `unmatched="error"` any key that
+            means nothing here or has another shape.
+    """
+    match, name = match_keys(header.shapes, parameters), Path(file).name
+    fitting, strict = len(match.pairs) + len(match.deltas), unmatched == "error"
+    if len(match.misfits) > (0 if strict else fitting):
+        raise ValueError(
+            f"LoRA {name} is for a model of other sizes: {len(match.misfits)} layers do not fit: "
+            f"{listed(match.misfits, 2)}"
+        )
+    if not fitting:
+        raise ValueError(
+            f"LoRA {name} holds nothing for this model; its keys: {listed(header.shapes.keys())}"
+        )
+    if match.unmatched and strict:
+        raise ValueError(_left_out(name, header, match))
+    return match
+
+
+def _left_out(name: str, header: Header, match: Match) -> str:
+    strange = match.unmatched | match.misfits
+    count = f"{len(strange)} of {len(header.shapes)} keys"
+    return f"LoRA {name}: {count} match nothing in this model: {listed(strange)}"
+
+
+def load_loras(
+    model: Any, loras: Sequence[Lora], *, mode: str = "separate", unmatched: str = "error"
+) -> "LoraHandle":
+    """Puts LoRAs into a transformer, or into those of a pipeline; several add up.
+
+    All files are checked against the model before it changes. `mode="separate"` keeps them apart in layers of
+    peft, "fused" adds them to the weights, which costs nothing later and cannot be taken back. Keys that mean
+    nothing to the model are an error, or with `unmatched="warn"` a line in the log of "radial_attn". Works
+    before and after `apply_radial_attention`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: what `match_lora` raises, an unknown option, values that are not finite, a second
+            transformer that the model lacks, or a model that has adapters already.
+    """
+    _check_option("mode", mode, MODES)
+    _check_option("unmatched", unmatched, UNMATCHED)
+    targets = [Target(transformer) for transformer in _transformers(model)]
+    plans = []
+    for lora in loras:
+        header = read_header(lora.file)
+        for target in _chosen(targets, lora):
+            match = match_lora(lora.file, header, target.shapes, unmatched)
+            plans.append((lora, target, header, match))
+            if match.unmatched or match.misfits:
+                logging.getLogger("radial_attn").warning(_left_out(Path(lora.file).name, header, match))
+    handle = LoraHandle(targets, fused=mode == "fused")
+    try:
+        for lora, target, header, match in plans:
+            target.add(lora, header, match)
+        for target in targets:
+            target.activate()
+            if mode == "fused":
+                target.fuse()
+    except BaseException:
+        for target in targets:
+            target.remove()
+        raise
+    return handle
+
+
+class LoraHandle:
+    """The LoRAs of one `load_loras`."""
+
+    def __init__(self, targets: "Sequence[Target]", fused: bool) -> None:
+        self._targets, self._fused = targets, fused
+
+    def remove(self) -> None:
+        """Takes separate LoRAs out: the modules and values of before; a second time does nothing.
+
+        Raises:
+            ValueError: fused LoRAs are part of the weights.
+        """
+        if self._fused:
+            raise ValueError(
+                "fused LoRAs are part of the weights; load the model again, or use mode separate"
+            )
+        for target in self._targets:
+            target.remove()
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each LoRA and transformer (from 1): file, scale, rank; number of pairs, deltas, left out."""
+        return [
+            {"transformer": number, **entry}
+            for number, target in enumerate(self._targets, 1)
+            for entry in target.report
+        ]
+
+
+class Target:
+    """One transformer that LoRAs are put into."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        present = getattr(transformer, "peft_config", None)
+        if present:
+            raise ValueError(
+                f"this {type(transformer).__name__} has adapters ({', '.join(present)}); take them out first"
+            )
+        self.transformer = transformer
+        self.parameters = dict(transformer.named_parameters())
+        self.shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        self.report: list[dict[str, Any]] = []
+        self._scales: dict[str, float] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._before: dict[str, torch.Tensor] = {}
+        self._trained = [name for name, value in self.parameters.items() if value.requires_grad]
+
+    def add(self, lora: Lora, header: Header, match: Match) -> None:
+        """Adds one file: its pairs as an adapter, its other changes to the sums of `activate`."""
+        state, deltas = read_weights(lora.file, header, match, self.parameters)
+        if state:
+            name = f"lora_{len(self.report)}"
+            self._scales[name] = lora.scale
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a second adapter is there is meant
+                self.transformer.load_lora_adapter(
+                    state, prefix=None, adapter_name=name, low_cpu_mem_usage=True
+                )
+            self._verify(lora.file, name, state)
+        for parameter, delta in deltas.items():
+            self._sums[parameter] = self._sums.get(parameter, 0) + lora.scale * delta
+        ranks = {header.shapes[parts["down"].key][0] for parts in match.pairs.values()}
+        left_out = len(match.unmatched) + len(match.misfits)
+        counts = {"pairs": len(match.pairs), "deltas": len(match.deltas), "left_out": left_out}
+        about = {"file": str(lora.file), "scale": lora.scale, "rank": max(ranks, default=0)}
+        self.report.append(about | counts)
+
+    def _verify(self, file: str | Path, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
+        """What is in the model must be what was handed over: diffusers only logs what it leaves out."""
+        mark = f".{adapter}."
+        there = {
+            name.replace(mark, "."): value
+            for name, value in self.transformer.named_parameters()
+            if mark in name
+        }
+        lost = [
+            key
+            for key, value in state.items()
+            if key not in there or not torch.equal(there[key].cpu(), value.to(there[key].dtype))
+        ]
+        if lost or there.keys() - state.keys():
+            strange = lost or sorted(there.keys() - state.keys())
+            raise ValueError(
+                f"LoRA {Path(file).name}: {len(strange)} keys were not loaded: {listed(strange)}"
+            )
+
+    def activate(self) -> None:
+        """Sets the scales, and adds what has no rank to the parameters, in float32."""
+        if self._scales:
+            self.transformer.set_adapters(list(self._scales), list(self._scales.values()))
+        for name, delta in self._sums.items():
+            value = self.parameters[name].data
+            self._before[name] = value.clone()
+            value.copy_(value.float() + delta.to(value.device))
+
+    def fuse(self) -> None:
+        """Adds the adapters to the weights and takes their layers out."""
+        if self._scales:
+            self.transformer.fuse_lora(adapter_names=list(self._scales))
+        self._unload()
+
+    def remove(self) -> None:
+        """The modules of before, and the values of what `activate` changed."""
+        self._unload()
+        for name, value in self._before.items():
+            self.parameters[name].data.copy_(value)
+        self._before = {}
+
+    def _unload(self) -> None:
+        if self._scales:
+            self.transformer.unload_lora()
+            for name in self._trained:
+                self.parameters[name].requires_grad_(True)
+        self._scales = {}
+
+
+def _transformers(model: Any) -> list[torch.nn.Module]:
+    if isinstance(model, torch.nn.Module):
+        found = [model]
+    else:
+        found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
+    return [getattr(part, "_orig_mod", part) for part in found if part is not None]
+
+
+def _chosen(targets: Sequence[Target], lora: Lora) -> Sequence[Target]:
+    _check_option("transformer", lora.transformer, EXPERTS)
+    if lora.transformer == "both":
+        return targets
+    if int(lora.transformer) > len(targets):
+        raise ValueError(f"LoRA {Path(lora.file).name} is for transformer 2, but the model has only one")
+    return [targets[int(lora.transformer) - 1]]
+
+
+def _check_option(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Options of a whole pipeline: loading, memory, caches, longer video."""

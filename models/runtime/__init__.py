@@ -1,0 +1,1 @@
+"""What every fork shares while a model runs."""

@@ -1,0 +1,260 @@
+"""What the transformers of one pipeline share with their processors: step, grid, mask, dense or not.
+
+A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask
+and backend; a hook on the rotary embedding hands both to the blocks, as further entries of the rotary tuple.
+So they travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its
+call, and a compiled block uses the backend that the report names. A hook after the transformer reads what the
+layers noted of their outputs.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.attention import choose_backend, report_choice
+from radial_attn.kernels.contract import Call
+
+from ..parallel.groups import ring_refusal
+from .dense_backend import DenseBackend
+from .observe import Observer
+from .output_check import Guard
+from .schedule import Schedule, StepCounter
+
+
+class Way(NamedTuple):
+    """How the layers of a call attend where not by upstream.
+
+    `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
+    CPU, None for all; `parallel`: the processes that share the sequence. The backend "dense" is upstream's
+    dispatch, which several processes and an observer need here, or a ring's own; `valid`: the dispatch's
+    keys, bool `[B, 1, 1, S]`, None for all; `observe`: told of what each layer is given, None where nobody
+    looks on.
+    """
+
+    mask: BlockMask
+    backend: str
+    quantize: str | None = None
+    compare: bool = False
+    text_lengths: Tensor | None = None
+    parallel: Any = None
+    valid: Tensor | None = None
+    observe: Callable[..., None] | None = None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
+    """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
+    if way.observe is not None:
+        way.observe(processor, query, key, value)
+    of_all = partial(_attend, way=way, processor=processor)
+    if way.parallel is None:
+        return of_all(query, key, value)
+    return way.parallel.exchange(query, key, value, way.mask.grid, of_all)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
+    if way.parallel is not None and way.parallel.ring is not None:
+        output = way.parallel.ring.attend(
+            query, key, value, way.mask, backend=way.backend, text_lengths=way.text_lengths
+        )
+        if processor.watch is not None and way.backend != "dense" and output.numel():
+            processor.watch.note((query, key, value), output, None, None)
+        return output
+    if way.backend == "dense":
+        named = getattr(processor, "_attention_backend", None)
+        return dispatch_attention_fn(query, key, value, attn_mask=way.valid, backend=named)
+    options = {"text_lengths": way.text_lengths, "backend": way.backend, "quantize": way.quantize}
+    output = radial_attention(query, key, value, way.mask, **options)
+    if processor.watch is not None:
+        compared = way.mask if way.compare else None
+        processor.watch.note((query, key, value), output, compared, way.text_lengths)
+    return output
+
+
+def _valid(grid: TokenGrid, text_lengths: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which tokens are keys, bool `[B, 1, 1, S]`; None for all."""
+    if text_lengths is None:
+        return None
+    places = torch.arange(grid.tokens) < grid.video_tokens + text_lengths[:, None]
+    return places[:, None, None].to(device)
+
+
+class TextLengths:
+    """Valid text tokens of each sample, read once for each of the latest mask tensors of a family's calls."""
+
+    def __init__(self, family: ModuleType) -> None:
+        self._find = getattr(family, "text_mask", None)
+        self._latest: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, arguments: dict[str, Any]) -> Tensor | None:
+        """int64 `[B]` on the CPU; None where the family's video tokens stand alone, or no mask was given.
+
+        Raises ValueError for valid tokens that do not come first.
+        """
+        mask = None if self._find is None else self._find(arguments)
+        if mask is None:
+            return None
+        for seen, lengths in self._latest:
+            if seen is mask:
+                return lengths
+        valid = mask.bool().cpu()
+        lengths = valid.sum(dim=-1)
+        if not torch.equal(valid, torch.arange(valid.shape[-1]) < lengths.unsqueeze(-1)):
+            raise ValueError(f"valid text tokens must come first, got a mask {valid.int().tolist()}")
+        self._latest = [(mask, lengths), *self._latest[:1]]
+        return lengths
+
+
+class RadialContext:
+    """State of one application: the schedule, the step, the masks of the running call, the counts."""
+
+    def __init__(
+        self,
+        config: RadialConfig,
+        *,
+        schedule: Schedule,
+        backend: str,
+        quantize: str | None,
+        guard: Guard,
+        dense: DenseBackend,
+        family: ModuleType,
+        layers: int,
+        always_dense: int,
+        pipeline: Any = None,
+        parallel: Any = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
+        self.guard, self.dense, self.parallel, self.observer = guard, dense, parallel, observer
+        self._in_ring = parallel is not None and parallel.ring is not None
+        reason = ring_refusal(quantize, guard.check, dense.name) if self._in_ring else None
+        if reason is not None:
+            raise ValueError(reason)
+        self._radial_way: Way | None = None
+        self._dense_way: Way | None = None
+        self._dtype = torch.float32
+        self._family, self._layers, self._always_dense = family, layers, always_dense
+        self._text = TextLengths(family)
+        self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
+        self._grids: list[TokenGrid] = []
+        self._dense_steps = 0
+        self._calls: Counter[str] = Counter()
+
+    @torch.compiler.disable
+    def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a transformer: chooses the ways of its layers; None is upstream's."""
+        arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
+        latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
+        lengths = self._text.read(arguments)
+        if self.parallel is not None:
+            self.parallel.begin(grid, self.config.block_size)
+        step, begins = self._counter.advance(arguments["timestep"])
+        dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
+        self._dense_steps += begins and dense
+        self._dtype = _working_dtype(latents)
+        mask = None if dense else radial_mask(grid, self.config)
+        compare = self.guard.begin(transformer, mask, latents.device)
+        self._dense_way = None
+        if dense or self.schedule.dense_layers:
+            self._dense_way = self._choose_dense(transformer, latents, grid, lengths)
+        self._radial_way = self._dense_way
+        if mask is not None:
+            backend = self._choose(latents, transformer.config.attention_head_dim, mask)
+            self._radial_way = Way(mask, backend, self.quantize, compare, lengths, self.parallel)
+        if self.observer is not None:
+            note = self.observer.of_call(step, radial_mask(grid, self.config), lengths)
+            ways = self._radial_way, self._dense_way
+            self._radial_way, self._dense_way = (way and way._replace(observe=note) for way in ways)
+        self._count(grid, None if dense else self._radial_way.backend)
+
+    def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
+        """Forward hook of the rotary embedding: adds the ways of radial and of always dense layers."""
+        if self.parallel is not None:
+            rotary = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in rotary)
+        return (*rotary, self._radial_way, self._dense_way)
+
+    @torch.compiler.disable
+    def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of a transformer: CheckError where a layer's output is not what it should be."""
+        ways = self._radial_way, self._dense_way
+        if not any(ways):
+            return
+        planned = self.schedule.num_steps or self._counter.planned_steps
+        step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
+        backends = tuple("dense" if way is None else way.backend for way in ways)
+        self.guard.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
+
+    def report(self) -> dict[str, Any]:
+        """The counts; RadialAttentionHandle.report says what they are."""
+        grids = [
+            {
+                "grid": [grid.frames, grid.height, grid.width],
+                "density": radial_mask(grid, self.config).density,
+            }
+            for grid in self._grids
+        ]
+        return {
+            **(grids[-1] if grids else {"grid": None, "density": None}),
+            "grids": grids,
+            "videos": self._counter.videos_begun,
+            "steps": self._counter.steps_begun,
+            "dense_steps": self._dense_steps,
+            "layers": self._layers,
+            "dense_layers": self._always_dense,
+            "calls": {name: count for name, count in self._calls.items() if count},
+            "quantize": self.quantize,
+            "dense_backend": self.dense.report(),
+            "check": self.guard.report(),
+        }
+
+    def _choose(self, latents: torch.Tensor, width: int, mask: BlockMask) -> str:
+        """The backend of this call's radial layers, of heads `width` wide; what "auto" takes is logged."""
+        if self.backend != "auto":
+            return self.backend
+        call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
+        chosen = choose_backend(replace(call, partial=self._in_ring))
+        report_choice(chosen, latents, mask)
+        return chosen
+
+    def _choose_dense(
+        self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid, lengths: Tensor | None
+    ) -> Way | None:
+        """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
+        if self.dense.name == "sage" or self._in_ring:
+            mask = radial_mask(grid, replace(self.config, pattern="dense"))
+            backend = "dense" if self._in_ring else "sage"
+            return Way(mask, backend, text_lengths=lengths, parallel=self.parallel)
+        settings = transformer.config
+        heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
+        shape = len(latents), grid.tokens, heads, settings.attention_head_dim
+        masked = getattr(self._family, "DENSE_HAS_MASK", False)
+        mask = radial_mask(grid, self.config)
+        self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
+        if self.parallel is None and self.observer is None:
+            return None
+        valid = _valid(grid, lengths, latents.device)
+        return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
+
+    def _count(self, grid: TokenGrid, backend: str | None) -> None:
+        """Counts the attention calls that follow; here, since a compiled block cannot count."""
+        self._grids = [seen for seen in self._grids if seen != grid] + [grid]
+        dense = self._layers if backend is None else self._always_dense
+        self._calls["dense"] += dense
+        if backend is not None:
+            self._calls[backend] += self._layers - dense
+
+
+def _working_dtype(latents: torch.Tensor) -> torch.dtype:
+    """That of the attention: autocast's where it is on."""
+    kind = latents.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return latents.dtype

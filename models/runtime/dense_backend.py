@@ -1,0 +1,210 @@
+"""Which kernel serves the dense steps and layers: upstream's dispatch as it is, a named one, or the fastest.
+
+Only the self-attention processors of one application are set; cross-attention stays as it is.
+"""
+
+import difflib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radial_attn import BlockMask
+from radial_attn.dispatch import kernel, missing
+
+CHOICES = ("auto", "native", "sage")  # and every name of diffusers' dispatch
+CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
+TIMED_DEVICES = ("cuda",)
+REPEATS = 3
+Agree = Callable[[Any], Any]  # several processes: what the first of them has for a value
+
+
+def check_dense_backend(name: str) -> None:
+    """Raises for a name that cannot serve dense attention here, whatever the call.
+
+    Raises:
+        ValueError: neither in `CHOICES` nor in diffusers' dispatch; the message names the nearest.
+        ImportError: its library is missing; the message says what to install.
+    """
+    absent = missing(kernel("sage").NEEDS) if name == "sage" else None
+    if absent is not None:
+        raise ImportError(f"dense_backend 'sage' {absent}")
+    if name in CHOICES:
+        return
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+    known = list(dict.fromkeys([*CHOICES, *(member.value for member in AttentionBackendName)]))
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"dense_backend must be one of {', '.join(known)}, got {name!r}; did you mean {near!r}?"
+        )
+    try:
+        with attention_backend(name):
+            pass
+    except (RuntimeError, ImportError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ImportError(f"dense_backend {name!r} cannot be used here: {reason}") from error
+
+
+def measure(
+    names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device, masked: bool = False
+) -> dict[str, float | None]:
+    """Seconds of dense attention on random `[B, S, H, D]` by each name of the dispatch.
+
+    The least of a few calls after a warm-up; None for one that this machine or these tensors do not suit, or
+    that takes no mask where the calls will be `masked`.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    make = partial(torch.randn, generator=generator, dtype=dtype, device=device)
+    tensors = [make(tuple(shape)) for _ in range(3)]
+    allowed = tensors[0].new_ones(shape[0], 1, 1, shape[1], dtype=torch.bool) if masked else None
+    return {name: _seconds(name, tensors, allowed) for name in names}
+
+
+def _seconds(name: str, tensors: Sequence[Tensor], allowed: Tensor | None) -> float | None:
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    device, times = tensors[0].device, []
+    try:
+        check_dense_backend(name)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(1 + REPEATS):
+                start = time.perf_counter()
+                dispatch_attention_fn(*tensors, attn_mask=allowed, backend=AttentionBackendName(name))
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - start)
+    except Exception:  # each library refuses in its own way
+        return None
+    return min(times[1:])
+
+
+def choose(
+    names: Sequence[str],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: BlockMask,
+    *,
+    masked: bool = False,
+    agree: Agree | None = None,
+) -> tuple[str, dict[str, float | None]]:
+    """The fastest of `names` for `[B, S, H, D]`, and what `measure` says; measured and logged once a mask.
+
+    With `agree` the times of the first process hold for all, which then choose alike.
+    """
+
+    def build() -> tuple[str, dict[str, float | None]]:
+        times = measure(names, shape, dtype, device, masked)
+        times = times if agree is None else agree(times)
+        usable = {name: seconds for name, seconds in times.items() if seconds is not None}
+        best = min(usable, key=usable.__getitem__, default="native")
+        shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in usable.items())
+        absent = ", ".join(name for name in times if name not in usable)
+        logging.getLogger("radial_attn").info(
+            "dense backend %s for %s %s on %s: %s%s",
+            *(best, list(shape), dtype, device, shown or "none of them runs"),
+            absent and f"; not usable: {absent}",
+        )
+        return best, times
+
+    return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device, masked), build)
+
+
+class DenseBackend:
+    """The dense backend of one application: what its processors give to diffusers' dispatch.
+
+    `name`: "native", what the user's `set_attention_backend` and its kin say; "sage", `radial_attention`
+    with a dense mask; another name of the dispatch; or "auto", which on CUDA takes the fastest of
+    `CANDIDATES` for the shape of the run where the user chose none, and is "native" elsewhere. `agree`: see
+    `choose`.
+
+    Raises what `check_dense_backend` raises.
+    """
+
+    def __init__(self, name: str, agree: Agree | None = None) -> None:
+        check_dense_backend(name)
+        self.name, self._agree = name, agree
+        self._given: dict[Any, Any] = {}
+        self._free: list[Any] = []
+        self._dispatched = True
+        self._times: dict[str, float | None] = {}
+
+    def install(self, processor: Any) -> None:
+        """Sets a processor of the application, which has the choice of the one that it replaces.
+
+        Raises ValueError where upstream does not dispatch (Mochi calls torch's SDPA) and another is named.
+        """
+        self._dispatched = hasattr(processor, "_attention_backend")
+        if not self._dispatched:
+            if self.name not in CHOICES:
+                raise ValueError(
+                    f"dense_backend must be one of {', '.join(CHOICES)} for a model whose dense attention is "
+                    f"torch's own, got {self.name!r}"
+                )
+            return
+        chosen = processor._attention_backend
+        if self.name == "auto" and chosen is None:
+            self._free.append(processor)
+        self._give(processor, chosen if self.name in CHOICES else self.name)
+
+    def remove(self, processor: Any, before: Any) -> None:
+        """Hands on what the user chose since, to the processor of before."""
+        if processor in self._given and processor._attention_backend is not self._given[processor]:
+            before._attention_backend = processor._attention_backend
+
+    def prepare(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        mask: BlockMask,
+        *,
+        masked: bool = False,
+    ) -> None:
+        """Chooses for the dense attention of a call, `[B, S, H, D]`; `mask` keeps the times.
+
+        `masked`: upstream hands the dispatch a mask of its own.
+        """
+        if device.type not in TIMED_DEVICES:
+            return
+        free = [
+            p for p in self._free if p._attention_backend is self._given[p] and p._parallel_config is None
+        ]
+        if not free:
+            return
+        name = None
+        if _active() == "native":
+            options = {"masked": masked, "agree": self._agree}
+            name, self._times = choose(CANDIDATES, shape, dtype, device, mask, **options)
+        for processor in free:
+            self._give(processor, None if name == "native" else name)
+
+    def report(self) -> dict[str, Any]:
+        """`name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
+        chosen = next((processor._attention_backend for processor in self._given), None)
+        native = _active() if self._dispatched else "native"
+        backend = "sage" if self.name == "sage" else chosen.value if chosen else native
+        return {"name": self.name, "backend": backend, "seconds": self._times}
+
+    def _give(self, processor: Any, name: str | None) -> None:
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        chosen = None if name is None else AttentionBackendName(name)
+        if processor._attention_backend is not chosen:
+            processor._attention_backend = chosen
+        self._given[processor] = chosen
+
+
+def _active() -> str:
+    """The backend of processors that name none."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    return _AttentionBackendRegistry.get_active_backend()[0].value

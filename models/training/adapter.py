@@ -1,0 +1,108 @@
+"""The adapter that training fits to longer video: LoRA on the self-attention, in peft's layers.
+
+Saved as diffusers saves one, so that its pipelines load it; what it was trained for stands in the header.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..apply import family_of
+from ..lora.files import METADATA_KEY, TRAINED_KEY
+
+NAME = "length"
+FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "transformer"
+
+
+def add_adapter(
+    transformer: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> dict[str, torch.nn.Parameter]:
+    """Freezes a transformer and adds LoRA to the layers `targets` of each self-attention, in float32.
+
+    `seed`: of the matrices A; those of B begin at zero, so that nothing changes at first.
+
+    Returns:
+        The parameters to train by name.
+
+    Raises:
+        ValueError: a target that no self-attention has, or an adapter that is there already.
+    """
+    from peft import LoraConfig
+
+    names = target_names(transformer, targets)
+    transformer.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=dropout)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, NAME)
+    trained = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
+    for value in trained.values():
+        value.data = value.data.float()
+    return trained
+
+
+def target_names(transformer: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the layers `targets` of the self-attentions that have them."""
+    modules = {module: name for name, module in transformer.named_modules()}
+    places = [modules[attention] for attention in family_of(transformer).attention_layers(transformer)]
+    known = set(modules.values())
+    for target in targets:
+        if not any(f"{place}.{target}" in known for place in places):
+            layers = sorted(
+                name.removeprefix(f"{places[0]}.")
+                for name, module in transformer.named_modules()
+                if name.startswith(f"{places[0]}.") and isinstance(module, torch.nn.Linear)
+            )
+            raise ValueError(
+                f"lora.targets: got {target!r}, allowed in {type(transformer).__name__}: {', '.join(layers)}"
+            )
+    return [f"{place}.{target}" for place in places for target in targets if f"{place}.{target}" in known]
+
+
+def adapter_state(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU."""
+    return {name.replace(f".{NAME}.", "."): value.detach().cpu() for name, value in trained.items()}
+
+
+def save_adapter(
+    path: Path, trained: Mapping[str, Tensor], settings: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Writes the adapter as diffusers does, whole or not at all.
+
+    Args:
+        settings: `r`, `lora_alpha` and what else peft is told of it.
+        about: what it was trained for, as JSON can hold it; `lora.files.read_header` gives it back.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors = {f"{PREFIX}.{name}": value.contiguous() for name, value in adapter_state(trained).items()}
+    header = {f"{PREFIX}.{name}": value for name, value in settings.items()}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))}
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        part.write_bytes(save(tensors, metadata))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def adapter_settings(transformer: torch.nn.Module) -> dict[str, Any]:
+    """What peft has to know of the adapter to load it: rank, alpha, targets."""
+    config = transformer.peft_config[NAME]
+    names = sorted(config.target_modules)
+    return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": names}

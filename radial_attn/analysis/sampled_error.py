@@ -1,0 +1,98 @@
+"""How far an output is from the definition, on a sample of query blocks: affordable at any length."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """Difference from exact attention: relative L2 norm, and cosine of the angle; both over all values."""
+
+    relative_l2: float
+    cosine: float
+
+    def __str__(self) -> str:
+        return f"relative L2 {self.relative_l2:.2e}, cosine {self.cosine:.6f}"
+
+
+def sample_blocks(mask: BlockMask, count: int) -> list[int]:
+    """At most `count` query blocks spread evenly over the sequence, first and last included."""
+    last = mask.blocks.shape[-1] - 1
+    return sorted({round(last * i / max(1, count - 1)) for i in range(count)})
+
+
+def sampled_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    blocks: Sequence[int],
+    *,
+    text_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of the query tokens of some blocks, exact up to float32.
+
+    Args:
+        query, key, value: `[B, S, H, D]`.
+        blocks: query block numbers; their tokens come one after the other, see `sampled_rows`.
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+
+    Returns:
+        float32 `[B, rows, H, D]`; rows of padded text are zeros.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = [_block_rows((query, key, value), mask, block, text_lengths, scale) for block in blocks]
+    return torch.cat(rows, dim=1)
+
+
+def sampled_rows(tensor: Tensor, mask: BlockMask, blocks: Sequence[int]) -> Tensor:
+    """The query tokens of some blocks, `[B, rows, H, D]` of `[B, S, H, D]`, in the order of `blocks`."""
+    return torch.cat([tensor[:, _tokens(mask, block)] for block in blocks], dim=1)
+
+
+def output_error(found: Tensor, wanted: Tensor) -> OutputError:
+    """The error of `found`; not a number where `found` holds values that are not finite."""
+    got, want = found.flatten().double(), wanted.flatten().double()
+    norms = got.norm().item(), want.norm().item()
+    if min(norms) == 0.0:
+        return OutputError(0.0 if norms[0] == norms[1] else math.inf, 1.0 if norms[0] == norms[1] else 0.0)
+    return OutputError((got - want).norm().item() / norms[1], (got @ want).item() / norms[0] / norms[1])
+
+
+def _tokens(mask: BlockMask, block: int) -> slice:
+    start = block * mask.block_size
+    return slice(start, min(start + mask.block_size, mask.grid.tokens))
+
+
+def _block_rows(
+    tensors: Sequence[Tensor], mask: BlockMask, block: int, text_lengths: Tensor | None, scale: float
+) -> Tensor:
+    """One query block, `[B, rows, H, D]`: heads that share a pattern together, samples one by one."""
+    (query, key, value), tokens = tensors, _tokens(mask, block)
+    out = torch.zeros(query[:, tokens].shape, dtype=torch.float32, device=query.device)
+    patterns = mask.blocks[..., block, :].view(-1, mask.blocks.shape[-1])
+    for pattern, keep in enumerate(patterns):
+        heads = slice(None) if mask.heads is None else slice(pattern, pattern + 1)
+        kept = keep.repeat_interleave(mask.block_tokens).nonzero().flatten()
+        for sample in range(query.shape[0]):
+            limit = mask.grid.tokens
+            if text_lengths is not None:
+                limit = mask.grid.video_tokens + int(text_lengths[sample])
+            columns = kept[kept < limit].to(query.device)
+            rows = slice(tokens.start, min(tokens.stop, limit))
+            if rows.start >= rows.stop or not len(columns):
+                continue
+            q, k, v = (
+                x[sample, at, heads].float().transpose(0, 1)
+                for x, at in ((query, rows), (key, columns), (value, columns))
+            )
+            weights = (q @ k.mT * scale).softmax(-1)
+            out[sample, : rows.stop - rows.start, heads] = (weights @ v).transpose(0, 1)
+    return out

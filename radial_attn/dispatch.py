@@ -1,0 +1,136 @@
+"""Which backend serves a call, and the order in which "auto" tries them.
+
+A kernel states its `NEEDS`; a missing library or an unsuited call is one line that says what to do.
+`python -m radial_attn backends` prints the table.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from importlib import metadata
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from .kernels.contract import Call, Needs
+
+BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage")
+# by device type, or by CUDA compute capability ("sm90") where it was measured; the first that serves a call
+ORDER = {"cpu": ("cpp", "blocks"), "cuda": ("flex", "triton", "blocks")}
+
+
+def kernel(backend: str) -> ModuleType:
+    """The module of a backend, imported when it is first asked for."""
+    match backend:
+        case "reference":
+            from .kernels import reference as module
+        case "cpp":
+            from .kernels.cpp import op as module
+        case "blocks":
+            from .kernels.blocks import op as module
+        case "flex":
+            from .kernels import flex as module
+        case "triton":
+            from .kernels.triton import op as module
+        case "flashinfer":
+            from .kernels import flashinfer as module
+        case "sage":
+            from .kernels import sage as module
+    return module
+
+
+def missing(needs: Needs) -> str | None:
+    """Which library is not there, and how to install it."""
+    absent = [names for names in needs.modules if not any(map(find_spec, names.split("|")))]
+    return f"needs {', '.join(absent).replace('|', ' or ')}: {needs.install}" if absent else None
+
+
+def unsuited(needs: Needs, call: Call) -> str | None:
+    """Why a backend whose libraries are there does not serve this call; None where it does."""
+    return next(_objections(needs, call), None)
+
+
+def _objections(needs: Needs, call: Call) -> Iterator[str]:
+    kind, bits = call.device.type, f"quantize={call.quantize!r}"
+    if needs.devices is not None and kind not in needs.devices:
+        yield f"runs on {' and '.join(needs.devices)}, got a tensor on {kind}"
+    if kind == "cuda" and torch.cuda.is_available():
+        found = torch.cuda.get_device_capability(call.device)
+        if found < needs.capability:
+            yield f"runs from compute capability {_dotted(needs.capability)} on, got {_dotted(found)}"
+    if call.dtype not in needs.dtypes:
+        yield f"takes {_names(needs.dtypes)}, got {call.dtype}"
+    if needs.widths is not None and call.width not in needs.widths:
+        yield f"takes head widths {needs.widths}, got {call.width}"
+    if call.quantize not in needs.quantize:
+        yield f"has no {bits}"
+    if call.gradients and needs.backward is not None and kind not in needs.backward:
+        yield f"has no gradients on {kind}"
+    if call.gradients and call.quantize is not None:
+        yield f"has no gradients with {bits}"
+    yield from _partial_objections(needs, call) if call.partial else ()
+    reason = None if needs.also is None else needs.also(call)
+    if reason is not None:
+        yield reason
+
+
+def _partial_objections(needs: Needs, call: Call) -> Iterator[str]:
+    if not needs.partial:
+        yield "has no attention over a part of the keys"
+    if call.gradients:
+        yield "has no gradients over a part of the keys"
+    if call.quantize is not None:
+        yield f"has no quantize={call.quantize!r} over a part of the keys"
+
+
+def obstacle(backend: str, call: Call) -> str | None:
+    """Why a backend cannot take a call, in words that follow its name; None where it can.
+
+    Inside torch.compile the mask and Python's libraries are not looked at; `cpp` finds or builds its own.
+    """
+    needs = kernel(backend).NEEDS
+    if torch.compiler.is_compiling():
+        return unsuited(needs, replace(call, mask=None))
+    return missing(needs) or unsuited(needs, call)
+
+
+def order(device: torch.device) -> tuple[str, ...]:
+    """The backends that "auto" tries on a device, best first."""
+    return ORDER[order_key(device)]
+
+
+def order_key(device: torch.device) -> str:
+    """The entry of `ORDER` for a device: its own compute capability, its type, or that of the CPU."""
+    keys = [device.type, "cpu"]
+    if device.type == "cuda" and torch.cuda.is_available():
+        keys.insert(0, "sm{}{}".format(*torch.cuda.get_device_capability(device)))
+    return next(key for key in keys if key in ORDER)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def table(call: Call) -> list[tuple[str, str, str, str]]:
+    """Rows (backend, version of what it needs, "yes" or "no", why not) for calls like `call`."""
+    rows = []
+    for name in BACKENDS[1:]:
+        needs = kernel(name).NEEDS
+        reason = obstacle(name, call)
+        rows.append((name, _versions(needs.modules), "no" if reason else "yes", reason or ""))
+    return rows
+
+
+def _versions(modules: tuple[str, ...]) -> str:
+    """Versions of the installed libraries, "built in" where none is needed."""
+    found = []
+    for name in (name for names in modules for name in names.split("|")):
+        packages = metadata.packages_distributions().get(name, [name])
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{packages[0]} {metadata.version(packages[0])}")
+    return ", ".join(found) or ("no" if modules else "built in")

@@ -1,0 +1,1 @@
+"""Sparse attention from torch's own operations, on any device."""

@@ -1,0 +1,62 @@
+"""What decides whether a kernel serves a call, and what each kernel states about itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..block_mask import BlockMask
+
+QUANTIZE = (None, "int8", "fp8")
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a backend serves a call.
+
+    Attributes:
+        width: head width `D`.
+        gradients: whether a backward pass may follow.
+        mask: None where it is not known yet.
+        quantize: one of `QUANTIZE`.
+        partial: whether over a part of the keys, with the log-sum-exp (partial.py).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    gradients: bool
+    mask: BlockMask | None = None
+    quantize: str | None = None
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a backend serves.
+
+    Attributes:
+        devices: device types, None for any.
+        dtypes: of query, key and value.
+        widths: head widths, None for any.
+        backward: device types on which it has gradients, None for any.
+        modules: what must be importable, "a|b" where one of several will do, and `install`, the line
+            that brings it.
+        capability: least CUDA compute capability.
+        quantize: what it multiplies in fewer bits when asked to.
+        partial: whether it serves a part of the keys, without gradients or fewer bits.
+        also: what else it asks of a call: a reason against it, or None.
+    """
+
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    widths: tuple[int, ...] | None = None
+    backward: tuple[str, ...] | None = None
+    modules: tuple[str, ...] = ()
+    install: str = ""
+    capability: tuple[int, int] = (0, 0)
+    quantize: tuple[str | None, ...] = (None,)
+    partial: bool = False
+    also: Callable[[Call], str | None] | None = None

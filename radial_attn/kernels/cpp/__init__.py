@@ -1,0 +1,1 @@
+"""Sparse attention in C++ for CPUs, compiled when first used."""

@@ -1,0 +1,97 @@
+"""Compiles the C++ source of a kernel for this machine's processor, once, and loads it.
+
+The library is kept in a folder of the user, under a name that changes with the source, the compiler, its
+flags and the processor, and is moved there when it is whole: processes may build it at the same time. Where
+the folder cannot be written, each process builds for itself and keeps nothing.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from ..compiler import find_program
+
+FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+# the first that the compiler takes: a processor's own instructions, torch's threads
+CHOICES = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
+COMPILERS = ("g++", "clang++", "c++")
+FOLDER = "RADIAL_ATTN_CACHE"
+LIMIT = 300  # seconds for one attempt
+
+
+@lru_cache
+def load_library(source: Path) -> ctypes.CDLL | str:
+    """The library of a source file, or in one line what it lacks, to follow "needs"."""
+    compiler = find_program("CXX", COMPILERS)
+    if compiler is None:
+        return "a C++ compiler, and found none: apt install g++"
+    try:
+        with tempfile.TemporaryDirectory(prefix="radial_attn_") as spare:
+            return ctypes.CDLL(str(_build(source, compiler, Path(spare))))
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or error).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])
+        return f"{source.name} compiled by {compiler}, which failed: {reason}"
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: RADIAL_ATTN_CACHE, else a folder in that of the user for such files."""
+    if named := os.environ.get(FOLDER):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radial_attn"
+
+
+def _build(source: Path, compiler: str, spare: Path) -> Path:
+    """The library's path, in the folder `spare` where the user has none that can be written to."""
+    name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
+    try:
+        target = cache_folder() / name
+        if target.is_file():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=target.parent)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        return _compile(source, compiler, spare / name)
+    try:
+        os.replace(_compile(source, compiler, Path(folder) / name), target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _compile(source: Path, compiler: str, out: Path) -> Path:
+    """Compiles with the first flags that work; raises CalledProcessError with the last failure's words."""
+    for flags in CHOICES:
+        command = [compiler, *FLAGS, *flags, str(source), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        if done.returncode == 0:
+            return out
+    raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+
+
+def _fingerprint(source: Path, compiler: str) -> str:
+    """Changes with whatever the library depends on."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=LIMIT, check=True).stdout
+    headers = sorted(source.parent.glob("*.h"))
+    parts = [*(file.read_bytes() for file in (source, *headers)), version, repr((FLAGS, CHOICES)).encode()]
+    digest = hashlib.sha256()
+    for part in (*parts, *(line.encode() for line in _processor())):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> Iterator[str]:
+    """What names the instructions of this machine's processor."""
+    yield platform.machine()
+    yield platform.processor()
+    described = Path("/proc/cpuinfo")
+    if described.is_file():
+        lines = described.read_text(encoding="utf-8", errors="replace").splitlines()
+        yield from sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

@@ -1,0 +1,166 @@
+"""Block-sparse attention in C++ for CPUs, in float32: attention.cpp, compiled when it is first asked for.
+
+One operator for autograd and torch.compile, `radial_attn::cpp_attention`.
+"""
+
+import ctypes
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...block_mask import BlockMask, csr_of
+from ..contract import Call, Needs
+from .build import load_library
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+
+
+@torch.compiler.assume_constant_result
+def _problem() -> str | None:
+    found = load_library(SOURCE)
+    return f"needs {found}" if isinstance(found, str) else None
+
+
+def _objection(call: Call) -> str | None:
+    if call.dtype == torch.bfloat16 and _capabilities().get("amx_bf16"):
+        return "computes in float32, slower than `blocks` where the processor multiplies tiles in bfloat16"
+    return _problem()
+
+
+@torch.compiler.assume_constant_result
+def _capabilities() -> Mapping[str, object]:
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+NEEDS = Needs(devices=("cpu",), also=_objection)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
+) -> Tensor:
+    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on the CPU, of 16 bits by copies.
+
+    Args:
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+    """
+    valid = None if text_lengths is None else text_lengths + mask.grid.video_tokens
+    wide = (x.float() for x in (query, key, value))
+    return cpp_attention(*wide, mask.blocks, mask.block_size, valid, scale)[0].to(query.dtype)
+
+
+@torch.library.custom_op("radial_attn::cpp_attention", mutates_args=())
+def cpp_attention(  # noqa: PLR0917 (an operator's schema is positional)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    valid: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, S, H]`, of attention under a block mask.
+
+    Args:
+        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its lists are kept under this very tensor.
+        valid: tokens of each sample that count, int64 `[B]`, or None for all.
+    """
+    call = _Call((query, key, value), blocks, block_size, valid)
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3])
+    work = call.workspace(backward=False)
+    results = map(_pointer, (work, out, lse))
+    call.library.radial_forward(*call.inputs, *call.mask, ctypes.c_float(scale), *results)
+    return out, lse
+
+
+@torch.library.custom_op("radial_attn::cpp_attention_backward", mutates_args=())
+def cpp_attention_backward(  # noqa: PLR0917
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    valid: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `cpp_attention`."""
+    call = _Call((grad, query, key, value, out), blocks, block_size, valid)
+    grads = tuple(query.new_empty(query.shape) for _ in range(3))
+    work, lse = call.workspace(backward=True), lse.contiguous()
+    call.library.radial_backward(
+        *call.inputs, _pointer(lse), *call.mask, ctypes.c_float(scale), _pointer(work), _pointers(grads)
+    )
+    return grads
+
+
+@cpp_attention.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3])
+
+
+@cpp_attention_backward.register_fake
+def _(_grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(query.new_empty(query.shape) for _ in range(3))
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    *tensors, blocks, block_size, valid, scale = inputs
+    ctx.save_for_backward(*tensors, *output, blocks, valid)
+    ctx.numbers = block_size, scale
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+    *tensors, blocks, valid = ctx.saved_tensors
+    block_size, scale = ctx.numbers
+    return *cpp_attention_backward(grad, *tensors, blocks, block_size, valid, scale), *[None] * 4
+
+
+cpp_attention.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class _Call:
+    """The arguments of a call as attention.cpp takes them; what they point to lives as long as this."""
+
+    def __init__(
+        self, tensors: tuple[Tensor, ...], blocks: Tensor, block_size: int, valid: Tensor | None
+    ) -> None:
+        self.library = load_library(SOURCE)
+        batch, length, heads, width = tensors[0].shape
+        lists = len(blocks) if blocks.ndim == 3 else 1
+        sizes = batch, length, heads, width, block_size, lists, torch.get_num_threads()
+        self._sizes, limits = _numbers(sizes), [length] * batch if valid is None else valid.tolist()
+        self._tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+        strides = [step for x in self._tensors for step in x.stride()[:3]]
+        self.inputs = _pointers(self._tensors), _numbers(strides)
+        self.mask = self._sizes, *map(_pointer, _lists(blocks)), _numbers(limits)
+
+    def workspace(self, *, backward: bool) -> Tensor:
+        """Memory that the call works in."""
+        count = self.library.radial_workspace
+        count.restype = ctypes.c_int64
+        return self._tensors[0].new_empty(count(self._sizes, int(backward)))
+
+
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """CSR of a mask, made once: it hangs on the mask's tensor."""
+    if "csr" not in blocks.__dict__:
+        blocks.__dict__["csr"] = csr_of(blocks)
+    return blocks.__dict__["csr"]
+
+
+def _numbers(numbers: Iterable[int]) -> ctypes.Array:
+    numbers = tuple(numbers)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _pointers(tensors: Iterable[Tensor]) -> ctypes.Array:
+    addresses = [x.data_ptr() for x in tensors]
+    return (ctypes.c_void_p * len(addresses))(*addresses)

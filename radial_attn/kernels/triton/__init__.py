@@ -1,0 +1,1 @@
+"""Sparse attention in Triton for GPUs."""

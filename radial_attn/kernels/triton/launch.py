@@ -1,0 +1,71 @@
+"""One launch of the Triton forward kernel, over all keys or a part of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .configs import LOG2E, Launch, padded
+
+
+def run_forward(
+    inputs: Sequence[Tensor], found: tuple[Launch, list[Tensor], dict], counts: Sequence, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One launch of the forward kernel: output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
+
+    `found`: what `tables` makes; `counts`: keys and rows of each sample that count, or None for all.
+    """
+    from .forward import forward_kernel
+
+    query, (chosen, lists, constants) = inputs[0], found
+    batch, tokens, heads, _ = query.shape
+    out = query.new_empty(query.shape)
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    if chosen.descriptors:
+        inputs = [aligned(x) for x in inputs]
+    with torch.cuda.device_of(query):
+        forward_kernel[lists[0].shape[1], batch * heads](
+            *operands(inputs, chosen),
+            out,
+            lse,
+            *lists,
+            *(lse if count is None else count for count in counts),
+            *(stride for x in (*inputs, out) for stride in x.stride()[:3]),
+            tokens,
+            inputs[1].shape[1],
+            heads,
+            scale * LOG2E,
+            **constants,
+            DESCRIPTOR=chosen.descriptors,
+            SPECIALIZE=chosen.specialize,
+        )
+    return out, lse
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its rows all begin at a multiple of 16 bytes, as descriptors need it."""
+    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
+    return tensor.clone(memory_format=torch.contiguous_format) if any(s % 16 for s in steps) else tensor
+
+
+def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
+    """Query, key and value as the forward kernel takes them: pointers, or descriptors of keys and values.
+
+    Where the kernel makes descriptors itself, `scratch` becomes this thread's allocator of Triton.
+    """
+    query, *others = tensors
+    if chosen.descriptors == "head":
+        import triton
+
+        triton.set_allocator(scratch)
+    if chosen.descriptors != "whole":
+        return [query, *others]
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    block = [1, chosen.columns, 1, padded(query.shape[-1])]
+    return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
+
+
+def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Memory of a launch, on the current device, for the descriptors that its programs make."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,0 +1,243 @@
+"""Block-sparse flash attention in Triton, forward and backward, in float16 and bfloat16 on a GPU.
+
+The mask becomes lists of tiles (radial_attn/tiles.py) once, inside the operators, so that a compiled graph
+holds nothing but them; from then on a call allocates its outputs, launches one kernel forward and three
+backward, and does nothing else on the host.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from ...block_mask import BlockMask, Part
+from ..contract import DTYPES, HALF, QUANTIZE, Call, Needs
+from .configs import LAUNCHES, LOG2E, WIDTHS, architecture, padded
+from .launch import run_forward
+from .tables import partial_tables, tables
+
+ROWS = 64  # of a program that multiplies outputs and their gradients
+
+
+def no_tensor_cores(call: Call) -> str | None:
+    """Why the GPU of a call cannot multiply what its `quantize` asks for."""
+    if call.quantize is None or call.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    arch = architecture(call.device)
+    return None if (call.quantize, 64) in LAUNCHES[arch] else f"has no quantize={call.quantize!r} on {arch}"
+
+
+ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's own interpreter
+NEEDS = Needs(
+    devices=("cpu",) if ON_CPU else ("cuda",),
+    dtypes=DTYPES if ON_CPU else HALF,
+    widths=WIDTHS,
+    modules=("triton",),
+    capability=(8, 0),
+    quantize=QUANTIZE,
+    partial=True,
+    also=no_tensor_cores,
+    install="pip install triton",
+)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+    quantize: str | None = None,
+) -> Tensor:
+    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on one GPU.
+
+    Args:
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+        quantize: "int8" or "fp8" for scores from 8-bit operands (triton_quantized.py), forward only.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    counts = token_counts(text_lengths, mask, query.device)
+    shape = mask.blocks, mask.block_size, mask.grid.video_tokens
+    if quantize is not None:
+        from .quantized import quantized_attention
+
+        return quantized_attention(*inputs, *shape, counts, scale, quantize)[0]
+    return triton_attention(*inputs, *shape, counts, scale)[0]
+
+
+def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
+    """Tokens of each sample that count, int32 `[B]` on the device.
+
+    Without gradients, where lengths recur at every step, they are copied once for each distinct list.
+    """
+    if text_lengths is None:
+        return None
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return (text_lengths + mask.grid.video_tokens).to(device, torch.int32)
+    counts = tuple((text_lengths + mask.grid.video_tokens).tolist())
+    return mask.cached(
+        ("lengths", counts, device), lambda: torch.tensor(counts, dtype=torch.int32, device=device)
+    )
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]` on one GPU.
+
+    Args:
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    counts = None, None
+    if text_lengths is not None:
+        padding = part.text - text_lengths
+        texts = (key.shape[1], part.key_text), (query.shape[1], part.row_text)
+        counts = [(n - padding.clamp(max=text)).to(query.device, torch.int32) for n, text in texts]
+    found = partial_tables(query, key, part, text_lengths is not None)
+    out, lse = run_forward(inputs, found, counts, scale)
+    return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("radial_attn::triton_attention", mutates_args=())
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    video_tokens: int,
+    counts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
+
+    Args:
+        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its tile lists are kept under this very tensor.
+        video_tokens: position where the text begins.
+        counts: tokens of each sample that count, int32 `[B]` on the device, or None for all.
+    """
+    found = tables("forward", query, blocks, block_size, video_tokens, counts)
+    return run_forward((query, key, value), found, (counts, counts), scale)
+
+
+@torch.library.custom_op("radial_attn::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
+    grad: Tensor,
+    lse_grad: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    video_tokens: int,
+    counts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, `[B, S, H, D]`, from those of output and log-sum-exp, if any.
+
+    Further arguments as in `triton_attention`.
+    """
+    from .backward import key_gradients_kernel, query_gradient_kernel
+
+    batch, tokens, heads, _ = query.shape
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    results = [query.new_empty(query.shape) for _ in range(3)]
+    products = row_products(out, grad, lse)
+    if lse_grad is not None:
+        products -= lse_grad
+    strides = [s for x in (query, key, value, grad, results[0]) for s in x.stride()[:3]]
+    for kernel, kind, targets in (
+        (query_gradient_kernel, "query gradient", results[:1]),
+        (key_gradients_kernel, "key gradients", results[1:]),
+    ):
+        _, lists, constants = tables(kind, query, blocks, block_size, video_tokens, counts)
+        with torch.cuda.device_of(query):
+            kernel[lists[0].shape[1], batch * heads](
+                query,
+                key,
+                value,
+                grad,
+                *targets,
+                lse,
+                products,
+                *lists,
+                lse if counts is None else counts,
+                *strides,
+                tokens,
+                heads,
+                scale * LOG2E,
+                scale,
+                **constants,
+            )
+    return tuple(results)
+
+
+def row_products(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
+    """Output times its gradient, summed over the width: float32 `[B, H, S]` as `lse`."""
+    from .backward import row_products_kernel
+
+    batch, tokens, heads, width = out.shape
+    products = torch.empty_like(lse)
+    with torch.cuda.device_of(out):
+        row_products_kernel[-(-tokens // ROWS), batch * heads](
+            out,
+            grad,
+            products,
+            tokens,
+            heads,
+            *out.stride()[:3],
+            *grad.stride()[:3],
+            ROWS=ROWS,
+            WIDTH=width,
+            PADDED=padded(width),
+            num_warps=8,
+        )
+    return products
+
+
+@triton_attention.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _width = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@triton_attention_backward.register_fake
+def _(grad: Tensor, lse_grad: Tensor | None, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(query.new_empty(query.shape) for _ in range(3))
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    query, key, value, blocks, block_size, video_tokens, counts, scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, blocks, counts)
+    ctx.numbers = block_size, video_tokens, scale
+
+
+def _gradients(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, lse_grad: Tensor | None
+) -> tuple:
+    *tensors, blocks, counts = ctx.saved_tensors
+    block_size, video_tokens, scale = ctx.numbers
+    if grad is None:
+        grad = torch.zeros_like(tensors[0])
+    shape = block_size, video_tokens, counts, scale
+    grads = triton_attention_backward(grad, lse_grad, *tensors, blocks, *shape)
+    return *grads, None, None, None, None, None
+
+
+triton_attention.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,115 @@
+"""Triton: forward of block-sparse attention on operands of 8 bits (triton_quantize.py), fp32 sums.
+
+The scores come from int8 or fp8 products; the weights meet the values in fp8 where the tensor cores have it,
+else in the values' own 16 bits. Algorithm: SageAttention2, arXiv 2411.10958, over the listed tiles only.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import INFINITY, LN2, find_work, finish, kept_pairs, load_tile, store_tile, weigh
+
+BOOST = tl.constexpr(8)  # weights reach 2^8, well within fp8 e4m3 (448), before they are rounded
+
+
+@triton.jit
+def load_keys(keys, row, start, COLUMNS: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """`[COLUMNS, PADDED]` of `[rows, PADDED]` from row `row + start` on."""
+    if DESCRIPTOR:
+        tile = keys.load([(row + start).to(tl.int32), 0])
+    else:
+        token = (row + start + tl.arange(0, COLUMNS)).to(tl.int64)
+        tile = tl.load(keys + token[:, None] * PADDED + tl.arange(0, PADDED)[None, :])
+    return tile
+
+
+@triton.jit
+def load_channels(
+    values, row, start, room, COLUMNS: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr
+):
+    """`[PADDED, COLUMNS]` of `[rows, room]` from row `row` and token `start` on."""
+    if DESCRIPTOR:
+        tile = values.load([row.to(tl.int32), start])
+    else:
+        channel = (row + tl.arange(0, PADDED)).to(tl.int64) * room + start
+        tile = tl.load(values + channel[:, None] + tl.arange(0, COLUMNS)[None, :])
+    return tile
+
+
+@triton.jit
+def quantized_attend(
+    acc, total, peak, query, query_scale, keys, key_scales, values, pair, room, value_stride, starts,
+    patterns, first, last, tokens, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
+    FP8_VALUES: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Adds the listed key tiles `first .. last - 1` to the running sum, its weight and the maximum."""
+    for i in tl.range(first, last):
+        start = tl.load(starts + i)
+        key = load_keys(keys, pair * room, start, COLUMNS, PADDED, DESCRIPTOR)
+        scores = tl.dot(query, key.T).to(tl.float32)
+        scale = query_scale * tl.load(key_scales + start // COLUMNS)
+        if MIXED:
+            columns = start + tl.arange(0, COLUMNS)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
+            scores = tl.where(keep, scores, -INFINITY)
+        if FP8_VALUES:
+            weights, shrink, peak, total = weigh(scores, scale, scale[:, None], peak, total, MIXED, BOOST)
+            value = load_channels(values, pair * PADDED, start, room, COLUMNS, PADDED, DESCRIPTOR)
+            # the tensor cores keep few bits of a sum of fp8 products: one tile's, then it is added in fp32
+            part = tl.dot(weights.to(value.dtype), value.T, max_num_imprecise_acc=COLUMNS)
+            acc = acc * shrink[:, None] + part
+        else:
+            weights, shrink, peak, total = weigh(scores, scale, scale[:, None], peak, total, MIXED, 0)
+            value = load_tile(values, 0, start, 0, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, "")
+            acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
+    return acc, total, peak
+
+
+@triton.jit
+def quantized_forward_kernel(
+    query, key, value, query_scales, shifts, key_scales, tops, out, lse, offsets, starts, patterns, lengths,
+    value_batch, value_token, value_head, out_batch, out_token, out_head, tokens, room, heads,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
+    LENGTHS: tl.constexpr, FP8_VALUES: tl.constexpr, TOP: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
+
+    query and key `[B, H, room, PADDED]`; value `[B, H, PADDED, room]` with its channels' largest magnitudes
+    `tops` as `TOP`, or as it came; scales and shifts in base 2.
+    """
+    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    pair = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    q = load_keys(query, pair * room, first, ROWS, PADDED, False)
+    query_scale = tl.load(query_scales + pair * room + rows)
+    scales = key_scales + pair * (room // COLUMNS)
+    values = value
+    if not FP8_VALUES:
+        values = value + batch * value_batch + head * value_head
+    acc = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    peak = tl.full([ROWS], -INFINITY, dtype=tl.float32)
+    acc, total, peak = quantized_attend(
+        acc, total, peak, q, query_scale, key, scales, values, pair, room, value_token, starts, patterns,
+        whole, mixed, tokens, limit, ROWS, COLUMNS, WIDTH, PADDED, SIZE, False, BLOCKS, FP8_VALUES,
+        DESCRIPTOR,
+    )  # fmt: skip
+    if MIXED:
+        acc, total, peak = quantized_attend(
+            acc, total, peak, q, query_scale, key, scales, values, pair, room, value_token, starts, patterns,
+            mixed, end, tokens, limit, ROWS, COLUMNS, WIDTH, PADDED, SIZE, True, BLOCKS, FP8_VALUES,
+            DESCRIPTOR,
+        )  # fmt: skip
+    result, sums = finish(acc, total, peak, rows, limit)
+    lane = tl.arange(0, PADDED)
+    if FP8_VALUES:
+        top = tl.load(tops + pair * WIDTH + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        result = result * (top / TOP)[None, :]
+        sums = sums - BOOST * LN2
+    sums += tl.load(shifts + pair * room + rows) * LN2
+    tl.store(lse + pair * tokens + rows, sums, mask=rows < tokens)
+    outs = out + batch * out_batch + head * out_head
+    store_tile(outs, result, first, out_token, tokens, ROWS, WIDTH, PADDED)

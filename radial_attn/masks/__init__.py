@@ -1,0 +1,1 @@
+"""Masks: the radial rule, other patterns, density, drawing."""

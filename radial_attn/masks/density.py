@@ -1,0 +1,232 @@
+"""Density as the input: the options of a radial mask that keeps a wanted share of the token pairs of a grid.
+
+`python -m radial_attn density --frames 18 --height 48 --width 80` prints which densities a grid has.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from ..grid import TokenGrid
+from .radial import RadialConfig, half_width, is_share, radial_rule_mask
+
+TOLERANCE = 0.02
+CLOSE = 0.25  # part of the tolerance at which the search of one option ends
+STEPS = 256  # decay factors to each doubling: from one to the next a half-width grows by 0.3 %
+
+
+def solve_density(
+    grid: TokenGrid, config: RadialConfig, target: float, tolerance: float = TOLERANCE
+) -> RadialConfig:
+    """The options of a mask of this grid whose density is `target`, within `tolerance` of it (relative).
+
+    As much as possible stays as `config` has it. The options change in this order, a later one only where
+    the earlier ones cannot reach the target:
+
+    1. `decay_factor`, between the value at which every band of frame distance 2 and more is at its least, a
+       block each way (the sparse end of the authors' family), and the one at which each is a whole frame;
+    2. `neighbour`, the half-width at frame distance 1: below that family down to a block, above it up to the
+       whole frame; in a gap between two decay factors down from the upper one;
+    3. `decimation_width`: below by powers of two up to the largest in a frame, where of the far frames those
+       at distances of a power of two are left; above down to where no frame is skipped; widths between
+       powers of two only where those leave a gap. With each width the first two are solved anew, so that
+       what was gained beyond the target goes back to them;
+    4. `sink`: off below, on above, with the first three solved anew.
+
+    Blocks are kept whole, so densities come in steps. The result has no `density` of its own and depends on
+    the arguments alone. A density of 1 is met exactly. It takes the time of one to forty masks;
+    `RadialConfig(density=...)` has each grid solved once.
+
+    Raises:
+        ValueError: a target outside (0, 1], the dense pattern, or a density that no such mask of this grid
+            has; the message then gives the range that there is, or the nearest on both sides.
+    """
+    if not is_share(target):
+        raise ValueError(f"density must be a number in (0, 1], got {target!r}")
+    if config.pattern == "dense":
+        raise ValueError(f"pattern must be 'radial' to solve for a density, got {config.pattern!r}")
+    tolerance = tolerance if target < 1 else 0.0
+    search = _Search(grid, replace(config, density=None), target, tolerance)
+    for combination in search.combinations():
+        found = search.nearest(combination)
+        if search.error(found) <= tolerance:
+            return found
+    raise ValueError(search.failure())
+
+
+@lru_cache(maxsize=32)
+def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
+    """`config` with its density solved for this grid, once; as it is without one or with the dense pattern.
+
+    Raises:
+        ValueError: as `solve_density`.
+    """
+    start = replace(config, density=None)
+    if config.density is None or config.pattern == "dense":
+        return start
+    solved = solve_density(grid, replace(start, pattern="radial"), config.density)
+    return replace(solved, pattern=config.pattern)
+
+
+def density_of(grid: TokenGrid, config: RadialConfig) -> float:
+    """Returns the density of a radial mask, which is not cached: a search makes many."""
+    return radial_rule_mask(grid, config).density
+
+
+def estimate(grid: TokenGrid, config: RadialConfig) -> float:
+    """About the density, in microseconds: bands as smooth strips, half a block wider than their half-width.
+
+    Within 1 % where frames are whole blocks and bands are steps apart; 17 % off at worst in narrow bands of
+    other frames, whose shared blocks it counts twice.
+    """
+    frames, frame = grid.frames, grid.tokens_per_frame
+    kept = float(frames)
+    for distance in range(1, frames):
+        width = half_width(distance, frame, config)
+        reach = -1.0 if width is None else (width + config.block_size / 2) / frame
+        band = 0.0 if width is None else 1 - max(0.0, 1 - reach) ** 2
+        kept += 2 * (frames - distance) * band + config.sink * (1 - band)
+    return 1 - (1 - kept / frames**2) * (grid.video_tokens / grid.tokens) ** 2
+
+
+def decay_factors(grid: TokenGrid, config: RadialConfig) -> Sequence[float]:
+    """Decay factors of four digits, ascending, from the last that narrows a band to the first that fills all.
+
+    Only the configured one where there is no frame distance of 2, or a block is as wide as a frame.
+    """
+    frame, farthest = grid.tokens_per_frame, grid.frames - 1
+    if farthest < 2 or config.block_size >= frame:
+        return (config.decay_factor,)
+    power = 1 << (frame.bit_length() - 1)
+    low, high = 2 * config.block_size / power, 1.001 * frame * (1 << (farthest.bit_length() - 1)) / power
+    count = math.ceil(STEPS * math.log2(high / low))
+    return [float(f"{low * 2 ** (step / STEPS):.4g}") for step in range(count + 1)]
+
+
+def neighbours(grid: TokenGrid, config: RadialConfig, wider: bool = False) -> Sequence[float | str]:
+    """Values of `neighbour`, ascending by 0.001: from a block to the configured one, or from it to "full"."""
+    given, least = config.neighbour, config.block_size / grid.tokens_per_frame
+    share = config.neighbour_share
+    if wider:
+        steps = range(math.floor(1000 * share) + 1, 1000)
+        return [given, *(step / 1000 for step in steps), *(["full"] if share < 1 else [])]
+    return [*(step / 1000 for step in range(math.ceil(1000 * least), math.ceil(1000 * share))), given]
+
+
+def decimation_widths(grid: TokenGrid, config: RadialConfig, denser: bool = False) -> Sequence[int | str]:
+    """The configured width, then powers of two beyond it, up to the largest in a frame or, if `denser`, down.
+
+    Widths below twice the last of the denser ones skip no frame of this grid; they are left out.
+    """
+    given = config.block_size if config.decimation_width == "block" else config.decimation_width
+    level, farthest = grid.tokens_per_frame.bit_length() - 1, max(grid.frames - 1, 1).bit_length() - 1
+    powers, idle = (
+        [1 << step for step in range(max(level, given.bit_length()) + 1)],
+        1 << max(level - farthest, 0),
+    )
+    if denser:
+        further = [width for width in reversed(powers) if idle <= width < given >= 2 * idle]
+    else:
+        further = [width for width in powers if max(given + 1, 2 * idle) <= width <= 1 << level]
+    return [config.decimation_width, *further]
+
+
+class _Search:
+    """One solution under way: every mask that was tried, and how far it is from the target."""
+
+    def __init__(self, grid: TokenGrid, start: RadialConfig, target: float, tolerance: float) -> None:
+        self._grid, self._start, self._target, self._tolerance = grid, start, target, tolerance
+        self._tried: dict[RadialConfig, float] = {}
+
+    def density(self, config: RadialConfig) -> float:
+        if config not in self._tried:
+            self._tried[config] = density_of(self._grid, config)
+        return self._tried[config]
+
+    def error(self, config: RadialConfig) -> float:
+        """Distance from the target, relative."""
+        return abs(self.density(config) / self._target - 1)
+
+    def combinations(self) -> Iterator[RadialConfig]:
+        """The start, then those decimation widths, then those of the other sink, that span the target.
+
+        Widths between two powers of two come last, for a gap that blocks leave.
+        """
+        yield self._start
+        denser = max(self._tried.values()) < self._target
+        widths = decimation_widths(self._grid, self._start, denser)
+        between = {width * part // 8 for width in widths[1:] for part in (5, 6, 7)} - {0, *widths}
+        for sink in dict.fromkeys((self._start.sink, denser)):
+            options = [replace(self._start, sink=sink, decimation_width=width) for width in widths]
+            yield from (option for option in options if option != self._start and self.spans(option, denser))
+            if self.spans(options[-1], denser):
+                further = sorted(between, reverse=denser)
+                options = [replace(self._start, sink=sink, decimation_width=width) for width in further]
+                yield from (option for option in options if self.spans(option, denser))
+
+    def spans(self, config: RadialConfig, denser: bool) -> bool:
+        """Whether decay factor and neighbour can make a mask as dense, or else as sparse, as the target."""
+        if denser:
+            return self.density(self.densest(config)) >= self._target * (1 - self._tolerance)
+        return self.density(self.sparsest(config)) <= self._target * (1 + self._tolerance)
+
+    def sparsest(self, config: RadialConfig) -> RadialConfig:
+        """Decay factor and neighbour at their least, all else as it is."""
+        decay = decay_factors(self._grid, config)[0]
+        return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config)[0])
+
+    def densest(self, config: RadialConfig) -> RadialConfig:
+        """Decay factor and neighbour at their most, all else as it is."""
+        decay = decay_factors(self._grid, config)[-1]
+        return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config, wider=True)[-1])
+
+    def nearest(self, config: RadialConfig) -> RadialConfig:
+        """The nearest to the target by decay factor, and where that does not do, by neighbour as well."""
+        found = self.around(config, "decay_factor", decay_factors(self._grid, config))
+        best = min(found, key=self.error)
+        if self.error(best) > self._tolerance:
+            upper = max(found, key=self.density)
+            wider = self.density(upper) < self._target
+            found += self.around(upper, "neighbour", neighbours(self._grid, config, wider))
+        return min(found, key=self.error)
+
+    def around(self, config: RadialConfig, name: str, values: Sequence) -> list[RadialConfig]:
+        """`config` with the values of one option, ascending, just below and above the target.
+
+        One of them where the values end, or where it is close. The estimate, scaled by what it was off at
+        the last mask, says which value to try; every other time it is the middle, so that it ends.
+        """
+        below, above, aim, turn = -1, len(values), self._target, 0
+        options = [{name: value} for value in values]
+        while above - below > 1:
+            guess = bisect_left(
+                options, aim, key=lambda option: estimate(self._grid, replace(config, **option))
+            )
+            guess = min(max(guess, below + 1), above - 1)
+            guess = (below + above) // 2 if turn > 1 and turn % 2 else guess
+            tried = replace(config, **options[guess])
+            below, above = (guess, above) if self.density(tried) < self._target else (below, guess)
+            if self.error(tried) <= CLOSE * self._tolerance:
+                return [tried]
+            aim, turn = self._target * estimate(self._grid, tried) / self.density(tried), turn + 1
+        return [replace(config, **options[i]) for i in (below, above) if 0 <= i < len(values)]
+
+    def failure(self) -> str:
+        """Which densities there are, after every combination was tried."""
+        grid, target, start = self._grid, self._target, self._start
+        thin = replace(start, sink=False, decimation_width=decimation_widths(grid, start)[-1])
+        thick = replace(start, sink=True, decimation_width=decimation_widths(grid, start, denser=True)[-1])
+        low, high = self.density(self.sparsest(thin)), self.density(self.densest(thick))
+        found = sorted(density for density in set(self._tried.values()) if low <= density <= high)
+        text = f" and {grid.text} text" if grid.text else ""
+        where = f"{grid.frames} x {grid.height} x {grid.width}{text} tokens in blocks of {start.block_size}"
+        span = f"{low:.4g} to {high:.4g}" if low < high else f"{low:.4g}"
+        if not low < target < high:
+            return f"density must be {span} for {where}, got {target!r}"
+        split = bisect_left(found, target)
+        return (
+            f"density must be within {self._tolerance:.0%} of what there is for {where}, {span} in steps: "
+            f"nearest {found[split - 1]:.4g} and {found[split]:.4g}, got {target!r}"
+        )

@@ -1,0 +1,223 @@
+"""The radial rule on blocks, in closed form."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+
+from ..block_mask import BLOCK_SIZES, BlockMask
+from ..grid import TokenGrid, require_int
+
+NEIGHBOURS = ("full", "half")
+PATTERNS = (
+    "radial",
+    "dense",
+    "spatial",
+    "temporal",
+    "sliding_tile",
+    "strided",
+    "harmonic",
+    "power",
+    "random",
+)
+
+
+@dataclass(frozen=True)
+class RadialConfig:
+    """Options of the radial rule; the defaults are those of the authors' code for longer video.
+
+    Attributes:
+        decay_factor: scales the half-width of the band at frame distances of 2 and more.
+        block_size: tokens of a block, 16, 32, 64, 128 or 256.
+        sink: every query keeps the tokens of frame 0 as keys.
+        neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full" is 1, "half" 0.5.
+        decimation_width: bands narrower than this many tokens keep only every so many frame distances;
+            "block" ties it to `block_size`.
+        pattern: "radial", "dense" to keep everything, or one of patterns.py, to compare with, which is made
+            as dense as the radial mask of these options.
+        density: kept share of all token pairs, text included, in (0, 1]. `radial_mask` then solves for
+            decay_factor, neighbour, decimation_width and sink on each grid (density.py), which
+            start from the values given here. None takes them as they are, and so does the dense pattern.
+
+    Raises:
+        ValueError: a value outside the ones named above.
+    """
+
+    decay_factor: float = 1.0
+    block_size: int = 128
+    sink: bool = True
+    neighbour: float | str = "full"
+    decimation_width: int | str = 128
+    pattern: str = "radial"
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        factor = self.decay_factor
+        if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"decay_factor must be a finite number above 0, got {factor!r}")
+        if self.neighbour not in NEIGHBOURS and not is_share(self.neighbour):
+            raise ValueError(
+                f"neighbour must be one of {NEIGHBOURS} or a number in (0, 1], got {self.neighbour!r}"
+            )
+        if self.density is not None and not is_share(self.density):
+            raise ValueError(f"density must be None or a number in (0, 1], got {self.density!r}")
+        if isinstance(self.decimation_width, str) and self.decimation_width != "block":
+            raise ValueError(
+                f"decimation_width must be an integer >= 1 or 'block', got {self.decimation_width!r}"
+            )
+        if self.decimation_width != "block":
+            require_int("decimation_width", self.decimation_width, 1)
+        choices = {"block_size": BLOCK_SIZES, "sink": (True, False), "pattern": PATTERNS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def neighbour_share(self) -> float:
+        """`neighbour` as a number in (0, 1]."""
+        return {"full": 1.0, "half": 0.5}.get(self.neighbour, self.neighbour)
+
+
+def is_share(value: object) -> bool:
+    """Whether a value is a number in (0, 1]; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def half_width(distance: int, tokens_per_frame: int, config: RadialConfig) -> int | None:
+    """Half-width of the band between two frames, in tokens; None where decimation drops the pair.
+
+    Token `k` of one frame keeps token `l` of the other where `|k - l|` is at most this number (authors'
+    code; eq. 4 of the paper has `s / 2^g - 1`). With `P2 = 2^floor(log2 s)` and `g = floor(log2 d)` it is
+    `decay_factor P2 / 2^g`, at least a block; and where `D = P2 / 2^g` is below the decimation width,
+    only distances that `floor(width / D)` divides are kept.
+    """
+    if distance == 0:
+        return tokens_per_frame
+    power, level = 1 << (tokens_per_frame.bit_length() - 1), distance.bit_length() - 1
+    width = config.block_size if config.decimation_width == "block" else config.decimation_width
+    if distance % max(1, (width << level) // power):
+        return None
+    if distance == 1:
+        return int(config.neighbour_share * tokens_per_frame)
+    reach = max(config.decay_factor * power / (1 << level), config.block_size)
+    # float32, the precision in which torch compares an integer tensor with a float
+    return int(np.float32(min(reach, tokens_per_frame)))
+
+
+def radial_rule_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
+    """The radial rule on blocks: eq. 4 of the paper as the authors' code applies it; `config` has no density.
+
+    Every pair of frames has a band of tokens around its diagonal (`half_width`); the sink adds all of
+    frame 0 as keys. Where that band meets a block of queries and keys, a column counts as filled when
+    more than a third of the block's query tokens keep it, and the block is kept when more than 60 % of
+    the columns that the band touches are filled. A block that several frame pairs share is kept when
+    one of them alone asks for it. Blocks with any text token are kept whole.
+
+    No token is dropped, and where the grid is no multiple of the block this goes beyond the authors'
+    code: the last block is short, and "a third of its query tokens" means of those it has; a frame that
+    starts inside a block is followed to its end; every query block keeps its own block. On grids whose
+    frames are whole blocks the result is theirs, bit for bit. With frames under a third of a block no
+    pair of frames can fill a column, and little more than the diagonal remains: take a smaller block.
+
+    Returns:
+        `BlockMask` with `blocks` bool `[Q, Q]`, shared by all heads.
+    """
+    width = partial(half_width, tokens_per_frame=grid.tokens_per_frame, config=config)
+    return BlockMask(grid, config.block_size, torch.from_numpy(band_blocks(grid, config, width)))
+
+
+def band_blocks(grid: TokenGrid, config: RadialConfig, half_width: Callable[[int], int | None]) -> np.ndarray:
+    """Applies the block rule to bands of any width, bool `[Q, Q]`, in time linear in the frame pairs.
+
+    `half_width`: of a frame distance, in tokens; None keeps none of its pairs. Sink, text, diagonal as there.
+    """
+    frame, frames = grid.tokens_per_frame, grid.frames
+    count = grid.num_blocks(config.block_size)
+    blocks = np.zeros((count, count), dtype=bool)
+    pair_blocks = lru_cache(maxsize=4096)(partial(_pair_blocks, frame, config.block_size))
+    for distance in range(frames):
+        width = half_width(distance)
+        if width is not None:
+            stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=width))
+            stamp(queries=range(frames - distance), key=distance, step=1)
+            stamp(queries=range(distance, frames), key=0, step=1)
+    if config.sink:
+        stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=frame))
+        stamp(queries=range(frames), key=0, step=0)
+    np.fill_diagonal(blocks, True)
+    if grid.text:
+        blocks[grid.video_tokens // config.block_size :] = True
+        blocks[:, grid.video_tokens // config.block_size :] = True
+    return blocks
+
+
+def _stamp(
+    blocks: np.ndarray, grid: TokenGrid, block: int, pattern: Callable, *, queries: range, key: int, step: int
+) -> None:
+    """Keeps the blocks `pattern(row, column, last_rows)` of the frame pairs `(queries[t], key + step t)`.
+
+    Frames that begin equally far into a block come every `period` frames: they share one pattern.
+    """
+    frame, count = grid.tokens_per_frame, len(blocks)
+    period = block // math.gcd(frame, block)
+    stride = period * frame // block * (count + step)
+    for start, repeats, last_rows in _runs(grid, block, period, queries):
+        row, column = start * frame, (key + step * (start - queries.start)) * frame
+        kept = pattern(row % block, column % block, last_rows)
+        corner = blocks[row // block :, column // block :]
+        target = as_strided(corner, (repeats, *kept.shape), (stride, count, 1))
+        target |= kept
+
+
+def _runs(grid: TokenGrid, block: int, period: int, queries: range) -> Iterator[tuple[int, int, int]]:
+    """Splits query frames into runs `(first, how many, tokens of the last block)`, a `period` apart.
+
+    Frames that reach into a short last block stand alone, for its tokens count differently; with text
+    that block is kept whole anyway.
+    """
+    short = 0 if grid.text else grid.tokens % block
+    border = (grid.tokens - short) // grid.tokens_per_frame
+    whole = range(queries.start, min(queries.stop, border))
+    for first in whole[:period]:
+        yield first, len(whole[first - whole.start :: period]), block
+    for first in range(max(queries.start, border), queries.stop):
+        yield first, 1, short
+
+
+def _frame_edges(offset: int, frame: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end, counted from the frame's first token, of its part of each block that it touches.
+
+    The frame of `frame` tokens begins `offset` tokens into its first block.
+    """
+    edges = np.arange(-(-(offset + frame) // block) + 1) * block - offset
+    return np.maximum(edges[:-1], 0), np.minimum(edges[1:], frame)
+
+
+def _pair_blocks(frame: int, block: int, row: int, column: int, last_rows: int, *, width: int) -> np.ndarray:
+    """Blocks kept between two frames that begin `row` and `column` tokens into a block, bool `[Q', K']`.
+
+    `last_rows` is the number of tokens in the last of the query blocks.
+    """
+    rows = tuple(edge[:, None] for edge in _frame_edges(row, frame, block))
+    columns = _frame_edges(column, frame, block)
+    tokens = np.full_like(rows[0], block)
+    tokens[-1] = last_rows
+    filled = _columns_with(tokens // 3 + 1, rows, columns, width)
+    touched = _columns_with(1, rows, columns, width)
+    return 5 * filled > 3 * touched
+
+
+def _columns_with(least: np.ndarray | int, rows: tuple, columns: tuple, width: int) -> np.ndarray:
+    """Columns of each block that keep at least `least` rows, where `|row - column| <= width` is kept.
+
+    Column `l` keeps `min(r1, l + width + 1) - max(r0, l - width)` of the rows `r0 <= k < r1`; solved for
+    `l`, that is an interval.
+    """
+    first = np.maximum(columns[0], rows[0] + least - 1 - width)
+    end = np.minimum(columns[1], rows[1] - least + width + 1)
+    enough = (rows[1] - rows[0] >= least) & (2 * width + 1 >= least)
+    return np.where(enough, np.maximum(end - first, 0), 0)

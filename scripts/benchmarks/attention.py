@@ -1,0 +1,298 @@
+"""Attention of one case by one variant: right or not first, then time, memory and first calls.
+
+The child's side of the GPU benchmark; inputs are random normal, the same for every variant of a case.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from radial_attn import BlockMask, radial_attention
+from radial_attn.analysis.sampled_error import (
+    OutputError,
+    output_error,
+    sample_blocks,
+    sampled_reference,
+    sampled_rows,
+)
+from scripts.benchmarks.cases import DENSE, QUANTIZED, SPARSE, Case, Task
+from scripts.run.errors import one_line
+
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "sdpa": None}
+PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
+SAMPLED = 4  # query blocks whose outputs are compared
+TOLERANCE, QUANTIZED_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 2e-2  # relative L2 norms
+REPEATS, ENOUGH_MS, SHORT_MS = 10, 1500.0, 500.0
+TEXT_LENGTHS = 0.3, 1.0  # of the two samples of a check, as shares of the text
+NAMES = ("dq", "dk", "dv")
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Timer:
+    """Milliseconds of calls on a device: by events on a GPU, by the clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def once(self, run: Callable[[], Any]) -> tuple[Any, float]:
+        """What `run()` returns and its wall milliseconds, from an idle device to an idle device."""
+        self.wait()
+        start = time.perf_counter()
+        result = run()
+        self.wait()
+        return result, (time.perf_counter() - start) * 1e3
+
+    def repeated(self, run: Callable[[], Any]) -> list[float]:
+        """Up to `REPEATS` calls, fewer once `ENOUGH_MS` are spent; `run` has been called before."""
+        times: list[float] = []
+        while len(times) < REPEATS and sum(times) < ENOUGH_MS:
+            times.append(self._one(run))
+        return times
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _one(self, run: Callable[[], Any]) -> float:
+        if not self.cuda:
+            return self.once(run)[1]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def dense_attention(name: str) -> Attend:
+    """A dense kernel in the layout of the op, `[B, S, H, D]`.
+
+    Raises:
+        ImportError: its package is missing.
+    """
+    if name in SDPA:
+        return partial(_sdpa, SDPA[name])
+    package = PACKAGES[name]
+    try:
+        function = import_module(package).flash_attn_func
+    except ImportError as error:
+        raise ImportError(f"needs {package}: {error}") from error
+    return partial(_flash, function)
+
+
+def _sdpa(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    heads = [x.transpose(1, 2) for x in (query, key, value)]
+    if backend is None:
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+
+def _flash(function: Callable[..., Any], *tensors: Tensor) -> Tensor:
+    out = function(*tensors)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def attention(variant: str, mask: BlockMask, **options: Any) -> Attend:
+    """The call of a variant on `[B, S, H, D]` tensors; `options` go to `radial_attention`."""
+    if variant in DENSE:
+        return dense_attention(variant)
+    return partial(radial_attention, mask=mask, **SPARSE[variant], **options)
+
+
+def tolerance(variant: str) -> float:
+    return QUANTIZED_TOLERANCE if variant in QUANTIZED else TOLERANCE
+
+
+class AttentionBench:
+    """Runs "check", "forward" and "backward" tasks; keeps the tensors of the latest case."""
+
+    def __init__(self, device: str, dtype: torch.dtype, profile: bool) -> None:
+        self.device, self.dtype, self.profile = device, dtype, profile
+        self.timer = Timer(device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of all tensors, and of what masks hold on the device."""
+        self._case: Case | None = None
+        self._inputs: list[Tensor] = []
+        self._truths: dict[bool, Tensor] = {}
+        self._latest: tuple[Tensor, ...] = ()  # gradients of the latest call
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """What the report needs; `wrong` is true, and there are no times, where the output is not right."""
+        if task.kind == "check":
+            return self.check(task)
+        self._take(task.case)
+        before = self._allocated()
+        # a new object, so that no variant finds lists or tables made by another
+        mask = fresh(task.case.mask)
+        attend, backward = attention(task.variant, mask), task.kind == "backward"
+        run = partial(self._gradients, attend) if backward else partial(self._forward, attend)
+        self._poison()
+        out, first = self.timer.once(run)
+        error = self._error(out, task.is_dense)
+        del out
+        found = {"relative_l2": error.relative_l2, "cosine": error.cosine}
+        if not error.relative_l2 <= tolerance(task.variant):
+            return found | {"wrong": True}
+        found |= {"first_ms": first} | self._times(run, first)
+        if self.device == "cuda":
+            inputs = 3 * self._inputs[0].nbytes
+            found["peak_bytes"] = torch.cuda.max_memory_allocated() - before + inputs
+        return found | self._extras(task, run)
+
+    def check(self, task: Task) -> dict[str, Any]:
+        """Relative L2 errors on a small case with text, all of it and padded, and of the gradients.
+
+        Where the variant refuses a form, its reason stands instead of the error.
+        """
+        case, variant = task.case, task.variant
+        self.forget()
+        mask, text = case.mask, case.grid.text
+        inputs = self._random(case, batch=len(TEXT_LENGTHS), count=4)
+        lengths = [round(share * text) for share in TEXT_LENGTHS]
+        found: dict[str, Any] = {"out": _compare(variant, inputs, mask)["out"]}
+        with _refusals(found, "padded"):
+            found["padded"] = _compare(variant, inputs, mask, text_lengths=lengths)["out"]
+        if variant not in QUANTIZED:
+            with _refusals(found, "gradients"):
+                errors = _compare(variant, inputs, mask, gradients=True)
+                found["gradients"] = max(errors[name] for name in NAMES)
+        limit = tolerance(variant)
+        found["right"] = _within(found["out"], limit) and _within(found["padded"], limit)
+        found["gradients_right"] = _within(found.get("gradients", "none"), GRADIENT_TOLERANCE)
+        return found
+
+    def _take(self, case: Case) -> None:
+        if case != self._case:
+            self.forget()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            self._inputs = self._random(case, batch=1, count=4)
+            self._case = case
+
+    def _random(self, case: Case, batch: int, count: int) -> list[Tensor]:
+        """Query, key, value and a gradient of the output, `[B, S, H, D]`."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = batch, case.grid.tokens, case.heads, case.width
+        make = partial(torch.randn, shape, generator=generator, device=self.device, dtype=self.dtype)
+        return [make() for _ in range(count)]
+
+    def _poison(self) -> None:
+        """Leaves not-a-number in the memory that the next output is likely to get."""
+        torch.full_like(self._inputs[0], float("nan"))
+
+    @torch.no_grad()
+    def _forward(self, attend: Attend) -> Tensor:
+        return attend(*self._inputs[:3])
+
+    def _gradients(self, attend: Attend) -> Tensor:
+        """The output; the gradients of query, key and value stay in `_latest`."""
+        self._latest = ()  # lets go of the gradients of before
+        leaves = [x.detach().requires_grad_() for x in self._inputs[:3]]
+        out = attend(*leaves)
+        self._latest = torch.autograd.grad(out, leaves, self._inputs[3])
+        return out.detach()
+
+    @torch.no_grad()
+    def _error(self, out: Tensor, dense: bool) -> OutputError:
+        """Against exact attention on some query blocks; not a number where any value is not finite."""
+        mask = self._case.mask
+        gradients, self._latest = self._latest, ()
+        if not all(bool(torch.isfinite(x).all()) for x in (out, *gradients)):
+            return OutputError(float("nan"), float("nan"))
+        sample = sample_blocks(mask, SAMPLED)
+        if dense not in self._truths:
+            whole = BlockMask(mask.grid, mask.block_size, torch.ones_like(mask.blocks)) if dense else mask
+            self._truths[dense] = sampled_reference(*self._inputs[:3], whole, sample)
+        return output_error(sampled_rows(out, mask, sample), self._truths[dense])
+
+    def _times(self, run: Callable[[], Any], first: float) -> dict[str, Any]:
+        """Milliseconds of some calls, and the clock after them."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if first < SHORT_MS:
+            run()
+        times = self.timer.repeated(run)
+        found: dict[str, Any] = {"times_ms": times, "ms": statistics.median(times)}
+        if self.device == "cuda":
+            with suppress(Exception):  # needs an optional package
+                found["clock_mhz"] = torch.cuda.clock_rate()
+        self._latest = ()
+        return found
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+
+    def _extras(self, task: Task, run: Callable[[], Any]) -> dict[str, Any]:
+        """What a new mask costs at its first call, and with `profile` the time of each kernel."""
+        found: dict[str, Any] = {}
+        if not task.is_dense and task.kind == "forward" and task.variant != "flex":  # flex compiles anew
+            attend = attention(task.variant, fresh(task.case.mask))
+            found["new_mask_ms"] = self.timer.once(partial(self._forward, attend))[1]
+        if self.profile:
+            found["kernels_ms"] = kernel_times(run, self.device)
+        return found
+
+
+def fresh(mask: BlockMask) -> BlockMask:
+    """An equal mask for which nothing has been prepared yet."""
+    return BlockMask(mask.grid, mask.block_size, mask.blocks.clone())  # lists and plans hang on the tensor
+
+
+def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str, float]:
+    """Milliseconds of each kernel of a call, the longest first; one entry with the reason where none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    try:
+        with profile(activities=[kind]) as profiler:
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        spent = {event.key[:80]: getattr(event, field) / 1e3 for event in profiler.key_averages()}
+    except (RuntimeError, AttributeError) as error:
+        return {f"no profile: {error}"[:80]: 0.0}
+    return dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
+
+
+@contextmanager
+def _refusals(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Notes a ValueError or ImportError, the ways in which a backend refuses a call."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        found[name] = one_line(error)
+
+
+def _compare(
+    variant: str, inputs: list[Tensor], mask: BlockMask, *, gradients: bool = False, **options: Any
+) -> dict[str, float]:
+    """Relative L2 errors against the definition in float32: "out", and of the gradients."""
+    found = _call(attention(variant, fresh(mask), **options), inputs, gradients)
+    exact = partial(radial_attention, mask=mask, backend="reference", **options)
+    wanted = _call(exact, [x.float() for x in inputs], gradients)
+    pairs = zip(("out", *NAMES), found, wanted, strict=False)
+    return {name: output_error(got, want).relative_l2 for name, got, want in pairs}
+
+
+def _call(attend: Attend, inputs: list[Tensor], gradients: bool) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_(gradients) for x in inputs[:3]]
+    out = attend(*leaves)
+    return [out.detach(), *(torch.autograd.grad(out, leaves, inputs[3]) if gradients else ())]
+
+
+def _within(error: float | str, limit: float) -> bool:
+    """Whether an error is small enough; a refusal is no error of the output."""
+    return isinstance(error, str) or error <= limit

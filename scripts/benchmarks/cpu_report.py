@@ -1,0 +1,199 @@
+"""Writes what `scripts.benchmark` measured: a table, a plot, and the numbers as JSON."""
+
+import datetime
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.masks.draw import save_figure
+from scripts.run.system import hardware
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FRAME = TokenGrid(1, 32, 32)  # 1024 tokens
+COLOURS = {"dense": "tab:gray", "cpp": "tab:green", "blocks": "tab:blue", "flex": "tab:orange"}
+STYLES = {"float32": "-", "bfloat16": "--"}
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `frames` of the frame size, or the small shapes of the bundled model."""
+
+    frames: int
+    dtype: str
+    height: int = FRAME.height
+    width: int = FRAME.width
+    block_size: int = 128
+    batch: int = 1
+    heads: int = 8
+    head_width: int = 64
+    device: str = "cpu"
+    backward: bool = False
+
+    @property
+    def grid(self) -> TokenGrid:
+        return TokenGrid(self.frames, self.height, self.width)
+
+    @property
+    def mask(self) -> BlockMask:
+        decimation = 128 if self.block_size == 128 else 64
+        return radial_mask(self.grid, RadialConfig(block_size=self.block_size, decimation_width=decimation))
+
+    def inputs(self) -> list[Tensor]:
+        """Query, key and value `[B, S, H, D]`, the same for every backend."""
+        torch.manual_seed(0)
+        shape = self.batch, self.grid.tokens, self.heads, self.head_width
+        dtype = getattr(torch, self.dtype)
+        return [torch.randn(shape).to(self.device, dtype).requires_grad_(self.backward) for _ in range(3)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured call; `seconds` is None where it was left out, and `note` says why."""
+
+    backend: str
+    case: Case
+    density: float
+    seconds: float | None
+    note: str = ""
+
+
+def write(
+    folder: str, device: str, command: str, about: str, *, parts: dict[str, list[Row]], peaks: dict
+) -> Path:
+    """Writes attention_<device>_<date>.md, .png and .json into a folder; returns the first one's path."""
+    date = datetime.date.today().isoformat()
+    path = Path(folder) / f"attention_{device}_{date}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {name: [asdict(row) for row in rows] for name, rows in parts.items()}
+    path.with_suffix(".json").write_text(
+        json.dumps({"command": command, "about": about, "memory_mib": peaks, **data}, indent=1)
+    )
+    plot(parts["growing"], path.with_suffix(".png"))
+    lines = [
+        f"# Attention on the {device.upper()}: dense SDPA, cpp, blocks, flex",
+        f"\n`{command}`, {date}, {about}.",
+        f"{machine(device)}; torch {torch.__version__}.",
+        "Radial masks, decay factor 1, with sink, frames of 32 x 32 tokens, blocks of 128, 8 heads of 64,",
+        "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 where every kept",
+        "block costs what it costs in dense attention. Medians of up to 5 calls.",
+        f"\n![times and efficiency]({path.with_suffix('.png').name})",
+        *section("Forward, growing length", parts["growing"]),
+        *section("Forward and backward", parts["training"]),
+        *section("The bundled model's shapes: blocks of 16, 4 heads of 48, batch 2", parts["small"]),
+        *design_section(parts["designs"], parts["growing"]),
+        *memory_section(peaks, parts["designs"]),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def machine(device: str) -> str:
+    """The GPU, or the processor with what counts for its speed."""
+    about = hardware(device)
+    if device == "cuda":
+        return about["gpu"]
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    found = [name for name in FEATURES if name in flags]
+    return f"{about['cpu']} with {', '.join(found) or 'unknown features'}, {about['threads']} threads"
+
+
+def compared(rows: list[Row]) -> Iterator[tuple[Row, float | None, float | None]]:
+    """Each row with its speed-up over the dense row of the same case, and its efficiency."""
+    dense = {row.case: row.seconds for row in rows if row.backend == "dense"}
+    for row in rows:
+        speedup = dense[row.case] / row.seconds if row.seconds and row.case in dense else None
+        yield row, speedup, speedup and speedup * row.density
+
+
+def section(title: str, rows: list[Row]) -> list[str]:
+    """One table: a line for each call."""
+    lines = [f"\n## {title}\n", "| dtype | tokens | backend | density | ms | speed-up | efficiency |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row, speedup, efficiency in compared(rows):
+        start = f"| {row.case.dtype} | {row.case.grid.tokens} | {row.backend} | {row.density:.3f} |"
+        if row.seconds is None:
+            lines.append(f"{start} left out: {row.note} | | |")
+        else:
+            lines.append(f"{start} {row.seconds * 1e3:.1f} | {speedup:.2f} | {efficiency:.2f} |")
+    return lines
+
+
+def design_section(rows: list[Row], growing: list[Row]) -> list[str]:
+    """The plans of radial_attn/kernels/blocks/plan.py, each against dense attention."""
+    if not rows:
+        return []
+    dense = {row.case: row.seconds for row in growing if row.backend == "dense"}
+    lines = [
+        f"\n## Ways to cover the mask by dense calls, {rows[0].case.grid.tokens} tokens\n",
+        '"rows" gathers the keys of each run of query blocks with equal key sets. The trees also share',
+        "calls between rows for the keys that they have in common, and merge by log-sum-exp.\n",
+        "| dtype | plan | ms | efficiency |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        efficiency = dense[row.case] / row.seconds * row.density
+        lines.append(f"| {row.case.dtype} | {row.backend} | {row.seconds * 1e3:.1f} | {efficiency:.2f} |")
+    return lines
+
+
+def memory_section(peaks: dict, rows: list[Row]) -> list[str]:
+    """Peak memory of one forward call."""
+    tokens = f", {rows[0].case.grid.tokens} tokens" if rows else ""
+    lines = [
+        f"\n## Peak memory of a forward call{tokens}\n",
+        "Growth of a fresh process by inputs and call, after a small call: on the CPU its peak resident",
+        "size (VmHWM, reset before) less the resident size before, on CUDA torch's peak of allocations.\n",
+        "| dtype | backend | MiB | times dense |",
+        "|---|---|---|---|",
+    ]
+    for dtype, peak in peaks.items():
+        for backend, size in peak.items():
+            lines.append(f"| {dtype} | {backend} | {size:.1f} | {size / peak['dense']:.2f} |")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Milliseconds and efficiency over tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for dtype in STYLES:
+        for backend in COLOURS:
+            chosen = [
+                (row.case.grid.tokens, row.seconds * 1e3, efficiency)
+                for row, _, efficiency in compared(rows)
+                if (row.backend, row.case.dtype) == (backend, dtype) and row.seconds
+            ]
+            _lines(left, right, backend, dtype, chosen)
+    left.set(xscale="log", yscale="log", ylabel="milliseconds", title="Forward")
+    right.set(xscale="log", ylabel="efficiency = speed-up x density", title="Efficiency (1 = dense rate)")
+    ticks = sorted({row.case.grid.tokens for row in rows})
+    for axes in (left, right):
+        axes.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    right.set_ylim(bottom=0)
+    save_figure(figure, path)
+
+
+def _lines(left: "Axes", right: "Axes", backend: str, dtype: str, points: list[tuple]) -> None:
+    if not points:
+        return
+    tokens, milliseconds, efficiency = zip(*points, strict=True)
+    style = {"color": COLOURS[backend], "linestyle": STYLES[dtype], "marker": "o", "markersize": 4}
+    left.plot(tokens, milliseconds, label=f"{backend} {dtype}", **style)
+    if backend != "dense":
+        right.plot(tokens, efficiency, label=f"{backend} {dtype}", **style)

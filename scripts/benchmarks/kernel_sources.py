@@ -1,0 +1,135 @@
+"""The Triton kernels as calls with bfloat16 tensors and even strides compile them, for any architecture."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from radial_attn.kernels.triton.configs import KINDS, LAUNCHES, SPECIALIZED, WIDTHS, Launch, padded
+
+QUANTIZING = ("quantize queries", "quantize keys", "quantize values")
+PLAIN = ("row products", *QUANTIZING)  # without products of matrices
+VARIANTS = {
+    "whole tiles": {"SIZE": 128, "MIXED": False, "BLOCKS": False},
+    "text": {"SIZE": 128, "MIXED": True, "BLOCKS": False},
+    "small blocks": {"SIZE": 16, "MIXED": True, "BLOCKS": True},
+}
+POINTERS = dict.fromkeys(("offsets", "starts", "lengths", "row_lengths"), "i32")
+POINTERS |= {"patterns": "i64", "tops": "bf16"}
+POINTERS |= dict.fromkeys(
+    ("lse", "products", "scales", "shifts", "query_scales", "key_scales", "mean"), "fp32"
+)
+TENSORS = ("query", "key", "value", "out", "grad", "result", "key_result", "value_result")
+COUNTS = ("tokens", "key_tokens", "heads")
+BITS = {"int8": "i8", "fp8": "fp8e4nv"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile: its kind, head width, launch, and which masks it serves ("" where all)."""
+
+    kind: str
+    width: int
+    launch: Launch
+    masks: str = ""
+
+
+def variants(arch: str) -> list[Variant]:
+    """All that the launch table of an architecture can ask for, and specialised warps, at each head width."""
+    table = LAUNCHES[arch]
+    found = [
+        Variant(kind, width, table[kind, 64 if width == 64 else 128], masks)
+        for kind in KINDS
+        for width in WIDTHS
+        if (kind, 64) in table
+        for masks in VARIANTS
+    ]
+    found += [
+        Variant("forward", width, launch, masks)
+        for (_, width), launch in (SPECIALIZED.items() if arch == "sm90" else ())
+        for masks in VARIANTS
+    ]
+    columns = {
+        (width, table[bits, width].columns, bits)
+        for width in (64, 128)
+        for bits in BITS
+        if (bits, width) in table
+    }
+    for width in (64, 128):
+        found.append(Variant("row products", width, Launch(64, 1, 8, 1)))
+    for width, tokens, bits in sorted(columns):
+        found.append(Variant(f"quantize queries {bits}", width, Launch(128, 1, 8, 1)))
+        found.append(Variant(f"quantize keys {bits}", width, Launch(tokens, 1, 8, 1)))
+        if bits == "fp8":
+            found.append(Variant("quantize values fp8", width, Launch(128, 1, 8, 1)))
+    return found
+
+
+def function(kind: str) -> Any:
+    """The Triton function of a kind."""
+    from radial_attn.kernels.triton import backward as triton_backward
+    from radial_attn.kernels.triton import forward as triton_forward
+    from radial_attn.kernels.triton import quantize as triton_quantize
+    from radial_attn.kernels.triton import quantized_forward as triton_quantized_forward
+
+    if kind in BITS:
+        return triton_quantized_forward.quantized_forward_kernel
+    if kind.startswith("quantize"):
+        return getattr(triton_quantize, "_".join(kind.split()[:2]) + "_kernel")
+    module = triton_forward if kind == "forward" else triton_backward
+    return getattr(module, kind.replace(" ", "_") + "_kernel")
+
+
+def source(variant: Variant) -> Any:
+    """What the JIT would compile."""
+    from triton.compiler import ASTSource
+
+    made, constants = function(variant.kind), constants_of(variant)
+    signature = {name: argument(name, variant) for name in made.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    even = [
+        (index,)
+        for index, name in enumerate(made.arg_names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and name not in COUNTS)
+    ]
+    places = {(made.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(made, signature, constexprs=places, attrs={at: [["tt.divisibility", 16]] for at in even})
+
+
+def constants_of(variant: Variant) -> dict[str, Any]:
+    """The values that the kernel is specialised on."""
+    kind, launch = variant.kind, variant.launch
+    found = {"ROWS": launch.rows, "WIDTH": variant.width, "PADDED": padded(variant.width)}
+    if kind in KINDS:
+        found |= {"COLUMNS": launch.columns, "PER_HEAD": False, "LENGTHS": True, **VARIANTS[variant.masks]}
+    if kind == "forward":
+        found |= {"DESCRIPTOR": launch.descriptors, "SPECIALIZE": launch.specialize}
+    if kind in BITS:
+        found |= {"DESCRIPTOR": bool(launch.descriptors), "FP8_VALUES": launch.fp8_values}
+    if kind in BITS or kind.startswith("quantize"):
+        found["TOP"] = 127.0 if kind.startswith("quantize") and kind.endswith("int8") else 448.0
+    return found
+
+
+def argument(name: str, variant: Variant) -> str:
+    """The type of a kernel's argument."""
+    if name in TENSORS:
+        return tensor(name, variant)
+    if name in POINTERS:
+        return f"*{POINTERS[name]}"
+    return "fp32" if name in {"scale", "factor"} else "i32"
+
+
+def tensor(name: str, variant: Variant) -> str:
+    """The type of a tensor argument: pointer or descriptor, to 16 or 8 bits."""
+    kind, launch, lanes = variant.kind, variant.launch, padded(variant.width)
+    if kind.startswith("quantize") and name == "out":
+        return f"*{BITS[kind.split()[2]]}"
+    if kind not in BITS:
+        descriptor = launch.descriptors == "whole" and name in {"key", "value"}
+        return f"tensordesc<bf16[1,{launch.columns},1,{lanes}]>" if descriptor else "*bf16"
+    if name == "out" or (name == "value" and not launch.fp8_values):
+        return "*bf16"
+    element = BITS["fp8" if name == "value" else kind]
+    if not launch.descriptors or name == "query":
+        return f"*{element}"
+    sides = (lanes, launch.columns) if name == "value" else (launch.columns, lanes)
+    return f"tensordesc<{element}[{sides[0]},{sides[1]}]>"

@@ -1,0 +1,123 @@
+"""What a GPU machine is, and what its own kernel tests say, for the head of a report."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.run.system import hardware, installed, versions
+
+PACKAGES = (
+    "triton",
+    "flash-attn",
+    "flashinfer-python",
+    "flashinfer-jit-cache",
+    "sageattention",
+    "spas-sage-attn",
+)
+QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+NO_NAME = {"nvidia", "amd", "instinct", "geforce", "radeon", "tesla", "quadro", "graphics", "generation"}
+NO_NAME |= {"pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5"}
+TESTS = ("tests/test_kernels_triton.py", "tests/test_kernels_flex.py")
+TEST_PROCESSES = 6
+OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
+
+
+def short_name(gpu: str) -> str:
+    """The GPU's name for a file: "NVIDIA H200" is "h200"."""
+    words = re.findall(r"[a-z0-9]+", gpu.lower())
+    kept = [word for word in words if word not in NO_NAME and not re.fullmatch(r"\d+gb", word)]
+    return "-".join(kept) or "gpu"
+
+
+def smi() -> str:
+    """One line of nvidia-smi (`QUERY`), or why there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return "no nvidia-smi here"
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    except (subprocess.SubprocessError, OSError) as error:
+        return f"nvidia-smi failed: {error}".split("\n")[0]
+    return text.strip().split("\n")[0]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Hardware and versions, read in the process that measures."""
+    about: dict[str, Any] = {"device": device, "versions": versions() | installed(PACKAGES)}
+    with suppress(ImportError):  # psutil
+        about |= hardware(device)
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        about |= {
+            "gpu": gpu.name,
+            "gpu_memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+            "capability": list(torch.cuda.get_device_capability(0)),
+            "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return about
+
+
+def flashinfer_obstacle() -> str | None:
+    """Why FlashInfer is better left alone; None where its kernels are built or come with a package."""
+    if find_spec("flashinfer") is None:
+        return "needs flashinfer: pip install flashinfer-python"
+    if find_spec("flashinfer_jit_cache") is not None:
+        return None
+    cache = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home())) / ".cache/flashinfer"
+    if next(cache.rglob("*prefill*.so"), None) is not None:
+        return None
+    return "its kernels are not built, which takes nvcc minutes: --build-flashinfer"
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """Counts of the kernel tests that need a GPU; ended after `seconds`, with what there was by then."""
+    if find_spec("pytest") is None:
+        return {"note": "needs pytest: pip install pytest"}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--noconftest", "-p", "no:cacheprovider"]
+    if find_spec("xdist") is not None:
+        command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, *TESTS], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        return read_log(log.read(), code, seconds)
+
+
+def read_log(text: str, code: int | None, seconds: float) -> dict[str, Any]:
+    """Counts of outcomes in pytest's verbose output, the tests that failed, and why it ended early."""
+    outcomes = {}
+    for line in text.splitlines():
+        outcome, test = OUTCOME.search(line), re.search(r"tests/\S+", line)
+        if outcome and test:
+            outcomes.setdefault(test[0], outcome[1].lower())
+    counts = Counter(outcomes.values())
+    bad = [test for test, outcome in outcomes.items() if outcome in {"failed", "error"}]
+    found: dict[str, Any] = {"counts": dict(counts), "failed": bad[:10], "exit_code": code}
+    if code is None:
+        found["note"] = f"ended after {seconds:.0f} s"
+    elif code not in (0, 1) or counts["error"]:
+        reasons = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+        found["note"] = (reasons or text.splitlines() or ["pytest printed nothing"])[-1]
+    return found

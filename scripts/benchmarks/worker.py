@@ -1,0 +1,133 @@
+"""A process that makes measurements for another: what it breaks, hangs or fills ends with it.
+
+After an illegal memory access a CUDA process can do nothing more, and a kernel may never return. So the
+measurements run in a child, one task at a time; the parent gives up a task that is late or lost, notes it,
+and goes on with a fresh child.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from scripts.run.errors import one_line
+
+LONGEST = 200  # characters of a failure that a table has room for
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a task: its result, or one line that says why there is none."""
+
+    result: dict[str, Any] | None = None
+    failure: str = ""
+    lost: bool = False  # the child is gone with it
+
+
+class Worker:
+    """The parent's side. `make()` in the child gives an object whose `run(task)` returns a dict."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._make, self._arguments = make, arguments
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def ask(self, task: Any, seconds: float) -> Answer:
+        """Runs one task, in a fresh child where there is none; gives up after `seconds`."""
+        if self._process is None:
+            self._start()
+        try:
+            self._connection.send(task)
+            if not self._connection.poll(seconds):
+                self.close()
+                return Answer(failure=f"given up after {seconds:.0f} s", lost=True)
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            code = self._end()
+            return Answer(failure=f"its process ended ({_ending(code)})", lost=True)
+        if answer.lost:
+            self.close()
+        return answer
+
+    def close(self) -> None:
+        """Ends the child, its own children too."""
+        if self._process is not None:
+            self._end()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self._make, self._arguments))
+        self._process.start()
+        theirs.close()
+
+    def _end(self) -> int | None:
+        process, self._process = self._process, None
+        self._connection.close()
+        process.join(1)
+        with suppress(ProcessLookupError, PermissionError):  # its group is its own from serve() on
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join(10)
+        return process.exitcode
+
+
+def _ending(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    return signal.Signals(-code).name
+
+
+def serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
+    """The child: answers tasks until the parent is gone."""
+    with suppress(OSError):
+        os.setpgid(0, 0)
+    session = make(*arguments)
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, OSError):
+            return
+        answer = answer_of(session, task)
+        connection.send(answer)
+        if answer.lost:
+            return
+
+
+def answer_of(session: Any, task: Any) -> Answer:
+    """The answer to one task; every exception becomes a line."""
+    try:
+        return Answer(session.run(task))
+    except Exception as error:
+        failure = describe(error)
+        traceback.clear_frames(error.__traceback__)  # lets go of the tensors that they hold
+    return Answer(failure=failure, lost=not recovered())
+
+
+def describe(error: BaseException) -> str:
+    """One line for a table."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error):
+        return "out of memory"
+    line = one_line(error).replace("|", "/")
+    if not isinstance(error, ValueError | ImportError) or line == type(error).__name__:
+        line = f"{type(error).__name__}: {line}"
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def recovered() -> bool:
+    """Whether the device still works after an error; frees what it left behind."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,212 @@
+"""How near sparse videos are to dense ones: `bash scripts/evaluate.sh [CONFIG.yaml] [key=value ...]`.
+
+The same prompts and seeds with dense attention and with each setting of `evaluate.compare`: PSNR, SSIM,
+LPIPS, recall and output error of the attention, seconds, operations, density. Or, with --folders, finished
+videos against those of the first folder. All that is made is kept in --work, and a second call goes on where
+the first stopped. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130 interrupted.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.evaluation import folders
+from scripts.evaluation.files import head, write_json, write_text
+from scripts.evaluation.metrics import no_lpips
+from scripts.evaluation.settings import (
+    DENSE,
+    SCHEMA,
+    SCORES,
+    EvaluateConfig,
+    EvaluationConfig,
+    NamedWords,
+    observed_steps,
+    plain,
+    settings_of,
+)
+from scripts.evaluation.tables import content, markdown, planned, table
+from scripts.evaluation.vbench import INSTALL, listed_prompts, place, read_scores, run_vbench, video_name
+from scripts.evaluation.videos import Evaluation, Take, make_missing
+from scripts.run.checked_job import checked_job
+from scripts.run.config import ROOT, Config
+from scripts.run.errors import OneLineParser, UsageError, exit_code
+from scripts.run.plan import solved_config
+from scripts.run.processes import processes
+from scripts.run.sampler import Job
+from scripts.run.validate import read_prompts
+
+PRESET = "configs/wan_tiny.yaml"
+FILE = "evaluation.json"
+SCORE_WORD = f"{SCORES}="
+
+
+def evaluate(options: argparse.Namespace, command: str) -> None:
+    """Makes what is missing, measures it and writes evaluation.json and the table."""
+    if processes() > 1:
+        raise UsageError(f"the evaluation runs in one process, got {processes()}")
+    config, settings = settings_of(options.config, options.words)
+    evaluation = examined(config, {name: own for name, (_, own) in settings.items()}, options.work)
+    scores = read_all(config.evaluate.scores, list(settings))
+    if options.dry_run:
+        print("\n".join(table({"settings": [planned(evaluation, name) for name in settings], "means": {}})))
+        return
+    if no_lpips():
+        print(f"note: {no_lpips()}", flush=True)
+    make_missing(evaluation)
+    if config.evaluate.vbench != "off":
+        name_for_vbench(evaluation)
+    device = evaluation.jobs[DENSE].device
+    found = content(evaluation, {name: words for name, (words, _) in settings.items()})
+    data = head("evaluation", command, device, plain(config)) | found | {"scores": scores}
+    publish(data, options, markdown(data, evaluation))
+    if config.evaluate.vbench == "score" and score_by_vbench(evaluation, config.evaluate, scores):
+        publish(data, options, markdown(data, evaluation))
+
+
+def score_folders(options: argparse.Namespace, command: str) -> None:
+    """Writes the same of finished videos, as far as they tell."""
+    named = SCHEMA.read(PRESET, options.words).evaluate.scores
+    scores = read_all(named, [word.partition("=")[0] for word in options.folders])
+    data = head("evaluation", command, "cpu") | folders.scored(options.folders, options.work)
+    data["scores"] = scores
+    publish(data, options, markdown(data, None))
+
+
+def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) -> Evaluation:
+    """The evaluation, of which all was checked that can be without weights; UsageError where it was not."""
+    jobs = {name: checked(name, own) for name, own in settings.items()}
+    steps = observed_steps(config)
+    masks = {name: solved_config(job.config, job.model) for name, job in jobs.items() if name != DENSE}
+    if config.evaluate.rows and config.model.compile != "none":
+        raise UsageError(
+            f"model.compile: got {config.model.compile!r}, allowed: none, or evaluate.rows=0, since a "
+            "compiled model shows no attention"
+        )
+    return Evaluation(work, jobs, takes_of(config), masks, config.evaluate.rows, steps)
+
+
+def checked(name: str, config: Config) -> Job:
+    """A job of a setting that can run here; UsageError names the setting where it cannot."""
+    try:
+        return checked_job(config)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+def takes_of(config: EvaluationConfig) -> list[Take]:
+    """Every prompt with every seed; UsageError for prompts that cannot be read or named."""
+    own = config.evaluate
+    if own.prompts is None:
+        prompts = read_prompts(config)
+    else:
+        prompts = dict(enumerate(listed_prompts(own.prompts, own.dimensions), 1))
+    seeds = own.seeds or [config.generation.seed]
+    takes = [
+        Take(text, seed, number, index)
+        for number, text in prompts.items()
+        for index, seed in enumerate(seeds)
+    ]
+    if own.vbench != "off":
+        for take in takes:
+            video_name(take.prompt, take.index)
+    return takes
+
+
+def read_all(entries: list[NamedWords], names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """The scores by setting; UsageError for a name that is no setting and for files that hold none."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for entry in entries:
+        if entry.name not in names or not entry.words:
+            raise UsageError(
+                f"evaluate.scores: got '{entry.name}: {' '.join(entry.words)}', allowed: a name of "
+                f"{', '.join(names)} and its files"
+            )
+        for file in entry.words:
+            for judge, values in read_scores(file).items():
+                found.setdefault(entry.name, {}).setdefault(judge, {}).update(values)
+    return found
+
+
+def name_for_vbench(evaluation: Evaluation) -> None:
+    """The folder `vbench` of `--work` has these videos and no others, under the names that VBench expects."""
+    for name in evaluation.jobs:
+        folder = evaluation.work / "vbench" / name
+        for video in folder.glob("*.mp4"):
+            video.unlink()
+        for take in evaluation.takes:
+            place(evaluation.path(name, take), folder, video_name(take.prompt, take.index))
+
+
+def score_by_vbench(
+    evaluation: Evaluation, own: EvaluateConfig, scores: dict[str, dict[str, dict[str, float]]]
+) -> bool:
+    """Adds what VBench gives each setting; False, and a line that says how to install it, without it.
+
+    Raises UsageError where VBench fails.
+    """
+    for name, job in evaluation.jobs.items():
+        folder = evaluation.work / "vbench" / name
+        file = run_vbench(folder, name, own.prompts, own.dimensions, job.device)
+        if file is None:
+            print(f"note: {INSTALL}", flush=True)
+            return False
+        scores.setdefault(name, {}).update(read_scores(str(file)))
+    return True
+
+
+def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:
+    """Writes the JSON and the table, and prints the latter."""
+    print("\n".join(table(data)))
+    print(f"written    {write_json(options.work / FILE, data)}")
+    print(f"written    {write_text(options.out, text)}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line: `config`, `words`, and the options."""
+    parser = OneLineParser(
+        prog="scripts/evaluate.sh",
+        description=__doc__.splitlines()[0],
+        epilog="\n".join(line for line in SCHEMA.help_lines() if "evaluate." in line),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("given", nargs="*", metavar="CONFIG.yaml key=value")
+    parser.add_argument(
+        "--folders", nargs="+", metavar="NAME=DIR", help="finished videos; the first is the reference"
+    )
+    parser.add_argument("--work", type=Path, help="folder of all that is made (outputs/evaluation/CONFIG)")
+    parser.add_argument(
+        "--out", type=Path, help="file of the table (results/evaluation_CONFIG_HARDWARE_DATE.md)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="densities and operations only")
+    options = parser.parse_intermixed_args(argv)
+    options.config, options.words = parser.divided(options.given, PRESET)
+    if options.folders:
+        words = [*options.given, *options.folders]
+        options.folders = [word for word in words if not word.startswith(SCORE_WORD)]
+        options.words = [word for word in words if word.startswith(SCORE_WORD)]
+    kind = "folders" if options.folders else Path(options.config).stem
+    options.work = options.work or Path("outputs") / "evaluation" / kind
+    device, day = "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")
+    options.out = options.out or ROOT / "results" / f"evaluation_{kind}_{device}_{day}.md"
+    if options.out.is_dir():
+        parser.error(f"--out: got {str(options.out)!r}, which is a folder; allowed: a file's name")
+    if options.work.is_file():
+        parser.error(f"--work: got {str(options.work)!r}, which is a file; allowed: a folder")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    options = parse(argv)
+    command = f"bash scripts/evaluate.sh {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
+    work = score_folders if options.folders else evaluate
+    return exit_code(lambda: work(options, command), "the same command goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The videos of an evaluation, dense and of each setting, with what is measured while they are made.
+
+A video lies in the folder of its setting with a JSON beside it, which holds its configuration and readings;
+beside a dense one lie its very frames too, as lossless H.264, for the settings that are compared later.
+"""
+
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from radial_attn import RadialConfig
+from scripts.evaluation.metrics import compare
+from scripts.evaluation.recall import Readings
+from scripts.evaluation.settings import DENSE
+from scripts.run.config import Config
+from scripts.run.digest import digest
+from scripts.run.errors import GenerationError, UsageError, one_line
+from scripts.run.files import replacing
+from scripts.run.inputs import video_reader
+from scripts.run.outputs import finished, resolved, video_path, write_pair
+from scripts.run.sampler import Job
+from scripts.run.system import hardware, synchronizer
+
+FRAMES = ".mkv"
+
+
+@dataclass(frozen=True)
+class Take:
+    """One prompt and seed; `number` of the prompt in its file, 0 without one, `index` of the seed."""
+
+    prompt: str
+    seed: int
+    number: int
+    index: int
+
+
+@dataclass
+class Evaluation:
+    """What is asked for: folder, a job for each setting by name, dense first, and what to look at."""
+
+    work: Path
+    jobs: dict[str, Job]
+    takes: list[Take]
+    masks: dict[str, RadialConfig]
+    rows: int
+    steps: list[int]
+
+    def config(self, name: str, take: Take) -> Config:
+        """Of one video."""
+        config = self.jobs[name].config
+        return replace(config, generation=replace(config.generation, seed=take.seed, prompt=take.prompt))
+
+    def path(self, name: str, take: Take) -> Path:
+        config = self.config(name, take)
+        config.output = replace(config.output, path="")
+        return self.work / "videos" / name / video_path(config, take.prompt, take.number)
+
+    def record(self, name: str, take: Take) -> dict[str, Any]:
+        """What is known of a video that is done."""
+        return json.loads(self.path(name, take).with_suffix(".json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def programs(self) -> dict[str, str]:
+        """By setting, a digest of program, weights, LoRAs and device of its videos and of the dense ones."""
+        found: dict[str, str] = {}
+        for names in same_pipeline(self.jobs):
+            job = self.jobs[names[0]]
+            total = digest(Config(model=job.config.model), job.path, found.get(DENSE), job.device)
+            found |= dict.fromkeys(names, total)
+        return found
+
+
+def make_missing(evaluation: Evaluation) -> None:
+    """Makes the videos that are not there, pipeline by pipeline, the settings of a prompt in turn.
+
+    Those of another program, other weights or another device are made anew, which a line says.
+
+    Raises:
+        UsageError: a video in the folder was made with other settings, or cannot be written.
+        GenerationError: a pipeline failed.
+    """
+    missing = missing_videos(evaluation)
+    outdated = sum(_is_outdated(evaluation, name, take) for name, take in missing)
+    if outdated:
+        videos = f"{outdated} video{'s are' if outdated > 1 else ' is'}"
+        print(f"note: {videos} made anew, since program, weights or device have changed", flush=True)
+    steps = evaluation.jobs[DENSE].config.generation.steps
+    total = len(evaluation.jobs) * len(evaluation.takes)
+    with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
+        for names in same_pipeline(evaluation.jobs):
+            todo = [(name, take) for name, take in missing if name in names]
+            pipeline = evaluation.jobs[names[0]].load() if todo else None
+            for name, take in todo:
+                bar.set_description(name)
+                _make(evaluation, pipeline, name, take, bar)
+            del pipeline
+
+
+def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
+    """Setting and take of the videos to make, take by take, dense first."""
+    missing = []
+    for take in evaluation.takes:
+        others = [(name, take) for name in evaluation.jobs if name != DENSE]
+        others = [(name, take) for name, take in others if not _is_done(evaluation, name, take)]
+        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not others
+        if not (_is_done(evaluation, DENSE, take) and frames and _is_read(evaluation, take)):
+            others.insert(0, (DENSE, take))
+        missing += others
+    return missing
+
+
+def same_pipeline(jobs: dict[str, Job]) -> list[list[str]]:
+    """Names of the settings that one pipeline serves, those of dense first."""
+    groups: list[list[str]] = []
+    for name, job in jobs.items():
+        fitting = [group for group in groups if jobs[group[0]].config.model == job.config.model]
+        if fitting:
+            fitting[0].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
+    path, inputs = evaluation.path(name, take), evaluation.jobs[name].inputs.files
+    done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
+    if changed:
+        keys = ", ".join(changed)
+        raise UsageError(f"{path} was made with other settings ({keys}); allowed: these, or another --work")
+    return done and not _is_outdated(evaluation, name, take)
+
+
+def _is_outdated(evaluation: Evaluation, name: str, take: Take) -> bool:
+    """Whether a video is there, and made with another program, other weights or on another device."""
+    path = evaluation.path(name, take)
+    if not (path.is_file() and path.with_suffix(".json").is_file()):
+        return False
+    return evaluation.record(name, take).get("program") != evaluation.programs[name]
+
+
+def _is_read(evaluation: Evaluation, take: Take) -> bool:
+    """Whether the dense video's JSON has the attention of all masks, as it is asked for."""
+    if not evaluation.rows:
+        return True
+    wanted, found = _asked(evaluation), evaluation.record(DENSE, take).get("asked", {})
+    masks = found.get("masks", {})
+    same = all(masks.get(name) == mask for name, mask in wanted["masks"].items())
+    return same and all(found.get(key) == wanted[key] for key in ("rows", "steps"))
+
+
+def _asked(evaluation: Evaluation) -> dict[str, Any]:
+    masks = {name: asdict(mask) for name, mask in evaluation.masks.items()}
+    return {"rows": evaluation.rows, "steps": evaluation.steps, "masks": masks}
+
+
+def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqdm) -> None:
+    """Generates a video and writes it with what was measured."""
+    job, path = evaluation.jobs[name], evaluation.path(name, take)
+    job = replace(job, config=evaluation.config(name, take))
+    readings = None
+    if name == DENSE and evaluation.rows:
+        looks = evaluation.masks, evaluation.rows, evaluation.steps, job.model.attention_layers()
+        readings = Readings(*looks, synchronizer(job.device))
+    seconds: dict[str, float] = {}
+    try:
+        with job.reporting_memory():
+            frames, run = job.sample_video(pipeline, take.prompt, seconds, bar=bar, observer=readings)
+    except (UsageError, GenerationError) as error:
+        raise GenerationError(f"{name}: {one_line(error)}") from error
+    record = {"prompt": take.prompt, "seed": take.seed, "config": resolved(job.config, take.prompt)}
+    record |= {"inputs": job.inputs.files, "seconds": seconds, "step_seconds": run["step_seconds"]}
+    record |= {"program": evaluation.programs[name], "machine": machine(job.device)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name == DENSE:
+            record |= {"asked": _asked(evaluation), "attention": readings.table() if readings else {}}
+            write_frames(path.with_suffix(FRAMES), frames, job.config.output.fps)
+        else:
+            reference = read_video(evaluation.path(DENSE, take).with_suffix(FRAMES))
+            record["metrics"] = finite(compare(frames, reference))
+        write_pair(path, frames, job.config.output.fps, record)
+    except OSError as error:
+        raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What seconds depend on: device, processor, cores and threads, GPU."""
+    return {name: value for name, value in hardware(device).items() if not name.endswith("memory_bytes")}
+
+
+def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """None for the PSNR of equal videos, which JSON has no number for."""
+    return {name: None if value == math.inf else value for name, value in metrics.items()}
+
+
+def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes uint8 `[T, H, W, 3]` without loss, whole or not at all."""
+    import imageio
+
+    options = {"codec": "libx264rgb", "pixelformat": "rgb24", "macro_block_size": 1, "quality": None}
+    quiet = {"output_params": ["-qp", "0"], "ffmpeg_log_level": "quiet"}
+    with (
+        replacing(path, path.suffix) as part,
+        imageio.get_writer(part, format="FFMPEG", fps=fps, **options, **quiet) as writer,
+    ):
+        for frame in frames:
+            writer.append_data(frame)
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames of a video file, uint8 `[T, H, W, 3]`; UsageError where it cannot be read."""
+    try:
+        with warnings.catch_warnings(), video_reader(path) as reader:
+            warnings.simplefilter("ignore")
+            return np.stack(list(reader.iter_data()))
+    except (OSError, ValueError, IndexError, RuntimeError) as error:
+        raise UsageError(f"cannot read the frames of {path}: {one_line(error)}") from error

@@ -1,1 +1,0 @@
-"""The GPU benchmark: what scripts/benchmark_gpu.py is made of."""

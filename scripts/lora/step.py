@@ -1,0 +1,156 @@
+"""One run of LoRA training: what a step needs, its noise levels, loss and learning rate."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from radial_attn.models.training.flow import Text, predict_velocity, stack_text
+from torch import Tensor
+
+from scripts.lora.config import LoraTrainConfig
+from scripts.lora.latents import BucketSampler, LatentStore
+
+
+@dataclass
+class Run:
+    """What a step needs.
+
+    Attributes:
+        transformer: as `accelerate` wraps it; plain: the same without its wrapper.
+        trained: the adapter's parameters by name; average: their exponential mean, None without one.
+        held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
+        place, world: this process's number among those that take other samples than it, and their number.
+        skipped, in_a_row: steps whose numbers were not finite, in all and up to now without a break.
+        best: the lowest loss of validation so far.
+        leads: whether this process writes for those that share its videos.
+        boundary: noise level from which on the first of two experts serves; None where there is one.
+    """
+
+    config: LoraTrainConfig
+    accelerator: Accelerator
+    transformer: torch.nn.Module
+    plain: torch.nn.Module
+    trained: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    store: LatentStore
+    sampler: BucketSampler
+    held_out: list[int]
+    path: str
+    about: dict[str, Any]
+    patch: tuple[int, int, int]
+    place: int = 0
+    world: int = 1
+    average: dict[str, Tensor] | None = None
+    skipped: int = 0
+    in_a_row: int = 0
+    best: float = math.inf
+    boundary: float | None = None
+    leads: bool = True
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of these samples' latents in the transformer."""
+        sizes = (self.store.samples[index].latent_shape[1:] for index in indices)
+        return sum(
+            math.prod(size // side for size, side in zip(shape, self.patch, strict=True)) for shape in sizes
+        )
+
+    def span(self) -> tuple[float, float]:
+        """Noise levels of the transformer that is trained: all, or those of one of two experts."""
+        if self.boundary is None:
+            return 0.0, 1.0
+        return (self.boundary, 1.0) if self.config.model.expert == 1 else (0.0, self.boundary)
+
+    def placed(self, texts: Sequence[Text]) -> Text:
+        """The prompts of a batch on the device, in the data type of the transformer."""
+        device, dtype = self.accelerator.device, self.plain.dtype
+        stacked = stack_text(texts).items()
+        return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in stacked}
+
+    def waiting(self, last: bool) -> AbstractContextManager:
+        """Gradients are shared between processes in the last part of a batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.transformer)
+
+    def all_finite(self, value: Tensor) -> bool:
+        """Whether a number is finite in every process."""
+        bad = (~torch.isfinite(value.detach())).float().to(self.accelerator.device)
+        return self.accelerator.reduce(bad, "sum").item() == 0
+
+    def mean(self, value: Tensor) -> float:
+        """Of a number over all processes."""
+        return self.accelerator.reduce(value.detach(), "mean").item()
+
+
+def noise_levels(
+    count: int, random: torch.Generator, *, kind: str, shift: float, span: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """Noise levels sigma, float32 `[count]`.
+
+    Args:
+        kind: "uniform" or "logit_normal", the distribution before the shift.
+        shift: sigma = shift t / (1 + (shift - 1) t), towards noise where above 1.
+        span: the part of 0 ... 1 that sigma lies in, for one of two experts.
+    """
+    least, most = (_quantile(edge / (shift - (shift - 1) * edge), kind) for edge in span)
+    share = least + (most - least) * torch.rand(count, generator=random)
+    level = share if kind == "uniform" else torch.special.ndtri(share.clamp(1e-5, 1 - 1e-5)).sigmoid()
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def _quantile(level: float, kind: str) -> float:
+    """Share of the distribution that lies below a level."""
+    if kind == "uniform" or level in (0.0, 1.0):
+        return level
+    return torch.special.ndtr(torch.logit(torch.tensor(level))).item()
+
+
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """Random numbers that follow from the seed and these numbers alone."""
+    mixed = seed
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % 2**62
+    return torch.Generator().manual_seed(mixed)
+
+
+def flow_loss(
+    run: Run,
+    transformer: torch.nn.Module,
+    indices: list[int],
+    sigma: Tensor,
+    *,
+    random: torch.Generator,
+    drop: float,
+) -> Tensor:
+    """Mean squared error of the transformer's velocity for these samples at noise levels `[B]`.
+
+    `drop`: how often a caption gives way to the empty one, which guidance needs.
+    """
+    loaded = [run.store.load(index) for index in indices]
+    dropped = torch.rand(len(loaded), generator=random) < drop
+    texts = [
+        run.store.empty_text if gone else text
+        for (_, text), gone in zip(loaded, dropped.tolist(), strict=True)
+    ]
+    video = torch.stack([latents.float() for latents, _ in loaded])
+    noise = torch.randn(video.shape, generator=random)
+    mix = sigma.view(-1, 1, 1, 1, 1)
+    noisy, target = (1 - mix) * video + mix * noise, noise - video
+    device, dtype = run.accelerator.device, run.plain.dtype
+    family, guidance = run.config.model.family, run.config.train.guidance
+    inputs = noisy.to(device, dtype), sigma.to(device), run.placed(texts)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        velocity = predict_velocity(transformer, family, *inputs, guidance=guidance)
+    return (velocity.float() - target.to(device)).square().mean()
+
+
+def learning_rate(config: LoraTrainConfig, step: int) -> float:
+    """Of step `step` from 0: warm-up, then constant or a cosine to zero."""
+    train = config.train
+    warm = min(1.0, (step + 1) / max(1, train.warmup))
+    if train.schedule == "constant":
+        return train.rate * warm
+    done = max(0, step - train.warmup) / max(1, train.steps - train.warmup)
+    return train.rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

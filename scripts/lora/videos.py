@@ -1,0 +1,297 @@
+"""Videos with captions for training: found, checked, and cut into clips of the sizes that are trained on."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.lora.config import DataConfig
+from scripts.run.errors import UsageError, one_line
+from scripts.run.inputs import BROKEN, fit, read_frames, video_reader
+from scripts.run.schema import find_path
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+SHOWN = 3  # names of a list
+SAME_RATE = 0.01  # by which a rate may be missed: 24 is that of films at 23.976
+UNEVEN = 0.02  # of the frames that may be more or fewer than rate and seconds say
+SAME_SHAPE = 0.1  # of the logarithms of width / height: 480 x 832 is as 720 x 1280
+
+Size = tuple[int, int, int]  # frames, height, width
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A video's name, file, and caption, or where that is read from."""
+
+    name: str
+    path: Path
+    caption: str | Path
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that can be read; `digest`: sha256 of its file."""
+
+    name: str
+    path: Path
+    caption: str
+    digest: str
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video, by number, and the size that they are fitted to."""
+
+    name: str
+    video: Video
+    frames: tuple[int, ...]
+    height: int
+    width: int
+
+    @property
+    def key(self) -> str:
+        """Follows from the file's content and what is taken of it, not from names."""
+        taken = [self.video.digest, self.frames, self.height, self.width]
+        return hashlib.sha256(json.dumps(taken).encode()).hexdigest()[:24]
+
+
+def read_videos(data: DataConfig) -> list[Video]:
+    """All videos of `data.folder` or `data.table`, each read to its end once.
+
+    Raises:
+        UsageError: no videos, a video that is missing or unreadable, a caption that is missing, empty or not
+            UTF-8, a table that cannot be read, different frame rates without `data.fps`, or lower ones.
+    """
+    key, entries = _find(data)
+    captions = _each(key, entries, _caption, "have no caption that can be read")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        probed = pool.map(_probe, entries)
+        found = list(tqdm(probed, total=len(entries), desc="checking", unit="video", disable=None))
+    _refuse(key, entries, found, "cannot be read")
+    videos = [Video(e.name, e.path, c, *about) for e, c, about in zip(entries, captions, found, strict=True)]
+    _check_rates(videos, data.fps)
+    return videos
+
+
+def _find(data: DataConfig) -> tuple[str, list[Entry]]:
+    if (data.folder is None) == (data.table is None):
+        got = f"data.folder {data.folder!r} and data.table {data.table!r}"
+        raise UsageError(f"{got}; allowed: one of them, the other null")
+    if data.table is not None:
+        return "data.table", _in_table(data.table)
+    folder = find_path(data.folder)
+    files = [file for file in sorted(folder.rglob("*")) if _is_video(file)]
+    if not files:
+        kind = "has no videos" if folder.is_dir() else "is no folder"
+        raise UsageError(f"data.folder: got {data.folder!r}, which {kind}; allowed: {', '.join(SUFFIXES)}")
+    entries = [Entry(file.relative_to(folder).as_posix(), file, file.with_suffix(".txt")) for file in files]
+    return "data.folder", entries
+
+
+def _is_video(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def _in_table(name: str) -> list[Entry]:
+    path = find_path(name)
+    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
+    if path.suffix.lower() not in readers:
+        raise UsageError(f"data.table: got {name!r}, allowed: a file ending in .jsonl or .csv")
+    try:
+        rows = list(readers[path.suffix.lower()](path))
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"data.table: got {name!r}, which cannot be read ({reason})") from error
+    entries = []
+    for number, row in rows:
+        video, caption = (
+            row.get(column) if isinstance(row, dict) else None for column in ("video", "caption")
+        )
+        if not isinstance(video, str) or not video.strip() or not isinstance(caption, str):
+            raise UsageError(
+                f"data.table: got {name!r} with line {number}, allowed: text `video` and `caption`"
+            )
+        entries.append(Entry(video, path.parent / Path(video).expanduser(), caption))
+    if not entries:
+        raise UsageError(f"data.table: got {name!r}, which is empty; allowed: a line for each video")
+    return entries
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    yield from ((number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, object]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        yield from ((reader.line_num, row) for row in reader)
+
+
+def _caption(entry: Entry) -> str | ValueError:
+    caption = entry.caption
+    try:
+        text = caption if isinstance(caption, str) else caption.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        return ValueError(f"{caption.name} is not UTF-8")
+    except OSError as error:
+        return ValueError(f"{caption.name}: {error.strerror}")
+    return text.strip() or ValueError("it is empty")
+
+
+def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
+    """Digest, frames, frames a second, height and width; ffmpeg decodes the whole video to count."""
+    try:
+        with entry.path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        with video_reader(entry.path) as reader:
+            fps, (height, width) = float(reader.get_meta_data()["fps"]), reader.get_data(0).shape[:2]
+        frames, seconds = _count(entry.path)
+    except BROKEN as error:
+        return ValueError(getattr(error, "strerror", None) or one_line(error))
+    if abs(frames - fps * seconds) > max(1.5, UNEVEN * frames):
+        return ValueError(
+            f"a frame rate that varies, {fps:g} on average; `ffmpeg -i IN -vf fps={fps:.0f} OUT` ends that"
+        )
+    return digest, frames, fps, height, width
+
+
+def _count(path: Path) -> tuple[int, float]:
+    """Frames and seconds at a constant rate, as reading has it; ValueError where there are none."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    output = ["-map", "0:v:0", "-f", "image2pipe", "-c:v", "rawvideo", "-y", os.devnull]
+    command = [get_ffmpeg_exe(), "-nostdin", "-i", str(path), *output]
+    log = subprocess.run(command, capture_output=True, check=False).stderr.decode(errors="replace")
+    found = re.findall(r"frame=\s*(\d+).*?time=(\d+):(\d+):([\d.]+)", log)
+    if not found or not int(found[-1][0]):
+        raise ValueError("no frames")
+    frames, hours, minutes, seconds = found[-1]
+    return int(frames), 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def _each(key: str, entries: list[Entry], read: Callable[[Entry], object], failing: str) -> list:
+    found = [read(entry) for entry in entries]
+    _refuse(key, entries, found, failing)
+    return found
+
+
+def _refuse(key: str, entries: list[Entry], found: list, failing: str) -> None:
+    """UsageError where something found is one."""
+    pairs = zip(entries, found, strict=True)
+    bad = [f"{entry.name} ({error})" for entry, error in pairs if isinstance(error, ValueError)]
+    if bad:
+        raise UsageError(f"{key}: {len(bad)} of {len(entries)} videos {failing}: {listed(bad)}")
+
+
+def listed(names: list[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _check_rates(videos: list[Video], fps: float | None) -> None:
+    rates: dict[float, list[str]] = {}
+    for video in videos:
+        rates.setdefault(round(video.fps, 2), []).append(video.name)
+    if fps is None and len(rates) > 1:
+        texts = [f"{rate:g} ({len(names)}, as {names[0]})" for rate, names in sorted(rates.items())]
+        raise UsageError(
+            f"data.fps: got null, but frames a second are {', '.join(texts)}; allowed: one rate for all, or "
+            f"a number up to {min(rates):g}, at which frames are taken"
+        )
+    slow = [video.name for video in videos if fps is not None and video.fps < fps * (1 - SAME_RATE)]
+    if slow:
+        raise UsageError(
+            f"data.fps: got {fps:g}, but {len(slow)} of {len(videos)} videos have fewer frames a second: "
+            f"{listed(slow)}; allowed: at most {min(rates):g}"
+        )
+
+
+def plan_clips(videos: list[Video], data: DataConfig) -> list[Clip]:
+    """The clips of all videos that have the frames of any size, in order."""
+    sizes = [tuple(size) for size in data.sizes]
+    return [clip for video in videos for clip in _clips(video, sizes, data)]
+
+
+def too_short(videos: list[Video], data: DataConfig) -> list[str]:
+    """Names of the videos that have the frames of no size."""
+    least = min(frames for frames, _, _ in data.sizes)
+    return [video.name for video in videos if len(_taken(video, data.fps)) < least]
+
+
+def _taken(video: Video, fps: float | None) -> list[int]:
+    """Numbers of the frames at a rate, the nearest in time of each."""
+    ratio = 1.0 if fps is None else max(1.0, video.fps / fps)
+    count = math.floor((video.frames - 0.5) / ratio) + 1
+    return [number for i in range(count) if (number := math.floor(i * ratio + 0.5)) < video.frames]
+
+
+def _clips(video: Video, sizes: list[Size], data: DataConfig) -> list[Clip]:
+    """Each in the middle of an equal part of the video."""
+    taken = _taken(video, data.fps)
+    fitting = [size for size in sizes if size[0] <= len(taken)]
+    if not fitting:
+        return []
+    length = max(size[0] for size in fitting)
+    _, height, width = _nearest(video, [size for size in fitting if size[0] == length])
+    count = min(data.clips, len(taken) // length)
+    clips = []
+    for part in range(count):
+        start = ((2 * part + 1) * len(taken) - count * length) // (2 * count)
+        name = f"{video.name}@{taken[start]}" if count > 1 else video.name
+        clips.append(Clip(name, video, tuple(taken[start : start + length]), height, width))
+    return clips
+
+
+def _nearest(video: Video, sizes: list[Size]) -> Size:
+    """Of the sizes of about the nearest shape the largest that needs no enlarging, else the smallest."""
+    shapes = [abs(math.log(video.height * width / (video.width * height))) for _, height, width in sizes]
+    near = [size for size, shape in zip(sizes, shapes, strict=True) if shape <= min(shapes) + SAME_SHAPE]
+    near = sorted(near, key=lambda size: size[1] * size[2])
+    enough = [size for size in near if not is_enlarged(video, *size[1:])]
+    return enough[-1] if enough else near[0]
+
+
+def is_enlarged(video: Video, height: int, width: int) -> bool:
+    """Whether covering height x width takes more pixels than the video has."""
+    return video.height < height or video.width < width
+
+
+def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]:
+    """Each clip of a video with its frames, uint8 `[F, height, width, 3]`; decodes the video once.
+
+    Raises:
+        UsageError: the video breaks off before a clip ends.
+    """
+    number = -1
+    with closing(read_frames("data", str(video.path))) as frames:
+        for clip in clips:
+            picked = np.empty((len(clip.frames), clip.height, clip.width, 3), dtype=np.uint8)
+            for place, wanted in enumerate(clip.frames):
+                while number < wanted:
+                    frame, number = next(frames, None), number + 1
+                if frame is None:
+                    raise UsageError(
+                        f"data: {video.name} breaks off at frame {number} of {video.frames}; take it out, "
+                        "and the same command goes on from here"
+                    )
+                picked[place] = fit(frame, clip.height, clip.width)
+            yield clip, torch.from_numpy(picked)

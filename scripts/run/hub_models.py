@@ -1,0 +1,143 @@
+"""Published models whose numbers are known without a download, and how those of any model are found."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from scripts.run.errors import UsageError, one_line
+from scripts.run.model_info import (
+    CONFIGURED,
+    PARTS,
+    WAN_IMAGE,
+    WAN_TEXT,
+    ModelInfo,
+    count_parameters,
+    from_configs,
+    hunyuan_video_info,
+    mochi_info,
+    read_json,
+    wan_time,
+)
+
+# Counted on the checkpoints' own config.json files; tests/test_known_models.py builds them without weights.
+UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
+LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
+WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
+WAN_14B = ModelInfo(
+    layers=40,
+    heads=40,
+    head_dim=128,
+    ffn=13824,
+    rope_time=wan_time(128),
+    parameters={"transformer": 14_288_491_584, "text_encoder": UMT5_XXL, "vae": WAN_VAE},
+)
+WAN_I2V_14B = replace(
+    WAN_14B,
+    text_tokens=WAN_TEXT + WAN_IMAGE,
+    parameters=WAN_14B.parameters | {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION},
+)
+HUNYUAN_CONFIG = {
+    "num_layers": 20,
+    "num_single_layers": 40,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "mlp_ratio": 4.0,
+    "patch_size": 2,
+    "patch_size_t": 1,
+}
+MOCHI_CONFIG = {"num_layers": 48, "num_attention_heads": 24, "attention_head_dim": 128, "patch_size": 2}
+HUB_MODELS = {
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": replace(
+        WAN_14B,
+        layers=30,
+        heads=12,
+        ffn=8960,
+        parameters=WAN_14B.parameters | {"transformer": 1_418_996_800},
+    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": replace(
+        WAN_14B, parameters=WAN_14B.parameters | {"transformer_2": 14_288_491_584}
+    ),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_I2V_14B,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_I2V_14B,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": replace(
+        WAN_14B,
+        parameters=WAN_14B.parameters | dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184),
+    ),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": replace(
+        WAN_14B,
+        layers=30,
+        heads=24,
+        ffn=14336,
+        vae_base=64,
+        vae_pixels=16,
+        parameters=WAN_14B.parameters | {"transformer": 4_999_787_712, "vae": WAN22_VAE},
+    ),
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": replace(
+        WAN_14B,
+        control_layers=(0, 5, 10, 15, 20, 25, 30, 35),
+        parameters=WAN_14B.parameters | {"transformer": 17_337_592_896},
+    ),
+    "hunyuanvideo-community/HunyuanVideo": hunyuan_video_info(
+        HUNYUAN_CONFIG,
+        {"block_out_channels": [128]},
+        {
+            "transformer": 12_821_012_544,
+            "text_encoder": LLAMA_8B,
+            "text_encoder_2": CLIP_TEXT,
+            "vae": HUNYUAN_VAE,
+        },
+    ),
+    "hunyuanvideo-community/HunyuanVideo-I2V": hunyuan_video_info(
+        HUNYUAN_CONFIG | {"image_condition_type": "token_replace"},
+        {"block_out_channels": [128]},
+        {
+            "transformer": 12_821_012_544,
+            "text_encoder": LLAVA_8B,
+            "text_encoder_2": CLIP_TEXT,
+            "vae": HUNYUAN_VAE,
+        },
+    ),
+    "genmo/mochi-1-preview": mochi_info(
+        MOCHI_CONFIG,
+        {"decoder_block_out_channels": [128]},
+        {"transformer": 10_027_677_744, "text_encoder": T5_XXL, "vae": MOCHI_VAE},
+    ),
+}
+
+
+def read_model_info(path: str) -> ModelInfo:
+    """ModelInfo of a folder in diffusers format or of a hub id.
+
+    Known hub ids need no network; of others the two config.json files are fetched.
+
+    Raises:
+        UsageError: a config.json that is missing, unreadable, out of reach or of no family that is known.
+    """
+    if Path(path).is_dir():
+        folder = Path(path)
+        parameters = {part: count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
+        return from_configs(*(read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
+    if path in HUB_MODELS:
+        return HUB_MODELS[path]
+    return from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
+
+
+def _fetch(path: str, file: str) -> dict:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # the retries are many lines, the failure is one
+    try:
+        return read_json(Path(hf_hub_download(path, file)))
+    except (OSError, ValueError) as error:
+        raise UsageError(hub_unreachable(path, error)) from error
+
+
+def hub_unreachable(path: str, error: BaseException) -> str:
+    """The line for a hub id that cannot be read, with the remedy."""
+    reason = one_line(error.__cause__ or error)
+    return (
+        f"model.path: got {path!r}, which is no folder here and cannot be read from the Hugging Face hub "
+        f"({reason}); allowed: a folder in diffusers format, or a hub id within reach; "
+        "configs/wan_tiny.yaml needs no download"
+    )

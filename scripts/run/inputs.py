@@ -1,0 +1,191 @@
+"""Image, video and mask that a run starts from: read, checked and fitted before any weight is loaded."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+from scripts.run.config import Config, GenerationConfig, find_path
+from scripts.run.errors import UsageError, one_line
+
+NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
+FORMATS = ("JPEG", "PNG")
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+IMAGE = "a JPEG or PNG file of 8 bits a channel"
+VIDEO = "an mp4 or gif file, or a folder of JPEG or PNG files"
+# What Pillow and ffmpeg raise for a file that is broken or something else.
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, RuntimeError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the pipeline is given besides the prompt.
+
+    Attributes:
+        arguments: `image`, or lists `video` and `mask`, as Pillow images of `generation.height` x `width`.
+        files: file name and sha256 by key, for the record.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def read_inputs(config: Config, dry_run: bool = False) -> Inputs:
+    """The files that the configuration names; a dry run may leave out the image that a run needs.
+
+    Raises:
+        UsageError: a file that is missing, broken or of another kind, an image that is needed, a mask without
+            a video, a video of too few frames, a mask of another number of frames than its video.
+    """
+    generation, family = config.generation, config.model.family
+    if generation.image is None and family in NEED_IMAGE and not dry_run:
+        raise UsageError(f"generation.image: got null, allowed with family {family}: {IMAGE}")
+    if generation.mask is not None and generation.video is None:
+        raise UsageError(f"generation.mask: got {generation.mask!r}, allowed without generation.video: null")
+    arguments: dict[str, Any] = {}
+    if generation.image is not None:
+        image = open_image("generation.image", generation.image)
+        arguments["image"] = fit(image, generation.height, generation.width)
+    if generation.video is not None:
+        arguments |= _read_video(generation)
+    return Inputs(arguments, {name: _identity(getattr(generation, name)) for name in arguments})
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scaled (Lanczos) so that it just covers height x width, then cropped at the centre."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def open_image(key: str, name: str) -> Image.Image:
+    """A file as 8-bit RGB, upright by its EXIF tag, over black where it is transparent; else UsageError."""
+    path = _existing(key, name, IMAGE)
+    if path.is_dir():
+        raise UsageError(f"{key}: got {name!r}, which is a folder; allowed: {IMAGE}")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return upright(image)
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{key}: got {name!r}, which is no JPEG or PNG; allowed: {IMAGE}") from error
+    except BROKEN as error:
+        raise _unreadable(key, name, error, IMAGE) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """8-bit RGB, turned as EXIF says, over black; ValueError for more than 8 bits a channel."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    black = Image.new("RGBA", image.size, "black")
+    return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+
+
+def _read_video(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
+    """`video`, and `mask` where there is one: white from half brightness on."""
+    video, count = _fitted_frames("generation.video", generation.video, generation)
+    if generation.mask is None:
+        return {"video": video}
+    mask, _ = _fitted_frames("generation.mask", generation.mask, generation, video_frames=count)
+    return {"video": video, "mask": [frame.convert("L").point(lambda v: 255 * (v > 127)) for frame in mask]}
+
+
+def _fitted_frames(
+    key: str, name: str, generation: GenerationConfig, video_frames: int | None = None
+) -> tuple[list[Image.Image], int]:
+    """The first `num_frames` frames, fitted, and how many there are in all."""
+    frames, count = [], 0
+    for frame in read_frames(key, name):
+        count += 1
+        if count <= generation.num_frames:
+            frames.append(fit(frame, generation.height, generation.width))
+    if video_frames not in (None, count):
+        raise UsageError(
+            f"{key}: got {name!r} with {count} frames, allowed: {video_frames}, those of the video"
+        )
+    if count < generation.num_frames:
+        least = f"at least {generation.num_frames} (generation.num_frames)"
+        raise UsageError(f"{key}: got {name!r} with {count} frames, allowed: {least}")
+    return frames, count
+
+
+def read_frames(key: str, name: str) -> Iterator[Image.Image]:
+    """The frames of a video file, a gif, or a folder of images in the order of their names, as 8-bit RGB."""
+    path = _existing(key, name, VIDEO)
+    if path.is_dir():
+        for file in _images_in(key, path):
+            yield open_image(key, str(file))
+        return
+    try:
+        yield from _gif_frames(path) if path.suffix.lower() == ".gif" else _video_frames(path)
+    except BROKEN as error:
+        raise _unreadable(key, name, error, VIDEO) from error
+
+
+def _gif_frames(path: Path) -> Iterator[Image.Image]:
+    with Image.open(path, formats=("GIF",)) as image:
+        for frame in ImageSequence.Iterator(image):
+            yield upright(frame)
+
+
+def video_reader(path: Path) -> Any:
+    """imageio's reader of a video file, a context manager; one of BROKEN where it cannot be read.
+
+    imageio fails once in some hundred files to catch what ffmpeg says of a good one
+    (https://github.com/imageio/imageio/issues/273), so that a file is refused at the second try only.
+    """
+    import imageio
+
+    try:
+        return imageio.get_reader(path, format="FFMPEG")
+    except OSError:
+        return imageio.get_reader(path, format="FFMPEG")
+
+
+def _video_frames(path: Path) -> Iterator[Image.Image]:
+    with video_reader(path) as reader:
+        for frame in reader.iter_data():
+            yield Image.fromarray(frame)
+
+
+def _existing(key: str, name: str, allowed: str) -> Path:
+    try:
+        path = find_path(name)
+        found = bool(name.strip()) and (path.is_file() or path.is_dir())
+    except BROKEN as error:
+        raise _unreadable(key, name, error, allowed) from error
+    if not found:
+        raise UsageError(f"{key}: got {name!r}, which is no file or folder; allowed: {allowed}")
+    return path
+
+
+def _images_in(key: str, folder: Path) -> list[Path]:
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise _unreadable(key, str(folder), error, VIDEO) from error
+    if not files:
+        raise UsageError(f"{key}: got {str(folder)!r}, a folder without images; allowed: {VIDEO}")
+    return files
+
+
+def _unreadable(key: str, name: str, error: BaseException, allowed: str) -> UsageError:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return UsageError(f"{key}: got {name!r}, which cannot be read ({reason}); allowed: {allowed}")
+
+
+def _identity(name: str) -> dict[str, str]:
+    """File name and sha256; of a folder, the sha256 of its images' digests in the order of their names."""
+    path = find_path(name)
+    if path.is_dir():
+        digests = b"".join(_digest(file).digest() for file in _images_in(name, path))
+        return {"file": path.name, "sha256": hashlib.sha256(digests).hexdigest()}
+    return {"file": path.name, "sha256": _digest(path).hexdigest()}
+
+
+def _digest(file: Path) -> Any:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256")

@@ -1,0 +1,207 @@
+"""The numbers of a model that sizes, FLOPs and memory follow from, read without loading a weight."""
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.run.errors import UsageError, one_line
+
+PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+CONFIGURED = ("transformer", "vae")
+MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
+# By the kind of condition: 256 tokens of text, or 252 after every second or fourth of the image's 576.
+HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
+
+# Float32 tensors of the VAE's last layers that decoding on the CPU holds at once, measured: of Wan 13 to 16,
+# where torch unfolds a convolution's input, as of fewer than 32 channels, 39 to 43; of HunyuanVideo, which
+# upsamples twice as many channels, 11.8; of Mochi 6.4, with one resnet a block 5.3.
+WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
+HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A video pipeline's shape; `parameters` counts each component's weights, empty where unknown.
+
+    Attributes:
+        layers: with self-attention over the video, but for `control_layers`, those of VACE, each by the
+            number of the layer that it feeds.
+        ffn: hidden width of a feed-forward.
+        patch: latent frames, rows and columns of a token.
+        text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
+        token_macs: multiply-adds of a token in the matrices of a layer.
+        rope_length: positions along an axis, None where any number will do.
+        rope_time: channels and base of the rotary embedding in time, None where it is learned.
+        vae_base: channels of the VAE's last layers a pixel; `vae_frames`, `vae_pixels`: its compression.
+        vae_copies: float32 tensors of `vae_base` channels that decoding holds at once, measured.
+        vae_chunk: frames that it decodes at once, None for all; `vae_stride`: from one to the next where
+            they overlap and tiles are joined chunk by chunk; `vae_tile`: pixels a side, a quarter overlaps.
+        pixel_factor: what the pipeline wants height and width to be multiples of.
+        takes_guidance: False for a HunyuanVideo whose transformer has none built in.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    ffn: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    text_tokens: int = 512
+    joint_text: int = 0
+    token_macs: int = 0
+    rope_length: int | None = 1024
+    rope_time: tuple[int, float] | None = None
+    vae_base: int = 96
+    vae_copies: float = 15
+    vae_chunk: int | None = 4
+    vae_stride: int | None = None
+    vae_tile: int = 256
+    vae_frames: int = 4
+    vae_pixels: int = 8
+    pixel_factor: int = 16
+    takes_guidance: bool = True
+    parameters: dict[str, int] = field(default_factory=dict)
+    control_layers: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def macs(self) -> int:
+        """Of a token in a layer: `token_macs`, or those of a Wan block."""
+        return self.token_macs or 6 * self.width**2 + 2 * self.width * self.ffn
+
+    def attention_layers(self, first: int = 0) -> int:
+        """Self-attentions of the layers from `first` on, a control layer being the one that it feeds."""
+        return self.layers - first + sum(layer >= first for layer in self.control_layers)
+
+    def size_factor(self, axis: int) -> int:
+        """Pixels that height (axis 1) or width (axis 2) must be a multiple of."""
+        return math.lcm(self.pixel_factor, self.vae_pixels * self.patch[axis])
+
+
+def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> ModelInfo:
+    """ModelInfo from the two config.json files.
+
+    Raises:
+        UsageError: a class of transformer that is not known, or an entry that is missing or misshapen.
+    """
+    name = transformer.get("_class_name", "WanTransformer3DModel")
+    if name not in READERS:
+        raise UsageError(f"model.path: transformer is a {name}; known: {', '.join(READERS)}")
+    try:
+        return READERS[name](transformer, vae, parameters)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(f"model.path: transformer/config.json has no usable {one_line(error)}") from error
+
+
+def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+    widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
+    base = widest // (vae.get("patch_size") or 1) ** 2  # the last layers make a patch's pixels at once
+    return ModelInfo(
+        layers=transformer["num_layers"],
+        heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        ffn=transformer["ffn_dim"],
+        patch=tuple(transformer["patch_size"]),
+        text_tokens=WAN_TEXT + (WAN_IMAGE if transformer.get("image_dim") else 0),
+        control_layers=tuple(transformer.get("vace_layers", ())),
+        rope_length=transformer.get("rope_max_seq_len", 1024),
+        rope_time=wan_time(transformer["attention_head_dim"]),
+        vae_base=base,
+        vae_copies=WAN_COPIES if base >= WIDE else NARROW_WAN_COPIES,
+        vae_frames=vae.get("scale_factor_temporal") or 4,
+        vae_pixels=vae.get("scale_factor_spatial") or 8,
+        parameters=parameters,
+    )
+
+
+def wan_time(head_dim: int) -> tuple[int, float]:
+    """Channels of a head that height and width, an even third each, leave to time; base."""
+    return head_dim - 4 * (head_dim // 6), 10000.0
+
+
+def hunyuan_video_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    ffn, patch = int(transformer["mlp_ratio"] * width), transformer["patch_size"]
+    return ModelInfo(
+        layers=transformer["num_layers"] + transformer["num_single_layers"],
+        heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        ffn=ffn,
+        patch=(transformer["patch_size_t"], patch, patch),
+        text_tokens=0,
+        joint_text=HUNYUAN_TEXT[transformer.get("image_condition_type")],
+        token_macs=4 * width**2 + 2 * width * ffn,
+        rope_length=None,
+        rope_time=(transformer.get("rope_axes_dim", (16, 56, 56))[0], transformer.get("rope_theta", 256.0)),
+        vae_base=vae["block_out_channels"][0],
+        vae_copies=HUNYUAN_COPIES,
+        vae_chunk=HUNYUAN_CHUNK,
+        vae_stride=HUNYUAN_STRIDE,
+        vae_frames=vae.get("temporal_compression_ratio", 4),
+        vae_pixels=vae.get("spatial_compression_ratio", 8),
+        takes_guidance=transformer.get("guidance_embeds", True),
+        parameters=parameters,
+    )
+
+
+def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    ffn, patch = 8 * width // 3, transformer["patch_size"]
+    return ModelInfo(
+        layers=transformer["num_layers"],
+        heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        ffn=2 * ffn,  # a gated feed-forward makes two hidden tensors at once
+        patch=(1, patch, patch),
+        text_tokens=0,
+        joint_text=transformer.get("max_sequence_length", MOCHI_TEXT),
+        token_macs=4 * width**2 + 3 * width * ffn,
+        rope_length=None,
+        vae_base=vae["decoder_block_out_channels"][0],
+        vae_copies=MOCHI_COPIES[vae.get("layers_per_block", [3])[0] > 1],
+        vae_chunk=None,
+        vae_frames=MOCHI_FRAMES,
+        vae_pixels=8,
+        parameters=parameters,
+    )
+
+
+READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
+    "WanTransformer3DModel": _wan,
+    "WanVACETransformer3DModel": _wan,
+    "HunyuanVideoTransformer3DModel": hunyuan_video_info,
+    "MochiTransformer3DModel": mochi_info,
+}
+
+
+def read_json(file: Path) -> dict:
+    """Reads a configuration file; UsageError if it is missing or is no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.path: {file} is missing or no valid JSON ({one_line(error)})") from error
+
+
+def count_parameters(folder: Path) -> int:
+    """Counts the weights of the safetensors files in a folder, from their headers."""
+    return sum(_count_file(file) for file in sorted(folder.glob("*.safetensors")))
+
+
+def _count_file(file: Path) -> int:
+    """Elements in a safetensors file, from its header: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise UsageError(f"model.path: {file} is not a whole safetensors file ({one_line(error)})") from error

@@ -1,0 +1,214 @@
+"""Files of a run: their names, written whole or not at all, and found again when a run goes on."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from scripts.run.config import Config
+from scripts.run.errors import UsageError
+from scripts.run.system import timed
+
+SLUG_LENGTH = 60
+CRF = 10  # of libx264: visually lossless, so that small videos stay crisp
+PROBE_BYTES = 2**20
+INPUTS = ("generation.image", "generation.video", "generation.mask")  # not the name counts, but the content
+DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
+NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check", *INPUTS, *DEGREES)
+
+
+def video_path(config: Config, prompt: str, number: int = 0) -> Path:
+    """`output.path` itself where it ends in .mp4, else `[<number>_]<prompt's words>_seed<seed>.mp4` in it.
+
+    `number` is the line of the prompt file, 0 without one. Words beyond 60 characters become a hash.
+    """
+    path = Path(config.output.path).expanduser()
+    if path.suffix == ".mp4":
+        return path
+    prefix = f"{number:04d}_" if number else ""
+    return path / f"{prefix}{_slug(prompt)}_seed{config.generation.seed}.mp4"
+
+
+def _slug(prompt: str) -> str:
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_") or "video"
+    if len(words.encode()) <= SLUG_LENGTH:
+        return words
+    short = words.encode()[:SLUG_LENGTH].decode(errors="ignore").rstrip("-_")
+    return f"{short}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+def resolved(config: Config, prompt: str) -> dict[str, Any]:
+    """The configuration as the JSON holds it, with the prompt of this video."""
+    content = asdict(config)
+    content["generation"]["prompt"] = prompt
+    return content
+
+
+def finished(
+    path: Path, config: Config, prompt: str, inputs: dict[str, dict[str, str]] | None = None
+) -> tuple[bool, list[str]]:
+    """Whether `path` and its JSON were made with this configuration, and else the keys that differ.
+
+    Output path, name of the prompt file, check and processes do not count: they change no frame. Of the
+    `inputs` (image, video, mask), file name and sha256 as the record holds them, only the sha256 counts.
+    """
+    record = path.with_suffix(".json")
+    if not (path.is_file() and record.is_file()):
+        return False, []
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        before = _comparable(content["config"], content.get("inputs", {}))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False, ["config"]
+    now = _comparable(resolved(config, prompt), inputs or {})
+    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    return not changed, changed
+
+
+def _comparable(content: dict[str, dict], inputs: dict[str, dict]) -> dict[str, Any]:
+    flat = {f"{group}.{key}": value for group, values in content.items() for key, value in values.items()}
+    kept = {key: value for key, value in flat.items() if key not in NO_FRAMES}
+    return kept | {f"generation.{name}": file["sha256"] for name, file in inputs.items()}
+
+
+@contextmanager
+def writable_folder(config: Config, prompt_file: bool) -> Iterator[Path]:
+    """The folder of the run's videos, made and tried out; folders made here and left empty are removed again.
+
+    Raises:
+        UsageError: a folder that cannot be made or written, or one file for a whole prompt file.
+    """
+    target = Path(config.output.path).expanduser()
+    if target.suffix == ".mp4" and prompt_file:
+        raise UsageError(f"output.path: got {config.output.path!r}, allowed with a prompt file: a folder")
+    if target.suffix == ".mp4" and target.is_dir():
+        raise UsageError(
+            f"output.path: got {config.output.path!r}, which is a folder; allowed: a file ending in .mp4"
+        )
+    folder = target.parent if target.suffix == ".mp4" else target
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _try_out(folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(
+                f"output.path: got {config.output.path!r}, which cannot be written ({reason}); "
+                "allowed: a folder you may write to"
+            ) from error
+        yield folder
+    finally:
+        for parent in made:
+            _remove_if_empty(parent)
+
+
+def _try_out(folder: Path) -> None:
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        probe.write_bytes(b"x")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # not empty, or never made
+        return
+
+
+def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
+    """Writes the video and its JSON under temporary names and renames both; on an error no new one appears.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`.
+        record: what the JSON holds; its `seconds` get the time of encoding as `write`.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    video = path.with_name(f".{os.getpid()}.{path.name}")
+    text = path.with_name(f".{os.getpid()}.{path.stem}.json")
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        with timed(record["seconds"], "write"):
+            encode(video, frames, fps)
+        text.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _publish(video, text, path)
+    finally:
+        video.unlink(missing_ok=True)
+        text.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: Any) -> NoReturn:
+    """Ends the process as a signal would, but through every `finally`."""
+    sys.exit(128 + number)
+
+
+def _publish(video: Path, text: Path, path: Path) -> None:
+    """Renames both: the old record goes first, the new one comes last, so none is beside another video."""
+    record = path.with_suffix(".json")
+    record.unlink(missing_ok=True)
+    try:
+        os.replace(video, path)
+        os.replace(text, record)
+    except BaseException:
+        if not video.exists():
+            path.unlink()
+        raise
+
+
+def encode(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Writes uint8 `[T, H, W, 3]` as H.264 in mp4; OSError where that fails.
+
+    The file is read back to count its frames, since the encoder's own exit status is not handed on.
+    """
+    import imageio
+
+    options = {
+        "codec": "libx264",
+        "pixelformat": "yuv420p",
+        "macro_block_size": 1,
+        "ffmpeg_log_level": "quiet",
+    }
+    try:
+        with imageio.get_writer(
+            path, format="FFMPEG", fps=fps, quality=None, output_params=["-crf", str(CRF)], **options
+        ) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+    except OSError:
+        written = -1
+    else:
+        written = _count_frames(path)
+    if written != len(frames):
+        _raise_reason(path)
+
+
+def _count_frames(path: Path) -> int:
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        return count_frames_and_secs(str(path))[0]
+    except RuntimeError:
+        return -1
+
+
+def _raise_reason(path: Path) -> None:
+    """Writes on where the encoder could not, which raises its OSError."""
+    with path.open("ab") as stream:
+        stream.write(bytes(PROBE_BYTES))
+        stream.flush()
+        os.fsync(stream.fileno())
+    raise OSError(f"ffmpeg could not encode {path.name}")

@@ -1,0 +1,301 @@
+"""One run's pipeline and the making of one video with it."""
+
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.caches import cached
+from radial_attn.models.pipeline.efficiency import economize, quantization_config
+from radial_attn.models.pipeline.load import is_local, load_pipeline
+from radial_attn.models.pipeline.rope_scaling import extend_positions
+from radial_attn.models.runtime.observe import Seen
+from radial_attn.models.runtime.output_check import CheckError
+from tqdm import tqdm
+
+from scripts.run.config import Config
+from scripts.run.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
+from scripts.run.families import batch, settings
+from scripts.run.hub_models import hub_unreachable
+from scripts.run.inputs import Inputs
+from scripts.run.loras import FoundLora, find_loras, put_in
+from scripts.run.model_info import ModelInfo
+from scripts.run.option_checks import cache_options, economy_options
+from scripts.run.outputs import resolved, write_pair
+from scripts.run.plan import attention_options, dense_steps, memory, solved_config, step_pattern, token_grid
+from scripts.run.positions import position_options
+from scripts.run.process_groups import Team, shared_decoding, shared_guidance, whole_tokens
+from scripts.run.shortage import is_out_of_memory, shortage
+from scripts.run.system import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
+
+SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
+DISPATCH = "diffusers.models.attention_dispatch"
+OP = ("radial_attn.attention", "radial_attn.kernels")
+
+
+class Observer(Protocol):
+    """Looks at each call of the attention, and says how long it took since it was last asked."""
+
+    def see(self, seen: Seen) -> None: ...
+
+    def take_seconds(self) -> float: ...
+
+
+@dataclass
+class Job:
+    """A checked configuration, the model's numbers, its folder or hub id, device, LoRAs, inputs and team."""
+
+    config: Config
+    model: ModelInfo
+    path: str
+    device: str
+    loras: list[FoundLora] = field(default_factory=list)
+    inputs: Inputs = field(default_factory=Inputs)
+    seconds: dict[str, float] = field(default_factory=dict)
+    loras_in: list[dict[str, Any]] = field(default_factory=list)
+    team: Team = field(default_factory=Team)
+
+    def load(self) -> Any:
+        """The diffusers pipeline; UsageError where weights are missing, broken, misshapen or out of reach."""
+        quiet_libraries()
+        model = self.config.model
+        dtype = getattr(torch, model.dtype)
+        with timed(self.seconds, "load"), self.reporting_memory(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
+            try:
+                pipeline = load_pipeline(
+                    self.path,
+                    model.family,
+                    dtype,
+                    "cpu" if model.offload != "none" or model.quantization == "fp8" else self.device,
+                    flow_shift=self.config.generation.flow_shift,
+                    quantization_config=quantization_config(model.quantization, dtype),
+                )
+            except Exception as error:  # the libraries have no common one for a folder that they cannot load
+                if is_out_of_memory(error):
+                    raise
+                raise UsageError(self._load_failure(error)) from error
+            loras = self.loras or find_loras(self.config, self.path)
+            with reported_choices():
+                self.loras_in = put_in(pipeline, self.config, loras)
+            economize(pipeline, self.device, dtype, **economy_options(self.config))
+            extend_positions(pipeline, **position_options(self.config, self.model))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _load_failure(self, error: Exception) -> str:
+        if is_local(self.path):
+            return f"model.path: got {self.config.model.path!r}, which cannot be loaded: {one_line(error)}"
+        return hub_unreachable(self.path, error)
+
+    def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any] | None:
+        """Generates one video and writes it with its JSON, whose content is returned.
+
+        Of several processes, which share the tiles of the decoder, only the one that leads puts them together
+        and writes; the others return None.
+
+        Raises:
+            GenerationError: non-finite or wrong values, out of memory, or any failure of the pipeline.
+            UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
+        """
+        seconds = dict(self.seconds)
+        reset_peak(self.device)
+        with self.reporting_memory():
+            frames, run = self.sample_video(pipeline, prompt, seconds)
+        if not self.team.leads:
+            return None
+        record = self._record(prompt, run, seconds)
+        _write(path, frames, self.config.output.fps, record)
+        return record
+
+    def sample_video(
+        self,
+        pipeline: Any,
+        prompt: str,
+        seconds: dict[str, float],
+        *,
+        bar: tqdm | None = None,
+        observer: Observer | None = None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say.
+
+        Adds its stages to `seconds`, without the time that the observer of the attention takes. `bar` counts
+        the steps of several videos; errors are those of `make_video`, memory shortage as it is raised.
+        """
+        team = self.team
+        whole = whole_tokens(self.config.model.family, team)
+        options = attention_options(self.config) | {"parallel": team.sequence, "agree": team.agree_on_video}
+        options["observe"] = observer and observer.see
+        with (
+            apply_radial_attention(pipeline, **options) as handle,
+            shared_guidance(pipeline, self.config.model.family, team),
+            shared_decoding(pipeline, team),
+            cached(pipeline, **cache_options(self.config), gather=whole) as cache,
+        ):
+            clock = Clock(synchronizer(self.device))
+            hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
+            try:
+                with reported_choices(), shown_steps(self.config.generation.steps, bar) as shown:
+                    step_done = self._step_watcher(clock, shown, handle, observer)
+                    frames = self._call(pipeline, prompt, step_done)
+            finally:
+                hook.remove()
+            seconds |= clock.seconds | {"decode": clock.lap()}
+            run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
+            return to_bytes(frames) if team.leads else frames, run
+
+    def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
+        seed = self.config.generation.seed
+        try:
+            options = {"callback_on_step_end": step_done, **self.inputs.arguments}
+            return sample(pipeline, self.config, [prompt], [seed], **options)[0]
+        except (UsageError, GenerationError):
+            raise
+        except CheckError as error:
+            raise GenerationError(f"{error}; no video written") from error
+        except Exception as error:  # of whatever kind, it must not lose the other prompts of a file
+            if is_out_of_memory(error):
+                raise
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> Exception:
+        """A backend is to blame only where its op raised."""
+        attention = self.config.attention
+        named = attention.dense_backend not in ("auto", "native")
+        if named and raised_in(error, DISPATCH):
+            return UsageError(f"attention.dense_backend: got {attention.dense_backend!r}: {one_line(error)}")
+        if raised_in(error, *OP):
+            return UsageError(f"attention.backend: got {attention.backend!r}: {one_line(error)}")
+        return GenerationError(f"the pipeline failed with {type(error).__name__}: {one_line(error)}")
+
+    def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any, observer: Observer | None) -> Callable:
+        """The pipeline's callback: clock, progress bar, a stop at the first latents that are not finite."""
+
+        def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
+            if observer is not None:
+                clock.leave_out(observer.take_seconds())
+            clock.step_done()
+            pattern = step_pattern(self.config, step)
+            if not torch.isfinite(tensors["latents"]).all():
+                calls = handle.report()["calls"]
+                backends = ", ".join(name for name in calls if name != "dense" and pattern != "dense")
+                raise GenerationError(
+                    f"non-finite latents after step {step + 1} of {self.config.generation.steps} "
+                    f"(pattern {pattern}, backend {backends or 'dense'}, {self.config.model.dtype}); "
+                    "no video written"
+                )
+            bar.set_postfix_str(pattern, refresh=False)
+            bar.update()
+            if step + 1 == bar.total:
+                bar.close()
+            return {}
+
+        return step_done
+
+    def _record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        grid = token_grid(self.config, self.model)
+        return {
+            "prompt": prompt,
+            "seed": self.config.generation.seed,
+            "config": resolved(self.config, prompt),
+            "processes": vars(self.team.degrees),
+            "loras": self.loras_in,
+            "inputs": self.inputs.files,
+            "tokens": grid.tokens,
+            "density": run["attention"]["density"],
+            "mask": asdict(solved_config(self.config, self.model)),
+            **run,
+            "dense_steps": dense_steps(self.config),
+            "seconds": seconds,
+            "peak_memory": peak_memory(self.device),
+            "predicted_memory": vars(memory(self.config, self.model, self.device)),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+        }
+
+    @contextmanager
+    def reporting_memory(self) -> Iterator[None]:
+        """Turns every kind of memory shortage into one line that says what would fit."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            free = room(self.device)
+            budget = min(SHRINK * memory(self.config, self.model, self.device).total, free)
+            raise GenerationError(shortage(self.config, self.model, self.device, free, budget)) from error
+
+
+def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> np.ndarray:
+    """A batch of videos, with whatever attention the pipeline has: float `[B, T, H, W, 3]` of 0 .. 1.
+
+    The noise is drawn on the CPU, one seed a prompt, so that it depends neither on device nor batch.
+    The options go to the pipeline; `output_type="latent"` gives latents `[B, C, frames, height, width]`.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipeline(**batch(config, prompts, generators), **(settings(config) | options)).frames
+
+
+class LineHandler(logging.Handler):
+    """Log records as lines on stdout, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stdout)
+
+
+@contextmanager
+def reported_choices() -> Iterator[None]:
+    """Prints what is chosen where `auto` is, and what a check finds."""
+    logger, handler = logging.getLogger("radial_attn"), LineHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def shown_steps(steps: int, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
+    """A progress bar of one video, or the one that there is, which stays open."""
+    own = tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True) if bar is None else None
+    return nullcontext(bar) if own is None else own
+
+
+def to_bytes(frames: np.ndarray) -> np.ndarray:
+    """`[T, H, W, 3]` of 0 .. 1 as uint8; GenerationError where the decoder gave non-finite values."""
+    if not np.isfinite(frames).all():
+        raise GenerationError("non-finite values in the decoded frames (VAE, float32); no video written")
+    return (frames * 255).round().astype(np.uint8)
+
+
+def _write(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
+    try:
+        write_pair(path, frames, fps, record)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        raise (DiskFullError if full else UsageError)(
+            f"output.path: cannot write {str(path)!r} ({reason}); allowed: a folder with room for the video"
+        ) from error
+
+
+def quiet_libraries() -> None:
+    """No warnings and loading bars of diffusers and transformers between our own lines."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

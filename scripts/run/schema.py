@@ -1,0 +1,243 @@
+"""A configuration's schema of dataclasses: its keys, what they take, and reading it.
+
+Precedence, lowest first: the defaults of the dataclasses, the YAML file, `key=value` on the command line.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scripts.run.errors import UsageError, nearest_key, one_line
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {
+    int: "whole number",
+    int | None: "whole number",
+    float: "number",
+    float | None: "number",
+    int | str: "positive whole number or 'block'",
+}
+ZERO = "0"  # as `share`: a share that may be none
+NUMBERS = (float, float | None, int | float | str)
+
+
+def key(
+    default: Any,
+    help: str,
+    choices: tuple = (),
+    low: float | None = None,
+    *,
+    words: tuple[str, ...] = (),
+    share: str | None = None,
+) -> Any:
+    """A configuration key: default, one-line meaning, allowed values or smallest allowed number.
+
+    `words`: texts that a key of numbers takes as they are. `share`: what it takes beside a number above 0 up
+    to 1, in words.
+    """
+    meta = {"help": help, "choices": choices, "low": low, "words": words, "share": share, "parse": None}
+    return field(default=default, metadata=meta)
+
+
+def listing(help: str, form: str, parse: Callable[[Any], list]) -> dict[str, Any]:
+    """The metadata of a key that holds a list: what it takes in words; `parse` makes its entries of that."""
+    return {
+        "help": help,
+        "choices": (),
+        "low": None,
+        "words": (),
+        "share": None,
+        "parse": parse,
+        "form": form,
+    }
+
+
+def find_path(name: str) -> Path:
+    """`name` from the current directory, or from the repository root where it is not found there."""
+    path = Path(name).expanduser()
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A dataclass of groups, each a dataclass of keys made by `key` and `listing`.
+
+    Attributes:
+        root: the dataclass.
+        presets: pattern of the YAML files that come with the project, from its root.
+    """
+
+    root: type
+    presets: str = "configs/*.yaml"
+
+    def keys(self) -> dict[str, Any]:
+        """Dotted key -> dataclass field, in order."""
+        groups = ((group.name, group.default_factory) for group in fields(self.root))
+        return {f"{name}.{entry.name}": entry for name, group in groups for entry in fields(group)}
+
+    def read(self, config_file: str, overrides: Sequence[str]) -> Any:
+        """The resolved configuration, an instance of `root`.
+
+        Args:
+            config_file: YAML file, relative to the current directory or the repository root.
+            overrides: `group.key=value` strings; text is taken as it stands, but `null` is none where it may
+                be.
+
+        Raises:
+            UsageError: file missing or unreadable, unknown key, value of the wrong type.
+        """
+        config = OmegaConf.structured(self.root)
+        self._update(config, self._read_yaml(config_file), source=config_file)
+        self._update(config, self._read_overrides(overrides), source="command line")
+        try:
+            return OmegaConf.to_object(config)
+        except OmegaConfBaseException as error:
+            raise UsageError(f"{config_file}: {one_line(error)}") from error
+
+    def allowed(self, name: str) -> str:
+        """What a key takes, in words."""
+        entry = self.keys()[name]
+        meta = entry.metadata
+        if meta["choices"]:
+            return ", ".join(shown(choice) for choice in meta["choices"])
+        if meta["parse"]:
+            return meta["form"]
+        if meta["share"] == ZERO:
+            return "a number from 0 to 1"
+        if meta["share"]:
+            return f"{meta['share']}, or a number above 0 up to 1"
+        text, low = KINDS.get(entry.type, "text"), meta["low"]
+        above = "above" if entry.type in (float, float | None) and low == 0 else "of at least"
+        text = text if low is None else f"{text} {above} {low:g}"
+        return f"{text}, or null" if entry.type in (float | None, int | None) else text
+
+    def check(self, config: Any) -> None:
+        """Raises UsageError for a value outside its choices, its share or below its smallest."""
+        for name, entry in self.keys().items():
+            group, own = name.split(".")
+            value = getattr(getattr(config, group), own)
+            if isinstance(value, str) and not _is_unicode(value):
+                raise UsageError(f"{name}: got {value!r}, allowed: text that UTF-8 can hold")
+            if not _fits(value, entry):
+                raise UsageError(f"{name}: got {value!r}, allowed: {self.allowed(name)}")
+
+    def help_lines(self) -> list[str]:
+        """A line for each key: default, meaning, what is allowed."""
+        lines = ["keys (default; what it means; what is allowed):"]
+        for name, entry in self.keys().items():
+            detail = f"{entry.metadata['help']} [{self.allowed(name)}]"
+            default = (
+                shown(entry.default) if entry.default is not MISSING else _listed(entry.default_factory())
+            )
+            lines.append(f"  {f'{name}={default}':<45} {detail}")
+        return lines
+
+    def preset_lines(self) -> list[str]:
+        """A line for each file that comes with the project: name and what to expect of it."""
+        lines = []
+        for preset in sorted(ROOT.glob(self.presets)):
+            expectation = preset.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            lines.append(f"  {preset.relative_to(ROOT).as_posix():<30} {expectation}")
+        return lines
+
+    def _read_yaml(self, config_file: str) -> dict[str, dict]:
+        path = find_path(config_file)
+        if not path.is_file():
+            names = ", ".join(
+                preset.relative_to(ROOT).as_posix() for preset in sorted(ROOT.glob(self.presets))
+            )
+            raise UsageError(f"config file {config_file!r} not found; bundled ones: {names}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"config file {config_file!r} cannot be read as YAML: {reason}") from error
+        content = content if isinstance(content, dict) else {str(content): None}
+        for group, values in content.items():
+            if not isinstance(values, dict):
+                groups = ", ".join(group.name for group in fields(self.root))
+                nearest = nearest_key(str(group), self.keys())
+                raise UsageError(
+                    f"config file {config_file!r}: {group!r} is no group with keys; allowed: {groups}; "
+                    f"did you mean {nearest!r}?"
+                )
+        return content
+
+    def _read_overrides(self, overrides: Sequence[str]) -> dict[str, dict]:
+        content: dict[str, dict] = {}
+        for override in overrides:
+            name, _, value = override.partition("=")
+            group, _, own = name.partition(".")
+            content.setdefault(group, {})[own] = self._parse_value(name, value)
+        return content
+
+    def _parse_value(self, name: str, value: str) -> Any:
+        """The value by its key's type: text as it stands (no YAML, no interpolation), numbers in decimal."""
+        entry = self.keys().get(name)
+        kind, meta = (str, {}) if entry is None else (entry.type, entry.metadata)
+        if kind in (str | None, float | None, int | None) and value == "null":
+            return None
+        if meta.get("parse"):
+            return value
+        if kind in (str, str | None) or value in meta.get("words", ()):
+            return value.replace("${", "\\${")
+        try:
+            numbers = dict.fromkeys(NUMBERS, float)
+            return {bool: yaml.safe_load, **numbers}.get(kind, int)(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{name}: got {value!r}, allowed: {self.allowed(name)}") from error
+
+    def _update(self, config: DictConfig, content: dict[str, dict], source: str) -> None:
+        known = self.keys()
+        for group, values in content.items():
+            for own, value in values.items():
+                name = f"{group}.{own}" if own else str(group)
+                if name not in known:
+                    nearest = nearest_key(name, known)
+                    raise UsageError(f"unknown key {name!r} ({source}); did you mean {nearest!r}?")
+                parse = known[name].metadata["parse"]
+                try:
+                    OmegaConf.update(config, name, parse(value) if parse else value)
+                except OmegaConfBaseException as error:
+                    raise UsageError(f"{name}: got {value!r}, allowed: {self.allowed(name)}") from error
+
+
+def _fits(value: Any, entry: Any) -> bool:
+    meta = entry.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        return False
+    if meta["share"] and value not in (None, *meta["words"]):
+        return isinstance(value, int | float) and (0 < value <= 1 or (meta["share"] == ZERO and value == 0))
+    return meta["low"] is None or value is None or _in_range(value, entry.type, meta["low"])
+
+
+def _in_range(value: float, kind: type, low: float) -> bool:
+    """At least `low`; above it for a float whose limit is 0."""
+    above = low == 0 and kind in (float, float | None)
+    return math.isfinite(value) and (value > low if above else value >= low)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the lone surrogates that stand for bytes which are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or "''"
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ",".join(values) or "[]"

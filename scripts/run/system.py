@@ -1,0 +1,182 @@
+"""What a run's JSON says about program, machine and time."""
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from radial_attn import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "imageio-ffmpeg")
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # limit, use, and the entry of memory.stat that can be dropped: version 2, version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+class Clock:
+    """Seconds of each stage of one video and of each denoising step.
+
+    Text encoding ends at the transformer's first call, denoising at the last step, decoding when the pipeline
+    returns.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
+        self._mark = time.perf_counter()
+        self.steps: list[float] = []
+        self.seconds: dict[str, float] = {}
+
+    def first_call(self, *_: Any) -> None:
+        """Forward pre-hook of the transformer: closes the text stage once."""
+        if "encode_text" not in self.seconds:
+            self.seconds["encode_text"] = self.lap()
+
+    def step_done(self) -> None:
+        self.steps.append(self.lap())
+        self.seconds["denoise"] = round(sum(self.steps), 4)
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes time that was spent on something else out of the current lap."""
+        self._mark += seconds
+
+    def lap(self) -> float:
+        """Seconds since the last mark."""
+        self._synchronize()
+        before, self._mark = self._mark, time.perf_counter()
+        return round(self._mark - before, 4)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the block's seconds to `seconds` as `stage`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(time.perf_counter() - start, 4)
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """Waits for the device's work, so that a lap means what it says."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def versions() -> dict[str, str]:
+    """Versions of this project, of Python and of the packages that a video depends on."""
+    return {
+        "radial-attention": __version__,
+        "python": platform.python_version(),
+        **installed(PACKAGES),
+        "torch": torch.__version__,
+    }
+
+
+def pairs(*groups: Mapping[str, Any]) -> str:
+    """`name value` of all entries, in one line."""
+    return ", ".join(f"{name} {value}" for group in groups for name, value in group.items())
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Version of each package, or 'absent'."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Names and sizes of processor and, where the run is on one, of the GPU."""
+    import psutil
+
+    about = {
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        about |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}
+    return about
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """Highest resident memory of the process so far (bytes), and of the GPU since its last reset."""
+    peak = {"host_bytes": _host_peak()}
+    if device == "cuda":
+        peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _host_peak() -> int:
+    """VmHWM of /proc, which begins anew with a program; else ru_maxrss, which a child inherits."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as stream:
+            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak(device: str) -> None:
+    """Starts the GPU's peak anew; the host's cannot be."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def room(device: str) -> int:
+    """Bytes that a run of this process may take in all: what is free and what the process holds already."""
+    return available_memory(device) + own_memory(device)
+
+
+def available_memory(device: str) -> int:
+    """Bytes still free: of the GPU, or of the host within the limits of its control group."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return max(0, min([psutil.virtual_memory().available, *cgroup_free(CGROUPS)]))
+
+
+def own_memory(device: str) -> int:
+    """Bytes that this process holds: reserved by torch on the GPU, or host memory that no file backs."""
+    if device == "cuda":
+        return torch.cuda.memory_reserved()
+    import psutil
+
+    held = psutil.Process().memory_info()
+    return held.rss - held.shared
+
+
+def cgroup_free(root: Path) -> list[int]:
+    """What the memory limit of the control group at `root` leaves, where there is one."""
+    free = []
+    for limit, use, droppable in CGROUP_FILES:
+        try:
+            left = int((root / limit).read_text()) - int((root / use).read_text())
+            stat = (root / use).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no such file, or the word "max"
+            continue
+        free.append(left + sum(int(line.split()[1]) for line in stat if line.split()[0] == droppable))
+    return free

@@ -1,1 +1,0 @@
-"""The bundled models: what scripts/train_tiny.py is made of."""

@@ -1,0 +1,139 @@
+"""Whether videos show what their captions ask for, and how long their steps take."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from radial_attn.models import apply_radial_attention
+from tqdm import tqdm
+
+from scripts.run.config import Config
+from scripts.run.files import write_text
+from scripts.run.inputs import NEED_IMAGE
+from scripts.run.plan import attention_options, dense_steps
+from scripts.run.sampler import sample
+from scripts.run.system import synchronizer
+from scripts.toyworld import random_scene, read, render
+from scripts.toyworld.render import Attributes
+
+TIMED_RUNS, TIMED_STEPS = 3, 4
+
+
+@contextmanager
+def attention(pipeline: Any, config: Config) -> Iterator[Any]:
+    """The pipeline with the attention of `config`; gives the handle."""
+    with apply_radial_attention(pipeline, **attention_options(config)) as handle:
+        yield handle
+
+
+def with_pattern(config: Config, pattern: str) -> Config:
+    """The same run with another attention pattern."""
+    return replace(config, attention=replace(config.attention, pattern=pattern))
+
+
+def readings(
+    pipeline: Any,
+    config: Config,
+    captions: list[Attributes],
+    batch: int,
+    file: Path,
+    *,
+    judge: Callable[[np.ndarray, Attributes], dict[str, Any]] | None = None,
+) -> list[dict]:
+    """What is seen in the video of each caption; those in `file` already are not made again.
+
+    `judge` makes the line of the record from frames `[T, H, W, 3]` of 0 .. 1 and the caption's attributes;
+    without one it is `reading`.
+    """
+    judge = judge or reading
+    done = json.loads(file.read_text()) if file.exists() else []
+    seen = {entry["caption"] for entry in done}
+    missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
+    name = f"{config.attention.pattern} {config.generation.num_frames} frames"
+    batch = 1 if config.model.family in NEED_IMAGE else batch
+    with attention(pipeline, config), tqdm(total=len(captions), initial=len(done), desc=name) as bar:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            seeds = [config.generation.seed + i for i, _ in part]
+            given = first_frame(config, part[0][1], seeds[0])
+            videos = sample(pipeline, config, [a.caption for _, a in part], seeds, **given)
+            done += [judge(video, a) for video, (_, a) in zip(videos, part, strict=True)]
+            write_text(file, json.dumps(done))
+            bar.update(len(part))
+    return done
+
+
+def first_frame(config: Config, attributes: Attributes, seed: int) -> dict[str, Any]:
+    """The image that image to video starts from: that of a random scene; nothing for other families."""
+    if config.model.family not in NEED_IMAGE:
+        return {}
+    sizes, scene = config.generation, random_scene(attributes, torch.Generator().manual_seed(seed))
+    frame = render(scene, 1, sizes.height, sizes.width)[0]
+    return {"image": Image.fromarray((frame * 255).round().byte().numpy())}
+
+
+def reading(video: Any, attributes: Attributes) -> dict[str, Any]:
+    """One line of the record: the caption and which attributes are right."""
+    return {"caption": attributes.caption, **read(torch.from_numpy(video)).matches(attributes)}
+
+
+def whole_run_seconds(runs: Mapping[str, tuple[Any, Config]], attributes: Attributes) -> dict[str, float]:
+    """Mean seconds of a step of each whole run, by name: its dense steps and the others are timed apart."""
+    timed: dict[tuple[str, bool], tuple[Any, Config]] = {}
+    for name, (pipeline, config) in runs.items():
+        timed[name, False] = pipeline, without_warm_up(config)
+        if dense_steps(config) and config.attention.pattern != "dense":
+            timed[name, True] = pipeline, with_pattern(config, "dense")
+    found = seconds_in_turn(timed, attributes)
+    return {
+        name: mean_step(config, found.get((name, True), found[name, False]), found[name, False])
+        for name, (_, config) in runs.items()
+    }
+
+
+def without_warm_up(config: Config) -> Config:
+    """The same run without steps whose attention is dense in every layer."""
+    return replace(config, attention=replace(config.attention, dense_steps=0, dense_last_steps=0))
+
+
+def mean_step(config: Config, dense: float, sparse: float) -> float:
+    """Mean seconds of a step of a whole run, from those of a dense step and of one that is not."""
+    steps, count = config.generation.steps, len(dense_steps(config))
+    return (count * dense + (steps - count) * sparse) / steps
+
+
+def seconds_in_turn(runs: Mapping[Any, tuple[Any, Config]], attributes: Attributes) -> dict[Any, float]:
+    """Median seconds of a denoising step of one video of each run, by name, the runs taking turns.
+
+    Of the first steps: a run with dense steps among them is to be timed as two (`whole_run_seconds`).
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(TIMED_RUNS):
+        for name, (pipeline, config) in runs.items():
+            marks: list[float] = []
+            short = replace(config, generation=replace(config.generation, steps=TIMED_STEPS))
+            with attention(pipeline, short):
+                given = first_frame(config, attributes, 0) | {"callback_on_step_end": stopwatch(marks)}
+                sample(pipeline, short, [attributes.caption], [0], output_type="latent", **given)
+            seconds[name] += [after - before for before, after in pairwise(marks)]
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def stopwatch(marks: list[float]) -> Any:
+    """A pipeline callback that notes the time at the end of every step."""
+
+    def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        synchronizer(pipeline.device.type)()
+        marks.append(time.perf_counter())
+        return {}
+
+    return step_done

@@ -1,0 +1,1 @@
+"""Trainers of the bundled models, a file each."""
