@@ -21,6 +21,7 @@ LONG = (
     "length_study",
     "train_lora_runs",
     "evaluate",
+    "golden",
 )
 
 
