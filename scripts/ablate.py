@@ -16,8 +16,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from radial_attn.models.runtime.output_check import CheckError
 
+from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.ablation_attention import looked_at, of_run
 from scripts.evaluation.ablation_measure import (
     DENSE,

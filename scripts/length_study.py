@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from radial_attn.models.runtime.output_check import CheckError
 
 from radial_attn import radial_mask
+from radial_attn.models.runtime.output_check import CheckError
 from scripts.length.report import write
 from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.training.adapter import add_adapter
-from radial_attn.models.training.flow import predict_velocity
 from torch import Tensor
 
 from radial_attn import radial_mask
 from radial_attn.masks.draw import save_figure
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.training.adapter import add_adapter
+from radial_attn.models.training.flow import predict_velocity
 from scripts.benchmarks.timing import medians_in_turn
 from scripts.length.layers import MODELS, Layers, Setting, layers_report
 from scripts.lora.config import SCHEMA as TRAINING

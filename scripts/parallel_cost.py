@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from radial_attn.models.parallel.groups import Degrees
-
 from radial_attn import radial_mask
+from radial_attn.models.parallel.groups import Degrees
 from scripts.benchmarks.report import table
 from scripts.run import plan
 from scripts.run.config import Config, read_config

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.caches import cached
-
 from scripts.run.process_groups import Team, shared_guidance, whole_tokens
 from tests.families import SPARSE
 from tests.tiny import wan_pipeline

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from radial_attn.models.runtime import dense_backend as dense
 
 from radial_attn import TokenGrid, radial_mask
+from radial_attn.models.runtime import dense_backend as dense
 from scripts.run.process_groups import Team
 from tests.families import SPARSE
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
+from torch._dynamo.testing import CompileCounter
+
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.efficiency import compile_blocks
-from torch._dynamo.testing import CompileCounter
-
 from tests.families import SPARSE
 from tests.tiny import wan_inputs, wan_transformer
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLWan
-from radial_attn.models.parallel.decoding import ParallelDecode
 
+from radial_attn.models.parallel.decoding import ParallelDecode
 from tests.tiny import CHANNELS, wan_vae
 from tests.tiny_hunyuan import hunyuan_vae
 from tests.tiny_ltx import ltx_vae

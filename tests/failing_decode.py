@@ -3,8 +3,8 @@
 import sys
 
 import torch
-from radial_attn.models.parallel.decoding import ParallelDecode, Tile
 
+from radial_attn.models.parallel.decoding import ParallelDecode, Tile
 from scripts.generate import main
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from radial_attn.models import ltx, mochi, wan_vace
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.models import ltx, mochi, wan_vace
 from tests.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.tiny_wan import vace_inputs, vace_transformer

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.config import ROOT
+from scripts.run.config import ROOT
 from tests.lora_cases import make_latents, write_config
 from tests.tiny import wan_pipeline
 
@@ -40,20 +40,20 @@ LEVELS = 2  # of 255, by which a pixel may differ on another processor
 ROUNDED, MEAN_LEVELS = ("wan_tiny_quantized",), 0.5  # int8 rounding amplifies: there the mean may differ
 KEPT = 5  # frames of a video that a picture shows
 
-COMMANDS = {  # the name in the golden files -> the module that runs
+COMMANDS = {  # the name in the golden files -> the module that runs, and a subcommand
     "generate": "scripts.generate",
     "launch": "scripts.launch",
     "train_lora": "scripts.train_lora",
     "prepare_latents": "scripts.prepare_latents",
-    "evaluate": "scripts.evaluation.evaluate",
-    "ablate": "scripts.evaluation.ablate",
-    "analyse_attention": "scripts.evaluation.analyse",
-    "cost": "scripts.evaluation.cost",
-    "report": "scripts.evaluation.report",
+    "evaluate": "scripts.evaluate",
+    "ablate": "scripts.ablate",
+    "analyse_attention": "scripts.analyse_attention",
+    "cost": "scripts.cost",
+    "report": "scripts.report",
     "benchmark": "scripts.benchmark",
     "benchmark_gpu": "scripts.benchmark_gpu",
-    "benchmark_mask": "scripts.benchmark_mask",
-    "quantization_error": "scripts.quantization_error",
+    "benchmark_mask": "scripts.benchmarks.mask",
+    "quantization_error": "scripts.benchmarks.quantization_error",
     "parallel_cost": "scripts.parallel_cost",
     "prompt_accuracy": "scripts.prompt_accuracy",
     "length_study": "scripts.length_study",
@@ -64,9 +64,9 @@ COMMANDS = {  # the name in the golden files -> the module that runs
     "tune_triton": "scripts.tune_triton",
     "kernel_report": "scripts.kernel_report",
     "check_upstream": "scripts.check_upstream",
-    "backends": "radial_attn.attention",
-    "draw": "radial_attn.mask",
-    "density": "radial_attn.density",
+    "backends": "radial_attn backends",
+    "draw": "radial_attn draw",
+    "density": "radial_attn density",
 }
 NO_HELP = ("launch",)  # hands it to processes that it starts
 
@@ -119,14 +119,14 @@ def pinned(folder: Path) -> Iterator[pytest.MonkeyPatch]:
 
 def call(folder: Path, command: str, *words: str, **environment: str) -> Said:
     """Runs a command in this process and in `folder`, on the machine that `pinned` pretends."""
-    module = COMMANDS[command]
+    module, *first = COMMANDS[command].split()
     with contextlib.redirect_stderr(io.StringIO()):  # libraries speak while they are imported
         import_module(module)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pinned(folder) as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         for name, value in environment.items():
             patch.setenv(name, value)
-        patch.setattr(sys, "argv", [command, *words])
+        patch.setattr(sys, "argv", [command, *first, *words])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
             try:

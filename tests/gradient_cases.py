@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 from peft import LoraConfig
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.parallel.ulysses import SequenceParallel
 from torch import Tensor
 
 from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.ulysses import SequenceParallel
 from tests.families import SPARSE
 from tests.tiny import wan_inputs, wan_transformer
 from tests.tiny_hunyuan import hunyuan_inputs, hunyuan_transformer

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
-from radial_attn.models.pipeline.load import load_pipeline
-from radial_attn.models.training.flow import encode_text
 from safetensors.torch import load_file
 
+from radial_attn.models.pipeline.load import load_pipeline
+from radial_attn.models.training.flow import encode_text
 from scripts.lora.latent_shards import LatentShards
 from scripts.lora.latents import fingerprint, text_key
 from scripts.run.config import ROOT

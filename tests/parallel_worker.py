@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from diffusers import MochiPipeline
+
+from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 from radial_attn.models.parallel.guidance import GuidanceParallel
 from radial_attn.models.parallel.ring import RingParallel, share_sequence
 from radial_attn.models.parallel.ulysses import SequenceParallel
-
-from radial_attn import RadialConfig
 from tests.families import SPARSE
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.tiny_hunyuan import hunyuan15_inputs, hunyuan15_transformer, hunyuan_inputs, hunyuan_transformer

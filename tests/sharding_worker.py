@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from radial_attn.models.apply import apply_radial_attention, family_of
-from radial_attn.models.parallel.fsdp import shared_weights
-from radial_attn.models.training.adapter import add_adapter
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from radial_attn.models.apply import apply_radial_attention, family_of
+from radial_attn.models.parallel.fsdp import shared_weights
+from radial_attn.models.training.adapter import add_adapter
 from tests.families import SPARSE
 from tests.tiny import wan_inputs, wan_transformer
 from tests.tiny_hunyuan import hunyuan_inputs, hunyuan_transformer

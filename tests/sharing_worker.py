@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 
 

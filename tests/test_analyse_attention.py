@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from radial_attn.models import apply_radial_attention
 
 from radial_attn import radial_mask
 from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import recall, sample_rows
+from radial_attn.models import apply_radial_attention
 from scripts.analyse_attention import main, parse, prepare
 from scripts.evaluation import attention_report as analyse_report
 from scripts.evaluation import attention_run as analyse_run

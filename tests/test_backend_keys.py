@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from radial_attn.models.runtime.output_check import MOST_ERROR
 
+from radial_attn.models.runtime.output_check import MOST_ERROR
 from scripts.generate import main
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError

@@ -1,8 +1,8 @@
 """The bundled LoRA for four times the length: small, loads by its preset, denoises longer videos better."""
 
 import torch
-from radial_attn.models.training.flow import encode_text, encode_video, predict_velocity, stack_text
 
+from radial_attn.models.training.flow import encode_text, encode_video, predict_velocity, stack_text
 from scripts.run.config import ROOT, read_config
 from scripts.run.hub_models import read_model_info
 from scripts.run.sampler import Job

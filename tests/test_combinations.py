@@ -12,6 +12,9 @@ from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.pipeline.caches import CACHES, cached, read_ratios
 from radial_attn.models.pipeline.efficiency import (
@@ -20,9 +23,6 @@ from radial_attn.models.pipeline.efficiency import (
     quantization_config,
     store_in_fp8,
 )
-from torch._dynamo.testing import CompileCounter
-
-from radial_attn import RadialConfig
 from scripts.generate import main
 from scripts.run.config import ROOT, read_config
 from scripts.run.errors import UsageError

@@ -4,14 +4,14 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from radial_attn.models.pipeline.load import FAMILIES
-from radial_attn.models.pipeline.rope_scaling import METHODS
-from radial_attn.models.runtime.output_check import CHECKS
 
 from radial_attn import RadialConfig
 from radial_attn.block_mask import BLOCK_SIZES
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
+from radial_attn.models.pipeline.load import FAMILIES
+from radial_attn.models.pipeline.rope_scaling import METHODS
+from radial_attn.models.runtime.output_check import CHECKS
 from scripts.run.config import ROOT, AttentionConfig, help_text, keys, read_config
 from scripts.run.errors import UsageError, multiples_around, nearest_key, one_line
 from scripts.run.plan import attention_options, radial_config

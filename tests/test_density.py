@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from radial_attn.models import apply_radial_attention
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.__main__ import main
@@ -22,6 +21,7 @@ from radial_attn.masks.density import (
 )
 from radial_attn.masks.density_curve import changes, curve_lines, density_curve
 from radial_attn.masks.draw import draw_mask
+from radial_attn.models import apply_radial_attention
 from tests.tiny import wan_inputs, wan_transformer
 
 WAN = RadialConfig(0.2, neighbour="half")

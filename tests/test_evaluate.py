@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from radial_attn.models import apply_radial_attention
 
 from radial_attn import radial_mask
 from radial_attn.analysis.recall import kept_by, recall, sample_rows
+from radial_attn.models import apply_radial_attention
 from scripts.evaluate import examined, main
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of

@@ -9,7 +9,7 @@ import imageio
 import numpy as np
 import pytest
 
-from scripts.config import ROOT
+from scripts.run.config import ROOT
 from tests import golden
 
 BAD = golden.table("bad_input.txt")

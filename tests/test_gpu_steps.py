@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from radial_attn.models.apply import TRANSFORMERS
 
+from radial_attn.models.apply import TRANSFORMERS
 from scripts.benchmarks.cases import CASES, STEPS, Task, shrink
 from scripts.benchmarks.steps import StepBench
 

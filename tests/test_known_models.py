@@ -4,9 +4,9 @@ import diffusers
 import pytest
 import torch
 import transformers
-from radial_attn.models import apply_radial_attention
 
 from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
 from scripts.run.hub_models import HUB_MODELS, HUNYUAN_CONFIG

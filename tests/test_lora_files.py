@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
 from radial_attn.models.lora.keys import match_keys, original_name, split_key
 from radial_attn.models.lora.load import Lora, load_loras
-
 from tests.tiny import wan_transformer
 from tests.tiny_lora import changed, original_names, product, random_pairs, run, spell, write
 

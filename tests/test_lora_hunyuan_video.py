@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+
 from radial_attn.models.lora.keys import match_keys
 from radial_attn.models.lora.load import Lora, load_loras
 from radial_attn.models.lora.names_hunyuan_video import NAMES
-
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
 from scripts.run.loras import find_loras

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
+
 from radial_attn.models.lora.keys import match_keys
 from radial_attn.models.lora.load import Lora, load_loras
 from radial_attn.models.lora.names_mochi import LAST_BLOCK, NAMES
-
 from tests.tiny_lora import add_fused, fused_pairs, write
 from tests.tiny_mochi import mochi_inputs, mochi_transformer
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from radial_attn.models.lora.load import EXPERTS, MODES, UNMATCHED
 
+from radial_attn.models.lora.load import EXPERTS, MODES, UNMATCHED
 from scripts.generate import main
 from scripts.run import lora_options
 from scripts.run.command_line import FULL_PRESET, TINY_PRESET, Command, choose_config, parse, schedule_of

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.schedule import Schedule, StepCounter
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.schedule import Schedule, StepCounter
 from tests.machine import AUTO
 from tests.tiny import wan_inputs, wan_pipeline
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.output_check import CheckError
 
 from radial_attn import radial_mask
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.output_check import CheckError
 from tests.failing import fail, one_nan
 from tests.families import DENSE, FAMILIES, FULL, SPARSE, masked_upstream, run
 from tests.machine import AUTO

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig
-from radial_attn.models import apply_radial_attention
 from torch._dynamo.testing import CompileCounter
 
+from radial_attn.models import apply_radial_attention
 from tests.families import FAMILIES, FULL, SPARSE, Family, run
 from tests.test_models_training import assert_same_gradients
 

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.output_check import CheckError, resolve_check
 from torch._dynamo.testing import CompileCounter
 
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.output_check import CheckError, resolve_check
 from tests.failing import fail, one_nan, twice
 from tests.machine import AUTO, automatic
 from tests.test_models_context import generate

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from radial_attn.models import apply_radial_attention, hunyuan_video
-from radial_attn.models.runtime import dense_backend as dense
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.models import apply_radial_attention, hunyuan_video
+from radial_attn.models.runtime import dense_backend as dense
 from tests.machine import AUTO
 from tests.tiny_hunyuan import FAMILIES, SHAPE, TEXT, Family, hunyuan_inputs, hunyuan_transformer
 

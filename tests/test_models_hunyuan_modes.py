@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.output_check import CheckError
 from torch._dynamo.testing import CompileCounter
 
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.output_check import CheckError
 from tests.failing import fail, one_nan, twice
 from tests.machine import AUTO
 from tests.test_models_hunyuan import FULL, SPARSE, assert_near, families, run

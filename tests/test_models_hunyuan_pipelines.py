@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
 from PIL import Image
-from radial_attn.models import apply_radial_attention
 
+from radial_attn.models import apply_radial_attention
 from tests.machine import AUTO
 from tests.test_models_hunyuan import DENSE, FULL, SPARSE, assert_near
 from tests.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.lora.load import Lora, load_loras
 
 from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.lora.load import Lora, load_loras
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.tiny_lora import FORMATS, changed, product, random_distilled, random_pairs, run, spell, write
 

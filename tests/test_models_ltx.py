@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import LTXPipeline
-from radial_attn.models import apply_radial_attention
 
+from radial_attn.models import apply_radial_attention
 from tests.families import SPARSE, run
 from tests.machine import AUTO
 from tests.tiny_ltx import ltx_inputs, ltx_pipeline, ltx_transformer

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import MochiPipeline
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.schedule import StepCounter
 
 from radial_attn import TokenGrid
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.schedule import StepCounter
 from tests.families import DENSE, FULL, SPARSE, masked_upstream, run
 from tests.machine import AUTO
 from tests.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
-from radial_attn.models.pipeline.load import check_model, flow_scheduler, load_pipeline
 
+from radial_attn.models.pipeline.load import check_model, flow_scheduler, load_pipeline
 from tests.tiny import wan_pipeline
 
 

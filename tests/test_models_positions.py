@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+
+from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.pipeline.rope_scaling import (
     METHODS,
@@ -13,8 +15,6 @@ from radial_attn.models.pipeline.rope_scaling import (
     rescale,
     temporal_frequencies,
 )
-
-from radial_attn import RadialConfig
 from tests.families import run
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.tiny_hunyuan import hunyuan15_inputs, hunyuan15_transformer, hunyuan_inputs, hunyuan_transformer

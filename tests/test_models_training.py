@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig
-from radial_attn.models import apply_radial_attention
 from torch._dynamo.testing import CompileCounter
 
 from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
 from tests.machine import AUTO
 from tests.tiny import wan_inputs, wan_transformer
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from radial_attn.models import apply_radial_attention
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.models import apply_radial_attention
 from tests.machine import AUTO
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 

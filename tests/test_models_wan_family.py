@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.output_check import CheckError
-
 from tests.failing import fail, one_nan
 from tests.families import FULL, SPARSE, run
 from tests.machine import AUTO

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from radial_attn.models import apply_radial_attention
 
 from radial_attn import BlockMask, RadialConfig, radial_attention, radial_mask
+from radial_attn.models import apply_radial_attention
 from tests.attention_cases import GRIDS, make_inputs, make_mask, run
 from tests.test_models_wan import GRID, SPARSE, masked_upstream
 from tests.test_models_wan import run as run_model

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from radial_attn.models import apply_radial_attention
 
+from radial_attn.models import apply_radial_attention
 from tests.families import SPARSE
 from tests.processes import run_ranks
 from tests.tiny import wan_inputs, wan_transformer

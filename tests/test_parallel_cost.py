@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from radial_attn.models.parallel.groups import Degrees
 
 from radial_attn import radial_mask
+from radial_attn.models.parallel.groups import Degrees
 from scripts.generate import main as generate
 from scripts.parallel_cost import main
 from scripts.run import plan

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text, encode_video
-
 from scripts.lora import latent_shards
 from scripts.lora import prepare as prepare_latents
 from scripts.lora.latent_shards import locked

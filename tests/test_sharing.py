@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from radial_attn.models.parallel.decoding import share
 from radial_attn.models.parallel.groups import Degrees
-
 from scripts.run.config import ROOT, read_config
 from scripts.run.memory import decoded_tiles
 from scripts.run.model_info import ModelInfo

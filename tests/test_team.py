@@ -14,8 +14,8 @@ import imageio
 import numpy as np
 import psutil
 import pytest
-from radial_attn.models.parallel.groups import Degrees
 
+from radial_attn.models.parallel.groups import Degrees
 from scripts.generate import main
 from scripts.launch import count
 from scripts.run.config import ROOT, Config, read_config

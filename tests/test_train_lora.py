@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from diffusers import WanPipeline
+
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.lora.load import Lora, load_loras
 from radial_attn.models.training.flow import predict_velocity, stack_text
-
 from scripts.generate import main as generate
 from scripts.lora import step
 from scripts.lora.config import SCHEMA

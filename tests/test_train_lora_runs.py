@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
-from radial_attn.models.lora.files import read_header
 
+from radial_attn.models.lora.files import read_header
 from scripts.lora import state as lora_state
 from scripts.lora import train as train_lora
 from scripts.lora import validation as lora_validation

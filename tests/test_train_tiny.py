@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from radial_attn.models.hunyuan_video import attention_layers
 from torch import nn
 
+from radial_attn.models.hunyuan_video import attention_layers
 from scripts.toyworld import Attributes, all_attributes, parse_caption
 from scripts.toyworld.train.loop import Stage, build_optimizers, learning_rate
 from scripts.toyworld.train.options import FAMILIES, Options, draw_mosaic, draw_video, generator, run

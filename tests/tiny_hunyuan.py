@@ -14,7 +14,6 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
-from radial_attn.models import hunyuan_video, hunyuan_video15
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -27,6 +26,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+
+from radial_attn.models import hunyuan_video, hunyuan_video15
 
 CHANNELS = 4
 TEXT = 11  # tokens

@@ -66,7 +66,8 @@ def target_names(transformer: torch.nn.Module, targets: Sequence[str]) -> list[s
                 if name.startswith(f"{places[0]}.") and isinstance(module, torch.nn.Linear)
             )
             raise ValueError(
-                f"lora.targets: got {target!r}, allowed in {type(transformer).__name__}: {', '.join(layers)}"
+                f"targets must be layers of the self-attention of {type(transformer).__name__}, which has "
+                f"{', '.join(layers)}; got {target!r}"
             )
     return [f"{place}.{target}" for place in places for target in targets if f"{place}.{target}" in known]
 

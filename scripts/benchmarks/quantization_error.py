@@ -88,7 +88,6 @@ def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
     """Query, key, value and mask of every layer at one step of the bundled model's preset."""
     from radial_attn.models import apply_radial_attention
     from radial_attn.models.runtime import context
-
     from scripts.run.config import read_config
     from scripts.run.hub_models import read_model_info
     from scripts.run.sampler import Job, sample

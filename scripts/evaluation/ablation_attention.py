@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.observe import Seen
 from tqdm import tqdm
 
 from radial_attn.analysis.recall import Kept, kept_by, sample_rows
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.observe import Seen
 from scripts.evaluation.ablation_measure import Setup
 from scripts.evaluation.ablation_runs import Run, mask_of
 from scripts.evaluation.files import write_json

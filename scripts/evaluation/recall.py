@@ -8,11 +8,11 @@ from statistics import mean
 from typing import Any
 
 import torch
-from radial_attn.models.runtime.observe import Seen
 from torch import Tensor
 
 from radial_attn import RadialConfig, radial_mask
 from radial_attn.analysis.recall import kept_by, sample_rows
+from radial_attn.models.runtime.observe import Seen
 
 Levels = list[list[list[float]]]  # [step][layer][head]
 DIGITS = 6

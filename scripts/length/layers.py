@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from radial_attn.models.training.adapter import add_adapter
-from radial_attn.models.training.flow import predict_velocity
 from torch import Tensor
 
 from radial_attn import TokenGrid, radial_attention
 from radial_attn.attention import choose_backend
 from radial_attn.kernels.contract import Call
+from radial_attn.models.training.adapter import add_adapter
+from radial_attn.models.training.flow import predict_velocity
 from scripts.benchmarks.cases import CASES, HUNYUAN_BLOCKS, WAN_BLOCKS
 from scripts.benchmarks.timing import medians_in_turn
 from scripts.run.system import hardware, pairs, versions

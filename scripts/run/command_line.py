@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 from os.path import isfile
+from pathlib import Path
 
 from scripts.run.config import CALL, read_config
 from scripts.run.errors import UsageError
 
-FULL_PRESET, TINY_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
+FULL_PRESET, SMALL_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan2.1_t2v_1.3b.yaml"
+TINY_PRESET = "configs/wan_tiny.yaml"
+SAVING = ("model.offload=group", "model.quantization=fp8", "model.vae_tiling=always")
 OF_A_MODEL = ("model.path=", "model.family=", "model.loras=")
 MARGIN = 1.05  # of free memory over the predicted peak
-NO_DENSE = ("attention.dense_steps=0", "attention.dense_layers=0", "attention.dense_last_steps=0")
 # What the bundled model takes over from a preset that has none of its own; its LoRA would not fit.
 SCHEDULE = (
     "generation.steps",
@@ -74,9 +76,9 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     full, bundled = command.preset or FULL_PRESET, command.bundled or TINY_PRESET
     for preset in (full, bundled):
         read_config(preset, [])
-    config_file, reason = choose_preset(command.overrides, full, bundled)
-    if config_file == full or command.preset is None:
-        return config_file, command.overrides, reason
+    config_file, overrides, reason = choose_preset(command.overrides, full, bundled)
+    if config_file != bundled or command.preset is None:
+        return config_file, overrides, reason
     _check_stand_in(command)
     if command.bundled is not None:
         return config_file, command.overrides, f"{reason}; stands in for {command.preset}"
@@ -108,48 +110,47 @@ def schedule_of(preset: str) -> list[str]:
 
 def choose_preset(
     overrides: list[str], full: str = FULL_PRESET, bundled: str = TINY_PRESET
-) -> tuple[str, str]:
-    """(preset, why): `full` where GPU and host have room for it, else `bundled`.
+) -> tuple[str, list[str], str]:
+    """(preset, overrides, why): the first step of a ladder that GPU and host have room for.
+
+    The steps are `full` as it is; `full` with group offload, fp8 weights and a tiled VAE; for Wan 14B, the
+    1.3B model; the bundled model.
 
     Raises:
-        UsageError: where there is a GPU, an override that no preset takes.
+        UsageError: if there is a GPU, an override that no preset takes.
     """
     import torch
 
     if [word for word in overrides if word.startswith("model.device=")][-1:] == ["model.device=cpu"]:
-        return bundled, "model.device=cpu"
+        return bundled, overrides, "model.device=cpu"
     if not torch.cuda.is_available():
-        return bundled, "no CUDA device here"
+        return bundled, overrides, "no CUDA device here"
+    from scripts.run.memory import gib
+    from scripts.run.plan import memory_needs
     from scripts.run.system import room
 
-    gpu, host = needed(overrides, full)
-    name = torch.cuda.get_device_name()
-    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)}, full, bundled)
+    gpu, free, host = torch.cuda.get_device_name(), room("cuda"), room("cpu")
+    needs = []
+    for preset, more, title in ladder(full, overrides):
+        need, host_need = (MARGIN * need for need in memory_needs(read_config(preset, [*more, *overrides])))
+        if need <= free and host_need <= host:
+            why = f"; {'; '.join(needs)}" if needs else ""
+            return preset, [*more, *overrides], f"{title} needs {gib(need)} of {gib(free)} on {gpu}{why}"
+        short = (
+            f"{gib(need)} of {gib(free)} on the GPU" if need > free else f"{gib(host_need)} of host memory"
+        )
+        needs.append(f"{title} would need {short}")
+    return bundled, overrides, f"{gpu} has {gib(free)} free; {'; '.join(needs)}"
 
 
-def needed(overrides: list[str], full: str = FULL_PRESET) -> tuple[float, float]:
-    """Bytes of GPU and host that `full` with these overrides needs, with a margin.
-
-    Dense steps and layers take no memory; whether they suit the preset is known when it is chosen.
-    """
-    from scripts.run.hub_models import read_model_info
-    from scripts.run.plan import host_bytes, memory
-    from scripts.run.validate import check_sizes, check_values, resolve_model
-
-    config = read_config(full, [*overrides, *NO_DENSE])
-    check_values(config)
-    model = read_model_info(resolve_model(config))
-    check_sizes(config, model)
-    return MARGIN * memory(config, model, "cuda").total, MARGIN * host_bytes(config, model)
-
-
-def pick(
-    memories: dict[str, tuple[float, float]], full: str = FULL_PRESET, bundled: str = TINY_PRESET
-) -> tuple[str, str]:
-    """(preset, why) from the bytes that are free and those that `full` needs, of each memory."""
-    from scripts.run.plan import gib
-
-    enough = all(free >= need for free, need in memories.values())
-    texts = [f"{name} has {gib(free)} free of {gib(need)}" for name, (free, need) in memories.items()]
-    size = "the 14B preset" if full == FULL_PRESET else full
-    return (full if enough else bundled), f"{', '.join(texts)} that {size} needs"
+def ladder(full: str, overrides: list[str]) -> list[tuple[str, list[str], str]]:
+    """(preset, further overrides, title) of each step; keys that the user gives stay the user's."""
+    title = "Wan 14B" if full == FULL_PRESET else Path(full).stem
+    given = {word.partition("=")[0] for word in overrides}
+    saving = [word for word in SAVING if word.partition("=")[0] not in given]
+    steps = [(full, [], title)]
+    if saving and read_config(full, []).model.quantization == "none":
+        steps.append((full, saving, f"{title} with {' '.join(saving)}"))
+    if full == FULL_PRESET:
+        steps.append((SMALL_PRESET, [], "Wan 1.3B"))
+    return steps
