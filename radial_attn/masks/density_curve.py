@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..grid import TokenGrid
-from .density import decay_factors, decimation_widths, density_of, estimate, neighbours, solve_density
+from .density import decay_factors, decimation_widths, estimate, neighbours, solve_density
+from .make import radial_mask
 from .radial import RadialConfig
 
 KNOBS = ("decay_factor", "neighbour", "decimation_width", "sink")
@@ -49,7 +50,7 @@ def density_curve(grid: TokenGrid, config: RadialConfig) -> list[tuple[float, Ra
     every = replace(whole, decimation_width=decimation_widths(grid, start, denser=True)[-1])
     curve: dict[float, RadialConfig] = {}
     for point in (least, *rising, filled, whole, every, narrow, thin, replace(thin, sink=False)):
-        curve.setdefault(density_of(grid, point), point)
+        curve.setdefault(radial_mask.__wrapped__(grid, point).density, point)  # not cached
     return sorted(curve.items(), key=lambda entry: entry[0])
 
 
@@ -77,5 +78,5 @@ def target_table(grid: TokenGrid, config: RadialConfig, targets: Sequence[float]
             lines.append(f"| {target:g} | {error} |" + " |" * len(KNOBS))
             continue
         options = " | ".join(shown(getattr(solved, name)) for name in KNOBS)
-        lines.append(f"| {target:g} | {density_of(grid, solved):.4f} | {options} |")
+        lines.append(f"| {target:g} | {radial_mask.__wrapped__(grid, solved).density:.4f} | {options} |")
     return "\n".join(lines)
