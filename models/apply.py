@@ -1,5 +1,6 @@
 """Radial attention for the transformers of diffusers: applied to one instance, taken back without a trace."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -25,13 +26,14 @@ TRANSFORMERS = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
 }
+HANDLE = "_radial_attention"  # attribute of a transformer: the handle of what is applied to it
 
 
 def apply_radial_attention(
     model: Any,
     config: RadialConfig,
     *,
-    dense_steps: int = 0,
+    dense_steps: int | float = 0,
     dense_layers: int = 0,
     dense_last_steps: int = 0,
     backend: str = "auto",
@@ -46,8 +48,9 @@ def apply_radial_attention(
     """Routes the self-attention of a transformer, or of those of a pipeline, through `radial_attention`.
 
     Layers `0 .. dense_layers - 1` stay dense at every step, steps `0 .. dense_steps - 1` and the last
-    `dense_last_steps` in every layer; a control layer of Wan-VACE counts as the layer that it feeds. The mask
-    follows the size of the latents at each call. `backend` and `quantize` are those of `radial_attention`.
+    `dense_last_steps` in every layer; a control layer of Wan-VACE counts as the layer that it feeds. A float
+    as `dense_steps` is a share of the steps of each run. The mask follows the size of the latents at each
+    call. `backend` and `quantize` are those of `radial_attention`.
 
     Dense is upstream's own processor, and `set_attention_backend` governs it. Where that was not used,
     `dense_backend="auto"` takes on CUDA the fastest of a few that it times once on the shape of the run;
@@ -90,7 +93,7 @@ def apply_radial_attention(
     dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
     pipeline = None if isinstance(model, torch.nn.Module) else model
-    transformers = _transformers(model)
+    transformers = transformers_of(model)
     families = [family_of(transformer) for transformer in transformers]
     reason = None if observe is None else refusal(_parts(model), parallel)
     if reason is not None:
@@ -98,7 +101,7 @@ def apply_radial_attention(
     for transformer, family in zip(transformers, families, strict=True):
         _check_layers(transformer, family, dense_layers)
     if pipeline is None:
-        schedule.is_dense(dense_steps, None)
+        schedule.is_dense(schedule.leading_steps(None), None)
     numbers = [number for number, _ in _numbering(transformers[0], families[0])]
     context = RadialContext(
         config,
@@ -126,8 +129,10 @@ class RadialAttentionHandle:
         self._context = context
         self._replaced: list[tuple[torch.nn.Module, Any, Any]] = []
         self._hooks: list[Any] = []
+        self._transformers = [weakref.ref(transformer) for transformer in transformers]
         for transformer in transformers:
             self._install(transformer, family)
+            vars(transformer)[HANDLE] = self
 
     def remove(self) -> None:
         """Puts back the very processors of before and removes the hooks; a second time does nothing."""
@@ -136,7 +141,10 @@ class RadialAttentionHandle:
             attention.processor = before
         for hook in self._hooks:
             hook.remove()
-        self._replaced, self._hooks = [], []
+        for transformer in filter(None, (reference() for reference in self._transformers)):
+            if vars(transformer).get(HANDLE) is self:
+                del vars(transformer)[HANDLE]
+        self._replaced, self._hooks, self._transformers = [], [], []
 
     def report(self) -> dict[str, Any]:
         """What ran since the application, as values that JSON can hold.
@@ -183,8 +191,8 @@ def _parts(model: Any) -> list[torch.nn.Module]:
     return [part for part in found if part is not None]
 
 
-def _transformers(model: Any) -> list[torch.nn.Module]:
-    """The parts of a model without torch.compile's wrapper."""
+def transformers_of(model: Any) -> list[torch.nn.Module]:
+    """Return the transformers of a model, without torch.compile's wrapper; ValueError if it has none."""
     found = [getattr(part, "_orig_mod", part) for part in _parts(model)]
     if not found:
         raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
@@ -212,7 +220,9 @@ def _check_layers(transformer: torch.nn.Module, family: ModuleType, dense_layers
     name, upstream = type(transformer).__name__, family.UPSTREAM_PROCESSOR
     kinds = {type(attention.processor) for attention in family.attention_layers(transformer)}
     if family.RadialProcessor in kinds:
-        raise ValueError(f"radial attention is already applied to this {name}; call remove() first")
+        raise ValueError(
+            f"radial attention is already applied to this {name}; call remove() first, or disable(model)"
+        )
     if kinds != {upstream}:
         got = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"self-attention processors of {name} must be {upstream.__name__}, got {got}")

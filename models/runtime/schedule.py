@@ -12,17 +12,24 @@ class Schedule:
     """Which denoising steps and layers are dense.
 
     Steps `0 .. dense_steps - 1` and the last `dense_last_steps` are dense in every layer, layers
-    `0 .. dense_layers - 1` at every step. `num_steps`: denoising steps of a video, where no pipeline tells.
-    Raises ValueError for a value that is no whole number from 0 on.
+    `0 .. dense_layers - 1` at every step. A float as `dense_steps` is a share of the steps of each run,
+    rounded to the nearest step. `num_steps`: denoising steps of a video, where no pipeline tells.
+    Raises ValueError for a value that is no whole number from 0 on, and for a share outside (0, 1).
     """
 
-    dense_steps: int = 0
+    dense_steps: int | float = 0
     dense_layers: int = 0
     dense_last_steps: int = 0
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "dense_steps" and isinstance(value, float):
+                if not 0 < value < 1:
+                    raise ValueError(
+                        f"dense_steps as a share of the steps must be above 0 and below 1, got {value!r}"
+                    )
+                continue
             allowed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not allowed and not (name == "num_steps" and value is None):
                 raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
@@ -30,18 +37,29 @@ class Schedule:
     def is_dense(self, step: int, planned_steps: int | None) -> bool:
         """Whether `step` (from 0) is dense in every layer.
 
-        `planned_steps`: what the scheduler says, for want of `num_steps`. Raises ValueError where neither is
-        known and the last steps are to be dense.
+        `planned_steps`: what the scheduler says, for want of `num_steps`. Raises ValueError if neither is
+        known and a share of the steps or the last steps are to be dense.
         """
-        if step < self.dense_steps or self.dense_last_steps == 0:
-            return step < self.dense_steps
+        leading = self.leading_steps(planned_steps)
+        if step < leading or self.dense_last_steps == 0:
+            return step < leading
+        return step >= self._total("dense_last_steps", planned_steps) - self.dense_last_steps
+
+    def leading_steps(self, planned_steps: int | None) -> int:
+        """Return how many steps at the start are dense; arguments and errors as in `is_dense`."""
+        if isinstance(self.dense_steps, int):
+            return self.dense_steps
+        return round(self.dense_steps * self._total("dense_steps", planned_steps))
+
+    def _total(self, option: str, planned_steps: int | None) -> int:
+        """Return the steps of a video; raise ValueError, which names the option, if they are not known."""
         total = self.num_steps or planned_steps
         if total is None:
             raise ValueError(
-                f"dense_last_steps={self.dense_last_steps} needs the number of steps: give num_steps, or a "
+                f"{option}={getattr(self, option)} needs the number of steps: give num_steps, or a "
                 f"pipeline whose scheduler.set_timesteps was called; got num_steps=None"
             )
-        return step >= total - self.dense_last_steps
+        return total
 
 
 class StepCounter:
