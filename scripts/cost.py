@@ -24,7 +24,8 @@ from scripts.evaluation.cost_tables import NAME, draw, lines
 from scripts.evaluation.files import head, publish
 from scripts.run.config import ROOT, VideoSize, read_config
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
-from scripts.run.plan import RunPlan, check_size, make_plan, radial_config, solve_mask
+from scripts.run.option_checks import check_size
+from scripts.run.plan import RunPlan, make_plan, radial_config, solve_mask
 
 PRESETS = {
     "wan_tiny": "configs/wan_tiny.yaml",

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
+
+from radial_attn import RadialConfig
 from radial_attn.models.apply import HANDLE, apply_radial_attention
 from radial_attn.models.enable import disable, enable
 from radial_attn.models.published import nearest_settings, traits_of
 from radial_attn.models.runtime.schedule import Schedule
-
-from radial_attn import RadialConfig
 from tests.families import run
 from tests.tiny import wan_inputs, wan_pipeline
 from tests.tiny_hunyuan import (

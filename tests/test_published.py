@@ -4,11 +4,11 @@ import diffusers
 import pytest
 import torch
 from omegaconf import OmegaConf
+
+from radial_attn import radial_mask
 from radial_attn.models.apply import TRANSFORMERS
 from radial_attn.models.enable import enable
 from radial_attn.models.published import CLASSES, PUBLISHED, nearest_settings, traits_of
-
-from radial_attn import radial_mask
 from tests.tiny import wan_pipeline, wan_transformer
 from tests.tiny_mochi import mochi_transformer
 

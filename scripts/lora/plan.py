@@ -23,7 +23,8 @@ from scripts.run.machine_checks import find_device
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
 from scripts.run.operations import Flops, count_flops
-from scripts.run.plan import check_frames, check_layers, check_size, radial_config, solve_mask
+from scripts.run.option_checks import check_frames, check_layers, check_size
+from scripts.run.plan import radial_config, solve_mask
 from scripts.run.processes import local_processes, processes
 from scripts.run.system import room
 

@@ -6,10 +6,12 @@ from typing import Any
 from radial_attn.dispatch import BACKENDS, kernel
 from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
-from scripts.run.config import SCHEMA, AttentionConfig, Config, ModelConfig, allowed
-from scripts.run.errors import UsageError
+from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, allowed
+from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import ONE_CALL, check_family
+from scripts.run.model_info import ModelInfo
 
+GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
 
 
@@ -138,6 +140,47 @@ def check_shared(config: Config, halves: int) -> None:
             "attention.check: got 'reference', allowed with parallel.cfg_degree=2: auto, off, nan; each "
             "process would compare one half only"
         )
+
+
+def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
+    """Raises UsageError for more dense layers than the model has."""
+    if attention.dense_layers > model.layers:
+        raise UsageError(
+            f"attention.dense_layers: got {attention.dense_layers}, allowed: 0 to {model.layers}, "
+            "the model's layers"
+        )
+
+
+def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = GENERATION_KEYS) -> None:
+    """Raises UsageError for a size that the model does not take; `keys` name frames, height and width."""
+    for axis in (1, 2):
+        factor = model.size_factor(axis)
+        if size[axis] % factor:
+            below, above = multiples_around(size[axis], factor)
+            nearest = f"{below} or {above}" if below != above else str(above)
+            raise UsageError(
+                f"{keys[axis]}: got {size[axis]}, allowed: multiples of {factor}, nearest: {nearest}"
+            )
+    check_frames(keys[0], size.frames, model)
+    if model.rope_length is None:
+        return
+    most = VideoSize(  # the rotary table ends there
+        model.rope_length * model.patch[0] * model.vae_frames - model.vae_frames + 1,
+        model.rope_length * model.patch[1] * model.vae_pixels,
+        model.rope_length * model.patch[2] * model.vae_pixels,
+    )
+    for key, value, limit in zip(keys, size, most, strict=True):
+        if value > limit:
+            raise UsageError(f"{key}: got {value}, allowed: at most {limit}, the model's last position")
+
+
+def check_frames(key: str, frames: int, model: ModelInfo) -> None:
+    """Raises UsageError for a number of frames that the VAE does not take."""
+    step = model.vae_frames
+    if frames % step != 1:
+        below, above = multiples_around(frames, step, offset=1)
+        nearest = below if frames - below <= above - frames else above
+        raise UsageError(f"{key}: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
 
 
 def efficiency_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from radial_attn.masks.patterns import COMPARED
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.runtime.schedule import Schedule
 from scripts.run.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig, VideoSize
-from scripts.run.errors import UsageError, multiples_around
+from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
@@ -28,12 +28,19 @@ from scripts.run.machine_checks import (
 from scripts.run.memory import Memory, gib, host_bytes, mask_bytes, nearest_fit, peak_memory
 from scripts.run.model_info import ModelInfo
 from scripts.run.operations import Flops, count_flops
-from scripts.run.option_checks import check_combinations, check_options, check_ring, check_shared
+from scripts.run.option_checks import (
+    check_combinations,
+    check_frames,
+    check_layers,
+    check_options,
+    check_ring,
+    check_shared,
+    check_size,
+)
 from scripts.run.parallel import RankWork, plan_degrees, planned_processes, rank_work
 from scripts.run.processes import local_processes
 from scripts.run.system import room, total_memory
 
-GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
 
 
@@ -307,47 +314,6 @@ def check_model_options(config: Config, model: ModelInfo) -> None:
             f"generation.guidance_scale: got {got:g}, allowed: 1, the model has no guidance in it"
         )
     check_layers(config.attention, model)
-
-
-def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
-    """Raises UsageError for more dense layers than the model has."""
-    if attention.dense_layers > model.layers:
-        raise UsageError(
-            f"attention.dense_layers: got {attention.dense_layers}, allowed: 0 to {model.layers}, "
-            "the model's layers"
-        )
-
-
-def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = GENERATION_KEYS) -> None:
-    """Raises UsageError for a size that the model does not take; `keys` name frames, height and width."""
-    for axis in (1, 2):
-        factor = model.size_factor(axis)
-        if size[axis] % factor:
-            below, above = multiples_around(size[axis], factor)
-            nearest = f"{below} or {above}" if below != above else str(above)
-            raise UsageError(
-                f"{keys[axis]}: got {size[axis]}, allowed: multiples of {factor}, nearest: {nearest}"
-            )
-    check_frames(keys[0], size.frames, model)
-    if model.rope_length is None:
-        return
-    most = VideoSize(  # the rotary table ends there
-        model.rope_length * model.patch[0] * model.vae_frames - model.vae_frames + 1,
-        model.rope_length * model.patch[1] * model.vae_pixels,
-        model.rope_length * model.patch[2] * model.vae_pixels,
-    )
-    for key, value, limit in zip(keys, size, most, strict=True):
-        if value > limit:
-            raise UsageError(f"{key}: got {value}, allowed: at most {limit}, the model's last position")
-
-
-def check_frames(key: str, frames: int, model: ModelInfo) -> None:
-    """Raises UsageError for a number of frames that the VAE does not take."""
-    step = model.vae_frames
-    if frames % step != 1:
-        below, above = multiples_around(frames, step, offset=1)
-        nearest = below if frames - below <= above - frames else above
-        raise UsageError(f"{key}: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
 
 
 def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
