@@ -15,7 +15,7 @@ from radial_attn.kernels.contract import QUANTIZE
 from .runtime.context import RadialContext
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
-from .runtime.output_check import Guard, resolve_check
+from .runtime.output_check import OutputCheck, resolve_check
 from .runtime.schedule import Schedule
 
 TRANSFORMERS = {
@@ -89,7 +89,7 @@ def apply_radial_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
-    guard = Guard(resolve_check(check, quantize, backend, dense_backend))
+    output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
     dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
     pipeline = None if isinstance(model, torch.nn.Module) else model
@@ -108,7 +108,7 @@ def apply_radial_attention(
         schedule=schedule,
         backend=backend,
         quantize=quantize,
-        guard=guard,
+        output_check=output_check,
         dense=dense,
         family=families[0],
         layers=len(numbers),
@@ -168,7 +168,9 @@ class RadialAttentionHandle:
         layers = zip(family.attention_layers(transformer), _numbering(transformer, family), strict=True)
         for place, (attention, (number, name)) in enumerate(layers):
             before, always_dense = attention.processor, number < context.schedule.dense_layers
-            ours = family.RadialProcessor(always_dense, context.guard.watch(transformer, always_dense, name))
+            ours = family.RadialProcessor(
+                always_dense, context.output_check.add_layer(transformer, always_dense, name)
+            )
             vars(ours).update(vars(before))
             context.dense.install(ours)
             if context.observer is not None:
@@ -176,10 +178,10 @@ class RadialAttentionHandle:
             attention.processor = ours
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
-        self._hooks.append(transformer.rope.register_forward_hook(context.carry))
+        self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
-        if context.guard.check != "off":
+        if context.output_check.check != "off":
             self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import Watch
+from .runtime.output_check import LayerCheck
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -45,9 +45,9 @@ def text_mask(arguments: dict[str, Any]) -> Tensor:
 class JointProcessor:
     """Joint attention by `radial_attention`; by the next class where the layer or the call is dense."""
 
-    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
         super().__init__()
-        self.dense, self.watch = dense, watch
+        self.dense, self.layer_check = dense, layer_check
 
     def __call__(
         self,
@@ -59,15 +59,15 @@ class JointProcessor:
     ) -> tuple[Tensor, Tensor]:
         """Video `[B, N, C]` and text `[B, T, C]` in and out.
 
-        `image_rotary_emb`: cos and sin `[N, D]`, and the ways of the layers, whose text lengths say what
+        `image_rotary_emb`: cos and sin `[N, D]`, and the calls of the layers, whose text lengths say what
         `attention_mask` says.
         """
-        *rotary, radial_way, dense_way = image_rotary_emb
-        way = dense_way if self.dense else radial_way
-        if way is None:
+        *rotary, radial_call, dense_call = image_rotary_emb
+        call = dense_call if self.dense else radial_call
+        if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, way, self).flatten(2, 3)
+        output = attend(*streams, call, self).flatten(2, 3)
         video, text = output.tensor_split([hidden_states.shape[1]], dim=1)
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))

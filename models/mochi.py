@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import Watch
+from .runtime.output_check import LayerCheck
 
 UPSTREAM_PROCESSOR = MochiAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -44,9 +44,9 @@ class RadialProcessor(MochiAttnProcessor2_0):
     Upstream takes the padding out by value, which breaks the graph of a compiled block; this does not.
     """
 
-    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
         super().__init__()
-        self.dense, self.watch = dense, watch
+        self.dense, self.layer_check = dense, layer_check
 
     def __call__(
         self,
@@ -56,13 +56,13 @@ class RadialProcessor(MochiAttnProcessor2_0):
         attention_mask: torch.Tensor,
         image_rotary_emb: tuple | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, S, C]` and `[B, T, C]` in and out; `image_rotary_emb`: cos and sin `[S, H, D/2]`, the ways."""
-        *rotary, radial_way, dense_way = image_rotary_emb
-        way = dense_way if self.dense else radial_way
-        if way is None:
+        """`[B, S, C]` and `[B, T, C]` in and out; `image_rotary_emb`: `[S, H, D/2]` and two calls."""
+        *rotary, radial_call, dense_call = image_rotary_emb
+        call = dense_call if self.dense else radial_call
+        if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, way, self).flatten(2, 3)
+        output = attend(*streams, call, self).flatten(2, 3)
         video, text = output.tensor_split((hidden_states.shape[1],), dim=1)
         video = attn.to_out[1](attn.to_out[0](video))
         return video, text if attn.context_pre_only else attn.to_add_out(text)

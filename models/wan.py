@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import Watch
+from .runtime.output_check import LayerCheck
 
 UPSTREAM_PROCESSOR = WanAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
@@ -37,9 +37,9 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
 class RadialProcessor(WanAttnProcessor):
     """Self-attention by `radial_attention`; by upstream where the layer or the call is dense."""
 
-    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
         super().__init__()
-        self.dense, self.watch = dense, watch
+        self.dense, self.layer_check = dense, layer_check
 
     def __call__(
         self,
@@ -49,10 +49,10 @@ class RadialProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """`[B, S, C]` in and out; `rotary_emb`: cos and sin `[1, S, 1, D]`, and the ways of the layers."""
-        *rotary, radial_way, dense_way = rotary_emb
-        way = dense_way if self.dense else radial_way
-        if way is None:
+        """`[B, S, C]` in and out; `rotary_emb`: cos and sin `[1, S, 1, D]`, and two `AttentionCall`s."""
+        *rotary, radial_call, dense_call = rotary_emb
+        call = dense_call if self.dense else radial_call
+        if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         if attention_mask is not None:
             raise ValueError(f"radial attention takes no attention_mask, got {tuple(attention_mask.shape)}")
@@ -61,5 +61,5 @@ class RadialProcessor(WanAttnProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in normed)
         tables = [table[0, :, 0] for table in rotary]
         query, key = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key))
-        output = attend(query, key, value, way, self).flatten(2, 3)
+        output = attend(query, key, value, call, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

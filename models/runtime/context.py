@@ -26,11 +26,11 @@ from radial_attn.kernels.contract import Call
 from ..parallel.groups import ring_refusal
 from .dense_backend import DenseBackend
 from .observe import Observer
-from .output_check import Guard
+from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 
 
-class Way(NamedTuple):
+class AttentionCall(NamedTuple):
     """How the layers of a call attend where not by upstream.
 
     `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
@@ -50,32 +50,32 @@ class Way(NamedTuple):
     observe: Callable[..., None] | None = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
-    """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
-    if way.observe is not None:
-        way.observe(processor, query, key, value)
-    of_all = partial(_attend, way=way, processor=processor)
-    if way.parallel is None:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
+    """Attention of a layer that upstream does not serve, noted by its check; `[B, S, H, D]`."""
+    if call.observe is not None:
+        call.observe(processor, query, key, value)
+    of_all = partial(_attend, call=call, processor=processor)
+    if call.parallel is None:
         return of_all(query, key, value)
-    return way.parallel.exchange(query, key, value, way.mask.grid, of_all)
+    return call.parallel.exchange(query, key, value, call.mask.grid, of_all)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
-    if way.parallel is not None and way.parallel.ring is not None:
-        output = way.parallel.ring.attend(
-            query, key, value, way.mask, backend=way.backend, text_lengths=way.text_lengths
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
+    if call.parallel is not None and call.parallel.ring is not None:
+        output = call.parallel.ring.attend(
+            query, key, value, call.mask, backend=call.backend, text_lengths=call.text_lengths
         )
-        if processor.watch is not None and way.backend != "dense" and output.numel():
-            processor.watch.note((query, key, value), output, None, None)
+        if processor.layer_check is not None and call.backend != "dense" and output.numel():
+            processor.layer_check.note((query, key, value), output, None, None)
         return output
-    if way.backend == "dense":
+    if call.backend == "dense":
         named = getattr(processor, "_attention_backend", None)
-        return dispatch_attention_fn(query, key, value, attn_mask=way.valid, backend=named)
-    options = {"text_lengths": way.text_lengths, "backend": way.backend, "quantize": way.quantize}
-    output = radial_attention(query, key, value, way.mask, **options)
-    if processor.watch is not None:
-        compared = way.mask if way.compare else None
-        processor.watch.note((query, key, value), output, compared, way.text_lengths)
+        return dispatch_attention_fn(query, key, value, attn_mask=call.valid, backend=named)
+    options = {"text_lengths": call.text_lengths, "backend": call.backend, "quantize": call.quantize}
+    output = radial_attention(query, key, value, call.mask, **options)
+    if processor.layer_check is not None:
+        compared = call.mask if call.compare else None
+        processor.layer_check.note((query, key, value), output, compared, call.text_lengths)
     return output
 
 
@@ -123,7 +123,7 @@ class RadialContext:
         schedule: Schedule,
         backend: str,
         quantize: str | None,
-        guard: Guard,
+        output_check: OutputCheck,
         dense: DenseBackend,
         family: ModuleType,
         layers: int,
@@ -133,13 +133,13 @@ class RadialContext:
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
-        self.guard, self.dense, self.parallel, self.observer = guard, dense, parallel, observer
+        self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
-        reason = ring_refusal(quantize, guard.check, dense.name) if self._in_ring else None
+        reason = ring_refusal(quantize, output_check.check, dense.name) if self._in_ring else None
         if reason is not None:
             raise ValueError(reason)
-        self._radial_way: Way | None = None
-        self._dense_way: Way | None = None
+        self._radial_call: AttentionCall | None = None
+        self._dense_call: AttentionCall | None = None
         self._dtype = torch.float32
         self._family, self._layers, self._always_dense = family, layers, always_dense
         self._text = TextLengths(family)
@@ -150,7 +150,7 @@ class RadialContext:
 
     @torch.compiler.disable
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a transformer: chooses the ways of its layers; None is upstream's."""
+        """Forward pre-hook of a transformer: chooses the calls of its layers; None is upstream's."""
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
@@ -161,36 +161,36 @@ class RadialContext:
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
         mask = None if dense else radial_mask(grid, self.config)
-        compare = self.guard.begin(transformer, mask, latents.device)
-        self._dense_way = None
+        compare = self.output_check.begin(transformer, mask, latents.device)
+        self._dense_call = None
         if dense or self.schedule.dense_layers:
-            self._dense_way = self._choose_dense(transformer, latents, grid, lengths)
-        self._radial_way = self._dense_way
+            self._dense_call = self._choose_dense(transformer, latents, grid, lengths)
+        self._radial_call = self._dense_call
         if mask is not None:
             backend = self._choose(latents, transformer.config.attention_head_dim, mask)
-            self._radial_way = Way(mask, backend, self.quantize, compare, lengths, self.parallel)
+            self._radial_call = AttentionCall(mask, backend, self.quantize, compare, lengths, self.parallel)
         if self.observer is not None:
             note = self.observer.of_call(step, radial_mask(grid, self.config), lengths)
-            ways = self._radial_way, self._dense_way
-            self._radial_way, self._dense_way = (way and way._replace(observe=note) for way in ways)
-        self._count(grid, None if dense else self._radial_way.backend)
+            calls = self._radial_call, self._dense_call
+            self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
+        self._count(grid, None if dense else self._radial_call.backend)
 
-    def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
-        """Forward hook of the rotary embedding: adds the ways of radial and of always dense layers."""
+    def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
+        """Forward hook of the rotary embedding: adds the calls of radial and of always dense layers."""
         if self.parallel is not None:
             rotary = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in rotary)
-        return (*rotary, self._radial_way, self._dense_way)
+        return (*rotary, self._radial_call, self._dense_call)
 
     @torch.compiler.disable
     def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of a transformer: CheckError where a layer's output is not what it should be."""
-        ways = self._radial_way, self._dense_way
-        if not any(ways):
+        calls = self._radial_call, self._dense_call
+        if not any(calls):
             return
         planned = self.schedule.num_steps or self._counter.planned_steps
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
-        backends = tuple("dense" if way is None else way.backend for way in ways)
-        self.guard.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
+        backends = tuple("dense" if call is None else call.backend for call in calls)
+        self.output_check.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
 
     def report(self) -> dict[str, Any]:
         """The counts; RadialAttentionHandle.report says what they are."""
@@ -212,7 +212,7 @@ class RadialContext:
             "calls": {name: count for name, count in self._calls.items() if count},
             "quantize": self.quantize,
             "dense_backend": self.dense.report(),
-            "check": self.guard.report(),
+            "check": self.output_check.report(),
         }
 
     def _choose(self, latents: torch.Tensor, width: int, mask: BlockMask) -> str:
@@ -226,12 +226,12 @@ class RadialContext:
 
     def _choose_dense(
         self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid, lengths: Tensor | None
-    ) -> Way | None:
+    ) -> AttentionCall | None:
         """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
         if self.dense.name == "sage" or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
             backend = "dense" if self._in_ring else "sage"
-            return Way(mask, backend, text_lengths=lengths, parallel=self.parallel)
+            return AttentionCall(mask, backend, text_lengths=lengths, parallel=self.parallel)
         settings = transformer.config
         heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
         shape = len(latents), grid.tokens, heads, settings.attention_head_dim
@@ -241,7 +241,7 @@ class RadialContext:
         if self.parallel is None and self.observer is None:
             return None
         valid = _valid(grid, lengths, latents.device)
-        return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
+        return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
 
     def _count(self, grid: TokenGrid, backend: str | None) -> None:
         """Counts the attention calls that follow; here, since a compiled block cannot count."""

@@ -1,4 +1,4 @@
-"""A watch over attention outputs: a run stops at one that is not finite, or far from the definition.
+"""Checks attention outputs: a run stops at one that is not finite, or far from the definition.
 
 Every layer notes on the device what its output is like, and nobody waits for it; after each call of a
 transformer the notes of all its layers are read at once. Notes are tensors that a compiled block writes in
@@ -41,7 +41,7 @@ def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
     return "nan" if quantize is not None or "sage" in backends else "off"
 
 
-class Watch:
+class LayerCheck:
     """What one layer notes: `bad`, bool `[]`, an output was not finite; `error`, float32 `[2]`.
 
     `layer`: its name; `dense`: whether it is dense at every step.
@@ -102,29 +102,29 @@ def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(2, dtype=torch.float32)
 
 
-class Guard:
-    """The watches of all transformers of one application; `check`: "off", "nan" or "reference"."""
+class OutputCheck:
+    """Holds the layer checks of all transformers of one application; `check`: "off", "nan" or "reference"."""
 
     def __init__(self, check: str) -> None:
         self.check = check
-        self._watches: dict[torch.nn.Module, list[Watch]] = {}
+        self._layers: dict[torch.nn.Module, list[LayerCheck]] = {}
         self._compared: set[tuple[torch.nn.Module, TokenGrid]] = set()
         self._comparing = False
         self._errors: list[tuple[str, OutputError]] = []
 
-    def watch(self, transformer: torch.nn.Module, dense: bool, layer: str) -> Watch | None:
-        """The watch of the transformer's next layer by order of execution, None where nothing is checked."""
+    def add_layer(self, transformer: torch.nn.Module, dense: bool, layer: str) -> LayerCheck | None:
+        """Adds the check of the next layer, in the order in which they run; None if nothing is checked."""
         if self.check == "off":
             return None
-        watches = self._watches.setdefault(transformer, [])
-        watches.append(Watch(layer, dense))
-        return watches[-1]
+        layers = self._layers.setdefault(transformer, [])
+        layers.append(LayerCheck(layer, dense))
+        return layers[-1]
 
     def begin(self, transformer: torch.nn.Module, mask: BlockMask | None, device: torch.device) -> bool:
         """Whether a call on `device` is compared: the first with a mask of the transformer and grid."""
-        for watch in self._watches.get(transformer, []):
-            if watch.bad.device != device:
-                watch.move_to(device)
+        for layer_check in self._layers.get(transformer, []):
+            if layer_check.bad.device != device:
+                layer_check.move_to(device)
         self._comparing = self.check == "reference" and mask is not None
         if self._comparing:
             call = transformer, mask.grid
@@ -142,16 +142,16 @@ class Guard:
         Raises:
             CheckError: an output was not finite, or the error of one is above `MOST_ERROR`.
         """
-        watches = self._watches[transformer]
-        bad = torch.stack([watch.bad for watch in watches]).tolist()
+        layers = self._layers[transformer]
+        bad = torch.stack([layer_check.bad for layer_check in layers]).tolist()
         if any(bad):
-            watch = watches[bad.index(True)]
-            for each in watches:
+            layer_check = layers[bad.index(True)]
+            for each in layers:
                 each.bad.zero_()
-            name, backend = self._name(transformer, watch), backends[watch.dense]
+            name, backend = self._name(transformer, layer_check), backends[layer_check.dense]
             raise CheckError(f"non-finite attention output in {name} at {moment}, backend {backend}")
         if self._comparing:
-            sparse = [watch for watch in watches if not watch.dense]
+            sparse = [layer_check for layer_check in layers if not layer_check.dense]
             self._compare(transformer, sparse, backends[0], moment)
 
     def report(self) -> dict[str, object]:
@@ -162,10 +162,12 @@ class Guard:
         worst = {"where": name, "relative_l2": error.relative_l2, "cosine": error.cosine}
         return {"mode": self.check, "compared": len(self._errors), "worst": worst}
 
-    def _compare(self, transformer: torch.nn.Module, watches: list[Watch], backend: str, moment: str) -> None:
+    def _compare(
+        self, transformer: torch.nn.Module, layers: list[LayerCheck], backend: str, moment: str
+    ) -> None:
         found = []
-        for watch, values in zip(watches, torch.stack([w.error for w in watches]).tolist(), strict=True):
-            found.append((self._name(transformer, watch), OutputError(*values)))
+        for layer_check, values in zip(layers, torch.stack([w.error for w in layers]).tolist(), strict=True):
+            found.append((self._name(transformer, layer_check), OutputError(*values)))
             text = "check %s: %s against reference: %s"
             logging.getLogger("radial_attn").info(text, found[-1][0], backend, found[-1][1])
         self._errors += found
@@ -176,7 +178,7 @@ class Guard:
                     f"the reference, allowed: relative L2 {MOST_ERROR}"
                 )
 
-    def _name(self, transformer: torch.nn.Module, watch: Watch) -> str:
+    def _name(self, transformer: torch.nn.Module, layer_check: LayerCheck) -> str:
         """Of two transformers the second is named."""
-        number = list(self._watches).index(transformer)
-        return watch.layer + (f" of transformer_{number + 1}" if number else "")
+        number = list(self._layers).index(transformer)
+        return layer_check.layer + (f" of transformer_{number + 1}" if number else "")
