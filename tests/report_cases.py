@@ -1,207 +1,125 @@
-"""Small runs of every kind for tests of the report page, in the JSON forms of the evaluation commands."""
+"""Small runs of every kind for tests of the report page, in the JSON that the commands save."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from scripts.run.outputs import encode
-from scripts.toyworld import parse_caption, random_scene, render
 
 FRAMES, SIZE, FPS = 12, 64, 8
 GRID = [9, 8, 8, 0]
-MASK = {"decay_factor": 0.5, "block_size": 16, "sink": True, "neighbour": "full", "decimation_width": 64}
-PROMPTS = ("a red circle moving around on a navy background", '</script><b>bold</b> & "quoted" {{style}}')
-MEANS = {
-    "radial": {"psnr": 27.31234, "ssim": 0.88612, "lpips": None, "recall": 0.97321, "mse": 3.871e-05},
-    "sparse": {"psnr": 23.05, "ssim": 0.8044, "lpips": None, "recall": 0.9125, "mse": 1.2e-4},
-}
+MASK = {"pattern": "radial", "decay_factor": 0.5, "block_size": 16}
+PROMPTS = ("a red circle on a navy background", "</script><b title='x'>bold</b> & \"quoted\" {{ 7 * 7 }}")
 HEAD = {
-    "command": "bash scripts/evaluate.sh configs/wan_tiny.yaml",
+    "command": "bash scripts/some.sh <config>",
     "made": "2026-11-21",
-    "hardware": {"device": "cpu", "cpu": "some processor", "cores": 2, "memory_bytes": 24 * 2**30},
-    "versions": {"radial-attention": "0.1.0", "torch": "2.13.0"},
-    "config": {"attention": {"decay_factor": 0.5}, "generation": {"steps": 20}},
+    "hardware": {"device": "cpu", "cores": 2},
+    "versions": {"torch": "2.13.0"},
+    "config": {
+        "model": {"path": "assets/wan-tiny", "cache": "none"},
+        "attention": {"pattern": "radial"},
+        "generation": {"steps": 20, "num_frames": FRAMES, "height": SIZE, "width": SIZE},
+    },
 }
 
 
-def toy_video(seed: int, noise: float = 0.0, frames: int = FRAMES) -> np.ndarray:
-    """A toyworld video, uint8 `[T, H, W, 3]`."""
-    generator = torch.Generator().manual_seed(seed)
-    video = render(random_scene(parse_caption(PROMPTS[0]), generator), frames, SIZE, SIZE)
-    video += noise * torch.randn(video.shape, generator=generator)
-    return (video.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+def noise(seed: int, count: int = FRAMES, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    """Frames of moving noise, uint8 `[T, H, W, 3]`."""
+    block = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    picture = np.tile(block, (height // 8 + 1, width // 8 + 1, 1))[:height, :width]
+    return np.stack([np.roll(picture, number, 0) for number in range(count)])
 
 
-def write(folder: Path, kind: str, content: dict) -> Path:
+def save(folder: Path, name: str, content: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{kind}.json"
-    file.write_text(json.dumps({"kind": kind, **HEAD, **content}), encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
 def evaluation(folder: Path) -> Path:
-    """Two prompts, dense and two radial settings, recall and error at two steps of 3 layers and 4 heads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    videos = []
-    for seed, prompt in enumerate(PROMPTS):
-        files = {}
-        for name, noise in (("dense", 0.0), ("radial", 0.03), ("sparse", 0.1)):
-            files[name] = f"{seed}_{name}.mp4"
-            encode(folder / files[name], toy_video(seed, noise), FPS)
-        metrics = {
-            name: {key: values[key] for key in ("psnr", "ssim", "lpips")} for name, values in MEANS.items()
-        }
-        videos.append({"prompt": prompt, "seed": seed, "files": files, "metrics": metrics})
+    """Two prompts with dense and one radial setting; the videos of the second prompt are equal."""
+    numbers = {"attention_flops": 3e9, "seconds_step": 0.1452, "seconds_video": None}
     settings = [
-        setting("dense", "dense"),
-        setting("radial", "radial"),
-        setting("sparse", "radial", decay_factor=0.2),
+        {"name": name, "words": [f"attention.pattern={name}"], "grid": GRID, "mask": MASK | {"pattern": name}}
+        | {"density": density, "density_with_warmup": density, **numbers}
+        for name, density in (("dense", 1.0), ("radial", 0.5725))
     ]
-    levels = {
-        step: [[round(0.8 + 0.01 * (step + 3 * layer + head), 4) for head in range(4)] for layer in range(3)]
-        for step in (1, 10)
-    }
-    errors = [[[value / 1e4 for value in layer] for layer in levels[step]] for step in levels]
-    attention = {"steps": [1, 10], "recall": list(levels.values()), "mse": errors}
-    return write(
-        folder,
-        "evaluation",
-        {
-            "reference": "dense",
-            "settings": settings,
-            "videos": videos,
-            "attention": {"radial": attention, "sparse": attention},
-            "means": MEANS,
-            "scores": {"radial": {"VBench": {"imaging quality": 0.617, "aesthetic quality": None}}},
-        },
-    )
-
-
-def setting(name: str, pattern: str, **options: float) -> dict:
-    return {
-        "name": name,
-        "words": [f"attention.pattern={pattern}"],
-        "grid": GRID,
-        "density": 1.0 if pattern == "dense" else 0.5725,
-        "density_with_warmup": 1.0 if pattern == "dense" else 0.6,
-        "attention_flops": 3.06e9,
-        "seconds_step": 0.1452,
-        "seconds_video": None,
-        "mask": {**MASK, "pattern": pattern, "density": None, **options},
-    }
+    metrics = ({"psnr": 27.3123, "ssim": 0.8861, "lpips": None}, {"psnr": None, "ssim": 1.0, "lpips": None})
+    videos = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, prompt in enumerate(PROMPTS):
+        files = {name: f"{seed}_{name}.mp4" for name in ("radial", "dense")}
+        for number, name in enumerate(files.values()):
+            encode(folder / name, noise(2 * seed + number), FPS)
+        videos.append({"prompt": prompt, "seed": seed, "files": files, "metrics": {"radial": metrics[seed]}})
+    means = {"radial": metrics[0] | {"recall": 0.9732, "mse": 3.87e-05}}
+    scores = {"radial": {"VBench": {"imaging quality": 0.617}}}
+    content = {"reference": "dense", "settings": settings, "videos": videos, "means": means, "scores": scores}
+    return save(folder, "evaluation", {"kind": "evaluation", **HEAD, **content})
 
 
 def analysis(folder: Path) -> Path:
-    """Exact exponentials with their fits."""
-    temporal, spatial = list(range(9)), list(range(0, 64, 2))
-    curves = {"temporal": (temporal, 0.45, -4.0), "spatial": (spatial, 0.06, -4.2)}
-    profiles = {}
-    for name, (x, a, b) in curves.items():
-        heads = [
-            [[math.exp(-a * (0.7 + 0.2 * head) * at + b) for at in x] for head in range(4)] for _ in range(3)
-        ]
-        profiles[name] = {"distance": x, "mean": [math.exp(-a * at + b) for at in x], "heads": heads}
-    return write(
-        folder,
-        "analysis",
-        {
-            "grid": GRID,
-            "profiles": profiles,
-            "fits": {name: {"a": a, "b": b, "r2": 0.9871} for name, (_, a, b) in curves.items()},
-            "heads": [
-                [{"class": kind, "fit": None} for kind in ("spatial", "temporal", "spatial", "spatial")]
-            ]
-            * 3,
-            "bands": [
-                {"frames": "0", "mass": 0.412, "kept": 1.0},
-                {"frames": "1", "mass": 0.271, "kept": 1.0},
-                {"frames": "2-3", "mass": 0.193, "kept": 0.842},
-                {"frames": "4-7", "mass": 0.124, "kept": None},
-            ],
-            "tail": {"bound": 0.0842, "l1": 0.0291},
-            "mask": MASK,
-        },
-    )
+    """Two layers of two heads, exact exponentials."""
+    x = list(range(9))
+    y = [float(np.exp(-0.4 * at - 4)) for at in x]
+    curves, fit = ("temporal", "spatial", "planar"), {"a": 0.4, "b": -4.0, "r2": 0.9871}
+    head = {"class": "spatial", "fit": dict.fromkeys(curves, fit), "own_frame": 0.4, "own_column": 0.2}
+    errors = {"bound": 0.0842, "l1": 0.0291, "mask_bound": 0.05, "mask_l1": 0.02}
+    content = {
+        "grid": GRID, "prompts": [PROMPTS[0]], "steps": [1, 20], "timestep": None, "rows": 8,
+        "layers": [0, 1], "column_reach": 1, "density": 0.57, "mask": MASK,
+        "profiles": {name: {"distance": x, "mean": y, "heads": [[y, y]] * 2} for name in curves},
+        "fits": dict.fromkeys(curves, fit),
+        "heads": [[head, head]] * 2,
+        "frames": {"distance": x, "mass": y, "kept": y},
+        "bands": [{"frames": "0", "mass": 0.6, "kept": 1.0}, {"frames": "1", "mass": 0.4, "kept": None}],
+        "tail": {"rows": 8, "median": errors | {"alpha": 0.4, "beta": 0.1, "c_rel": 1.5}, "exceeded": 0}
+        | {"vacuous": 0.0, "mask_vacuous": 0.0, "paper_exceeded": 0.1} | errors,
+    }  # fmt: skip
+    return save(folder, "analysis", {"kind": "analysis", **HEAD, **content})
 
 
 def cost(folder: Path) -> Path:
-    """Three lengths and two sizes of one model, and two rows of the paper."""
-    rows = []
-    for frames, height, width in ((18, 48, 80), (36, 48, 80), (72, 48, 80), (18, 24, 40)):
-        tokens = frames * height * width
-        dense = 4.0 * 5120 * tokens**2 * 40
-        density = 4 / frames + 0.1
-        rows.append(
-            {
-                "model": "Wan2.1-14B",
-                "frames": frames,
-                "height": height,
-                "width": width,
-                "tokens": tokens,
-                "density": density,
-                "dense_flops": dense,
-                "radial_flops": dense * density,
-                "kept_blocks": int((tokens / 128) ** 2 * density),
-                "n_log_n": dense / frames * (1 + math.log2(frames)),
-                "seconds_dense": None,
-                "seconds_radial": None,
-            }
-        )
-    paper = [
-        {"model": "HunyuanVideo", "frames": 253, "paper": 80.8, "ours": 80.83},
-        {"model": "Mochi 1", "frames": 331, "paper": 76.4, "ours": None},
+    """Three lengths of one model, and a row of the paper."""
+    rows = [
+        {"model": "wan", "frames": frames, "height": 480, "width": 800, "tokens": 1500 * frames}
+        | {"density": 4 / frames, "dense_flops": 1e12 * frames**2, "radial_flops": 4e12 * frames}
+        | {"n_log_n": 4e12 * frames, "kept_blocks": 40, "of_bound": 0.3}
+        | {"seconds_dense": None, "seconds_radial": None}
+        for frames in (18, 36, 72)
     ]
-    more = {"fits": {"Wan2.1-14B": {"r2": 0.98765}}, "rates": {"source": "measured on the CPU"}}
-    return write(folder, "cost", {"rows": rows, "paper": paper, **more})
+    names = [f"{kind}_exponent_{over}" for kind in ("dense", "radial") for over in ("length", "pixels")]
+    fit = {"c": 4e12, "r2": 0.98765, "frames": 18, "size": [480, 800]} | dict.fromkeys(names, 1.5)
+    paper = [{"model": "Mochi 1", "frames": 331, "paper": 76.4, "ours": 76.51, "preset": 75.0}]
+    content = {"rows": rows, "paper": paper, "fits": {"wan": fit}, "rates": None, "masks": {"wan": MASK}}
+    return save(folder, "cost", {"kind": "cost", **HEAD, **content})
 
 
 def ablation(folder: Path) -> Path:
-    tables = [
-        {
-            "title": "Dense steps at the start",
-            "note": "12 captions; of 20 steps.",
-            "columns": ["dense steps", "density", "PSNR, dB", "sink"],
-            "rows": [[0, 0.573, 21.482, True], [4, 0.658, 24.9, True], [8, 0.744, None, False]],
-        }
-    ]
-    return write(folder, "ablation", {"tables": tables})
+    """One table of two values."""
+    columns = ["attention.sink", "density", "density of the run", "PSNR", "SSIM", "recall", "output MSE"]
+    columns += ["relative MSE", "attributes, %", "s a step"]
+    rows = [[sink, 0.573, 0.658, 21.48, 0.91, 0.97, 1e-4, 0.02, 95.0, None] for sink in (True, False)]
+    tables = [{"title": "Sink", "note": "a | bar", "columns": columns, "rows": rows}]
+    return save(folder, "ablation", {"kind": "ablation", **HEAD, "tables": tables, "captions": 2, "rows": 8})
 
 
-def generation(folder: Path, pattern: str = "radial", frames: int = FRAMES) -> Path:
-    """A video as the inference scripts write it, with its record."""
-    folder.mkdir(parents=True, exist_ok=True)
-    encode(folder / "circle_seed3.mp4", toy_video(3, 0.05 * (pattern == "radial"), frames), FPS)
-    record = {
-        "prompt": PROMPTS[0],
-        "seed": 3,
-        "config": {
-            "attention": {"pattern": pattern},
-            "generation": {"height": SIZE, "width": SIZE, "num_frames": frames},
-        },
-        "tokens": 576,
-        "density": 0.5725,
-        "mask": {**MASK, "pattern": pattern, "density": None},
-        "attention": {"grid": GRID[:3]},
-        "hardware": HEAD["hardware"],
-        "versions": HEAD["versions"],
-    }
-    (folder / "circle_seed3.json").write_text(json.dumps(record), encoding="utf-8")
+def generation(folder: Path, pattern: str = "radial", count: int = FRAMES) -> Path:
+    """A video as the inference scripts save it, with its record."""
+    config = HEAD["config"] | {"attention": {"pattern": pattern}}
+    config["generation"] = config["generation"] | {"num_frames": count}
+    record = {"prompt": PROMPTS[0], "seed": 3, "config": config, "density": 0.5725, "dense_steps": [0]}
+    record |= {"step_seconds": [9.0, 0.25, 0.35], "hardware": HEAD["hardware"], "versions": HEAD["versions"]}
+    record["seconds"] = {"load": 50.0, "encode_text": 1.0, "denoise": 9.6, "decode": 2.0, "write": 7.0}
+    save(folder, "circle_seed3", record)
+    encode(folder / "circle_seed3.mp4", noise(3 + (pattern == "radial"), count), FPS)
     return folder
 
 
-def every_kind(root: Path) -> list[Path]:
-    """A run of each kind of the evaluation commands."""
-    makers = (evaluation, analysis, cost, ablation)
-    return [maker(root / maker.__name__) for maker in makers]
-
-
-def edited(run: Path, kind: str, change: Callable[[dict], object]) -> Path:
+def edited(run: Path, name: str, change: Callable[[dict], object]) -> Path:
     """The run with its JSON changed in place."""
-    content = json.loads((run / f"{kind}.json").read_text())
+    content = json.loads((run / f"{name}.json").read_text())
     change(content)
-    (run / f"{kind}.json").write_text(json.dumps(content))
-    return run
+    return save(run, name, content)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PLACES = {"radial_attn": "radial_attn", "radial_attn.models": "models", "scripts": "scripts"}
 SOURCES = sorted(file for folder in PLACES.values() for file in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
+LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
     imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
     torchvision vbench"""
 # imported where they are used, each by one kernel

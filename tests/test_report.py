@@ -1,255 +1,256 @@
-"""The report page as a file: what it holds, what it escapes, and what is said of bad input."""
+"""The report page: what it holds, what it escapes, and what the command says of bad input."""
 
 import base64
 import json
-import re
-import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from scripts import report
-from scripts.evaluation.report_forms import NUMBER, checked
-from scripts.evaluation.report_html import figures, node, tostring
-from scripts.evaluation.report_mask import packed_mask, pair_shares, runs
-from scripts.evaluation.report_plots import scale, tick_text
-from scripts.evaluation.report_runs import clips, find_runs
-from scripts.evaluation.report_videos import Difference, open_video, read_frames
+from scripts.evaluation.page.clips import find_clips
+from scripts.evaluation.page.render import parts
+from scripts.evaluation.page.run_files import find_runs
+from scripts.evaluation.videos import read_video
 from scripts.run.outputs import encode
 from tests import report_cases as cases
 
 
 class Page(HTMLParser):
-    """Elements of a page: ids, texts of table cells by caption, and addresses."""
+    """A page as a browser reads it: tags, addresses, rows of its tables, text, and the player's JSON."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.ids, self.addresses, self.texts, self.tags = [], [], [], []
+        self.tags, self.ids, self.addresses, self.rows, self.texts = [""], [], [], [], []
         self.feed(text)
+        json_texts = [text for tag, text in self.texts if tag == "script" and text.startswith("{")]
+        self.data = json.loads(json_texts[0]) if json_texts else None
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         given = dict(attributes)
         self.tags.append(tag)
         self.ids += [given["id"]] if "id" in given else []
         self.addresses += [given[name] for name in ("src", "href", "action") if name in given]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        self.texts.append((self.tags[-1], data))
+        if self.tags[-1] in ("td", "th"):
+            self.rows[-1][-1] += data.strip()
+
+    def says(self, text: str) -> bool:
+        return any(text in data for tag, data in self.texts if tag not in ("script", "style"))
+
+
+def made(out: Path, *arguments: object) -> Page:
+    """The page of a command that is expected to work."""
+    assert report.main([*map(str, arguments), "--out", str(out)]) == 0
+    assert [file.name for file in out.parent.iterdir() if file.is_file()] == [out.name]
+    return Page(out.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def runs_of_all(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return cases.every_kind(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def page_text(runs_of_all: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("out") / "new" / "report.html"
-    assert report.main([*map(str, runs_of_all), "--out", str(out)]) == 0
-    assert [file.name for file in out.parent.iterdir()] == ["report.html"]
-    return out.read_text(encoding="utf-8")
-
-
-def data_of(text: str) -> dict:
-    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
-
-
-def test_holds_every_part_and_loads_nothing(page_text):
-    page = Page(page_text)
-    parts = {"videos", "fidelity", "mask", "heads", "decay", "cost", "ablation", "made"}
-    assert parts <= set(page.ids) and "missing" not in page.ids
-    assert len(page.ids) == len(set(page.ids))
-    assert page.addresses and all(address.startswith("#") for address in page.addresses)
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", page_text)
-
-
-def test_scores_fits_and_rates_are_shown(page_text):
-    texts = Page(page_text).texts
-    assert {"Scores of VBench", "imaging quality", "0.617", "Seconds: measured on the CPU."} <= set(texts)
-    assert any("n log n fits with R² = 0.9877" in words for words in texts)
-
-
-def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
-    run = cases.edited(cases.cost(tmp_path / "cost"), "cost", lambda c: c.update(command="a \ud800 b"))
-    assert report.main([str(run), "--out", str(tmp_path / "out.html")]) == 0
-    assert "a ? b" in (tmp_path / "out.html").read_text(encoding="utf-8")
-
-
-def test_text_of_json_stays_text(page_text):
-    page, prompt = Page(page_text), cases.PROMPTS[1]
-    assert page.tags.count("script") == 2 and "b" not in page.tags
-    assert prompt in page.texts
-    assert data_of(page_text)["clips"][1]["prompt"] == prompt
-    assert "{{" not in re.sub(re.escape("{{style}}"), "", page_text)
-
-
-def test_videos_are_those_of_the_run_and_the_difference_is_computed(page_text, runs_of_all, tmp_path):
-    clip = data_of(page_text)["clips"][0]
-    assert list(clip["videos"]) == ["dense", "radial", "sparse"] and clip["frames"] == cases.FRAMES
-    head, _, body = clip["videos"]["radial"].partition(",")
-    assert head == "data:video/mp4;base64"
-    assert base64.b64decode(body) == (runs_of_all[0] / "0_radial.mp4").read_bytes()
-    shown = tmp_path / "difference.mp4"
-    shown.write_bytes(base64.b64decode(clip["differences"]["sparse"].partition(",")[2]))
-    one, other = (open_video(runs_of_all[0] / f"0_{name}.mp4") for name in ("dense", "sparse"))
-    wanted = [
-        np.minimum(4 * np.abs(a.astype(int) - b), 255)
-        for a, b in zip(read_frames(one), read_frames(other), strict=True)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        make(root / make.__name__) for make in (cases.cost, cases.evaluation, cases.analysis, cases.ablation)
     ]
-    found = list(read_frames(open_video(shown)))
-    assert len(found) == cases.FRAMES
-    assert np.abs(np.mean(found) - np.mean(wanted)) < 3  # chroma is halved and H.264 rounds
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return made(tmp_path_factory.mktemp("out") / "new" / "report.html", *runs)
+
+
+def test_holds_tables_and_figures_of_every_kind_and_loads_nothing(page):
+    rows = page.rows
+    assert ["radial", "27.31", "0.8861", "0.9732", "3.87e-05", "0.573", "0.573", "3e+09", "0.145"] in rows
+    assert ["VBench imaging quality", "0.6170"] in rows
+    assert ["temporal", "0.4", "-4", "0.9871", "0.987", "4 of 4"] in rows
+    assert ["Mochi 1", "331", "76.4", "76.51", "+0.11", "75.00"] in rows
+    assert any(row[:4] == ["true", "0.573", "0.658", "21.48"] for row in rows)
+    assert page.tags.count("img") == 4  # mask, curves, costs, ablation
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "link" not in page.tags and len(page.ids) == len(set(page.ids))
+    assert page.says("bash scripts/some.sh <config>")
+
+
+def test_every_video_is_a_row_with_settings_and_metrics(page, tmp_path):
+    rows = [row for row in page.rows if row[0] in cases.PROMPTS]
+    assert [row[1:4] for row in rows[::2]] == [
+        [str(seed), "dense", "attention.pattern=dense"] for seed in (0, 1)
+    ]
+    assert rows[1][2:] == ["radial", "attention.pattern=radial", "0.573", "0.145", "27.31", "0.8861"]
+    assert rows[3][-2:] == ["inf", "1.0000"]
+    head, row = made(tmp_path / "out.html", cases.generation(tmp_path / "run")).rows
+    assert head[4:] == ["density", "s a step", "s a video"]
+    assert row[1:] == ["3", "radial", "12 frames of 64 x 64, 20 steps", "0.573", "0.300", "12.60"]
+
+
+def test_text_of_json_stays_text(page):
+    assert page.tags.count("script") == 2 and "b" not in page.tags
+    prompt = cases.PROMPTS[1]
+    assert page.says(prompt) and page.data["clips"][1]["label"] == f"{prompt}, seed 1"
+
+
+def test_the_player_gets_the_videos_of_the_run_reference_first(page, runs):
+    first = page.data["clips"][0]
+    assert [video["name"] for video in first["videos"]] == ["dense", "radial"] and first["compared"]
+    assert (first["frames"], first["fps"], first["width"]) == (cases.FRAMES, cases.FPS, cases.SIZE)
+    assert first["videos"][1]["caption"] == "PSNR 27.31, SSIM 0.8861"
+    for video in first["videos"]:
+        head, _, body = video["source"].partition(",")
+        assert head == "data:video/mp4;base64"
+        assert base64.b64decode(body) == (runs[1] / f"0_{video['name']}.mp4").read_bytes()
 
 
 def test_a_video_that_browsers_do_not_play_is_encoded_anew(tmp_path):
     import imageio
 
-    frames = [np.full((33, 41, 3), 20 * number, np.uint8) for number in range(6)]
-    options = {"codec": "libx264", "pixelformat": "yuv444p", "macro_block_size": 1}
     run = cases.generation(tmp_path / "run")
-    imageio.mimwrite(run / "circle_seed3.mp4", frames, fps=8, **options)
-    assert not open_video(run / "circle_seed3.mp4").plays
-    text = report.build([run], 1, 4, 100)
-    (tmp_path / "again.mp4").write_bytes(
-        base64.b64decode(data_of(text)["clips"][0]["videos"]["radial"].partition(",")[2])
-    )
-    again = open_video(tmp_path / "again.mp4")
-    assert again.plays and (again.frames, again.height, again.width) == (6, 34, 42)
+    options = {"codec": "libx264", "pixelformat": "yuv444p", "macro_block_size": 1}
+    imageio.mimwrite(run / "circle_seed3.mp4", cases.noise(0, 6, 33, 41), fps=8, **options)
+    (entry,) = made(tmp_path / "out.html", run).data["clips"]
+    (tmp_path / "again.mp4").write_bytes(base64.b64decode(entry["videos"][0]["source"].partition(",")[2]))
+    again = read_video(tmp_path / "again.mp4")
+    assert again.shape == (6, 34, 42, 3)
+    assert np.abs(again[:, :33, :41].mean((1, 2)) - cases.noise(0, 6, 33, 41).mean((1, 2))).max() < 4
 
 
-def test_difference_of_known_frames(tmp_path):
-    for name, value in (("a", 100), ("b", 130)):
-        encode(tmp_path / f"{name}.mp4", np.full((4, 32, 32, 3), value, np.uint8), 8)
-    pair = [open_video(tmp_path / f"{name}.mp4") for name in "ab"]
-    frames = np.stack(list(Difference(*pair, 5)))
-    assert frames.shape == (4, 32, 32, 3) and np.abs(frames.astype(int) - 150).max() <= 10
+def test_plain_runs_stand_side_by_side_if_attention_alone_differs(tmp_path):
+    def run(name: str, pattern: str, **changes: dict) -> Path:
+        def change(record: dict) -> None:
+            record["inputs"] = changes.pop("inputs", None)
+            for group, values in changes.items():
+                record["config"].setdefault(group, {}).update(values)
 
+        return cases.edited(cases.generation(tmp_path / name, pattern), "circle_seed3", change)
 
-def test_plain_runs_of_one_prompt_stand_side_by_side(tmp_path):
-    places = [
-        cases.generation(tmp_path / name, pattern) for name, pattern in (("r", "radial"), ("d", "dense"))
+    same = {
+        "output": {"path": "a"},
+        "generation": {"prompt_file": "a.txt"},
+        "parallel": {"ulysses_degree": 2},
+    }
+    paths = [
+        run("a", "radial", **same),
+        run("dense", "dense"),
+        run("b", "radial"),
+        run("model", "radial", model={"path": "assets/mochi-tiny"}),
+        run("image", "radial", inputs={"image": {"file": "a.png", "sha256": "1"}}),
+        run("same image", "dense", inputs={"image": {"file": "b.png", "sha256": "1"}}),
     ]
-    (clip,) = clips(find_runs(places))
-    assert list(clip.files) == ["dense", "radial"] and clip.reference == "dense"
-    cases.generation(tmp_path / "longer", "radial", frames=16)
-    assert len(clips(find_runs([*places, tmp_path / "longer"]))) == 2
+    clips = find_clips(find_runs(paths))
+    names = [[video.name for video in clip.videos] for clip in clips]
+    pair = ["dense", "radial (a/circle_seed3)", "radial (b/circle_seed3)"]
+    assert names == [pair, ["radial"], ["dense", "radial"]]
+    assert [clip.compared for clip in clips] == [True, False, True]
 
 
-def test_plain_runs_that_differ_in_more_than_attention_stand_alone(tmp_path):
-    def run(name: str, **changes: dict) -> Path:
-        folder = cases.generation(tmp_path / name, changes.pop("pattern", "dense"))
-        file = folder / "circle_seed3.json"
-        record = json.loads(file.read_text())
-        record["inputs"] = changes.pop("inputs", None)
-        for group, values in changes.items():
-            record["config"].setdefault(group, {}).update(values)
-        file.write_text(json.dumps(record))
-        return folder
-
-    same = {"output": {"path": "a", "fps": 16}, "generation": {"prompt_file": "a.txt"}}
-    places = [
-        run("dense"),
-        run("radial", pattern="radial", parallel={"ulysses_degree": 2}, **same),
-        run("other", pattern="radial", model={"path": "assets/mochi-tiny"}, generation={"steps": 4}),
-        run("image", pattern="radial", inputs={"image": {"file": "a.png", "sha256": "1"}}),
-        run("same image", inputs={"image": {"file": "b.png", "sha256": "1"}}),
-    ]
-    found = clips(find_runs(places))
-    assert [list(clip.files) for clip in found] == [["dense", "radial"], ["radial"], ["dense", "radial"]]
+def test_only_so_many_prompts_are_in_the_page_and_it_says_so(runs, tmp_path):
+    page = made(tmp_path / "out.html", runs[1], "--videos", 1, "--amplify", 8)
+    assert len(page.data["clips"]) == 1 and page.data["amplify"] == 8
+    assert page.says("1 of 2 prompts")
 
 
-def test_plain_runs_of_one_name_are_numbered(tmp_path):
-    places = [cases.generation(tmp_path / parent / "x") for parent in "ab"]
-    (clip,) = clips(find_runs(places))
-    assert list(clip.files) == [f"radial (x/circle_seed3) {number}" for number in (1, 2)]
-    assert len(set(clip.files.values())) == 2
+def test_a_page_without_videos_has_no_player_and_names_what_is_missing(tmp_path):
+    run = cases.edited(cases.cost(tmp_path / "run"), "cost", lambda c: c.update(command="half \ud800 pair"))
+    page = made(tmp_path / "out.html", run)
+    assert "script" not in page.tags and not page.ids
+    assert page.says("ablation (bash scripts/ablate.sh)")
 
 
-def test_equal_videos_are_counted_beside_the_mean(runs_of_all, tmp_path):
-    def equal(content: dict) -> None:
-        content["videos"][0]["metrics"]["radial"] |= {"psnr": None, "ssim": 1.0}
-
-    assert "infinite and not in the mean" not in report.build(runs_of_all[:1], 1, 4, 100)
-    shutil.copytree(runs_of_all[0], tmp_path / "run")
-    text = report.build([cases.edited(tmp_path / "run", "evaluation", equal)], 1, 4, 100)
-    assert "PSNR of 1 equal video is infinite and not in the mean." in Page(text).texts
+def test_parts_of_markdown():
+    lines = ["# A", "", "    b", "", "c", "d", "| x | y |", "|---|---|", "| 1 |  |", "- e", "![f](g)"]
+    assert parts(lines) == [
+        ("title", ["A"]), ("code", ["b"]), ("text", ["c", "d"]), ("table", [["x", "y"], ["1", ""]]),
+        ("item", ["e"]), ("picture", ["f](g)"]),
+    ]  # fmt: skip
 
 
-def test_missing_parts_are_sentences(tmp_path):
-    text = report.build([cases.cost(tmp_path / "cost")], 1, 4, 100)
-    page = Page(text)
-    assert {"cost", "made", "missing"} <= set(page.ids)
-    assert not {"videos", "player", "mask", "heads", "decay", "fidelity"} & set(page.ids)
-    assert "No ablations among these runs; bash scripts/ablate.sh makes them." in page.texts
-
-
-def test_only_so_many_prompts_are_shown_and_it_says_so(runs_of_all):
-    text = report.build(runs_of_all[:1], 1, 4, 100)
-    assert len(data_of(text)["clips"]) == 1
-    assert "1 of 2 prompts and seeds are in this page." in Page(text).texts
-
-
-def test_mask_is_the_one_of_the_options():
-    grid, config = TokenGrid(5, 4, 10, 7), RadialConfig(decay_factor=0.5, block_size=16)
-    packed, mask = packed_mask(grid, config), radial_mask(grid, config)
-    values = np.repeat(packed["runs"][::2], packed["runs"][1::2]).reshape(packed["count"], -1)
-    assert np.array_equal(values > 0, mask.blocks.numpy())
-    assert packed["density"] == mask.density
-    assert sum(entry["share"] for entry in packed["legend"]) == pytest.approx(1, abs=1e-3)
-    assert [entry["kind"] for entry in packed["legend"]][-2:] == ["sink", "text"]
-
-
-def test_shares_of_frame_pairs_are_those_of_the_tokens():
-    grid = TokenGrid(3, 5, 7, 6)
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.rand((grid.num_blocks(16),) * 2, generator=generator) < 0.5
-    mask = BlockMask(grid, 16, blocks)
-    tokens, edges = mask.token_mask().double(), [0, 35, 70, 105, 111]
-    spans = [slice(low, high) for low, high in pairwise(edges)]
-    wanted = [[tokens[query, key].mean().item() for key in spans] for query in spans]
-    np.testing.assert_allclose(pair_shares(mask), wanted, atol=1e-12)
-
-
-def test_runs_of_equal_values():
-    assert runs(np.array([0, 0, 2, 1, 1, 1], np.uint8)) == [0, 2, 2, 1, 1, 3]
+def failure(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str:
+    """The one line of a command that ends with 2 and leaves nothing beside `out`."""
+    try:
+        code = report.main([*map(str, arguments), "--out", str(out)])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and not out.is_file() and not list(out.parent.glob(".*part"))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and sum(line.startswith("error") for line in lines) == 1
+    return lines[-1]
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("change", "expected"),
     [
-        (0, "0"),
-        (0.57253, "0.573"),
-        (27.31, "27.3"),
-        (-4.2, "−4.20"),
-        (1840.2, "1,840"),
-        (3.871e-5, "3.87\u00a0×\u00a010⁻⁵"),
-        (1.5e12, "1.50\u00a0×\u00a010¹²"),
+        (lambda c: c.update(kind="other"), ["'other'", "allowed: evaluation"]),
+        (lambda c: c.update(rows=5), [".rows: got 5, allowed: a list"]),
+        (lambda c: c["rows"][0].pop("frames"), [".rows[0]", "'frames'"]),
+        (lambda c: c["rows"][1].update(density="0.5"), [".rows[1].density: got '0.5', allowed: a number"]),
+        (lambda c: c["rows"][1].update(frames=True), [".rows[1].frames: got True, allowed: a whole number"]),
+        (lambda c: c["rows"][1].pop("of_bound"), ["'of_bound'", "bash scripts/cost.sh"]),
+        (lambda c: c.update(made=3), [".made: got 3, allowed: a text"]),
     ],
 )
-def test_numbers_in_words(value, text):
-    assert figures(value) == text
+def test_a_file_of_another_form_gives_one_line(tmp_path, capsys, change: Callable, expected: list[str]):
+    run = cases.edited(cases.cost(tmp_path / "cost"), "cost", change)
+    line = failure(capsys, tmp_path / "out.html", run)
+    assert all(text in line for text in [*expected, "cost.json"])
 
 
-def test_ticks():
-    to_x, ticks = scale([0.0, 8.0], False, 0, 100)
-    assert ticks == [0, 2, 4, 6, 8] and [to_x(tick) for tick in ticks] == [0, 25, 50, 75, 100]
-    to_x, ticks = scale([2e-4, 0.05], True, 0, 300)
-    assert [tick_text(tick, powers=True) for tick in ticks] == ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹"]
-    assert to_x(1e-3) == 100
-    assert scale([20.0, 60.0], True, 0, 1)[1] == [20, 50]
+def test_places_that_are_no_runs_give_one_line(tmp_path, capsys):
+    out = tmp_path / "out.html"
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in failure(capsys, out, tmp_path / "empty")
+    assert str(tmp_path / "none") in failure(capsys, out, tmp_path / "none")
+    for text, expected in (
+        ('{"kind": "cost", ', "is no JSON"),
+        ('{"prompt": 3}', ".prompt: got 3"),
+        ("[]", "is no run"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        line = failure(capsys, out, tmp_path / "bad.json")
+        assert expected in line and "bad.json" in line
 
 
-def test_markup_is_escaped():
-    made = node("p", "a < b & c", node("b", "d"), "e", title='"x" > y')
-    html = tostring(made, encoding="unicode", method="html")
-    assert html == '<p title="&quot;x&quot; &gt; y">a &lt; b &amp; c<b>d</b>e</p>'
+def test_bad_videos_give_one_line(tmp_path, capsys):
+    out, run = tmp_path / "out.html", cases.generation(tmp_path / "run")
+    video = run / "circle_seed3.mp4"
+    encode(video, np.random.default_rng(0).integers(0, 256, (24, 256, 256, 3), np.uint8), 8)
+    line = failure(capsys, out, run, "--limit", 1)
+    assert "--videos: got 1" in line and "--limit above 1" in line
+    video.write_text("no video")
+    assert str(video) in failure(capsys, out, run)
+    video.unlink()
+    assert str(video) in failure(capsys, out, run / "circle_seed3.json")
+    pair = [cases.generation(tmp_path / name, name) for name in ("dense", "radial")]
+    encode(pair[1] / "circle_seed3.mp4", cases.noise(1, 9), 8)
+    line = failure(capsys, out, *pair)
+    assert "9 frames of 64 x 64" in line and "12 frames" in line
 
 
-def test_numbers_that_are_not_finite_are_none():
-    form = {"a": [NUMBER], "b?": str}
-    assert checked({"a": [1, float("nan"), None], "c": 2}, form, "x") == {"a": [1, None, None], "b": None}
+def test_bad_masks_and_arguments_give_one_line(tmp_path, capsys):
+    out, run = tmp_path / "out.html", cases.evaluation(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    assert "--out" in failure(capsys, tmp_path / "file" / "out.html", run)
+    assert "--out" in failure(capsys, tmp_path / "out.txt", run)
+    assert "--videos" in failure(capsys, out, run, "--videos", 0)
+    cases.edited(run, "evaluation", lambda content: content["settings"][1]["mask"].update(block_size=17))
+    line = failure(capsys, out, run)
+    assert "block_size must be one of" in line and "evaluation.json" in line
+
+
+def test_an_interrupted_command_leaves_the_page_that_was_there(tmp_path, capsys, monkeypatch):
+    run, out = cases.cost(tmp_path / "cost"), tmp_path / "out.html"
+    out.write_text("before")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "render", interrupt)
+    assert report.main([str(run), "--out", str(out)]) == 130
+    assert out.read_text() == "before" and capsys.readouterr().err == "interrupted; no page was written\n"
