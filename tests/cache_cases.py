@@ -10,7 +10,7 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.caches import cached
-from scripts.run.process_groups import Team, shared_guidance, whole_tokens
+from scripts.run.process_groups import Groups, shared_guidance, whole_tokens
 from tests.families import SPARSE
 from tests.tiny import wan_pipeline
 from tests.tiny_hunyuan import TEMPLATE, hunyuan_pipeline
@@ -39,7 +39,7 @@ CASES = (
 SIZES = {"height": 48, "width": 80, "num_inference_steps": STEPS, "output_type": "latent"}
 
 
-def latents(family: str, cache: str, shared: Team) -> tuple[torch.Tensor, dict[str, Any]]:
+def latents(family: str, cache: str, shared: Groups) -> tuple[torch.Tensor, dict[str, Any]]:
     """Final latents of a new pipeline, and what the cache says."""
     make, options = PIPELINES[family]
     pipeline = make()
@@ -55,13 +55,13 @@ def latents(family: str, cache: str, shared: Team) -> tuple[torch.Tensor, dict[s
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:
     """Relative difference from one process with the same cache, and the calls that each made."""
-    teams = {
-        "sequence": Team(Degrees(ulysses=2), sequence=SequenceParallel(group)),
-        "guidance": Team(Degrees(cfg=2), guidance=group),
+    groups = {
+        "sequence": Groups(Degrees(ulysses=2), sequence=SequenceParallel(group)),
+        "guidance": Groups(Degrees(cfg=2), guidance=group),
     }
     for shared, family, cache in CASES:
-        alone, use = latents(family, cache, Team())
-        together, used = latents(family, cache, teams[shared])
+        alone, use = latents(family, cache, Groups())
+        together, used = latents(family, cache, groups[shared])
         worst = (together - alone).abs().max() / alone.abs().max()
         found = {"difference": worst.item(), "alone": use, "together": used}
         yield f"cache, shared {shared}: {family}, {cache}", found

@@ -8,7 +8,7 @@ import torch
 
 from radial_attn import TokenGrid, radial_mask
 from radial_attn.models.runtime import dense_backend as dense
-from scripts.run.process_groups import Team
+from scripts.run.process_groups import Groups
 from tests.families import SPARSE
 
 
@@ -19,13 +19,13 @@ def timed(rank: int, names: tuple[str, ...], *call: Any) -> dict[str, float | No
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:
     """What was measured, the times that hold, and the choice."""
-    rank, team = torch.distributed.get_rank(group), Team(replica=group)
+    rank, groups = torch.distributed.get_rank(group), Groups(replica=group)
     before, dense.measure = dense.measure, partial(timed, rank)
     mask = radial_mask(TokenGrid(2, 4, 4), SPARSE)
     names = ("native", "_native_flash")
     try:
         call = (names, (1, 32, 2, 8), torch.float32, torch.device("cpu"), mask)
-        name, times = dense.choose(*call, agree=team.agree_on_video)
+        name, times = dense.choose(*call, agree=groups.agree_on_video)
     finally:
         dense.measure = before
     yield "choice: dense backend", {"own": timed(rank, names), "times": times, "name": name}

@@ -54,7 +54,6 @@ COMMANDS = {  # the name in the golden files -> the module that runs, and a subc
     "benchmark_gpu": "scripts.benchmark_gpu",
     "benchmark_mask": "scripts.benchmarks.mask",
     "quantization_error": "scripts.benchmarks.quantization_error",
-    "parallel_cost": "scripts.parallel_cost",
     "prompt_accuracy": "scripts.prompt_accuracy",
     "length_study": "scripts.length_study",
     "length_timing": "scripts.length_timing",

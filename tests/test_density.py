@@ -189,6 +189,16 @@ def test_the_curve_rises_and_says_what_changed(name):
     assert curve_lines(grid, replace(config, density=0.3)) == curve_lines(grid, config)
 
 
+def test_the_curve_of_another_pattern_is_that_of_its_masks():
+    """Points that it has no mask for are left out."""
+    grid, harmonic = TokenGrid(9, 8, 8), RadialConfig(0.5, 16, neighbour="full", decimation_width=64)
+    harmonic = replace(harmonic, pattern="harmonic")
+    curve, whole = density_curve(grid, harmonic), density_curve(grid, replace(harmonic, pattern="radial"))
+    assert 1 < len(curve) < len(whole)
+    assert [density for density, _ in curve] == [radial_mask(grid, point).density for _, point in curve]
+    assert curve[1][0] != density_of(grid, curve[1][1])
+
+
 def test_a_transformer_runs_at_the_density_of_each_size():
     transformer, densities = wan_transformer(), []
     config = RadialConfig(block_size=16, decimation_width="block", density=0.75)

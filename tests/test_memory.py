@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
 
-from scripts.run.config import ROOT, read_config
-from scripts.run.hub_models import HUB_MODELS
+from scripts.run.config import ROOT, ModelConfig, VideoSize
 from scripts.run.memory import GIB, covered, decoder_bytes
 from scripts.run.model_info import ModelInfo, from_configs
-from tests.test_plan import FULL
+from tests.plans import FOURTEEN, HUNYUAN, MOCHI
 from tests.tiny import wan_vae
 from tests.tiny_hunyuan import hunyuan_transformer
 from tests.tiny_mochi import mochi_transformer
@@ -38,7 +37,7 @@ CLASSES = {"hunyuan_video": AutoencoderKLHunyuanVideo, "mochi": AutoencoderKLMoc
 TRANSFORMERS = {"hunyuan_video": hunyuan_transformer, "mochi": mochi_transformer}
 MEASURE = """
 import sys, torch
-from scripts.record import peak_memory
+from scripts.run.system import peak_memory
 from tests.test_memory import CLASSES, TILE, VAES
 
 family, *sizes = sys.argv[1], *map(int, sys.argv[2:])
@@ -65,10 +64,7 @@ def architecture(family: str) -> ModelInfo:
 
 def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling: str) -> float:
     """Bytes predicted for a video of `sizes`: frames, height, width."""
-    names = ("num_frames", "height", "width")
-    words = [f"generation.{name}={value}" for name, value in zip(names, sizes, strict=True)]
-    config = read_config(FULL, [*words, f"model.family={family}", f"model.vae_tiling={tiling}"])
-    return decoder_bytes(config, model)
+    return decoder_bytes(model, VideoSize(*sizes), ModelConfig(family=family, vae_tiling=tiling))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")
@@ -89,23 +85,20 @@ def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames,
 
 def test_a_tile_of_hunyuan_video_takes_what_was_measured():
     """6.3 GiB for 256 x 256 pixels and 17 frames in float32 on the CPU; a long video keeps its tiles too."""
-    model = HUB_MODELS["hunyuanvideo-community/HunyuanVideo"]
-    assert decoding(model, "hunyuan_video", (17, 256, 256), "auto") == pytest.approx(6.3 * GIB, rel=0.05)
-    long = decoding(model, "hunyuan_video", (129, 720, 1280), "auto")
+    assert decoding(HUNYUAN, "hunyuan_video", (17, 256, 256), "auto") == pytest.approx(6.3 * GIB, rel=0.05)
+    long = decoding(HUNYUAN, "hunyuan_video", (129, 720, 1280), "auto")
     video = 4 * 3 * 720 * 1280 * 129
     assert 6.3 * GIB + 1.2 * video < long < 6.3 * GIB + 2 * video
-    assert long < decoding(model, "hunyuan_video", (129, 720, 1280), "never") / 8
+    assert long < decoding(HUNYUAN, "hunyuan_video", (129, 720, 1280), "never") / 8
 
 
 def test_a_tile_of_mochi_has_all_frames():
-    model = HUB_MODELS["genmo/mochi-1-preview"]
-    long, short = (decoding(model, "mochi", (frames, 480, 848), "auto") for frames in (163, 79))
+    long, short = (decoding(MOCHI, "mochi", (frames, 480, 848), "auto") for frames in (163, 79))
     assert long / short == pytest.approx(168 / 84, rel=0.01)
 
 
 def test_whole_frames_of_wan_need_no_more_for_more_of_them_but_the_video():
-    model = HUB_MODELS["Wan-AI/Wan2.1-T2V-14B-Diffusers"]
-    long, short = (decoding(model, "wan", (frames, 480, 832), "auto") for frames in (81, 17))
+    long, short = (decoding(FOURTEEN, "wan", (frames, 480, 832), "auto") for frames in (81, 17))
     assert long - short == 2 * 4 * 3 * 480 * 832 * 64
     assert short == 240 * 96 * 480 * 832 + 2 * 4 * 3 * 480 * 832 * 17
 

@@ -13,16 +13,15 @@ import torch
 
 from radial_attn.models.parallel.decoding import share
 from radial_attn.models.parallel.groups import Degrees
-from scripts.run.config import ROOT, read_config
+from scripts.run.config import ROOT, ModelConfig, VideoSize, read_config
+from scripts.run.describe import describe_decoding
 from scripts.run.memory import decoded_tiles
 from scripts.run.model_info import ModelInfo
-from scripts.run.process_groups import describe_decoding
 from tests.decode_cases import SIDE, tiled
+from tests.plans import FULL, TINY, plan_of
 from tests.processes import environment, run_ranks, torchrun
-from tests.test_generate import TINY
 from tests.test_memory import architecture
 from tests.test_parallel import MOST
-from tests.test_plan import FULL
 from tests.tiny_hunyuan import hunyuan_vae
 
 PARTS = ("decode", "cache", "gradient", "compile", "choice")
@@ -107,8 +106,9 @@ def test_a_failure_in_decoding_ends_all_in_one_line(tiny_model: Path, tmp_path: 
 
 
 def planned(path: str, count: int, *words: str) -> list[str]:
-    config = read_config(path, list(words))
-    return describe_decoding(config, ModelInfo(2, 4, 8, 64), Degrees(ulysses=count, data=2))
+    """What is said of decoding if `count` processes make each of two videos."""
+    plan = plan_of(read_config(path, list(words)), ModelInfo(2, 4, 8, 64))
+    return describe_decoding(replace(plan, degrees=Degrees(ulysses=count, data=2)))
 
 
 @torch.no_grad()
@@ -116,9 +116,9 @@ def test_the_tiles_that_are_told_are_those_that_are_decoded():
     vae, calls = tiled(hunyuan_vae()), []
     vae.decoder.register_forward_hook(lambda *_: calls.append(1))
     vae.decode(torch.zeros(1, vae.config.latent_channels, 5, 9, 4))
-    words = ["model.family=hunyuan_video", "generation.num_frames=17", "generation.height=72"]
-    config = read_config(FULL, [*words, "generation.width=32"])
-    assert len(calls) == decoded_tiles(config, replace(architecture("hunyuan_video"), vae_tile=SIDE)) == 4
+    model = replace(architecture("hunyuan_video"), vae_tile=SIDE)
+    told = decoded_tiles(model, VideoSize(17, 72, 32), ModelConfig(family="hunyuan_video"))
+    assert len(calls) == told == 4
 
 
 def test_who_decodes_is_told():

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import imageio
@@ -18,24 +17,27 @@ import pytest
 from radial_attn.models.parallel.groups import Degrees
 from scripts.generate import main
 from scripts.launch import count
-from scripts.run.config import ROOT, Config, read_config
+from scripts.run.config import ROOT, ParallelConfig, read_config
+from scripts.run.describe import describe_degrees
 from scripts.run.errors import UsageError
 from scripts.run.model_info import ModelInfo
-from scripts.run.parallel import describe_degrees, plan_degrees, planned
-from scripts.run.process_groups import ALONE, Team, check_machine
-from tests.test_generate import TINY
+from scripts.run.parallel import plan_degrees, planned_processes
+from scripts.run.plan import RunPlan
+from scripts.run.process_groups import Groups
+from tests.plans import TINY, plan_of
 
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
 
 
-def model(heads: int = 4) -> ModelInfo:
-    return ModelInfo(2, heads, 8, 64)
+def chosen(processes: int, *, heads: int = 4, halves: int = 2, prompts: int = 1, **given: int) -> Degrees:
+    """The degrees of a model with this many heads and halves of guidance; `given`: keys of `parallel`."""
+    options = {"heads": heads, "calls": halves, "processes": processes, "prompts": prompts}
+    return plan_degrees(ParallelConfig(**given), **options)
 
 
-def guided(halves: int = 2, **parallel: int) -> Config:
-    """A configuration with two halves of guidance, or one, and these degrees."""
-    config = read_config(TINY, [f"generation.guidance_scale={halves}"])
-    return replace(config, parallel=replace(config.parallel, **parallel))
+def planned(processes: int, *words: str, heads: int = 4, **options: object) -> RunPlan:
+    """A plan of several processes."""
+    return plan_of(read_config(TINY, list(words)), ModelInfo(2, heads, 8, 64), processes=processes, **options)
 
 
 @pytest.mark.parametrize(
@@ -58,21 +60,30 @@ def guided(halves: int = 2, **parallel: int) -> Config:
     ],
 )
 def test_guidance_first_then_heads_then_prompts(processes, heads, halves, expected):
-    assert plan_degrees(guided(halves), model(heads), processes, prompts=processes) == expected
+    assert chosen(processes, heads=heads, halves=halves, prompts=processes) == expected
     assert expected.processes == processes
 
 
 def test_given_degrees_stay_and_the_rest_is_chosen():
-    assert plan_degrees(guided(ulysses_degree=4), model(), 8, 1) == Degrees(ulysses=4, cfg=2)
-    assert plan_degrees(guided(cfg_degree=1), model(), 4, 1) == Degrees(ulysses=4)
-    assert plan_degrees(guided(data_degree=2), model(), 4, 5) == Degrees(cfg=2, data=2)
-    assert plan_degrees(guided(ulysses_degree=3), model(), 3, 1) == Degrees(ulysses=3)  # heads filled up
-    assert plan_degrees(guided(ring_degree=2), model(), 4, 1) == Degrees(ring=2, cfg=2)
-    assert plan_degrees(guided(1, ring_degree=2), model(), 8, 1) == Degrees(ulysses=4, ring=2)
-    assert plan_degrees(guided(1, ulysses_degree=3, ring_degree=2), model(), 6, 1) == Degrees(3, 2)
-    text = describe_degrees(Degrees(ulysses=4, cfg=2), guided(cfg_degree=2), model())
-    assert text == "8 processes: cfg 2 (given), ulysses 4 (shares 4 heads)"
-    assert planned(guided(ulysses_degree=4, cfg_degree=2)) == 8
+    assert chosen(8, ulysses_degree=4) == Degrees(ulysses=4, cfg=2)
+    assert chosen(4, cfg_degree=1) == Degrees(ulysses=4)
+    assert chosen(4, prompts=5, data_degree=2) == Degrees(cfg=2, data=2)
+    assert chosen(3, ulysses_degree=3) == Degrees(ulysses=3)  # heads filled up
+    assert chosen(4, ring_degree=2) == Degrees(ring=2, cfg=2)
+    assert chosen(8, halves=1, ring_degree=2) == Degrees(ulysses=4, ring=2)
+    assert chosen(6, halves=1, ulysses_degree=3, ring_degree=2) == Degrees(3, 2)
+    plan = planned(8, "parallel.cfg_degree=2")
+    assert plan.degrees == Degrees(ulysses=4, cfg=2)
+    assert describe_degrees(plan) == "8 processes: cfg 2 (given), ulysses 4 (shares 4 heads)"
+
+
+def test_a_dry_run_plans_for_the_processes_that_the_degrees_name():
+    wanted = ParallelConfig(ulysses_degree=4, cfg_degree=2)
+    assert planned_processes(wanted, 1) == 8 and planned_processes(wanted, 16) == 16
+    words = ("parallel.ulysses_degree=4", "parallel.cfg_degree=2")
+    assert planned(1, *words).degrees == Degrees(ulysses=4, cfg=2)
+    with pytest.raises(UsageError, match=r"parallel\.ulysses_degree: got 4, allowed in one process: 1"):
+        planned(1, *words, dry_run=False)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +96,9 @@ def test_given_degrees_stay_and_the_rest_is_chosen():
     ],
 )
 def test_a_ring_takes_what_the_heads_leave(processes, heads, expected):
-    config = guided(1)
-    assert plan_degrees(config, model(heads), processes, 1) == expected
-    text = describe_degrees(expected, config, model(heads))
-    assert text.endswith(
+    plan = planned(processes, "generation.guidance_scale=1", heads=heads)
+    assert plan.degrees == chosen(processes, heads=heads, halves=1) == expected
+    assert describe_degrees(plan).endswith(
         f"ring {expected.ring} (shares keys, where {processes} do not divide the {heads} heads)"
     )
 
@@ -108,11 +118,9 @@ def test_a_ring_takes_what_the_heads_leave(processes, heads, expected):
     ],
 )
 def test_what_a_ring_refuses(key, value, message):
-    config = guided(1, ring_degree=2)
     group = "model" if key == "compile" else "attention"
-    config = replace(config, **{group: replace(getattr(config, group), **{key: value})})
     with pytest.raises(UsageError) as stop:
-        plan_degrees(config, model(), 2, 1)
+        planned(2, "generation.guidance_scale=1", "parallel.ring_degree=2", f"{group}.{key}={value}")
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
@@ -135,25 +143,32 @@ def test_what_a_ring_refuses(key, value, message):
 )
 def test_degrees_that_nothing_fits(parallel, halves, processes, message):
     with pytest.raises(UsageError) as stop:
-        plan_degrees(guided(halves, **parallel), model(), processes, 1)
+        chosen(processes, halves=halves, **parallel)
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
+def refused(*words: str, device: str = "cpu") -> str:
+    """Why two processes of this machine are refused."""
+    with pytest.raises(UsageError) as stop:
+        planned(2, *words, device=device, dry_run=False)
+    return str(stop.value)
+
+
 def test_what_several_processes_refuse(monkeypatch):
-    calibrating = read_config(TINY, ["model.cache=mag", "model.cache_ratios=calibrate"])
-    with pytest.raises(UsageError, match=r"got .calibrate.*allowed in several processes: numbers"):
-        check_machine(calibrating, "cpu", ALONE)
-    with pytest.raises(UsageError, match=r"model\.compile: got 'blocks', allowed in a ring: none"):
-        check_machine(read_config(TINY, ["model.compile=blocks"]), "cpu", Degrees(ring=2))
-    compared = read_config(TINY, ["attention.check=reference"])
-    with pytest.raises(UsageError, match=r"got 'reference', allowed with parallel\.cfg_degree=2"):
-        check_machine(compared, "cpu", Degrees(cfg=2))
+    text = refused("model.cache=mag", "model.cache_ratios=calibrate")
+    assert "got 'calibrate', allowed in several processes: numbers" in text
+    text = refused("model.compile=blocks", "parallel.ring_degree=2")
+    assert "model.compile: got 'blocks', allowed in a ring: none" in text
+    text = refused("attention.check=reference")
+    assert "got 'reference', allowed with parallel.cfg_degree=2" in text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9999")
-    with pytest.raises(UsageError, match="got 9999, allowed on this machine: at most 0, one process a GPU"):
-        check_machine(read_config(TINY, []), "cuda", ALONE)
+    text = refused(device="cuda")
+    assert "got 9999, allowed on this machine: at most" in text and text.endswith("one process a GPU")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for name in [name for name in sys.modules if name.startswith("xfuser")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "xfuser", None)
-    with pytest.raises(UsageError, match=r"several processes need xfuser .*install it with"):
-        check_machine(read_config(TINY, []), "cpu", ALONE)
+    assert re.match("several processes need xfuser .*install it with", refused())
 
 
 def test_one_process_and_bad_counts(capsys, monkeypatch):
@@ -272,10 +287,9 @@ def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):
 
 
 def test_what_differs_between_machines_is_told(monkeypatch):
-    team = Team(everyone="all")
-    monkeypatch.setattr(Team, "agree", lambda self, value: ["another"])
+    monkeypatch.setattr(Groups, "agree", lambda self, value: ["another"])
     with pytest.raises(UsageError, match="differ from those of rank 0"):
-        team.compare(["mine"])
+        Groups(everyone="all").compare(["mine"])
 
 
 def test_torchrun_by_hand_needs_a_configuration(capsys, monkeypatch):
