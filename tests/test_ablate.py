@@ -1,76 +1,74 @@
-"""The ablation: which runs there are, what is kept and continued, the numbers of a row, the files."""
+"""The ablation: its lists and runs, what is kept and continued, the numbers of a row, the files."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from radial_attn import RadialConfig, radial_mask
-from radial_attn.masks.patterns import COMPARED
-from scripts import ablate, prompt_accuracy
+from radial_attn.masks.patterns import COMPARED, TOLERANCE
+from scripts import ablate
 from scripts.ablate import captions_of, main
-from scripts.evaluation import ablation_attention as ablate_attention
-from scripts.evaluation import ablation_measure as ablate_measure
-from scripts.evaluation.ablation_attention import of_run
-from scripts.evaluation.ablation_measure import paces, step_seconds
+from scripts.evaluation import ablation as measured
+from scripts.evaluation.ablation import TABLES, Ablation, Run, attention_of, read_table, runs_of
 from scripts.evaluation.ablation_report import COLUMNS, draw, lines
-from scripts.evaluation.ablation_runs import TABLES, Run, runs_of
 from scripts.run.config import ROOT, read_config
-from scripts.run.hub_models import read_model_info
+from scripts.run.plan import RunPlan, make_plan
 from scripts.run.sampler import sample
+from scripts.toyworld import accuracy
 from scripts.toyworld.render import VOCABULARY
 
 SHORT = ["generation.num_frames=9", "generation.steps=2", "--captions", "2", "--batch", "1", "--rows", "6"]
 ONLY = ["--only", "dense_steps", "sink"]
-DENSE = RadialConfig(pattern="dense", block_size=16)
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tuple:
-    config = read_config("configs/wan_tiny.yaml", [])
-    return config, read_model_info(str(ROOT / config.model.path))
+def tiny() -> RunPlan:
+    return make_plan(read_config("configs/wan_tiny.yaml", []))
 
 
-def runs(tiny: tuple, name: str) -> list[Run]:
-    return runs_of(TABLES[name], *tiny)[0]
+def runs(plan: RunPlan, name: str) -> list[Run]:
+    return runs_of(read_table(name), plan)[0]
 
 
-def test_every_table_varies_its_option_around_the_configuration(tiny):
-    config, _ = tiny
-    for name, table in TABLES.items():
-        found = runs(tiny, name)
-        assert [getattr(run.config.attention, table.key) for run in found] == [run.value for run in found]
-        assert len({run.value for run in found}) == len(found) >= 2
-        for run in found:
-            own = replace(run.config.attention, **{table.key: getattr(config.attention, table.key)})
-            assert replace(run.config, attention=own) == config
+def short(work: Path) -> Ablation:
+    return ablate.prepare(ablate.parse([*SHORT, "--work", str(work)]))
+
+
+def test_every_list_varies_its_option_around_the_configuration(tiny):
+    assert {file.stem for file in (ROOT / "configs/ablation").iterdir()} == set(TABLES)
+    for name in TABLES:
+        varied = runs(tiny, name)
+        assert [getattr(run.plan.config.attention, name) for run in varied] == [run.value for run in varied]
+        assert len({run.value for run in varied}) == len(varied) >= 2
+        default = getattr(tiny.config.attention, name)
+        for run in varied:
+            attention = replace(run.plan.config.attention, **{name: default})
+            assert replace(run.plan.config, attention=attention) == tiny.config
         if name != "density":
-            assert getattr(config.attention, table.key) in {run.value for run in found}
+            assert default in {run.value for run in varied}
 
 
 def test_masks_of_the_runs(tiny):
-    densities = {run.value: run.mask.density for run in runs(tiny, "pattern")}
-    assert densities.keys() == {"radial", *COMPARED}
+    table = read_table("pattern")
+    assert table["values"] == ["radial", *COMPARED] and table["title"].endswith(f"{100 * TOLERANCE:g} %")
+    densities = {run.value: run.plan.block_mask.density for run in runs(tiny, "pattern")}
     for density in densities.values():
-        assert density == pytest.approx(densities["radial"], rel=0.05)
+        assert density == pytest.approx(densities["radial"], rel=TOLERANCE)
     for run in runs(tiny, "density"):
-        assert run.mask.density == pytest.approx(run.value, rel=0.02)
-    scarce = TABLES["density"]._replace(values=lambda *_: [0.1, 0.5])
-    small = read_config("configs/wan_tiny.yaml", ["generation.height=48", "generation.width=48"])
-    found, (why,) = runs_of(TABLES["pattern"], small, tiny[1])
-    assert {run.value for run in found} == {"radial", *COMPARED} - {"power"}
-    assert why.startswith("attention.pattern must have a mask within 5%") and why.endswith("got 'power'")
-    found, left_out = runs_of(scarce, *tiny)
-    assert [run.value for run in found] == [0.5] and len(left_out) == 1
-    assert left_out[0].startswith("attention.density must be") and left_out[0].endswith("got 0.1")
-    assert [sorted(run.dense) for run in runs(tiny, "dense_last_steps")] == [
-        [],
-        [19],
-        [18, 19],
-        [16, 17, 18, 19],
-    ]
+        assert run.plan.block_mask.density == pytest.approx(run.value, rel=0.02)
+    last = [tuple(range(20 - count, 20)) for count in (0, 1, 2, 4)]
+    assert [run.plan.dense_steps for run in runs(tiny, "dense_last_steps")] == last
+
+
+def test_a_mask_that_the_grid_lacks_is_left_out_and_named(tiny):
+    words = ["generation.height=48", "generation.width=48"]
+    kept, (why,) = runs_of(read_table("pattern"), make_plan(read_config("configs/wan_tiny.yaml", words)))
+    assert {run.value for run in kept} == {"radial", *COMPARED} - {"power"}
+    assert why.startswith("attention.pattern") and why.endswith("got 'power'")
+    kept, (why,) = runs_of({"key": "attention.density", "values": [0.1, 0.5]}, tiny)
+    assert [run.value for run in kept] == [0.5]
+    assert why.startswith("attention.density") and why.endswith("got 0.1")
 
 
 def test_runs_with_the_same_videos_are_one(tiny):
@@ -91,28 +89,14 @@ def test_captions_come_once_with_all_values_early():
 
 def test_dense_steps_and_layers_keep_everything(tiny):
     """Two steps of three layers by hand: step 0 dense, layer 0 dense at every step, so two of six count."""
-    run = replace(
-        runs(tiny, "sink")[0],
-        dense=frozenset({0}),
-        config=replace(tiny[0], attention=replace(tiny[0].attention, dense_layers=1)),
-    )
-    readings = {
-        "recall": [[0.1, 0.1, 0.1], [0.1, 0.4, 0.7]],
-        "mse": [[9.0, 9.0, 9.0], [9.0, 1.0, 2.0]],
-        "dense": [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]],
+    run = Run(0, replace(tiny, dense_steps=(0,), dense_layers=1))
+    table = {
+        "recall": [[[0.1], [0.1], [0.1]], [[0.1], [0.4], [0.7]]],
+        "mse": [[[9.0], [9.0], [9.0]], [[9.0], [1.0], [2.0]]],
+        "dense": [[[2.0]] * 3] * 2,
     }
-    found = of_run(run, readings)
-    assert found == {
-        "recall": pytest.approx((4 + 0.4 + 0.7) / 6),
-        "mse": pytest.approx(0.5),
-        "relative": pytest.approx(0.25),
-    }
-
-
-def test_seconds_count_dense_steps(tiny):
-    run = runs(tiny, "dense_steps")[-1]
-    assert len(run.dense) == 8
-    assert step_seconds(run, {"dense": 2.0, run.pace: 1.0}) == pytest.approx((8 * 2 + 12) / 20)
+    expected = {"recall": (4 + 0.4 + 0.7) / 6, "mse": 0.5, "relative": 0.25}
+    assert attention_of(run, table) == pytest.approx(expected)
 
 
 def test_what_is_timed_is_timed_in_turn_here_and_now(tiny, tmp_path, monkeypatch):
@@ -123,28 +107,30 @@ def test_what_is_timed_is_timed_in_turn_here_and_now(tiny, tmp_path, monkeypatch
         calls.append(set(configs))
         return dict.fromkeys(configs, float(len(calls)))
 
-    monkeypatch.setattr(ablate_measure, "seconds_in_turn", timed)
-    setup = ablate.prepare(ablate.parse([*SHORT, "--work", str(tmp_path)]))
+    monkeypatch.setattr(measured, "seconds_in_turn", timed)
+    monkeypatch.setattr(Ablation, "pipeline", None)
+    ablation = short(tmp_path)
     for count, name in enumerate(("sink", "neighbour"), 1):
-        found = paces(setup, None, runs(tiny, name))
-        assert found == dict.fromkeys({run.pace for run in runs(tiny, name)} | {"dense"}, count)
-        assert paces(setup, None, runs(tiny, name)) == found and len(calls) == count
-    monkeypatch.setattr(ablate_measure, "hardware", lambda device: {"device": device, "threads": 99})
-    assert set(paces(setup, None, runs(tiny, "neighbour")).values()) == {3}
-    cuda = setup._replace(job=replace(setup.job, device="cuda"))
-    assert cuda.folder(cuda.dense) != setup.folder(setup.dense)
+        seconds = ablation.seconds(runs(tiny, name))
+        assert seconds == dict.fromkeys({run.pace for run in runs(tiny, name)} | {"dense"}, count)
+        assert ablation.seconds(runs(tiny, name)) == seconds and len(calls) == count
+    monkeypatch.setattr(measured, "hardware", lambda device: {"device": device, "threads": 99})
+    assert set(ablation.seconds(runs(tiny, "neighbour")).values()) == {3}
+    cuda = replace(ablation, plan=replace(ablation.plan, device="cuda"))
+    assert cuda.folder(cuda.dense) != ablation.folder(ablation.dense)
 
 
-def test_equal_videos_are_counted_and_not_in_the_mean(tiny, tmp_path):
-    setup = ablate.prepare(ablate.parse([*SHORT, "--work", str(tmp_path)]))
-    run = runs(tiny, "sink")[0]
+def test_a_row_counts_dense_steps_and_leaves_equal_videos_out_of_the_mean(tiny):
+    run = runs(tiny, "dense_steps")[-1]
     entry = {"ssim": 1.0, **dict.fromkeys(VOCABULARY, True)}
     entries = [entry | {"psnr": None}, entry | {"psnr": 30.0}]
-    looked = {"recall": 1.0, "mse": 0.0, "relative": 0.0}
-    line = ablate.row(setup, run, entries, looked, {"dense": 1.0, run.pace: 1.0})
-    assert line[1 + COLUMNS.index("PSNR")] == 30
-    (said,) = ablate.equal({4: entries[1:], 8: entries})
-    assert said.endswith("8 1 of 2") and ablate.equal({4: entries[1:]}) == []
+    table = dict.fromkeys(("recall", "mse", "dense"), [[[1.0]] * 6] * 20)
+    line = ablate.row(run, entries, table, {"dense": 2.0, run.pace: 1.0})
+    numbers = dict(zip(COLUMNS, line[1:], strict=True))
+    assert numbers["PSNR"] == 30 and numbers["attributes, %"] == 100
+    assert numbers["s a step"] == pytest.approx((8 * 2 + 12) / 20)
+    (note,) = ablate.equal([run], {run.identity: entries})
+    assert note.endswith("8 1 of 2") and ablate.equal([run], {run.identity: entries[1:]}) == []
 
 
 def test_files_are_named_by_the_configuration():
@@ -158,10 +144,7 @@ def test_files_are_named_by_the_configuration():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict:
     """An ablation from end to end."""
-    return ablation(tmp_path_factory.mktemp("whole"))
-
-
-def ablation(folder: Path) -> dict:
+    folder = tmp_path_factory.mktemp("whole")
     assert main([*SHORT, *ONLY, "--work", str(folder / "work"), "--out", str(folder / "ablation.md")]) == 0
     return json.loads((folder / "work" / "ablation.json").read_text())
 
@@ -181,29 +164,22 @@ def test_from_end_to_end(whole):
     assert "% of the attributes" in steps["note"]
 
 
-def test_recall_and_error_are_those_of_the_run_itself(whole, tmp_path, monkeypatch):
+def test_attention_is_read_at_every_step_once_for_each_mask(tiny, tmp_path):
     """A mask that keeps everything: recall 1 and no error."""
-    seen = []
-    monkeypatch.setattr(
-        ablate_attention, "mask_of", lambda grid, config: seen.append(config) or radial_mask(grid, DENSE)
-    )
-    setup = ablate.prepare(ablate.parse([*SHORT, "--work", str(tmp_path)]))
-    pipeline = setup.job.load()
-    looked = ablate_attention.looked_at(setup, pipeline, {"all": setup.job.config}, tmp_path / "a.json")[
-        "all"
-    ]
-    assert [len(looked["recall"]), len(looked["recall"][0])] == [2, 6] and len(seen) == 1
-    assert np.allclose(looked["recall"], 1) and np.allclose(looked["mse"], 0, atol=1e-10)
-    assert np.min(looked["dense"]) > 0
-    known = (tmp_path / "a.json").read_text()
-    assert ablate_attention.looked_at(setup, None, {"all": setup.job.config}, tmp_path / "a.json") == {
-        "all": looked
-    }
-    assert (tmp_path / "a.json").read_text() == known
+    ablation = short(tmp_path)
+    full = replace(ablation.plan, mask=replace(ablation.plan.mask, pattern="dense"))
+    table = ablation.attention([Run("all", full)])[Run("all", full).mask_name]
+    assert [len(table["recall"]), len(table["recall"][0])] == [2, 6]
+    numbers = attention_of(Run("all", full), table)
+    assert numbers["recall"] == pytest.approx(1) and 0 <= numbers["relative"] < 1e-10
+    del ablation.pipeline
+    ablation.plan = replace(ablation.plan, path="none")
+    known = replace(ablation, plan=full).attention([Run("all", full)])
+    assert known[Run("all", full).mask_name] == table
 
 
 def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):
-    """Stopped at the fourth video: six are left, none is made twice, and the tables end the same."""
+    """Stopped at the fourth video: five are left, none is made twice, and the tables end the same."""
     made = []
 
     def counted(*args, **options):
@@ -214,47 +190,46 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):
         return sample(*args, **options)
 
     words = [*SHORT, *ONLY, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "ablation.md")]
-    monkeypatch.setattr(prompt_accuracy, "sample", counted)
+    monkeypatch.setattr(accuracy, "sample", counted)
     assert main(words) == 130 and capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
     assert len(made) == 3 and not (tmp_path / "ablation.md").exists()
     made[:] = [None] * 10
     assert main(words) == 0
     assert len(made) == 10 + 5  # two dense videos and two of each of three runs, less three
     data = json.loads((tmp_path / "work" / "ablation.json").read_text())
-    assert [[row[:-1] for row in found["rows"]] for found in data["tables"]] == [
-        [row[:-1] for row in found["rows"]] for found in whole["tables"]
+    assert [[row[:-1] for row in table["rows"]] for table in data["tables"]] == [
+        [row[:-1] for row in table["rows"]] for table in whole["tables"]
     ]
     made[:] = [None] * 10
     assert main(words) == 0 and len(made) == 10
     assert not list((tmp_path / "work").rglob("*.part"))
 
 
-def test_files(whole, tmp_path):
+def test_files(whole):
     text = "\n".join(lines(whole, "a.png"))
     assert whole["command"] in text and text.count("| attention.") == 2 and "| false |" in text
-    figure = draw(whole)
-    assert [line.get_label() for line in figure.axes[0].lines] == [
-        found["title"] for found in whole["tables"]
-    ]
+    titles = [table["title"] for table in whole["tables"]]
+    assert [line.get_label() for line in draw(whole).axes[0].lines] == titles
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "key", "remedy"),
     [
-        (["--only", "sinks"], "invalid choice: 'sinks'"),
-        (["--captions", "181"], "--captions: got 181, allowed: 1 to 180"),
-        (["a.yaml", "b.yaml"], "one configuration at most, got 'a.yaml' and 'b.yaml'"),
-        (["attention.pattern=power"], "attention.pattern: got 'power', allowed here: radial"),
-        (["attention.density=0.5"], "attention.density: got 0.5, allowed here: null"),
-        (["model.compile=blocks"], "model.compile: got 'blocks', allowed here: none"),
-        (["attention.backend=flashinfer"], "attention.backend: got 'flashinfer'"),
-        (["attention.sinks=true"], "did you mean 'attention.sink'"),
+        (["--only", "sinks"], "--only", "'sinks'"),
+        (["--captions", "181"], "--captions: got 181", "1 to 180"),
+        (["a.yaml", "b.yaml"], "'a.yaml'", "'b.yaml'"),
+        (["attention.pattern=power"], "attention.pattern: got 'power'", "radial"),
+        (["attention.density=0.5"], "attention.density: got 0.5", "null"),
+        (["model.compile=blocks"], "model.compile: got 'blocks'", "none"),
+        (["attention.backend=flashinfer"], "attention.backend: got 'flashinfer'", "allowed"),
+        (["attention.sinks=true"], "attention.sinks", "'attention.sink'"),
     ],
 )
-def test_bad_input_is_one_line(words, said, tmp_path, capsys):
+def test_bad_input_is_one_line(words, key, remedy, tmp_path, capsys):
     try:
         code = main([*words, "--work", str(tmp_path / "w"), "--out", str(tmp_path / "a.md")])
     except SystemExit as stop:
         code = stop.code
     error = capsys.readouterr().err
-    assert code == 2 and said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert code == 2 and key in error and remedy in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

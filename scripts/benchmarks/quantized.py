@@ -1,15 +1,11 @@
-"""How far attention on 8-bit operands is from exact attention, by the definition of its rounding.
+"""Measures how far attention on 8-bit operands is from exact attention, by the definition of its rounding.
 
-    python -m scripts.benchmarks.quantization_error [--out results]
-
-Writes quantization_cpu_<date>.md: relative L2 error and cosine on random inputs, with heavy tails, with
+`bash scripts/benchmark.sh --quantized`: relative L2 error and cosine on random inputs, with heavy tails, with
 outlier channels, and on the activations of the bundled model. Tests compare the kernels with the definition.
 """
 
-import datetime
-import sys
+import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -18,8 +14,14 @@ from torch import Tensor
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.analysis.sampled_error import OutputError, output_error
 from radial_attn.kernels.quantized_reference import quantized_attention
-from scripts.run.errors import OneLineParser
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime import context
+from scripts.evaluation.files import table
+from scripts.run.config import read_config
+from scripts.run.plan import make_plan
+from scripts.run.sampler import Sampler, sample
 
+NAME = "quantization_cpu"
 GRID = TokenGrid(8, 20, 32)  # 5120 tokens
 HEADS, OUTLIERS = 2, 4
 MODES = {  # what each quantised kernel rounds
@@ -86,16 +88,7 @@ def model_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
 
 def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
     """Query, key, value and mask of every layer at one step of the bundled model's preset."""
-    from radial_attn.models import apply_radial_attention
-    from radial_attn.models.runtime import context
-    from scripts.run.config import read_config
-    from scripts.run.hub_models import read_model_info
-    from scripts.run.sampler import Job, sample
-    from scripts.run.validate import resolve_model
-
-    config = read_config("configs/wan_tiny.yaml", [])
-    path = resolve_model(config)
-    job = Job(config, read_model_info(path), path, "cpu")
+    plan = make_plan(read_config("configs/wan_tiny.yaml", []))
     kept: list[tuple[list[Tensor], BlockMask]] = []
     attend = radial_attention
 
@@ -103,51 +96,34 @@ def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
         kept.append(([x.detach().float() for x in (query, key, value)], mask))
         return attend(query, key, value, mask, **options)
 
-    pipeline, mask = job.load(), RadialConfig(block_size=16, decimation_width="block")
+    pipeline, mask = Sampler(plan).load(), RadialConfig(block_size=16, decimation_width="block")
     with patch.object(context, "radial_attention", keep), apply_radial_attention(pipeline, mask):
-        sample(pipeline, config, [config.generation.prompt], [1])
-    layers = job.model.layers
-    calls = len(kept) // (layers * config.generation.steps)
+        sample(pipeline, plan.config, [plan.config.generation.prompt], [1])
+    layers = plan.model.layers
+    calls = len(kept) // (layers * plan.config.generation.steps)
     first = step * calls * layers
     return kept[first : first + layers]
 
 
-def report(rows: list[tuple[str, int, int, str, OutputError]]) -> str:
-    """The results file."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds no options."""
+
+
+def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], None]:
+    """Measures; returns the lines of the table."""
     density = radial_mask(GRID, RadialConfig()).density
-    lines = [
+    rows = (
+        (name, width, columns, mode, f"{found.relative_l2:.4f}", f"{found.cosine:.5f}")
+        for rows in (random_rows(), model_rows())
+        for name, width, columns, mode, found in rows
+    )
+    return [
         "# Error of attention on 8-bit operands",
         "",
-        "`python -m scripts.benchmarks.quantization_error`: the definition of the rounding",
-        "(radial_attn/kernels/reference_quantized.py) against exact attention in float32. Random inputs:",
-        f"{GRID.tokens} tokens, {HEADS} heads, the default radial mask (density {density:.3f}). Keys lose",
-        "their mean first; queries have a scale a token, keys one a group of tokens, values one a channel.",
-        "Nothing here ran on a GPU; tests/test_triton_quantized.py holds the kernels to the definition.",
-        "",
-        "| inputs | head width | keys a scale | mode | relative L2 | cosine |",
-        "|" + "---|" * 6,
-    ]
-    for name, width, columns, mode, found in rows:
-        lines.append(
-            f"| {name} | {width} | {columns} | {mode} | {found.relative_l2:.4f} | {found.cosine:.5f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Writes the table."""
-    parser = OneLineParser(
-        prog="python -m scripts.benchmarks.quantization_error", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")
-    options = parser.parse_args(argv)
-    rows = [*random_rows(), *model_rows()]
-    path = options.out / f"quantization_cpu_{datetime.date.today()}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report(rows))
-    print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        f"`{command}`: the definition of the rounding (radial_attn/kernels/quantized_reference.py) against "
+        f"exact attention in float32. Random inputs: {GRID.tokens} tokens, {HEADS} heads, the default radial "
+        f"mask (density {density:.3f}). Keys lose their mean first; queries have a scale a token, keys one a "
+        "group of tokens, values one a channel. Nothing here ran on a GPU; tests/test_triton_quantized.py "
+        "holds the kernels to the definition.",
+        *table("inputs|head width|keys a scale|mode|relative L2|cosine", rows),
+    ], None
