@@ -22,7 +22,7 @@ from scripts.run.hub_models import read_model_info
 from scripts.run.lora_options import LoraConfig
 from scripts.run.plan import attention_options
 from scripts.run.sampler import Job, sample
-from tests.test_analysis import CONFIG, GRIDS, tensors
+from tests.support.map_cases import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
 WAN_MODEL = "assets/wan-tiny"

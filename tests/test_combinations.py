@@ -31,7 +31,7 @@ from scripts.run.memory import cache_bytes, stored_weights
 from scripts.run.model_info import ModelInfo
 from scripts.run.option_checks import check_combinations, refusals
 from scripts.run.plan import gain, memory, memory_choices, token_grid
-from tests.test_plan import FOURTEEN, FULL, TINY, TOY
+from tests.plans import FOURTEEN, FULL, TINY, TOY
 from tests.tiny import wan_pipeline, wan_transformer
 from tests.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.tiny_mochi import mochi_pipeline

@@ -15,7 +15,7 @@ from radial_attn.analysis.bound import first_dropped, fit_tail, measure_tails, p
 from radial_attn.analysis.decay import bands, column_reach, fit_exponential, measure
 from radial_attn.analysis.recall import sample_rows
 from tests.mask_oracle import equation_four
-from tests.test_analysis import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
+from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
 
 ROOT = Path(__file__).parent.parent
 

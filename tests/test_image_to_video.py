@@ -14,7 +14,7 @@ from scripts.generate import main
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
 from scripts.run.inputs import fit, open_image, read_inputs
-from tests.test_script_families import SMALL
+from tests.support.script_cases import SMALL
 from tests.tiny import CHANNELS
 from tests.tiny_hunyuan import hunyuan_image_pipeline
 from tests.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline

@@ -3,42 +3,21 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
 
 from scripts.run.config import ROOT, ModelConfig, VideoSize
 from scripts.run.memory import GIB, covered, decoder_bytes
-from scripts.run.model_info import ModelInfo, from_configs
+from scripts.run.model_info import ModelInfo
 from tests.plans import FOURTEEN, HUNYUAN, MOCHI
+from tests.support.tiny_vaes import CLASSES, TILE, VAES, architecture
 from tests.tiny import wan_vae
-from tests.tiny_hunyuan import hunyuan_transformer
-from tests.tiny_mochi import mochi_transformer
 
-TILE = 128  # pixels a side, half of diffusers' own
 # Arguments of a VAE class of diffusers: blocks so narrow and few that a tile takes seconds, not minutes.
-VAES = {
-    "hunyuan_video": {
-        "latent_channels": 4,
-        "block_out_channels": (16, 32, 32, 32),  # twice as many before the last, as HunyuanVideo's
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "mid_block_add_attention": False,
-    },
-    "mochi": {
-        "latent_channels": 12,
-        "encoder_block_out_channels": (32,) * 4,
-        "decoder_block_out_channels": (32,) * 4,
-        "layers_per_block": (1,) * 5,
-    },
-}
-CLASSES = {"hunyuan_video": AutoencoderKLHunyuanVideo, "mochi": AutoencoderKLMochi}
-TRANSFORMERS = {"hunyuan_video": hunyuan_transformer, "mochi": mochi_transformer}
 MEASURE = """
 import sys, torch
 from scripts.run.system import peak_memory
-from tests.test_memory import CLASSES, TILE, VAES
+from tests.support.tiny_vaes import CLASSES, TILE, VAES
 
 family, *sizes = sys.argv[1], *map(int, sys.argv[2:])
 vae = CLASSES[family](**VAES[family]).eval()
@@ -53,13 +32,6 @@ with torch.no_grad():
     vae.decode(latents)
 print(peak_memory("cpu")["host_bytes"] - before)
 """
-
-
-def architecture(family: str) -> ModelInfo:
-    """As read from the tiny models' own configurations, with small tiles."""
-    transformer = TRANSFORMERS[family]()
-    config = {"_class_name": type(transformer).__name__, **transformer.config}
-    return replace(from_configs(config, VAES[family], {}), vae_tile=TILE)
 
 
 def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling: str) -> float:

@@ -13,6 +13,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.schedule import Schedule, StepCounter
 from tests.machine import AUTO
+from tests.support.generation_cases import generate
 from tests.tiny import wan_inputs, wan_pipeline
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
@@ -28,20 +29,6 @@ def plan(pipeline, *timesteps):
 
 def steps_of(counter, *timesteps):
     return [counter.advance(torch.tensor([float(timestep)]))[0] for timestep in timesteps]
-
-
-def generate(pipeline, steps=3, *, frames=13, size=(64, 96), guidance=1.0, prompt="a red dot", **more):
-    return pipeline(
-        prompt,
-        height=size[0],
-        width=size[1],
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        max_sequence_length=16,
-        output_type="latent",
-        **({"generator": torch.Generator().manual_seed(0)} | more),
-    ).frames
 
 
 def test_order_of_timesteps_without_a_pipeline():

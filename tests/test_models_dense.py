@@ -13,7 +13,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels import sage
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import dense_backend as dense
-from tests.test_models_wan import DENSE, SPARSE, run
+from tests.support.wan_cases import DENSE, SPARSE, run
 from tests.tiny import wan_inputs, wan_transformer
 
 OTHERS = ("native", "_native_math")

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from radial_attn.models import apply_radial_attention
 from tests.families import FAMILIES, FULL, SPARSE, Family, run
-from tests.test_models_training import assert_same_gradients
+from tests.support.training_cases import assert_same_gradients
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 LORA = LoraConfig(

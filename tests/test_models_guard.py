@@ -10,9 +10,9 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.output_check import CheckError, resolve_check
 from tests.failing import fail, one_nan, twice
 from tests.machine import AUTO, automatic
-from tests.test_models_context import generate
-from tests.test_models_training import OPTIONS, SPARSE, assert_same_gradients, gradients, video
-from tests.test_models_wan import run
+from tests.support.generation_cases import generate
+from tests.support.training_cases import OPTIONS, SPARSE, assert_same_gradients, gradients, video
+from tests.support.wan_cases import run
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 
 RADIAL_CALLS = 2 * 2  # of OPTIONS: two layers that are not dense, two guidance halves

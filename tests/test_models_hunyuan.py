@@ -7,16 +7,12 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 
-from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn import TokenGrid, radial_mask
 from radial_attn.models import apply_radial_attention, hunyuan_video
 from radial_attn.models.runtime import dense_backend as dense
 from tests.machine import AUTO
+from tests.support.hunyuan_cases import DENSE, FULL, SPARSE, assert_near, families, run
 from tests.tiny_hunyuan import FAMILIES, SHAPE, TEXT, Family, hunyuan_inputs, hunyuan_transformer
-
-SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
-FULL = RadialConfig(decay_factor=1e6, block_size=16, decimation_width=1)
-DENSE = RadialConfig(block_size=16, pattern="dense")
-families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 class MaskedProcessor(HunyuanVideoAttnProcessor2_0):
@@ -35,11 +31,6 @@ class MaskedProcessor(HunyuanVideoAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
-@torch.no_grad()
-def run(transformer, inputs):
-    return transformer(**inputs).sample
-
-
 def masked_upstream(family: Family, transformer, size, inputs, layers=slice(None)):
     """Output with upstream's attention under the token mask of SPARSE in some layers."""
     token_mask = radial_mask(TokenGrid(*size, family.text), SPARSE).token_mask()
@@ -51,10 +42,6 @@ def masked_upstream(family: Family, transformer, size, inputs, layers=slice(None
     for attention, processor in zip(attentions, before, strict=True):
         attention.set_processor(processor)
     return output
-
-
-def assert_near(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @families

@@ -9,8 +9,8 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.output_check import CheckError
 from tests.failing import fail, one_nan, twice
 from tests.machine import AUTO
-from tests.test_models_hunyuan import FULL, SPARSE, assert_near, families, run
-from tests.test_models_training import assert_same_gradients
+from tests.support.hunyuan_cases import FULL, SPARSE, assert_near, families, run
+from tests.support.training_cases import assert_same_gradients
 from tests.tiny_hunyuan import FAMILIES, TEXT, hunyuan_inputs, hunyuan_transformer
 
 OPTIONS = {"dense_steps": 1, "dense_layers": 1, "dense_last_steps": 1, "num_steps": 4}

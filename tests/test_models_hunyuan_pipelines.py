@@ -7,7 +7,7 @@ from PIL import Image
 
 from radial_attn.models import apply_radial_attention
 from tests.machine import AUTO
-from tests.test_models_hunyuan import DENSE, FULL, SPARSE, assert_near
+from tests.support.hunyuan_cases import DENSE, FULL, SPARSE, assert_near
 from tests.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
 
 OPTIONS = {"dense_steps": 1, "dense_last_steps": 1, "dense_layers": 1}

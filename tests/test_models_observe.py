@@ -8,7 +8,7 @@ from radial_attn.kernels import reference
 from radial_attn.models import apply_radial_attention, wan
 from radial_attn.models.runtime import context
 from tests.families import DENSE, FAMILIES, SPARSE, Family, run
-from tests.test_models_context import generate
+from tests.support.generation_cases import generate
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.tiny_hunyuan import FAMILIES as HUNYUAN
 

@@ -1,7 +1,6 @@
 """Positions of a longer video: each method by other formulas, in the tables and through the models."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from radial_attn.models.pipeline.rope_scaling import (
     temporal_frequencies,
 )
 from tests.families import run
+from tests.support.rope_cases import REAL
 from tests.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.tiny_hunyuan import hunyuan15_inputs, hunyuan15_transformer, hunyuan_inputs, hunyuan_transformer
 from tests.tiny_ltx import ltx_transformer
@@ -25,14 +25,6 @@ from tests.tiny_wan import vace_inputs, vace_transformer
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 CHANGING = METHODS[1:]
 WIDE = {"attention_head_dim": 128, "num_attention_heads": 1}
-REAL = {  # a transformer with the rotary embedding of the published one: channels in time, base, lengths, k
-    "wan": (partial(wan_transformer, **WIDE, num_layers=1), 44, 10000.0, 21, 41, 4),
-    "hunyuan_video": (partial(hunyuan_transformer, **WIDE, rope_axes_dim=(16, 56, 56)), 16, 256.0, 33, 64, 4),
-    "hunyuan_video15": (
-        partial(hunyuan15_transformer, **WIDE, rope_axes_dim=(16, 56, 56)),
-        *(16, 256.0, 31, 61, 4),
-    ),
-}
 TINY = {
     "wan": (wan_transformer, wan_inputs),
     "wan_vace": (vace_transformer, vace_inputs),

@@ -8,23 +8,10 @@ from torch._dynamo.testing import CompileCounter
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from tests.machine import AUTO
+from tests.support.training_cases import OPTIONS, SPARSE, assert_same_gradients, gradients, video
 from tests.tiny import wan_inputs, wan_transformer
 
-SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 FULL = RadialConfig(decay_factor=1e6, block_size=16, decimation_width=1)
-
-
-def gradients(transformer, **changes):
-    """Gradient of the mean square output for every trainable parameter."""
-    transformer.zero_grad()
-    transformer(**(wan_inputs() | changes)).sample.square().mean().backward()
-    return {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found, expected):
-    assert found.keys() == expected.keys() and expected
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def lora_transformer():
@@ -74,17 +61,6 @@ def test_random_timesteps_in_training_are_all_radial():
         for timestep in (300, 800, 100, 100, 999):
             gradients(transformer, timestep=torch.tensor([float(timestep)]))
         assert handle.report()["calls"] == {AUTO: 5 * 4}
-
-
-@torch.no_grad()
-def video(transformer, steps=6, **changes):
-    """Outputs of one denoising loop with guidance, as a pipeline would call."""
-    timesteps = torch.linspace(1000, 100, steps)
-    calls = [wan_inputs(timestep=float(t), seed=half, **changes) for t in timesteps for half in range(2)]
-    return torch.stack([transformer(**inputs).sample for inputs in calls])
-
-
-OPTIONS = {"dense_steps": 2, "dense_layers": 2, "dense_last_steps": 1, "num_steps": 6}
 
 
 def test_compiled_blocks_need_at_most_four_graphs():

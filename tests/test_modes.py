@@ -6,8 +6,8 @@ import torch
 from radial_attn import BlockMask, RadialConfig, radial_attention, radial_mask
 from radial_attn.models import apply_radial_attention
 from tests.attention_cases import GRIDS, make_inputs, make_mask, run
-from tests.test_models_wan import GRID, SPARSE, masked_upstream
-from tests.test_models_wan import run as run_model
+from tests.support.wan_cases import GRID, SPARSE, masked_upstream
+from tests.support.wan_cases import run as run_model
 from tests.tiny import wan_transformer
 
 GRID_WITH_TEXT = GRIDS[111]

@@ -9,10 +9,8 @@ import pytest
 from radial_attn.models import apply_radial_attention
 from tests.families import SPARSE
 from tests.processes import run_ranks
+from tests.support.tolerances import MOST
 from tests.tiny import wan_inputs, wan_transformer
-
-MOST = 1e-5  # float32; relative to the largest value
-
 
 DEGREES = [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2)]
 

@@ -6,7 +6,7 @@ import pytest
 
 from scripts.generate import main
 from scripts.run.hub_models import HUB_MODELS, read_model_info
-from tests.test_models_positions import REAL
+from tests.support.rope_cases import REAL
 from tests.tiny import wan_transformer
 
 

@@ -6,21 +6,11 @@ import pytest
 import torch
 
 from scripts.generate import main
+from tests.support.script_cases import SMALL
 from tests.tiny import wan_pipeline
 from tests.tiny_hunyuan import hunyuan_pipeline
 from tests.tiny_mochi import mochi_pipeline
 
-SMALL = [
-    "model.device=cpu",
-    "model.dtype=float32",
-    "attention.block_size=16",
-    "attention.decimation_width=block",
-    "attention.dense_steps=1",
-    "generation.height=64",
-    "generation.width=64",
-    "generation.steps=3",
-    "attention.check=reference",
-]
 RUNS = {
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),

@@ -20,8 +20,8 @@ from scripts.run.model_info import ModelInfo
 from tests.decode_cases import SIDE, tiled
 from tests.plans import FULL, TINY, plan_of
 from tests.processes import environment, run_ranks, torchrun
-from tests.test_memory import architecture
-from tests.test_parallel import MOST
+from tests.support.tiny_vaes import architecture
+from tests.support.tolerances import MOST
 from tests.tiny_hunyuan import hunyuan_vae
 
 PARTS = ("decode", "cache", "gradient", "compile", "choice")

@@ -27,7 +27,7 @@ from tests.lora_cases import (
     train,
     write_config,
 )
-from tests.test_generate import TINY
+from tests.plans import TINY
 from tests.tiny_hunyuan import hunyuan_pipeline
 from tests.tiny_mochi import mochi_pipeline
 

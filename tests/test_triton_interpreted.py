@@ -15,7 +15,7 @@ from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton import tiles
 from radial_attn.kernels.triton.configs import Launch
 from tests.attention_cases import GRIDS, compare, make_inputs, make_mask, run
-from tests.test_partial import agree, make, some_blocks
+from tests.support.partial_cases import agree, make, some_blocks
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/test_kernels_triton.py"

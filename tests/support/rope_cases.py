@@ -1,0 +1,15 @@
+"""Rotary embeddings of published models."""
+
+from functools import partial
+
+from tests.tiny import wan_transformer
+from tests.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
+
+REAL = {  # a transformer with the rotary embedding of the published one: channels in time, base, lengths, k
+    "wan": (partial(wan_transformer, **WIDE, num_layers=1), 44, 10000.0, 21, 41, 4),
+    "hunyuan_video": (partial(hunyuan_transformer, **WIDE, rope_axes_dim=(16, 56, 56)), 16, 256.0, 33, 64, 4),
+    "hunyuan_video15": (
+        partial(hunyuan15_transformer, **WIDE, rope_axes_dim=(16, 56, 56)),
+        *(16, 256.0, 31, 61, 4),
+    ),
+}
