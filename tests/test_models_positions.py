@@ -24,7 +24,6 @@ from tests.tiny_wan import vace_inputs, vace_transformer
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 CHANGING = METHODS[1:]
-WIDE = {"attention_head_dim": 128, "num_attention_heads": 1}
 TINY = {
     "wan": (wan_transformer, wan_inputs),
     "wan_vace": (vace_transformer, vace_inputs),
