@@ -162,6 +162,14 @@ def test_the_layers_of_the_method():
             assert not above, f"{short(file)} imports {sorted(above)}"
 
 
+@pytest.mark.parametrize("file", TESTS, ids=short)
+def test_tests_are_not_imported_by_tests(file):
+    package = tuple(file.relative_to(ROOT).parent.parts)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {name for node in ast.walk(tree) for name in modules_of(node, package)}
+    assert not [name for name in names if name.startswith("tests.") and ".test_" in name]
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=short)
 def test_commands_are_not_imported(file):
     assert not imports(file) & (COMMANDS - {module_of(file)})

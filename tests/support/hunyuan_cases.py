@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from radial_attn import RadialConfig
-from tests.tiny_hunyuan import FAMILIES
+from tests.support.tiny_hunyuan import FAMILIES
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from radial_attn.block_mask import Part
 from radial_attn.partial import partial_attention
-from tests.attention_cases import assert_as_good_as
+from tests.support.attention_cases import assert_as_good_as
 
 
 def token_mask(part: Part, rows: int, keys: int, lengths: list[int] | None) -> Tensor:

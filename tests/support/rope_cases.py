@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from tests.tiny import wan_transformer
-from tests.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
+from tests.support.tiny import wan_transformer
+from tests.support.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
 
 WIDE = {"attention_head_dim": 128, "num_attention_heads": 1}
 REAL = {  # a transformer with the rotary embedding of the published one: channels in time, base, lengths, k

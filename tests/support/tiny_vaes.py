@@ -5,8 +5,8 @@ from dataclasses import replace
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
 
 from scripts.run.model_info import ModelInfo, from_configs
-from tests.tiny_hunyuan import hunyuan_transformer
-from tests.tiny_mochi import mochi_transformer
+from tests.support.tiny_hunyuan import hunyuan_transformer
+from tests.support.tiny_mochi import mochi_transformer
 
 TILE = 128  # pixels a side, half of diffusers' own
 

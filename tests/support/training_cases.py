@@ -3,7 +3,7 @@
 import torch
 
 from radial_attn import RadialConfig
-from tests.tiny import wan_inputs
+from tests.support.tiny import wan_inputs
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 

@@ -4,7 +4,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from tests.tiny import wan_inputs
+from tests.support.tiny import wan_inputs
 
 
 class ReferenceProcessor(WanAttnProcessor):
