@@ -123,7 +123,7 @@ def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[l
         f"`{command}`: the definition of the rounding (radial_attn/kernels/quantized_reference.py) against "
         f"exact attention in float32. Random inputs: {GRID.tokens} tokens, {HEADS} heads, the default radial "
         f"mask (density {density:.3f}). Keys lose their mean first; queries have a scale a token, keys one a "
-        "group of tokens, values one a channel. Nothing here ran on a GPU; tests/radial_attn/kernels/triton/test_quantized.py "
-        "holds the kernels to the definition.",
+        "group of tokens, values one a channel. Nothing here ran on a GPU; a test holds the kernels to the "
+        "definition.",
         *table("inputs|head width|keys a scale|mode|relative L2|cosine", rows),
     ], None
