@@ -14,8 +14,8 @@ from radial_attn.models.pipeline.rope_scaling import METHODS
 from radial_attn.models.runtime.output_check import CHECKS
 from scripts.run.config import ROOT, AttentionConfig, help_text, keys, read_config
 from scripts.run.errors import UsageError, multiples_around, nearest_key, one_line
-from scripts.run.plan import attention_options, radial_config
-from scripts.run.validate import check_values
+from scripts.run.option_checks import check_options
+from scripts.run.plan import attention_arguments, radial_config
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = "configs/wan_tiny.yaml"
@@ -52,8 +52,8 @@ def test_a_preset_sets_every_key_and_is_valid(preset):
     }
     assert set(keys()) - named <= optional
     config = read_config(str(preset), [])
-    check_values(config)
-    assert isinstance(radial_config(config), RadialConfig)
+    check_options(config)
+    assert isinstance(radial_config(config.attention), RadialConfig)
     assert preset.read_text().startswith("# ")
     assert config.output.path == f"outputs/{preset.stem}"
 
@@ -96,11 +96,11 @@ def test_choices_are_those_of_the_packages_below():
 
 def test_every_key_of_attention_reaches_the_model():
     config = read_config(TINY, ["attention.quantize=int8", "attention.check=nan"])
-    options = attention_options(config)
+    options = attention_arguments(config.attention)
     given = set(options) - {"config"} | set(asdict(options["config"]))
     assert given == set(asdict(config.attention))
     assert (options["quantize"], options["check"]) == ("int8", "nan")
-    assert attention_options(read_config(TINY, []))["quantize"] is None
+    assert attention_arguments(read_config(TINY, []).attention)["quantize"] is None
 
 
 def test_precedence_defaults_then_file_then_command_line(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,13 +26,14 @@ from radial_attn.models.pipeline.efficiency import (
 )
 from scripts.generate import main
 from scripts.run.config import ROOT, read_config
+from scripts.run.describe import describe_plan, gain
 from scripts.run.errors import UsageError
-from scripts.run.hub_models import read_model_info
+from scripts.run.machine_checks import missing_libraries
 from scripts.run.memory import cache_bytes, stored_weights
 from scripts.run.model_info import ModelInfo
-from scripts.run.option_checks import check_combinations, refusals
-from scripts.run.plan import gain, memory, memory_choices, token_grid
-from tests.support.plans import FOURTEEN, FULL, TINY, TOY
+from scripts.run.option_checks import refusals
+from scripts.run.plan import make_plan
+from tests.support.plans import FOURTEEN, FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
@@ -218,16 +220,25 @@ def test_what_does_not_combine_is_one_line_before_weights_load(words, message, c
 
 
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setattr("scripts.run.option_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("scripts.run.machine_checks.find_spec", lambda name: None)
+    config = read_config(TINY, ["model.quantization=int8", "model.device=cpu"])
     with pytest.raises(UsageError, match=r"needs torchao; install it with: pip install .*torchao"):
-        check_combinations(read_config(TINY, ["model.quantization=int8"]), "cuda")
+        make_plan(config)
+    (line,) = missing_libraries(config.model, "cuda")
+    assert "needs torchao" in line
 
 
 def test_a_plan_for_another_machine_gets_a_note():
     config = read_config(TINY, ["model.offload=group"])
-    (note,) = check_combinations(config, "cpu", dry_run=True)
-    assert note.startswith("not on this machine: model.offload")
-    assert check_combinations(config, "cuda") == []
+    plan = plan_of(config, device="cpu")
+    (problem,) = plan.missing
+    assert problem.startswith("model.offload: got 'group', which needs a GPU")
+    assert f"note          not on this machine: {problem}" in describe_plan(plan)
+    with pytest.raises(UsageError, match=r"model\.offload: got 'group', which needs a GPU"):
+        plan_of(config, device="cpu", dry_run=False)
+    with pytest.raises(UsageError, match=r"model\.offload: got 'group', which needs a GPU"):
+        plan_of(read_config(TINY, ["model.offload=group", "model.device=cpu"]))
+    assert list(missing_libraries(config.model, "cuda")) == []
 
 
 def test_mag_counts_the_steps_of_one_expert():
@@ -254,7 +265,7 @@ def test_predicted_storage_and_cache_are_those_of_real_tensors():
     config = read_config(TINY, words)
     store_in_fp8(pipeline, torch.float32)
     real = sum(p.numel() * p.element_size() for p in pipeline.transformer.parameters())
-    assert stored_weights(config, model)["transformer"] == pytest.approx(real, rel=0.15)
+    assert stored_weights(model, config.model)["transformer"] == pytest.approx(real, rel=0.15)
     kept: list[torch.Tensor] = []
     with cached(pipeline, "first_block", STEPS):
         hook = next(iter(pipeline.transformer.blocks[0]._diffusers_hook.hooks.values()))
@@ -269,24 +280,26 @@ def test_predicted_storage_and_cache_are_those_of_real_tensors():
         sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
         pipeline(prompt="a", num_frames=9, callback_on_step_end=note, **sizes)
     size = sum(x.numel() * x.element_size() for x in kept)
-    assert cache_bytes(config, model, token_grid(config, model)) == pytest.approx(size, rel=0.15)
+    plan = plan_of(config, model, "cuda")
+    assert cache_bytes(model, plan.grid, config.model, plan.calls) == pytest.approx(size, rel=0.15)
 
 
 def test_every_choice_of_offload_needs_less_on_a_gpu():
-    needs = [
-        memory(read_config(FULL, [f"model.offload={name}", "model.vae_tiling=always"]), FOURTEEN, "cuda")
-        for name in ("none", "model", "group", "sequential")
+    plan = plan_of(read_config(FULL, ["model.vae_tiling=always"]), device="cuda")
+    totals = [
+        plan.memory_of(plan.size, offload=name).total for name in ("none", "model", "group", "sequential")
     ]
-    totals = [need.total for need in needs]
     assert totals == sorted(totals, reverse=True) and totals[2] < totals[0] / 4
-    lines = memory_choices(read_config(FULL, []), FOURTEEN)
+    lines = [line for line in describe_plan(plan).splitlines() if line.startswith("GPU memory")]
     assert len(lines) == 4 and all("offload none" in line and "sequential" in line for line in lines)
+    unknown = plan_of(read_config(FULL, []), replace(FOURTEEN, parameters={}))
+    assert "GPU memory" not in describe_plan(unknown)
 
 
 def test_the_gain_is_said_before_a_run():
-    (line,) = gain(read_config(FULL, []), FOURTEEN)
+    (line,) = gain(plan_of(read_config(FULL, [])))
     assert line == "attention is 70% of the operations: 1.62x fewer in all with this mask"
-    assert gain(read_config(TINY, []), TOY) == []
+    assert gain(plan_of(read_config(TINY, []), TOY)) == []
 
 
 def test_predicted_memory_of_tiles_and_fp8_is_near_the_peak_of_a_run(tmp_path):
@@ -300,7 +313,7 @@ def test_predicted_memory_of_tiles_and_fp8_is_near_the_peak_of_a_run(tmp_path):
     own = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "131072"}
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | own, timeout=280)
     record = json.loads((tmp_path / "a.json").read_text())
-    whole = memory(read_config(TINY, command[-5:]), read_model_info(str(tmp_path / "model")), "cpu").total
+    whole = plan_of(read_config(TINY, [words[0], *command[-5:]])).memory.total
     peak = record["peak_memory"]["host_bytes"]
     assert peak == pytest.approx(sum(record["predicted_memory"].values()), rel=0.15)
     assert peak < 0.75 * whole
