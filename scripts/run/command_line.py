@@ -144,13 +144,22 @@ def choose_preset(
 
 
 def ladder(full: str, overrides: list[str]) -> list[tuple[str, list[str], str]]:
-    """(preset, further overrides, title) of each step; keys that the user gives stay the user's."""
+    """(preset, further overrides, title) of each step.
+
+    Keys that the user gives stay the user's: those that do not go together with them are left out, and a
+    model of the user's has no smaller one.
+    """
+    from scripts.run.option_checks import refusals
+
     title = "Wan 14B" if full == FULL_PRESET else Path(full).stem
-    given = {word.partition("=")[0] for word in overrides}
-    saving = [word for word in SAVING if word.partition("=")[0] not in given]
+    given, saving = {word.partition("=")[0] for word in overrides}, []
+    for word in SAVING:
+        together = read_config(full, [*overrides, *saving, word])
+        if word.partition("=")[0] not in given and not any(refusals(together)):
+            saving.append(word)
     steps = [(full, [], title)]
     if saving and read_config(full, []).model.quantization == "none":
         steps.append((full, saving, f"{title} with {' '.join(saving)}"))
-    if full == FULL_PRESET:
+    if full == FULL_PRESET and not any(word.startswith(OF_A_MODEL) for word in overrides):
         steps.append((SMALL_PRESET, [], "Wan 1.3B"))
     return steps
