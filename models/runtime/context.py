@@ -135,9 +135,9 @@ class RadialContext:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
-        reason = ring_refusal(quantize, output_check.check, dense.name) if self._in_ring else None
-        if reason is not None:
-            raise ValueError(reason)
+        refused = ring_refusal(quantize, output_check.check, dense.name) if self._in_ring else None
+        if refused is not None:
+            raise ValueError(refused.reason)
         self._radial_call: AttentionCall | None = None
         self._dense_call: AttentionCall | None = None
         self._dtype = torch.float32
