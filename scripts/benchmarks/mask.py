@@ -1,30 +1,25 @@
-"""Measures the mask: seconds to build it, and kept blocks as the video grows.
+"""Measures the radial mask: seconds to build it, and kept blocks as the video grows.
 
-    python -m scripts.benchmarks.mask [--out results] [--frames 16 32 ... 1024]
-
-Writes mask_cost_cpu_<date>.md and .png. One thread; every number is the median of `REPEATS` builds.
+`bash scripts/benchmark.sh --mask`. One thread; every number is the median of `REPEATS` builds.
 """
 
-import datetime
+import argparse
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
-from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.timing import median_seconds
-from scripts.run.errors import OneLineParser
-from scripts.run.files import write_text
+from scripts.evaluation.files import table
 from scripts.run.system import hardware
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COMMAND = "python -m scripts.benchmarks.mask"
+NAME = "mask_cost_cpu"
 REPEATS = 7
 GROWTH = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 HEIGHT, WIDTH = 48, 80  # 768 x 1280 pixels
@@ -65,36 +60,27 @@ def growth(frame_counts: tuple[int, ...], repeats: int = REPEATS) -> list[Point]
     return points
 
 
-def shape_table(repeats: int = REPEATS) -> str:
-    """Markdown: seconds of the mask and of its CSR for real settings."""
-    lines = [
-        "| setting | frames x tokens | blocks | density | mask, ms | wanted, ms | CSR, ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def shape_table(repeats: int = REPEATS) -> list[str]:
+    """Returns the Markdown lines: milliseconds of the mask and of its CSR for real settings."""
+    rows = []
     for name, grid, config, wanted in SHAPES:
         mask = build(grid, config)
         milliseconds = 1000 * median_seconds(partial(build, grid, config), repeats)
         csr = 1000 * median_seconds(lambda mask=mask: replace(mask).indices, repeats)
-        lines.append(
-            f"| {name} | {grid.frames} x {grid.tokens_per_frame} | {len(mask.blocks)}² | {mask.density:.4f} "
-            f"| {milliseconds:.2f} | {'' if wanted is None else f'<= {wanted}'} | {csr:.2f} |"
-        )
-    return "\n".join(lines)
+        size, blocks = f"{grid.frames} x {grid.tokens_per_frame}", f"{len(mask.blocks)}²"
+        limit = "" if wanted is None else f"<= {wanted}"
+        rows.append((name, size, blocks, f"{mask.density:.4f}", f"{milliseconds:.2f}", limit, f"{csr:.2f}"))
+    return table("setting|frames x tokens|blocks|density|mask, ms|wanted, ms|CSR, ms", rows)
 
 
-def growth_table(points: list[Point]) -> str:
-    """Markdown: kept blocks, and how they compare with `f log2 f` and `f^2`."""
-    lines = [
-        "| frames | kept blocks | density | kept / (f log2 f) | kept / f² | mask, ms |",
-        "|---|---|---|---|---|---|",
-    ]
+def growth_table(points: list[Point]) -> list[str]:
+    """Returns the Markdown lines: kept blocks, and how they compare with `f log2 f` and `f^2`."""
+    rows = []
     for point in points:
-        f = point.frames
-        lines.append(
-            f"| {f} | {point.kept:,} | {point.density:.4f} | {point.kept / (f * math.log2(f)):.1f} "
-            f"| {point.kept / f**2:.1f} | {1000 * point.seconds:.2f} |"
-        )
-    return "\n".join(lines)
+        f, log, square = point.frames, point.frames * math.log2(point.frames), point.frames**2
+        ratios = f"{point.kept / log:.1f}", f"{point.kept / square:.1f}"
+        rows.append((f, f"{point.kept:,}", f"{point.density:.4f}", *ratios, f"{1000 * point.seconds:.2f}"))
+    return table("frames|kept blocks|density|kept / (f log2 f)|kept / f²|mask, ms", rows)
 
 
 def growth_figure(points: list[Point]) -> "Figure":
@@ -126,48 +112,47 @@ def growth_figure(points: list[Point]) -> "Figure":
     return figure
 
 
-def report(points: list[Point], shapes: str, picture: str) -> str:
-    """The whole Markdown file."""
-    about = hardware("cpu")
+def report(command: str, points: list[Point], shapes: list[str], picture: str) -> list[str]:
+    """Returns the lines of the Markdown file."""
     first, last = points[0], points[-1]
     longer = last.frames / first.frames
-    return f"""# Cost of the radial mask on the CPU
+    return [
+        "# Cost of the radial mask on the CPU",
+        "",
+        f"`{command}` on {hardware('cpu')['cpu']}, one thread, torch {torch.__version__}; medians of "
+        f"{REPEATS} builds.",
+        "",
+        "## Time to build it",
+        *shapes,
+        "",
+        "## Kept blocks as the video grows",
+        "",
+        f"{HEIGHT} x {WIDTH} tokens a frame, blocks of 128, decay factor 1, with sink. From {first.frames} "
+        f"to {last.frames} frames ({longer:.0f} times longer) the kept blocks grow "
+        f"{last.kept / first.kept:.0f} times; n log n would be "
+        f"{longer * math.log(last.frames) / math.log(first.frames):.0f} times, n² {longer**2:.0f} times.",
+        *growth_table(points),
+        "",
+        f"![kept blocks against n log n and n²]({picture})",
+    ]
 
-`{COMMAND}` on {about["cpu"]}, one thread, torch {torch.__version__}; medians of {REPEATS} builds.
 
-## Time to build it
-
-{shapes}
-
-## Kept blocks as the video grows
-
-{HEIGHT} x {WIDTH} tokens a frame, blocks of 128, decay factor 1, with sink. From {first.frames} to
-{last.frames} frames ({longer:.0f} times longer) the kept blocks grow {last.kept / first.kept:.0f} times;
-n log n would be {longer * math.log(last.frames) / math.log(first.frames):.0f} times,
-n² {longer**2:.0f} times.
-
-{growth_table(points)}
-
-![kept blocks against n log n and n²]({picture})
-"""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument(
+        "--frames", type=frame_count, nargs="+", default=GROWTH, help="lengths, in latent frames"
+    )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Writes the table and the figure."""
-    parser = OneLineParser(prog=COMMAND, description="Measure the cost of the radial mask.")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the two files")
-    parser.add_argument("--frames", type=int, nargs="+", default=GROWTH, help="lengths, in latent frames")
-    args = parser.parse_args(argv)
-    if min(args.frames) < 2:
-        parser.error(f"--frames must be at least 2, got {min(args.frames)}")
+def frame_count(text: str) -> int:
+    """Reads a length of at least 2 frames."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 2 on, got {text!r}")
+    return int(text)
+
+
+def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
+    """Measures; returns the lines of the table and the picture."""
     torch.set_num_threads(1)
-    name = f"mask_cost_cpu_{datetime.date.today().isoformat()}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    shapes, points = shape_table(), growth(tuple(sorted(args.frames)))
-    save_figure(growth_figure(points), args.out / f"{name}.png")
-    write_text(args.out / f"{name}.md", report(points, shapes, f"{name}.png"))
-    print(f"{args.out / name}.md, .png")
-
-
-if __name__ == "__main__":
-    main()
+    shapes, points = shape_table(), growth(tuple(sorted(options.frames)))
+    return report(command, points, shapes, picture), growth_figure(points)
