@@ -32,9 +32,9 @@ REFUSED = {
     "bits": (["attention.quantize=fp8"], "attention.quantize: got 'fp8': no backend serves this call: "),
     "dense library": (
         ["attention.dense_backend=flash"],
-        "attention.dense_backend 'flash' cannot be used here: ",
+        "attention.dense_backend: dense_backend 'flash' cannot be used here: ",
     ),
-    "dense": (["attention.dense_backend=sage"], "attention.dense_backend 'sage' needs "),
+    "dense": (["attention.dense_backend=sage"], "attention.dense_backend: dense_backend 'sage' needs "),
 }
 
 
