@@ -192,20 +192,20 @@ def test_study_refuses_in_one_line(words, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "value"),
+    ("words", "said"),
     [
-        (["model.cache=first_block"], "model.cache", "'first_block'"),
-        ([*SMALL[:2], "generation.width=48"], "generation.width", "48"),
-        (["attention.block_size=128", "attention.density=0.2"], "attention.density", "0.2"),
-        ([], "attention.pattern", "'power'"),  # of the patterns it alone has no mask about as dense
+        (["model.cache=first_block"], "model.cache: got 'first_block'"),
+        ([*SMALL[:2], "generation.width=48"], "generation.width: got 48"),
+        (["attention.block_size=128", "attention.density=0.2"], "attention.density.* got 0.2"),
+        ([], "attention.pattern.* got 'power'"),  # of the patterns it alone has no mask about as dense
     ],
 )
-def test_study_refuses_before_anything_is_made(words, key, value, tmp_path, monkeypatch, capsys):
+def test_study_refuses_before_anything_is_made(words, said, tmp_path, monkeypatch, capsys):
     if not words:
         monkeypatch.setitem(ROWS, "random_lora", replace(ROWS["random_lora"], pattern="power"))
     assert run_study(tmp_path, *words, "--only", "random_lora") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {key}") and f"got {value}" in line and not list(tmp_path.iterdir())
+    assert re.match(f"error: {said}", line) and not list(tmp_path.iterdir())
 
 
 def test_runs_differ_in_what_their_names_say():
