@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 __all__ = ["BlockMask", "RadialConfig", "TokenGrid", "disable", "enable", "radial_attention", "radial_mask"]
 
 _HERE = _Path(__file__).resolve().parent
-if not (_HERE / "models").is_dir():  # in a checkout models/ stands beside this folder
+if not (_HERE / "models").is_dir():  # in a checkout models/ is next to this folder
     __path__.append(str(_HERE.parent))
 
 

@@ -1,1 +1,1 @@
-"""One file a backend; each has `attention(query, key, value, mask, text_lengths, scale)`."""
+"""Holds a file or folder a backend, each with `attention(query, key, value, mask, text_lengths, scale)`."""
