@@ -27,8 +27,7 @@ class SequenceParallel:
     Gradients are for the sum of all processes' losses, which are equal: average them over the group.
 
     Attributes:
-        degree: number of processes in the group.
-        rank: index of this process, from 0.
+        degree: processes of the group; rank: index of this one, from 0.
         ring: the `Ring` that passes keys around, None if each process has them all.
     """
 

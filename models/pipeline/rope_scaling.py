@@ -62,10 +62,7 @@ class PositionsHandle:
 
 
 def temporal_frequencies(channels: int, base: float) -> Tensor:
-    """Returns radians per latent frame, base^(-2 i / channels), of the pairs of `channels`, highest first.
-
-    They are float64 `[channels / 2]`.
-    """
+    """Returns radians per latent frame, base^(-2 i / channels), highest first, float64 `[channels / 2]`."""
     return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
@@ -154,10 +151,7 @@ class _Tables:
         return copies
 
     def _turned(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns changed columns, their cos and sin, float32 `[frames, columns]`.
-
-        They are made once for each length and device.
-        """
+        """Returns changed columns, cos and sin, float32 `[frames, columns]`, cached by length and device."""
         if (frames, device) not in self._parts:
             angles = torch.outer(torch.arange(frames, dtype=torch.float64), self._frequencies)
             angles = angles.repeat_interleave(2, dim=1)
