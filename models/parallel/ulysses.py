@@ -120,7 +120,7 @@ class _Entrance:
             for name in ("hidden_states", "control_hidden_states"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
-        if arguments.get("num_tokens") is not None:  # of the given first frame, in HunyuanVideo-I2V
+        if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs
 
