@@ -217,10 +217,7 @@ def family_of(transformer: torch.nn.Module) -> ModuleType:
 
 
 def _numbering(transformer: torch.nn.Module, family: ModuleType) -> list[tuple[int, str]]:
-    """Returns number and name of each self-attention layer, in the order in which they run.
-
-    Layers with a number below `dense_layers` are dense.
-    """
+    """Returns number (dense below `dense_layers`) and name of each self-attention layer, as they run."""
     if hasattr(family, "numbering"):
         return family.numbering(transformer)
     return [(index, f"layer {index}") for index in range(len(family.attention_layers(transformer)))]

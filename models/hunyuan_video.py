@@ -79,10 +79,7 @@ class RadialProcessor(JointProcessor, HunyuanVideoAttnProcessor2_0):
 
 
 def joint_grid(transformer: torch.nn.Module, arguments: dict[str, Any], texts: Sequence[str]) -> TokenGrid:
-    """Returns the grid of latents `[B, C, frames, height, width]` and of the text inputs named by `texts`.
-
-    The latents are divided by the patch sizes; each text input is `[B, T, C]`.
-    """
+    """Returns the grid of latents `[B, C, frames, height, width]` over patches; `texts` name `[B, T, C]`."""
     frames, height, width = arguments["hidden_states"].shape[2:]
     config = transformer.config
     text = sum(arguments[name].shape[1] for name in texts)

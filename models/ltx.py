@@ -63,10 +63,7 @@ class RadialProcessor(LTXVideoAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """Returns `[B, S, C]`, from the same shape.
-
-        `image_rotary_emb` holds cos and sin `[B, S, C]` and two `AttentionCall`s.
-        """
+        """Returns `[B, S, C]`; `image_rotary_emb` holds cos and sin `[B, S, C]` and two `AttentionCall`s."""
         *rotary, radial_call, dense_call = image_rotary_emb
         call = dense_call if self.dense else radial_call
         if call is None:

@@ -27,10 +27,7 @@ def attention_layers(transformer: torch.nn.Module) -> list[MochiAttention]:
 
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
-    """Returns the grid of a call: latents `[B, C, frames, height, width]` over the patch size, and the text.
-
-    The text counts with its padding.
-    """
+    """Returns a call's grid: latents `[B, C, frames, height, width]` over the patch size, and padded text."""
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch, text = transformer.config.patch_size, arguments["encoder_hidden_states"].shape[1]
     return TokenGrid(frames, height // patch, width // patch, text)
@@ -59,10 +56,7 @@ class RadialProcessor(MochiAttnProcessor2_0):
         attention_mask: torch.Tensor,
         image_rotary_emb: tuple | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns video `[B, S, C]` and text `[B, T, C]` after attention, from the same shapes.
-
-        `image_rotary_emb` holds cos and sin `[S, H, D/2]` and two `AttentionCall`s.
-        """
+        """Returns `[B, S, C]` and `[B, T, C]`; `image_rotary_emb`: cos, sin `[S, H, D/2]` and two calls."""
         *rotary, radial_call, dense_call = image_rotary_emb
         call = dense_call if self.dense else radial_call
         if call is None:

@@ -27,10 +27,7 @@ def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
 
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
-    """Returns the grid of a call: latents `[B, C, frames, height, width]` over the patch size.
-
-    Sizes are rounded down.
-    """
+    """Returns a call's grid: latents `[B, C, frames, height, width]` over the patch size, rounded down."""
     sizes = arguments["hidden_states"].shape[2:]
     return TokenGrid(
         *(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True))
@@ -52,10 +49,7 @@ class RadialProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """Returns `[B, S, C]`, from the same shape.
-
-        `rotary_emb` holds cos and sin `[1, S, 1, D]` and two `AttentionCall`s.
-        """
+        """Returns `[B, S, C]`; `rotary_emb` holds cos and sin `[1, S, 1, D]` and two `AttentionCall`s."""
         *rotary, radial_call, dense_call = rotary_emb
         call = dense_call if self.dense else radial_call
         if call is None:

@@ -113,7 +113,7 @@ def read_weights(
 
 
 def _taken(tensors: Mapping[str, torch.Tensor], part: Part) -> torch.Tensor:
-    """Returns a file's tensor, or those of its rows that belong to the layer."""
+    """Returns a file's tensor, or the rows that belong to the layer."""
     tensor = tensors[part.key]
     return torch.cat([tensor[start:end] for start, end in part.rows]) if part.rows else tensor
 

@@ -126,10 +126,7 @@ class LoraHandle:
             target.remove()
 
     def report(self) -> list[dict[str, Any]]:
-        """Returns file, scale, rank and the numbers of pairs, deltas, left out keys and layers of each LoRA.
-
-        There is one entry for each LoRA and transformer (from 1).
-        """
+        """Returns file, scale, rank, numbers of pairs, deltas, left out by LoRA and transformer (from 1)."""
         return [
             {"transformer": number, **entry}
             for number, target in enumerate(self._targets, 1)

@@ -26,9 +26,7 @@ class Ring:
     """Passes keys and values around one ring of processes.
 
     Attributes:
-        degree: number of processes in the ring.
-        rank: index of this process, from 0.
-        shards: shares of the running call.
+        degree: processes of the ring; rank: index of this one, from 0; shards: of the running call.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -67,10 +65,7 @@ class Ring:
         return torch.cat([x.to(query.dtype) for x in outputs], dim=1)
 
     def _go_round(self, key: Tensor, value: Tensor, video_tokens: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields each rank with its keys and values, `[2, B, K, H, D]`, from its own on.
-
-        The next keys and values travel while a rank is in use.
-        """
+        """Yields ranks with keys and values `[2, B, K, H, D]`, own ones first, while the next travel."""
         last = self.degree - 1
         held = torch.stack([x if self.rank == last else x[:, :video_tokens] for x in (key, value)])
         for step in range(self.degree):

@@ -27,8 +27,7 @@ class SequenceParallel:
     Gradients are for the sum of all processes' losses, which are equal: average them over the group.
 
     Attributes:
-        degree: number of processes in the group.
-        rank: index of this process, from 0.
+        degree: processes of the group; rank: index of this one, from 0.
         ring: the `Ring` that passes keys around, None if each process has them all.
     """
 
@@ -121,7 +120,7 @@ class _Entrance:
             for name in ("hidden_states", "control_hidden_states"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
-        if arguments.get("num_tokens") is not None:  # of the given first frame, in HunyuanVideo-I2V
+        if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs
 

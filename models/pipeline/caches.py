@@ -134,7 +134,7 @@ def cached(
         dense_steps, dense_last_steps: steps at both ends that TaylorSeer computes at least.
         threshold: change below which first_block and mag skip.
         ratios: for mag, numbers with commas, or "calibrate", which skips nothing and prints them at the end.
-        gather: returns the video tokens of all processes that share a call from those of each. Caches other
+        gather: returns the video tokens of all processes that share a call, given one's own. Caches other
             than first_block decide by the step alone, and skip the same in every process.
 
     Raises ValueError if the cache supports no part of a transformer.

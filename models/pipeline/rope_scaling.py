@@ -16,7 +16,7 @@ from .efficiency import transformers_of
 METHODS = ("plain", "riflex", "interpolate", "ntk", "yarn")
 WAN_BASE = 10000.0  # base of Wan's rotary embedding, which does not store it
 ONE_PERIOD = 0.9  # share of a period that RIFLEx lets the new length fill
-KEPT, STRETCHED = 2.0, 1.0  # yarn keeps components from this many turns in training, stretches up to that
+KEPT, STRETCHED = 2.0, 1.0  # turns in training: yarn keeps from, stretches up to
 LEARNED = "MochiRoPE"  # gets its frequencies as an argument
 ROPES = ("WanRotaryPosEmbed", "HunyuanVideoRotaryPosEmbed", "HunyuanVideo15RotaryPosEmbed", LEARNED)
 FAMILIES = "Wan, Wan-VACE, HunyuanVideo, HunyuanVideo 1.5, Mochi"
@@ -62,10 +62,7 @@ class PositionsHandle:
 
 
 def temporal_frequencies(channels: int, base: float) -> Tensor:
-    """Returns radians per latent frame, base^(-2 i / channels), of the pairs of `channels`, highest first.
-
-    They are float64 `[channels / 2]`.
-    """
+    """Returns radians per latent frame, base^(-2 i / channels), highest first, float64 `[channels / 2]`."""
     return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
@@ -154,10 +151,7 @@ class _Tables:
         return copies
 
     def _turned(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns changed columns, their cos and sin, float32 `[frames, columns]`.
-
-        They are made once for each length and device.
-        """
+        """Returns changed columns, cos and sin, float32 `[frames, columns]`, cached by length and device."""
         if (frames, device) not in self._parts:
             angles = torch.outer(torch.arange(frames, dtype=torch.float64), self._frequencies)
             angles = angles.repeat_interleave(2, dim=1)

@@ -42,13 +42,9 @@ def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
 
 
 class LayerCheck:
-    """Holds the notes of one layer.
+    """Holds one layer's notes: `bad`, bool `[]`, an output was not finite; `error`, float32 `[2]`.
 
-    Attributes:
-        bad: bool `[]`, whether an output was not finite.
-        error: float32 `[2]`, relative L2 norm and cosine.
-        layer: its name.
-        dense: whether it is dense at every step.
+    `layer`: its name; `dense`: whether it is dense at every step.
     """
 
     def __init__(self, layer: str, dense: bool) -> None:
@@ -126,10 +122,7 @@ class OutputCheck:
         return layers[-1]
 
     def begin(self, transformer: torch.nn.Module, mask: BlockMask | None, device: torch.device) -> bool:
-        """Prepares the notes on `device`; returns whether the call is compared.
-
-        The first call with a mask is, for each transformer and grid.
-        """
+        """Returns whether a call on `device` is compared: the first with a mask, by transformer and grid."""
         for layer_check in self._layers.get(transformer, []):
             if layer_check.bad.device != device:
                 layer_check.move_to(device)

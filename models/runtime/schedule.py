@@ -46,7 +46,7 @@ class Schedule:
         return step >= self._total("dense_last_steps", planned_steps) - self.dense_last_steps
 
     def leading_steps(self, planned_steps: int | None) -> int:
-        """Returns how many steps at the start are dense; arguments and errors are those of `is_dense`."""
+        """Returns how many steps at the start are dense; arguments and errors as in `is_dense`."""
         if isinstance(self.dense_steps, int):
             return self.dense_steps
         return round(self.dense_steps * self._total("dense_steps", planned_steps))
@@ -85,9 +85,9 @@ class StepCounter:
         return len(self._planned) or None
 
     def advance(self, timestep: torch.Tensor) -> tuple[int, bool]:
-        """Returns the step of a call, and whether the call begins it.
+        """Returns the step, and whether this call begins it.
 
-        `timestep` is `[B]`, or `[B, S]` with one for each token; the maximum counts.
+        `timestep`: `[B]`, or `[B, S]` for each token; the maximum counts.
         """
         value = float(timestep.max())
         new_video = self._read_plan() or self.videos_begun == 0
