@@ -22,7 +22,6 @@ from scripts.evaluation.settings import (
     DENSE,
     SCHEMA,
     SCORES,
-    EvaluateConfig,
     EvaluationConfig,
     NamedWords,
     observed_steps,
@@ -30,7 +29,7 @@ from scripts.evaluation.settings import (
     settings_of,
 )
 from scripts.evaluation.tables import content, markdown, planned, table
-from scripts.evaluation.vbench import INSTALL, listed_prompts, place, read_scores, run_vbench, video_name
+from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_name
 from scripts.evaluation.videos import Evaluation, Take, make_missing
 from scripts.run.config import ROOT, Config
 from scripts.run.errors import OneLineParser, UsageError, exit_code
@@ -62,8 +61,6 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     found = content(evaluation, {name: words for name, (words, _) in settings.items()})
     data = head("evaluation", command, device, plain(config)) | found | {"scores": scores}
     publish(data, options, markdown(data, evaluation))
-    if config.evaluate.vbench == "score" and score_by_vbench(evaluation, config.evaluate, scores):
-        publish(data, options, markdown(data, evaluation))
 
 
 def score_folders(options: argparse.Namespace, command: str) -> None:
@@ -138,23 +135,6 @@ def name_for_vbench(evaluation: Evaluation) -> None:
             video.unlink()
         for take in evaluation.takes:
             place(evaluation.path(name, take), folder, video_name(take.prompt, take.index))
-
-
-def score_by_vbench(
-    evaluation: Evaluation, own: EvaluateConfig, scores: dict[str, dict[str, dict[str, float]]]
-) -> bool:
-    """Adds what VBench gives each setting; False, and a line that says how to install it, without it.
-
-    Raises UsageError where VBench fails.
-    """
-    for name, plan in evaluation.plans.items():
-        folder = evaluation.work / "vbench" / name
-        file = run_vbench(folder, name, own.prompts, own.dimensions, plan.device)
-        if file is None:
-            print(f"note: {INSTALL}", flush=True)
-            return False
-        scores.setdefault(name, {}).update(read_scores(str(file)))
-    return True
 
 
 def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:

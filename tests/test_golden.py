@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scripts.run.config import ROOT
-from tests import golden
+from tests.support import golden
 
 BAD = golden.table("bad_input.txt")
 
@@ -19,7 +19,7 @@ def check(kind: str, name: str, folder: Path) -> None:
     """Compares a golden file with what is made now; the message says how to rewrite it."""
     expected = (golden.DATA / kind / f"{name}.txt").read_text(encoding="utf-8")
     said = golden.texts(kind)[name](folder)
-    assert said == expected, f"if it is meant: python -m tests.golden --write {kind}"
+    assert said == expected, f"if it is meant: python -m tests.support.golden --write {kind}"
 
 
 @pytest.mark.parametrize("command", golden.texts("help"))
@@ -57,7 +57,7 @@ def test_frames(preset):
     else:
         assert difference.max() <= golden.LEVELS
     if now["computed_by"] == expected["computed_by"]:
-        assert now["sha256"] == expected["sha256"], "if it is meant: python -m tests.golden --write frames"
+        assert now["sha256"] == expected["sha256"], "meant? python -m tests.support.golden --write frames"
 
 
 def test_every_bundled_preset_has_its_frames():

@@ -7,10 +7,11 @@ prints the curve of the grid, or the options for the wanted densities.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ..grid import TokenGrid
-from .density import decay_factors, decimation_widths, estimate, neighbours, solve_density
+from .density import decay_factors, decimation_widths, density_of, estimate, neighbours, solve_density
 from .make import radial_mask
 from .radial import RadialConfig
 
@@ -36,7 +37,8 @@ def density_curve(grid: TokenGrid, config: RadialConfig) -> list[tuple[float, Ra
 
     There are up to ten points: sink off, the widest decimation, the narrowest neighbour; then all these as in
     `config` with decay factors from the least to the most; then the whole neighbour and no decimation. A
-    point that keeps no more blocks than the one before is left out.
+    point is left out if it keeps no more blocks than the one before, or if another pattern has no mask about
+    as dense.
     """
     start = replace(config, density=None)
     decays = decay_factors(grid, start)
@@ -50,7 +52,8 @@ def density_curve(grid: TokenGrid, config: RadialConfig) -> list[tuple[float, Ra
     every = replace(whole, decimation_width=decimation_widths(grid, start, denser=True)[-1])
     curve: dict[float, RadialConfig] = {}
     for point in (least, *rising, filled, whole, every, narrow, thin, replace(thin, sink=False)):
-        curve.setdefault(radial_mask.__wrapped__(grid, point).density, point)  # not cached
+        with suppress(ValueError):  # a pattern may have no mask about as dense as the radial one
+            curve.setdefault(radial_mask.__wrapped__(grid, point).density, point)  # kept by no cache
     return sorted(curve.items(), key=lambda entry: entry[0])
 
 
@@ -78,5 +81,5 @@ def target_table(grid: TokenGrid, config: RadialConfig, targets: Sequence[float]
             lines.append(f"| {target:g} | {error} |" + " |" * len(KNOBS))
             continue
         options = " | ".join(shown(getattr(solved, name)) for name in KNOBS)
-        lines.append(f"| {target:g} | {radial_mask.__wrapped__(grid, solved).density:.4f} | {options} |")
+        lines.append(f"| {target:g} | {density_of(grid, solved):.4f} | {options} |")
     return "\n".join(lines)

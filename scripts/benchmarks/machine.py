@@ -28,7 +28,7 @@ PACKAGES = (
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 NO_NAME = {"nvidia", "amd", "instinct", "geforce", "radeon", "tesla", "quadro", "graphics", "generation"}
 NO_NAME |= {"pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5"}
-TESTS = ("tests/test_kernels_triton.py", "tests/test_kernels_flex.py")
+TESTS = ("tests/radial_attn/kernels/triton/test_op.py", "tests/radial_attn/kernels/test_flex.py")
 TEST_PROCESSES = 6
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 

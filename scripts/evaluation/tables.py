@@ -171,10 +171,13 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
         ]
         if any(job.config.model.cache != "none" for job in evaluation.plans.values()):
             lines.append("Operations are not given with a cache, which skips calls.")
-    values = [metrics["psnr"] for video in data["videos"] for metrics in video["metrics"].values()]
-    if None in values:
-        lines.append(f"PSNR of {values.count(None)} equal videos is infinite and not in the mean.")
-    return " ".join([*lines, *([f"There is {no_lpips()}."] if no_lpips() else [])])
+    compared = [metrics for video in data["videos"] for metrics in video["metrics"].values()]
+    equal = sum(metrics["psnr"] is None for metrics in compared)
+    if equal:
+        lines.append(f"PSNR of {equal} equal videos is infinite and not in the mean.")
+    if no_lpips() and all(metrics["lpips"] is None for metrics in compared):
+        lines.append(f"There is {no_lpips()}.")
+    return " ".join(lines)
 
 
 def _recall(data: dict[str, Any], evaluation: Evaluation) -> str:

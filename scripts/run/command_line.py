@@ -9,6 +9,7 @@ from scripts.run.errors import UsageError
 
 FULL_PRESET, SMALL_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan2.1_t2v_1.3b.yaml"
 TINY_PRESET = "configs/wan_tiny.yaml"
+FIRST_PRESET = "configs/wan_tiny_4x.yaml"  # without a GPU, if no preset is named: its length shows a gain
 SAVING = ("model.offload=group", "model.quantization=fp8", "model.vae_tiling=always")
 OF_A_MODEL = ("model.path=", "model.family=", "model.loras=")
 MARGIN = 1.05  # of free memory over the predicted peak
@@ -73,7 +74,8 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     """
     if command.config_file is not None:
         return command.config_file, command.overrides, "named on the command line"
-    full, bundled = command.preset or FULL_PRESET, command.bundled or TINY_PRESET
+    full = command.preset or FULL_PRESET
+    bundled = command.bundled or (TINY_PRESET if command.preset else FIRST_PRESET)
     for preset in (full, bundled):
         read_config(preset, [])
     config_file, overrides, reason = choose_preset(command.overrides, full, bundled)
@@ -114,7 +116,7 @@ def choose_preset(
     """(preset, overrides, why): the first step of a ladder that GPU and host have room for.
 
     The steps are `full` as it is; `full` with group offload, fp8 weights and a tiled VAE; for Wan 14B, the
-    1.3B model; the bundled model.
+    1.3B model in the same two ways; the bundled model.
 
     Raises:
         UsageError: if there is a GPU, an override that no preset takes.
@@ -144,13 +146,24 @@ def choose_preset(
 
 
 def ladder(full: str, overrides: list[str]) -> list[tuple[str, list[str], str]]:
-    """(preset, further overrides, title) of each step; keys that the user gives stay the user's."""
-    title = "Wan 14B" if full == FULL_PRESET else Path(full).stem
-    given = {word.partition("=")[0] for word in overrides}
-    saving = [word for word in SAVING if word.partition("=")[0] not in given]
-    steps = [(full, [], title)]
-    if saving and read_config(full, []).model.quantization == "none":
-        steps.append((full, saving, f"{title} with {' '.join(saving)}"))
-    if full == FULL_PRESET:
-        steps.append((SMALL_PRESET, [], "Wan 1.3B"))
+    """(preset, further overrides, title) of each step.
+
+    Keys that the user gives stay the user's: those that do not go together with them are left out, and a
+    model of the user's has no smaller one.
+    """
+    from scripts.run.option_checks import refusals
+
+    given, saving = {word.partition("=")[0] for word in overrides}, []
+    for word in SAVING:
+        together = read_config(full, [*overrides, *saving, word])
+        if word.partition("=")[0] not in given and not any(refusals(together)):
+            saving.append(word)
+    presets = {full: "Wan 14B" if full == FULL_PRESET else Path(full).stem}
+    if full == FULL_PRESET and not any(word.startswith(OF_A_MODEL) for word in overrides):
+        presets[SMALL_PRESET] = "Wan 1.3B"
+    steps = []
+    for preset, title in presets.items():
+        steps.append((preset, [], title))
+        if saving and read_config(preset, []).model.quantization == "none":
+            steps.append((preset, saving, f"{title} with {' '.join(saving)}"))
     return steps

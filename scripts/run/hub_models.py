@@ -20,7 +20,7 @@ from scripts.run.model_info import (
     wan_time,
 )
 
-# Counted on the checkpoints' own config.json files; tests/test_known_models.py builds them without weights.
+# Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611

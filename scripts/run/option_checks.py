@@ -114,7 +114,7 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
     quantize = None if attention.quantize == "none" else attention.quantize
     refused = ring_refusal(quantize, attention.check, attention.dense_backend)
     if refused is not None:
-        raise UsageError(f"attention.{refused}")
+        raise UsageError(f"attention.{refused.option}: {refused.reason}")
     if model.compile != "none":
         raise UsageError(
             f"model.compile: got {model.compile!r}, allowed in a ring: none; keys are passed on inside the "
