@@ -1,4 +1,4 @@
-"""Turn radial attention on by one line, with the settings that are published for the model."""
+"""Turn radial attention on in one line, with the settings that are published for the model."""
 
 import inspect
 from collections.abc import Callable
@@ -40,22 +40,22 @@ def enable(
 ) -> RadialAttentionHandle:
     """Route the self-attention of a pipeline of diffusers, or of its transformer, through radial attention.
 
-    The settings are those published for the model, or the nearest ones (`models.published`): an option that
-    is None keeps its published value. The options are those of `RadialConfig` and `apply_radial_attention`,
-    which say what each means. `density` takes the place of `decay_factor`.
+    The settings are those published for the model, or the nearest ones (`models.published`). An option that
+    is None keeps its published value. `RadialConfig` and `apply_radial_attention` explain the options.
+    `density` replaces `decay_factor`.
 
     The published number of dense steps is a share of the steps: 12 of 50 become 7 of 30. The pipeline's
-    scheduler has the number of steps when a run begins; a transformer alone needs `num_steps`. As
-    `dense_steps` an int is a number of steps, a float between 0 and 1 a share.
+    scheduler has the number of steps when a run begins; a transformer alone needs `num_steps`. `dense_steps`
+    is a number of steps (int) or a share between 0 and 1 (float).
 
-    Two lines on stdout say what was chosen and where it comes from, unless `quiet`. The handle that is
-    returned has `report()` and `remove()`, and works as a context manager; `disable(model)` finds it again.
+    Unless `quiet`, two lines on stdout show the settings and their source. The returned handle has `report()`
+    and `remove()`, and works as a context manager; `disable(model)` finds it again.
 
     Raises:
-        TypeError: an option that does not exist.
-        ValueError: no pipeline or transformer, a transformer of another family, an option with a wrong value,
-            both `density` and `decay_factor`, a transformer alone without `num_steps`, or radial attention is
-            on already. The model is left as it was.
+        TypeError: an option does not exist.
+        ValueError: the model is no pipeline or transformer, or of another family; an option has a wrong
+            value; both `density` and `decay_factor` are given; a transformer alone has no `num_steps`; or
+            radial attention is on already. The model is left as it was.
         ImportError: the library of a named `dense_backend` is missing.
     """
     if unknown:
@@ -103,10 +103,10 @@ def enable(
 
 
 def disable(model: Any) -> bool:
-    """Take back `enable` or `apply_radial_attention`; return whether there was anything to take back.
+    """Undo `enable` or `apply_radial_attention`; return whether there was anything to undo.
 
     `model` is the pipeline or its transformer, compiled or not. Two transformers that were enabled as one
-    pipeline are both taken back. Raises ValueError if it is neither a pipeline nor a transformer.
+    pipeline are both restored. Raises ValueError if it is neither a pipeline nor a transformer.
     """
     handles = [vars(transformer).get(HANDLE) for transformer in transformers_of(model)]
     handles = [handle for handle in handles if handle is not None]
@@ -128,7 +128,7 @@ def _unknown_option(name: str) -> str:
 def _mask_line(
     settings: PublishedSettings, traits: ModelTraits, config: RadialConfig, schedule: Schedule, backend: str
 ) -> str:
-    """Describe the model, its mask, and where the settings come from."""
+    """Describe the model, its mask, and the source of the settings."""
     model = settings.model
     if traits != settings.traits:
         model = f"{traits.transformer} ({traits.layers} layers, width {traits.width}), nearest to {model}"
@@ -149,7 +149,7 @@ def _mask_line(
 def _dense_line(
     settings: PublishedSettings, traits: ModelTraits, config: RadialConfig, schedule: Schedule
 ) -> str:
-    """Describe what stays dense, and the density of the mask if that of a usual video is known."""
+    """Describe the dense steps and layers, and the density of the mask if a usual video's is known."""
     if config.pattern == "dense":
         return "Dense: every step and every layer, since pattern=dense."
     layers = "layer 0" if schedule.dense_layers == 1 else f"layers 0 to {schedule.dense_layers - 1}"

@@ -1,8 +1,8 @@
-"""Settings published for each model, and which of them is nearest to a transformer.
+"""Hold the settings published for each model, and find those nearest to a transformer.
 
-The rows are those of the presets in configs/, which a test holds them to. They are for the default length of
-each model: the masks of longer video (decay_factor 1.0, 2 dense steps, 2 dense layers) need a model that was
-tuned to that length.
+The rows equal the presets in configs/, and a test compares them. They are for the default length of each
+model. Masks of longer video (decay_factor 1.0, 2 dense steps, 2 dense layers) need a model that was tuned to
+that length.
 """
 
 import math
@@ -43,7 +43,7 @@ class PublishedSettings:
 
     Attributes:
         model: name to print.
-        traits: what a transformer is compared with.
+        traits: traits that a transformer is compared with.
         config: the mask.
         dense_steps: steps that are dense at the start of a run of `steps`.
         dense_layers: first layers that are dense at every step.
@@ -65,7 +65,7 @@ class PublishedSettings:
 
     @property
     def dense_share(self) -> int | float:
-        """Dense steps as `apply_radial_attention` takes them: a share of the steps of the run, or 0."""
+        """Return the dense steps for `apply_radial_attention`: a share of the steps of the run, or 0."""
         return self.dense_steps / self.steps if self.dense_steps else 0
 
 
@@ -262,7 +262,8 @@ def traits_of(transformer: torch.nn.Module, *, experts: bool = False) -> ModelTr
 def nearest_settings(traits: ModelTraits) -> PublishedSettings:
     """Return the row of the same family whose width is nearest by ratio.
 
-    Of rows with that width, an equal `image` counts first, an equal `a14b` second, the number of layers last.
+    Among rows with that width an equal `image` counts first, an equal `a14b` second, the number of layers
+    last.
     """
 
     def distance(row: PublishedSettings) -> tuple[float, bool, bool, int]:

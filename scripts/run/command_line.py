@@ -114,7 +114,7 @@ def choose_preset(
     """Returns (preset, overrides, reason) of the first step of a ladder that GPU and host have room for.
 
     The steps are `full` as it is; `full` with group offload, fp8 weights and a tiled VAE; for Wan 14B, the
-    1.3B model; the bundled model.
+    1.3B model in the same two ways; the bundled model.
 
     Raises:
         UsageError: there is a GPU, and no preset takes an override.
@@ -144,13 +144,24 @@ def choose_preset(
 
 
 def ladder(full: str, overrides: list[str]) -> list[tuple[str, list[str], str]]:
-    """Returns (preset, further overrides, title) of each step; keys that the user gives are left alone."""
-    title = "Wan 14B" if full == FULL_PRESET else Path(full).stem
-    given = {word.partition("=")[0] for word in overrides}
-    saving = [word for word in SAVING if word.partition("=")[0] not in given]
-    steps = [(full, [], title)]
-    if saving and read_config(full, []).model.quantization == "none":
-        steps.append((full, saving, f"{title} with {' '.join(saving)}"))
-    if full == FULL_PRESET:
-        steps.append((SMALL_PRESET, [], "Wan 1.3B"))
+    """Returns (preset, further overrides, title) of each step.
+
+    Keys that the user gives are left alone, saving keys that do not go together with them are left out, and
+    a model that the user names has no smaller one.
+    """
+    from scripts.run.option_checks import refusals
+
+    given, saving = {word.partition("=")[0] for word in overrides}, []
+    for word in SAVING:
+        together = read_config(full, [*overrides, *saving, word])
+        if word.partition("=")[0] not in given and not any(refusals(together)):
+            saving.append(word)
+    presets = {full: "Wan 14B" if full == FULL_PRESET else Path(full).stem}
+    if full == FULL_PRESET and not any(word.startswith(OF_A_MODEL) for word in overrides):
+        presets[SMALL_PRESET] = "Wan 1.3B"
+    steps = []
+    for preset, title in presets.items():
+        steps.append((preset, [], title))
+        if saving and read_config(preset, []).model.quantization == "none":
+            steps.append((preset, saving, f"{title} with {' '.join(saving)}"))
     return steps

@@ -1,9 +1,10 @@
 """Checks which keys work together, and refuses what no machine can run before any file is read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from radial_attn.dispatch import BACKENDS, kernel
+from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
 from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, allowed
 from scripts.run.errors import UsageError, multiples_around
@@ -12,11 +13,6 @@ from scripts.run.model_info import ModelInfo
 
 GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
-IN_A_RING = {  # key of attention -> its allowed values in a ring of processes, and why no others
-    "quantize": (("none",), "8-bit products give no log-sum-exp to merge"),
-    "check": (("auto", "off", "nan"), "no process has all keys to compare with"),
-    "dense_backend": (("auto", "native"), "a ring has a dense attention of its own"),
-}
 
 
 def check_options(config: Config) -> None:
@@ -136,20 +132,22 @@ def _storage_refusals(model: ModelConfig) -> Iterator[str]:
 
 def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
     """Raises UsageError for options that a ring of processes does not support."""
-    for name, (values, reason) in IN_A_RING.items():
-        if (got := getattr(attention, name)) not in values:
-            raise UsageError(_not_in_a_ring(f"attention.{name}", got, reason, values))
+    quantize = None if attention.quantize == "none" else attention.quantize
+    refused = ring_refusal(quantize, attention.check, attention.dense_backend)
+    if refused is not None:
+        got = getattr(attention, refused.option)
+        raise UsageError(f"attention.{refused.option}: got {got!r}, but {refused.reason}")
     if model.compile != "none":
-        reason = "keys are passed on inside the blocks"
-        raise UsageError(_not_in_a_ring("model.compile", model.compile, reason, ["none"]))
+        raise UsageError(
+            f"model.compile: got {model.compile!r}, but a ring does not support it: keys are passed on inside "
+            "the blocks; allowed: none"
+        )
     served = [name for name in BACKENDS if name == "auto" or kernel(name).NEEDS.partial]
     if attention.backend not in served:
-        reason = "it gives no log-sum-exp of a part of the keys"
-        raise UsageError(_not_in_a_ring("attention.backend", attention.backend, reason, served))
-
-
-def _not_in_a_ring(key: str, got: str, reason: str, values: Sequence[str]) -> str:
-    return f"{key}: got {got!r}, which does not work in a ring: {reason}; allowed: {', '.join(values)}"
+        raise UsageError(
+            f"attention.backend: got {attention.backend!r}, but a ring does not support it: it gives no "
+            f"log-sum-exp of a part of the keys; allowed: {', '.join(served)}"
+        )
 
 
 def check_shared(config: Config, halves: int) -> None:

@@ -169,7 +169,7 @@ def total_memory(device: str) -> int:
 
 
 def own_memory(device: str) -> int:
-    """Returns the bytes that this process holds: reserved by torch on the GPU, or unshared host memory."""
+    """Returns the bytes of this process: reserved by torch on the GPU, or host memory that no file backs."""
     if device == "cuda":
         return torch.cuda.memory_reserved()
     import psutil

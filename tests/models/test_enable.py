@@ -108,7 +108,7 @@ def test_shares_in_a_schedule():
     assert [schedule.leading_steps(steps) for steps in (1, 2, 3, 4, 8, 30, 50)] == [0, 0, 1, 1, 2, 7, 12]
     assert [schedule.is_dense(step, 8) for step in range(8)] == [True, True, *[False] * 5, True]
     assert Schedule(dense_steps=0.5, num_steps=6).leading_steps(50) == 3
-    with pytest.raises(ValueError, match=r"dense_steps=0\.24 needs the number of steps: give num_steps"):
+    with pytest.raises(ValueError, match=r"dense_steps=0\.24 .*num_steps=None: give num_steps"):
         schedule.is_dense(0, None)
 
 
@@ -153,12 +153,12 @@ def test_options_arrive():
         ({"block_size": 100}, ValueError, "block_size must be one of"),
         ({"neighbour": "quarter"}, ValueError, "neighbour must be one of"),
         ({"pattern": "spiral"}, ValueError, "pattern must be one of"),
-        ({"dense_steps": -1}, ValueError, "dense_steps must be a whole number from 0 on, got -1"),
-        ({"dense_steps": "12"}, ValueError, "dense_steps must be a whole number from 0 on, got '12'"),
+        ({"dense_steps": -1}, ValueError, "dense_steps must be a whole number of at least 0, got -1"),
+        ({"dense_steps": "12"}, ValueError, "dense_steps must be a whole number of at least 0, got '12'"),
         ({"dense_steps": 1.5}, ValueError, "dense_steps as a share of the steps must be above 0 and below 1"),
         ({"dense_steps": 0.0}, ValueError, "dense_steps as a share of the steps must be above 0 and below 1"),
         ({"dense_layers": 5}, ValueError, "dense_layers must be at most 4"),
-        ({"num_steps": 2.5}, ValueError, "num_steps must be a whole number from 0 on, got 2.5"),
+        ({"num_steps": 2.5}, ValueError, "num_steps must be a whole number of at least 0, got 2.5"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
         ({"quantize": "int4"}, ValueError, "quantize must be one of"),
         ({"check": "yes"}, ValueError, "check must be one of"),
@@ -189,7 +189,7 @@ def test_unsupported_families():
 
 def test_a_transformer_alone_needs_its_steps():
     transformer = hunyuan15_transformer()
-    with pytest.raises(ValueError, match=r"dense_steps=0\.24 needs the number of steps: give num_steps"):
+    with pytest.raises(ValueError, match=r"dense_steps=0\.24 .*num_steps=None: give num_steps"):
         enable(transformer)
     with enable(transformer, dense_steps=2, quiet=True), pytest.raises(ValueError, match="already applied"):
         enable(transformer, dense_steps=2)

@@ -139,8 +139,8 @@ def test_failed_application_changes_nothing():
     "change, message",
     [
         ({"backend": "flash"}, "backend must be one of auto, .*got 'flash'"),
-        ({"dense_steps": -1}, "dense_steps must be a whole number from 0 on, got -1"),
-        ({"dense_layers": 1.5}, "dense_layers must be a whole number from 0 on, got 1.5"),
+        ({"dense_steps": -1}, "dense_steps must be a whole number of at least 0, got -1"),
+        ({"dense_layers": 1.5}, "dense_layers must be a whole number of at least 0, got 1.5"),
         ({"dense_layers": 5}, "dense_layers must be at most 4, .*got 5"),
         ({"quantize": "int4"}, "quantize must be one of .*'int8', 'fp8'.*, got 'int4'"),
         ({"check": "all"}, "check must be one of auto, off, nan, reference, got 'all'"),

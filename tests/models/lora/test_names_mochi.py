@@ -124,5 +124,5 @@ def test_unmatched_keys_are_listed_and_settings_must_be_json(tmp_path):
     with pytest.raises(ValueError, match=words):
         loaded(file)
     file = write(tmp_path / "b.safetensors", state, kwargs="{'qkv_proj_lora_alpha': 6}")
-    with pytest.raises(ValueError, match="settings that are no JSON object"):
+    with pytest.raises(ValueError, match="settings that are not a JSON object"):
         loaded(file)

@@ -28,12 +28,9 @@ def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int8"}, "quantize: got 'int8', allowed in a ring: none"),
-        ({"check": "reference"}, "check: got 'reference', allowed in a ring: auto, off, nan"),
-        (
-            {"dense_backend": "_native_math"},
-            "dense_backend: got '_native_math', allowed in a ring: auto, native",
-        ),
+        ({"quantize": "int8"}, "ring .*quantize='int8'.*without quantization"),
+        ({"check": "reference"}, "ring .*check='reference'.*allowed: auto, off, nan"),
+        ({"dense_backend": "_native_math"}, "ring .*dense_backend='_native_math'.*allowed: auto, native"),
     ],
 )
 def test_what_a_ring_refuses(options, message):

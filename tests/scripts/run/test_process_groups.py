@@ -112,16 +112,16 @@ def test_a_ring_takes_what_the_heads_leave(processes, heads, expected):
             "attention.backend: got 'flex', allowed in a ring: auto, reference, blocks, triton",
         ),
         ("compile", "blocks", "model.compile: got 'blocks', allowed in a ring: none; keys are passed on"),
-        ("quantize", "int8", "attention.quantize: got 'int8', allowed in a ring: none"),
-        ("check", "reference", "attention.check: got 'reference', allowed in a ring: auto, off, nan"),
-        ("dense_backend", "sage", "attention.dense_backend: got 'sage', allowed in a ring: auto, native"),
+        ("quantize", "int8", r"attention\.quantize: .*'int8'.*without quantization"),
+        ("check", "reference", r"attention\.check: .*'reference'.*allowed: auto, off, nan"),
+        ("dense_backend", "sage", r"attention\.dense_backend: .*'sage'.*allowed: auto, native"),
     ],
 )
 def test_what_a_ring_refuses(key, value, message):
     group = "model" if key == "compile" else "attention"
     with pytest.raises(UsageError) as stop:
         planned(2, "generation.guidance_scale=1", "parallel.ring_degree=2", f"{group}.{key}={value}")
-    assert message in str(stop.value) and "\n" not in str(stop.value)
+    assert re.search(message, str(stop.value)) and "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize(
