@@ -1,4 +1,4 @@
-"""Frames of videos as one picture: `python -m scripts.contact_sheet VIDEO.mp4 ... --out FILE.png`."""
+"""Puts frames of videos into one picture: `python -m scripts.contact_sheet VIDEO.mp4 ... --out FILE.png`."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from scripts.run.errors import OneLineParser, UsageError, one_line, positive
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command; exits with code 2 after an error."""
     import imageio
 
     parser = OneLineParser(prog="contact_sheet", description=__doc__)
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         rows = [read_frames(video, options.frames) for video in options.videos]
         if len({row.shape for row in rows}) > 1:
-            raise UsageError(f"videos must have one size, got {sorted({row.shape[1:3] for row in rows})}")
+            raise UsageError(f"got sizes {sorted({row.shape[1:3] for row in rows})}; use videos of one size")
         imageio.imwrite(options.out, sheet(rows, options.scale))
     except (OSError, UsageError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

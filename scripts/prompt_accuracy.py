@@ -1,9 +1,9 @@
-"""Prompt accuracy of the bundled models: does the video show what the caption says, dense and radial?
+"""Measures how often videos of the bundled models show what the caption says, dense and radial.
 
 `python -m scripts.prompt_accuracy [CONFIG.yaml ...] [key=value ...] [--every N ...] [--batch B] [--out MD]`.
-All captions of the toy world (or every N-th), one seed each, read back by `toyworld.read`. Readings are kept
-in outputs/prompt_accuracy/ as they come, and a second run goes on where the first stopped. Image to video
-starts from the first frame of a scene of the caption, so that only its motion is left to the model.
+It makes all captions of the toy world (or every N-th), one seed each, and reads them back by `toyworld.read`.
+Readings are kept in outputs/prompt_accuracy/ as they come, and the same command resumes. Image to video
+starts from the first frame of a scene of the caption, so only the motion is left to the model.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from scripts.toyworld.accuracy import attention, first_frame, readings, whole_ru
 from scripts.toyworld.render import VOCABULARY, Attributes
 
 PATTERNS = ("dense", "radial")
-LEAST_STEPS = 2  # of Mochi, whose noise levels need two
+LEAST_STEPS = 2  # Mochi's noise levels need two
 
 
 def step_seconds(pipeline: Any, config: Config, attributes: Attributes) -> dict[str, float]:
-    """Mean seconds of a denoising step of one video, dense and radial taking turns."""
+    """Measures the mean seconds of a denoising step of one video, dense and radial in turn."""
     runs = {pattern: (pipeline, with_pattern(config, pattern)) for pattern in PATTERNS}
     return whole_run_seconds(runs, attributes)
 
 
 def density(pipeline: Any, config: Config) -> float:
-    """Density of the mask that this configuration uses."""
+    """Returns the density of the mask that this configuration uses."""
     with attention(pipeline, config) as handle:
         short = replace(config, generation=replace(config.generation, steps=LEAST_STEPS))
         first = all_attributes()[0]
@@ -48,7 +48,7 @@ def density(pipeline: Any, config: Config) -> float:
 
 
 def row(config: Config, entries: list[dict], density: float, seconds: float) -> str:
-    """One line of the table, percentages."""
+    """Returns one line of the table, in percent."""
     shares = [mean(entry[name] for entry in entries) for name in VOCABULARY]
     whole = mean(all(entry[name] for name in VOCABULARY) for entry in entries)
     percent = [f"{100 * share:.1f}" for share in (*shares, mean(shares), whole)]
@@ -58,7 +58,7 @@ def row(config: Config, entries: list[dict], density: float, seconds: float) -> 
 
 
 def report(command: str, configs: list[Config], rows: list[str], device: str) -> str:
-    """The results file: command, table, settings, machine."""
+    """Returns the text of the results file: command, table, settings, machine."""
     head = ["model", "frames", "attention", "density", *VOCABULARY, "attributes", "whole captions"]
     head += ["captions", "s a step"]
     machine = pairs(versions(), hardware(device))
@@ -78,7 +78,7 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
         "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
         "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
         "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn; "
-        "where a run has dense steps, the mean of both by their number. Image to video starts from the first "
+        "if a run has dense steps, the mean of both by their number. Image to video starts from the first "
         "frame of a scene of the caption, one video at a time.",
         "",
         *settings,
@@ -90,14 +90,14 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
 
 
 def work_folder(plan: RunPlan) -> Path:
-    """Where the readings of this very configuration, program and weights are kept."""
+    """Makes the folder of the readings of this configuration, program and weights."""
     folder = ROOT / "outputs" / "prompt_accuracy" / digest(plan.config, plan.path)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def measure(plan: RunPlan, every: int, batch: int) -> list[str]:
-    """The rows of one configuration."""
+    """Measures one configuration and returns its rows."""
     config, pipeline = plan.config, Sampler(plan).load()
     captions, folder = all_attributes()[::every], work_folder(plan)
     seconds, rows = step_seconds(pipeline, config, captions[0]), []
@@ -115,19 +115,19 @@ def run(options: argparse.Namespace) -> None:
     plans = [make_plan(config) for config in configs]
     pairs_of = zip(plans, options.every, strict=True)
     rows = [line for plan, every in pairs_of for line in measure(plan, every, options.batch)]
-    words = [*options.configs, *options.overrides, "--every", *map(str, options.every)]
-    command = " ".join(["bash scripts/prompt_accuracy.sh", *words, "--batch", str(options.batch)])
+    arguments = [*options.configs, *options.overrides, "--every", *map(str, options.every)]
+    command = " ".join(["bash scripts/prompt_accuracy.sh", *arguments, "--batch", str(options.batch)])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(report(command, configs, rows, plans[0].device), encoding="utf-8")
     print(f"written {options.out}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line: words without `=` are configs."""
+    """Parses the command line: words without `=` are configs."""
     parser = OneLineParser(prog="scripts/prompt_accuracy.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
     parser.add_argument(
-        "--every", type=positive, nargs="+", default=[1], help="every N-th caption, by config"
+        "--every", type=positive, nargs="+", default=[1], help="take every N-th caption, of each config"
     )
     parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
     name = f"prompt_accuracy_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
@@ -138,10 +138,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if len(options.every) == 1:
         options.every *= len(options.configs)
     if len(options.every) != len(options.configs):
-        parser.error(f"--every: got {len(options.every)} numbers, allowed: 1 or {len(options.configs)}")
+        parser.error(f"--every: got {len(options.every)} numbers, must be 1 or {len(options.configs)}")
     return options
 
 
 if __name__ == "__main__":
     options = parse()
-    sys.exit(exit_code(lambda: run(options), "the same command goes on", CheckError))
+    sys.exit(exit_code(lambda: run(options), "run the same command to resume", CheckError))
