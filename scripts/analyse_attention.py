@@ -49,12 +49,11 @@ def run(options: argparse.Namespace) -> None:
 
 def planned(config: Config) -> RunPlan:
     """Plans the run; UsageError for what cannot be run or observed."""
-    plan = make_plan(config)
     for name in ("compile", "cache"):
         value = getattr(config.model, name)
         if value != "none":
             raise UsageError(f"model.{name}: got {value!r}, allowed where attention is observed: none")
-    return plan
+    return make_plan(config)
 
 
 def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:

@@ -1,7 +1,7 @@
 """Times dense SDPA, cpp, blocks and flex side by side on radial masks, and measures their memory.
 
     python -m scripts.benchmark [--quick] [--device cpu] [--out results]
-    python -m scripts.benchmark --mask | --quantized
+    python -m scripts.benchmark --mask | --quantized | --length
 
 Writes attention_<device>_<date>.md, .png and .json. Every time is the median of up to `REPEATS` calls after
 one that is not counted; memory is the growth of a fresh process. The second form writes another table.
@@ -43,6 +43,7 @@ TRAINABLE = ("dense", "cpp", "blocks")  # everywhere
 OTHERS = {  # modules of scripts/benchmarks
     "mask": "seconds to build the mask, and kept blocks as the video grows",
     "quantized": "error of attention on 8-bit operands",
+    "length": "training and inference steps at growing length",
 }
 
 
@@ -180,10 +181,11 @@ def other_table(name: str, argv: list[str]) -> int:
     module = import_module(f"scripts.benchmarks.{name}")
     parser = OneLineParser(prog=f"scripts/benchmark.sh --{name}", description=module.__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")
-    module.arguments(parser)
+    if hasattr(module, "arguments"):
+        module.arguments(parser)
     options = parser.parse_args(argv)
     command = shlex.join(["bash", "scripts/benchmark.sh", f"--{name}", *argv])
-    stem = f"{module.NAME}_{time.strftime('%Y-%m-%d')}"
+    stem = f"{module.NAME.format(**vars(options))}_{time.strftime('%Y-%m-%d')}"
 
     def work() -> None:
         lines, figure = module.measured(options, command, f"{stem}.png")

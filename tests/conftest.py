@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from tests.support.lora_cases import make_latents, train, write_config
@@ -26,13 +27,17 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the others in their order."""
+    """Sorts long files first, the others in their order; skips the tests of GPUs if there is none."""
 
     def place(item: pytest.Item) -> int:
         path = item.path.with_suffix("").as_posix()
         return next((number for number, name in enumerate(LONG) if path.endswith(name)), len(LONG))
 
     items.sort(key=place)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
 @pytest.fixture(scope="session", autouse=True)

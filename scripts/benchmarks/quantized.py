@@ -67,7 +67,7 @@ def error(tensors: list[Tensor], mask: BlockMask, columns: int, mode: dict) -> O
 
 
 def random_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
-    """Inputs, head width, keys that share a scale, mode, error."""
+    """Yields inputs, head width, keys that share a scale, mode, error."""
     mask = radial_mask(GRID, RadialConfig())
     for name, make in INPUTS.items():
         for width, columns in ((64, 64), (128, 64), (128, 128)):
@@ -78,11 +78,11 @@ def random_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
 
 
 def model_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
-    """The same on what the attention of the bundled model got in the middle of denoising, all layers."""
+    """Yields the same of the attention of the bundled model in the middle of denoising, the worst layer."""
     calls = activations()
     for mode, options in MODES.items():
         errors = [error(tensors, mask, 64, options) for tensors, mask in calls]
-        worst = max(errors, key=lambda found: found.relative_l2)
+        worst = max(errors, key=lambda one: one.relative_l2)
         yield "bundled model, step 10, worst layer", calls[0][0][0].shape[-1], 64, mode, worst
 
 
@@ -105,17 +105,12 @@ def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
     return kept[first : first + layers]
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds no options."""
-
-
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], None]:
     """Measures; returns the lines of the table."""
     density = radial_mask(GRID, RadialConfig()).density
     rows = (
-        (name, width, columns, mode, f"{found.relative_l2:.4f}", f"{found.cosine:.5f}")
-        for rows in (random_rows(), model_rows())
-        for name, width, columns, mode, found in rows
+        (*case, f"{error.relative_l2:.4f}", f"{error.cosine:.5f}")
+        for *case, error in [*random_rows(), *model_rows()]
     )
     return [
         "# Error of attention on 8-bit operands",

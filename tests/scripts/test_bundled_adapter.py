@@ -4,8 +4,8 @@ import torch
 
 from radial_attn.models.training.flow import encode_text, encode_video, predict_velocity, stack_text
 from scripts.run.config import ROOT, read_config
-from scripts.run.hub_models import read_model_info
-from scripts.run.sampler import Job
+from scripts.run.plan import make_plan
+from scripts.run.sampler import Sampler
 from scripts.toyworld import random_scene, render
 from scripts.toyworld.accuracy import attention
 from scripts.toyworld.render import Attributes
@@ -18,8 +18,7 @@ LEVELS = (0.9, 0.6)
 def loss(*words: str) -> float:
     """Mean squared error of the velocity of toy world videos at fixed noise, with the preset's mask."""
     config = read_config(PRESET, ["model.device=cpu", *words])
-    path = str(ROOT / config.model.path)
-    pipeline = Job(config, read_model_info(path), path, "cpu").load()
+    pipeline = Sampler(make_plan(config)).load()
     random, sizes = torch.Generator().manual_seed(0), config.generation
     scenes = [render(random_scene(a, random), sizes.num_frames, 64, 64) for a in SCENES]
     videos = encode_video(pipeline, torch.stack(scenes).permute(0, 4, 1, 2, 3) * 2 - 1)

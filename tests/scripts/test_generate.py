@@ -9,15 +9,11 @@ from pathlib import Path
 import imageio
 import numpy as np
 import pytest
-import torch
 
 from scripts.generate import main
-from scripts.run.command_line import MARGIN, Command, choose_preset, needed, parse, pick
 from scripts.run.errors import UsageError
-from scripts.run.plan import GIB
 from tests.support.auto_backend import AUTO, AUTO_BFLOAT16
-
-TINY = "configs/wan_tiny.yaml"
+from tests.support.plans import TINY
 
 
 def run(model: Path, output: Path, *overrides: str) -> int:
@@ -167,39 +163,6 @@ def test_a_video_that_is_there_is_replaced(tiny_model, tmp_path):
     assert file.stat().st_size > 1000 and (tmp_path / "a.json").is_file()
 
 
-def test_help_and_command_line(capsys):
+def test_help(capsys):
     assert main(["--help"]) == 0
     assert "usage: bash scripts/wan_t2v_inference.sh" in capsys.readouterr().out
-    assert parse([TINY, "a.b=1", "--dry-run"]) == Command(TINY, ["a.b=1"], dry_run=True)
-    longest = f"generation.prompt={300 * 'cat '}"  # more than a file name may have
-    assert parse([longest]) == Command(None, [longest])
-    with pytest.raises(UsageError, match="unknown option '--sed'"):
-        parse(["--sed"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_config_a_machine_without_gpu_takes_the_bundled_model():
-    assert choose_preset([]) == (TINY, "no CUDA device here")
-
-
-def test_the_last_device_on_the_command_line_counts():
-    assert choose_preset(["model.device=cuda", "model.device=cpu"]) == (TINY, "model.device=cpu")
-
-
-def test_the_14b_preset_where_every_memory_has_room():
-    enough = {"GPU": (60 * GIB, 60 * GIB), "the host": (40 * GIB, 39 * GIB)}
-    assert pick(enough)[0] == "configs/wan2.1_t2v_14b.yaml"
-    for name, (free, need) in enough.items():
-        preset, reason = pick({**enough, name: (free / 2, need)})
-        assert preset == TINY
-        assert f"{name} has {free / 2 / GIB:.0f} GiB free of {need / GIB:.0f} GiB" in reason
-
-
-def test_overrides_count_in_what_the_14b_preset_needs(tiny_model):
-    gpu, host = needed([])
-    assert gpu > host > MARGIN * 37 * GIB
-    smaller, same = needed(["generation.num_frames=5", "generation.height=480", "generation.steps=4"])
-    assert smaller < gpu and same == host
-    assert needed([f"model.path={tiny_model}"])[1] < GIB
-    with pytest.raises(UsageError, match=r"generation\.height: got 5"):
-        needed(["generation.height=5"])

@@ -9,9 +9,7 @@ from radial_attn.kernels.compiler import compiler_problem
 from scripts import generate, train_tiny
 
 TINY = "configs/wan_tiny.yaml"
-SPACED = (
-    r"needs folders without a space on cpu, and found '/opt/my models/torch': set this up in another folder"
-)
+SPACED = "needs folders without a space on cpu, got '/opt/my models/torch': install in another folder"
 
 
 @pytest.fixture
@@ -48,9 +46,9 @@ def test_no_compiler_and_no_triton(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("CXX", "CC"):
         monkeypatch.delenv(variable, raising=False)
-    assert compiler_problem("cpu") == "a compiler on cpu, and found none: apt install g++"
+    assert compiler_problem("cpu") == "a compiler on cpu, but none was found: apt install g++"
     monkeypatch.setattr(compiler, "find_spec", lambda name: object())
-    assert compiler_problem("cuda") == "a compiler on cuda, and found none: apt install gcc"
+    assert compiler_problem("cuda") == "a compiler on cuda, but none was found: apt install gcc"
     monkeypatch.setattr(compiler, "find_spec", lambda name: None)
     assert compiler_problem("cuda") == "Triton on CUDA: pip install triton"
 

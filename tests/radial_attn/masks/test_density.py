@@ -52,9 +52,7 @@ def off(grid: TokenGrid, config: RadialConfig, target: float) -> float:
 
 def promised(message: str) -> list[float]:
     """The densities that an error says there are: the range, or the range and the nearest."""
-    steps = (
-        r"density must be within 2% of .* blocks of \d+, (\S+) to (\S+) in steps: nearest (\S+) and (\S+),"
-    )
+    steps = r"density must be within 2% of (\S+) or (\S+), the nearest for .* \((\S+) to (\S+) in steps\)"
     found = re.match(steps, message) or re.match(r"density must be (\S+)(?: to (\S+))? for ", message)
     return [float(number) for number in found.groups() if number]
 

@@ -74,7 +74,7 @@ def test_title_and_legend_tell_density_and_options():
         (["--block-size", "100"], "block_size must be one of (16, 32, 64, 128, 256), got 100"),
         (["--decay-factor", "-1"], "decay_factor must be a finite number above 0, got -1.0"),
         (["--decimation-width", "x"], "must be an integer >= 1 or 'block', got 'x'"),
-        (["--frames", "9999"], "at most 8192 blocks a side can be drawn, got 37497"),
+        (["--frames", "9999"], "8192 blocks a side can be drawn, got 37497: use a larger block_size"),
         (["--out", "mask.bmp"], "must end in one of ('.png', '.svg', '.pdf'), got 'mask.bmp'"),
         (["--out", "missing/mask.png"], "cannot write --out missing/mask.png: No such file or directory"),
         (["--out", "folder.png"], "cannot write --out folder.png: Is a directory"),

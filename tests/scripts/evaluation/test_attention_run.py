@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,17 @@ from radial_attn import radial_mask
 from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import recall, sample_rows
 from radial_attn.models import apply_radial_attention
-from scripts.analyse_attention import main, parse, prepare
+from scripts.analyse_attention import main, parse, planned
 from scripts.evaluation import attention_report as analyse_report
 from scripts.evaluation import attention_run as analyse_run
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.files import write_json
-from scripts.run.config import ROOT, read_config
-from scripts.run.hub_models import read_model_info
-from scripts.run.lora_options import LoraConfig
-from scripts.run.plan import attention_options
-from scripts.run.sampler import Job, sample
+from scripts.run.config import LoraConfig, read_config
+from scripts.run.plan import attention_arguments
+from scripts.run.sampler import Sampler, sample
 from tests.support.map_cases import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
-WAN_MODEL = "assets/wan-tiny"
 SHORT = ["generation.num_frames=9", "generation.steps=2", "model.device=cpu"]
 FEW = ["--rows", "9", "--tail-rows", "2"]
 
@@ -66,16 +64,16 @@ def test_json_holds_every_layer_and_head(both_steps):
 def test_bands_hold_all_and_keep_what_recall_says(both_steps):
     """Observed by hand: the dense run of the same noise, every row of the same sample."""
     _, data = both_steps
-    job, prompts = prepare(read_config(WAN, SHORT))
-    found = []
+    plan, found = planned(read_config(WAN, SHORT)), []
 
     def look(seen):
         rows = sample_rows(seen.mask.grid, 9, seed=seen.step)
         found.append(recall(seen.query, seen.key, seen.mask, rows).mean())
 
-    pipeline, config = job.load(), job.config
-    with apply_radial_attention(pipeline, **(attention_options(config) | {"dense_steps": 2}), observe=look):
-        sample(pipeline, config, [prompts[0]], [config.generation.seed], output_type="latent")
+    pipeline, config = Sampler(plan).load(), plan.config
+    options = attention_arguments(config.attention) | {"dense_steps": 2}
+    with apply_radial_attention(pipeline, **options, observe=look):
+        sample(pipeline, config, [plan.prompts[0]], [config.generation.seed], output_type="latent")
     assert [band["frames"] for band in data["bands"]] == ["0", "1", "2"]
     assert sum(band["mass"] for band in data["bands"]) == pytest.approx(1, abs=1e-5)
     kept = sum(band["mass"] * band["kept"] for band in data["bands"])
@@ -96,21 +94,21 @@ def test_tables_and_picture(both_steps):
 
 def test_a_second_run_looks_only_at_what_is_new(both_steps, monkeypatch, capsys):
     folder, data = both_steps
-    monkeypatch.setattr(Job, "load", lambda job: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(Sampler, "load", lambda sampler: pytest.fail("nothing is missing"))
     assert analysed(folder, "--steps", "1", "2") == data
     assert "temporal: y = exp(-a x + b), a " in capsys.readouterr().out
 
 
-def test_readings_follow_from_sources_loras_and_the_prompts_number(tmp_path, monkeypatch):
+def test_readings_follow_from_version_weights_loras_and_the_prompts_number(tmp_path, monkeypatch):
     lora, config = tmp_path / "lora.safetensors", read_config(WAN, SHORT)
     lora.write_bytes(b"1")
+    plan, taken = planned(config), []
     config.model.loras = [LoraConfig(str(lora))]
-    job, taken = Job(config, read_model_info(str(ROOT / WAN_MODEL)), str(ROOT / WAN_MODEL), "cpu"), []
     monkeypatch.setattr(torch, "load", lambda file, **_: taken.append(file.name) or {"profiles": {}})
     monkeypatch.setattr(Path, "exists", lambda path: True)
 
     def name(number: int = 0) -> str:
-        gather(job, {number: "a"}, Looks(), tmp_path)
+        gather(replace(plan, prompts={number: "a"}), Looks(), tmp_path)
         return taken[-1]
 
     first = name()
@@ -118,11 +116,13 @@ def test_readings_follow_from_sources_loras_and_the_prompts_number(tmp_path, mon
     lora.write_bytes(b"2")
     second = name()
     assert second != first
-    read, changed = Path.read_bytes, []
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name in changed))
-    for source in ("mask.py", "patterns.py", "analyse_run.py"):
-        changed[:] = [source]
+    read, weights = Path.read_bytes, "diffusion_pytorch_model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == weights))
         assert name() != second
+    assert name() == second
+    monkeypatch.setattr("scripts.run.digest.RESULTS_VERSION", 0)
+    assert name() != second
 
 
 def test_each_configuration_has_its_own_table():
@@ -138,11 +138,11 @@ def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red circle moving left on a black background\na blue square\n")
     look, looked = analyse_run._look, []
 
-    def stopped(job, pipeline, prompt, gatherer):
+    def stopped(plan, pipeline, prompt, gatherer):
         if looked:
             raise KeyboardInterrupt
         looked.append(prompt)
-        return look(job, pipeline, prompt, gatherer)
+        return look(plan, pipeline, prompt, gatherer)
 
     command = [*words, *SHORT, *FEW, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "a.md")]
     monkeypatch.setattr(analyse_run, "_look", stopped)
@@ -153,23 +153,23 @@ def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
     assert main(command) == 0 and again == ["a blue square"]
     data = json.loads((tmp_path / "work" / "analysis.json").read_text())
     assert data["layers"] == [1] and len(data["prompts"]) == 2 and data["tail"]["rows"] == 2 * 2 * 4 * 2
-    job, prompts = prepare(read_config(WAN, [words[-1], *SHORT]))
-    profiles, _ = gather(job, prompts, Looks((2,), None, 9, 2, (1,)), tmp_path / "work")
+    plan = planned(read_config(WAN, [words[-1], *SHORT]))
+    profiles, _ = gather(plan, Looks((2,), None, 9, 2, (1,)), tmp_path / "work")
     assert profiles[1].rows == 2 * 2 * 9
 
 
 @pytest.mark.parametrize("config", [WAN, MOCHI])
 def test_one_call_on_noise_at_a_timestep(config, tmp_path, monkeypatch):
     """The transformer is called once, without guidance, at this timestep, on the run's own noise."""
-    calls, load = [], Job.load
+    calls, load = [], Sampler.load
 
-    def watched(job):
-        pipeline = load(job)
+    def watched(sampler):
+        pipeline = load(sampler)
         note = lambda module, args, kwargs: calls.append(kwargs)  # noqa: E731
         pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
         return pipeline
 
-    monkeypatch.setattr(Job, "load", watched)
+    monkeypatch.setattr(Sampler, "load", watched)
     frames = "generation.num_frames=7" if config == MOCHI else "generation.num_frames=9"
     words = [*SHORT[1:], frames, *FEW, "--work", str(tmp_path), "--out", str(tmp_path / "a.md")]
     assert main([config, "--timestep", "300", *words]) == 0
@@ -184,11 +184,11 @@ def test_one_call_on_noise_at_a_timestep(config, tmp_path, monkeypatch):
 
 def test_a_timestep_that_is_also_a_step_of_the_run(tmp_path):
     """The second planned step of two."""
-    job, prompts = prepare(read_config(WAN, SHORT))
-    pipeline = job.load()
+    plan = planned(read_config(WAN, SHORT))
+    pipeline = Sampler(plan).load()
     pipeline.scheduler.set_timesteps(2)
     late = float(pipeline.scheduler.timesteps[1])
-    profiles, _ = gather(job, prompts, Looks((), late, 9, 2), tmp_path)
+    profiles, _ = gather(plan, Looks((), late, 9, 2), tmp_path)
     assert {int(profile.rows) for profile in profiles.values()} == {9}
 
 
@@ -242,7 +242,7 @@ def test_layers_are_stacked_head_by_head():
         (["model.cache=pab"], "model.cache: got 'pab', allowed where attention is observed: none"),
         (["parallel.cfg_degree=2"], "parallel.cfg_degree: got 2, allowed in one process: 1"),
         (["attention.rows=3"], "unknown key 'attention.rows' (command line); did you mean"),
-        (["attention.density=0.0001"], "attention.density must be 0.75 to 1 for 3 x 8 x 8 tokens"),
+        (["attention.density=0.0001"], "attention.density: density must be 0.75 to 1 for 3 x 8 x 8 tokens"),
         (["configs/none.yaml"], "config file 'configs/none.yaml' not found; bundled ones: "),
     ],
 )

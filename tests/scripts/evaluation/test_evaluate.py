@@ -19,9 +19,8 @@ from scripts.evaluation.tables import explained, table
 from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, read_video, write_frames
 from scripts.run import sampler as video
 from scripts.run.config import ROOT, read_config
-from scripts.run.hub_models import read_model_info
-from scripts.run.plan import attention_options, radial_config, token_grid
-from scripts.run.sampler import Job, sample, to_bytes
+from scripts.run.plan import attention_arguments, make_plan, radial_config
+from scripts.run.sampler import Sampler, sample, to_bytes
 
 TINY = "configs/wan_tiny.yaml"
 SHORT = ["generation.num_frames=17", "generation.steps=2"]
@@ -62,9 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    config = read_config(TINY, SHORT)
-    path = str(ROOT / config.model.path)
-    return Job(config, read_model_info(path), path, "cpu").load()
+    return Sampler(make_plan(read_config(TINY, [*SHORT, "model.device=cpu"]))).load()
 
 
 def test_settings_hold_density_operations_and_mask(run: Path):
@@ -72,9 +69,8 @@ def test_settings_hold_density_operations_and_mask(run: Path):
     assert data["kind"] == "evaluation" and data["reference"] == "dense"
     by_name = {setting["name"]: setting for setting in data["settings"]}
     assert list(by_name) == ["dense", "thin", "warm", "all"]
-    config = read_config(TINY, [*SHORT, THIN])
-    grid = token_grid(config, read_model_info(str(ROOT / config.model.path)))
-    density = radial_mask(grid, radial_config(config)).density
+    plan = make_plan(read_config(TINY, [*SHORT, THIN]), dry_run=True)
+    grid, density = plan.grid, plan.block_mask.density
     assert 0.5 < density < 0.7
     thin, warm = by_name["thin"], by_name["warm"]
     assert thin["grid"] == [grid.frames, grid.height, grid.width, grid.text]
@@ -91,7 +87,7 @@ def test_metrics_are_those_of_the_frames_before_encoding(run: Path, pipeline: An
     frames = {}
     for pattern, words in {"dense": ["attention.pattern=dense"], "thin": [THIN]}.items():
         config = read_config(TINY, [*SHORT, *words])
-        with apply_radial_attention(pipeline, **attention_options(config)):
+        with apply_radial_attention(pipeline, **attention_arguments(config.attention)):
             frames[pattern] = to_bytes(sample(pipeline, config, [config.generation.prompt], [2])[0])
     video = content(run)["videos"][1]
     assert video["seed"] == 2 and set(video["files"]) == {"dense", "thin", "warm", "all"}
@@ -120,7 +116,7 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
     np.testing.assert_allclose(data["attention"]["all"]["recall"], 1, atol=1e-6)
     assert np.max(data["attention"]["all"]["mse"]) < 1e-10
     config = read_config(TINY, [*SHORT, "attention.pattern=dense"])
-    mask_config = radial_config(read_config(TINY, [*SHORT, THIN]))
+    mask_config = radial_config(read_config(TINY, [*SHORT, THIN]).attention)
     calls: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def see(seen: Any) -> None:
@@ -131,7 +127,7 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
             calls.setdefault(seen.layer, []).append((kept, errors.mse.mean(dim=0).numpy()))
 
     for seed in (1, 2):
-        with apply_radial_attention(pipeline, **attention_options(config), observe=see):
+        with apply_radial_attention(pipeline, **attention_arguments(config.attention), observe=see):
             sample(pipeline, config, [config.generation.prompt], [seed], output_type="latent")
     assert {len(of_layer) for of_layer in calls.values()} == {4}  # two seeds, both halves of guidance
     for place, kind in enumerate(("recall", "mse")):
@@ -141,22 +137,22 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path, monkeypatch, capsys):
-    made, sampled = [], Job.sample_video
+    made, sampled = [], Sampler.sample_video
 
-    def counts(job: Any, *rest: Any, **options: Any) -> Any:
-        made.append(job.config)
-        return sampled(job, *rest, **options)
+    def counts(sampler: Any, *rest: Any, **options: Any) -> Any:
+        made.append(sampler.plan.config)
+        return sampled(sampler, *rest, **options)
 
-    def stops(job: Any, *rest: Any, **options: Any) -> Any:
+    def stops(sampler: Any, *rest: Any, **options: Any) -> Any:
         if len(made) == 3:
             raise KeyboardInterrupt
-        return counts(job, *rest, **options)
+        return counts(sampler, *rest, **options)
 
-    monkeypatch.setattr(Job, "sample_video", stops)
+    monkeypatch.setattr(Sampler, "sample_video", stops)
     assert evaluated(tmp_path, *COMPARE) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
     assert not (tmp_path / "work" / "evaluation.json").exists() and not (tmp_path / "table.md").exists()
-    monkeypatch.setattr(Job, "sample_video", counts)
+    monkeypatch.setattr(Sampler, "sample_video", counts)
     assert evaluated(tmp_path, *COMPARE) == 0
     assert len(made) == 8
     assert timeless(content(tmp_path)) == timeless(content(run))
@@ -172,13 +168,17 @@ def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path,
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("file", ["mask.py", "metrics.py", "diffusion_pytorch_model.safetensors"])
-def test_videos_of_another_program_or_other_weights_are_made_anew(file: str, run: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("changed", ["version", "weights"])
+def test_videos_of_another_version_or_other_weights_are_made_anew(changed, run: Path, monkeypatch, capsys):
     assert missing_videos(planned(run, *COMPARE)) == []
     read, other = Path.read_bytes, planned(run, *COMPARE)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == file))
+    if changed == "version":
+        monkeypatch.setattr("scripts.run.digest.RESULTS_VERSION", 0)
+    else:
+        file = "diffusion_pytorch_model.safetensors"
+        monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == file))
     assert len(missing_videos(other)) == 8
-    monkeypatch.setattr(Job, "load", lambda job: pytest.fail("reached"))
+    monkeypatch.setattr(Sampler, "load", lambda sampler: pytest.fail("reached"))
     with pytest.raises(pytest.fail.Exception, match="reached"):
         make_missing(other)
     line = "note: 8 videos are made anew, since program, weights or device have changed"
@@ -187,7 +187,7 @@ def test_videos_of_another_program_or_other_weights_are_made_anew(file: str, run
 
 def test_seconds_of_another_machine_are_left_out(run: Path, monkeypatch):
     evaluation, whole = planned(run, *COMPARE), Evaluation.record
-    words = {name: [] for name in evaluation.jobs}
+    words = {name: [] for name in evaluation.plans}
     assert found_in(evaluation, words)["elsewhere"] == 0
 
     def moved(seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """An evaluation before anything is made: files, digests, means over steps, what a cache leaves out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def test_weights_of_dense_count_for_every_setting(tmp_path: Path):
     programs = planned(tmp_path, words).programs
     assert programs["a"] == programs["dense"] != programs["b"]
     other = planned(tmp_path, words)
-    other.jobs["dense"].path = other.jobs["a"].path = str(ROOT / "assets/mochi-tiny")
+    for name in ("dense", "a"):
+        other.plans[name] = replace(other.plans[name], path=str(ROOT / "assets/mochi-tiny"))
     assert other.programs["b"] != programs["b"]
 
 
@@ -65,10 +67,10 @@ def test_operations_are_not_given_with_a_cache(tmp_path: Path, capsys):
 
 def test_each_video_has_its_own_file_and_each_configuration_its_own_table(tmp_path: Path):
     evaluation = planned(tmp_path, f"evaluate.compare=a.mp4: {THIN}", "evaluate.seeds=1,2")
-    paths = {evaluation.path(name, take) for name in evaluation.jobs for take in evaluation.takes}
+    paths = {evaluation.path(name, take) for name in evaluation.plans for take in evaluation.takes}
     assert len(paths) == 4
     assert {path.parent for path in paths} == {
-        tmp_path / "work" / "videos" / name for name in evaluation.jobs
+        tmp_path / "work" / "videos" / name for name in evaluation.plans
     }
     for words, kind in (([TINY], "wan_tiny"), (["configs/mochi_tiny.yaml"], "mochi_tiny")):
         assert parse(words).out.name.startswith((f"evaluation_{kind}_cpu_", f"evaluation_{kind}_gpu_"))

@@ -13,12 +13,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from scripts.lora import plan
+from scripts.lora import plan as planning
 from scripts.lora.config import SCHEMA
+from scripts.lora.plan import TrainPlan, plan_training
 from scripts.lora.validation import shares
 from scripts.run.errors import UsageError
-from scripts.run.hub_models import read_model_info
-from scripts.run.model_info import ModelInfo
 from scripts.train_lora import main
 from tests.support.lora_cases import adapter, cut, launch_training, make_latents, same, train, write_config
 from tests.support.multi_process import run_ranks
@@ -148,17 +147,15 @@ def test_bad_input_is_one_line(lora_config, tmp_path, capsys):
         assert capsys.readouterr().err == f"error: {message}\n" and not (tmp_path / "out").exists()
 
 
-def test_the_plan_counts_weights_as_shared(lora_config, tiny_model, monkeypatch, capsys):
+def test_the_plan_counts_weights_as_shared(lora_config, monkeypatch, capsys):
     """A quarter of them and the two blocks, of four, that are whole at a time."""
     config = SCHEMA.read(str(lora_config), [SHARD])
-    model = read_model_info(str(tiny_model))
-    assert model.layers == 4
-    whole = 4 * model.parameters["transformer"]
-    assert needed(config, model) == pytest.approx(needed(whole_of(config), model))  # one process
+    plan = plan_training(config)
+    assert plan.model.layers == 4 and plan.adapter == 3072
+    whole = 4 * plan.model.parameters["transformer"]
+    assert needed(plan) == pytest.approx(needed(whole_of(plan)))  # one process
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert needed(config, model) == pytest.approx(
-        needed(whole_of(config), model) + (1 / 4 + 2 / 4 - 1) * whole
-    )
+    assert needed(plan) == pytest.approx(needed(whole_of(plan)) + (1 / 4 + 2 / 4 - 1) * whole)
     assert main([str(lora_config), SHARD, "--dry-run"]) == 0
     assert "weights    shared by 4 processes" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -168,22 +165,28 @@ def test_the_plan_counts_weights_as_shared(lora_config, tiny_model, monkeypatch,
     assert "weights    whole, shared from NPROC=2 on" in capsys.readouterr().out
 
 
-def test_room_is_checked_for_shared_weights(lora_config, tiny_model, monkeypatch):
+def test_room_is_checked_for_shared_weights(lora_config, monkeypatch, capsys):
     """Weights of 4 GiB, in blocks of one sixteenth: more than is free whole, less when eight share them."""
-    model = replace(read_model_info(str(tiny_model)), layers=16, parameters={"transformer": 2**30})
-    config = SCHEMA.read(str(lora_config), [SHARD])
-    monkeypatch.setattr(plan, "room", lambda device: 3 * 2**30)
+    plan = plan_training(SCHEMA.read(str(lora_config), [SHARD, "model.device=cpu"]))
+    plan = replace(plan, model=replace(plan.model, layers=16, parameters={"transformer": 2**30}))
+    monkeypatch.setattr(planning, "room", lambda device: 3 * 2**30)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    plan.check_room(config, model, str(tiny_model), "cpu")
+    planning.check_room(plan)
     with pytest.raises(UsageError, match=r"needs about 4\.5 GiB, 3\.0 GiB are free .* parallel\.shard=fsdp"):
-        plan.check_room(whole_of(config), model, str(tiny_model), "cpu")
+        planning.check_room(whole_of(plan))
+    capsys.readouterr()
+    planning.check_room(replace(whole_of(plan), device="cuda"))  # there the prediction was never measured
+    out = capsys.readouterr().out
+    assert out.startswith("note: memory may be short: training needs about 4.0 GiB, 3.0 GiB are free")
 
 
-def whole_of(config):
+def whole_of(plan: TrainPlan) -> TrainPlan:
     """The same run, every process with all weights."""
-    return replace(config, parallel=replace(config.parallel, shard="none"))
+    config = plan.config
+    return replace(plan, config=replace(config, parallel=replace(config.parallel, shard="none")))
 
 
-def needed(config, model: ModelInfo) -> float:
-    run = plan.as_generation(config, config.data.sizes[0])
-    return plan.memory(config, model, run, 3072, "cpu")
+def needed(plan: TrainPlan) -> float:
+    """Predicted bytes of a process."""
+    (size,) = plan.sizes
+    return plan.memory(size)

@@ -16,6 +16,7 @@ from scripts.lora.config import SCHEMA
 from scripts.lora.setup import prepared
 from scripts.lora.step import learning_rate, noise_levels
 from scripts.run.config import ROOT
+from scripts.run.plan import radial_config
 from scripts.train_lora import main
 from tests.support.lora_cases import (
     CAPTIONS,
@@ -99,11 +100,7 @@ def test_radial_attention_is_what_is_trained_with(lora_config, tmp_path):
         plain = WanPipeline.from_pretrained(parsed.model.path).transformer
         dense = predict_velocity(plain, "wan", *inputs)
         assert not torch.allclose(radial, dense, atol=1e-4)
-        from scripts.lora.plan import as_generation
-        from scripts.run.plan import radial_config
-
-        mask = radial_config(as_generation(parsed, parsed.data.sizes[0]))
-        with apply_radial_attention(plain, mask, dense_layers=1):
+        with apply_radial_attention(plain, radial_config(parsed.attention), dense_layers=1):
             assert torch.allclose(predict_velocity(plain, "wan", *inputs), radial, atol=1e-6)
 
 

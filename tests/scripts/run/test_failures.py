@@ -17,8 +17,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from scripts.generate import main
 from scripts.run.config import ROOT, read_config
 from scripts.run.errors import GenerationError
-from scripts.run.hub_models import read_model_info
-from scripts.run.sampler import Job
+from scripts.run.plan import make_plan
+from scripts.run.sampler import Sampler
 from scripts.run.system import available_memory, room
 
 TINY = "configs/wan_tiny.yaml"
@@ -163,10 +163,14 @@ def test_a_failure_of_the_op_names_the_backend(tiny_model, tmp_path, capsys, mon
 
 def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny_model):
     """As cuBLAS says it. What would fit depends on what is free and what this process holds already."""
-    config = read_config(TINY, ["generation.height=512", "generation.width=512"])
-    job = Job(config, read_model_info(str(tiny_model)), str(tiny_model), "cpu")
+    words = [f"model.path={tiny_model}", "model.device=cpu"]
+    config = read_config(TINY, [*words, "generation.height=512", "generation.width=512"])
+    sampler = Sampler(make_plan(config, dry_run=True))
     held = torch.ones(2**27, dtype=torch.uint8)
-    with pytest.raises(GenerationError, match=r"would fit: generation\.") as raised, job.reporting_memory():
+    with (
+        pytest.raises(GenerationError, match=r"would fit: generation\.") as raised,
+        sampler.reporting_memory(),
+    ):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     assert "out of memory: generation.height=512" in str(raised.value)
     assert room("cpu") >= available_memory("cpu") + 0.9 * held.nbytes - MOVES

@@ -7,12 +7,11 @@ import transformers
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
-from scripts.run.config import read_config
+from scripts.run.config import VideoSize, read_config
 from scripts.run.errors import UsageError
 from scripts.run.hub_models import HUB_MODELS, HUNYUAN_CONFIG
 from scripts.run.model_info import ModelInfo, from_configs
-from scripts.run.plan import token_grid
-from scripts.run.validate import check_sizes
+from scripts.run.plan import check_model_options
 from tests.support.tiny_wan import vace_transformer
 
 T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -148,10 +147,7 @@ def matrices(transformer: torch.nn.Module) -> int:
     ],
 )
 def test_tokens_of_the_papers_videos(name, frames, size, tokens):
-    sizes = {"num_frames": frames, "height": size[0], "width": size[1]}
-    keys = [f"generation.{key}={value}" for key, value in sizes.items()]
-    config = read_config("configs/wan2.1_t2v_14b.yaml", keys)
-    assert token_grid(config, HUB_MODELS[name]).tokens == tokens
+    assert HUB_MODELS[name].grid(VideoSize(frames, *size)).tokens == tokens
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 3])
@@ -191,6 +187,6 @@ def test_guidance_that_a_model_has_no_place_for_is_refused():
     model = from_configs(named, {"block_out_channels": [128]}, {})
     words = ["generation.guidance_scale=6"]
     with pytest.raises(UsageError, match=r"generation\.guidance_scale: got 6, allowed: 1, the model has no"):
-        check_sizes(read_config("configs/hunyuan_t2v.yaml", words), model)
-    check_sizes(read_config("configs/hunyuan_t2v.yaml", ["generation.guidance_scale=1"]), model)
-    check_sizes(read_config("configs/hunyuan_i2v.yaml", words), model)
+        check_model_options(read_config("configs/hunyuan_t2v.yaml", words), model)
+    check_model_options(read_config("configs/hunyuan_t2v.yaml", ["generation.guidance_scale=1"]), model)
+    check_model_options(read_config("configs/hunyuan_i2v.yaml", words), model)

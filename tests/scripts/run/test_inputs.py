@@ -166,7 +166,8 @@ def test_video_and_mask_are_fitted_and_cut(kind, tmp_path):
             imageio.mimwrite(target, frames, **({"macro_block_size": 1} if kind == "mp4" else {}))
         names[f"generation.{name}"] = target
     sizes = ["generation.height=32", "generation.width=64", "generation.num_frames=5"]
-    inputs = read_inputs(read_config(TEXT, [*sizes, *(f"{key}={file}" for key, file in names.items())]))
+    words = [*sizes, *(f"{key}={file}" for key, file in names.items())]
+    inputs = read_inputs(read_config(TEXT, words).generation, "wan_vace")
     video, mask = (np.stack(inputs.arguments[name]) for name in ("video", "mask"))
     assert video.shape == (5, 32, 64, 3) and mask.shape == (5, 32, 64)
     assert abs(int(video[0, 16, 8, 0]) - 200) < 8 and abs(int(video[4, 16, 60, 0]) - 24) < 8

@@ -9,11 +9,10 @@ import torch
 
 from radial_attn.models.lora.load import EXPERTS, MODES, UNMATCHED
 from scripts.generate import main
-from scripts.run import lora_options
 from scripts.run.command_line import FULL_PRESET, TINY_PRESET, Command, choose_config, parse, schedule_of
-from scripts.run.config import ROOT, keys, read_config
+from scripts.run.config import EXPERTS as NAMED_EXPERTS
+from scripts.run.config import ROOT, LoraConfig, keys, read_config
 from scripts.run.errors import UsageError
-from scripts.run.lora_options import LoraConfig
 from scripts.run.loras import find_loras
 from tests.support.tiny import wan_transformer
 from tests.support.tiny_lora import random_distilled, random_pairs, spell, write
@@ -45,7 +44,7 @@ def refused(capsys, argv: list[str]) -> str:
 def test_choices_are_those_of_the_models():
     choices = {name: keys()[f"model.lora_{name}"].metadata["choices"] for name in ("mode", "unmatched")}
     assert (choices["mode"], choices["unmatched"]) == (MODES, UNMATCHED)
-    assert lora_options.EXPERTS == EXPERTS
+    assert NAMED_EXPERTS == EXPERTS
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,7 @@ def test_a_folder_with_one_file_or_a_name(lora, tiny_model, tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/a.safetensors").write_bytes(lora.read_bytes())
     for text in (f"{tmp_path / 'deep'}", f"{{path: {tmp_path}, weight_name: deep/a.safetensors}}"):
-        (found,) = find_loras(read_config(TINY, [f"model.loras={text}"]), str(tiny_model))
+        (found,) = find_loras(read_config(TINY, [f"model.loras={text}"]).model, str(tiny_model))
         assert found.file == tmp_path / "deep/a.safetensors"
 
 

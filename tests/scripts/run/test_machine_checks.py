@@ -10,13 +10,11 @@ from radial_attn.models.runtime.output_check import MOST_ERROR
 from scripts.generate import main
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
-from scripts.run.hub_models import HUB_MODELS, read_model_info
-from scripts.run.machine_checks import check_backends
-from scripts.run.sampler import Job
+from scripts.run.sampler import Sampler
 from tests.support.auto_backend import AUTO
 from tests.support.failing_kernel import fail, one_nan, twice
+from tests.support.plans import FULL, TINY, plan_of
 
-TINY, FULL = "configs/wan_tiny.yaml", "configs/wan2.1_t2v_14b.yaml"
 SHORT = ["generation.steps=2", "generation.num_frames=5"]
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 REFUSED = {
@@ -55,7 +53,7 @@ def test_what_cannot_run_here_is_refused_before_weights_are_loaded(
     case, tiny_model, tmp_path, capsys, monkeypatch
 ):
     overrides, message = REFUSED[case]
-    monkeypatch.setattr(Job, "load", lambda self: pytest.fail("weights loaded"))
+    monkeypatch.setattr(Sampler, "load", lambda self: pytest.fail("weights loaded"))
     argv = arguments(tiny_model, tmp_path / "out", *overrides)
     for more in ([], ["model.device=cpu", "--dry-run"]):
         assert main([*argv, *more]) == 2
@@ -77,10 +75,10 @@ def test_a_large_model_is_planned_here_for_a_machine_with_a_gpu(capsys):
 
 
 def test_a_backend_that_is_never_called_is_not_looked_at():
-    model = next(iter(HUB_MODELS.values()))
     unused = (["attention.pattern=dense"], ["attention.dense_layers=40"], ["attention.dense_steps=50"])
     for overrides in unused:
-        assert check_backends(read_config(FULL, ["attention.backend=sage", *overrides]), model, "cpu") == []
+        plan = plan_of(read_config(FULL, ["attention.backend=sage", "model.device=cpu", *overrides]))
+        assert plan.missing == ()
 
 
 def test_the_head_width_counts(tiny_model, monkeypatch):
@@ -88,9 +86,9 @@ def test_the_head_width_counts(tiny_model, monkeypatch):
     from radial_attn.kernels import flex
 
     monkeypatch.setattr(flex, "NEEDS", backends.Needs(widths=(64, 128)))
-    config = read_config(TINY, ["attention.backend=flex"])
+    words = ["attention.backend=flex", "model.device=cpu", f"model.path={tiny_model}"]
     with pytest.raises(UsageError, match=r"'flex', which takes head widths \(64, 128\), got 12; allowed"):
-        check_backends(config, read_model_info(str(tiny_model)), "cpu")
+        plan_of(read_config(TINY, words))
 
 
 @pytest.mark.parametrize("case", [("nan", one_nan), ("reference", one_nan), ("reference", twice)])
