@@ -9,7 +9,7 @@ if __name__ == "models":  # `from models import ...` in a checkout
     from types import ModuleType
 
     class _OneCopy(MetaPathFinder, Loader):
-        """Loads `models.x` as `radial_attn.models.x`, so that no module exists twice."""
+        """Loads `models.x` as `radial_attn.models.x`: each module exists once."""
 
         def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
             return ModuleSpec(fullname, self) if fullname.startswith("models.") else None
