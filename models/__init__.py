@@ -1,4 +1,4 @@
-"""Radial attention for the transformers of diffusers; imported as `radial_attn.models`."""
+"""Applies radial attention to the transformers of diffusers; import it as `radial_attn.models`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The HunyuanVideo fork: joint attention of HunyuanVideoTransformer3DModel, video tokens and then text.
+"""Forks the joint attention of HunyuanVideoTransformer3DModel: video tokens, then text.
 
-Rows of padded text come back as zeros, where upstream computes some: nothing but such rows ever reads them.
+Output rows of padded text are zeros. Upstream computes values there, but only such rows ever read them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import Watch
+from .runtime.output_check import LayerCheck
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -23,31 +23,31 @@ DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every 
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
-    """The blocks that the video tokens go through."""
+    """Returns the lists of blocks that the video tokens go through."""
     return [[*transformer.transformer_blocks, *transformer.single_transformer_blocks]]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[Attention]:
-    """The joint attention modules, double blocks before single ones; the text refiner has none."""
+    """Returns the joint attention modules, double blocks before single ones; the text refiner has none."""
     return [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
 
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
-    """Grid of a call, all text tokens included."""
+    """Returns the grid of a call, all text tokens included."""
     return joint_grid(transformer, arguments, ["encoder_hidden_states"])
 
 
 def text_mask(arguments: dict[str, Any]) -> Tensor:
-    """Which text tokens of a call are valid, `[B, T]`."""
+    """Returns which text tokens of a call are valid, `[B, T]`."""
     return arguments["encoder_attention_mask"]
 
 
 class JointProcessor:
-    """Joint attention by `radial_attention`; by the next class where the layer or the call is dense."""
+    """Computes joint attention by `radial_attention`, or by the next class if layer or call is dense."""
 
-    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
         super().__init__()
-        self.dense, self.watch = dense, watch
+        self.dense, self.layer_check = dense, layer_check
 
     def __call__(
         self,
@@ -57,17 +57,17 @@ class JointProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Video `[B, N, C]` and text `[B, T, C]` in and out.
+        """Returns video `[B, N, C]` and text `[B, T, C]` after attention, from the same shapes.
 
-        `image_rotary_emb`: cos and sin `[N, D]`, and the ways of the layers, whose text lengths say what
-        `attention_mask` says.
+        `image_rotary_emb` holds cos and sin `[N, D]` and two `AttentionCall`s, whose text lengths replace
+        `attention_mask`.
         """
-        *rotary, radial_way, dense_way = image_rotary_emb
-        way = dense_way if self.dense else radial_way
-        if way is None:
+        *rotary, radial_call, dense_call = image_rotary_emb
+        call = dense_call if self.dense else radial_call
+        if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, way, self).flatten(2, 3)
+        output = attend(*streams, call, self).flatten(2, 3)
         video, text = output.tensor_split([hidden_states.shape[1]], dim=1)
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))
@@ -75,11 +75,11 @@ class JointProcessor:
 
 
 class RadialProcessor(JointProcessor, HunyuanVideoAttnProcessor2_0):
-    """`JointProcessor` over that of HunyuanVideo."""
+    """Puts `JointProcessor` before the processor of HunyuanVideo."""
 
 
 def joint_grid(transformer: torch.nn.Module, arguments: dict[str, Any], texts: Sequence[str]) -> TokenGrid:
-    """Latents `[B, C, frames, height, width]` over the patch sizes; `texts` names the inputs `[B, T, C]`."""
+    """Returns the grid of latents `[B, C, frames, height, width]` over patches; `texts` name `[B, T, C]`."""
     frames, height, width = arguments["hidden_states"].shape[2:]
     config = transformer.config
     text = sum(arguments[name].shape[1] for name in texts)
@@ -89,16 +89,16 @@ def joint_grid(transformer: torch.nn.Module, arguments: dict[str, Any], texts: S
 
 
 def project(attn: Attention, video: Tensor, text: Tensor, rotary: Sequence[Tensor]) -> list[Tensor]:
-    """Query, key and value `[B, N + T, H, D]`, the first two normed, and rotated where they are video."""
-    own = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k, None)
+    """Returns query, key and value `[B, N + T, H, D]`, the first two normed, and rotated for the video."""
+    layers = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k, None)
     added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k, None)
-    *rotated, value = _heads(attn, video, *own)
+    *rotated, value = _heads(attn, video, *layers)
     rotated = [apply_rotary_emb(x, rotary, sequence_dim=1) for x in rotated]
-    of_text = _heads(attn, text, *(own if attn.add_q_proj is None else added))
-    return [torch.cat(pair, dim=1) for pair in zip((*rotated, value), of_text, strict=True)]
+    text_heads = _heads(attn, text, *(layers if attn.add_q_proj is None else added))
+    return [torch.cat(pair, dim=1) for pair in zip((*rotated, value), text_heads, strict=True)]
 
 
 def _heads(attn: Attention, tokens: Tensor, layers: Sequence, norms: Sequence) -> list[Tensor]:
-    """`[B, S, H, D]` of each layer, normed where there is a norm."""
+    """Returns `[B, S, H, D]` of each layer, normed if there is a norm."""
     heads = [layer(tokens).unflatten(2, (attn.heads, -1)) for layer in layers]
     return [x if norm is None else norm(x) for x, norm in zip(heads, norms, strict=True)]

@@ -1,6 +1,6 @@
-"""The HunyuanVideo 1.5 fork: joint attention of HunyuanVideo15Transformer3DModel, video tokens and then text.
+"""Forks the joint attention of HunyuanVideo15Transformer3DModel: video tokens, then text.
 
-Its text is image, glyph and prompt tokens, which upstream sorts so that the valid ones come first.
+The text consists of image, glyph and prompt tokens, which upstream sorts: the valid ones come first.
 """
 
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every 
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
-    """The blocks that the video tokens go through."""
+    """Returns the lists of blocks that the video tokens go through."""
     return [transformer.transformer_blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[Attention]:
-    """The joint attention modules in block order; the text refiner has none."""
+    """Returns the joint attention modules in block order; the text refiner has none."""
     return [block.attn for block in transformer.transformer_blocks]
 
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
-    """Grid of a call, all text tokens included."""
+    """Returns the grid of a call, all text tokens included."""
     texts = ["image_embeds", "encoder_hidden_states_2", "encoder_hidden_states"]
     return joint_grid(transformer, arguments, texts)
 
 
 def text_mask(arguments: dict[str, Any]) -> Tensor:
-    """Which text tokens of a call are valid after the sorting, `[B, T]`; an image of zeros has none."""
+    """Returns which text tokens of a call are valid after sorting, `[B, T]`; an image of zeros has none."""
     image = arguments["image_embeds"]
     given = (image != 0).any().expand(image.shape[:2])
     masks = given, arguments["encoder_attention_mask_2"].bool(), arguments["encoder_attention_mask"].bool()
@@ -46,4 +46,4 @@ def text_mask(arguments: dict[str, Any]) -> Tensor:
 
 
 class RadialProcessor(JointProcessor, HunyuanVideo15AttnProcessor2_0):
-    """`JointProcessor` over that of HunyuanVideo 1.5."""
+    """Puts `JointProcessor` before the processor of HunyuanVideo 1.5."""

@@ -1,4 +1,4 @@
-"""The LTX-Video fork: self-attention of LTXVideoTransformer3DModel, video tokens only."""
+"""Forks the self-attention of LTXVideoTransformer3DModel: video tokens only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,26 +13,26 @@ from diffusers.models.transformers.transformer_ltx import (
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import Watch
+from .runtime.output_check import LayerCheck
 
 UPSTREAM_PROCESSOR = LTXVideoAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
-    """The blocks that the video tokens go through."""
+    """Returns the lists of blocks that the video tokens go through."""
     return [transformer.transformer_blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[LTXAttention]:
-    """The self-attention modules in block order."""
+    """Returns the self-attention modules in block order."""
     return [block.attn1 for block in transformer.transformer_blocks]
 
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
-    """Grid of a call: its tokens come packed, `[B, S, C]`, the sizes beside them.
+    """Returns the grid of a call from its packed tokens, `[B, S, C]`, and its arguments for the sizes.
 
-    Raises ValueError where tokens of conditions come before the video's.
+    Raises ValueError if tokens of conditions come before the video's.
     """
     tokens, coordinates = arguments["hidden_states"].shape[1], arguments.get("video_coords")
     if coordinates is None:
@@ -42,17 +42,18 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
     grid = TokenGrid(*sizes)
     if grid.tokens != tokens:
         raise ValueError(
-            f"radial attention of LTX needs the tokens of a video alone: got {tokens} for {grid}"
+            f"radial attention of LTX needs the tokens of a video alone: got {tokens} for {grid}; "
+            "leave the conditions out"
         )
     return grid
 
 
 class RadialProcessor(LTXVideoAttnProcessor):
-    """Self-attention by `radial_attention`; by upstream where the layer or the call is dense."""
+    """Computes self-attention by `radial_attention`, or by upstream if layer or call is dense."""
 
-    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
         super().__init__()
-        self.dense, self.watch = dense, watch
+        self.dense, self.layer_check = dense, layer_check
 
     def __call__(
         self,
@@ -62,15 +63,16 @@ class RadialProcessor(LTXVideoAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """`[B, S, C]` in and out; `image_rotary_emb`: cos and sin `[B, S, C]`, and the ways of the layers."""
-        *rotary, radial_way, dense_way = image_rotary_emb
-        way = dense_way if self.dense else radial_way
-        if way is None:
+        """Returns `[B, S, C]`; `image_rotary_emb` holds cos and sin `[B, S, C]` and two `AttentionCall`s."""
+        *rotary, radial_call, dense_call = image_rotary_emb
+        call = dense_call if self.dense else radial_call
+        if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         if attention_mask is not None:
-            raise ValueError(f"radial attention takes no attention_mask, got {tuple(attention_mask.shape)}")
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"radial attention takes no attention_mask, got one of {got}; pass None")
         query = apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), rotary)
         key = apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), rotary)
         tensors = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
-        output = attend(*tensors, way, self).flatten(2, 3)
+        output = attend(*tensors, call, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

@@ -1,4 +1,4 @@
-"""The Wan fork: self-attention of WanTransformer3DModel, video tokens only."""
+"""Forks the self-attention of WanTransformer3DModel: video tokens only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,24 +10,24 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import Watch
+from .runtime.output_check import LayerCheck
 
 UPSTREAM_PROCESSOR = WanAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
-    """The blocks that the video tokens go through."""
+    """Returns the lists of blocks that the video tokens go through."""
     return [transformer.blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
-    """The self-attention modules in block order."""
+    """Returns the self-attention modules in block order."""
     return [block.attn1 for block in transformer.blocks]
 
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
-    """Grid of a call: latents `[B, C, frames, height, width]` over the patch size, rounded down."""
+    """Returns a call's grid: latents `[B, C, frames, height, width]` over the patch size, rounded down."""
     sizes = arguments["hidden_states"].shape[2:]
     return TokenGrid(
         *(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True))
@@ -35,11 +35,11 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
 
 
 class RadialProcessor(WanAttnProcessor):
-    """Self-attention by `radial_attention`; by upstream where the layer or the call is dense."""
+    """Computes self-attention by `radial_attention`, or by upstream if layer or call is dense."""
 
-    def __init__(self, dense: bool, watch: Watch | None = None) -> None:
+    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
         super().__init__()
-        self.dense, self.watch = dense, watch
+        self.dense, self.layer_check = dense, layer_check
 
     def __call__(
         self,
@@ -49,17 +49,18 @@ class RadialProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple | None = None,
     ) -> torch.Tensor:
-        """`[B, S, C]` in and out; `rotary_emb`: cos and sin `[1, S, 1, D]`, and the ways of the layers."""
-        *rotary, radial_way, dense_way = rotary_emb
-        way = dense_way if self.dense else radial_way
-        if way is None:
+        """Returns `[B, S, C]`; `rotary_emb` holds cos and sin `[1, S, 1, D]` and two `AttentionCall`s."""
+        *rotary, radial_call, dense_call = rotary_emb
+        call = dense_call if self.dense else radial_call
+        if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         if attention_mask is not None:
-            raise ValueError(f"radial attention takes no attention_mask, got {tuple(attention_mask.shape)}")
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"radial attention takes no attention_mask, got one of {got}; pass None")
         query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         normed = attn.norm_q(query), attn.norm_k(key), value
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in normed)
         tables = [table[0, :, 0] for table in rotary]
         query, key = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key))
-        output = attend(query, key, value, way, self).flatten(2, 3)
+        output = attend(query, key, value, call, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

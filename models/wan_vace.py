@@ -1,4 +1,4 @@
-"""The Wan-VACE fork: the Wan fork in the layers and the control layers of WanVACETransformer3DModel."""
+"""Forks WanVACETransformer3DModel: the Wan fork in its layers and its control layers."""
 
 from collections.abc import Sequence
 
@@ -19,17 +19,17 @@ __all__ = [
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
-    """The control blocks and the blocks: the video tokens go through each from the start."""
+    """Returns the control blocks and the blocks; the video tokens go through each list from the start."""
     return [transformer.vace_blocks, transformer.blocks]
 
 
 def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
-    """The self-attention modules in the order in which they run: the control layers come first."""
+    """Returns the self-attention modules in the order in which they run: the control layers come first."""
     return [block.attn1 for block in (*transformer.vace_blocks, *transformer.blocks)]
 
 
 def numbering(transformer: torch.nn.Module) -> list[tuple[int, str]]:
-    """Number and name of each of `attention_layers`; a control layer counts as the layer that it feeds."""
+    """Returns number and name of each of `attention_layers`; a control layer counts as the layer it feeds."""
     fed = transformer.config.vace_layers
-    control = [(layer, f"control layer {place}") for place, layer in enumerate(fed)]
+    control = [(layer, f"control layer {index}") for index, layer in enumerate(fed)]
     return control + [(layer, f"layer {layer}") for layer in range(len(transformer.blocks))]

@@ -1,4 +1,4 @@
-"""Radial Attention: O(n log n) sparse attention for long video (arXiv 2506.19852)."""
+"""Computes Radial Attention, O(n log n) sparse attention for long video (arXiv 2506.19852)."""
 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
@@ -13,12 +13,12 @@ __version__ = "0.2.0"
 __all__ = ["BlockMask", "RadialConfig", "TokenGrid", "disable", "enable", "radial_attention", "radial_mask"]
 
 _HERE = _Path(__file__).resolve().parent
-if not (_HERE / "models").is_dir():  # in a checkout models/ stands beside this folder
+if not (_HERE / "models").is_dir():  # in a checkout models/ is next to this folder
     __path__.append(str(_HERE.parent))
 
 
 def __getattr__(name: str) -> object:
-    """Imports `enable` and `disable` when they are first used, for they need diffusers."""
+    """Imports `enable` and `disable` on first use, because they need diffusers."""
     if name in ("disable", "enable"):
         return getattr(_import_module(".models.enable", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

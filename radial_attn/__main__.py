@@ -1,4 +1,4 @@
-"""The package's commands: `python -m radial_attn backends | draw | density`.
+"""Runs the package's commands: `python -m radial_attn backends | draw | density`.
 
     python -m radial_attn backends
     python -m radial_attn draw --frames 12 --height 12 --width 20 --out mask.png
@@ -36,22 +36,32 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = OneLineParser("python -m radial_attn", description="Inspect backends, masks and densities.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    _add_backends(commands.add_parser("backends", help="print which backends are installed and usable here"))
-    _add_draw(commands.add_parser("draw", help="draw the block mask of a token grid"))
-    _add_density(commands.add_parser("density", help="print which densities the masks of a grid have"))
+
+    command = commands.add_parser("backends", help="print which backends are installed and usable here")
+    command.add_argument("--device", help="default: cuda if there is one, else cpu")
+    command.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    command.add_argument("--width", type=int, default=128, help="head width (default: 128)")
+    command.set_defaults(run=print_backends)
+
+    command = commands.add_parser("draw", help="draw the block mask of a token grid")
+    add_mask_options(command)
+    command.add_argument("--density", type=float, help="solve for the options of a mask of this density")
+    command.add_argument(
+        "--out", type=Path, required=True, help=f"the picture to write: {', '.join(FORMATS)}"
+    )
+    command.set_defaults(run=draw)
+
+    command = commands.add_parser("density", help="print which densities the masks of a grid have")
+    add_mask_options(command)
+    command.add_argument("--target", type=float, nargs="+", default=[], help="densities to solve for")
+    command.set_defaults(run=print_density)
+
     args = parser.parse_args(argv)
     try:
         args.run(args)
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog} {args.command}: error: {error}\n")
     return 0
-
-
-def _add_backends(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
-    parser.add_argument("--width", type=int, default=128, help="head width (default: 128)")
-    parser.set_defaults(run=print_backends)
 
 
 def print_backends(args: argparse.Namespace) -> None:
@@ -72,13 +82,6 @@ def print_backends(args: argparse.Namespace) -> None:
     print(f"auto tries: {', '.join(ORDER[order_key(device)])}")
 
 
-def _add_draw(parser: argparse.ArgumentParser) -> None:
-    add_mask_options(parser)
-    parser.add_argument("--density", type=float, help="solve for the options of a mask of this density")
-    parser.add_argument("--out", type=Path, required=True, help=f"the picture to write: {', '.join(FORMATS)}")
-    parser.set_defaults(run=draw)
-
-
 def draw(args: argparse.Namespace) -> None:
     """Draws one mask into a file; ValueError for bad options or a file that cannot be written."""
     grid, config = mask_options(args)
@@ -88,12 +91,6 @@ def draw(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"cannot write --out {args.out}: {error.strerror or error}") from error
     print(f"{args.out}: density {radial_mask(grid, config).density:.4f}")
-
-
-def _add_density(parser: argparse.ArgumentParser) -> None:
-    add_mask_options(parser)
-    parser.add_argument("--target", type=float, nargs="+", default=[], help="densities to solve for")
-    parser.set_defaults(run=print_density)
 
 
 def print_density(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`radial_attention`: one operator over all backends. It validates, chooses, and hands over.
+"""Defines `radial_attention`, one operator over all backends: it validates, chooses and dispatches.
 
 `python -m radial_attn backends` prints which backends are installed and usable here.
 """
@@ -27,7 +27,7 @@ def radial_attention(
     scale: float | None = None,
     quantize: str | None = None,
 ) -> Tensor:
-    """Attention of every token over the key blocks that `mask` keeps for its block.
+    """Computes attention of every token over the key blocks that `mask` keeps for its block.
 
     Args:
         query, key, value: `[B, S, H, D]`, video tokens first, text after; float32, bfloat16 or float16.
@@ -37,15 +37,15 @@ def radial_attention(
             for all. Keys of padded text are not attended; output rows of padded text are zeros. Inside
             torch.compile the range is not checked.
         scale: factor on the scores, `D ** -0.5` by default.
-        quantize: "int8" or "fp8", products of 8-bit operands on the backends that offer it; no gradients.
+        quantize: "int8" or "fp8" for products of 8-bit operands, on backends that offer it; no gradients.
 
     Returns:
-        `[B, S, H, D]` in the data type of `query`. Under autocast for their device the inputs count as cast
-        to its data type first, as in SDPA, and so does the result.
+        `[B, S, H, D]` in the dtype of `query`. Under autocast for their device the inputs are first cast to
+        its dtype, as in SDPA, and the result has that dtype.
 
     Raises:
         ValueError: an unknown backend, or tensors, mask, text_lengths and backend that do not fit together.
-            A backend that is named runs or raises; only "auto" looks for another.
+            A named backend runs or raises; only "auto" looks for another.
         ImportError: something that the backend needs is missing; the message says how to install it.
     """
     query, key, value = _autocast(query, key, value)
@@ -66,11 +66,11 @@ def radial_attention(
 
 
 def choose_backend(call: Call) -> str:
-    """The backend that "auto" takes: torch's own dense attention ("blocks") for a dense mask, else the first
-    of the device's order that serves the call.
+    """Chooses the backend for "auto": torch's own dense attention ("blocks") if the mask is dense, else the
+    first of the device's order that serves the call.
 
     Raises:
-        ValueError: none of them does.
+        ValueError: no backend serves it.
     """
     if torch.compiler.is_compiling():
         return _choose(call)
@@ -90,7 +90,7 @@ def _choose(call: Call) -> str:
 
 
 def require(backend: str, call: Call) -> None:
-    """Raises what keeps a backend from a call: ImportError for a missing library, else ValueError."""
+    """Raises if a backend cannot take a call: ImportError for a missing library, else ValueError."""
     if torch.compiler.is_compiling():
         _require(backend, call)
     else:
@@ -106,9 +106,9 @@ def _require(backend: str, call: Call) -> None:
 
 
 def report_choice(backend: str, tensor: Tensor, mask: BlockMask) -> None:
-    """Logs the choice, once for each shape, data type and device that the mask meets.
+    """Logs the choice, once for each shape, dtype and device that the mask meets.
 
-    `tensor`: the query `[B, S, H, D]`, or the latents where one choice serves all layers of a model.
+    `tensor`: the query `[B, S, H, D]`, or the latents if one choice serves all layers of a model.
     """
     if torch.compiler.is_compiling():
         return
@@ -128,7 +128,7 @@ def _has_autocast(device: str) -> bool:
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    """The tensors in the data type of autocast, where it is on for the device of the first."""
+    """Casts the tensors to autocast's dtype, if it is on for the device of the first."""
     device = tensors[0].device.type
     if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -172,7 +172,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -
 def _check_text_lengths(
     text_lengths: Tensor | Sequence[int] | None, batch: int, mask: BlockMask
 ) -> Tensor | None:
-    """The lengths as int64 `[B]` on the CPU; None where no text is padded."""
+    """Returns the lengths as int64 `[B]` on the CPU; None if no text is padded."""
     if text_lengths is None:
         return None
     lengths, text = torch.as_tensor(text_lengths, device="cpu"), mask.grid.text
@@ -187,6 +187,6 @@ def _check_text_lengths(
         return lengths
     if lengths.min() < 0 or lengths.max() > text:
         raise ValueError(
-            f"text_lengths must be within 0 ... {text} (the grid's text), got {lengths.tolist()}"
+            f"text_lengths must be from 0 to {text}, the grid's text tokens, got {lengths.tolist()}"
         )
     return None if bool((lengths == text).all()) else lengths

@@ -1,4 +1,4 @@
-"""BlockMask: which key blocks each query block attends to, as a value that every backend takes."""
+"""Defines BlockMask: the key blocks that each query block attends to, as a value for every backend."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
-    """An immutable block mask; two masks are equal only if they are the same object.
+    """Holds an immutable block mask; two masks are equal only if they are the same object.
 
     Attributes:
         grid: the token grid that the mask belongs to.
         block_size: tokens of a block; the last block of the sequence may be short.
         blocks: bool on the CPU, `[Q, K]` shared by all heads or `[H, Q, K]` per head,
-            `Q == K == grid.num_blocks(block_size)`. Not to be written to. An inference tensor is copied,
-            and what `cached` builds is none, so that a mask made under inference mode serves training too.
+            `Q == K == grid.num_blocks(block_size)`. Must not be written to. An inference tensor is copied,
+            and `cached` builds normal tensors, so a mask made under inference mode serves training too.
 
     Raises:
-        ValueError: a block size, data type or shape that does not fit.
+        ValueError: a block size, dtype or shape that does not fit.
     """
 
     grid: TokenGrid
@@ -55,10 +55,10 @@ class BlockMask:
     def from_blocks(cls, grid: TokenGrid, blocks: Tensor, block_size: int | None = None) -> "BlockMask":
         """Makes a mask from any boolean block matrix, `[Q, K]` or `[H, Q, K]`, which it copies.
 
-        Without `block_size` it is the one size of `BLOCK_SIZES` that cuts the grid into `Q` blocks.
+        Without `block_size` it takes the one size of `BLOCK_SIZES` that cuts the grid into `Q` blocks.
 
         Raises:
-            ValueError: as the class; also no or several block sizes fit, or a query block keeps no key.
+            ValueError: as in the class; also if no or several block sizes fit, or a query block keeps no key.
         """
         blocks = torch.as_tensor(blocks, device="cpu").detach().clone(memory_format=torch.contiguous_format)
         size = _infer_block_size(grid, blocks) if block_size is None else block_size
@@ -70,80 +70,78 @@ class BlockMask:
 
     @property
     def heads(self) -> int | None:
-        """Number of heads with a pattern of their own; None when all heads share one."""
+        """Counts the heads if each has a pattern of its own; None if all share one."""
         return self.blocks.shape[0] if self.blocks.ndim == 3 else None
 
     @property
     def block_tokens(self) -> Tensor:
-        """Valid tokens of each block, int64 `[Q]`."""
+        """Counts the valid tokens of each block, int64 `[Q]`."""
         return self.cached("block_tokens", lambda: self.grid.block_tokens(self.block_size))
 
     @property
     def kept_pairs(self) -> int:
-        """Kept (query, key) token pairs, the mean over heads; attention FLOPs are 4 H D of these."""
+        """Counts the kept (query, key) token pairs, mean over heads; attention FLOPs are 4 H D times this."""
         return round(self._all_pairs() / (self.heads or 1))
 
     @property
     def density(self) -> float:
-        """Kept share of all token pairs: kept blocks weighted by their valid tokens, mean over heads."""
+        """Returns the kept share of all token pairs, mean over heads: blocks weigh as many as they hold."""
         return self._all_pairs() / (self.heads or 1) / self.grid.tokens**2
 
     @property
     def is_dense(self) -> bool:
-        """True when no block is left out."""
+        """Tells whether every block is kept."""
         return self.cached("is_dense", lambda: bool(self.blocks.all()))
 
     @property
     def indptr(self) -> Tensor:
-        """CSR row offsets into `indices`, int32 `[Q + 1]` or `[H, Q + 1]`: one flat list for all heads."""
+        """Returns CSR row offsets, int32 `[Q + 1]` or `[H, Q + 1]`, into one list `indices` for all heads."""
         return self.csr("cpu")[0]
 
     @property
     def indices(self) -> Tensor:
-        """CSR key block numbers, int32 `[kept blocks]`, ascending within a row."""
+        """Returns CSR key block numbers, int32 `[kept blocks]`, ascending within a row."""
         return self.csr("cpu")[1]
 
     def csr(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """`(indptr, indices)` on a device, copied there once."""
-        host = self.cached("csr", self._build_csr)
+        """Returns `(indptr, indices)` on a device, copied there once."""
+        host = self.cached("csr", lambda: csr_of(self.blocks, self._row_counts()))
         device = torch.device(device)
         if device.type == "cpu":
             return host
         return self.cached(("csr", device), lambda: (host[0].to(device), host[1].to(device)))
 
     def token_mask(self) -> Tensor:
-        """The mask on tokens, bool `[S, S]` or `[H, S, S]`: for reference and tests, quadratic in S."""
+        """Expands the mask to tokens, bool `[S, S]` or `[H, S, S]`: for tests, memory quadratic in S."""
         rows = self.blocks.repeat_interleave(self.block_tokens, dim=-2)
         return rows.repeat_interleave(self.block_tokens, dim=-1)
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
-        """The value of `build()`, computed once for each hashable key and kept as long as the mask."""
+        """Returns the value of `build()`, computed once for each hashable key and kept with the mask."""
         if key not in self._memo:
             with torch.inference_mode(False):
                 self._memo[key] = build()
         return self._memo[key]
 
     def _row_counts(self) -> Tensor:
-        """Kept key blocks of each query block, int64; NumPy is ten times faster at it than torch."""
+        """Counts kept key blocks of each query block, int64; NumPy is ten times faster here than torch."""
         return self.cached(
             "row_counts", lambda: torch.from_numpy(np.count_nonzero(self.blocks.numpy(), axis=-1))
         )
 
     def _all_pairs(self) -> int:
-        """Kept token pairs of all heads together."""
-        return self.cached("pairs", self._count_pairs)
+        """Counts the kept token pairs of all heads together."""
 
-    def _count_pairs(self) -> int:
-        missing = self.block_size - self.block_tokens[-1]
-        keys = self._row_counts() * self.block_size - self.blocks[..., -1] * missing
-        return int((keys * self.block_tokens).sum())
+        def count() -> int:
+            missing = self.block_size - self.block_tokens[-1]
+            keys = self._row_counts() * self.block_size - self.blocks[..., -1] * missing
+            return int((keys * self.block_tokens).sum())
 
-    def _build_csr(self) -> tuple[Tensor, Tensor]:
-        return csr_of(self.blocks, self._row_counts())
+        return self.cached("pairs", count)
 
 
 def csr_of(blocks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`BlockMask.indptr` and `indices` of `blocks`; `counts`: kept blocks of each row, where known."""
+    """Returns `BlockMask.indptr` and `indices` of `blocks`; `counts`: kept blocks of each row, if known."""
     counts = torch.from_numpy(np.count_nonzero(blocks.numpy(), axis=-1)) if counts is None else counts
     ends = counts.flatten().cumsum(0).view(counts.shape)
     starts = ends[..., :1] - counts[..., :1]
@@ -166,16 +164,16 @@ def _infer_block_size(grid: TokenGrid, blocks: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A rectangle of a block mask: some query blocks and some key blocks, each side of its own length.
+    """Holds a rectangle of a block mask: some query blocks and some key blocks, each side of its own length.
 
     Attributes:
         blocks: bool on the CPU, `[Q, K]` shared by all heads or `[H, Q, K]` per head; a row may keep nothing.
-            Not to be written to: what backends make of it stays with this very tensor.
+            Must not be written to: backends keep what they make of it on this tensor.
         block_size: tokens of a block; the last one of either side may be short.
         row_text, key_text: text tokens at the end of the query and of the keys; equal, unless one is 0.
 
     Raises:
-        ValueError: a block size, data type, shape or number of text tokens that does not fit.
+        ValueError: a block size, dtype, shape or number of text tokens that does not fit.
     """
 
     blocks: Tensor = field(repr=False)
@@ -197,5 +195,5 @@ class Part:
 
     @property
     def text(self) -> int:
-        """Text tokens of the side that has any."""
+        """Counts the text tokens of the side that has any."""
         return max(self.row_text, self.key_text)

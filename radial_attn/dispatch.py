@@ -1,6 +1,6 @@
-"""Which backend serves a call, and the order in which "auto" tries them.
+"""Decides which backend serves a call, and in which order "auto" tries them.
 
-A kernel states its `NEEDS`; a missing library or an unsuited call is one line that says what to do.
+A kernel states its `NEEDS`. A missing library or an unsuited call gives one line that says what to do.
 `python -m radial_attn backends` prints the table.
 """
 
@@ -16,12 +16,12 @@ import torch
 from .kernels.contract import Call, Needs
 
 BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage")
-# by device type, or by CUDA compute capability ("sm90") where it was measured; the first that serves a call
+# by device type, or by CUDA compute capability ("sm90") if measured; the first that serves a call is taken
 ORDER = {"cpu": ("cpp", "blocks"), "cuda": ("flex", "triton", "blocks")}
 
 
 def kernel(backend: str) -> ModuleType:
-    """The module of a backend, imported when it is first asked for."""
+    """Imports the module of a backend on first use and returns it."""
     match backend:
         case "reference":
             from .kernels import reference as module
@@ -41,13 +41,13 @@ def kernel(backend: str) -> ModuleType:
 
 
 def missing(needs: Needs) -> str | None:
-    """Which library is not there, and how to install it."""
+    """Says which libraries are missing and how to install them; None if none is."""
     absent = [names for names in needs.modules if not any(map(find_spec, names.split("|")))]
     return f"needs {', '.join(absent).replace('|', ' or ')}: {needs.install}" if absent else None
 
 
 def unsuited(needs: Needs, call: Call) -> str | None:
-    """Why a backend whose libraries are there does not serve this call; None where it does."""
+    """Says why a backend with its libraries installed does not serve this call; None if it does."""
     for objection in _objections(needs, call):  # torch.compile of torch 2.8 has no next() with a default
         return objection
     return None
@@ -58,11 +58,13 @@ def _objections(needs: Needs, call: Call) -> Iterator[str]:
     if needs.devices is not None and kind not in needs.devices:
         yield f"runs on {' and '.join(needs.devices)}, got a tensor on {kind}"
     if kind == "cuda" and torch.cuda.is_available():
-        found = torch.cuda.get_device_capability(call.device)
-        if found < needs.capability:
-            yield f"runs from compute capability {_dotted(needs.capability)} on, got {_dotted(found)}"
+        capability = torch.cuda.get_device_capability(call.device)
+        if capability < needs.capability:
+            least = _dotted(needs.capability)
+            yield f"runs on compute capability {least} or later, got {_dotted(capability)}"
     if call.dtype not in needs.dtypes:
-        yield f"takes {_names(needs.dtypes)}, got {call.dtype}"
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in needs.dtypes)
+        yield f"takes {names}, got {call.dtype}"
     if needs.widths is not None and call.width not in needs.widths:
         yield f"takes head widths {needs.widths}, got {call.width}"
     if call.quantize not in needs.quantize:
@@ -87,9 +89,9 @@ def _partial_objections(needs: Needs, call: Call) -> Iterator[str]:
 
 
 def obstacle(backend: str, call: Call) -> str | None:
-    """Why a backend cannot take a call, in words that follow its name; None where it can.
+    """Says why a backend cannot take a call, in words that follow its name; None if it can.
 
-    Inside torch.compile the mask and Python's libraries are not looked at; `cpp` finds or builds its own.
+    Inside torch.compile it ignores the mask and Python's libraries; `cpp` finds or builds its own library.
     """
     needs = kernel(backend).NEEDS
     if torch.compiler.is_compiling():
@@ -98,12 +100,12 @@ def obstacle(backend: str, call: Call) -> str | None:
 
 
 def order(device: torch.device) -> tuple[str, ...]:
-    """The backends that "auto" tries on a device, best first."""
+    """Returns the backends that "auto" tries on a device, best first."""
     return ORDER[order_key(device)]
 
 
 def order_key(device: torch.device) -> str:
-    """The entry of `ORDER` for a device: its own compute capability, its type, or that of the CPU."""
+    """Returns the key of `ORDER` for a device: its compute capability, its type or "cpu"."""
     keys = [device.type, "cpu"]
     if device.type == "cuda" and torch.cuda.is_available():
         keys.insert(0, "sm{}{}".format(*torch.cuda.get_device_capability(device)))
@@ -114,12 +116,8 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def table(call: Call) -> list[tuple[str, str, str, str]]:
-    """Rows (backend, version of what it needs, "yes" or "no", why not) for calls like `call`."""
+    """Returns rows (backend, installed versions, "yes" or "no", why not) for calls like `call`."""
     rows = []
     for name in BACKENDS[1:]:
         needs = kernel(name).NEEDS
@@ -129,10 +127,10 @@ def table(call: Call) -> list[tuple[str, str, str, str]]:
 
 
 def _versions(modules: tuple[str, ...]) -> str:
-    """Versions of the installed libraries, "built in" where none is needed."""
-    found = []
+    """Returns the versions of the installed libraries, "built in" if none is needed."""
+    versions = []
     for name in (name for names in modules for name in names.split("|")):
         packages = metadata.packages_distributions().get(name, [name])
         with suppress(metadata.PackageNotFoundError):
-            found.append(f"{packages[0]} {metadata.version(packages[0])}")
-    return ", ".join(found) or ("no" if modules else "built in")
+            versions.append(f"{packages[0]} {metadata.version(packages[0])}")
+    return ", ".join(versions) or ("no" if modules else "built in")

@@ -1,4 +1,4 @@
-"""The token grid of a video: the only place that rounds or counts tokens of a block."""
+"""Defines the token grid of a video: the only place that rounds or counts tokens of a block."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ def require_int(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """A sequence of video tokens, raster order frame by frame, with `text` text tokens after them.
+    """Describes a sequence of video tokens, in raster order frame by frame, then `text` text tokens.
 
-    Frames, height and width are those of the transformer, after patching: token `(i, y, x)` has index
+    Frames, height and width count tokens of the transformer, after patching: token `(i, y, x)` has index
     `(i * height + y) * width + x`. The sequence is contiguous, so a block may hold the end of the video
     and the start of the text.
 
     Raises:
-        ValueError: a size that is no positive integer, or negative text.
+        ValueError: a size that is not a positive integer, or negative text.
     """
 
     frames: int
@@ -35,26 +35,26 @@ class TokenGrid:
 
     @property
     def tokens_per_frame(self) -> int:
-        """The `s` of the paper."""
+        """Counts the tokens of a frame, `s` in the paper."""
         return self.height * self.width
 
     @property
     def video_tokens(self) -> int:
-        """The `n = f s` of the paper."""
+        """Counts the tokens of the video, `n = f s` in the paper."""
         return self.frames * self.tokens_per_frame
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence, text included."""
+        """Counts the tokens of the sequence, text included."""
         return self.video_tokens + self.text
 
     def num_blocks(self, block_size: int) -> int:
-        """Blocks that the sequence fills; the last one may be short."""
+        """Counts the blocks that the sequence fills; the last one may be short."""
         require_int("block_size", block_size, 1)
         return -(-self.tokens // block_size)
 
     def block_tokens(self, block_size: int) -> Tensor:
-        """Valid tokens of each block, int64 `[num_blocks]`: `block_size`, less only in the last."""
+        """Counts the valid tokens of each block, int64 `[num_blocks]`: `block_size`, or less in the last."""
         counts = torch.full((self.num_blocks(block_size),), block_size, dtype=torch.int64, device="cpu")
         counts[-1] = self.tokens - (len(counts) - 1) * block_size
         return counts

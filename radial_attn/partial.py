@@ -1,4 +1,4 @@
-"""Attention over a part of the keys, with the log-sum-exp by which parts add up, as in a ring of devices."""
+"""Computes attention over a part of the keys, with its log-sum-exp: a ring of devices adds up such parts."""
 
 import math
 
@@ -22,19 +22,19 @@ def partial_attention(
     text_lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Partial:
-    """Attention of some rows over some keys, and its log-sum-exp.
+    """Computes attention of some rows over some keys, and its log-sum-exp.
 
     Args:
-        query: `[B, Q, H, D]`; key, value: `[B, K, H, D]`, of its data type and device.
+        query: `[B, Q, H, D]`; key, value: `[B, K, H, D]`, with its dtype and device.
         part: the kept blocks, of Q and K tokens.
-        backend: "blocks", "triton" or "reference"; "auto" is the first of the device's order that does.
-        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all: the rest of the text is
+        backend: "blocks", "triton" or "reference"; "auto" takes the first of the device's order that can.
+        text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all. The rest of the text is
             neither attended nor computed.
         scale: factor on the scores, `D ** -0.5` by default.
 
     Returns:
-        `[B, Q, H, D]` in the data type of `query`, and float32 `[B, Q, H]`; zeros and -inf where a row keeps
-        no key.
+        `[B, Q, H, D]` in the dtype of `query`, and float32 `[B, Q, H]`; zeros and -inf in rows that keep no
+        key.
 
     Raises:
         ValueError: tensors, part and backend that do not fit, or gradients.
@@ -50,12 +50,12 @@ def partial_attention(
 
 
 def merge(left: Partial, right: Partial) -> Partial:
-    """Attention over the keys of both; in the data type of the left output, which is best float32.
+    """Merges attention over two sets of keys, in the dtype of the left output, which is best float32.
 
-    Rows without keys on one side are those of the other; on both they stay zeros and -inf.
+    A row without keys on one side takes the other side. Without keys on both it stays zeros and -inf.
     """
     (out, lse), (more, added) = left, right
-    # exp(added) / (exp(lse) + exp(added)); where neither row has keys both are -inf
+    # exp(added) / (exp(lse) + exp(added)); if neither row has keys, both are -inf
     weight = torch.sigmoid(added - lse).masked_fill(added == -math.inf, 0)
     merged = torch.lerp(out, more.to(out.dtype), weight.to(out.dtype).unsqueeze(-1))
     return merged, torch.logaddexp(lse, added)

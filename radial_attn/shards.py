@@ -1,8 +1,8 @@
-"""Shares of a sequence for a ring of devices: blocks dealt so that all keep about equally many.
+"""Deals the blocks of a sequence to a ring of devices, for about equally many kept blocks on each.
 
 A radial mask is denser near its diagonal and at the sink, and thins out by frame distance. Short runs of
-blocks are therefore dealt in turn, twice around for each frame: every rank holds strips of all frames, and
-the rectangle of any rank's rows and any rank's keys keeps about the same.
+blocks are therefore dealt in turn, twice around for each frame. Every rank holds strips of all frames, and
+the rectangle of any rank's rows and any rank's keys keeps about equally many blocks.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from .grid import TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Which blocks and tokens each rank of a ring holds, all ascending.
+    """Holds the blocks and tokens of each rank of a ring, all ascending.
 
     Attributes:
-        blocks: int64, of each rank the blocks that video fills; what follows, the end of the video
-            and the text, is with the last rank.
-        tokens: int64, of each rank its video tokens.
+        blocks: int64, for each rank the blocks that video fills. The last rank also holds what follows: the
+            end of the video and the text.
+        tokens: int64, for each rank its video tokens.
     """
 
     grid: TokenGrid
@@ -37,29 +37,29 @@ class Shards:
 
     @property
     def most_tokens(self) -> int:
-        """Video tokens of the largest share."""
+        """Counts the video tokens of the largest share."""
         return max(len(tokens) for tokens in self.tokens)
 
     @property
     def front(self) -> int:
-        """Video tokens of the block in which the text begins, or of a short last block."""
+        """Counts the video tokens of the block in which the text begins, or of a short last block."""
         return self.grid.video_tokens % self.block_size
 
     def part(self, mask: BlockMask, row_rank: int, key_rank: int) -> Part:
-        """The mask of a rank's video tokens and of a rank's keys, to which the last rank adds the text."""
+        """Returns the mask of a rank's video tokens and a rank's keys, which include the text on the last."""
         rows = self.blocks[row_rank]
         if row_rank == self.degree - 1 and self.front:
             rows = torch.cat([rows, rows.new_tensor([self._first_mixed])])
         return self._part(mask, ("rows", row_rank), rows, key_rank)
 
     def text_part(self, mask: BlockMask, key_rank: int) -> Part:
-        """The mask of the text, `front` tokens before it that fill its first block, and a rank's keys."""
+        """Returns the mask of the text, with the `front` tokens in its first block, and a rank's keys."""
         return self._part(mask, "text", self._mixed, key_rank)
 
     def kept(self, mask: BlockMask) -> Tensor:
-        """Kept blocks of each rank's rows and each rank's keys, float64 `[R, R]`, the mean over heads.
+        """Counts the kept blocks of each rank's rows and each rank's keys, float64 `[R, R]`, mean over heads.
 
-        The rows of the text are computed by all, each over its own keys: they count on the diagonal.
+        Every rank computes the rows of the text, over its own keys: they count on the diagonal.
         """
         ranks = range(self.degree)
         kept = [[self._count(self.part(mask, row, key)) for key in ranks] for row in ranks]
@@ -73,7 +73,7 @@ class Shards:
 
     @property
     def _mixed(self) -> Tensor:
-        """The blocks from the end of the video on."""
+        """Returns the blocks from the end of the video on."""
         return torch.arange(self._first_mixed, self.grid.num_blocks(self.block_size), device="cpu")
 
     def _part(self, mask: BlockMask, name: object, rows: Tensor, key_rank: int) -> Part:
@@ -95,9 +95,15 @@ class Shards:
 
 @lru_cache(maxsize=8)
 def deal(grid: TokenGrid, block_size: int, degree: int) -> Shards:
-    """Shares for `degree` ranks, of equally many whole video blocks or one less."""
+    """Deals shares to `degree` ranks, each of equally many whole video blocks or one less."""
     whole = grid.video_tokens // block_size
-    owner = torch.from_numpy(_owners(whole, degree, grid.tokens_per_frame // block_size))
+    # deal blocks in rounds of runs, two rounds to a frame
+    run = max(1, grid.tokens_per_frame // block_size // (2 * degree))
+    rounds = max(1, round(whole / (run * degree)))
+    quotas = np.array([whole // degree + (rank < whole % degree) for rank in range(degree)])
+    ends = np.arange(rounds + 1)[:, None] * quotas // rounds
+    ranks = np.tile(np.arange(degree), rounds)
+    owner = torch.from_numpy(np.repeat(ranks, np.diff(ends, axis=0).flatten()))
     with torch.inference_mode(False):
         blocks = tuple((owner == rank).nonzero().flatten() for rank in range(degree))
         inside = torch.arange(block_size, device="cpu")
@@ -107,20 +113,10 @@ def deal(grid: TokenGrid, block_size: int, degree: int) -> Shards:
     return Shards(grid, block_size, blocks, tuple(tokens))
 
 
-def _owners(count: int, degree: int, frame: int) -> np.ndarray:
-    """The rank of each of `count` blocks, int64, dealt in rounds of runs, two rounds to a frame."""
-    run = max(1, frame // (2 * degree))
-    rounds = max(1, round(count / (run * degree)))
-    quotas = np.array([count // degree + (rank < count % degree) for rank in range(degree)])
-    ends = np.arange(rounds + 1)[:, None] * quotas // rounds
-    ranks = np.tile(np.arange(degree), rounds)
-    return np.repeat(ranks, np.diff(ends, axis=0).flatten())
-
-
 def imbalance(kept: Tensor) -> tuple[float, float]:
-    """How much more than the mean the busiest rank has, and all have that wait for the busiest at each step.
+    """Compares the busiest rank with the mean: over all steps, and if all wait for the busiest at each step.
 
-    `kept`: of `Shards.kept`. 1.0 is even; at step `j` rank `r` attends to the keys of rank `r - j`.
+    `kept` is from `Shards.kept`. 1.0 is even; at step `j` rank `r` attends to the keys of rank `r - j`.
     """
     degree, mean = len(kept), kept.sum() / len(kept)
     ranks = torch.arange(degree, device="cpu")

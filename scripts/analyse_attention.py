@@ -16,18 +16,15 @@ import time
 from pathlib import Path
 
 import torch
-from radial_attn.models.runtime.output_check import CheckError
 
-from radial_attn import radial_mask
+from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.attention_report import Analysis, write
 from scripts.evaluation.attention_run import Looks, gather
-from scripts.run.checked_job import checked_job
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
-from scripts.run.plan import solved_config, token_grid
+from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
-from scripts.run.sampler import Job
-from scripts.run.validate import check_values, read_prompts
+from scripts.run.sampler import Sampler
 
 TINY = "configs/wan_tiny.yaml"
 KEY = re.compile(r"[a-z]+\.\w+=")
@@ -39,28 +36,24 @@ def run(options: argparse.Namespace) -> None:
     if processes() > 1:
         raise UsageError(f"several processes cannot be observed: got {processes()}, allowed: 1")
     config = read_config(options.config, options.overrides)
-    job, prompts = prepare(config)
-    looks = looks_of(options, config, job.model.attention_layers())
+    plan = planned(config)
+    looks = looks_of(options, config, plan.model.attention_layers())
     options.work.mkdir(parents=True, exist_ok=True)
-    with job.reporting_memory():
-        profiles, tails = gather(job, prompts, looks, options.work)
-    grid, mask = token_grid(config, job.model), solved_config(config, job.model)
+    with Sampler(plan).reporting_memory():
+        profiles, tails = gather(plan, looks, options.work)
     command = shlex.join(["bash", "scripts/analyse_attention.sh", *options.given])
-    analysis = Analysis(
-        command, job, grid, mask, radial_mask(grid, mask).density, looks, prompts, profiles, tails
-    )
+    analysis = Analysis(command, plan, looks, profiles, tails)
     for line in write(analysis, options.work, options.out):
         print(line)
 
 
-def prepare(config: Config) -> tuple[Job, dict[int, str]]:
-    """The checked job and its prompts; UsageError for what cannot be run or observed."""
-    check_values(config)
+def planned(config: Config) -> RunPlan:
+    """Plans the run; UsageError for what cannot be run or observed."""
     for name in ("compile", "cache"):
         value = getattr(config.model, name)
         if value != "none":
             raise UsageError(f"model.{name}: got {value!r}, allowed where attention is observed: none")
-    return checked_job(config), read_prompts(config)
+    return make_plan(config)
 
 
 def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:

@@ -1,20 +1,23 @@
 """Times dense SDPA, cpp, blocks and flex side by side on radial masks, and measures their memory.
 
     python -m scripts.benchmark [--quick] [--device cpu] [--out results]
+    python -m scripts.benchmark --mask | --quantized | --length
 
 Writes attention_<device>_<date>.md, .png and .json. Every time is the median of up to `REPEATS` calls after
-one that is not counted; memory is the growth of a fresh process.
+one that is not counted; memory is the growth of a fresh process. The second form writes another table.
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -26,15 +29,22 @@ from radial_attn.dispatch import obstacle
 from radial_attn.kernels.blocks.plan import Layout, candidate_plans
 from radial_attn.kernels.blocks.rectangles import dense_cpu, forward_plan
 from radial_attn.kernels.contract import Call
+from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.cpu_report import Case, Row
 from scripts.benchmarks.timing import median_seconds
-from scripts.run.errors import OneLineParser
+from scripts.evaluation.files import write_text
+from scripts.run.errors import OneLineParser, exit_code
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
 FLEX_SECONDS = 60  # flex is left out where the shape before says that it would take longer
 BACKENDS = ("dense", "cpp", "blocks", "flex")
 TRAINABLE = ("dense", "cpp", "blocks")  # everywhere
+OTHERS = {  # modules of scripts/benchmarks
+    "mask": "seconds to build the mask, and kept blocks as the video grows",
+    "quantized": "error of attention on 8-bit operands",
+    "length": "training and inference steps at growing length",
+}
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -166,18 +176,50 @@ def cpu_of_others() -> float:
     return busy - sum(os.times()[:4])
 
 
-def main() -> None:
+def other_table(name: str, argv: list[str]) -> int:
+    """Writes the table and the picture of a module of scripts/benchmarks; returns the exit code."""
+    module = import_module(f"scripts.benchmarks.{name}")
+    parser = OneLineParser(prog=f"scripts/benchmark.sh --{name}", description=module.__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")
+    if hasattr(module, "arguments"):
+        module.arguments(parser)
+    options = parser.parse_args(argv)
+    command = shlex.join(["bash", "scripts/benchmark.sh", f"--{name}", *argv])
+    stem = f"{module.NAME.format(**vars(options))}_{time.strftime('%Y-%m-%d')}"
+
+    def work() -> None:
+        lines, figure = module.measured(options, command, f"{stem}.png")
+        file = write_text(options.out / f"{stem}.md", "\n".join(lines) + "\n")
+        if figure is not None:
+            save_figure(figure, file.with_suffix(".png"))
+        print(f"written    {file}")
+
+    return exit_code(work, "nothing was written")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    for name in OTHERS:
+        if f"--{name}" in argv:
+            return other_table(name, [word for word in argv if word != f"--{name}"])
     parser = OneLineParser(prog="scripts/benchmark.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2k to 8k tokens only")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--out", default="results", help="folder of the table and the plot (default: results)"
-    )
+    parser.add_argument("--out", default="results", help="folder of table and plot (default: results)")
+    for name, about in OTHERS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"instead: {about}; has its own --help")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.memory_of:
         print(memory_of(options.memory_of[0], Case(**json.loads(options.memory_of[1]))))
-        return
+        return 0
+    attention_table(options, argv)
+    return 0
+
+
+def attention_table(options: argparse.Namespace, argv: list[str]) -> None:
+    """Measures and writes the times and the memory of the kernels."""
     from scripts.benchmarks.cpu_report import write
 
     start, device, others = time.perf_counter(), options.device, cpu_of_others()
@@ -188,11 +230,11 @@ def main() -> None:
     parts["training"] = list(training(device, frames[1:3] if options.quick else (4, 8, 16)))
     peaks = memory(device, frames[-1] if options.quick else 16)
     busy = (cpu_of_others() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
-    command = "bash scripts/benchmark.sh" + "".join(f" {argument}" for argument in sys.argv[1:])
+    command = "bash scripts/benchmark.sh" + "".join(f" {argument}" for argument in argv)
     seconds = time.perf_counter() - start
     about = f"{seconds / 60:.1f} minutes; other programs took {busy:.0%} of the processor meanwhile"
     print(write(options.out, device, command, about, parts=parts, peaks=peaks))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

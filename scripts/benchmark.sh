@@ -2,6 +2,9 @@
 # Times dense SDPA, cpp, blocks and flex side by side on radial masks of growing length; writes table and plot.
 #   bash scripts/benchmark.sh            2k to 32k tokens, 5 to 14 minutes on two quiet cores
 #   bash scripts/benchmark.sh --quick    2k to 8k tokens
+#   bash scripts/benchmark.sh --mask     instead: the time to build the mask, and its growth with the video
+#   bash scripts/benchmark.sh --quantized    instead: the error of attention on 8-bit operands
+#   bash scripts/benchmark.sh --length       instead: training and inference steps at growing length
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

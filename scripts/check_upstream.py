@@ -201,9 +201,8 @@ class Fork:
 
     def patch(self, model_class: type) -> None:
         """Wraps the constructor of a transformer class."""
-        from radial_attn.models import apply_radial_attention
-
         from radial_attn import RadialConfig
+        from radial_attn.models import apply_radial_attention
 
         upstream_init = model_class.__init__
 

@@ -22,12 +22,10 @@ from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from scripts.benchmarks.timing import medians_in_turn
 from scripts.evaluation.cost_tables import NAME, draw, lines
 from scripts.evaluation.files import head, publish
-from scripts.run.config import ROOT, Config, read_config
+from scripts.run.config import ROOT, VideoSize, read_config
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
-from scripts.run.hub_models import read_model_info
-from scripts.run.model_info import ModelInfo
-from scripts.run.plan import radial_config, solved_config, token_grid
-from scripts.run.validate import check_sizes, check_values, resolve_model
+from scripts.run.option_checks import check_size
+from scripts.run.plan import RunPlan, make_plan, radial_config, solve_mask
 
 PRESETS = {
     "wan_tiny": "configs/wan_tiny.yaml",
@@ -70,28 +68,25 @@ class Case(NamedTuple):
     """A model under its name, its preset, and the rates that times are predicted with."""
 
     name: str
-    config: Config
-    model: ModelInfo
+    plan: RunPlan
     rates: Rates | None = None
 
-    def sized(self, frames: int, size: tuple[int, int]) -> "Case":
-        """The same with other sizes; UsageError for those that the model does not take."""
-        sizes = replace(self.config.generation, num_frames=frames, height=size[0], width=size[1])
-        config = replace(self.config, generation=sizes)
-        check_sizes(config, self.model)
-        return self._replace(config=config)
+    def row(self, frames: int, size: tuple[int, int]) -> dict[str, Any]:
+        """One line of the table; `n_log_n`, which other lines decide, is None.
 
-    def row(self) -> dict[str, Any]:
-        """One line of the table; `n_log_n`, which other lines decide, is None."""
-        sizes, grid = self.config.generation, token_grid(self.config, self.model)
-        mask = radial_mask.__wrapped__(grid, solved_config(self.config, self.model))
-        dense = 4.0 * grid.tokens**2 * self.model.width * self.model.attention_layers()
+        Raises UsageError for a size that the model does not take.
+        """
+        video, model = VideoSize(frames, *size), self.plan.model
+        check_size(video, model)
+        grid = model.grid(video)
+        mask = radial_mask.__wrapped__(grid, solve_mask(self.plan.config.attention, grid))  # not cached
+        dense = 4.0 * grid.tokens**2 * model.width * model.attention_layers()
         radial = dense * mask.density
         return {
             "model": self.name,
-            "frames": sizes.num_frames,
-            "height": sizes.height,
-            "width": sizes.width,
+            "frames": video.frames,
+            "height": video.height,
+            "width": video.width,
             "tokens": grid.tokens,
             "density": mask.density,
             "dense_flops": dense,
@@ -137,11 +132,11 @@ def curves(
     Without `frames` or `sizes` they are parts and multiples of the preset's. The other curve is at the first
     of those given, else at the preset's.
     """
-    usual = case.config.generation
+    usual = case.plan.size
     lengths, sides = _lengths(case, frames), _sides(case, sizes)
-    middle, size = [*frames, usual.num_frames][0], [*sizes, (usual.height, usual.width)][0]
-    along = [case.sized(length, size).row() for length in lengths]
-    across = [case.sized(middle, side).row() for side in sides]
+    middle, size = [*frames, usual.frames][0], [*sizes, (usual.height, usual.width)][0]
+    along = [case.row(length, size) for length in lengths]
+    across = [case.row(middle, side) for side in sides]
     factor, r2 = fit(along)
     rows = list({(row["frames"], row["height"], row["width"]): row for row in [*along, *across]}.values())
     for row in rows:
@@ -155,14 +150,14 @@ def curves(
 
 
 def _lengths(case: Case, given: Sequence[int]) -> list[int]:
-    step = case.model.vae_frames
-    chunks = (case.config.generation.num_frames - 1) // step
+    step = case.plan.model.vae_frames
+    chunks = (case.plan.size.frames - 1) // step
     return sorted(set(given)) or sorted({round(chunks * part) * step + 1 for part in LENGTHS})
 
 
 def _sides(case: Case, given: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    sizes, factors = case.config.generation, [case.model.size_factor(axis) for axis in (1, 2)]
-    pairs = list(zip((sizes.height, sizes.width), factors, strict=True))
+    factors = [case.plan.model.size_factor(axis) for axis in (1, 2)]
+    pairs = list(zip(case.plan.size[1:], factors, strict=True))
     usual = [tuple(max(1, round(side * part / by)) * by for side, by in pairs) for part in SIDES]
     return list(dict.fromkeys(given or usual))
 
@@ -173,16 +168,10 @@ def sparsities() -> list[dict[str, Any]]:
 
 
 def _sparsity(name: str, preset: str, percent: float, words: Sequence[str]) -> dict[str, Any]:
-    config, usual = read_config(preset, list(words)), read_config(preset, [])
-    model = read_model_info(config.model.path)
-    video = replace(token_grid(config, model), text=0)
-    masks = (
-        radial_mask(video, radial_config(config)),
-        radial_mask(token_grid(usual, model), radial_config(usual)),
-    )
-    ours, as_it_is = (100 * (1 - mask.density) for mask in masks)
-    frames = config.generation.num_frames
-    return {"model": name, "frames": frames, "paper": percent, "ours": ours, "preset": as_it_is}
+    plan, usual = (make_plan(read_config(preset, own), dry_run=True) for own in (list(words), []))
+    video = radial_mask(replace(plan.grid, text=0), radial_config(plan.config.attention))
+    ours, as_it_is = (100 * (1 - mask.density) for mask in (video, usual.block_mask))
+    return {"model": name, "frames": plan.size.frames, "paper": percent, "ours": ours, "preset": as_it_is}
 
 
 def measured_rates(device: str) -> Rates:
@@ -224,16 +213,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         rows += found
     data = head("cost", command, device) | {"rows": rows, "paper": sparsities(), "fits": fits}
     data["rates"] = rates and rates._asdict()
-    data["masks"] = {case.name: asdict(radial_config(case.config)) for case in cases}
+    data["masks"] = {case.name: asdict(radial_config(case.plan.config.attention)) for case in cases}
     for file in publish(data, options.work / NAME, options.out, lines, draw):
         print(f"written    {file}")
 
 
 def read(name: str, words: Sequence[str]) -> Case:
     """A name of `PRESETS` or a preset's file, checked; UsageError for what there is not."""
-    config = read_config(PRESETS.get(name, name), list(words))
-    check_values(config)
-    return Case(name, config, read_model_info(resolve_model(config)))
+    return Case(name, make_plan(read_config(PRESETS.get(name, name), list(words)), dry_run=True))
 
 
 def size(text: str) -> tuple[int, int]:

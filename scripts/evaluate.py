@@ -22,7 +22,6 @@ from scripts.evaluation.settings import (
     DENSE,
     SCHEMA,
     SCORES,
-    EvaluateConfig,
     EvaluationConfig,
     NamedWords,
     observed_steps,
@@ -30,15 +29,13 @@ from scripts.evaluation.settings import (
     settings_of,
 )
 from scripts.evaluation.tables import content, markdown, planned, table
-from scripts.evaluation.vbench import INSTALL, listed_prompts, place, read_scores, run_vbench, video_name
+from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_name
 from scripts.evaluation.videos import Evaluation, Take, make_missing
-from scripts.run.checked_job import checked_job
 from scripts.run.config import ROOT, Config
 from scripts.run.errors import OneLineParser, UsageError, exit_code
-from scripts.run.plan import solved_config
+from scripts.run.inputs import read_prompts
+from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
-from scripts.run.sampler import Job
-from scripts.run.validate import read_prompts
 
 PRESET = "configs/wan_tiny.yaml"
 FILE = "evaluation.json"
@@ -60,12 +57,10 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     make_missing(evaluation)
     if config.evaluate.vbench != "off":
         name_for_vbench(evaluation)
-    device = evaluation.jobs[DENSE].device
+    device = evaluation.plans[DENSE].device
     found = content(evaluation, {name: words for name, (words, _) in settings.items()})
     data = head("evaluation", command, device, plain(config)) | found | {"scores": scores}
     publish(data, options, markdown(data, evaluation))
-    if config.evaluate.vbench == "score" and score_by_vbench(evaluation, config.evaluate, scores):
-        publish(data, options, markdown(data, evaluation))
 
 
 def score_folders(options: argparse.Namespace, command: str) -> None:
@@ -79,21 +74,21 @@ def score_folders(options: argparse.Namespace, command: str) -> None:
 
 def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) -> Evaluation:
     """The evaluation, of which all was checked that can be without weights; UsageError where it was not."""
-    jobs = {name: checked(name, own) for name, own in settings.items()}
+    plans = {name: planned_setting(name, own) for name, own in settings.items()}
     steps = observed_steps(config)
-    masks = {name: solved_config(job.config, job.model) for name, job in jobs.items() if name != DENSE}
+    masks = {name: plan.mask for name, plan in plans.items() if name != DENSE}
     if config.evaluate.rows and config.model.compile != "none":
         raise UsageError(
             f"model.compile: got {config.model.compile!r}, allowed: none, or evaluate.rows=0, since a "
             "compiled model shows no attention"
         )
-    return Evaluation(work, jobs, takes_of(config), masks, config.evaluate.rows, steps)
+    return Evaluation(work, plans, takes_of(config), masks, config.evaluate.rows, steps)
 
 
-def checked(name: str, config: Config) -> Job:
-    """A job of a setting that can run here; UsageError names the setting where it cannot."""
+def planned_setting(name: str, config: Config) -> RunPlan:
+    """Plans the run of a setting; UsageError names the setting if it cannot run here."""
     try:
-        return checked_job(config)
+        return make_plan(config)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
 
@@ -102,7 +97,7 @@ def takes_of(config: EvaluationConfig) -> list[Take]:
     """Every prompt with every seed; UsageError for prompts that cannot be read or named."""
     own = config.evaluate
     if own.prompts is None:
-        prompts = read_prompts(config)
+        prompts = read_prompts(config.generation)
     else:
         prompts = dict(enumerate(listed_prompts(own.prompts, own.dimensions), 1))
     seeds = own.seeds or [config.generation.seed]
@@ -134,29 +129,12 @@ def read_all(entries: list[NamedWords], names: list[str]) -> dict[str, dict[str,
 
 def name_for_vbench(evaluation: Evaluation) -> None:
     """The folder `vbench` of `--work` has these videos and no others, under the names that VBench expects."""
-    for name in evaluation.jobs:
+    for name in evaluation.plans:
         folder = evaluation.work / "vbench" / name
         for video in folder.glob("*.mp4"):
             video.unlink()
         for take in evaluation.takes:
             place(evaluation.path(name, take), folder, video_name(take.prompt, take.index))
-
-
-def score_by_vbench(
-    evaluation: Evaluation, own: EvaluateConfig, scores: dict[str, dict[str, dict[str, float]]]
-) -> bool:
-    """Adds what VBench gives each setting; False, and a line that says how to install it, without it.
-
-    Raises UsageError where VBench fails.
-    """
-    for name, job in evaluation.jobs.items():
-        folder = evaluation.work / "vbench" / name
-        file = run_vbench(folder, name, own.prompts, own.dimensions, job.device)
-        if file is None:
-            print(f"note: {INSTALL}", flush=True)
-            return False
-        scores.setdefault(name, {}).update(read_scores(str(file)))
-    return True
 
 
 def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:

@@ -7,10 +7,10 @@ first stopped. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130 i
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from radial_attn.models.runtime.output_check import CheckError
 
-from radial_attn import radial_mask
+from radial_attn.models.runtime.output_check import CheckError
 from scripts.length.report import write
 from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record
@@ -33,52 +32,54 @@ from scripts.lora.validation import validate
 from scripts.run.config import ROOT, Config, keys, read_config
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
-from scripts.run.hub_models import read_model_info
 from scripts.run.outputs import encode
-from scripts.run.plan import solved_config, token_grid
-from scripts.run.sampler import Job, to_bytes
-from scripts.run.validate import check_sizes, check_values, resolve_device, resolve_model
+from scripts.run.plan import RunPlan, make_plan
+from scripts.run.sampler import Sampler, to_bytes
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import readings, whole_run_seconds
 from scripts.toyworld.files import render_videos
 from scripts.toyworld.render import Attributes
 
 READINGS, SHOWN = "readings.json", "shown.mp4"
-OWN = {  # keys that each run sets for itself, or that its captions stand for
-    *("attention.pattern", "model.positions", "model.loras", "model.lora_mode", "output.path"),
-    *(
-        "data.folder",
-        "data.table",
-        "data.latents",
-        "data.sizes",
-        "generation.prompt",
-        "generation.prompt_file",
-    ),
-}
+# keys that each run sets for itself, or that its captions stand for
+OWN = {f"data.{name}" for name in ("folder", "table", "latents", "sizes")}
+OWN |= {f"model.{name}" for name in ("positions", "loras", "lora_mode")}
+OWN |= {"attention.pattern", "output.path", "generation.prompt", "generation.prompt_file"}
 
 
 def study(options: Study, names: list[str]) -> dict[str, Result]:
     """Every run by name: data, training, videos, and at the end the time of a step."""
-    checked = {name: _checked(options.config(name)) for name in names}
+    for name in names:
+        check(options.config(name))
     if data := any(ROWS[name].tuned for name in names):
         make_data(options)
-    captions, entries, pipelines = captions_of(options.captions), {}, {}
+    captions, made, plans, pipelines = captions_of(options.captions), {}, {}, {}
     for name in names:
         print(f"run        {name}: {title(options.config(name), name)}", flush=True)
         if ROWS[name].tuned:
             with prepared(options.training_config(name)) as (run, checkpoints):
                 train(run, checkpoints)
-        config, (path, device) = options.config(name), checked[name]
-        pipelines[name] = Job(config, read_model_info(path), path, device).load()
-        folder = work_folder(options, config, path)
-        entries[name] = (
-            made_and_read(pipelines[name], config, captions, options.batch, folder),
-            folder / SHOWN,
-        )
+        plans[name] = plan = make_plan(options.config(name))
+        pipelines[name], folder = Sampler(plan).load(), work_folder(options, plan)
+        entries = made_and_read(pipelines[name], plan.config, captions, options.batch, folder)
+        made[name] = entries, folder / SHOWN, plan.block_mask.density
     losses = {name: held_out_loss(options, name) for name in names} if data else {}
-    runs = {name: (pipelines[name], options.config(name)) for name in names}
+    runs = {name: (pipelines[name], plan.config) for name, plan in plans.items()}
     seconds = whole_run_seconds(runs, captions[0])
-    return {name: _result(options, name, entries[name], losses.get(name), seconds[name]) for name in names}
+    trained = {name: training_seconds(options, name) for name in names if ROWS[name].tuned}
+    return {
+        name: Result(plan.config, *made[name], losses.get(name), trained.get(name), seconds[name])
+        for name, plan in plans.items()
+    }
+
+
+def check(config: Config) -> None:
+    """Raises UsageError for what a run cannot take, before its adapter is there."""
+    if config.model.positions_frames is None:
+        raise UsageError("model.positions_frames: got None, allowed here: the video frames of the training")
+    if config.model.cache != "none":  # the time of a step would leave out what is skipped
+        raise UsageError(f"model.cache: got {config.model.cache!r}, allowed here: none")
+    make_plan(replace(config, model=replace(config.model, loras=[])))
 
 
 def make_data(options: Study) -> None:
@@ -106,11 +107,9 @@ def made_and_read(
     return [places[attributes.caption] for attributes in captions]
 
 
-def work_folder(options: Study, config: Config, path: str) -> Path:
-    """Where the readings of this configuration, program, adapter and weights are kept."""
-    scores = (ROOT / "scripts" / "length" / "scores.py").read_bytes()
-    name = hashlib.sha256(digest(config, path).encode() + scores).hexdigest()[:12]
-    folder = options.work / "readings" / name
+def work_folder(options: Study, plan: RunPlan) -> Path:
+    """Makes the folder for the readings of this configuration, adapter and weights."""
+    folder = options.work / "readings" / digest(plan.config, plan.path)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -141,30 +140,6 @@ def training_seconds(options: Study, name: str) -> float:
     """Median seconds of a training step; the first step, which sets up, left out."""
     steps = [entry["seconds"] for entry in logged(options, name)]
     return median(steps[1:] or steps)
-
-
-def _result(
-    options: Study, name: str, made: tuple[list[Record], Path], loss: float | None, seconds: float
-) -> Result:
-    config = options.config(name)
-    model = read_model_info(resolve_model(config))
-    density = radial_mask(token_grid(config, model), solved_config(config, model)).density
-    trained = training_seconds(options, name) if ROWS[name].tuned else None
-    return Result(config, *made, density, loss, trained, seconds)
-
-
-def _checked(config: Config) -> tuple[str, str]:
-    """Path of the model and device; UsageError for what they do not take."""
-    if config.model.positions_frames is None:
-        raise UsageError("model.positions_frames: got None, allowed here: the video frames of the training")
-    if config.model.cache != "none":  # the time of a step would leave out what is skipped
-        raise UsageError(f"model.cache: got {config.model.cache!r}, allowed here: none")
-    check_values(config)
-    path, device = resolve_model(config), resolve_device(config)
-    model = read_model_info(path)
-    check_sizes(config, model)
-    solved_config(config, model)
-    return path, device
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

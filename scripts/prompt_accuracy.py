@@ -15,16 +15,15 @@ from statistics import mean
 from typing import Any
 
 import torch
-from radial_attn.models.runtime.output_check import CheckError
 
+from radial_attn.models.runtime.output_check import CheckError
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, exit_code, positive
-from scripts.run.hub_models import read_model_info
-from scripts.run.sampler import Job, sample
+from scripts.run.plan import RunPlan, make_plan
+from scripts.run.sampler import Sampler, sample
 from scripts.run.system import hardware, pairs, versions
-from scripts.run.validate import check_sizes, check_values, resolve_device, resolve_model
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import attention, first_frame, readings, whole_run_seconds, with_pattern
 from scripts.toyworld.render import VOCABULARY, Attributes
@@ -90,17 +89,17 @@ def report(command: str, configs: list[Config], rows: list[str], device: str) ->
     return "\n".join(text)
 
 
-def work_folder(config: Config, path: str) -> Path:
+def work_folder(plan: RunPlan) -> Path:
     """Where the readings of this very configuration, program and weights are kept."""
-    folder = ROOT / "outputs" / "prompt_accuracy" / digest(config, path)[:12]
+    folder = ROOT / "outputs" / "prompt_accuracy" / digest(plan.config, plan.path)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def measure(config: Config, device: str, path: str, every: int, batch: int) -> list[str]:
+def measure(plan: RunPlan, every: int, batch: int) -> list[str]:
     """The rows of one configuration."""
-    pipeline = Job(config, read_model_info(path), path, device).load()
-    captions, folder = all_attributes()[::every], work_folder(config, path)
+    config, pipeline = plan.config, Sampler(plan).load()
+    captions, folder = all_attributes()[::every], work_folder(plan)
     seconds, rows = step_seconds(pipeline, config, captions[0]), []
     for pattern in PATTERNS:
         chosen = with_pattern(config, pattern)
@@ -113,17 +112,13 @@ def measure(config: Config, device: str, path: str, every: int, batch: int) -> l
 def run(options: argparse.Namespace) -> None:
     """Measures all configurations and writes the table."""
     configs = [read_config(name, options.overrides) for name in options.configs]
-    places = []
-    for config in configs:
-        check_values(config)
-        places.append((resolve_device(config), resolve_model(config)))
-        check_sizes(config, read_model_info(places[-1][1]))
-    plan = zip(configs, places, options.every, strict=True)
-    rows = [line for config, place, every in plan for line in measure(config, *place, every, options.batch)]
+    plans = [make_plan(config) for config in configs]
+    pairs_of = zip(plans, options.every, strict=True)
+    rows = [line for plan, every in pairs_of for line in measure(plan, every, options.batch)]
     words = [*options.configs, *options.overrides, "--every", *map(str, options.every)]
     command = " ".join(["bash scripts/prompt_accuracy.sh", *words, "--batch", str(options.batch)])
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(report(command, configs, rows, places[0][0]), encoding="utf-8")
+    options.out.write_text(report(command, configs, rows, plans[0].device), encoding="utf-8")
     print(f"written {options.out}")
 
 

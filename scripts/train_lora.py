@@ -8,13 +8,12 @@ stopped, one line on stderr says why; 130 interrupted.
 import sys
 
 from radial_attn.models.training.adapter import FILE
-
 from scripts.lora.command import parse
 from scripts.lora.step import Run
 from scripts.lora.train import train
 from scripts.run.errors import GenerationError, UsageError, one_line
+from scripts.run.machine_checks import is_out_of_memory
 from scripts.run.processes import end_all, interrupted, no_reader, prepare, processes
-from scripts.run.shortage import is_out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:

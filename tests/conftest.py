@@ -5,29 +5,39 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from tests.lora_cases import make_latents, train, write_config
-from tests.tiny import wan_pipeline
+from tests.support.lora_cases import make_latents, train, write_config
+from tests.support.tiny import wan_pipeline
 
 # Files of minutes: they begin first, so that no process is left alone with one at the end.
 LONG = (
-    "bundled_model",
-    "kernels_triton",
-    "train_lora_sharded",
-    "sharing",
-    "parallel",
-    "team",
-    "length_study",
-    "train_lora_runs",
-    "evaluate",
+    "scripts/test_bundled_models",
+    "kernels/triton/test_op",
+    "lora/test_sharded",
+    "parallel/test_sharing",
+    "parallel/test_sequence",
+    "run/test_process_groups",
+    "length/test_study",
+    "lora/test_runs",
+    "evaluation/test_evaluate",
+    "tests/test_golden",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the others in their order."""
-    names = [f"test_{name}.py" for name in LONG]
-    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    """Sorts long files first, the others in their order; skips the tests of GPUs if there is none."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.with_suffix("").as_posix()
+        return next((number for number, name in enumerate(LONG) if path.endswith(name)), len(LONG))
+
+    items.sort(key=place)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
 @pytest.fixture(scope="session", autouse=True)

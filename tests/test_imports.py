@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 PLACES = {"radial_attn": "radial_attn", "radial_attn.models": "models", "scripts": "scripts"}
 SOURCES = sorted(file for folder in PLACES.values() for file in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-LIBRARIES = """torch numpy diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
+LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
     imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
-    torchvision vbench"""
+    torchvision"""
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
 DRAWING = {"matplotlib", "PIL"}
@@ -160,6 +160,14 @@ def test_the_layers_of_the_method():
         if row is not None:
             above = {other for other in imports(file) if (row_of(other) or 0) > row}
             assert not above, f"{short(file)} imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("file", TESTS, ids=short)
+def test_tests_are_not_imported_by_tests(file):
+    package = tuple(file.relative_to(ROOT).parent.parts)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {name for node in ast.walk(tree) for name in modules_of(node, package)}
+    assert not [name for name in names if name.startswith("tests.") and ".test_" in name]
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=short)

@@ -1,1 +1,1 @@
-"""LoRA files of any usual key format, matched to diffusers' modules."""
+"""Matches LoRA files of any usual key format to diffusers' modules."""

@@ -1,9 +1,9 @@
-"""The names inside a LoRA file: which parameter of a transformer each key changes, in every usual format.
+"""Reads the keys of a LoRA file in every usual format: which parameter of a transformer each key changes.
 
-Formats: diffusers and peft (`transformer.` or `base_model.model.` before the module's name), the names of the
-authors (`diffusion_model.blocks.0.self_attn.q`, with `diff`, `diff_b` and `diff_m` for what has no rank) and
-kohya (`lora_unet_blocks_0_self_attn_q`), with `lora_A` and `lora_B` or `lora_down` and `lora_up`. Where the
-authors have query, key and value in one matrix, as in HunyuanVideo and Mochi, each layer takes its rows.
+Formats: diffusers and peft (`transformer.` or `base_model.model.` before the module's name), the authors'
+names (`diffusion_model.blocks.0.self_attn.q`, with `diff`, `diff_b` and `diff_m` for changes without a rank)
+and kohya (`lora_unet_blocks_0_self_attn_q`), with `lora_A` and `lora_B` or `lora_down` and `lora_up`. If the
+authors keep query, key and value in one matrix, as in HunyuanVideo and Mochi, each layer takes its rows.
 """
 
 import math
@@ -25,8 +25,8 @@ PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
 )
-# What a key does to its layer. A word between the two, as in `lora_A.default.weight`, is an adapter's name;
-# Mochi's own fine-tuner ends at `lora_A`.
+# Endings of a key by its effect on the layer. In `lora_A.default.weight` the word in the middle is the
+# adapter's name; Mochi's own fine-tuner stops at `lora_A`.
 KINDS = {
     "down": r"\.(?:(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)?\.weight|lora_A)",
     "up": r"\.(?:(?:lora_B|lora_up|lora\.up)(?:\.[^.]+)?\.weight|lora_B)",
@@ -37,8 +37,8 @@ KINDS = {
     "modulation": r"\.diff_m",
 }
 LOW_RANK = ("down", "up", "up_bias", "alpha")
-BY_ROWS = ("up", "up_bias", "weight", "bias")  # the others are for all layers of a fused one
-# Names of diffusers and of the original Wan. Only names that differ; `norm2` is the affine one of a block.
+BY_ROWS = ("up", "up_bias", "weight", "bias")  # the other kinds serve all layers of a fused one
+# Names in diffusers and in the original Wan, if they differ; `norm2` is a block's affine norm.
 ORIGINAL_WAN = (
     (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
     (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
@@ -68,7 +68,7 @@ ORIGINAL_WAN = (
 
 @dataclass(frozen=True)
 class Part:
-    """What a layer takes of a tensor: ranges of its rows, in this order; without any, the whole.
+    """Selects the rows of a tensor that a layer takes: ranges in this order, or all rows if there are none.
 
     `layer`: its name in diffusers; `total`: rows that the tensor must have; `key`: its name in a file.
     """
@@ -79,17 +79,19 @@ class Part:
     key: str = ""
 
     def of(self, shape: Shape) -> Shape:
-        """Shape of a tensor that a layer's parameter of this shape takes its part of."""
+        """Returns the shape of the tensor from which a parameter of this shape takes its part."""
         return (self.total, *shape[1:]) if self.rows else shape
 
 
 @dataclass
 class Match:
-    """What the keys of a file mean to one transformer.
+    """Holds what the keys of a file mean to one transformer.
 
-    `pairs`: for each layer what it takes by kind, those of LOW_RANK; `deltas`: for each parameter what is
-    added to it; `unmatched`: keys that mean nothing here, with the reason; `misfits`: layers of another
-    shape.
+    Attributes:
+        pairs: parts by layer and kind, for the kinds in LOW_RANK.
+        deltas: for each parameter the part that is added to it.
+        unmatched: keys that mean nothing here, with the reason.
+        misfits: layers of another shape, with both shapes.
     """
 
     pairs: dict[str, dict[str, Part]] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Match:
 
 
 def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> Match:
-    """The keys of a file, with their shapes, against the parameters of a transformer, with theirs."""
+    """Matches the keys of a file, with their shapes, to the parameters of a transformer, with theirs."""
     layers, match = _by_layer(shapes, parameters)
     for layer, kinds in layers.items():
         low_rank = {kind: part for kind, part in kinds.items() if kind in LOW_RANK}
@@ -116,8 +118,11 @@ def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> 
 def _by_layer(
     shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
 ) -> tuple[dict[str, dict[str, Part]], Match]:
-    """Layer -> kind -> what it takes, and a Match with the keys that no layer takes."""
-    known, match = _spellings(parameters), Match()
+    """Returns layer -> kind -> part, and a Match with the keys that no layer takes."""
+    match = Match()
+    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters.items()}
+    known = _original(rows) | {layer: (Part(layer),) for layer in rows}
+    known = {name.replace(".", "_"): parts for name, parts in known.items()} | known  # kohya's spelling
     layers: dict[str, dict[str, Part]] = {}
     for key in shapes:
         stem, kind = split_key(key)
@@ -139,26 +144,19 @@ def _keys(parts: Mapping[str, Part]) -> list[str]:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(name of the layer as the file spells it, kind); the kind is empty where the key is of no LoRA."""
+    """Returns the layer's name as the file spells it, and the kind; it is empty if the key is of no LoRA."""
     name = key
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
     for kind, pattern in KINDS.items():
-        found = re.fullmatch(f"(.+?){pattern}", name)
-        if found:
-            return (f"{found[1]}.modulation", "weight") if kind == "modulation" else (found[1], kind)
+        ending = re.fullmatch(f"(.+?){pattern}", name)
+        if ending:
+            return (f"{ending[1]}.modulation", "weight") if kind == "modulation" else (ending[1], kind)
     return name, ""
 
 
-def _spellings(parameters: Mapping[str, Shape]) -> dict[str, tuple[Part, ...]]:
-    """Every spelling of a layer's name, or of several fused ones -> what each takes of it."""
-    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters.items()}
-    known = _original(rows) | {layer: (Part(layer),) for layer in rows}
-    return {name.replace(".", "_"): parts for name, parts in known.items()} | known
-
-
 def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
-    """The authors' names for the layers of a transformer, given the rows of each."""
+    """Returns the parts of each of the authors' names, given the rows of each layer of a transformer."""
     if "context_embedder.proj_in" in rows and "single_transformer_blocks.0.proj_mlp" in rows:
         ours = lora_hunyuan_video
         return _expand(ours.NAMES, rows, ours.SWAPPED, ours.OTHERS)
@@ -174,8 +172,8 @@ def _expand(
     swapped: Sequence[str],
     others: Iterable[tuple[str, str]] = (),
 ) -> dict[str, tuple[Part, ...]]:
-    """A table with `#` for the number of a block, for the blocks that a transformer has."""
-    numbers = {"0", *(found[1] for layer in rows if (found := re.search(r"blocks\.(\d+)\.", layer)))}
+    """Expands a table with `#` for the number of a block to the blocks that a transformer has."""
+    numbers = {"0", *(block[1] for layer in rows if (block := re.search(r"blocks\.(\d+)\.", layer)))}
     known: dict[str, tuple[Part, ...]] = {}
     for name, layers in names.items():
         spellings = {name, *(re.sub(pattern, other, name) for pattern, other in others)}
@@ -188,7 +186,7 @@ def _expand(
 
 
 def _parts(layers: Sequence[str], rows: Mapping[str, int], swapped: bool) -> tuple[Part, ...]:
-    """What each of some layers takes of a tensor that holds them one after another, or one in two halves."""
+    """Returns the part of each layer in a tensor that holds them one after another, or one in two halves."""
     ends = [0, *accumulate(rows[layer] for layer in layers)]
     total, half = ends[-1], ends[-1] // 2
     if swapped:
@@ -199,7 +197,7 @@ def _parts(layers: Sequence[str], rows: Mapping[str, int], swapped: bool) -> tup
 
 
 def original_name(layer: str) -> str:
-    """What the original Wan calls a layer of diffusers' WanTransformer3DModel."""
+    """Returns the original Wan's name for a layer of diffusers' WanTransformer3DModel."""
     for pattern, replacement in ORIGINAL_WAN:
         if re.fullmatch(pattern, layer):
             return re.sub(pattern, replacement, layer)
@@ -214,27 +212,27 @@ def _add_pair(
     parameters: Mapping[str, Shape],
 ) -> None:
     weight = parts["up"].of(parameters.get(f"{layer}.weight", ()))
-    found = {kind: shapes[part.key] for kind, part in parts.items()}
+    pair = {kind: shapes[part.key] for kind, part in parts.items()}
     lost = [kind for kind in parts if kind == "up_bias" and f"{layer}.bias" not in parameters]
     if len(weight) < 2:
         match.unmatched |= dict.fromkeys(_keys(parts), "not a layer with a matrix")
-    elif not fits(found, weight):
-        down, up = found["down"], found["up"]
+    elif not fits(pair, weight):
+        down, up = pair["down"], pair["up"]
         match.misfits[layer] = f"{_text(up)} times {_text(down)} for a weight of {_text(weight)}"
     else:
         match.unmatched |= {parts[kind].key: "the layer has no bias" for kind in lost}
         match.pairs[layer] = {kind: part for kind, part in parts.items() if kind not in lost}
 
 
-def fits(found: Mapping[str, Shape], weight: Shape) -> bool:
-    """Whether `up @ down` has the weight's shape, with one rank and a single alpha."""
-    down, up = found["down"], found["up"]
+def fits(pair: Mapping[str, Shape], weight: Shape) -> bool:
+    """Returns whether `up @ down` has the weight's shape, with one rank and a single alpha."""
+    down, up = pair["down"], pair["up"]
     return (
         min(len(down), len(up)) >= 2
         and (up[0], math.prod(down[1:])) == (weight[0], math.prod(weight[1:]))
         and down[0] == math.prod(up[1:]) > 0
-        and math.prod(found.get("alpha", ())) == 1
-        and found.get("up_bias", weight[:1]) == weight[:1]
+        and math.prod(pair.get("alpha", ())) == 1
+        and pair.get("up_bias", weight[:1]) == weight[:1]
     )
 
 
@@ -259,7 +257,7 @@ def _text(shape: Shape) -> str:
 
 
 def listed(names: Mapping[str, str] | Iterable[str], most: int = 4) -> str:
-    """The first few of some names, each with its reason where it has one, and how many are left."""
+    """Returns the first few of some names, each with its reason if it has one, and how many are left."""
     reasons = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
     texts = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -1,8 +1,8 @@
-"""LoRA files put into transformers of diffusers, every key of them, and taken out again or fused.
+"""Puts LoRA files into transformers of diffusers, every key of them, and removes or fuses them.
 
-diffusers' own loading drops keys without a word: changes of norms, whatever lacks the prefix that it expects,
-what it finds no layer for. Here each key finds its place, or an error names it. Low-rank pairs become peft
-layers; changes without a rank (norms, biases, modulation) are added to the parameters.
+diffusers' own loading drops keys without a message: changes of norms, keys without the prefix that it
+expects, keys of layers that it does not find. Here each key is used, or an error names it. Low-rank pairs
+become peft layers; changes without a rank (norms, biases, modulation) are added to the parameters.
 """
 
 import logging
@@ -24,7 +24,7 @@ EXPERTS = ("both", "1", "2")
 
 @dataclass(frozen=True)
 class Lora:
-    """A safetensors file, its strength, and for two transformers (Wan2.2 A14B) the one it is for."""
+    """Names a safetensors file, its strength, and its transformer if there are two (Wan2.2 A14B)."""
 
     file: str | Path
     scale: float = 1.0
@@ -34,22 +34,23 @@ class Lora:
 def match_lora(
     file: str | Path, header: Header, parameters: Mapping[str, Shape], unmatched: str = "error"
 ) -> Match:
-    """What each key of a file changes among `parameters`, the shapes of a transformer by name.
+    """Returns what each key of a file changes among `parameters`, the shapes of a transformer by name.
 
     Raises:
-        ValueError: no key that fits, mostly shapes of another model, or with `unmatched="error"` any key that
-            means nothing here or has another shape.
+        ValueError: no key fits, most layers have other shapes (the file is for another model), or with
+            `unmatched="error"` any key means nothing here or has another shape.
     """
     match, name = match_keys(header.shapes, parameters), Path(file).name
     fitting, strict = len(match.pairs) + len(match.deltas), unmatched == "error"
     if len(match.misfits) > (0 if strict else fitting):
         raise ValueError(
             f"LoRA {name} is for a model of other sizes: {len(match.misfits)} layers do not fit: "
-            f"{listed(match.misfits, 2)}"
+            f"{listed(match.misfits, 2)}; use a LoRA for this model"
         )
     if not fitting:
         raise ValueError(
-            f"LoRA {name} holds nothing for this model; its keys: {listed(header.shapes.keys())}"
+            f"LoRA {name} holds nothing for this model, its keys are {listed(header.shapes.keys())}; "
+            "use a LoRA for this model"
         )
     if match.unmatched and strict:
         raise ValueError(_left_out(name, header, match))
@@ -65,21 +66,23 @@ def _left_out(name: str, header: Header, match: Match) -> str:
 def load_loras(
     model: Any, loras: Sequence[Lora], *, mode: str = "separate", unmatched: str = "error"
 ) -> "LoraHandle":
-    """Puts LoRAs into a transformer, or into those of a pipeline; several add up.
+    """Puts LoRAs into a transformer, or into a pipeline's transformers; several add up.
 
-    All files are checked against the model before it changes. `mode="separate"` keeps them apart in layers of
-    peft, "fused" adds them to the weights, which costs nothing later and cannot be taken back. Keys that mean
+    All files are checked against the model before it changes. `mode="separate"` keeps the LoRAs in layers of
+    peft. "fused" adds them to the weights, which costs nothing later and cannot be undone. Keys that mean
     nothing to the model are an error, or with `unmatched="warn"` a line in the log of "radial_attn". Works
     before and after `apply_radial_attention`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: what `match_lora` raises, an unknown option, values that are not finite, a second
-            transformer that the model lacks, or a model that has adapters already.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file does not match (see `match_lora`), an option is unknown, values are not finite, the
+            model lacks a second transformer, or it has adapters already.
     """
     _check_option("mode", mode, MODES)
     _check_option("unmatched", unmatched, UNMATCHED)
-    targets = [Target(transformer) for transformer in _transformers(model)]
+    names = ("transformer", "transformer_2")
+    parts = [model] if isinstance(model, torch.nn.Module) else [getattr(model, name, None) for name in names]
+    targets = [Target(getattr(part, "_orig_mod", part)) for part in parts if part is not None]
     plans = []
     for lora in loras:
         header = read_header(lora.file)
@@ -104,26 +107,26 @@ def load_loras(
 
 
 class LoraHandle:
-    """The LoRAs of one `load_loras`."""
+    """Holds the LoRAs of one `load_loras`."""
 
     def __init__(self, targets: "Sequence[Target]", fused: bool) -> None:
         self._targets, self._fused = targets, fused
 
     def remove(self) -> None:
-        """Takes separate LoRAs out: the modules and values of before; a second time does nothing.
+        """Removes separate LoRAs and restores the modules and values; a second call does nothing.
 
         Raises:
-            ValueError: fused LoRAs are part of the weights.
+            ValueError: the LoRAs are fused, so they are part of the weights.
         """
         if self._fused:
             raise ValueError(
-                "fused LoRAs are part of the weights; load the model again, or use mode separate"
+                "fused LoRAs are part of the weights; load the model again, or use mode='separate'"
             )
         for target in self._targets:
             target.remove()
 
     def report(self) -> list[dict[str, Any]]:
-        """For each LoRA and transformer (from 1): file, scale, rank; number of pairs, deltas, left out."""
+        """Returns file, scale, rank, numbers of pairs, deltas, left out by LoRA and transformer (from 1)."""
         return [
             {"transformer": number, **entry}
             for number, target in enumerate(self._targets, 1)
@@ -132,13 +135,13 @@ class LoraHandle:
 
 
 class Target:
-    """One transformer that LoRAs are put into."""
+    """Holds one transformer that LoRAs are put into."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         present = getattr(transformer, "peft_config", None)
         if present:
             raise ValueError(
-                f"this {type(transformer).__name__} has adapters ({', '.join(present)}); take them out first"
+                f"this {type(transformer).__name__} has adapters ({', '.join(present)}); remove them first"
             )
         self.transformer = transformer
         self.parameters = dict(transformer.named_parameters())
@@ -156,7 +159,7 @@ class Target:
             name = f"lora_{len(self.report)}"
             self._scales[name] = lora.scale
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a second adapter is there is meant
+                warnings.simplefilter("ignore")  # a second adapter is intended
                 self.transformer.load_lora_adapter(
                     state, prefix=None, adapter_name=name, low_cpu_mem_usage=True
                 )
@@ -170,7 +173,7 @@ class Target:
         self.report.append(about | counts)
 
     def _verify(self, file: str | Path, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
-        """What is in the model must be what was handed over: diffusers only logs what it leaves out."""
+        """Raises ValueError unless the model holds exactly `state`: diffusers only logs omissions."""
         mark = f".{adapter}."
         there = {
             name.replace(mark, "."): value
@@ -185,11 +188,12 @@ class Target:
         if lost or there.keys() - state.keys():
             strange = lost or sorted(there.keys() - state.keys())
             raise ValueError(
-                f"LoRA {Path(file).name}: {len(strange)} keys were not loaded: {listed(strange)}"
+                f"LoRA {Path(file).name}: diffusers loaded {len(strange)} keys wrongly: {listed(strange)}; "
+                "check the installed versions of diffusers and peft"
             )
 
     def activate(self) -> None:
-        """Sets the scales, and adds what has no rank to the parameters, in float32."""
+        """Sets the scales, and adds changes without a rank to the parameters, in float32."""
         if self._scales:
             self.transformer.set_adapters(list(self._scales), list(self._scales.values()))
         for name, delta in self._sums.items():
@@ -198,13 +202,13 @@ class Target:
             value.copy_(value.float() + delta.to(value.device))
 
     def fuse(self) -> None:
-        """Adds the adapters to the weights and takes their layers out."""
+        """Adds the adapters to the weights and removes their layers."""
         if self._scales:
             self.transformer.fuse_lora(adapter_names=list(self._scales))
         self._unload()
 
     def remove(self) -> None:
-        """The modules of before, and the values of what `activate` changed."""
+        """Restores the modules, and the values that `activate` changed."""
         self._unload()
         for name, value in self._before.items():
             self.parameters[name].data.copy_(value)
@@ -218,20 +222,15 @@ class Target:
         self._scales = {}
 
 
-def _transformers(model: Any) -> list[torch.nn.Module]:
-    if isinstance(model, torch.nn.Module):
-        found = [model]
-    else:
-        found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
-    return [getattr(part, "_orig_mod", part) for part in found if part is not None]
-
-
 def _chosen(targets: Sequence[Target], lora: Lora) -> Sequence[Target]:
     _check_option("transformer", lora.transformer, EXPERTS)
     if lora.transformer == "both":
         return targets
     if int(lora.transformer) > len(targets):
-        raise ValueError(f"LoRA {Path(lora.file).name} is for transformer 2, but the model has only one")
+        raise ValueError(
+            f"LoRA {Path(lora.file).name} is for transformer 2, but the model has only one; "
+            "use transformer='1' or 'both'"
+        )
     return [targets[int(lora.transformer) - 1]]
 
 

@@ -1,4 +1,4 @@
-"""What the authors of HunyuanVideo call the layers of diffusers' transformer; text and image to video alike.
+"""Maps the HunyuanVideo authors' layer names to diffusers'; text to video and image to video alike.
 
 `#` is the number of a block. A name with several layers holds their rows one after another.
 """
@@ -50,7 +50,7 @@ NAMES = {
 }
 # Rows of shift, then of scale; diffusers has them the other way around.
 SWAPPED = ("final_layer.adaLN_modulation.1",)
-# ComfyUI's names, in files that were extracted there, where they differ from the authors'.
+# Patterns of ComfyUI's names, for files that were extracted there, if they differ from the authors'.
 OTHERS = (
     (r"_attn_(qkv|proj)$", r"_attn.\1"),
     (r"(mod|modulation)\.linear$", r"\1.lin"),

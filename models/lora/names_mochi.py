@@ -1,4 +1,4 @@
-"""What the authors of Mochi call the layers of diffusers' transformer, and the settings of their fine-tuner.
+"""Maps the Mochi authors' layer names to diffusers', and reads the settings of their fine-tuner.
 
 `#` is the number of a block. A name with several layers holds their rows one after another.
 """
@@ -35,13 +35,13 @@ NAMES = {
 LAST_BLOCK = {"blocks.#.mod_y": (f"{BLOCK}.norm1_context.linear_1",)}
 # Rows of gate, then of value, or of shift, then of scale; diffusers has them the other way around.
 SWAPPED = ("blocks.#.mlp_x.w1", "blocks.#.mlp_y.w1", "final_layer.mod")
-ALPHAS = {  # the fine-tuner's setting, peft's pattern of the layers that it is for
+ALPHAS = {  # setting of the fine-tuner: peft's pattern of its layers
     "qkv_proj_lora_alpha": r"attn1\.(to_[qkv]|add_[qkv]_proj)",
     "out_proj_lora_alpha": r"attn1\.(to_out\.0|to_add_out)",
 }
 
 
 def peft_settings(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The fine-tuner's settings as peft would have them; nothing of a file with none of them."""
+    """Returns the fine-tuner's settings as peft would have them; empty if the file has none of them."""
     alphas = {pattern: written[name] for name, pattern in ALPHAS.items() if name in written}
     return {"alpha_pattern": alphas} if alphas else {}

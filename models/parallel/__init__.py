@@ -1,1 +1,1 @@
-"""Several processes that share one video."""
+"""Shares one video between several processes."""

@@ -1,8 +1,8 @@
-"""Decoding shared by processes: each runs some of the tiles of a video, the first puts all together.
+"""Shares decoding between processes: each runs some of a video's tiles, the first assembles the video.
 
-Upstream's own decode runs with another forward in the place of its decoder's, first to list the calls, which
-fall into tiles. Each process then makes the calls of its own tiles; on the first one decode runs again and is
-handed all outputs, own and received. Tiles, their order and their blending are upstream's, for every VAE.
+Upstream's own decode runs with a replaced forward of its decoder, first to list the calls, which fall into
+tiles. Each process then makes the calls of its own tiles. The first process runs decode again and gives it
+all outputs, own and received. Tiles, their order and their blending are upstream's, for every VAE.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Tile:
-    """Calls of the decoder that hand on one state: the chunks of one place, one after the other in time."""
+    """Holds the decoder calls that pass on one state: a tile's chunks, one after the other in time."""
 
     state: Any
     calls: list[tuple[tuple, dict]] = field(default_factory=list)
@@ -26,20 +26,21 @@ class Tile:
 
     @property
     def cost(self) -> int:
-        """Latent values to decode."""
+        """Returns the number of latent values to decode."""
         return sum(args[0].numel() for args, _ in self.calls)
 
 
 class ParallelDecode:
-    """The tiles of a VAE's `decode` on the processes of a group; `remove()`, or leaving `with`, ends it.
+    """Shares the tiles of a VAE's `decode` between the processes of a group.
 
-    All processes call `decode` with the same latents. The first gets the video, bit for bit that of one
-    process; the others get room for one frame, of no meaning. Tiles are those of upstream: in space where
-    `enable_tiling` was called and the video is larger than one, in time where framewise decoding is on, as in
-    HunyuanVideo. A video of one tile is decoded by the first process, while the others wait.
+    `remove()`, or leaving its `with` block, ends it. All processes call `decode` with the same latents. The
+    first gets the video, bit for bit as from one process; the others get a tensor of one meaningless frame.
+    Tiles are upstream's: in space if `enable_tiling` was called and the video is larger than one tile, in
+    time if framewise decoding is on, as in HunyuanVideo. A video of one tile is decoded by the first process
+    while the others wait.
 
     Attributes:
-        owners: of the latest video, the process of each tile.
+        owners: the process of each tile of the latest video.
     """
 
     def __init__(self, vae: torch.nn.Module, group: torch.distributed.ProcessGroup) -> None:
@@ -54,7 +55,7 @@ class ParallelDecode:
         self._undo = _replace(vae, "decode", partial(self._decode, vae.decode))
 
     def remove(self) -> None:
-        """Puts back what was before; a second time does nothing."""
+        """Restores the VAE's own decode; a second call does nothing."""
         self._undo()
         self._undo = lambda: None
 
@@ -65,7 +66,7 @@ class ParallelDecode:
         self.remove()
 
     def _decode(self, decode: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's decode, its decoder's work shared."""
+        """Runs upstream's decode, with the decoder's work shared."""
         tiles: list[Tile] = []
         self._forward = self._vae.decoder.forward
         with self._decoder(partial(self._list, tiles)):
@@ -84,7 +85,7 @@ class ParallelDecode:
             return decode(*args, **kwargs)
 
     def _list(self, tiles: list[Tile], *args: Any, **kwargs: Any) -> Any:
-        """Notes a call; returns room for a pixel, and the tile as the state that its next call hands in."""
+        """Records a call; returns an empty pixel, and the tile as the state that its next call passes in."""
         state = kwargs.get("feat_cache", kwargs.get("conv_cache"))
         if state is None or not any(state is x for tile in tiles[-1:] for x in (tile, tile.state)):
             tiles.append(Tile(state))
@@ -93,7 +94,7 @@ class ParallelDecode:
         return self._answer(pixel, tiles[-1])
 
     def _run(self, tile: Tile) -> None:
-        """Turns all calls of a tile into outputs; of the states, which are large, none is kept."""
+        """Turns all calls of a tile into outputs; keeps none of the states, which are large."""
         state = None
         for args, kwargs in tile.calls:
             if self._states_return:
@@ -104,14 +105,14 @@ class ParallelDecode:
         tile.calls, tile.state = [], None
 
     def _next(self, outputs: Iterator[Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The output of the call whose turn it is."""
+        """Returns the output of the next call."""
         return self._answer(next(outputs), None)
 
     def _answer(self, output: Tensor, state: Any) -> Any:
         return (output, state) if self._states_return else output
 
     def _send(self, tiles: Sequence[Tile]) -> None:
-        """Own outputs to the first process, before them their shapes, int64 `[calls, 5]`."""
+        """Sends own outputs to the first process, after their shapes, int64 `[calls, 5]`."""
         outputs = [x for tile in tiles for x in tile.outputs]
         if not outputs:
             return
@@ -120,7 +121,10 @@ class ParallelDecode:
             torch.distributed.send(x.contiguous(), group=self._group, group_dst=0)
 
     def _receive(self, tiles: Sequence[Tile]) -> None:
-        """The outputs of all others, process by process; like one's own, which the largest tile is among."""
+        """Receives the outputs of all others, process by process.
+
+        They have the dtype and device of an own output: the first process always decodes the largest tile.
+        """
         like = next(tile.outputs[0] for tile in tiles if tile.outputs)
         for rank in range(1, self._processes):
             theirs = [tile for tile, owner in zip(tiles, self.owners, strict=True) if owner == rank]
@@ -147,23 +151,23 @@ class ParallelDecode:
 
 
 def _outputs(tiles: Sequence[Tile]) -> Iterator[Tensor]:
-    """Those of all calls, in the order of the calls; none is kept."""
+    """Yields the outputs of all calls, in the order of the calls; keeps none."""
     for tile in tiles:
         while tile.outputs:
             yield tile.outputs.pop(0)
 
 
 def share(costs: Sequence[int], processes: int) -> list[int]:
-    """The process of each piece of work: the largest first, each to the one that has the least so far."""
+    """Returns the process of each piece of work: the largest first, each to the least loaded process."""
     loads, owners = [0] * processes, [0] * len(costs)
-    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
-        owners[place] = loads.index(min(loads))
-        loads[owners[place]] += costs[place]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
     return owners
 
 
 def _replace(module: torch.nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Sets an attribute of one instance; returns what puts back that of before."""
+    """Sets an attribute of one instance; returns a function that restores the value before."""
     before = vars(module).get(name)
     setattr(module, name, value)
     return partial(delattr, module, name) if before is None else partial(setattr, module, name, before)

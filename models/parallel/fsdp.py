@@ -1,9 +1,9 @@
-"""FSDP2 under the forks: each process keeps a part of a transformer's weights and gathers a block's to use.
+"""Shards weights by FSDP2 under the forks: each process keeps a part and gathers a block to use it.
 
 That is ZeRO-3, which divides weights, gradients and the optimizer's states, without DeepSpeed and its CUDA.
-Of a LoRA's training only the frozen weights are large. The adapter beside them stays whole in every process
-and DDP averages its gradients, so that checkpoints, its mean, clipping and the optimizer are those of a run
-whose processes share no weights, and so are its numbers.
+In LoRA training only the frozen weights are large. The adapter stays whole in every process and DDP averages
+its gradients. Checkpoints, the adapter's mean, clipping, the optimizer and the numbers are therefore the same
+as in a run whose processes share no weights.
 """
 
 import warnings
@@ -17,30 +17,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..apply import family_of
 
-VIEW = (
-    "FSDP2-wrapped module .* returned a view"  # harmless where nothing is written into it, as in the blocks
-)
+VIEW = "FSDP2-wrapped module .* returned a view"  # harmless if nothing is written into it, as in the blocks
 
 
 @contextmanager
 def shared_weights(
     transformer: torch.nn.Module, trained: Iterable[torch.nn.Parameter], device: torch.device
 ) -> Iterator[DistributedDataParallel]:
-    """A transformer, its weights divided over all processes block by block, in DDP.
+    """Yields a transformer in DDP, with its weights divided over all processes block by block.
 
-    All processes: those too that share the tokens of a video (Ulysses) call the same blocks in the same
-    order with the same weights, so one mesh of all leaves each the least. From here on every call, with
-    gradients or without, needs every process. Weights move to `device` a block at a time, and stay divided
-    afterwards.
+    The mesh covers all processes, which leaves each the smallest part. Processes that share the tokens of a
+    video (Ulysses) belong to it too: they call the same blocks in the same order with the same weights. From
+    here on every call, with or without gradients, needs every process. Weights move to `device` a block at a
+    time, and stay divided afterwards.
 
     Args:
-        trained: parameters that stay whole; equal in all processes, nothing is sent at first.
+        trained: parameters that stay whole. They must be equal in all processes: nothing is sent at first.
 
     Yields:
-        What training calls. The transformer itself gives the same and averages no gradients.
+        The module that training calls. The transformer itself gives the same and averages no gradients.
 
     Raises:
-        ValueError: a transformer without a fork, which would name its blocks.
+        ValueError: the transformer has no fork, which would name its blocks.
     """
     kept = set(trained)
     for value in kept:

@@ -1,4 +1,4 @@
-"""xDiT's process groups (`xfuser`): started under torchrun, over NCCL on GPUs and over gloo without any."""
+"""Starts xDiT's process groups (`xfuser`) under torchrun, over NCCL on GPUs and over gloo without any."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,13 +16,13 @@ HINT = "install it with: .venv/bin/python -m pip install xfuser==0.7.0"
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many processes share each kind of work; their product is the number of processes.
+    """Counts the processes that share each kind of work; the product is the number of processes.
 
     Attributes:
-        ulysses: share the heads of the attention, and the tokens everywhere else.
-        ring: share the queries of the attention, beyond the number of heads.
-        cfg: share the two halves of guidance, 1 or 2.
-        data: share the prompts.
+        ulysses: processes that share the heads of the attention, and the tokens everywhere else.
+        ring: processes that share the queries of the attention, beyond the number of heads.
+        cfg: processes that share the two halves of guidance, 1 or 2.
+        data: processes that share the prompts.
     """
 
     ulysses: int = 1
@@ -35,16 +35,29 @@ class Degrees:
         return self.ulysses * self.ring * self.cfg * self.data
 
 
-def ring_refusal(quantize: str | None, check: str, dense_backend: str) -> str | None:
-    """What a ring does not serve of the options of `apply_radial_attention`: key, what it is, and allowed."""
+class RingRefusal(NamedTuple):
+    """Names an option that a ring does not support.
+
+    Attributes:
+        option: argument of `apply_radial_attention`.
+        reason: a sentence with the option, its value and the remedy.
+    """
+
+    option: str
+    reason: str
+
+
+def ring_refusal(quantize: str | None, check: str, dense_backend: str) -> RingRefusal | None:
+    """Returns the first of these options of `apply_radial_attention` that a ring does not support."""
     if quantize is not None:
-        return (
-            f"quantize: got {quantize!r}, allowed in a ring: none; 8-bit products have no log-sum-exp there"
-        )
+        why = "8-bit products give no log-sum-exp there; run without quantization"
+        return RingRefusal("quantize", f"a ring does not support quantize={quantize!r}: {why}")
     if check == "reference":
-        return "check: got 'reference', allowed in a ring: auto, off, nan; no process has all keys"
+        why = "no process has all keys; allowed: auto, off, nan"
+        return RingRefusal("check", f"a ring does not support check='reference': {why}")
     if dense_backend not in {"auto", "native"}:
-        return f"dense_backend: got {dense_backend!r}, allowed in a ring: auto, native: it has its own"
+        why = "it has its own; allowed: auto, native"
+        return RingRefusal("dense_backend", f"a ring does not support dense_backend={dense_backend!r}: {why}")
     return None
 
 
@@ -53,11 +66,14 @@ def start(degrees: Degrees, device: str) -> None:
 
     Raises:
         ImportError: xfuser is missing; the message has the line that installs it.
-        ValueError: the degrees do not make up the number of processes.
+        ValueError: the product of the degrees is not the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if degrees.processes != world:
-        raise ValueError(f"degrees {degrees} are for {degrees.processes} processes, torchrun started {world}")
+        raise ValueError(
+            f"degrees {degrees} need {degrees.processes} processes, torchrun started {world}; "
+            "change the degrees or the number of processes"
+        )
     state = import_xfuser(device)
     backend = "nccl" if device == "cuda" else "gloo"
     state.init_distributed_environment(backend=backend)
@@ -72,7 +88,7 @@ def start(degrees: Degrees, device: str) -> None:
 
 
 def stop() -> None:
-    """Leaves the groups; nothing where there are none."""
+    """Leaves the groups, if there are any."""
     if torch.distributed.is_initialized():
         state = import_module(STATE)
         state.destroy_model_parallel()
@@ -80,10 +96,10 @@ def stop() -> None:
 
 
 def import_xfuser(device: str) -> Any:
-    """`xfuser.core.distributed.parallel_state`.
+    """Imports and returns `xfuser.core.distributed.parallel_state`.
 
-    The package refuses to be imported where there is no accelerator: for a run on the CPU its own `__init__`,
-    which asks for one, is left out, and its probes are answered for it.
+    The package refuses to be imported without an accelerator. For a run on the CPU its own `__init__`, which
+    asks for one, is skipped, and its probes get fixed answers.
 
     Raises:
         ImportError: xfuser is missing, or does not fit; the message has the line that installs it.
@@ -93,7 +109,7 @@ def import_xfuser(device: str) -> Any:
             _import_without_accelerator()
         state = import_module(STATE)
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("xfuser")]:
-            logging.getLogger(name).setLevel(logging.WARNING)  # each module of it has its own, at debug
+            logging.getLogger(name).setLevel(logging.WARNING)  # each of its modules has a logger, at debug
         return state
     except ImportError as error:
         raise ImportError(f"several processes need xfuser ({error}); {HINT}") from error

@@ -1,9 +1,9 @@
-"""Guidance shared by two processes: each runs one half of every step, and both get both.
+"""Shares guidance between two processes: each runs one half of every step, and both get both halves.
 
-A pipeline that calls its transformer twice a step, with the prompt and then without, does so on both
-processes; the one whose half it is not returns at once with room for the answer, which is filled in when the
-other half is done, before the pipeline reads either. A pipeline that calls it once, on a batch of both
-halves, has the batch split and put together again.
+Some pipelines call their transformer twice a step, with the prompt and then without. They do so on both
+processes. The process whose half it is not returns at once with an empty answer, which is filled in when the
+other half is done, before the pipeline reads either. Other pipelines call it once, on a batch of both halves;
+the batch is split and put together again.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class GuidanceParallel:
-    """The halves of guidance on the two processes of a group; `remove()`, or leaving `with`, takes it back.
+    """Runs the halves of guidance on the two processes of a group; `remove()`, or leaving `with`, ends it.
 
     Args:
-        transformers: those of one pipeline, called in turn.
-        group: two processes, the first of which runs the half that comes first.
+        transformers: the transformers of one pipeline, called in turn.
+        group: two processes; the first one runs the half that comes first.
         batched: whether one call has both halves, the first half of the batch first (Mochi).
 
-    Raises ValueError for a group that is not of two.
+    Raises ValueError if the group does not have two processes.
     """
 
     def __init__(
@@ -34,15 +34,22 @@ class GuidanceParallel:
     ) -> None:
         processes = torch.distributed.get_world_size(group)
         if processes != 2:
-            raise ValueError(f"guidance has two halves, got a group of {processes} processes")
+            raise ValueError(f"group must have 2 processes, one for each half of guidance, got {processes}")
         self._group, self._rank = group, torch.distributed.get_rank(group)
         self._waiting: tuple[float, Tensor] | None = None
         self._undo: list[Callable[[], Any]] = []
         for transformer in transformers:
-            (self._split_batches if batched else self._take_turns)(transformer)
+            if batched:
+                before = transformer.register_forward_pre_hook(self._own_half, with_kwargs=True, prepend=True)
+                after = transformer.register_forward_hook(self._both_halves)
+                self._undo += [before.remove, after.remove]
+            else:
+                forward = vars(transformer).get("forward")
+                transformer.forward = partial(self._half, transformer, transformer.forward)
+                self._undo.append(partial(_restore, transformer, forward))
 
     def remove(self) -> None:
-        """Puts back what was before; a second time does nothing."""
+        """Restores the transformers; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -52,34 +59,24 @@ class GuidanceParallel:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def _take_turns(self, transformer: torch.nn.Module) -> None:
-        before = vars(transformer).get("forward")
-        transformer.forward = partial(self._half, transformer, transformer.forward)
-        self._undo.append(partial(_restore, transformer, before))
-
     def _half(self, transformer: torch.nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> tuple:
-        """One of two calls with the same timestep; the second makes both answers whole."""
+        """Answers one of two calls with the same timestep; the second one completes both answers."""
         time = float(kwargs["timestep"].max())
         first = self._waiting is None or self._waiting[0] != time
         if first == (self._rank == 0):
-            own = forward(*args, **kwargs)[0].contiguous()
+            answer = forward(*args, **kwargs)[0].contiguous()
         else:
             latents, config = kwargs["hidden_states"], transformer.config
             channels = config.out_channels or config.in_channels
-            own = latents.new_empty(len(latents), channels, *latents.shape[2:])
+            answer = latents.new_empty(len(latents), channels, *latents.shape[2:])
         if first:
-            self._waiting = time, own
-            return (own,)
+            self._waiting = time, answer
+            return (answer,)
         _, earlier = self._waiting
         self._waiting = None
-        halves = self._all(earlier if self._rank == 0 else own)
-        (own if self._rank == 0 else earlier).copy_(halves[1 - self._rank])
-        return (own,)
-
-    def _split_batches(self, transformer: torch.nn.Module) -> None:
-        before = transformer.register_forward_pre_hook(self._own_half, with_kwargs=True, prepend=True)
-        after = transformer.register_forward_hook(self._both_halves)
-        self._undo += [before.remove, after.remove]
+        halves = self._all(earlier if self._rank == 0 else answer)
+        (answer if self._rank == 0 else earlier).copy_(halves[1 - self._rank])
+        return (answer,)
 
     def _own_half(self, transformer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         def half(value: Any) -> Any:
@@ -90,10 +87,10 @@ class GuidanceParallel:
     def _both_halves(self, transformer: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         return torch.cat(self._all(output[0].contiguous())), *output[1:]
 
-    def _all(self, own: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(own) for _ in range(2)]
-        torch.distributed.all_gather(parts, own, group=self._group)
-        return parts
+    def _all(self, half: Tensor) -> list[Tensor]:
+        halves = [torch.empty_like(half) for _ in range(2)]
+        torch.distributed.all_gather(halves, half, group=self._group)
+        return halves
 
 
 def _restore(transformer: torch.nn.Module, forward: Any) -> None:

@@ -1,8 +1,8 @@
-"""Ulysses under the forks: tokens split over the processes of a group, heads instead inside the attention.
+"""Runs Ulysses under the forks: a group splits the tokens, and inside the attention the heads instead.
 
-Hooks split the tokens before the first block and gather them after the last projection, rotary tables are
-split alike, and `exchange` stands around the attention op: it sees all tokens, video first and then the text
-once, of a share of the heads. Text goes through every block whole, on every process.
+Hooks split the tokens before the first block and gather them after the last projection. Rotary tables are
+split alike. `exchange` surrounds the attention op, which sees all tokens, video first and then the text once,
+of a share of the heads. Text goes through every block whole, on every process.
 """
 
 import inspect
@@ -22,13 +22,13 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SequenceParallel:
-    """The share of one process in the sequence of a group.
+    """Holds one process's share of a sequence that a group divides.
 
-    Gradients are those of the sum of all processes' losses, which are equal: average them over the group.
+    Gradients are for the sum of all processes' losses, which are equal: average them over the group.
 
     Attributes:
-        degree: processes of the group; rank: this one's place, from 0.
-        ring: the `Ring` that passes keys around, None where each process has them all.
+        degree: processes of the group; rank: index of this one, from 0.
+        ring: the `Ring` that passes keys around, None if each process has them all.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
@@ -39,43 +39,43 @@ class SequenceParallel:
         self._tokens = 0
 
     def begin(self, grid: TokenGrid, block_size: int) -> None:
-        """The grid of the call that follows, and the block size of its mask."""
+        """Sets the grid of the call that follows, and the block size of its mask."""
         self._tokens = grid.video_tokens
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This process's part of all video tokens along `dim`; the last parts are filled up with zeros."""
+        """Returns this process's part of all video tokens along `dim`; zeros pad the last parts."""
         share = -(-x.shape[dim] // self.degree)
         first = min(self.rank * share, x.shape[dim])
-        own = x.narrow(dim, first, min(share, x.shape[dim] - first))
-        return pad(own, dim, share - own.shape[dim])
+        part = x.narrow(dim, first, min(share, x.shape[dim] - first))
+        return pad(part, dim, share - part.shape[dim])
 
     def own_of_first(self, count: int) -> int:
-        """How many of the first `count` video tokens are this process's."""
+        """Returns how many of the first `count` video tokens this process has."""
         share = -(-self._tokens // self.degree)
         return max(0, min(share, count - self.rank * share))
 
     def gather(self, x: Tensor) -> Tensor:
-        """All video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
+        """Returns all video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
         return gather_parts(x, 1, self._group)[:, : self._tokens]
 
     def exchange(
         self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, attend: Attention
     ) -> Tensor:
-        """Attention of `[B, n + T, H, D]`, own video tokens and all text, among those of all processes.
+        """Computes attention of `[B, n + T, H, D]`, own video tokens and all text, over all tokens.
 
-        `attend` gets `[B, N + T, h, D]`, all tokens of a share of the heads, which is filled up with heads of
-        zeros where the degree does not divide H. Returns `[B, n + T, H, D]`.
+        `attend` gets `[B, N + T, h, D]`: all tokens of a share of the heads, padded with zero heads if the
+        degree does not divide H. Returns `[B, n + T, H, D]`.
         """
-        heads, own = query.shape[2], query.shape[1] - grid.text
+        heads, own_tokens = query.shape[2], query.shape[1] - grid.text
         mixed = attend(*(self._own_heads(x, grid) for x in (query, key, value)))
         video, text = mixed.tensor_split([self._tokens], dim=1)
-        video = pad(video, 1, own * self.degree - video.shape[1])
+        video = pad(video, 1, own_tokens * self.degree - video.shape[1])
         video = SeqAllToAll4D.apply(self._group, video, 1, 2)
         output = torch.cat([video, gather_parts(text, 2, self._group)], dim=1) if grid.text else video
         return output[:, :, :heads]
 
     def _own_heads(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        """`[B, N + T, h, D]`, all tokens of this process's heads, from `[B, n + T, H, D]`."""
+        """Returns `[B, N + T, h, D]`, all tokens of this process's heads, from `[B, n + T, H, D]`."""
         x = pad(x, 2, -x.shape[2] % self.degree)
         video, text = x.tensor_split([x.shape[1] - grid.text], dim=1)
         video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : self._tokens]
@@ -84,11 +84,11 @@ class SequenceParallel:
         return torch.cat([video, text.chunk(self.degree, dim=2)[self.rank]], dim=1)
 
     def install(self, transformer: torch.nn.Module, family: ModuleType) -> list[Any]:
-        """Hooks that split the tokens before the blocks of a transformer and gather them after; to remove."""
+        """Adds and returns hooks that split tokens before a transformer's blocks and gather them after."""
         hooks = []
         for stack in family.stacks(transformer):
-            for place, block in enumerate(stack):
-                enter = _Entrance(self, block, first=place == 0)
+            for index, block in enumerate(stack):
+                enter = _Entrance(self, block, first=index == 0)
                 hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         if hasattr(transformer, "condition_embedder"):
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
@@ -96,7 +96,7 @@ class SequenceParallel:
         return hooks
 
     def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
-        """Wan's embedded time and its projection, where there is one a token (TI2V-5B)."""
+        """Splits Wan's embedded time and its projection if each token has its own (TI2V-5B)."""
         time, projected, *texts = output
         if time.ndim == 3:
             time, projected = self.shard(time, 1), self.shard(projected, 1)
@@ -107,7 +107,7 @@ class SequenceParallel:
 
 
 class _Entrance:
-    """Forward pre-hook of a block: its arguments that go by tokens, split; the stream itself only once."""
+    """Splits a block's arguments that go by tokens, as its forward pre-hook; the stream itself only once."""
 
     def __init__(self, parallel: SequenceParallel, block: torch.nn.Module, *, first: bool) -> None:
         self._parallel, self._first = parallel, first
@@ -120,13 +120,13 @@ class _Entrance:
             for name in ("hidden_states", "control_hidden_states"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
-        if arguments.get("num_tokens") is not None:  # of the given first frame, in HunyuanVideo-I2V
+        if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs
 
 
 def gather_parts(x: Tensor, dim: int, group: torch.distributed.ProcessGroup) -> Tensor:
-    """The parts of all processes of a group one after the other along `dim`."""
+    """Concatenates the parts of all processes of a group along `dim`."""
     if not torch.is_grad_enabled():
         parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(parts, x.contiguous(), group=group)
@@ -135,7 +135,7 @@ def gather_parts(x: Tensor, dim: int, group: torch.distributed.ProcessGroup) -> 
 
 
 def pad(x: Tensor, dim: int, count: int) -> Tensor:
-    """`count` zeros behind the end of `dim`."""
+    """Appends `count` zeros along `dim`."""
     if count == 0:
         return x
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, count])

@@ -1,1 +1,1 @@
-"""Options of a whole pipeline: loading, memory, caches, longer video."""
+"""Loads a whole pipeline and sets its options: memory, caches, longer video."""

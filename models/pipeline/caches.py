@@ -1,4 +1,4 @@
-"""The caches of diffusers around the blocks of a transformer: what a step takes over from those before."""
+"""Puts diffusers' caches around the blocks of a transformer: a step reuses results of the steps before."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 CACHES = ("none", "first_block", "taylorseer", "mag", "pab")
 HOOK_FILES = ("first_block_cache", "taylorseer_cache", "mag_cache", "pyramid_attention_broadcast")
-NAMELESS = ("HunyuanVideoImageToVideoPipeline",)  # does not say which call of a step it makes
+NAMELESS = ("HunyuanVideoImageToVideoPipeline",)  # pipelines that do not name the calls of a step
 WARM_UP = 3  # first steps that TaylorSeer computes at least
 Gather = Callable[[Tensor], Tensor]  # `[B, N, C]` of all processes from the `[b, n, C]` of this one
 
 
 class CacheUse:
-    """How many attention calls of the video there would have been (`due`), and how many there were.
+    """Counts attention calls of a video: `due` without a cache, `computed` with it.
 
-    Of several processes, those of this one.
+    With several processes it counts the calls of this one.
     """
 
     def __init__(self, kind: str) -> None:
@@ -31,14 +31,18 @@ class CacheUse:
         self._undo: list[Any] = []
 
     def report(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
+        """Returns the counts as values that JSON can hold."""
         return {"kind": self.kind, "due": self.due, "computed": self.computed}
 
     def watch(self, transformer: torch.nn.Module) -> None:
-        """Counts calls of the parts that the cache's hooks lie on, blocks or their attention."""
+        """Counts calls of the parts that carry the cache's hooks, blocks or their attention.
+
+        Raises ValueError if the cache has put no hook on the transformer.
+        """
         hooks = _hooks_of_blocks(transformer)
         if not hooks:
-            raise ValueError(f"cache {self.kind!r} finds no block of {type(transformer).__name__}")
+            name = type(transformer).__name__
+            raise ValueError(f"cache {self.kind!r} does not support {name}; use cache 'none'")
 
         def call_begins(*_: Any) -> None:
             self.due += 1
@@ -48,7 +52,7 @@ class CacheUse:
             self._undo.append(part.register_forward_pre_hook(call_begins).remove)
 
     def name_calls(self, transformer: torch.nn.Module) -> None:
-        """Names calls as caches want it, for a pipeline that does not: "cond", then "uncond" if any."""
+        """Names calls as caches need it, if a pipeline does not: "cond", then "uncond" if there is one."""
         running, last = ExitStack(), None
 
         def call_begins(part: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -64,7 +68,7 @@ class CacheUse:
         self._undo.append(transformer.register_forward_hook(call_ends, always_call=True).remove)
 
     def unwatch(self) -> None:
-        """Takes the counting back."""
+        """Stops counting and naming."""
         for undo in self._undo:
             undo()
         self._undo = []
@@ -81,14 +85,14 @@ class CacheUse:
 
 
 def decide_together(transformer: torch.nn.Module, gather: Gather) -> None:
-    """Has the first block's change judged by the tokens of all processes, so that all skip the same steps."""
+    """Judges the first block's change by the tokens of all processes: all of them skip the same steps."""
     for _, hook in _hooks_of_blocks(transformer):
         if hasattr(hook, "_should_compute_remaining_blocks"):
             hook._should_compute_remaining_blocks = partial(_whole_change, hook, gather)
 
 
 def _whole_change(hook: Any, gather: Gather, residual: Tensor) -> bool:
-    """The hook's own judgement, of both residuals `[B, n, C]` made whole."""
+    """Returns the hook's own decision for both residuals `[B, n, C]`, gathered from all processes."""
     state, judge = hook.state_manager.get_state(), type(hook)._should_compute_remaining_blocks
     before = state.head_block_residual
     if before is None:
@@ -101,16 +105,15 @@ def _whole_change(hook: Any, gather: Gather, residual: Tensor) -> bool:
 
 
 def _hooks_of_blocks(transformer: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
-    """The caches' hooks with the parts that they lie on."""
+    """Returns the caches' hooks with the parts that carry them."""
     parts = [part for block in blocks_of(transformer) for part in block.modules()]
-    return [(part, hook) for part in parts for hook in _cache_hooks(part)]
-
-
-def _cache_hooks(part: torch.nn.Module) -> list[Any]:
-    """The caches among the hooks of diffusers on a module."""
-    registry = vars(part).get("_diffusers_hook")
-    hooks = [] if registry is None else registry.hooks.values()
-    return [hook for hook in hooks if type(hook).__module__.endswith(HOOK_FILES)]
+    return [
+        (part, hook)
+        for part in parts
+        if "_diffusers_hook" in vars(part)
+        for hook in part._diffusers_hook.hooks.values()
+        if type(hook).__module__.endswith(HOOK_FILES)
+    ]
 
 
 @contextmanager
@@ -125,16 +128,16 @@ def cached(
     ratios: str | None = None,
     gather: Gather | None = None,
 ) -> Iterator[CacheUse]:
-    """A cache of one of `CACHES` around the transformers of a pipeline, for one video of `steps` steps.
+    """Puts one of `CACHES` around the transformers of a pipeline, for one video of `steps` steps.
 
     Args:
-        dense_steps, dense_last_steps: at both ends TaylorSeer computes at least these.
+        dense_steps, dense_last_steps: steps at both ends that TaylorSeer computes at least.
         threshold: change below which first_block and mag skip.
-        ratios: of mag, numbers with commas, or "calibrate", which skips nothing and prints them at the end.
-        gather: of several processes that share a call, its video tokens from those of each. The other caches
-            go by the step alone, and skip the same in every process.
+        ratios: for mag, numbers with commas, or "calibrate", which skips nothing and prints them at the end.
+        gather: returns the video tokens of all processes that share a call, given one's own. Caches other
+            than first_block decide by the step alone, and skip the same in every process.
 
-    Raises ValueError for a transformer on which the cache finds nothing to lie on.
+    Raises ValueError if the cache supports no part of a transformer.
     """
     use = CacheUse(kind)
     transformers = [] if kind == "none" else transformers_of(pipeline)
@@ -165,9 +168,10 @@ def _settings(
     threshold: float,
     ratios: str | None,
 ) -> Any:
-    """TaylorSeer in its light form: blocks give nothing and the last projection is extrapolated.
+    """Returns diffusers' settings of a cache.
 
-    From float32, which is little beside the blocks' tensors: rounded, processes would differ.
+    TaylorSeer runs in its light form: blocks return nothing and the last projection is extrapolated. It does
+    so in float32, which is small next to the blocks' tensors; rounded, processes would differ.
     """
     import diffusers
 
@@ -193,11 +197,11 @@ def _settings(
 
 
 def read_ratios(text: str | None) -> list[float]:
-    """Positive numbers with commas between them; ValueError for anything else."""
+    """Returns positive numbers, separated by commas; ValueError for anything else."""
     try:
-        found = [float(word) for word in (text or "").split(",")]
+        ratios = [float(number) for number in (text or "").split(",")]
     except ValueError:
-        found = []
-    if not found or not all(0 < ratio < float("inf") for ratio in found):
-        raise ValueError(f"ratios must be positive numbers with commas between them, got {text!r}")
-    return found
+        ratios = []
+    if not ratios or not all(0 < ratio < float("inf") for ratio in ratios):
+        raise ValueError(f"ratios must be positive numbers separated by commas, got {text!r}")
+    return ratios

@@ -1,6 +1,6 @@
-"""Less memory and less time through diffusers' own means: storage in 8 or 4 bits, offload, compiling, tiles.
+"""Saves memory and time by diffusers' own means: weights in 8 or 4 bits, offload, compiling, tiles.
 
-Blocks are compiled before any hook is put around them, so that offload and caches stay outside the graphs.
+Blocks are compiled before any hook is put around them, so offload and caches stay outside the graphs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,15 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def transformers_of(pipeline: "DiffusionPipeline") -> list[torch.nn.Module]:
-    """The transformers that a pipeline has, one or two."""
-    found = [getattr(pipeline, name, None) for name in TRANSFORMERS]
-    return [part for part in found if part is not None]
+    """Returns the transformers of a pipeline, one or two."""
+    parts = [getattr(pipeline, name, None) for name in TRANSFORMERS]
+    return [part for part in parts if part is not None]
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> "PipelineQuantizationConfig | None":
-    """How `from_pretrained` stores the weights of the transformers: "int8" or "nf4", None for other kinds.
+    """Returns how `from_pretrained` stores the transformers' weights: "int8" or "nf4"; None for other kinds.
 
-    Raises ImportError where torchao (int8) or bitsandbytes (nf4) is missing.
+    Raises ImportError if torchao (int8) or bitsandbytes (nf4) is missing.
     """
     from diffusers.quantizers import PipelineQuantizationConfig
 
@@ -33,7 +33,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> "PipelineQuantizationC
 
         chosen: Any = TorchAoConfig(Int8WeightOnlyConfig())
     elif kind == "nf4":
-        import bitsandbytes  # noqa: F401 (diffusers would say that it is missing only when it loads)
+        import bitsandbytes  # noqa: F401 (diffusers would report only while loading that it is missing)
         from diffusers import BitsAndBytesConfig
 
         chosen = BitsAndBytesConfig(
@@ -55,10 +55,10 @@ def economize(
     vae_tiling: str = "auto",
     stream: bool = False,
 ) -> None:
-    """Makes a loaded pipeline, with its LoRAs, smaller or faster as told, and brings it to `device`.
+    """Makes a loaded pipeline, with its LoRAs, smaller or faster, and moves it to `device`.
 
     Args:
-        vae_tiling: "always", "never", or "auto", as the pipeline was loaded.
+        vae_tiling: "always", "never", or "auto", which leaves it as the pipeline was loaded.
         stream: see `place`.
     """
     if vae_tiling != "auto":
@@ -71,7 +71,7 @@ def economize(
 
 
 def store_in_fp8(pipeline: "DiffusionPipeline", dtype: torch.dtype) -> None:
-    """Keeps the transformers' matrices in float8_e4m3fn and turns each to `dtype` for its product.
+    """Keeps the transformers' matrices in float8_e4m3fn and converts each to `dtype` for its product.
 
     Norms, patch embedding, output projection and LoRAs stay as they are.
     """
@@ -83,38 +83,38 @@ def store_in_fp8(pipeline: "DiffusionPipeline", dtype: torch.dtype) -> None:
 
 
 def compile_blocks(pipeline: "DiffusionPipeline", **options: Any) -> None:
-    """Compiles the forward of every block of the transformers; the options are those of `torch.compile`."""
+    """Compiles the forward of every block of the transformers; `options` go to `torch.compile`."""
     for transformer in transformers_of(pipeline):
         for block in blocks_of(transformer):
             block.forward = torch.compile(block.forward, **options)
 
 
 def blocks_of(transformer: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks in the lists of a transformer, which repeat the same code."""
+    """Returns the blocks in the lists of a transformer, which repeat the same code."""
     lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
     return [block for blocks in lists for block in blocks]
 
 
 def place(pipeline: "DiffusionPipeline", device: str, offload: str, *, stream: bool = False) -> None:
-    """Brings a pipeline from the host to `device`, all of it or, offloaded, what is needed at the time.
+    """Moves a pipeline from the host to `device`: all of it or, with offload, what is needed at the time.
 
     Args:
         offload: "none"; "model", one part at a time; "group", the transformers block by block and the text
             encoders layer by layer, with the VAE on the device; "sequential", everything layer by layer.
-        stream: of "group", the next block comes while one runs; not where a cache skips blocks.
+        stream: for "group", load the next block while one runs. Turn it off if a cache skips blocks.
     """
     if offload == "model":
-        pipeline.enable_model_cpu_offload(device=_own(device))
+        pipeline.enable_model_cpu_offload(device=_with_number(device))
     elif offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=_own(device))
+        pipeline.enable_sequential_cpu_offload(device=_with_number(device))
     elif offload == "group":
         _place_groups(pipeline, device, stream)
     else:
         pipeline.to(device)
 
 
-def _own(device: str) -> str:
-    """With the number of this process's GPU: diffusers takes a bare "cuda" for the first."""
+def _with_number(device: str) -> str:
+    """Adds the number of this process's GPU, since diffusers takes a bare "cuda" for the first."""
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 

@@ -1,4 +1,4 @@
-"""Families of pipelines and how one is loaded: safetensors only, fp32 VAE, the family's scheduler."""
+"""Loads pipelines of each family: safetensors only, fp32 VAE, the family's scheduler."""
 
 import json
 import re
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """One pipeline class of diffusers.
+    """Describes one pipeline class of diffusers.
 
     Attributes:
         pipeline: name of the class.
-        unipc: UniPC on flow sigmas takes the place of the model's own scheduler.
-        tiled_vae: the VAE decodes a whole video at once unless told to go tile by tile.
+        unipc: UniPC on flow sigmas replaces the model's own scheduler.
+        tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
     """
 
     pipeline: str
@@ -48,17 +48,17 @@ def load_pipeline(
     quantization_config: Any = None,
     parts: Mapping[str, Any] | None = None,
 ) -> "DiffusionPipeline":
-    """The pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
+    """Returns the pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
 
-    Weights come in `dtype`, those of the VAE in float32. The scheduler gets `flow_shift`, or keeps the shift
+    Weights are loaded in `dtype`, the VAE's in float32. The scheduler gets `flow_shift`, or keeps the shift
     that the model's own scheduler names; for Wan it becomes UniPC on flow sigmas. The VAEs of HunyuanVideo
-    and Mochi decode tile by tile. `quantization_config`: of diffusers, for some of the components.
-    `parts`: components that are there already, by name; None for those to leave out.
+    and Mochi decode tile by tile. `quantization_config`: diffusers' configuration for some of the components.
+    `parts`: components that are loaded already, by name; None leaves a component out.
 
     Raises:
-        FileNotFoundError: no such folder, hub model, model_index.json or component.
-        ValueError: an unknown family, a model_index.json that is unreadable or of another family, a broken
-            safetensors file. All of them are found before any weight is loaded.
+        FileNotFoundError: the folder, hub model, model_index.json or a component does not exist.
+        ValueError: the family is unknown, model_index.json is unreadable or of another family, or a
+            safetensors file is broken. All of these are found before any weight is loaded.
     """
     import diffusers
 
@@ -81,7 +81,7 @@ def load_pipeline(
 
 
 def shifted(scheduler: object, flow_shift: float) -> object:
-    """The same flow-matching scheduler with another shift.
+    """Returns the same flow-matching scheduler with another shift.
 
     Raises ValueError for Mochi's, whose pipeline makes its own noise levels.
     """
@@ -91,7 +91,10 @@ def shifted(scheduler: object, flow_shift: float) -> object:
 
 
 def flow_scheduler(scheduler: object, flow_shift: float | None = None) -> object:
-    """UniPC on flow sigmas with the settings of `scheduler`; its own `flow_shift` (or `shift`) where None."""
+    """Returns UniPC on flow sigmas with the settings of `scheduler`.
+
+    If `flow_shift` is None, it keeps the `flow_shift` (or `shift`) of `scheduler`.
+    """
     from diffusers import UniPCMultistepScheduler
 
     settings = dict(scheduler.config)
@@ -102,27 +105,27 @@ def flow_scheduler(scheduler: object, flow_shift: float | None = None) -> object
 
 
 def check_model(path: str, family: str) -> None:
-    """Raises what `load_pipeline` raises; reads no weights, only the index and the safetensors headers."""
+    """Raises the errors of `load_pipeline`; reads no weights, only the index and the safetensors headers."""
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     folder = Path(path)
     index = read_index(path)
-    found = index.get("_class_name")
+    class_name = index.get("_class_name")
     wanted = FAMILIES[family].pipeline
-    both = family == "wan_i2v" and found == "WanPipeline" and index.get("expand_timesteps")  # TI2V-5B
-    if found != wanted and not both:
-        raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {found}")
+    both = family == "wan_i2v" and class_name == "WanPipeline" and index.get("expand_timesteps")  # TI2V-5B
+    if class_name != wanted and not both:
+        raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {class_name}")
     if is_local(path):
         _check_components(folder, index)
 
 
 def read_index(path: str) -> dict:
-    """model_index.json of a folder or hub id; FileNotFoundError or ValueError where there is none."""
+    """Returns model_index.json of a folder or hub id; FileNotFoundError or ValueError if there is none."""
     return _read_index(Path(path)) if is_local(path) else _fetch_index(path)
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` means a folder here: it exists, its parent does, or it has not the form `owner/name`."""
+    """Returns whether `path` means a local folder: it or its parent exists, or it is not `owner/name`."""
     folder = Path(path)
     return folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.parent.is_dir()
 
@@ -130,15 +133,17 @@ def is_local(path: str) -> bool:
 def _read_index(folder: Path) -> dict:
     file = folder / "model_index.json"
     if not folder.is_dir():
-        raise FileNotFoundError(f"model folder {folder} does not exist")
+        raise FileNotFoundError(
+            f"model folder {folder} does not exist; give a folder in diffusers format or a hub id"
+        )
     if not file.is_file():
         raise FileNotFoundError(
-            f"model folder {folder} has no model_index.json, so it is not in diffusers format"
+            f"model folder {folder} has no model_index.json; give a folder in diffusers format"
         )
     try:
         index = dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} must hold a JSON object: {error}") from error
+        raise ValueError(f"{file} must hold a JSON object ({error}); download it again") from error
     return index
 
 
@@ -150,21 +155,25 @@ def _fetch_index(path: str) -> dict:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"model {path} is no folder here and not readable on the hub: {reason}"
+            f"model {path} is no local folder and cannot be read from the hub ({reason}); check the name"
         ) from error
 
 
 def _check_components(folder: Path, index: dict) -> None:
-    """Every component of the index has its folder, every safetensors file a header that fits its size."""
+    """Raises an error for a component without a folder, or a safetensors file whose header does not fit."""
     from safetensors import SafetensorError, safe_open
 
     parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
     for part in parts:
         if not (folder / part).is_dir():
-            raise FileNotFoundError(f"model folder {folder} lacks {part}/, which its model_index.json names")
+            raise FileNotFoundError(
+                f"model folder {folder} lacks {part}/, which its model_index.json names; download it again"
+            )
     for file in sorted(file for part in parts for file in (folder / part).rglob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+            raise ValueError(
+                f"{file} is not a whole safetensors file ({error}); download it again"
+            ) from error

@@ -1,8 +1,8 @@
-"""Longer video than a model was trained on: its rotary embedding turns by other angles from frame to frame.
+"""Extends a model to longer video than in training: its rotary embedding turns by other angles per frame.
 
-Hooks on the rotary embedding write the temporal part of its tables anew, or change the learned frequencies
-that it makes them of. They run before those of runtime/context.py, which split the tables and add to them, so
-that the order of the two does not matter.
+Hooks on the rotary embedding rewrite the temporal part of its tables, or change the learned frequencies from
+which it makes them. They run before the hooks of runtime/context.py, which split the tables and add to them:
+the order in which the two are installed does not matter.
 """
 
 import math
@@ -14,25 +14,25 @@ from torch import Tensor
 from .efficiency import transformers_of
 
 METHODS = ("plain", "riflex", "interpolate", "ntk", "yarn")
-WAN_BASE = 10000.0  # of a rotary embedding that does not keep it
+WAN_BASE = 10000.0  # base of Wan's rotary embedding, which does not store it
 ONE_PERIOD = 0.9  # share of a period that RIFLEx lets the new length fill
-KEPT, STRETCHED = 2.0, 1.0  # turns in training from which yarn keeps a component, up to which it does not
-LEARNED = "MochiRoPE"  # is given its frequencies
+KEPT, STRETCHED = 2.0, 1.0  # turns in training: yarn keeps from, stretches up to
+LEARNED = "MochiRoPE"  # gets its frequencies as an argument
 ROPES = ("WanRotaryPosEmbed", "HunyuanVideoRotaryPosEmbed", "HunyuanVideo15RotaryPosEmbed", LEARNED)
 FAMILIES = "Wan, Wan-VACE, HunyuanVideo, HunyuanVideo 1.5, Mochi"
 
 
 def extend_positions(model: Any, method: str, train_frames: int, frames: int) -> "PositionsHandle":
-    """Changes the temporal frequencies of a transformer, or of those of a pipeline, for a longer video.
+    """Changes the temporal frequencies of a transformer, or of a pipeline's, for a longer video.
 
     Args:
-        method: "plain" changes nothing; the others are those of `rescale`.
-        train_frames, frames: latent frames (temporal tokens) of the training and of the video to come. With
-            `frames <= train_frames`, too, nothing is changed.
+        method: "plain" changes nothing; `rescale` explains the others.
+        train_frames, frames: latent frames (temporal tokens) of the training and of the video to come. If
+            `frames <= train_frames`, nothing is changed either.
 
     Raises:
-        ValueError: an unknown method or family, a length below 1 or beyond the tables, or a transformer whose
-            positions are extended already. The model is left as it was.
+        ValueError: the method or family is unknown, a length is below 1 or beyond the tables, or a
+            transformer's positions are extended already. The model is left as it was.
     """
     _check(method, train_frames, frames)
     parts = [model] if isinstance(model, torch.nn.Module) else transformers_of(model)
@@ -43,13 +43,13 @@ def extend_positions(model: Any, method: str, train_frames: int, frames: int) ->
 
 
 class PositionsHandle:
-    """One extension of positions; `remove()`, or leaving its `with` block, takes it back."""
+    """Holds one extension of positions; `remove()`, or leaving its `with` block, undoes it."""
 
     def __init__(self, ropes: list[torch.nn.Module], change: tuple[str, int, int]) -> None:
         self._hooks = [hook for rope in ropes for hook in _install(rope, change)]
 
     def remove(self) -> None:
-        """Removes the hooks; a second time does nothing."""
+        """Removes the hooks; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -62,31 +62,31 @@ class PositionsHandle:
 
 
 def temporal_frequencies(channels: int, base: float) -> Tensor:
-    """Radians a latent frame of the pairs of `channels`, highest first: base^(-2 i / channels), float64."""
+    """Returns radians per latent frame, base^(-2 i / channels), highest first, float64 `[channels / 2]`."""
     return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
 def rescale(method: str, frequencies: Tensor, train_frames: int, frames: int) -> Tensor:
-    """What each of `frequencies`, `[..., P]`, is multiplied by, float64 `[..., P]`; exactly 1 where it stays.
+    """Returns a factor for each of `frequencies`, float64 `[..., P]`; exactly 1 for those that stay.
 
     With s = frames / train_frames above 1, n = P - 1 and periods of 2 pi / frequency latent frames:
 
     - "riflex" (RIFLEx, arXiv 2502.15894): only the intrinsic component k is lowered, to 0.9 * 2 pi / frames
-      (Eq. 8, and the 0.9 of the authors' code), and only where `frames` exceed its period. Eq. 7 makes k the
-      component of the period nearest to where videos are seen to repeat; as that is not known of each model,
-      k is that of the shortest period not below `train_frames`, since shorter ones turned over in training.
-      For HunyuanVideo (k = 4) and CogVideoX (k = 2) this is the authors' choice; for Wan it is 4, others take
-      6, as do `train_frames` of 34 to 51.
-    - "interpolate": every component by 1 / s.
-    - "ntk": the base of the embedding raised by s^(P / n), so component i by s^(-i / n): the highest stays,
-      the lowest is interpolated.
+      (Eq. 8, and the 0.9 of the authors' code), and only if `frames` exceed its period. Eq. 7 makes k the
+      component of the period nearest to where videos are seen to repeat. That is not known of each model, so
+      k is the component of the shortest period not below `train_frames`: shorter ones turned over in
+      training. For HunyuanVideo (k = 4) and CogVideoX (k = 2) this is the authors' choice; for Wan it is 4,
+      others take 6, as do `train_frames` of 34 to 51.
+    - "interpolate": every component is multiplied by 1 / s.
+    - "ntk": the base of the embedding is multiplied by s^(P / n), so component i by s^(-i / n): the highest
+      stays, the lowest is interpolated.
     - "yarn": the parts of YaRN (arXiv 2309.00071, "NTK-by-parts"): components that turned twice or more in
       training stay, those that turned once or less are interpolated, with a linear ramp between. The 32 turns
-      that it asks for in text would keep none: in the 21 latent frames of Wan the highest turns 3.3 times, in
-      the 33 of HunyuanVideo 5.3. Its temperature (Eq. 14) is left out: put into the tables, it would miss the
-      text tokens of joint attention, which have none.
+      that YaRN asks for in text would keep none: in the 21 latent frames of Wan the highest turns 3.3 times,
+      in the 33 of HunyuanVideo 5.3. Its temperature (Eq. 14) is left out: put into the tables, it would miss
+      the text tokens of joint attention, which have none.
 
-    Learned frequencies may be of any order and sign, those of each head by themselves; "ntk" reads i / n off
+    Learned frequencies may have any order and sign, and each head is scaled by itself. "ntk" reads i / n off
     their logarithms, and 0, which does not turn, stays.
     """
     rates = frequencies.detach().double().abs()
@@ -108,7 +108,7 @@ def rescale(method: str, frequencies: Tensor, train_frames: int, frames: int) ->
 
 
 def describe(method: str, train_frames: int, frames: int, frequencies: Tensor | None = None) -> str:
-    """What a method does to `frequencies`, `[P]`, in words; None for learned ones, which differ by head.
+    """Describes what a method does to `frequencies`, `[P]`; None for learned ones, which differ by head.
 
     Raises ValueError as `extend_positions` does.
     """
@@ -131,7 +131,7 @@ def describe(method: str, train_frames: int, frames: int, frequencies: Tensor | 
 
 
 class _Tables:
-    """Forward hook of a rotary embedding that makes its tables of positions and a base."""
+    """Changes the tables of a rotary embedding made of positions and a base, as its forward hook."""
 
     def __init__(self, frequencies: Tensor, patch: int, change: tuple[str, int, int]) -> None:
         factors = rescale(change[0], frequencies, *change[1:])
@@ -142,12 +142,16 @@ class _Tables:
 
     @torch.compiler.disable
     def __call__(self, rope: torch.nn.Module, args: tuple, tables: tuple[Tensor, Tensor]) -> tuple:
-        """cos and sin, `[..., S, ..., D]` with the S tokens frame by frame, their changed columns anew."""
+        """Returns cos and sin, `[..., S, ..., D]` with the S tokens frame by frame, in changed copies."""
         columns, *parts = self._turned(args[0].shape[2] // self._patch, tables[0].device)
-        return tuple(_written(*pair, columns) for pair in zip(tables, parts, strict=True))
+        copies = tuple(table.clone(memory_format=torch.contiguous_format) for table in tables)
+        for table, part in zip(copies, parts, strict=True):
+            rows = table.view(len(part), -1, table.shape[-1])
+            rows[..., columns] = part[:, None].to(table.dtype)
+        return copies
 
     def _turned(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Changed columns, their cos and sin, float32 `[frames, columns]`, made once a length and device."""
+        """Returns changed columns, cos and sin, float32 `[frames, columns]`, cached by length and device."""
         if (frames, device) not in self._parts:
             angles = torch.outer(torch.arange(frames, dtype=torch.float64), self._frequencies)
             angles = angles.repeat_interleave(2, dim=1)
@@ -156,25 +160,17 @@ class _Tables:
         return self._parts[frames, device]
 
 
-def _written(table: Tensor, part: Tensor, columns: Tensor) -> Tensor:
-    """A copy of the table with these columns, `[frames, columns]`, for all tokens of each frame."""
-    table = table.clone(memory_format=torch.contiguous_format)
-    rows = table.view(len(part), -1, table.shape[-1])
-    rows[..., columns] = part[:, None].to(table.dtype)
-    return table
-
-
 class _Learned:
-    """Forward pre-hook of a rotary embedding that is given its frequencies, `[3, H, P]`, time first."""
+    """Changes the frequencies that a rotary embedding is given, `[3, H, P]`, time first, as pre-hook."""
 
     def __init__(self, change: tuple[str, int, int]) -> None:
         self._change, self._factors = change, None
 
     @torch.compiler.disable
     def __call__(self, rope: torch.nn.Module, args: tuple) -> tuple:
-        """The arguments with those of time multiplied, in float32, as the embedding itself uses them."""
+        """Returns the arguments with temporal frequencies multiplied, in float32 as the embedding does."""
         frequencies = args[0].float()
-        if self._factors is None:  # not before a call: offloaded weights are elsewhere until then
+        if self._factors is None:  # not before a call, since offloaded weights are elsewhere until then
             method, *lengths = self._change
             self._factors = rescale(method, frequencies[0].cpu(), *lengths).float()
         temporal = frequencies[:1] * self._factors.to(frequencies.device)
@@ -182,7 +178,7 @@ class _Learned:
 
 
 def _install(rope: torch.nn.Module, change: tuple[str, int, int]) -> list[Any]:
-    """Handles of the hooks of a rotary embedding, none where nothing changes."""
+    """Adds hooks to a rotary embedding and returns their handles; none if nothing changes."""
     method, train_frames, frames = change
     if method == "plain" or frames <= train_frames:
         return []
@@ -196,7 +192,7 @@ def _install(rope: torch.nn.Module, change: tuple[str, int, int]) -> list[Any]:
 
 
 def _riflex(rates: Tensor, train_frames: int, frames: int) -> Tensor:
-    """`rescale` of "riflex"; without a period of `train_frames` or more, the longest is taken."""
+    """Computes `rescale` for "riflex"; without a period of `train_frames` or more, takes the longest."""
     periods = 2 * math.pi / rates
     turns = periods.isfinite()
     long = turns & (periods >= train_frames)
@@ -209,7 +205,7 @@ def _riflex(rates: Tensor, train_frames: int, frames: int) -> Tensor:
 
 
 def _depth(rates: Tensor) -> Tensor:
-    """Where each component is between the highest, 0, and the lowest that is not 0, 1, by logarithm."""
+    """Returns each component's position by logarithm, from 0, the highest, to 1, the lowest that is not 0."""
     below = torch.log(rates.amax(dim=-1, keepdim=True) / rates)
     span = below.where(rates > 0, 0).amax(dim=-1, keepdim=True)
     return torch.where(span > 0, below / span, 0)
@@ -224,10 +220,10 @@ def _check(method: str, train_frames: int, frames: int) -> None:
 
 
 def _rope(transformer: torch.nn.Module, frames: int) -> torch.nn.Module:
-    """The rotary embedding of a transformer; ValueError where its positions cannot be extended."""
+    """Returns the rotary embedding of a transformer; ValueError if its positions cannot be extended."""
     name, rope = type(transformer).__name__, getattr(transformer, "rope", None)
     if type(rope).__name__ not in ROPES:
-        raise ValueError(f"positions can be extended for the transformers of {FAMILIES}, got {name}")
+        raise ValueError(f"positions can be extended only for transformers of {FAMILIES}, got {name}")
     if frames > getattr(rope, "max_seq_len", frames):
         raise ValueError(
             f"frames must be at most {rope.max_seq_len}, the last position of this {name}, got {frames}"

@@ -1,1 +1,1 @@
-"""What every fork shares while a model runs."""
+"""Serves every fork while a model runs: schedule, calls, dense backend, checks, observers."""

@@ -1,10 +1,10 @@
-"""What the transformers of one pipeline share with their processors: step, grid, mask, dense or not.
+"""Shares step, grid and mask between the transformers of a pipeline and their processors.
 
-A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask
-and backend; a hook on the rotary embedding hands both to the blocks, as further entries of the rotary tuple.
-So they travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its
-call, and a compiled block uses the backend that the report names. A hook after the transformer reads what the
-layers noted of their outputs.
+A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask and
+backend. A hook on the rotary embedding passes both to the blocks, as further entries of the rotary tuple.
+They travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its call,
+and a compiled block uses the backend that the report names. A hook after the transformer reads the notes of
+the layers on their outputs.
 """
 
 import inspect
@@ -26,18 +26,23 @@ from radial_attn.kernels.contract import Call
 from ..parallel.groups import ring_refusal
 from .dense_backend import DenseBackend
 from .observe import Observer
-from .output_check import Guard
+from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 
 
-class Way(NamedTuple):
-    """How the layers of a call attend where not by upstream.
+class AttentionCall(NamedTuple):
+    """Tells the layers of a call how to attend, unless upstream serves them.
 
-    `compare`: with the definition, too; `text_lengths`: valid text tokens of each sample, int64 `[B]` on the
-    CPU, None for all; `parallel`: the processes that share the sequence. The backend "dense" is upstream's
-    dispatch, which several processes and an observer need here, or a ring's own; `valid`: the dispatch's
-    keys, bool `[B, 1, 1, S]`, None for all; `observe`: told of what each layer is given, None where nobody
-    looks on.
+    Attributes:
+        mask: blocks that are computed.
+        backend: a backend of `radial_attention`, or "dense": upstream's dispatch, which several processes and
+            an observer need here, or a ring's own.
+        quantize: as in `radial_attention`.
+        compare: also compare with the definition.
+        text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, None for all.
+        parallel: the processes that share the sequence.
+        valid: keys for the dispatch, bool `[B, 1, 1, S]`, None for all.
+        observe: gets the inputs of each layer, None without an observer.
     """
 
     mask: BlockMask
@@ -50,54 +55,46 @@ class Way(NamedTuple):
     observe: Callable[..., None] | None = None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
-    """Attention of a layer that upstream does not serve, under its watch; `[B, S, H, D]`."""
-    if way.observe is not None:
-        way.observe(processor, query, key, value)
-    of_all = partial(_attend, way=way, processor=processor)
-    if way.parallel is None:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
+    """Computes attention `[B, S, H, D]` of a layer that upstream does not serve; its check notes it."""
+    if call.observe is not None:
+        call.observe(processor, query, key, value)
+    of_all = partial(_attend, call=call, processor=processor)
+    if call.parallel is None:
         return of_all(query, key, value)
-    return way.parallel.exchange(query, key, value, way.mask.grid, of_all)
+    return call.parallel.exchange(query, key, value, call.mask.grid, of_all)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, way: Way, processor: Any) -> Tensor:
-    if way.parallel is not None and way.parallel.ring is not None:
-        output = way.parallel.ring.attend(
-            query, key, value, way.mask, backend=way.backend, text_lengths=way.text_lengths
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
+    if call.parallel is not None and call.parallel.ring is not None:
+        output = call.parallel.ring.attend(
+            query, key, value, call.mask, backend=call.backend, text_lengths=call.text_lengths
         )
-        if processor.watch is not None and way.backend != "dense" and output.numel():
-            processor.watch.note((query, key, value), output, None, None)
+        if processor.layer_check is not None and call.backend != "dense" and output.numel():
+            processor.layer_check.note((query, key, value), output, None, None)
         return output
-    if way.backend == "dense":
+    if call.backend == "dense":
         named = getattr(processor, "_attention_backend", None)
-        return dispatch_attention_fn(query, key, value, attn_mask=way.valid, backend=named)
-    options = {"text_lengths": way.text_lengths, "backend": way.backend, "quantize": way.quantize}
-    output = radial_attention(query, key, value, way.mask, **options)
-    if processor.watch is not None:
-        compared = way.mask if way.compare else None
-        processor.watch.note((query, key, value), output, compared, way.text_lengths)
+        return dispatch_attention_fn(query, key, value, attn_mask=call.valid, backend=named)
+    options = {"text_lengths": call.text_lengths, "backend": call.backend, "quantize": call.quantize}
+    output = radial_attention(query, key, value, call.mask, **options)
+    if processor.layer_check is not None:
+        compared = call.mask if call.compare else None
+        processor.layer_check.note((query, key, value), output, compared, call.text_lengths)
     return output
 
 
-def _valid(grid: TokenGrid, text_lengths: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which tokens are keys, bool `[B, 1, 1, S]`; None for all."""
-    if text_lengths is None:
-        return None
-    places = torch.arange(grid.tokens) < grid.video_tokens + text_lengths[:, None]
-    return places[:, None, None].to(device)
-
-
 class TextLengths:
-    """Valid text tokens of each sample, read once for each of the latest mask tensors of a family's calls."""
+    """Counts valid text tokens of each sample, once for each of a family's latest mask tensors."""
 
     def __init__(self, family: ModuleType) -> None:
         self._find = getattr(family, "text_mask", None)
         self._latest: list[tuple[Tensor, Tensor]] = []
 
     def read(self, arguments: dict[str, Any]) -> Tensor | None:
-        """int64 `[B]` on the CPU; None where the family's video tokens stand alone, or no mask was given.
+        """Returns int64 `[B]` on the CPU; None if the family has video tokens alone, or no mask was given.
 
-        Raises ValueError for valid tokens that do not come first.
+        Raises ValueError if valid tokens do not come first.
         """
         mask = None if self._find is None else self._find(arguments)
         if mask is None:
@@ -108,13 +105,15 @@ class TextLengths:
         valid = mask.bool().cpu()
         lengths = valid.sum(dim=-1)
         if not torch.equal(valid, torch.arange(valid.shape[-1]) < lengths.unsqueeze(-1)):
-            raise ValueError(f"valid text tokens must come first, got a mask {valid.int().tolist()}")
+            raise ValueError(
+                f"valid text tokens must come first, got a mask {valid.int().tolist()}; pad texts at the end"
+            )
         self._latest = [(mask, lengths), *self._latest[:1]]
         return lengths
 
 
 class RadialContext:
-    """State of one application: the schedule, the step, the masks of the running call, the counts."""
+    """Holds the state of one application: schedule, step, masks of the running call, counts."""
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class RadialContext:
         schedule: Schedule,
         backend: str,
         quantize: str | None,
-        guard: Guard,
+        output_check: OutputCheck,
         dense: DenseBackend,
         family: ModuleType,
         layers: int,
@@ -133,13 +132,13 @@ class RadialContext:
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
-        self.guard, self.dense, self.parallel, self.observer = guard, dense, parallel, observer
+        self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
-        reason = ring_refusal(quantize, guard.check, dense.name) if self._in_ring else None
-        if reason is not None:
-            raise ValueError(reason)
-        self._radial_way: Way | None = None
-        self._dense_way: Way | None = None
+        refused = ring_refusal(quantize, output_check.check, dense.name) if self._in_ring else None
+        if refused is not None:
+            raise ValueError(refused.reason)
+        self._radial_call: AttentionCall | None = None
+        self._dense_call: AttentionCall | None = None
         self._dtype = torch.float32
         self._family, self._layers, self._always_dense = family, layers, always_dense
         self._text = TextLengths(family)
@@ -150,7 +149,7 @@ class RadialContext:
 
     @torch.compiler.disable
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a transformer: chooses the ways of its layers; None is upstream's."""
+        """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's."""
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
@@ -161,39 +160,39 @@ class RadialContext:
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
         mask = None if dense else radial_mask(grid, self.config)
-        compare = self.guard.begin(transformer, mask, latents.device)
-        self._dense_way = None
+        compare = self.output_check.begin(transformer, mask, latents.device)
+        self._dense_call = None
         if dense or self.schedule.dense_layers:
-            self._dense_way = self._choose_dense(transformer, latents, grid, lengths)
-        self._radial_way = self._dense_way
+            self._dense_call = self._choose_dense(transformer, latents, grid, lengths)
+        self._radial_call = self._dense_call
         if mask is not None:
             backend = self._choose(latents, transformer.config.attention_head_dim, mask)
-            self._radial_way = Way(mask, backend, self.quantize, compare, lengths, self.parallel)
+            self._radial_call = AttentionCall(mask, backend, self.quantize, compare, lengths, self.parallel)
         if self.observer is not None:
             note = self.observer.of_call(step, radial_mask(grid, self.config), lengths)
-            ways = self._radial_way, self._dense_way
-            self._radial_way, self._dense_way = (way and way._replace(observe=note) for way in ways)
-        self._count(grid, None if dense else self._radial_way.backend)
+            calls = self._radial_call, self._dense_call
+            self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
+        self._count(grid, None if dense else self._radial_call.backend)
 
-    def carry(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
-        """Forward hook of the rotary embedding: adds the ways of radial and of always dense layers."""
+    def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
+        """Adds the calls of radial and of always dense layers, as forward hook of the rotary embedding."""
         if self.parallel is not None:
             rotary = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in rotary)
-        return (*rotary, self._radial_way, self._dense_way)
+        return (*rotary, self._radial_call, self._dense_call)
 
     @torch.compiler.disable
     def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of a transformer: CheckError where a layer's output is not what it should be."""
-        ways = self._radial_way, self._dense_way
-        if not any(ways):
+        """Raises CheckError if a layer's output fails its check, as forward hook of a transformer."""
+        calls = self._radial_call, self._dense_call
+        if not any(calls):
             return
         planned = self.schedule.num_steps or self._counter.planned_steps
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
-        backends = tuple("dense" if way is None else way.backend for way in ways)
-        self.guard.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
+        backends = tuple("dense" if call is None else call.backend for call in calls)
+        self.output_check.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
 
     def report(self) -> dict[str, Any]:
-        """The counts; RadialAttentionHandle.report says what they are."""
+        """Returns the counts that RadialAttentionHandle.report explains."""
         grids = [
             {
                 "grid": [grid.frames, grid.height, grid.width],
@@ -212,11 +211,11 @@ class RadialContext:
             "calls": {name: count for name, count in self._calls.items() if count},
             "quantize": self.quantize,
             "dense_backend": self.dense.report(),
-            "check": self.guard.report(),
+            "check": self.output_check.report(),
         }
 
     def _choose(self, latents: torch.Tensor, width: int, mask: BlockMask) -> str:
-        """The backend of this call's radial layers, of heads `width` wide; what "auto" takes is logged."""
+        """Returns the backend of radial layers with heads `width` wide; logs the choice of "auto"."""
         if self.backend != "auto":
             return self.backend
         call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
@@ -226,12 +225,12 @@ class RadialContext:
 
     def _choose_dense(
         self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid, lengths: Tensor | None
-    ) -> Way | None:
-        """How dense layers attend: None by upstream, whose backend may be chosen by time first."""
+    ) -> AttentionCall | None:
+        """Returns how dense layers attend: None by upstream, whose backend may be chosen by time first."""
         if self.dense.name == "sage" or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
             backend = "dense" if self._in_ring else "sage"
-            return Way(mask, backend, text_lengths=lengths, parallel=self.parallel)
+            return AttentionCall(mask, backend, text_lengths=lengths, parallel=self.parallel)
         settings = transformer.config
         heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
         shape = len(latents), grid.tokens, heads, settings.attention_head_dim
@@ -240,11 +239,14 @@ class RadialContext:
         self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
         if self.parallel is None and self.observer is None:
             return None
-        valid = _valid(grid, lengths, latents.device)
-        return Way(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
+        valid = None
+        if lengths is not None:
+            valid = torch.arange(grid.tokens) < grid.video_tokens + lengths[:, None]
+            valid = valid[:, None, None].to(latents.device)
+        return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
 
     def _count(self, grid: TokenGrid, backend: str | None) -> None:
-        """Counts the attention calls that follow; here, since a compiled block cannot count."""
+        """Counts the attention calls that follow; a compiled block cannot count them itself."""
         self._grids = [seen for seen in self._grids if seen != grid] + [grid]
         dense = self._layers if backend is None else self._always_dense
         self._calls["dense"] += dense
@@ -253,7 +255,7 @@ class RadialContext:
 
 
 def _working_dtype(latents: torch.Tensor) -> torch.dtype:
-    """That of the attention: autocast's where it is on."""
+    """Returns the dtype of the attention: autocast's if it is on."""
     kind = latents.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

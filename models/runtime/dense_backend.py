@@ -1,4 +1,4 @@
-"""Which kernel serves the dense steps and layers: upstream's dispatch as it is, a named one, or the fastest.
+"""Chooses the kernel of dense steps and layers: upstream's dispatch as it is, a named one, or the fastest.
 
 Only the self-attention processors of one application are set; cross-attention stays as it is.
 """
@@ -21,14 +21,14 @@ CHOICES = ("auto", "native", "sage")  # and every name of diffusers' dispatch
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 TIMED_DEVICES = ("cuda",)
 REPEATS = 3
-Agree = Callable[[Any], Any]  # several processes: what the first of them has for a value
+Agree = Callable[[Any], Any]  # returns the first process's value in all processes
 
 
 def check_dense_backend(name: str) -> None:
-    """Raises for a name that cannot serve dense attention here, whatever the call.
+    """Raises an error for a name that cannot serve dense attention here, whatever the call.
 
     Raises:
-        ValueError: neither in `CHOICES` nor in diffusers' dispatch; the message names the nearest.
+        ValueError: the name is neither in `CHOICES` nor in diffusers' dispatch; the message has the nearest.
         ImportError: its library is missing; the message says what to install.
     """
     absent = missing(kernel("sage").NEEDS) if name == "sage" else None
@@ -49,16 +49,18 @@ def check_dense_backend(name: str) -> None:
             pass
     except (RuntimeError, ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ImportError(f"dense_backend {name!r} cannot be used here: {reason}") from error
+        raise ImportError(
+            f"dense_backend {name!r} cannot be used here: {reason}; allowed here: auto, native"
+        ) from error
 
 
 def measure(
     names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device, masked: bool = False
 ) -> dict[str, float | None]:
-    """Seconds of dense attention on random `[B, S, H, D]` by each name of the dispatch.
+    """Returns seconds of dense attention on random `[B, S, H, D]` for each name of the dispatch.
 
-    The least of a few calls after a warm-up; None for one that this machine or these tensors do not suit, or
-    that takes no mask where the calls will be `masked`.
+    Each is the least of a few calls after a warm-up. It is None if the backend does not suit this machine or
+    these tensors, or if it takes no mask and the calls will be `masked`.
     """
     generator = torch.Generator(device).manual_seed(0)
     make = partial(torch.randn, generator=generator, dtype=dtype, device=device)
@@ -96,9 +98,10 @@ def choose(
     masked: bool = False,
     agree: Agree | None = None,
 ) -> tuple[str, dict[str, float | None]]:
-    """The fastest of `names` for `[B, S, H, D]`, and what `measure` says; measured and logged once a mask.
+    """Returns the fastest of `names` for `[B, S, H, D]`, and the times of `measure`.
 
-    With `agree` the times of the first process hold for all, which then choose alike.
+    Measures and logs once for each mask. With `agree` the times of the first process hold for all, which then
+    choose alike.
     """
 
     def build() -> tuple[str, dict[str, float | None]]:
@@ -119,14 +122,17 @@ def choose(
 
 
 class DenseBackend:
-    """The dense backend of one application: what its processors give to diffusers' dispatch.
+    """Sets the dense backend of one application: the name that its processors give to diffusers' dispatch.
 
-    `name`: "native", what the user's `set_attention_backend` and its kin say; "sage", `radial_attention`
-    with a dense mask; another name of the dispatch; or "auto", which on CUDA takes the fastest of
-    `CANDIDATES` for the shape of the run where the user chose none, and is "native" elsewhere. `agree`: see
-    `choose`.
+    `name` is one of these; `agree`: see `choose`.
 
-    Raises what `check_dense_backend` raises.
+    - "native": the user's `set_attention_backend` and similar calls decide.
+    - "sage": `radial_attention` with a dense mask.
+    - "auto": on CUDA the fastest of `CANDIDATES` for the shape of the run if the user chose none, else
+      "native".
+    - Any other name of the dispatch.
+
+    Raises the errors of `check_dense_backend`.
     """
 
     def __init__(self, name: str, agree: Agree | None = None) -> None:
@@ -140,7 +146,8 @@ class DenseBackend:
     def install(self, processor: Any) -> None:
         """Sets a processor of the application, which has the choice of the one that it replaces.
 
-        Raises ValueError where upstream does not dispatch (Mochi calls torch's SDPA) and another is named.
+        Raises ValueError if upstream does not dispatch (Mochi calls torch's SDPA) and another backend is
+        named.
         """
         self._dispatched = hasattr(processor, "_attention_backend")
         if not self._dispatched:
@@ -156,7 +163,7 @@ class DenseBackend:
         self._give(processor, chosen if self.name in CHOICES else self.name)
 
     def remove(self, processor: Any, before: Any) -> None:
-        """Hands on what the user chose since, to the processor of before."""
+        """Passes the user's choice since then on to the original processor."""
         if processor in self._given and processor._attention_backend is not self._given[processor]:
             before._attention_backend = processor._attention_backend
 
@@ -169,9 +176,9 @@ class DenseBackend:
         *,
         masked: bool = False,
     ) -> None:
-        """Chooses for the dense attention of a call, `[B, S, H, D]`; `mask` keeps the times.
+        """Chooses a backend for the dense attention of a call, `[B, S, H, D]`; `mask` caches the times.
 
-        `masked`: upstream hands the dispatch a mask of its own.
+        `masked`: upstream gives the dispatch a mask of its own.
         """
         if device.type not in TIMED_DEVICES:
             return
@@ -188,7 +195,7 @@ class DenseBackend:
             self._give(processor, None if name == "native" else name)
 
     def report(self) -> dict[str, Any]:
-        """`name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
+        """Returns `name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
         chosen = next((processor._attention_backend for processor in self._given), None)
         native = _active() if self._dispatched else "native"
         backend = "sage" if self.name == "sage" else chosen.value if chosen else native
@@ -204,7 +211,7 @@ class DenseBackend:
 
 
 def _active() -> str:
-    """The backend of processors that name none."""
+    """Returns the backend of processors that name none."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     return _AttentionBackendRegistry.get_active_backend()[0].value

@@ -1,8 +1,8 @@
-"""A watch over attention outputs: a run stops at one that is not finite, or far from the definition.
+"""Checks attention outputs: a run stops at one that is not finite, or far from the definition.
 
-Every layer notes on the device what its output is like, and nobody waits for it; after each call of a
-transformer the notes of all its layers are read at once. Notes are tensors that a compiled block writes in
-place, and the comparison is one operator, so that neither adds a graph break.
+Every layer notes on the device whether its output is good, without waiting for the device. After each call of
+a transformer the notes of all its layers are read at once. Notes are tensors that a compiled block writes in
+place, and the comparison is one operator: neither adds a graph break.
 """
 
 import logging
@@ -26,13 +26,13 @@ MOST_ERROR = 0.2  # relative L2 norm; 8-bit products stay under half of it
 
 
 class CheckError(RuntimeError):
-    """An attention output that is not finite or far from the definition; one line with layer and backend."""
+    """Names layer and backend of an attention output that is not finite or far from the definition."""
 
 
 def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
-    """`check` with "auto" resolved: "nan" where products are quantised, else "off".
+    """Returns `check` with "auto" resolved: "nan" if products are quantised, else "off".
 
-    Raises ValueError for a name that is not in `CHECKS`.
+    Raises ValueError if the name is not in `CHECKS`.
     """
     if check not in CHECKS:
         raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {check!r}")
@@ -41,8 +41,8 @@ def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
     return "nan" if quantize is not None or "sage" in backends else "off"
 
 
-class Watch:
-    """What one layer notes: `bad`, bool `[]`, an output was not finite; `error`, float32 `[2]`.
+class LayerCheck:
+    """Holds one layer's notes: `bad`, bool `[]`, an output was not finite; `error`, float32 `[2]`.
 
     `layer`: its name; `dense`: whether it is dense at every step.
     """
@@ -52,7 +52,7 @@ class Watch:
         self.move_to(torch.device("cpu"))
 
     def move_to(self, device: torch.device) -> None:
-        """Fresh notes on another device."""
+        """Makes empty notes on another device."""
         with torch.inference_mode(False):
             self.bad = torch.zeros((), dtype=torch.bool, device=device)
             self.error = torch.zeros(2, device=device)
@@ -60,7 +60,7 @@ class Watch:
     def note(
         self, inputs: Sequence[Tensor], output: Tensor, mask: BlockMask | None, text_lengths: Tensor | None
     ) -> None:
-        """Takes down an output `[B, S, H, D]` of `inputs`; with a mask also its error, sampled."""
+        """Notes an output `[B, S, H, D]` of `inputs`; with a mask also its error, sampled."""
         output = output.detach()
         finite = torch.stack(torch.aminmax(output)).isfinite().all()
         self.bad.logical_or_(finite.logical_not().to(self.bad.device))
@@ -83,10 +83,11 @@ def sampled_error(  # noqa: PLR0917 (an operator's schema is positional)
     grid: list[int],
     text_lengths: Tensor | None,
 ) -> Tensor:
-    """Relative L2 norm and cosine, float32 `[2]`, of some query blocks' error; tensors `[B, S, H, D]`.
+    """Returns relative L2 norm and cosine, float32 `[2]`, of the error of some query blocks.
 
     Args:
-        blocks, block_size, grid: of the mask; the grid as frames, height, width, text.
+        query, key, value, output: `[B, S, H, D]`.
+        blocks, block_size, grid: the mask, with its grid as frames, height, width, text.
         text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, or None for all.
     """
     mask = BlockMask(TokenGrid(*grid), block_size, blocks)
@@ -102,29 +103,29 @@ def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(2, dtype=torch.float32)
 
 
-class Guard:
-    """The watches of all transformers of one application; `check`: "off", "nan" or "reference"."""
+class OutputCheck:
+    """Holds the layer checks of all transformers of one application; `check`: "off", "nan" or "reference"."""
 
     def __init__(self, check: str) -> None:
         self.check = check
-        self._watches: dict[torch.nn.Module, list[Watch]] = {}
+        self._layers: dict[torch.nn.Module, list[LayerCheck]] = {}
         self._compared: set[tuple[torch.nn.Module, TokenGrid]] = set()
         self._comparing = False
         self._errors: list[tuple[str, OutputError]] = []
 
-    def watch(self, transformer: torch.nn.Module, dense: bool, layer: str) -> Watch | None:
-        """The watch of the transformer's next layer by order of execution, None where nothing is checked."""
+    def add_layer(self, transformer: torch.nn.Module, dense: bool, layer: str) -> LayerCheck | None:
+        """Adds the check of the next layer, in the order in which they run; None if nothing is checked."""
         if self.check == "off":
             return None
-        watches = self._watches.setdefault(transformer, [])
-        watches.append(Watch(layer, dense))
-        return watches[-1]
+        layers = self._layers.setdefault(transformer, [])
+        layers.append(LayerCheck(layer, dense))
+        return layers[-1]
 
     def begin(self, transformer: torch.nn.Module, mask: BlockMask | None, device: torch.device) -> bool:
-        """Whether a call on `device` is compared: the first with a mask of the transformer and grid."""
-        for watch in self._watches.get(transformer, []):
-            if watch.bad.device != device:
-                watch.move_to(device)
+        """Returns whether a call on `device` is compared: the first with a mask, by transformer and grid."""
+        for layer_check in self._layers.get(transformer, []):
+            if layer_check.bad.device != device:
+                layer_check.move_to(device)
         self._comparing = self.check == "reference" and mask is not None
         if self._comparing:
             call = transformer, mask.grid
@@ -133,50 +134,54 @@ class Guard:
         return self._comparing
 
     def end(self, transformer: torch.nn.Module, backends: tuple[str, str], moment: str) -> None:
-        """Reads the notes of the call that ended, on one wait for the device.
+        """Reads the notes of the call that ended, with one wait for the device.
 
         Args:
-            backends: of the layers that are not dense at every step, and of those that are.
-            moment: step and data type, for the message.
+            backends: backend of the layers that are not dense at every step, and backend of the others.
+            moment: step and dtype, for the message.
 
         Raises:
             CheckError: an output was not finite, or the error of one is above `MOST_ERROR`.
         """
-        watches = self._watches[transformer]
-        bad = torch.stack([watch.bad for watch in watches]).tolist()
+        layers = self._layers[transformer]
+        bad = torch.stack([layer_check.bad for layer_check in layers]).tolist()
         if any(bad):
-            watch = watches[bad.index(True)]
-            for each in watches:
+            layer_check = layers[bad.index(True)]
+            for each in layers:
                 each.bad.zero_()
-            name, backend = self._name(transformer, watch), backends[watch.dense]
-            raise CheckError(f"non-finite attention output in {name} at {moment}, backend {backend}")
+            name, backend = self._name(transformer, layer_check), backends[layer_check.dense]
+            raise CheckError(
+                f"non-finite attention output in {name} at {moment}, backend {backend}; try another backend"
+            )
         if self._comparing:
-            sparse = [watch for watch in watches if not watch.dense]
+            sparse = [layer_check for layer_check in layers if not layer_check.dense]
             self._compare(transformer, sparse, backends[0], moment)
 
     def report(self) -> dict[str, object]:
-        """`mode`; of outputs that were compared how many (`compared`) and where the `worst` is."""
+        """Returns `mode`, and if outputs were compared, how many (`compared`) and the `worst` of them."""
         if not self._errors:
             return {"mode": self.check}
         name, error = max(self._errors, key=lambda entry: entry[1].relative_l2)
         worst = {"where": name, "relative_l2": error.relative_l2, "cosine": error.cosine}
         return {"mode": self.check, "compared": len(self._errors), "worst": worst}
 
-    def _compare(self, transformer: torch.nn.Module, watches: list[Watch], backend: str, moment: str) -> None:
-        found = []
-        for watch, values in zip(watches, torch.stack([w.error for w in watches]).tolist(), strict=True):
-            found.append((self._name(transformer, watch), OutputError(*values)))
+    def _compare(
+        self, transformer: torch.nn.Module, layers: list[LayerCheck], backend: str, moment: str
+    ) -> None:
+        errors = []
+        for layer_check, values in zip(layers, torch.stack([w.error for w in layers]).tolist(), strict=True):
+            errors.append((self._name(transformer, layer_check), OutputError(*values)))
             text = "check %s: %s against reference: %s"
-            logging.getLogger("radial_attn").info(text, found[-1][0], backend, found[-1][1])
-        self._errors += found
-        for name, error in found:
+            logging.getLogger("radial_attn").info(text, errors[-1][0], backend, errors[-1][1])
+        self._errors += errors
+        for name, error in errors:
             if not error.relative_l2 <= MOST_ERROR:
                 raise CheckError(
                     f"wrong attention output in {name} at {moment}, backend {backend}: {error} against "
-                    f"the reference, allowed: relative L2 {MOST_ERROR}"
+                    f"the reference, above the limit of relative L2 {MOST_ERROR}; try another backend"
                 )
 
-    def _name(self, transformer: torch.nn.Module, watch: Watch) -> str:
-        """Of two transformers the second is named."""
-        number = list(self._watches).index(transformer)
-        return watch.layer + (f" of transformer_{number + 1}" if number else "")
+    def _name(self, transformer: torch.nn.Module, layer_check: LayerCheck) -> str:
+        """Returns the layer's name, with its transformer if that is the second."""
+        number = list(self._layers).index(transformer)
+        return layer_check.layer + (f" of transformer_{number + 1}" if number else "")

@@ -1,4 +1,4 @@
-"""Which denoising steps and layers are dense, and which step a call of a transformer belongs to."""
+"""Decides which denoising steps and layers are dense, and to which step a call of a transformer belongs."""
 
 import weakref
 from dataclasses import dataclass
@@ -9,49 +9,67 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which denoising steps and layers are dense.
+    """Decides which denoising steps and layers are dense.
 
     Steps `0 .. dense_steps - 1` and the last `dense_last_steps` are dense in every layer, layers
-    `0 .. dense_layers - 1` at every step. `num_steps`: denoising steps of a video, where no pipeline tells.
-    Raises ValueError for a value that is no whole number from 0 on.
+    `0 .. dense_layers - 1` at every step. A float as `dense_steps` is a share of the steps of each run,
+    rounded to the nearest step. `num_steps`: denoising steps of a video, if no pipeline knows them. Raises
+    ValueError for a value that is not a whole number of at least 0, and for a share outside (0, 1).
     """
 
-    dense_steps: int = 0
+    dense_steps: int | float = 0
     dense_layers: int = 0
     dense_last_steps: int = 0
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "dense_steps" and isinstance(value, float):
+                if not 0 < value < 1:
+                    raise ValueError(
+                        f"dense_steps as a share of the steps must be above 0 and below 1, got {value!r}"
+                    )
+                continue
             allowed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             if not allowed and not (name == "num_steps" and value is None):
-                raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
 
     def is_dense(self, step: int, planned_steps: int | None) -> bool:
-        """Whether `step` (from 0) is dense in every layer.
+        """Returns whether `step` (from 0) is dense in every layer.
 
-        `planned_steps`: what the scheduler says, for want of `num_steps`. Raises ValueError where neither is
-        known and the last steps are to be dense.
+        `planned_steps`: steps of the scheduler, used if `num_steps` is None. Raises ValueError if neither is
+        known and a share of the steps or the last steps are to be dense.
         """
-        if step < self.dense_steps or self.dense_last_steps == 0:
-            return step < self.dense_steps
+        leading = self.leading_steps(planned_steps)
+        if step < leading or self.dense_last_steps == 0:
+            return step < leading
+        return step >= self._total("dense_last_steps", planned_steps) - self.dense_last_steps
+
+    def leading_steps(self, planned_steps: int | None) -> int:
+        """Returns how many steps at the start are dense; arguments and errors as in `is_dense`."""
+        if isinstance(self.dense_steps, int):
+            return self.dense_steps
+        return round(self.dense_steps * self._total("dense_steps", planned_steps))
+
+    def _total(self, option: str, planned_steps: int | None) -> int:
+        """Returns the steps of a video; raises ValueError, which names the option, if they are not known."""
         total = self.num_steps or planned_steps
         if total is None:
             raise ValueError(
-                f"dense_last_steps={self.dense_last_steps} needs the number of steps: give num_steps, or a "
-                f"pipeline whose scheduler.set_timesteps was called; got num_steps=None"
+                f"{option}={getattr(self, option)} needs the number of steps, got num_steps=None: give "
+                "num_steps, or a pipeline whose scheduler.set_timesteps was called"
             )
-        return step >= total - self.dense_last_steps
+        return total
 
 
 class StepCounter:
     """Finds the denoising step of a transformer call from its timestep.
 
-    With a pipeline, the step is the place of the timestep in `pipeline.scheduler.timesteps`, and a new tensor
-    there (every video calls `set_timesteps`) begins a new video. Without one, or where the timestep is not in
-    that list: an equal timestep is the same step (the other guidance half), a lower one the next step, a
-    higher one a new video; with `rising` a higher one the next step, a lower one a new video. To random
-    timesteps, as in training, this rule means nothing.
+    With a pipeline, the step is the index of the timestep in `pipeline.scheduler.timesteps`, and a new tensor
+    there (every video calls `set_timesteps`) begins a new video. Without a pipeline, or if the timestep is
+    not in that list, an equal timestep is the same step (the other guidance half), a lower one the next step,
+    and a higher one a new video. With `rising` a higher one is the next step, a lower one a new video. This
+    rule means nothing for random timesteps, as in training.
     """
 
     def __init__(self, pipeline: Any = None, *, rising: bool = False) -> None:
@@ -63,11 +81,14 @@ class StepCounter:
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps of the video as the scheduler plans them, None where no scheduler tells."""
+        """Returns the steps of the video as the scheduler plans them, None without a scheduler."""
         return len(self._planned) or None
 
     def advance(self, timestep: torch.Tensor) -> tuple[int, bool]:
-        """(step, whether this call begins it); `timestep` `[B]`, or `[B, S]` a token: the maximum counts."""
+        """Returns the step, and whether this call begins it.
+
+        `timestep`: `[B]`, or `[B, S]` for each token; the maximum counts.
+        """
         value = float(timestep.max())
         new_video = self._read_plan() or self.videos_begun == 0
         step = self._planned_step(value, timestep.dtype)
@@ -83,13 +104,13 @@ class StepCounter:
         return step, begins
 
     def _scheduler(self) -> Any:
-        """The scheduler of the pipeline, None unless its timesteps were set."""
+        """Returns the scheduler of the pipeline, None unless its timesteps were set."""
         pipeline = self._pipeline and self._pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
         return scheduler if getattr(scheduler, "num_inference_steps", None) else None
 
     def _read_plan(self) -> bool:
-        """Reads the scheduler's timesteps; whether they were set anew since the last call."""
+        """Reads the scheduler's timesteps; returns whether they were set since the last call."""
         timesteps = getattr(self._scheduler(), "timesteps", None)
         if timesteps is self._timesteps:
             return False
@@ -98,9 +119,9 @@ class StepCounter:
         return True
 
     def _planned_step(self, value: float, dtype: torch.dtype) -> int | None:
-        """Place of `value` among the planned timesteps up to the rounding of `dtype`; None if it has none.
+        """Returns the index of `value` in the planned timesteps, up to rounding of `dtype`; None if absent.
 
-        Where rounding or a steep schedule makes several fit, the scheduler's own index decides.
+        If several fit, after rounding or in a steep schedule, the scheduler's own index decides.
         """
         tolerance = torch.finfo(dtype).eps * abs(value) if dtype.is_floating_point else 1.0
         near = [index for index, planned in enumerate(self._planned) if abs(planned - value) <= tolerance]

@@ -1,1 +1,1 @@
-"""Flow matching and adapters for LoRA training."""
+"""Provides flow matching and adapters for LoRA training."""

@@ -1,6 +1,6 @@
-"""The adapter that training fits to longer video: LoRA on the self-attention, in peft's layers.
+"""Makes the adapter that training fits to longer video: LoRA on the self-attention, in peft's layers.
 
-Saved as diffusers saves one, so that its pipelines load it; what it was trained for stands in the header.
+It is saved in diffusers' format, so its pipelines load it. The header describes its training.
 """
 
 import json
@@ -31,13 +31,13 @@ def add_adapter(
 ) -> dict[str, torch.nn.Parameter]:
     """Freezes a transformer and adds LoRA to the layers `targets` of each self-attention, in float32.
 
-    `seed`: of the matrices A; those of B begin at zero, so that nothing changes at first.
+    `seed` is for the matrices A; the matrices B begin at zero, so nothing changes at first.
 
     Returns:
-        The parameters to train by name.
+        The parameters to train, by name.
 
     Raises:
-        ValueError: a target that no self-attention has, or an adapter that is there already.
+        ValueError: no self-attention has a target, or there is an adapter already.
     """
     from peft import LoraConfig
 
@@ -54,36 +54,40 @@ def add_adapter(
 
 
 def target_names(transformer: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the layers `targets` of the self-attentions that have them."""
+    """Returns the full names of the layers `targets`, for the self-attentions that have them.
+
+    Raises ValueError for a target that no self-attention has.
+    """
     modules = {module: name for name, module in transformer.named_modules()}
-    places = [modules[attention] for attention in family_of(transformer).attention_layers(transformer)]
+    parents = [modules[attention] for attention in family_of(transformer).attention_layers(transformer)]
     known = set(modules.values())
     for target in targets:
-        if not any(f"{place}.{target}" in known for place in places):
+        if not any(f"{parent}.{target}" in known for parent in parents):
             layers = sorted(
-                name.removeprefix(f"{places[0]}.")
+                name.removeprefix(f"{parents[0]}.")
                 for name, module in transformer.named_modules()
-                if name.startswith(f"{places[0]}.") and isinstance(module, torch.nn.Linear)
+                if name.startswith(f"{parents[0]}.") and isinstance(module, torch.nn.Linear)
             )
             raise ValueError(
-                f"lora.targets: got {target!r}, allowed in {type(transformer).__name__}: {', '.join(layers)}"
+                f"targets must be layers of the self-attention of {type(transformer).__name__}, which has "
+                f"{', '.join(layers)}; got {target!r}"
             )
-    return [f"{place}.{target}" for place in places for target in targets if f"{place}.{target}" in known]
+    return [f"{parent}.{target}" for parent in parents for target in targets if f"{parent}.{target}" in known]
 
 
 def adapter_state(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names, on the CPU."""
+    """Returns the adapter's tensors under peft's names, on the CPU."""
     return {name.replace(f".{NAME}.", "."): value.detach().cpu() for name, value in trained.items()}
 
 
 def save_adapter(
     path: Path, trained: Mapping[str, Tensor], settings: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
-    """Writes the adapter as diffusers does, whole or not at all.
+    """Saves the adapter in diffusers' format, whole or not at all.
 
     Args:
-        settings: `r`, `lora_alpha` and what else peft is told of it.
-        about: what it was trained for, as JSON can hold it; `lora.files.read_header` gives it back.
+        settings: `r`, `lora_alpha` and peft's other settings.
+        about: describes its training in values that JSON can hold; `lora.files.read_header` returns it.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -102,7 +106,7 @@ def save_adapter(
 
 
 def adapter_settings(transformer: torch.nn.Module) -> dict[str, Any]:
-    """What peft has to know of the adapter to load it: rank, alpha, targets."""
+    """Returns the settings that peft needs to load the adapter: rank, alpha, targets."""
     config = transformer.peft_config[NAME]
     names = sorted(config.target_modules)
     return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": names}

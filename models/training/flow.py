@@ -1,4 +1,4 @@
-"""Flow matching of each family as training sees it: videos and prompts encoded, and the velocity predicted.
+"""Serves flow-matching training of each family: encodes videos and prompts, and predicts the velocity.
 
 A noisy latent is `(1 - sigma) video + sigma noise`, the velocity `noise - video`, sigma from 0 to 1.
 """
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Text = dict[str, Tensor]  # one prompt's, under the names of the pipeline's arguments, without a batch
-STEPS = 1000  # of a timestep between noise and video
+Text = dict[str, Tensor]  # a prompt's tensors by argument of the pipeline, without a batch dimension
+STEPS = 1000  # timesteps between noise and video
 
 
 @dataclass(frozen=True)
 class Flow:
-    """One family that can be trained.
+    """Describes one family that can be trained.
 
     Attributes:
-        encode_prompt: pipeline and prompt to the text arguments of its call, of a batch of one.
-        predict: `(transformer, noisy latents, sigma, text, guidance)` to the velocity.
+        encode_prompt: from pipeline and prompt to the text arguments of its call, a batch of one.
+        predict: from `(transformer, noisy latents, sigma, text, guidance)` to the velocity.
     """
 
     encode_prompt: Callable[[Any, str], Text]
@@ -29,10 +29,10 @@ class Flow:
 
 @torch.no_grad()
 def encode_video(pipeline: Any, video: Tensor) -> Tensor:
-    """Latents `[B, C, F, h, w]`, scaled for the transformer, of videos `[B, 3, frames, height, width]`.
+    """Returns latents `[B, C, F, h, w]` of videos, scaled for the transformer.
 
-    Values of a video are in [-1, 1]. The mean of the posterior is taken, so that the same video always gives
-    the same latents.
+    `video` is `[B, 3, frames, height, width]` with values in [-1, 1]. The mean of the posterior is taken: the
+    same video always gives the same latents.
     """
     vae = pipeline.vae
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
@@ -41,12 +41,12 @@ def encode_video(pipeline: Any, video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_text(pipeline: Any, family: str, prompt: str) -> Text:
-    """What the pipeline's call takes for a prompt, without the dimension of the batch."""
+    """Returns the text arguments of the pipeline's call for a prompt, without the batch dimension."""
     return {name: x[0] for name, x in FLOWS[family].encode_prompt(pipeline, prompt).items()}
 
 
 def stack_text(texts: Sequence[Text]) -> Text:
-    """The prompts of a batch, as the pipeline's call takes them."""
+    """Returns the prompts of a batch, as the pipeline's call takes them."""
     return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
 
@@ -59,15 +59,15 @@ def predict_velocity(
     *,
     guidance: float = 1.0,
 ) -> Tensor:
-    """The transformer's velocity, as `noisy` `[B, C, F, h, w]`, at noise levels `[B]`.
+    """Returns the transformer's velocity, as `noisy` `[B, C, F, h, w]`, at noise levels `sigma` `[B]`.
 
-    `guidance`: what a transformer with guidance distilled into it (HunyuanVideo) is told; others ignore it.
+    `guidance` is passed to a transformer with guidance distilled into it (HunyuanVideo); others ignore it.
     """
     return FLOWS[family].predict(transformer, noisy, sigma, text, guidance)
 
 
 def scaled(latents: Tensor, config: Any) -> Tensor:
-    """Latents as a transformer takes them: by mean and deviation of each channel, by the VAE's factor."""
+    """Scales latents for a transformer: by mean and deviation of each channel, and by the VAE's factor."""
     factor = getattr(config, "scaling_factor", None) or 1.0
     if getattr(config, "latents_mean", None) is None:
         return latents * factor
@@ -113,7 +113,7 @@ def _hunyuan(
 
 
 def _mochi(transformer: torch.nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float) -> Tensor:
-    """Mochi's timesteps rise towards the video, and its velocity points to it."""
+    """Negates Mochi's velocity, which points to the video, as its timesteps rise towards it."""
     times, mask = STEPS * (1 - sigma), text["prompt_attention_mask"]
     return -transformer(noisy, text["prompt_embeds"], times, mask, return_dict=False)[0]
 

@@ -1,1 +1,1 @@
-"""Research on attention maps: recall, decay, the error bound, sampled errors."""
+"""Analyses attention maps: recall, decay, the error bound, sampled errors."""

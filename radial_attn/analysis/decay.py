@@ -1,6 +1,7 @@
-"""Energy decay: where in time and space the attention of sampled rows lies, and how well an exponential fits.
+"""Measures energy decay: where attention lies in time and space, and how well an exponential fits.
 
-The paper's figures 4 and 8 and its eq. 3, from sums that never hold more than a few rows of the attention.
+Covers the paper's figures 4 and 8 and its eq. 3, on sampled rows, with sums that never hold more than a few
+rows of the attention.
 """
 
 from dataclasses import dataclass, fields
@@ -15,23 +16,23 @@ from ..block_mask import BlockMask
 from ..grid import TokenGrid
 from .recall import Chunk, masked_chunks
 
-STEEPNESS = (1e-3, 1e5)  # of the first guesses: decay over the whole range of distances
+STEEPNESS = (1e-3, 1e5)  # range of the first guesses: decay over all distances
 STEEPEST_RISE = 20
-FLAT = 1e-12  # variation of a curve, relative to its height, that is rounding
+FLAT = 1e-12  # variation of a curve, relative to its height, that counts as rounding
 LEAST_POINTS = 3  # two always lie on an exponential
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Sums of dense attention over `rows` sampled rows of one layer, by head; profiles of a layer add up.
+    """Holds sums of dense attention over `rows` rows of one layer, by head; profiles of a layer add up.
 
-    `d = |i - i0|` is the distance of a key's frame from the query's, `x = |l - k0|` that of their raster
-    positions within a frame, as in eq. 3 of the paper. All are float64 on the CPU.
+    `d = |i - i0|` is the distance of a key's frame from the query's, `x = |l - k0|` the distance of their
+    raster positions within a frame, as in eq. 3 of the paper. All are float64 on the CPU.
 
     Attributes:
-        rows: how many rows, of all samples.
+        rows: number of rows, of all samples.
         temporal: attention on keys at the query's own position, by d, `[H, F]`.
-        temporal_pairs: how many keys that is, `[F]`.
+        temporal_pairs: number of these keys, `[F]`.
         spatial: attention on keys of the query's own frame, by x, `[H, s]`; spatial_pairs likewise `[s]`.
         planar: the same keys by their distance in the plane of the frame, rounded, `[H, P]`; planar_pairs.
         mass: attention on all keys of the frames at distance d, `[H, F]`.
@@ -58,33 +59,33 @@ class Profile:
 
     @property
     def temporal_curve(self) -> Tensor:
-        """Mean attention on one key at the query's position in a frame at distance d, `[H, F]`.
+        """Returns the mean attention on one key at the query's position in a frame at distance d, `[H, F]`.
 
-        Not a number at distances that no sampled row has.
+        It is NaN at distances that no sampled row has.
         """
         return self.temporal / self.temporal_pairs
 
     @property
     def spatial_curve(self) -> Tensor:
-        """Mean attention on one key of the query's frame at raster distance x, `[H, s]`."""
+        """Returns the mean attention on one key of the query's frame at raster distance x, `[H, s]`."""
         return self.spatial / self.spatial_pairs
 
     @property
     def planar_curve(self) -> Tensor:
-        """Mean attention on one key of the query's frame at a distance in its plane, `[H, P]`."""
+        """Returns the mean attention on one key of the query's frame at a distance in its plane, `[H, P]`."""
         return self.planar / self.planar_pairs
 
     @property
     def is_temporal(self) -> Tensor:
-        """Heads with more attention on the column of the query's position than on its frame, bool `[H]`.
+        """Marks heads, bool `[H]`, with more attention on the query's position in all frames than its frame.
 
-        Both have about as many keys: a frame `s`, the column `2 column_reach + 1` of each frame.
+        Both have about equally many keys: a frame `s`, the column `2 column_reach + 1` of each frame.
         """
         return self.column > self.mass[:, 0]
 
 
 class Fit(NamedTuple):
-    """`y = exp(-a x + b)`, and the R^2 of y (not of log y); None where y does not vary."""
+    """Holds `y = exp(-a x + b)` and the R^2 of y (not of log y), None if y does not vary."""
 
     a: float
     b: float
@@ -92,18 +93,18 @@ class Fit(NamedTuple):
 
 
 def column_reach(grid: TokenGrid) -> int:
-    """Raster distance up to which a column through all frames has about as many keys as one frame."""
+    """Returns the raster distance up to which a column through all frames has about a frame's keys."""
     return max(0, round((grid.tokens_per_frame / grid.frames - 1) / 2))
 
 
 def measure(
     query: Tensor, key: Tensor, mask: BlockMask, rows: Tensor, *, text_lengths: Tensor | None = None
 ) -> Profile:
-    """The profile of some rows of a layer, of all samples together.
+    """Measures the profile of some rows of a layer, of all samples together.
 
     Args:
         query, key: `[B, S, H, D]`.
-        mask: whose kept part is summed up; the attention itself is dense.
+        mask: its kept part is summed up; the attention itself is dense.
         rows: video tokens, int64 `[R]`, as from `radial_attn.analysis.recall.sample_rows`.
         text_lengths: valid text tokens of each sample, integers `[B]`, or None for all.
 
@@ -132,73 +133,71 @@ def measure(
 
 
 def distances(rows: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-    """Of each row and frame the distance in frames, int64 `[R, F]`; of each row and position, `[R, s]`."""
+    """Returns the distance of each row from each frame, int64 `[R, F]`, and raster position, `[R, s]`."""
     frame = grid.tokens_per_frame
-    frames, places = (torch.arange(size, device=rows.device) for size in (grid.frames, frame))
-    return (frames - (rows // frame)[:, None]).abs(), (places - (rows % frame)[:, None]).abs()
+    frames, positions = (torch.arange(size, device=rows.device) for size in (grid.frames, frame))
+    return (frames - (rows // frame)[:, None]).abs(), (positions - (rows % frame)[:, None]).abs()
 
 
 def planar_distance(rows: Tensor, grid: TokenGrid) -> Tensor:
-    """Of each row and position the Euclidean distance in tokens, rounded, int64 `[R, s]`."""
-    places, own = (
-        torch.arange(grid.tokens_per_frame, device=rows.device),
-        (rows % grid.tokens_per_frame)[:, None],
-    )
-    down, across = places // grid.width - own // grid.width, places % grid.width - own % grid.width
+    """Returns the Euclidean distance of each row and position in tokens, rounded, int64 `[R, s]`."""
+    keys = torch.arange(grid.tokens_per_frame, device=rows.device)
+    queries = (rows % grid.tokens_per_frame)[:, None]
+    down, across = keys // grid.width - queries // grid.width, keys % grid.width - queries % grid.width
     return torch.hypot(down.double(), across.double()).round().long()
 
 
 def _farthest(grid: TokenGrid) -> int:
-    """How many rounded distances there are in the plane of a frame."""
+    """Counts the rounded distances in the plane of a frame."""
     return 1 + int(planar_distance(torch.tensor([0]), grid).max())
 
 
 def _of_chunk(chunk: Chunk, kept: Tensor, grid: TokenGrid, reach: int) -> dict[str, Tensor]:
-    """What the rows of a chunk add to the sums of their head."""
+    """Returns what the rows of a chunk add to the sums of their head."""
     weights, frame = chunk.scores.softmax(-1), grid.tokens_per_frame
     rows = chunk.rows.to(weights.device)
     temporal, spatial = distances(rows, grid)
     shape = -1, grid.frames, frame
-    video, of_text = weights[:, : grid.video_tokens].view(shape), weights[:, grid.video_tokens :]
-    both = (video * kept[:, : grid.video_tokens].view(shape)).sum(-1)
-    place = (rows % frame)[:, None, None].expand(-1, grid.frames, 1)
+    video, text = weights[:, : grid.video_tokens].view(shape), weights[:, grid.video_tokens :]
+    kept_mass = (video * kept[:, : grid.video_tokens].view(shape)).sum(-1)
+    position = (rows % frame)[:, None, None].expand(-1, grid.frames, 1)
     own_frame = video[torch.arange(len(rows), device=rows.device), rows // frame]
     return {
-        "temporal": _by_distance(temporal, video.gather(2, place)[..., 0], grid.frames),
+        "temporal": _by_distance(temporal, video.gather(2, position)[..., 0], grid.frames),
         "spatial": _by_distance(spatial, own_frame, frame),
         "planar": _by_distance(planar_distance(rows, grid), own_frame, _farthest(grid)),
         "mass": _by_distance(temporal, video.sum(-1), grid.frames),
-        "kept": _by_distance(temporal, both, grid.frames),
-        "text": of_text.double().sum(),
-        "text_kept": (of_text * kept[:, grid.video_tokens :]).double().sum(),
+        "kept": _by_distance(temporal, kept_mass, grid.frames),
+        "text": text.double().sum(),
+        "text_kept": (text * kept[:, grid.video_tokens :]).double().sum(),
         "column": (video.sum(1) * (spatial <= reach)).double().sum(),
     }
 
 
 def _by_distance(distance: Tensor, values: Tensor, count: int) -> Tensor:
-    """Sums of the values at each of `count` distances, float64."""
+    """Sums the values at each of `count` distances, float64."""
     sums = torch.zeros(count, dtype=torch.float64, device=values.device)
     return sums.index_add_(0, distance.flatten(), values.double().flatten())
 
 
 def bands(frames: int) -> list[range]:
-    """Frame distances of each band of the mask: 0, 1, 2 to 3, 4 to 7, ..., up to those of so many frames."""
+    """Returns the frame distances of each band of the mask: 0, 1, 2 to 3, 4 to 7, ..., below `frames`."""
     edges = [0, 1, *(1 << level for level in range(1, max(frames - 1, 1).bit_length())), frames]
     return [range(first, min(last, frames)) for first, last in pairwise(edges)][:frames]
 
 
 def fit_exponential(distance: np.ndarray, mean: np.ndarray) -> Fit | None:
-    """The least-squares fit of `y = exp(-a x + b)` to a curve: squares of y, every distance counting alike.
+    """Fits `y = exp(-a x + b)` to a curve by least squares of y; every distance counts alike.
 
     Args:
         distance, mean: float `[N]`; points that are not finite are left out.
 
     Returns:
-        None for fewer than three points, or where y is nowhere above 0.
+        None for fewer than three points, or if y is nowhere above 0.
     """
     x, y = np.asarray(distance, float), np.asarray(mean, float)
-    there = np.isfinite(x) & np.isfinite(y)
-    x, y = x[there], y[there]
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
     if len(x) < LEAST_POINTS or y.max() <= 0 or np.ptp(x) == 0:
         return None
     start, span, scale = x.min(), np.ptp(x), y.max()
@@ -209,29 +208,29 @@ def fit_exponential(distance: np.ndarray, mean: np.ndarray) -> Fit | None:
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """`rate` and `height` of the best `height exp(-rate x)`: a first guess, then damped Gauss-Newton."""
-    found, damping = _guess(x, y), 1e-3
-    error = np.square(y - found[1] * np.exp(-found[0] * x)).sum()
+    """Fits `height exp(-rate x)`, returns rate and height: a first guess, then damped Gauss-Newton."""
+    fit, damping = _guess(x, y), 1e-3
+    error = np.square(y - fit[1] * np.exp(-fit[0] * x)).sum()
     for _ in range(500):
-        shape = np.exp(-found[0] * x)
-        slopes = np.stack([-found[1] * x * shape, shape], axis=1)
+        shape = np.exp(-fit[0] * x)
+        slopes = np.stack([-fit[1] * x * shape, shape], axis=1)
         squares = slopes.T @ slopes
         step = np.linalg.solve(
-            squares + damping * np.diag(squares.diagonal() + 1e-30), slopes.T @ (y - found[1] * shape)
+            squares + damping * np.diag(squares.diagonal() + 1e-30), slopes.T @ (y - fit[1] * shape)
         )
-        tried = found + step
+        tried = fit + step
         rest = np.square(y - tried[1] * np.exp(-tried[0] * x)).sum() if tried[1] > 0 else np.inf
         if rest < error:
-            found, error, damping = tried, rest, damping / 10
+            fit, error, damping = tried, rest, damping / 10
         elif np.abs(step).max() < 1e-15 or damping > 1e12:
             break
         else:
             damping *= 10
-    return found[0], found[1]
+    return fit[0], fit[1]
 
 
 def _guess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rate and height, the best of a few hundred rates on a few hundred points, closest at first."""
+    """Guesses rate and height: best of a few hundred rates on a few hundred points, dense at first."""
     chosen = np.unique(np.geomspace(1, len(x), 256).astype(int)) - 1
     falling = np.geomspace(*STEEPNESS, 300)
     rates = np.concatenate([-falling[falling < STEEPEST_RISE], [0.0], falling])

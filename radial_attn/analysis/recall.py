@@ -1,7 +1,7 @@
-"""What a mask keeps of the attention, on sampled rows: recall, output error, and the rows themselves.
+"""Measures what a mask keeps of the attention on sampled rows: recall, output error, and the rows themselves.
 
-Dense attention is worked out for the sampled query rows alone, one head and a few rows at a time, so that
-memory grows with the length of the sequence and never with its square.
+Dense attention is computed for the sampled query rows alone, one head and a few rows at a time, so memory
+grows with the length of the sequence and never with its square.
 """
 
 import math
@@ -14,15 +14,15 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..grid import TokenGrid, require_int
 
-CHUNK = 1 << 23  # scores that are held at a time
+CHUNK = 1 << 23  # scores held at a time
 
 
 class Chunk(NamedTuple):
-    """Scores of some rows of one head of one sample.
+    """Holds the scores of some rows of one head of one sample.
 
     Attributes:
-        sample, head: which.
-        places: of the rows among all sampled ones, a slice.
+        sample, head: their numbers.
+        places: the rows' positions among all sampled rows, a slice.
         rows: query tokens, int64 `[r]` on the CPU.
         scores: float32 `[r, S]`, `q k^T / sqrt(D)`; `-inf` at padded text.
     """
@@ -35,10 +35,10 @@ class Chunk(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a mask does to some rows, by sample and head, float64 `[B, H]` on the CPU.
+    """Measures what a mask does to some rows, by sample and head, float64 `[B, H]` on the CPU.
 
     Attributes:
-        recall: mean over the rows of the share of the dense softmax mass that is on kept keys.
+        recall: mean over the rows of the share of the dense softmax mass on kept keys.
         mse: mean squared difference of masked and dense output.
         dense: mean square of the dense output; `mse / dense` is the relative error.
     """
@@ -49,20 +49,21 @@ class Kept(NamedTuple):
 
 
 def sample_rows(grid: TokenGrid, count: int, seed: int = 0) -> Tensor:
-    """Video tokens to look at, int64 `[R]`, ascending and without repetition.
+    """Samples video tokens, int64 `[R]`, ascending and without repetition.
 
-    As many in each frame, up to one; `count` above the video's tokens means all of them. Fewer than there are
-    frames are spread evenly over these. The places within a frame are drawn at random by `seed`.
+    Frames get equally many, give or take one. A `count` above the number of video tokens takes them all, one
+    below the number of frames is spread evenly over the frames. `seed` draws the positions within a frame.
 
-    Raises ValueError for a count that is no whole number from 1 on.
+    Raises:
+        ValueError: a count that is not an integer of at least 1.
     """
     require_int("count", count, 1)
     frame, count = grid.tokens_per_frame, min(count, grid.video_tokens)
     frames = [(2 * row + 1) * grid.frames // (2 * count) for row in range(count)]
     generator, rows = torch.Generator().manual_seed(seed), []
     for number in sorted(set(frames)):
-        places = torch.randperm(frame, generator=generator)[: frames.count(number)]
-        rows.append(number * frame + places.sort().values)
+        positions = torch.randperm(frame, generator=generator)[: frames.count(number)]
+        rows.append(number * frame + positions.sort().values)
     return torch.cat(rows)
 
 
@@ -74,7 +75,7 @@ def attention_rows(
     text_lengths: Tensor | None = None,
     grid: TokenGrid | None = None,
 ) -> Tensor:
-    """Dense attention of some rows after the softmax, float32 `[B, H, R, S]`: hand in a few at a time.
+    """Returns dense attention of some rows after the softmax, float32 `[B, H, R, S]`: pass a few at a time.
 
     Args:
         query, key: `[B, S, H, D]`.
@@ -85,7 +86,7 @@ def attention_rows(
         ValueError: tensors, rows and grid that do not fit together.
     """
     if grid is None and text_lengths is not None:
-        raise ValueError("text_lengths needs the grid, which says where the text begins")
+        raise ValueError("text_lengths needs the grid, to find the text: pass grid as well")
     batch, tokens, heads, _ = query.shape
     out = torch.empty(batch, heads, len(rows), tokens, dtype=torch.float32, device=query.device)
     for chunk in score_chunks(query, key, rows, grid, text_lengths):
@@ -96,7 +97,7 @@ def attention_rows(
 def recall(
     query: Tensor, key: Tensor, mask: BlockMask, rows: Tensor, *, text_lengths: Tensor | None = None
 ) -> Tensor:
-    """Share of the dense softmax mass of some rows that is on keys which the mask keeps, float32 `[B, H, R]`.
+    """Returns the share of some rows' dense softmax mass on keys that the mask keeps, float32 `[B, H, R]`.
 
     Args:
         query, key: `[B, S, H, D]`.
@@ -123,18 +124,18 @@ def kept_by(
     *,
     text_lengths: Tensor | None = None,
 ) -> list[Kept]:
-    """Recall and output error of each mask, on scores that are worked out once for all, in float32.
+    """Measures recall and output error of each mask, on scores computed once for all, in float32.
 
-    Arguments and errors as of `recall`; `value` `[B, S, H, D]`, the masks of one grid.
+    Arguments are as in `recall`, with `value` `[B, S, H, D]` and masks of one grid.
 
     Raises:
-        ValueError: as `recall`; no masks, or masks of several grids.
+        ValueError: as in `recall`; no masks, or masks of several grids.
     """
     if len({mask.grid for mask in masks}) != 1:
         raise ValueError(f"masks must be of one grid, got {[str(mask.grid) for mask in masks]}")
     for mask in masks:
         _check_heads(mask, query)
-    found = torch.zeros(len(masks), 3, query.shape[0], query.shape[2], dtype=torch.float64)
+    totals = torch.zeros(len(masks), 3, query.shape[0], query.shape[2], dtype=torch.float64)
     for chunk in score_chunks(query, key, rows, masks[0].grid, text_lengths):
         values = value[chunk.sample, :, chunk.head].float()
         weights = chunk.scores.softmax(-1)
@@ -144,18 +145,18 @@ def kept_by(
             error = chunk.scores.masked_fill(~kept, -math.inf).softmax(-1) @ values - dense
             mass = (weights * kept).sum(-1).clamp(max=1).double().sum()
             sums = torch.stack([mass, error.double().square().sum(), dense.double().square().sum()])
-            found[number, :, chunk.sample, chunk.head] += sums.cpu()
-    found[:, 0] /= len(rows)
-    found[:, 1:] /= len(rows) * value.shape[-1]
-    return [Kept(*own) for own in found]
+            totals[number, :, chunk.sample, chunk.head] += sums.cpu()
+    totals[:, 0] /= len(rows)
+    totals[:, 1:] /= len(rows) * value.shape[-1]
+    return [Kept(*measures) for measures in totals]
 
 
 def score_chunks(
     query: Tensor, key: Tensor, rows: Tensor, grid: TokenGrid | None, text_lengths: Tensor | None
 ) -> Iterator[Chunk]:
-    """The scores of all samples and heads, one after the other, at most about `CHUNK` numbers at a time.
+    """Yields the scores of all samples and heads in turn, at most about `CHUNK` numbers at a time.
 
-    Arguments as of `attention_rows`; so are the errors.
+    Arguments and errors are as in `attention_rows`.
     """
     rows = _check(query, key, rows, grid)
     batch, tokens, heads, width = query.shape
@@ -175,9 +176,9 @@ def score_chunks(
 def masked_chunks(
     query: Tensor, key: Tensor, rows: Tensor, mask: BlockMask, text_lengths: Tensor | None
 ) -> Iterator[tuple[Chunk, Tensor]]:
-    """Those of `score_chunks`, and which keys the mask keeps for their rows, bool `[r, S]`.
+    """Yields each chunk of `score_chunks` with the keys that the mask keeps for its rows, bool `[r, S]`.
 
-    Arguments and errors as of `recall`.
+    Arguments and errors are as in `recall`.
     """
     _check_heads(mask, query)
     for chunk in score_chunks(query, key, rows, mask.grid, text_lengths):
@@ -196,7 +197,7 @@ def _check_heads(mask: BlockMask, query: Tensor) -> None:
 
 
 def _check(query: Tensor, key: Tensor, rows: Tensor, grid: TokenGrid | None) -> Tensor:
-    """The rows on the CPU."""
+    """Checks the tensors and returns the rows on the CPU."""
     if query.ndim != 4 or key.shape != query.shape:
         raise ValueError(
             f"query and key must be [B, S, H, D] alike, got {list(query.shape)} and {list(key.shape)}"

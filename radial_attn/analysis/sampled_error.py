@@ -1,4 +1,4 @@
-"""How far an output is from the definition, on a sample of query blocks: affordable at any length."""
+"""Compares an output with the definition on a sample of query blocks: affordable at any length."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ..block_mask import BlockMask
 
 @dataclass(frozen=True)
 class OutputError:
-    """Difference from exact attention: relative L2 norm, and cosine of the angle; both over all values."""
+    """Measures the difference from exact attention over all values: relative L2 norm, cosine of the angle."""
 
     relative_l2: float
     cosine: float
@@ -22,7 +22,7 @@ class OutputError:
 
 
 def sample_blocks(mask: BlockMask, count: int) -> list[int]:
-    """At most `count` query blocks spread evenly over the sequence, first and last included."""
+    """Returns at most `count` query blocks, spread evenly over the sequence, first and last included."""
     last = mask.blocks.shape[-1] - 1
     return sorted({round(last * i / max(1, count - 1)) for i in range(count)})
 
@@ -37,7 +37,7 @@ def sampled_reference(
     text_lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of the query tokens of some blocks, exact up to float32.
+    """Computes attention of the query tokens of some blocks, exact up to float32.
 
     Args:
         query, key, value: `[B, S, H, D]`.
@@ -53,12 +53,12 @@ def sampled_reference(
 
 
 def sampled_rows(tensor: Tensor, mask: BlockMask, blocks: Sequence[int]) -> Tensor:
-    """The query tokens of some blocks, `[B, rows, H, D]` of `[B, S, H, D]`, in the order of `blocks`."""
+    """Selects query tokens of some blocks, `[B, rows, H, D]` of `[B, S, H, D]`, in the order of `blocks`."""
     return torch.cat([tensor[:, _tokens(mask, block)] for block in blocks], dim=1)
 
 
 def output_error(found: Tensor, wanted: Tensor) -> OutputError:
-    """The error of `found`; not a number where `found` holds values that are not finite."""
+    """Measures the error of `found`; NaN if `found` holds values that are not finite."""
     got, want = found.flatten().double(), wanted.flatten().double()
     norms = got.norm().item(), want.norm().item()
     if min(norms) == 0.0:
@@ -74,7 +74,7 @@ def _tokens(mask: BlockMask, block: int) -> slice:
 def _block_rows(
     tensors: Sequence[Tensor], mask: BlockMask, block: int, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """One query block, `[B, rows, H, D]`: heads that share a pattern together, samples one by one."""
+    """Computes one query block, `[B, rows, H, D]`: heads with one pattern together, samples one by one."""
     (query, key, value), tokens = tensors, _tokens(mask, block)
     out = torch.zeros(query[:, tokens].shape, dtype=torch.float32, device=query.device)
     patterns = mask.blocks[..., block, :].view(-1, mask.blocks.shape[-1])

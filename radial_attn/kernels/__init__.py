@@ -1,1 +1,1 @@
-"""One file a backend; each has `attention(query, key, value, mask, text_lengths, scale)`."""
+"""Holds a file or folder per backend, with `attention(query, key, value, mask, text_lengths, scale)`."""

@@ -1,4 +1,4 @@
-"""What decides whether a kernel serves a call, and what each kernel states about itself."""
+"""Defines what decides whether a kernel serves a call, and what each kernel states about itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ DTYPES = (torch.float32, *HALF)
 
 @dataclass(frozen=True)
 class Call:
-    """What decides whether a backend serves a call.
+    """Holds what decides whether a backend serves a call.
 
     Attributes:
         width: head width `D`.
         gradients: whether a backward pass may follow.
-        mask: None where it is not known yet.
+        mask: None if it is not known yet.
         quantize: one of `QUANTIZE`.
-        partial: whether over a part of the keys, with the log-sum-exp (partial.py).
+        partial: whether it covers a part of the keys, with the log-sum-exp (partial.py).
     """
 
     device: torch.device
@@ -35,19 +35,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a backend serves.
+    """States the calls that a backend serves.
 
     Attributes:
         devices: device types, None for any.
         dtypes: of query, key and value.
         widths: head widths, None for any.
         backward: device types on which it has gradients, None for any.
-        modules: what must be importable, "a|b" where one of several will do, and `install`, the line
-            that brings it.
+        modules: what must be importable, "a|b" if one of several will do.
+        install: the line that installs it.
         capability: least CUDA compute capability.
-        quantize: what it multiplies in fewer bits when asked to.
+        quantize: values of `quantize` that it serves.
         partial: whether it serves a part of the keys, without gradients or fewer bits.
-        also: what else it asks of a call: a reason against it, or None.
+        also: further check of a call; returns a reason against it, or None.
     """
 
     devices: tuple[str, ...] | None = None

@@ -1,11 +1,11 @@
-"""FlashInfer's block-sparse attention (fa3 on Hopper, fa2 elsewhere), planned once for a mask; no gradients.
+"""Runs FlashInfer's block-sparse attention (fa3 on Hopper, else fa2), planned once for a mask; no gradients.
 
-`BlockSparseAttentionWrapper` wants the keys to be whole column blocks, `N % C == 0`. Where the sequence, or
-the text of a sample, ends inside a block, the columns are cut finer: `C` is the greatest common divisor of
-block size and tokens, and a mask block becomes several columns of the plan. Its kernels gather keys token
-by token, so finer columns cost a longer index list, and there are no parts to merge.
+`BlockSparseAttentionWrapper` needs whole column blocks of keys, `N % C == 0`. If the sequence, or the text of
+a sample, ends inside a block, the columns are cut finer: `C` is the greatest common divisor of block size and
+tokens, and a mask block becomes several columns of the plan. Its kernels gather keys token by token, so finer
+columns cost a longer index list, and there are no parts to merge.
 Masks with a pattern for each head go to `VariableBlockSparseAttentionWrapper`, whose blocks have any size.
-Arguments as in flashinfer/sparse.py of flashinfer-python 0.7.2.
+Arguments are as in flashinfer/sparse.py of flashinfer-python 0.7.2.
 """
 
 import math
@@ -30,12 +30,12 @@ NEEDS = Needs(
     capability=(8, 0),
 )
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
-MOST_PLANS = 8  # of one mask: each holds 8 MiB on the device and as much pinned on the host
+MOST_PLANS = 8  # for one mask: each holds 8 MiB on the device and as much pinned on the host
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is made for; `tokens` are those that count, padded text is cut off."""
+    """Holds what a plan is made for; `tokens` counts the valid ones, padded text is cut off."""
 
     tokens: int
     heads: int
@@ -47,11 +47,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned wrapper.
+    """Holds a planned wrapper.
 
     Attributes:
-        run: `[tokens, H, D]` query, key and value to the output.
-        empty: rows without keys, bool on the device, `[tokens, H or 1, 1]`; None where there are none.
+        run: maps query, key and value `[tokens, H, D]` to the output.
+        empty: rows without keys, bool on the device, `[tokens, H or 1, 1]`; None if there are none.
     """
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,10 +61,10 @@ class Plan:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]`, sample by sample.
+    """Computes attention over the kept blocks of `mask`, sample by sample; all tensors `[B, S, H, D]`.
 
-    Rows of padded text and rows without any key are zeros. Calls on one device share a workspace: they
-    belong on one stream.
+    Rows of padded text and rows without any key are zeros. Calls on one device share a workspace, so they
+    must use one stream.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -90,8 +90,8 @@ def _attention(
     with torch.cuda.device_of(query):
         for sample, count in enumerate(counts):
             plan = plans(Shape(count, heads, width, query.dtype, query.device, scale))
-            found = plan.run(*(x[sample, :count].contiguous() for x in (query, key, value)))
-            out[sample, :count] = found if plan.empty is None else found.masked_fill(plan.empty, 0)
+            result = plan.run(*(x[sample, :count].contiguous() for x in (query, key, value)))
+            out[sample, :count] = result if plan.empty is None else result.masked_fill(plan.empty, 0)
             out[sample, count:] = 0
     return out
 
@@ -102,11 +102,15 @@ def make_plan(mask: BlockMask, shape: Shape) -> Plan:
     blocks = mask.blocks[..., :count, :count]
     with torch.inference_mode(False):
         make_run = _shared_pattern if mask.heads is None else _pattern_per_head
-        return Plan(make_run(mask.block_size, blocks, shape), _empty_rows(mask.block_size, blocks, shape))
+        run, empty = make_run(mask.block_size, blocks, shape), ~blocks.any(dim=-1)
+        if not empty.any():
+            return Plan(run, None)
+        rows = empty.view(-1, count).repeat_interleave(mask.block_size, dim=-1)[:, : shape.tokens]
+        return Plan(run, rows.T.unsqueeze(-1).to(shape.device))
 
 
 def _shared_pattern(size: int, blocks: Tensor, shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The run of a `BlockSparseAttentionWrapper` for `blocks`, bool `[Q, K]`."""
+    """Plans a `BlockSparseAttentionWrapper` and returns its run, for `blocks`, bool `[Q, K]`."""
     from flashinfer import BlockSparseAttentionWrapper
 
     columns = math.gcd(size, shape.tokens)
@@ -126,21 +130,21 @@ def _shared_pattern(size: int, blocks: Tensor, shape: Shape) -> Callable[[Tensor
 def column_lists(
     blocks: Tensor, parts: int, columns: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """CSR of `blocks`, bool `[Q, K]`, with every block cut into `parts` columns, of which `columns` exist.
+    """Returns the CSR of `blocks`, bool `[Q, K]`, each cut into `parts` columns, of which `columns` exist.
 
     Returns:
         Row offsets int32 `[Q + 1]` and column numbers int32, ascending within a row, on the device.
     """
     kept = blocks.nonzero()[:, 1].to(device, torch.int32).unsqueeze(1)
     numbers = (kept * parts + torch.arange(parts, dtype=torch.int32, device=device)).flatten()
-    missing = blocks.shape[1] * parts - columns  # of the last block
+    missing = blocks.shape[1] * parts - columns  # columns of the last block
     counts = blocks.sum(dim=1) * parts - blocks[:, -1] * missing
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return offsets.to(device, torch.int32), numbers[numbers < columns]
 
 
 def _pattern_per_head(size: int, blocks: Tensor, shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The run of a `VariableBlockSparseAttentionWrapper` for `blocks`, bool `[H, Q, K]`."""
+    """Plans a `VariableBlockSparseAttentionWrapper` and returns its run, for `blocks`, bool `[H, Q, K]`."""
     from flashinfer import VariableBlockSparseAttentionWrapper
 
     count = blocks.shape[-1]
@@ -161,7 +165,7 @@ def _pattern_per_head(size: int, blocks: Tensor, shape: Shape) -> Callable[[Tens
 
 
 def _common(shape: Shape) -> dict[str, Any]:
-    """What both wrappers plan with."""
+    """Returns the arguments with which both wrappers plan."""
     return {
         "num_qo_heads": shape.heads,
         "num_kv_heads": shape.heads,
@@ -172,16 +176,7 @@ def _common(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _empty_rows(size: int, blocks: Tensor, shape: Shape) -> Tensor | None:
-    """`Plan.empty` for `blocks`, bool `[Q, K]` or `[H, Q, K]`."""
-    empty = ~blocks.any(dim=-1)
-    if not empty.any():
-        return None
-    rows = empty.view(-1, empty.shape[-1]).repeat_interleave(size, dim=-1)[:, : shape.tokens]
-    return rows.T.unsqueeze(-1).to(shape.device)
-
-
 @lru_cache
 def workspace(device: torch.device) -> Tensor:
-    """The scratch memory of all plans on a device, made once."""
+    """Allocates the scratch memory of all plans on a device, once."""
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)

@@ -1,7 +1,7 @@
-"""Compiled FlexAttention over a BlockMask built from the CSR. The CUDA default; on the CPU without gradients.
+"""Runs compiled FlexAttention on a block mask: the CUDA default; on the CPU without gradients.
 
-The mask_mod always reads the block table: where FlexAttention runs uncompiled it ignores the block
-indices, and this keeps even that exact.
+The mask_mod always reads the block table. FlexAttention ignores the block indices if it runs uncompiled, and
+the mask_mod keeps even that exact.
 """
 
 import copy
@@ -26,7 +26,7 @@ MOST_SHAPES = 256  # compiled variants before torch.compile gives up
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """FlexAttention over the kept blocks of `mask`; all tensors `[B, S, H, D]`.
+    """Runs FlexAttention over the kept blocks of `mask`; all tensors `[B, S, H, D]`.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -55,14 +55,14 @@ def attention(
 
 
 def _check_compiler(device_type: str) -> None:
-    """Raises ImportError where what FlexAttention compiles with is missing."""
+    """Raises ImportError if FlexAttention cannot compile here."""
     problem = compiler_problem(device_type)
     if problem:
         raise ImportError(f"backend 'flex' needs {problem}, or use backend='blocks'")
 
 
 def _compiled(mask: BlockMask) -> Callable[..., Tensor]:
-    """FlexAttention, compiled for exact shapes; an error instead of a silent uncompiled run."""
+    """Returns FlexAttention compiled for exact shapes; it raises instead of running uncompiled."""
     if torch.compiler.is_compiling():
         return flex.flex_attention
     compiled = mask.cached(
@@ -77,7 +77,7 @@ def _compiled(mask: BlockMask) -> Callable[..., Tensor]:
 
 
 def _block_mask(mask: BlockMask, device: torch.device, valid: Tensor | None) -> flex.BlockMask:
-    """The mask in FlexAttention's form, made once for each mask; padded text only changes the mask_mod."""
+    """Makes the mask in FlexAttention's form, once for each mask; padded text only changes the mask_mod."""
     size = max(mask.block_size, KERNEL_BLOCK)
     first_partial = (mask.grid.tokens if valid is None else mask.grid.video_tokens) // size
 
@@ -94,7 +94,7 @@ def _block_mask(mask: BlockMask, device: torch.device, valid: Tensor | None) -> 
 
 
 def _build_block_mask(mask: BlockMask, device: torch.device, first_partial: int) -> flex.BlockMask:
-    """Kernel blocks from `first_partial` on may hold invalid tokens: they always read the mask_mod."""
+    """Builds the mask; kernel blocks from `first_partial` on may hold padding, so they read the mask_mod."""
 
     def build() -> tuple[Tensor, ...]:
         return tuple(x.to(device) for x in (mask.blocks, *_kernel_tables(mask, first_partial)))
@@ -109,7 +109,7 @@ def _build_block_mask(mask: BlockMask, device: torch.device, first_partial: int)
 
 
 def _mask_mod(table: Tensor, size: int) -> Callable[..., Tensor]:
-    """`(sample, head, query token, key token) -> kept`, read from the block table."""
+    """Returns `(sample, head, query token, key token) -> kept`, read from the block table."""
     table = table if table.ndim == 3 else table.unsqueeze(0)
     shared = len(table) == 1
 
@@ -120,7 +120,7 @@ def _mask_mod(table: Tensor, size: int) -> Callable[..., Tensor]:
 
 
 def _and_valid(kept: Callable[..., Tensor], valid: Tensor) -> Callable[..., Tensor]:
-    """A mask_mod that also leaves out the keys of padded text; `valid` tokens of each sample, `[B]`."""
+    """Returns a mask_mod that also drops the keys of padded text; `valid`: tokens of each sample, `[B]`."""
 
     def kept_and_valid(sample: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return kept(sample, head, row, column) & (column < valid[sample])
@@ -129,7 +129,7 @@ def _and_valid(kept: Callable[..., Tensor], valid: Tensor) -> Callable[..., Tens
 
 
 def _kernel_tables(mask: BlockMask, first_partial: int) -> tuple[Tensor, ...]:
-    """Counts `[1, H, Q]` and indices `[1, H, Q, K]` of partial, then of full blocks of the kernel's size.
+    """Returns counts `[1, H, Q]` and indices `[1, H, Q, K]` of partial, then of full kernel blocks.
 
     A kernel block that holds several blocks of the mask is full only if all of them are kept.
     """
@@ -143,7 +143,7 @@ def _kernel_tables(mask: BlockMask, first_partial: int) -> tuple[Tensor, ...]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept blocks of each row, first and ascending, int32: counts `[1, H, Q]`, indices `[1, H, Q, K]`."""
+    """Lists kept blocks of each row first, ascending: int32 counts `[1, H, Q]`, indices `[1, H, Q, K]`."""
     counts = blocks.sum(dim=-1, dtype=torch.int32)
     indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return counts.unsqueeze(0), indices.unsqueeze(0)

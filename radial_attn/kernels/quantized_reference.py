@@ -1,7 +1,7 @@
-"""What attention on operands of 8 bits computes, in plain PyTorch: the definition of the quantised kernels.
+"""Defines attention on 8-bit operands in plain PyTorch, to test the quantised kernels.
 
-Only the order of sums differs from the kernels, and that they round weights against the largest score so far,
-this against the largest of the row.
+The kernels differ only in the order of sums and in rounding: they round weights against the largest score so
+far, this file against the largest of the row.
 """
 
 import math
@@ -27,10 +27,10 @@ def quantized_attention(
     columns: int = 64,
     fp8_values: bool = True,
 ) -> Tensor:
-    """Attention with scores from `bits` ("int8" or "fp8"), heads first: `[B, H, S, D]` float32 in and out.
+    """Computes attention with scores from `bits` ("int8" or "fp8"): float32 `[B, H, S, D]` in and out.
 
     Args:
-        keep: bool, which (query, key) pairs count, broadcast to `[B, H, S, S]`; every row keeps one.
+        keep: bool, the (query, key) pairs that count, broadcast to `[B, H, S, S]`; every row keeps one.
         columns: tokens of a group of keys that shares a scale.
         fp8_values: weights x values in fp8 too.
     """
@@ -49,12 +49,12 @@ def quantized_attention(
 
 
 def quantize(tensor: Tensor, bits: str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Rounded numbers up to `TOPS[bits]`, and their scale, which the dimensions `dims` share."""
+    """Returns rounded numbers up to `TOPS[bits]` and their scale, which the dimensions `dims` share."""
     scales = tensor.abs().amax(dim=dims, keepdim=True).clamp(min=LEAST) / TOPS[bits]
     numbers = tensor / scales
     return (numbers.round() if bits == "int8" else to_fp8(numbers)), scales
 
 
 def to_fp8(numbers: Tensor) -> Tensor:
-    """float32 numbers rounded as fp8 e4m3 holds them."""
+    """Rounds float32 numbers to the values of fp8 e4m3, in float32."""
     return numbers.to(FP8).float()

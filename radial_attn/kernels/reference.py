@@ -1,4 +1,4 @@
-"""Attention with the mask expanded to tokens: the definition that every other backend is tested against."""
+"""Defines attention with the mask expanded to tokens; every other backend is tested against it."""
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ def attention(
     scale: float,
     quantize: str | None = None,
 ) -> Tensor:
-    """SDPA under the token mask; all tensors `[B, S, H, D]`, memory quadratic in `S`.
+    """Computes SDPA under the token mask; all tensors `[B, S, H, D]`, memory quadratic in `S`.
 
-    Keys of padded text are not attended, rows of padded text and rows without any key are zeros.
+    Keys of padded text are not attended. Rows of padded text and rows without any key are zeros.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
-        quantize: "int8" or "fp8": rounded as the quantised kernels round, for judging them anywhere.
+        quantize: "int8" or "fp8" rounds as the quantised kernels do, to test them on any device.
     """
     keep = mask.token_mask().to(query.device)
     keep = keep.view(1, -1, *keep.shape[-2:])
@@ -49,9 +49,9 @@ def attention(
 def partial_attention(
     query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]`; all in float32.
+    """Returns output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]`.
 
-    `text_lengths`: valid text tokens of each sample, int64 `[B]`, or None for all.
+    Computes in float32. `text_lengths`: valid text tokens of each sample, int64 `[B]`, or None for all.
     """
     rows, keys = query.shape[1], key.shape[1]
     keep = part.blocks.repeat_interleave(part.block_size, -2).repeat_interleave(part.block_size, -1)

@@ -1,8 +1,8 @@
-"""SageAttention: scores from int8, for sparse masks through SpargeAttn or sparse_sageattn; no gradients.
+"""Runs SageAttention: scores from int8, sparse masks through SpargeAttn or sparse_sageattn; no gradients.
 
-A kernel block is either computed or skipped, so a mask goes to a library only where each of the library's
-blocks lies in mask blocks of one kind; anything else raises and says what would do. Padded text is cut off,
-sample by sample. Dense masks, and the `dense` that models may call, go to the library sageattention.
+A kernel block is either computed or skipped, so a library takes a mask only if each of its kernel blocks lies
+in mask blocks of one kind. Anything else raises an error that says what to change. Padded text is cut off,
+sample by sample. Dense masks, and `dense`, which models may call, go to the library sageattention.
 third_party/README.md names the versions whose signatures and block shapes this file follows.
 """
 
@@ -21,8 +21,8 @@ from .contract import HALF, Needs
 
 SPARSE = ("spas_sage_attn", "sparse_sageattn")
 INSTALL = "third_party/README.md says how to install it"
-KEY_BLOCK = 64  # of sageattention 1 and sparse_sageattn, which count keys missing from it as zeros
-LEAST_TOKENS = 128  # of spas_sage_attn
+KEY_BLOCK = 64  # keys a block in sageattention 1 and sparse_sageattn; both count missing keys as zeros
+LEAST_TOKENS = 128  # fewest that spas_sage_attn takes
 SKIP_NOTHING = 1e6  # spas_sage_attn leaves out weights this many powers of two below the largest so far
 NEEDS = Needs(
     devices=("cuda",),
@@ -39,7 +39,7 @@ NEEDS = Needs(
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]`, left unchanged.
+    """Computes attention over the kept blocks of `mask`; leaves all tensors, `[B, S, H, D]`, unchanged.
 
     Rows of padded text and rows without any key are zeros.
 
@@ -47,7 +47,7 @@ def attention(
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
 
     Raises:
-        ImportError: no library for this mask.
+        ImportError: no library for this mask is installed.
         ValueError: a scale that is not positive; a mask or a text length that the installed library cannot
             take exactly.
     """
@@ -58,7 +58,7 @@ def attention(
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention of every token over all, `[B, S, H, D]`, through sageattention; inputs left unchanged.
+    """Computes dense attention, `[B, S, H, D]`, through sageattention; leaves the inputs unchanged.
 
     Args:
         scale: factor on the scores, `D ** -0.5` by default; positive.
@@ -92,7 +92,7 @@ def _attention(
 
 
 def choose(mask: BlockMask, device: torch.device) -> tuple[str | None, str]:
-    """The library that takes a mask, or None and why not, which begins with "needs" where none is there."""
+    """Returns the library that takes a mask, or None and why not: "needs ..." if none is installed."""
     names = ("sageattention",) if mask.is_dense else ()
     names = (*names, *SPARSE)
     installed = [name for name in names if find_spec(name) is not None]
@@ -106,7 +106,7 @@ def choose(mask: BlockMask, device: torch.device) -> tuple[str | None, str]:
 
 
 def _objection(library: str, mask: BlockMask, device: torch.device) -> str | None:
-    """Why an installed library cannot take a mask exactly; None where it can."""
+    """Says why an installed library cannot take a mask exactly; None if it can."""
     if library == "sageattention":
         return _unmasked(mask.grid.tokens)
     rows, columns = block_shape(library, device)
@@ -119,27 +119,27 @@ def _objection(library: str, mask: BlockMask, device: torch.device) -> str | Non
 
 
 def _length_objection(library: str, tokens: int) -> str | None:
-    """Why a sparse library is not exact at a length of the sequence; None where it is."""
+    """Says why a sparse library is not exact at a length of the sequence; None if it is."""
     if library == "spas_sage_attn" and tokens < LEAST_TOKENS:
         return f"with {library} takes {LEAST_TOKENS} tokens or more, got {tokens}"
     if library == "sparse_sageattn" and tokens % KEY_BLOCK:
         return (
             f"with {library} takes multiples of {KEY_BLOCK} tokens, got {tokens} without padded text: "
-            "spas_sage_attn takes any"
+            "install spas_sage_attn, which takes any"
         )
     return None
 
 
 def block_shape(library: str, device: torch.device) -> tuple[int, int]:
-    """Query and key tokens of a kernel block."""
+    """Returns the query and key tokens of a kernel block."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return (64, 128) if hopper and library == "spas_sage_attn" else (128, 64)
 
 
 def kernel_blocks(mask: BlockMask, rows: int, columns: int) -> Tensor | None:
-    """The mask in blocks of `rows` x `columns` tokens, bool `[H or 1, Q, K]` on the CPU.
+    """Converts the mask to blocks of `rows` x `columns` tokens, bool `[H or 1, Q, K]` on the CPU.
 
-    None where a kernel block would hold mask blocks of both kinds.
+    Returns None if a kernel block would hold mask blocks of both kinds.
     """
 
     def build() -> Tensor | None:
@@ -154,7 +154,7 @@ def kernel_blocks(mask: BlockMask, rows: int, columns: int) -> Tensor | None:
 
 
 def _resized(blocks: Tensor, dim: int, size: int, wanted: int) -> Tensor | None:
-    """Blocks of `wanted` tokens along a dimension instead of `size`; None where they are not of one kind."""
+    """Resizes blocks from `size` to `wanted` tokens along a dimension; None if one would hold both kinds."""
     if size >= wanted:
         return blocks.repeat_interleave(size // wanted, dim)
     ratio = wanted // size
@@ -167,7 +167,7 @@ def _resized(blocks: Tensor, dim: int, size: int, wanted: int) -> Tensor | None:
 def _sparse(
     library: str, mask: BlockMask, query: Tensor, key: Tensor, value: Tensor, *, scale: float
 ) -> Tensor:
-    """The first tokens of the sequence, as many as `query` `[B, N, H, D]` has, through a sparse library."""
+    """Runs a sparse library on the first `N` tokens of the sequence; `query` is `[B, N, H, D]`."""
     batch, tokens, heads, _ = query.shape
     reason = _length_objection(library, tokens)
     if reason is not None:
@@ -184,9 +184,9 @@ def _sparse(
 def _tables(
     mask: BlockMask, rows: int, columns: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """The first `tokens` of a mask as int8 `[H or 1, Q, K]`, and its rows without keys or None.
+    """Returns the first `tokens` of a mask as int8 `[H or 1, Q, K]`, and its rows without keys or None.
 
-    The latter are bool `[tokens, H or 1, 1]`; a kernel may leave them unwritten.
+    These rows are bool `[tokens, H or 1, 1]`; a kernel may leave them unwritten.
     """
     blocks = kernel_blocks(mask, rows, columns)
     whole = mask.cached(("sage table", rows, columns, device), lambda: blocks.to(device, torch.int8))
@@ -211,7 +211,7 @@ def _spas_sage_attn(query: Tensor, key: Tensor, value: Tensor, table: Tensor, sc
 
 
 def _sparse_sageattn(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float) -> Tensor:
-    """The library has `D ** -0.5` built in: another scale goes into the query, in float32."""
+    """Puts a scale other than the built-in `D ** -0.5` into the query, in float32, and runs the library."""
     from sparse_sageattn import sparse_sageattn
 
     dtype, ratio = query.dtype, scale * math.sqrt(query.shape[-1])
@@ -221,7 +221,7 @@ def _sparse_sageattn(query: Tensor, key: Tensor, value: Tensor, table: Tensor, s
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`dense` after its checks; each version handles keys that do not fill a block in its own way."""
+    """Runs `dense` after its checks; versions differ in how they handle keys that do not fill a block."""
     reason = _unmasked(key.shape[1])
     if reason is not None:
         raise ValueError(f"backend 'sage' {reason}")
@@ -235,14 +235,14 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def _version() -> int:
-    """Major version of sageattention, from its signature: the first one returns no log-sum-exp."""
+    """Reads the major version of sageattention from its signature: the first returns no log-sum-exp."""
     from sageattention import sageattn
 
     return 2 if "return_lse" in inspect.signature(sageattn).parameters else 1
 
 
 def _unmasked(tokens: int) -> str | None:
-    """The objection to 2.0 and 2.1, whose Triton kernel does not mask missing keys; it has no `attn_mask`."""
+    """Says why 2.0 or 2.1 cannot take a length: its Triton kernel has no `attn_mask` for missing keys."""
     if tokens % KEY_BLOCK == 0 or _version() == 1:
         return None
     import sageattention
@@ -250,17 +250,18 @@ def _unmasked(tokens: int) -> str | None:
     kernel = sageattention.sageattn_qk_int8_pv_fp16_triton
     if "attn_mask" in inspect.signature(kernel).parameters:
         return None
-    return f"with this sageattention takes multiples of {KEY_BLOCK} tokens, got {tokens}: 2.2 takes any"
+    needed = f"takes multiples of {KEY_BLOCK} tokens, got {tokens}"
+    return f"with this sageattention {needed}: install 2.2, which takes any"
 
 
 def _dense_version_1(
     sageattn: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Version 1 has no mask, so keys that fill up the last block take part, and are taken out again.
+    """Runs version 1, which has no mask: keys that fill up the last block take part and are divided out.
 
-    They are the mean key, zeros once the mean is subtracted from all keys, which softmax does not notice.
-    With N keys, P of them added, their share of a row is P exp(mean s) / (sum exp(s) + P exp(mean s)), at
-    most P / (N + P) since exp is convex: dividing by the rest, which a second call finds, is well-behaved.
+    They are the mean key: zeros, once the mean is subtracted from all keys, which softmax does not notice.
+    With N keys and P added ones, their share of a row is P exp(mean s) / (sum exp(s) + P exp(mean s)), at
+    most P / (N + P) since exp is convex. So it is safe to divide by the rest, which a second call returns.
     """
     dtype, added = query.dtype, -key.shape[1] % KEY_BLOCK
     if added:

@@ -1,1 +1,1 @@
-"""Masks: the radial rule, other patterns, density, drawing."""
+"""Makes and draws masks: the radial rule, other patterns, wanted densities."""

@@ -1,6 +1,6 @@
-"""Density as the input: the options of a radial mask that keeps a wanted share of the token pairs of a grid.
+"""Finds the options of a radial mask that keeps a wanted share of a grid's token pairs.
 
-`python -m radial_attn density --frames 18 --height 48 --width 80` prints which densities a grid has.
+`python -m radial_attn density --frames 18 --height 48 --width 80` prints the densities that a grid has.
 """
 
 import math
@@ -20,28 +20,28 @@ STEPS = 256  # decay factors to each doubling: from one to the next a half-width
 def solve_density(
     grid: TokenGrid, config: RadialConfig, target: float, tolerance: float = TOLERANCE
 ) -> RadialConfig:
-    """The options of a mask of this grid whose density is `target`, within `tolerance` of it (relative).
+    """Returns the options of a mask of this grid whose density is within `tolerance` (relative) of `target`.
 
-    As much as possible stays as `config` has it. The options change in this order, a later one only where
-    the earlier ones cannot reach the target:
+    Changes as little of `config` as possible, in this order, a later option only if the earlier ones cannot
+    reach the target:
 
-    1. `decay_factor`, between the value at which every band of frame distance 2 and more is at its least, a
-       block each way (the sparse end of the authors' family), and the one at which each is a whole frame;
+    1. `decay_factor`, from the value at which every band of frame distance 2 and more is at its least, a
+       block each way (the sparse end of the authors' family), to the one at which each is a whole frame;
     2. `neighbour`, the half-width at frame distance 1: below that family down to a block, above it up to the
        whole frame; in a gap between two decay factors down from the upper one;
-    3. `decimation_width`: below by powers of two up to the largest in a frame, where of the far frames those
-       at distances of a power of two are left; above down to where no frame is skipped; widths between
-       powers of two only where those leave a gap. With each width the first two are solved anew, so that
-       what was gained beyond the target goes back to them;
-    4. `sink`: off below, on above, with the first three solved anew.
+    3. `decimation_width`: for sparser masks up by powers of two to the largest in a frame, which leaves only
+       the far frames at power-of-two distances; for denser ones down until no frame is skipped. Widths
+       between powers of two are tried only in a gap. For each width the first two options are solved again
+       and use up what it gained beyond the target;
+    4. `sink`: off below, on above, with the first three solved again.
 
     Blocks are kept whole, so densities come in steps. The result has no `density` of its own and depends on
-    the arguments alone. A density of 1 is met exactly. It takes the time of one to forty masks;
-    `RadialConfig(density=...)` has each grid solved once.
+    the arguments alone. A density of 1 is met exactly. A call takes the time of one to forty masks;
+    `RadialConfig(density=...)` solves each grid once.
 
     Raises:
         ValueError: a target outside (0, 1], the dense pattern, or a density that no such mask of this grid
-            has; the message then gives the range that there is, or the nearest on both sides.
+            has; the message then gives the possible range, or the nearest density on each side.
     """
     if not is_share(target):
         raise ValueError(f"density must be a number in (0, 1], got {target!r}")
@@ -50,18 +50,18 @@ def solve_density(
     tolerance = tolerance if target < 1 else 0.0
     search = _Search(grid, replace(config, density=None), target, tolerance)
     for combination in search.combinations():
-        found = search.nearest(combination)
-        if search.error(found) <= tolerance:
-            return found
+        solved = search.nearest(combination)
+        if search.error(solved) <= tolerance:
+            return solved
     raise ValueError(search.failure())
 
 
 @lru_cache(maxsize=32)
 def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
-    """`config` with its density solved for this grid, once; as it is without one or with the dense pattern.
+    """Solves the density of `config` for this grid, once; ignores it if it is None or the pattern is dense.
 
     Raises:
-        ValueError: as `solve_density`.
+        ValueError: as in `solve_density`.
     """
     start = replace(config, density=None)
     if config.density is None or config.pattern == "dense":
@@ -71,15 +71,15 @@ def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
 
 
 def density_of(grid: TokenGrid, config: RadialConfig) -> float:
-    """Returns the density of a radial mask, which is not cached: a search makes many."""
+    """Returns the density of a radial mask; does not cache the mask, because a search makes many."""
     return radial_rule_mask(grid, config).density
 
 
 def estimate(grid: TokenGrid, config: RadialConfig) -> float:
-    """About the density, in microseconds: bands as smooth strips, half a block wider than their half-width.
+    """Estimates a density in microseconds: bands are smooth strips, half a block wider than their half-width.
 
-    Within 1 % where frames are whole blocks and bands are steps apart; 17 % off at worst in narrow bands of
-    other frames, whose shared blocks it counts twice.
+    The estimate is within 1 % if frames are whole blocks and bands are steps apart. It is 17 % off at worst,
+    in narrow bands of other frames, because it counts their shared blocks twice.
     """
     frames, frame = grid.frames, grid.tokens_per_frame
     kept = float(frames)
@@ -92,9 +92,9 @@ def estimate(grid: TokenGrid, config: RadialConfig) -> float:
 
 
 def decay_factors(grid: TokenGrid, config: RadialConfig) -> Sequence[float]:
-    """Decay factors of four digits, ascending, from the last that narrows a band to the first that fills all.
+    """Returns rising decay factors of four digits, from the last that narrows a band to one that fills all.
 
-    Only the configured one where there is no frame distance of 2, or a block is as wide as a frame.
+    Returns only the configured one if there is no frame distance of 2, or if a block is as wide as a frame.
     """
     frame, farthest = grid.tokens_per_frame, grid.frames - 1
     if farthest < 2 or config.block_size >= frame:
@@ -106,7 +106,10 @@ def decay_factors(grid: TokenGrid, config: RadialConfig) -> Sequence[float]:
 
 
 def neighbours(grid: TokenGrid, config: RadialConfig, wider: bool = False) -> Sequence[float | str]:
-    """Values of `neighbour`, ascending by 0.001: from a block to the configured one, or from it to "full"."""
+    """Returns ascending values of `neighbour`, 0.001 apart: from a block to the configured value.
+
+    With `wider` they go from the configured value to "full".
+    """
     given, least = config.neighbour, config.block_size / grid.tokens_per_frame
     share = config.neighbour_share
     if wider:
@@ -116,9 +119,9 @@ def neighbours(grid: TokenGrid, config: RadialConfig, wider: bool = False) -> Se
 
 
 def decimation_widths(grid: TokenGrid, config: RadialConfig, denser: bool = False) -> Sequence[int | str]:
-    """The configured width, then powers of two beyond it, up to the largest in a frame or, if `denser`, down.
+    """Returns the configured width, then powers of two: up to the largest in a frame or, if `denser`, down.
 
-    Widths below twice the last of the denser ones skip no frame of this grid; they are left out.
+    Leaves out widths that skip no frame of this grid: those below twice the last of the denser ones.
     """
     given = config.block_size if config.decimation_width == "block" else config.decimation_width
     level, farthest = grid.tokens_per_frame.bit_length() - 1, max(grid.frames - 1, 1).bit_length() - 1
@@ -134,7 +137,7 @@ def decimation_widths(grid: TokenGrid, config: RadialConfig, denser: bool = Fals
 
 
 class _Search:
-    """One solution under way: every mask that was tried, and how far it is from the target."""
+    """Keeps the density of every mask that a search has tried, and compares it with the target."""
 
     def __init__(self, grid: TokenGrid, start: RadialConfig, target: float, tolerance: float) -> None:
         self._grid, self._start, self._target, self._tolerance = grid, start, target, tolerance
@@ -146,13 +149,13 @@ class _Search:
         return self._tried[config]
 
     def error(self, config: RadialConfig) -> float:
-        """Distance from the target, relative."""
+        """Returns the relative distance from the target."""
         return abs(self.density(config) / self._target - 1)
 
     def combinations(self) -> Iterator[RadialConfig]:
-        """The start, then those decimation widths, then those of the other sink, that span the target.
+        """Yields the start, the decimation widths that span the target, then the same with the other sink.
 
-        Widths between two powers of two come last, for a gap that blocks leave.
+        Widths between two powers of two come last, for a gap that whole blocks leave.
         """
         yield self._start
         denser = max(self._tried.values()) < self._target
@@ -167,36 +170,36 @@ class _Search:
                 yield from (option for option in options if self.spans(option, denser))
 
     def spans(self, config: RadialConfig, denser: bool) -> bool:
-        """Whether decay factor and neighbour can make a mask as dense, or else as sparse, as the target."""
+        """Tells whether decay factor and neighbour reach the target: as dense if `denser`, else as sparse."""
         if denser:
             return self.density(self.densest(config)) >= self._target * (1 - self._tolerance)
         return self.density(self.sparsest(config)) <= self._target * (1 + self._tolerance)
 
     def sparsest(self, config: RadialConfig) -> RadialConfig:
-        """Decay factor and neighbour at their least, all else as it is."""
+        """Returns `config` with the least decay factor and neighbour."""
         decay = decay_factors(self._grid, config)[0]
         return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config)[0])
 
     def densest(self, config: RadialConfig) -> RadialConfig:
-        """Decay factor and neighbour at their most, all else as it is."""
+        """Returns `config` with the largest decay factor and neighbour."""
         decay = decay_factors(self._grid, config)[-1]
         return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config, wider=True)[-1])
 
     def nearest(self, config: RadialConfig) -> RadialConfig:
-        """The nearest to the target by decay factor, and where that does not do, by neighbour as well."""
-        found = self.around(config, "decay_factor", decay_factors(self._grid, config))
-        best = min(found, key=self.error)
+        """Returns the nearest options by decay factor, or by neighbour too if those miss the tolerance."""
+        candidates = self.around(config, "decay_factor", decay_factors(self._grid, config))
+        best = min(candidates, key=self.error)
         if self.error(best) > self._tolerance:
-            upper = max(found, key=self.density)
+            upper = max(candidates, key=self.density)
             wider = self.density(upper) < self._target
-            found += self.around(upper, "neighbour", neighbours(self._grid, config, wider))
-        return min(found, key=self.error)
+            candidates += self.around(upper, "neighbour", neighbours(self._grid, config, wider))
+        return min(candidates, key=self.error)
 
     def around(self, config: RadialConfig, name: str, values: Sequence) -> list[RadialConfig]:
-        """`config` with the values of one option, ascending, just below and above the target.
+        """Returns `config` with the two of one option's ascending `values` just below and above the target.
 
-        One of them where the values end, or where it is close. The estimate, scaled by what it was off at
-        the last mask, says which value to try; every other time it is the middle, so that it ends.
+        Returns one alone if the values end there, or if it is close. The estimate, scaled by its error at
+        the last mask, chooses the next value; every other time the middle is taken, so the search ends.
         """
         below, above, aim, turn = -1, len(values), self._target, 0
         options = [{name: value} for value in values]
@@ -214,19 +217,19 @@ class _Search:
         return [replace(config, **options[i]) for i in (below, above) if 0 <= i < len(values)]
 
     def failure(self) -> str:
-        """Which densities there are, after every combination was tried."""
+        """Returns the message that says which densities there are, once every combination was tried."""
         grid, target, start = self._grid, self._target, self._start
         thin = replace(start, sink=False, decimation_width=decimation_widths(grid, start)[-1])
         thick = replace(start, sink=True, decimation_width=decimation_widths(grid, start, denser=True)[-1])
         low, high = self.density(self.sparsest(thin)), self.density(self.densest(thick))
-        found = sorted(density for density in set(self._tried.values()) if low <= density <= high)
+        densities = sorted(density for density in set(self._tried.values()) if low <= density <= high)
         text = f" and {grid.text} text" if grid.text else ""
-        where = f"{grid.frames} x {grid.height} x {grid.width}{text} tokens in blocks of {start.block_size}"
+        size = f"{grid.frames} x {grid.height} x {grid.width}{text} tokens in blocks of {start.block_size}"
         span = f"{low:.4g} to {high:.4g}" if low < high else f"{low:.4g}"
         if not low < target < high:
-            return f"density must be {span} for {where}, got {target!r}"
-        split = bisect_left(found, target)
+            return f"density must be {span} for {size}, got {target!r}"
+        split = bisect_left(densities, target)
         return (
-            f"density must be within {self._tolerance:.0%} of what there is for {where}, {span} in steps: "
-            f"nearest {found[split - 1]:.4g} and {found[split]:.4g}, got {target!r}"
+            f"density must be within {self._tolerance:.0%} of {densities[split - 1]:.4g} or "
+            f"{densities[split]:.4g}, the nearest for {size} ({span} in steps), got {target!r}"
         )

@@ -23,7 +23,7 @@ SINK_COLOUR, TEXT_COLOUR, DROPPED_COLOUR = "#e69f00", "#8c8c8c", "#f4f2ee"
 
 @dataclass(frozen=True)
 class Layer:
-    """Blocks of one colour: `member` bool `[Q, Q]` are the ones that belong to it, kept or not."""
+    """Marks the blocks of one colour, kept or not: `member` bool `[Q, Q]`."""
 
     label: str
     colour: tuple[float, ...] | str
@@ -31,7 +31,7 @@ class Layer:
 
 
 def frame_distance(grid: TokenGrid, block_size: int) -> np.ndarray:
-    """Distance of the two nearest frames of which a query and a key block hold tokens, int `[Q, Q]`."""
+    """Returns the distance of the nearest frames with tokens in a query and a key block, int `[Q, Q]`."""
     starts = np.arange(grid.num_blocks(block_size)) * block_size
     first, last = (
         np.minimum(tokens, grid.video_tokens - 1) // grid.tokens_per_frame
@@ -42,7 +42,7 @@ def frame_distance(grid: TokenGrid, block_size: int) -> np.ndarray:
 
 
 def layers(grid: TokenGrid, config: RadialConfig) -> list[Layer]:
-    """One layer for each band of frame distances (0 to 1, 2 to 3, 4 to 7, ...), then sink and text."""
+    """Makes one layer for each band of frame distances (0 to 1, 2 to 3, 4 to 7, ...), then sink and text."""
     from matplotlib import colormaps
 
     config = resolve_density(grid, config)
@@ -54,12 +54,12 @@ def layers(grid: TokenGrid, config: RadialConfig) -> list[Layer]:
     distance = frame_distance(grid, config.block_size)
     level = np.frexp(np.maximum(distance, 1))[1] - 1
     bands = max((grid.frames - 1).bit_length(), 1)
-    found = []
+    drawn = []
     for band in range(bands):
         colour = colormaps["YlGnBu_r"](0.08 + 0.6 * band / max(bands - 1, 1))
-        found.append(Layer(_band_label(band, grid.frames), colour, (level == band) & ~text & ~sink))
-    found += [Layer("frame 0, the sink", SINK_COLOUR, sink), Layer("text", TEXT_COLOUR, text)]
-    return [layer for layer in found if layer.member.any()]
+        drawn.append(Layer(_band_label(band, grid.frames), colour, (level == band) & ~text & ~sink))
+    drawn += [Layer("frame 0, the sink", SINK_COLOUR, sink), Layer("text", TEXT_COLOUR, text)]
+    return [layer for layer in drawn if layer.member.any()]
 
 
 def _band_label(band: int, frames: int) -> str:
@@ -70,7 +70,7 @@ def _band_label(band: int, frames: int) -> str:
 
 
 def draw_mask(grid: TokenGrid, config: RadialConfig) -> "Figure":
-    """A picture of the block mask: kept blocks coloured by band, frame borders, density in the title.
+    """Draws the block mask: kept blocks coloured by band, frame borders, density in the title.
 
     Raises:
         ValueError: more blocks than a picture can show.
@@ -78,7 +78,9 @@ def draw_mask(grid: TokenGrid, config: RadialConfig) -> "Figure":
     """
     count, config = grid.num_blocks(config.block_size), resolve_density(grid, config)
     if count > MOST_BLOCKS:
-        raise ValueError(f"at most {MOST_BLOCKS} blocks a side can be drawn, got {count}: take larger blocks")
+        raise ValueError(
+            f"at most {MOST_BLOCKS} blocks a side can be drawn, got {count}: use a larger block_size"
+        )
     try:
         from matplotlib.colors import to_rgb
         from matplotlib.figure import Figure
@@ -146,14 +148,14 @@ def _mark_frames(axes: "Axes", grid: TokenGrid, block_size: int) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a figure under a temporary name and renames it, so that `path` is never half a file.
+    """Writes a figure under a temporary name and renames it, so `path` is never half a file.
 
     Raises:
         ValueError: the name does not end in .png, .svg or .pdf.
         OSError: the file cannot be written.
     """
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"the picture's name must end in one of {FORMATS}, got {path.name!r}")
+        raise ValueError(f"file name must end in one of {FORMATS}, got {path.name!r}")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)

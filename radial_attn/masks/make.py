@@ -1,4 +1,4 @@
-"""The front door of all masks, and their one cache."""
+"""Makes any mask, and holds the one cache of masks."""
 
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ def radial_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
         A shared `BlockMask`, `blocks` bool `[Q, Q]`. Equal arguments return the same object.
 
     Raises:
-        ValueError: no mask of this grid has `config.density`, the message says which densities there are;
+        ValueError: no mask of this grid has `config.density` (the message says which densities there are),
             or no mask of another `config.pattern` is about as dense as the radial one.
     """
     if config.pattern == "dense":

@@ -1,4 +1,4 @@
-"""The radial rule on blocks, in closed form."""
+"""Applies the radial rule to blocks, in closed form."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ PATTERNS = (
 
 @dataclass(frozen=True)
 class RadialConfig:
-    """Options of the radial rule; the defaults are those of the authors' code for longer video.
+    """Holds the options of the radial rule; the defaults are from the authors' code for longer video.
 
     Attributes:
         decay_factor: scales the half-width of the band at frame distances of 2 and more.
@@ -37,11 +37,11 @@ class RadialConfig:
         neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full" is 1, "half" 0.5.
         decimation_width: bands narrower than this many tokens keep only every so many frame distances;
             "block" ties it to `block_size`.
-        pattern: "radial", "dense" to keep everything, or one of patterns.py, to compare with, which is made
-            as dense as the radial mask of these options.
+        pattern: "radial", "dense" to keep everything, or one of patterns.py for comparison, made as dense as
+            the radial mask of these options.
         density: kept share of all token pairs, text included, in (0, 1]. `radial_mask` then solves for
-            decay_factor, neighbour, decimation_width and sink on each grid (density.py), which
-            start from the values given here. None takes them as they are, and so does the dense pattern.
+            decay_factor, neighbour, decimation_width and sink on each grid (density.py), starting from the
+            values given here. With None, or with the dense pattern, it takes them as they are.
 
     Raises:
         ValueError: a value outside the ones named above.
@@ -78,22 +78,22 @@ class RadialConfig:
 
     @property
     def neighbour_share(self) -> float:
-        """`neighbour` as a number in (0, 1]."""
+        """Returns `neighbour` as a number in (0, 1]."""
         return {"full": 1.0, "half": 0.5}.get(self.neighbour, self.neighbour)
 
 
 def is_share(value: object) -> bool:
-    """Whether a value is a number in (0, 1]; a bool is none."""
+    """Tells whether a value is a number in (0, 1]; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def half_width(distance: int, tokens_per_frame: int, config: RadialConfig) -> int | None:
-    """Half-width of the band between two frames, in tokens; None where decimation drops the pair.
+    """Returns the half-width of the band between two frames, in tokens; None if decimation drops the pair.
 
-    Token `k` of one frame keeps token `l` of the other where `|k - l|` is at most this number (authors'
-    code; eq. 4 of the paper has `s / 2^g - 1`). With `P2 = 2^floor(log2 s)` and `g = floor(log2 d)` it is
-    `decay_factor P2 / 2^g`, at least a block; and where `D = P2 / 2^g` is below the decimation width,
-    only distances that `floor(width / D)` divides are kept.
+    Token `k` of one frame keeps token `l` of the other if `|k - l|` is at most this number (authors' code;
+    eq. 4 of the paper has `s / 2^g - 1`). With `P2 = 2^floor(log2 s)` and `g = floor(log2 d)` it is
+    `decay_factor P2 / 2^g`, at least a block. If `D = P2 / 2^g` is below the decimation width, only distances
+    that `floor(width / D)` divides are kept.
     """
     if distance == 0:
         return tokens_per_frame
@@ -109,19 +109,19 @@ def half_width(distance: int, tokens_per_frame: int, config: RadialConfig) -> in
 
 
 def radial_rule_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
-    """The radial rule on blocks: eq. 4 of the paper as the authors' code applies it; `config` has no density.
+    """Applies eq. 4 of the paper to blocks as the authors' code does; `config` has no density.
 
     Every pair of frames has a band of tokens around its diagonal (`half_width`); the sink adds all of
-    frame 0 as keys. Where that band meets a block of queries and keys, a column counts as filled when
-    more than a third of the block's query tokens keep it, and the block is kept when more than 60 % of
-    the columns that the band touches are filled. A block that several frame pairs share is kept when
-    one of them alone asks for it. Blocks with any text token are kept whole.
+    frame 0 as keys. In each block that the band meets, a column counts as filled if more than a third of
+    the block's query tokens keep it. The block is kept if more than 60 % of the columns that the band
+    touches are filled. A block that several frame pairs share is kept if one of them alone asks for it.
+    Blocks with any text token are kept whole.
 
-    No token is dropped, and where the grid is no multiple of the block this goes beyond the authors'
-    code: the last block is short, and "a third of its query tokens" means of those it has; a frame that
-    starts inside a block is followed to its end; every query block keeps its own block. On grids whose
-    frames are whole blocks the result is theirs, bit for bit. With frames under a third of a block no
-    pair of frames can fill a column, and little more than the diagonal remains: take a smaller block.
+    No token is dropped. If the grid is not a multiple of the block, this goes beyond the authors' code:
+    the last block is short, and "a third of its query tokens" counts only the ones it has; a frame that
+    starts inside a block is followed to its end; every query block keeps its own block. If frames are
+    whole blocks, the result equals theirs bit for bit. With frames under a third of a block no pair of
+    frames can fill a column, and little more than the diagonal remains: take a smaller block.
 
     Returns:
         `BlockMask` with `blocks` bool `[Q, Q]`, shared by all heads.
@@ -133,7 +133,8 @@ def radial_rule_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
 def band_blocks(grid: TokenGrid, config: RadialConfig, half_width: Callable[[int], int | None]) -> np.ndarray:
     """Applies the block rule to bands of any width, bool `[Q, Q]`, in time linear in the frame pairs.
 
-    `half_width`: of a frame distance, in tokens; None keeps none of its pairs. Sink, text, diagonal as there.
+    `half_width` maps a frame distance to tokens, or to None to keep none of its pairs. Sink, text and
+    diagonal are kept as in `radial_rule_mask`.
     """
     frame, frames = grid.tokens_per_frame, grid.frames
     count = grid.num_blocks(config.block_size)
@@ -160,7 +161,7 @@ def _stamp(
 ) -> None:
     """Keeps the blocks `pattern(row, column, last_rows)` of the frame pairs `(queries[t], key + step t)`.
 
-    Frames that begin equally far into a block come every `period` frames: they share one pattern.
+    Frames that begin equally far into a block come every `period` frames and share one pattern.
     """
     frame, count = grid.tokens_per_frame, len(blocks)
     period = block // math.gcd(frame, block)
@@ -176,7 +177,7 @@ def _stamp(
 def _runs(grid: TokenGrid, block: int, period: int, queries: range) -> Iterator[tuple[int, int, int]]:
     """Splits query frames into runs `(first, how many, tokens of the last block)`, a `period` apart.
 
-    Frames that reach into a short last block stand alone, for its tokens count differently; with text
+    Frames that reach into a short last block stand alone, because its tokens count differently. With text
     that block is kept whole anyway.
     """
     short = 0 if grid.text else grid.tokens % block
@@ -189,7 +190,7 @@ def _runs(grid: TokenGrid, block: int, period: int, queries: range) -> Iterator[
 
 
 def _frame_edges(offset: int, frame: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end, counted from the frame's first token, of its part of each block that it touches.
+    """Returns start and end, counted from the frame's first token, of its part of each block that it touches.
 
     The frame of `frame` tokens begins `offset` tokens into its first block.
     """
@@ -198,7 +199,7 @@ def _frame_edges(offset: int, frame: int, block: int) -> tuple[np.ndarray, np.nd
 
 
 def _pair_blocks(frame: int, block: int, row: int, column: int, last_rows: int, *, width: int) -> np.ndarray:
-    """Blocks kept between two frames that begin `row` and `column` tokens into a block, bool `[Q', K']`.
+    """Returns blocks kept between frames that begin `row` and `column` tokens into a block, bool `[Q', K']`.
 
     `last_rows` is the number of tokens in the last of the query blocks.
     """
@@ -212,10 +213,10 @@ def _pair_blocks(frame: int, block: int, row: int, column: int, last_rows: int, 
 
 
 def _columns_with(least: np.ndarray | int, rows: tuple, columns: tuple, width: int) -> np.ndarray:
-    """Columns of each block that keep at least `least` rows, where `|row - column| <= width` is kept.
+    """Counts the columns of each block that keep at least `least` rows; `|row - column| <= width` is kept.
 
-    Column `l` keeps `min(r1, l + width + 1) - max(r0, l - width)` of the rows `r0 <= k < r1`; solved for
-    `l`, that is an interval.
+    Column `l` keeps `min(r1, l + width + 1) - max(r0, l - width)` of the rows `r0 <= k < r1`. Solved for
+    `l`, this is an interval.
     """
     first = np.maximum(columns[0], rows[0] + least - 1 - width)
     end = np.minimum(columns[1], rows[1] - least + width + 1)

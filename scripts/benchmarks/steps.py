@@ -98,7 +98,7 @@ class StepBench:
         from radial_attn.models.apply import TRANSFORMERS, apply_radial_attention
 
         if spec.name not in TRANSFORMERS:
-            raise ValueError(f"models has no fork of {spec.name}")
+            raise ValueError(f"radial_attn.models has no fork of {spec.name}")
         options = {**SPARSE[task.using], "dense_backend": "native"}
         layers = 0 if self._is_reduced(spec, task) else spec.dense_layers
         return partial(apply_radial_attention, config=task.case.config, dense_layers=layers, **options)
@@ -208,7 +208,7 @@ def watched_blocks(spec: StepModel, model: torch.nn.Module, watch: Stopwatch) ->
 def watched_attention(watch: Stopwatch, tokens: int, dense: str) -> Iterator[None]:
     """Times self-attention of at least `tokens` tokens as "attention"; dense calls go to kernel `dense`.
 
-    Wherever a loaded module of diffusers or models holds the two functions, a timed one stands in.
+    If a loaded module of diffusers or radial_attn.models holds the two functions, a timed one stands in.
     """
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -230,7 +230,7 @@ def watched_attention(watch: Stopwatch, tokens: int, dense: str) -> Iterator[Non
     stand_ins["radial_attention"] = radial_attn.radial_attention, radial
     changed = []
     for path, module in list(sys.modules.items()):
-        if path.split(".")[0] not in {"diffusers", "models"}:
+        if not path.startswith(("diffusers.", "radial_attn.models.")):
             continue
         for name, (original, stand_in) in stand_ins.items():
             if getattr(module, "__dict__", {}).get(name) is original:

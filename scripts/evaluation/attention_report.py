@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radial_attn import RadialConfig, TokenGrid
+from radial_attn import TokenGrid
 from radial_attn.analysis.bound import Tail
 from radial_attn.analysis.decay import Fit, Profile, bands, column_reach, fit_exponential
 from radial_attn.masks.draw import save_figure
 from scripts.evaluation.attention_run import Looks
 from scripts.evaluation.attention_tables import draw, lines
 from scripts.evaluation.files import head, write_json, write_text
-from scripts.run.sampler import Job
+from scripts.run.plan import RunPlan
 
 NAME = "analysis.json"
 CURVES = ("temporal", "spatial", "planar")
@@ -30,12 +30,8 @@ class Analysis:
     """What was gathered, by layer, and what it was gathered from."""
 
     command: str
-    job: Job
-    grid: TokenGrid
-    mask: RadialConfig
-    density: float
+    plan: RunPlan
     looks: Looks
-    prompts: dict[int, str]
     profiles: dict[int, Profile]
     tails: dict[int, Tail]
 
@@ -62,13 +58,13 @@ def _shown(fit: dict[str, float | None]) -> str:
 
 def content(analysis: Analysis) -> dict[str, Any]:
     """What the JSON holds."""
-    grid, looks, profiles = analysis.grid, analysis.looks, list(analysis.profiles.values())
+    plan, looks, profiles = analysis.plan, analysis.looks, list(analysis.profiles.values())
     whole = _stacked(profiles)
     curves = {name: getattr(whole, f"{name}_curve") for name in CURVES}
     return {
-        **head("analysis", analysis.command, analysis.job.device, analysis.job.config),
-        "grid": [grid.frames, grid.height, grid.width, grid.text],
-        "prompts": list(analysis.prompts.values()),
+        **head("analysis", analysis.command, plan.device, plan.config),
+        "grid": [plan.grid.frames, plan.grid.height, plan.grid.width, plan.grid.text],
+        "prompts": list(plan.prompts.values()),
         "steps": list(looks.steps),
         "timestep": looks.timestep,
         "rows": looks.rows,
@@ -77,11 +73,11 @@ def content(analysis: Analysis) -> dict[str, Any]:
         "fits": {name: _fit(curve.mean(0)) for name, curve in curves.items()},
         "heads": [_heads(profile) for profile in profiles],
         "frames": _frames(whole),
-        "bands": _bands(whole, grid),
-        "column_reach": column_reach(grid),
+        "bands": _bands(whole, plan.grid),
+        "column_reach": column_reach(plan.grid),
         "tail": _tail(list(analysis.tails.values())),
-        "density": analysis.density,
-        "mask": asdict(analysis.mask),
+        "density": plan.block_mask.density,
+        "mask": asdict(plan.mask),
     }
 
 

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.observe import Seen
 from tqdm import tqdm
 
 from radial_attn.analysis.bound import Tail, measure_tails
 from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import sample_rows
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.observe import Seen
 from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.families import HUNYUAN
 from scripts.run.files import replacing
-from scripts.run.plan import attention_options
-from scripts.run.sampler import Job, reported_choices, sample
+from scripts.run.plan import RunPlan, attention_arguments
+from scripts.run.sampler import Sampler, reported_choices, sample
 
 
 class Enough(Exception):
@@ -90,23 +90,21 @@ def add(
     profiles[layer], tails[layer] = profile, tail
 
 
-def gather(
-    job: Job, prompts: dict[int, str], looks: Looks, folder: Path
-) -> tuple[dict[int, Profile], dict[int, Tail]]:
+def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile], dict[int, Tail]]:
     """Profiles and tails by layer, of all prompts together; prompts whose readings are in `folder` are not
     looked at again.
     """
-    program = digest(job.config, job.path)
+    program, prompts = digest(plan.config, plan.path), plan.prompts
     files = {
-        number: folder / f"{_name(program, job, (number, prompt), looks)}.pt"
+        number: folder / f"{_name(program, plan, (number, prompt), looks)}.pt"
         for number, prompt in prompts.items()
     }
     missing = [number for number in prompts if not files[number].exists()]
-    pipeline = job.load() if missing else None
+    pipeline = Sampler(plan).load() if missing else None
     steps = max(1, len(looks.steps))
     with tqdm(total=steps * len(prompts), initial=steps * (len(prompts) - len(missing)), unit="step") as bar:
         for number in missing:
-            gathered = _look(job, pipeline, prompts[number], Gatherer(looks, 1000 * number, bar))
+            gathered = _look(plan, pipeline, prompts[number], Gatherer(looks, 1000 * number, bar))
             _keep(files[number], {"profiles": gathered.profiles, "tails": gathered.tails})
             bar.update()
     contents = [torch.load(file, weights_only=True) for file in files.values()]
@@ -134,16 +132,16 @@ def _keep(file: Path, content: dict[str, dict[int, Any]]) -> None:
         torch.save(plain, part)
 
 
-def _look(job: Job, pipeline: Any, prompt: str, gatherer: Gatherer) -> Gatherer:
+def _look(plan: RunPlan, pipeline: Any, prompt: str, gatherer: Gatherer) -> Gatherer:
     """One run with the configuration's noise, as far as it is needed."""
-    config, looks = _dense(job.config, gatherer.looks), gatherer.looks
-    options = attention_options(config) | {"quantize": None, "observe": gatherer}
+    config, looks = _dense(plan.config, gatherer.looks), gatherer.looks
+    options = attention_arguments(config.attention) | {"quantize": None, "observe": gatherer}
     hooks = [] if looks.timestep is None else _single_call(pipeline.transformer, looks.timestep)
     with apply_radial_attention(pipeline, **options), reported_choices(), suppress(Enough):
         if looks.timestep is not None:
             hooks.append(pipeline.transformer.register_forward_hook(_end))
         try:
-            given = {"output_type": "latent", **job.inputs.arguments}
+            given = {"output_type": "latent", **plan.inputs.arguments}
             sample(pipeline, config, [prompt], [config.generation.seed], **given)
         finally:
             for hook in hooks:
@@ -175,10 +173,10 @@ def _end(*_: Any) -> None:
     raise Enough
 
 
-def _name(program: str, job: Job, prompt: tuple[int, str], looks: Looks) -> str:
+def _name(program: str, plan: RunPlan, prompt: tuple[int, str], looks: Looks) -> str:
     """A digest of all that the readings of a prompt, whose number gives the sampled rows, follow from.
 
     `program` is that of the configuration, the program, the weights and the LoRAs.
     """
-    facts = [program, prompt, asdict(looks), job.path, job.inputs.files, job.device]
+    facts = [program, prompt, asdict(looks), plan.path, plan.inputs.files, plan.device]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -8,13 +8,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from radial_attn.models.runtime.observe import Seen
 from torch import Tensor
 
 from radial_attn import RadialConfig, radial_mask
-from radial_attn.analysis.recall import kept_by, sample_rows
+from radial_attn.analysis.recall import Kept, kept_by, sample_rows
+from radial_attn.models.runtime.observe import Seen
 
 Levels = list[list[list[float]]]  # [step][layer][head]
+KINDS = Kept._fields
 DIGITS = 6
 
 
@@ -41,7 +42,7 @@ class Readings:
 
     @torch.inference_mode()
     def see(self, seen: Seen) -> None:
-        """Notes `[recall, MSE]` of each head for every mask; calls of one step (guidance) are averaged."""
+        """Notes `KINDS` of each head for every mask; calls of one step (guidance) are averaged."""
         if seen.step + 1 not in self.steps:
             return
         self.synchronize()
@@ -50,8 +51,8 @@ class Readings:
         masks = [radial_mask(seen.mask.grid, config) for config in configs]
         found = kept_by(seen.query, seen.key, seen.value, masks, rows, text_lengths=seen.text_lengths)
         for config, kept in zip(configs, found, strict=True):
-            both = torch.stack([kept.recall, kept.mse]).mean(dim=1)
-            self._found.setdefault((config, seen.step + 1, seen.layer), []).append(both)
+            every = torch.stack(kept).mean(dim=1)  # [kind, head]
+            self._found.setdefault((config, seen.step + 1, seen.layer), []).append(every)
         self.synchronize()
         self.seconds += time.perf_counter() - start
 
@@ -60,23 +61,23 @@ class Readings:
         taken, self.seconds = self.seconds, 0.0
         return taken
 
-    def table(self) -> dict[str, dict[str, Any]]:
-        """By setting: `steps`, those in which no cache left a layer out, and `recall`, `mse` of these."""
+    def table(self, kinds: Sequence[str] = ("recall", "mse")) -> dict[str, dict[str, Any]]:
+        """By setting: `steps`, those in which no cache left a layer out, and the `kinds` of these."""
         layers = range(self.layers)
         seen = Counter(step for step, _ in {(step, layer) for _, step, layer in self._found})
         steps = sorted(step for step, count in seen.items() if count == self.layers)
+
+        def heads(mask: RadialConfig, step: int, layer: int, kind: str) -> list[float]:
+            values = torch.stack(self._found[mask, step, layer]).mean(dim=0)[KINDS.index(kind)]
+            return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
+
+        def levels(mask: RadialConfig, kind: str) -> Levels:
+            return [[heads(mask, step, layer, kind) for layer in layers] for step in steps]
+
         return {
-            name: {
-                "steps": steps,
-                "recall": [[self._mean(mask, step, layer, 0) for layer in layers] for step in steps],
-                "mse": [[self._mean(mask, step, layer, 1) for layer in layers] for step in steps],
-            }
+            name: {"steps": steps} | {kind: levels(mask, kind) for kind in kinds}
             for name, mask in self.masks.items()
         }
-
-    def _mean(self, mask: RadialConfig, step: int, layer: int, which: int) -> list[float]:
-        heads = torch.stack(self._found[mask, step, layer]).mean(dim=0)[which]
-        return [float(f"{value:.{DIGITS}g}") for value in heads.tolist()]
 
 
 def averaged(tables: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

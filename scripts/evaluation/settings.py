@@ -118,11 +118,7 @@ class EvaluateConfig:
             "denoising steps, from 1, to look at; none: five from first to last", NUMBERS_FORM, numbers(STEPS)
         ),
     )
-    vbench: str = key(
-        "off",
-        "also under the names that VBench expects; score: then run VBench where it is installed",
-        ("off", "names", "score"),
-    )
+    vbench: str = key("off", "names: also under the names that VBench expects", ("off", "names"))
     scores: list[NamedWords] = field(
         default_factory=list,
         metadata=listing(

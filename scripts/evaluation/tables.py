@@ -6,13 +6,11 @@ from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
 
-from radial_attn import radial_mask
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.recall import averaged, overall
 from scripts.evaluation.settings import DENSE
 from scripts.evaluation.videos import Evaluation, Take, machine
 from scripts.run.describe import describe_settings
-from scripts.run.plan import attention_flops, dense_steps, radial_config, solved_config, token_grid
 from scripts.run.system import pairs
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -36,18 +34,18 @@ def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, An
     `elsewhere` counts the videos whose seconds are left out, since they are of another machine.
     """
     records = {
-        name: {take: evaluation.record(name, take) for take in evaluation.takes} for name in evaluation.jobs
+        name: {take: evaluation.record(name, take) for take in evaluation.takes} for name in evaluation.plans
     }
     attention = {name: _attention(records[DENSE].values(), name) for name in evaluation.masks}
-    others = [name for name in evaluation.jobs if name != DENSE]
-    here = {name: machine(job.device) for name, job in evaluation.jobs.items()}
+    others = [name for name in evaluation.plans if name != DENSE]
+    here = {name: machine(plan.device) for name, plan in evaluation.plans.items()}
     timed = {
         name: [record for record in own.values() if record["machine"] == here[name]]
         for name, own in records.items()
     }
     return {
         "reference": DENSE,
-        "settings": [_setting(evaluation, name, words[name], timed[name]) for name in evaluation.jobs],
+        "settings": [_setting(evaluation, name, words[name], timed[name]) for name in evaluation.plans],
         "elsewhere": sum(len(own) - len(timed[name]) for name, own in records.items()),
         "videos": [
             _video(evaluation, take, {name: records[name][take]["metrics"] for name in others})
@@ -89,18 +87,16 @@ def planned(evaluation: Evaluation, name: str) -> dict[str, Any]:
 
     With a cache, which skips calls, None stands for what counts all of them.
     """
-    job = evaluation.jobs[name]
-    grid, solved = token_grid(job.config, job.model), solved_config(job.config, job.model)
-    density = radial_mask(grid, radial_config(job.config)).density
-    dense, flops = attention_flops(job.config, job.model, density)
-    cached = job.config.model.cache != "none"
+    plan = evaluation.plans[name]
+    grid, flops = plan.grid, plan.flops
+    cached = plan.config.model.cache != "none"
     return {
         "name": name,
         "grid": [grid.frames, grid.height, grid.width, grid.text],
-        "density": density,
-        "density_with_warmup": None if cached else flops / dense,
-        "attention_flops": None if cached else flops,
-        "mask": asdict(solved),
+        "density": plan.block_mask.density,
+        "density_with_warmup": None if cached else flops.sparse / flops.dense,
+        "attention_flops": None if cached else flops.sparse,
+        "mask": asdict(plan.mask),
     }
 
 
@@ -108,9 +104,9 @@ def _seconds(evaluation: Evaluation, name: str, records: list[dict[str, Any]]) -
     """Medians of a step that is not dense in all layers (if any is not), and of a video without loading."""
     if not records:
         return {"seconds_step": None, "seconds_video": None}
-    config = evaluation.jobs[name].config
-    dense = set(dense_steps(config))
-    chosen = [step for step in range(config.generation.steps) if step not in dense] or sorted(dense)
+    plan = evaluation.plans[name]
+    dense = set(plan.dense_steps)
+    chosen = [step for step in range(plan.config.generation.steps) if step not in dense] or sorted(dense)
     return {
         "seconds_step": median(record["step_seconds"][step] for record in records for step in chosen),
         "seconds_video": median(
@@ -121,7 +117,7 @@ def _seconds(evaluation: Evaluation, name: str, records: list[dict[str, Any]]) -
 
 
 def _video(evaluation: Evaluation, take: Take, metrics: dict[str, Any]) -> dict[str, Any]:
-    paths = {name: evaluation.path(name, take) for name in evaluation.jobs}
+    paths = {name: evaluation.path(name, take) for name in evaluation.plans}
     files = {name: os.path.relpath(path, evaluation.work) for name, path in paths.items()}
     return {"prompt": take.prompt, "seed": take.seed, "files": files, "metrics": metrics}
 
@@ -173,12 +169,15 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
             *([_recall(data, evaluation)] if evaluation.rows else []),
             *([_elsewhere(data["elsewhere"])] if data["elsewhere"] else []),
         ]
-        if any(job.config.model.cache != "none" for job in evaluation.jobs.values()):
+        if any(job.config.model.cache != "none" for job in evaluation.plans.values()):
             lines.append("Operations are not given with a cache, which skips calls.")
-    values = [metrics["psnr"] for video in data["videos"] for metrics in video["metrics"].values()]
-    if None in values:
-        lines.append(f"PSNR of {values.count(None)} equal videos is infinite and not in the mean.")
-    return " ".join([*lines, *([f"There is {no_lpips()}."] if no_lpips() else [])])
+    compared = [metrics for video in data["videos"] for metrics in video["metrics"].values()]
+    equal = sum(metrics["psnr"] is None for metrics in compared)
+    if equal:
+        lines.append(f"PSNR of {equal} equal videos is infinite and not in the mean.")
+    if no_lpips() and all(metrics["lpips"] is None for metrics in compared):
+        lines.append(f"There is {no_lpips()}.")
+    return " ".join(lines)
 
 
 def _recall(data: dict[str, Any], evaluation: Evaluation) -> str:
@@ -214,6 +213,6 @@ def settings(data: dict[str, Any], evaluation: Evaluation) -> list[str]:
     """How the videos were made."""
     return [
         f"- {entry['name']} ({' '.join(entry['words']) or 'as configured'}): "
-        + describe_settings(evaluation.jobs[entry["name"]].config).removeprefix("- ")
+        + describe_settings(evaluation.plans[entry["name"]].config).removeprefix("- ")
         for entry in data["settings"]
     ]

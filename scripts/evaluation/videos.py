@@ -25,7 +25,8 @@ from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.files import replacing
 from scripts.run.inputs import video_reader
 from scripts.run.outputs import finished, resolved, video_path, write_pair
-from scripts.run.sampler import Job
+from scripts.run.plan import RunPlan
+from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, synchronizer
 
 FRAMES = ".mkv"
@@ -43,10 +44,10 @@ class Take:
 
 @dataclass
 class Evaluation:
-    """What is asked for: folder, a job for each setting by name, dense first, and what to look at."""
+    """What is asked for: folder, a plan for each setting by name, dense first, and what to look at."""
 
     work: Path
-    jobs: dict[str, Job]
+    plans: dict[str, RunPlan]
     takes: list[Take]
     masks: dict[str, RadialConfig]
     rows: int
@@ -54,7 +55,7 @@ class Evaluation:
 
     def config(self, name: str, take: Take) -> Config:
         """Of one video."""
-        config = self.jobs[name].config
+        config = self.plans[name].config
         return replace(config, generation=replace(config.generation, seed=take.seed, prompt=take.prompt))
 
     def path(self, name: str, take: Take) -> Path:
@@ -70,9 +71,9 @@ class Evaluation:
     def programs(self) -> dict[str, str]:
         """By setting, a digest of program, weights, LoRAs and device of its videos and of the dense ones."""
         found: dict[str, str] = {}
-        for names in same_pipeline(self.jobs):
-            job = self.jobs[names[0]]
-            total = digest(Config(model=job.config.model), job.path, found.get(DENSE), job.device)
+        for names in same_pipeline(self.plans):
+            plan = self.plans[names[0]]
+            total = digest(Config(model=plan.config.model), plan.path, found.get(DENSE), plan.device)
             found |= dict.fromkeys(names, total)
         return found
 
@@ -91,12 +92,12 @@ def make_missing(evaluation: Evaluation) -> None:
     if outdated:
         videos = f"{outdated} video{'s are' if outdated > 1 else ' is'}"
         print(f"note: {videos} made anew, since program, weights or device have changed", flush=True)
-    steps = evaluation.jobs[DENSE].config.generation.steps
-    total = len(evaluation.jobs) * len(evaluation.takes)
+    steps = evaluation.plans[DENSE].config.generation.steps
+    total = len(evaluation.plans) * len(evaluation.takes)
     with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
-        for names in same_pipeline(evaluation.jobs):
+        for names in same_pipeline(evaluation.plans):
             todo = [(name, take) for name, take in missing if name in names]
-            pipeline = evaluation.jobs[names[0]].load() if todo else None
+            pipeline = Sampler(evaluation.plans[names[0]]).load() if todo else None
             for name, take in todo:
                 bar.set_description(name)
                 _make(evaluation, pipeline, name, take, bar)
@@ -107,7 +108,7 @@ def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
     """Setting and take of the videos to make, take by take, dense first."""
     missing = []
     for take in evaluation.takes:
-        others = [(name, take) for name in evaluation.jobs if name != DENSE]
+        others = [(name, take) for name in evaluation.plans if name != DENSE]
         others = [(name, take) for name, take in others if not _is_done(evaluation, name, take)]
         frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not others
         if not (_is_done(evaluation, DENSE, take) and frames and _is_read(evaluation, take)):
@@ -116,11 +117,11 @@ def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
     return missing
 
 
-def same_pipeline(jobs: dict[str, Job]) -> list[list[str]]:
+def same_pipeline(plans: dict[str, RunPlan]) -> list[list[str]]:
     """Names of the settings that one pipeline serves, those of dense first."""
     groups: list[list[str]] = []
-    for name, job in jobs.items():
-        fitting = [group for group in groups if jobs[group[0]].config.model == job.config.model]
+    for name, plan in plans.items():
+        fitting = [group for group in groups if plans[group[0]].config.model == plan.config.model]
         if fitting:
             fitting[0].append(name)
         else:
@@ -129,7 +130,7 @@ def same_pipeline(jobs: dict[str, Job]) -> list[list[str]]:
 
 
 def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
-    path, inputs = evaluation.path(name, take), evaluation.jobs[name].inputs.files
+    path, inputs = evaluation.path(name, take), evaluation.plans[name].inputs.files
     done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
     if changed:
         keys = ", ".join(changed)
@@ -162,30 +163,31 @@ def _asked(evaluation: Evaluation) -> dict[str, Any]:
 
 def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqdm) -> None:
     """Generates a video and writes it with what was measured."""
-    job, path = evaluation.jobs[name], evaluation.path(name, take)
-    job = replace(job, config=evaluation.config(name, take))
+    path = evaluation.path(name, take)
+    plan = replace(evaluation.plans[name], config=evaluation.config(name, take))
+    sampler = Sampler(plan)
     readings = None
     if name == DENSE and evaluation.rows:
-        looks = evaluation.masks, evaluation.rows, evaluation.steps, job.model.attention_layers()
-        readings = Readings(*looks, synchronizer(job.device))
+        looks = evaluation.masks, evaluation.rows, evaluation.steps, plan.model.attention_layers()
+        readings = Readings(*looks, synchronizer(plan.device))
     seconds: dict[str, float] = {}
     try:
-        with job.reporting_memory():
-            frames, run = job.sample_video(pipeline, take.prompt, seconds, bar=bar, observer=readings)
+        with sampler.reporting_memory():
+            frames, run = sampler.sample_video(pipeline, take.prompt, seconds, bar=bar, observer=readings)
     except (UsageError, GenerationError) as error:
         raise GenerationError(f"{name}: {one_line(error)}") from error
-    record = {"prompt": take.prompt, "seed": take.seed, "config": resolved(job.config, take.prompt)}
-    record |= {"inputs": job.inputs.files, "seconds": seconds, "step_seconds": run["step_seconds"]}
-    record |= {"program": evaluation.programs[name], "machine": machine(job.device)}
+    record = {"prompt": take.prompt, "seed": take.seed, "config": resolved(plan.config, take.prompt)}
+    record |= {"inputs": plan.inputs.files, "seconds": seconds, "step_seconds": run["step_seconds"]}
+    record |= {"program": evaluation.programs[name], "machine": machine(plan.device)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == DENSE:
             record |= {"asked": _asked(evaluation), "attention": readings.table() if readings else {}}
-            write_frames(path.with_suffix(FRAMES), frames, job.config.output.fps)
+            write_frames(path.with_suffix(FRAMES), frames, plan.config.output.fps)
         else:
             reference = read_video(evaluation.path(DENSE, take).with_suffix(FRAMES))
             record["metrics"] = finite(compare(frames, reference))
-        write_pair(path, frames, job.config.output.fps, record)
+        write_pair(path, frames, plan.config.output.fps, record)
     except OSError as error:
         raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
 

@@ -1,33 +1,27 @@
-"""Writes what `scripts.length_study` measured: table, goals and whether they are reached, two pictures."""
+"""Writes what `scripts.length_study` measured: two tables, two pictures."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radial_attn.masks.draw import save_figure
+from scripts.evaluation.files import table
 from scripts.evaluation.frame_sheet import read_frames, sheet
-from scripts.length.runs import ROWS, Result, Study, title
+from scripts.length.runs import Result, Study, title
 from scripts.length.scores import SCORES, by_part, difference, parts, shares
 from scripts.lora.latents import LatentStore
-from scripts.lora.plan import as_generation, training_flops
 from scripts.run.describe import describe_settings
 from scripts.run.files import write_text
-from scripts.run.hub_models import read_model_info
-from scripts.run.plan import attention_flops, other_flops
+from scripts.run.machine_checks import find_device
 from scripts.run.system import hardware, pairs, versions
-from scripts.run.validate import resolve_device, resolve_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NEAR, AHEAD, FASTER = 2.0, 10.0, 1.5  # points behind the dense adapter, ahead of no adapter; speed-up
-LOSS_NEAR = 1.02  # times the loss of the dense adapter
-OTHERS = ("spatial_lora", "temporal_lora", "strided_lora", "random_lora")
+COMPARED = "radial_lora"  # the run that the second table sets against the others
 JUDGED = ("attributes", "whole", "motion_throughout", "size_right", "speed_right")
 SHEET_FRAMES = 9
 MARKERS = "osD^v<>PX*"
-Goal = tuple[str, str, bool, str]  # what is wanted, what was found, whether it is reached, why not
 
 
 def write(out: Path, command: str, options: Study, results: dict[str, Result]) -> list[Path]:
@@ -46,19 +40,18 @@ def write(out: Path, command: str, options: Study, results: dict[str, Result]) -
 def report(command: str, options: Study, results: dict[str, Result], pictures: tuple[str, str]) -> str:
     """The Markdown file."""
     entries = next(iter(results.values())).entries
-    device = resolve_device(next(iter(results.values())).config)
+    device = find_device(next(iter(results.values())).config.model.device)
     machine = pairs(versions(), hardware(device))
     order = ", ".join(title(result.config, name) for name, result in results.items())
     text = [
         "# Length extension on the bundled Wan",
         "",
         f"    {command}",
-        "",
-        *table(results),
+        *run_table(results),
         "",
         *explained(len(entries)),
         "",
-        *goal_lines(options, results),
+        *differences(results),
         f"![accuracy of each part of the video]({pictures[0]})",
         "",
         f'"{entries[0]["caption"]}", one seed, {SHEET_FRAMES} frames of each run, from above: {order}.',
@@ -73,17 +66,16 @@ def report(command: str, options: Study, results: dict[str, Result], pictures: t
     return "\n".join(text)
 
 
-def table(results: dict[str, Result]) -> list[str]:
-    """A line for each run."""
-    head = ["run", "density", *SCORES.values(), "held-out loss", "training, s a step", "inference, s a step"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def run_table(results: dict[str, Result]) -> list[str]:
+    """Returns a line for each run."""
+    heads = ["run", "density", *SCORES.values(), "held-out loss", "training, s a step", "inference, s a step"]
+    rows = []
     for name, result in results.items():
         scores = ["" if value is None else f"{value:.1f}" for value in shares(result.entries).values()]
         numbers = (result.held_out_loss, result.training_seconds, result.step_seconds)
         shown = ["" if value is None else f"{value:.3f}" for value in numbers]
-        cells = [title(result.config, name), f"{result.density:.3f}", *scores, *shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append([title(result.config, name), f"{result.density:.3f}", *scores, *shown])
+    return table("|".join(heads), rows)
 
 
 def explained(captions: int) -> list[str]:
@@ -102,97 +94,34 @@ def explained(captions: int) -> list[str]:
     ]
 
 
-def goal_lines(options: Study, results: dict[str, Result]) -> list[str]:
-    """A table of the goals whose runs are there."""
-    goals = [*accuracy_goals(results), *loss_goals(results), *speed_goals(options, results)]
-    if not goals:
-        return ["The goals need the runs dense, dense_lora and radial_lora.", ""]
-    head = ["| wanted | measured | reached | why not |", "|---|---|---|---|"]
-    lines = [f"| {wanted} | {found} | {'yes' if ok else 'no'} | {why} |" for wanted, found, ok, why in goals]
-    return [*head, *lines, "", "± is the standard error of the difference, caption by caption.", ""]
+def differences(results: dict[str, Result]) -> list[str]:
+    """Returns the table of radial + LoRA against each other run; nothing without both."""
+    others = {name: result for name, result in results.items() if name != COMPARED}
+    if COMPARED not in results or not others:
+        return []
+    ours = results[COMPARED]
+    told = [score for score in JUDGED if shares(ours.entries)[score] is not None]
+    rows = []
+    for name, other in others.items():
+        gaps = (difference(score, ours.entries, other.entries) for score in told)
+        cells = [f"{gap:+.1f} ± {error:.1f}" for gap, error in gaps]
+        cells += _times(ours.held_out_loss, other.held_out_loss)
+        cells += _times(other.training_seconds, ours.training_seconds)
+        cells += _times(other.step_seconds, ours.step_seconds)
+        rows.append([title(other.config, name), *cells])
+    heads = [SCORES[score] for score in told]
+    heads += ["held-out loss, times theirs", "training, times faster", "inference, times faster"]
+    return [
+        "## Radial + LoRA against the others",
+        "",
+        "Points ahead, caption by caption, and the standard error of the difference.",
+        *table("|".join(["run", *heads]), rows),
+        "",
+    ]
 
 
-def accuracy_goals(results: dict[str, Result]) -> Iterator[Goal]:
-    """Of radial + LoRA against dense + LoRA, dense alone, and the other masks, in each judged score."""
-    if "radial_lora" not in results:
-        return
-    told = [score for score in JUDGED if shares(results["radial_lora"].entries)[score] is not None]
-    for score in told:
-        if "dense_lora" in results:
-            wanted = f"{SCORES[score]}: within {NEAR:g} points of dense + LoRA"
-            yield _gap_goal(wanted, score, results, "dense_lora", -NEAR)
-        if "dense" in results:
-            wanted = f"{SCORES[score]}: at least {AHEAD:g} points above dense without tuning"
-            yield _gap_goal(wanted, score, results, "dense", AHEAD)
-        for name in OTHERS:
-            if name in results:
-                wanted = f"{SCORES[score]}: ahead of {name.removesuffix('_lora')} + LoRA"
-                yield _gap_goal(wanted, score, results, name, None)
-
-
-def loss_goals(results: dict[str, Result]) -> Iterator[Goal]:
-    """Of radial + LoRA against the others by the loss on the videos held out, where both have one."""
-    ours = results["radial_lora"].held_out_loss if "radial_lora" in results else None
-    for name, result in results.items() if ours is not None else ():
-        if name == "radial_lora" or result.held_out_loss is None:
-            continue
-        limit = LOSS_NEAR if name == "dense_lora" else 1.0
-        wanted = f"within {LOSS_NEAR - 1:.0%} of" if name == "dense_lora" else "below that of"
-        ratio = ours / result.held_out_loss
-        hidden = "the mask hides what the other attends to"
-        pairs_kept = "at equal density the other keeps pairs that matter more here"
-        why = "" if ratio <= limit else pairs_kept if name in OTHERS else hidden
-        yield f"held-out loss: {wanted} {ROWS[name].title}", f"{ratio:.2f} times", ratio <= limit, why
-
-
-def _gap_goal(wanted: str, score: str, results: dict[str, Result], other: str, least: float | None) -> Goal:
-    """`least`: points by which radial + LoRA has to be ahead; None: by any."""
-    ours, theirs = results["radial_lora"].entries, results[other].entries
-    gap, error = difference(score, ours, theirs)
-    reached = gap > 0 if least is None else gap >= least
-    why = "" if reached else _why_not(gap, error, least or 0.0, shares(theirs)[score])
-    return wanted, f"{gap:+.1f} ± {error:.1f}", reached, why
-
-
-def _why_not(gap: float, error: float, least: float, theirs: float) -> str:
-    """In words: no room above, too few captions to tell, or a clear difference."""
-    if 100 - theirs < max(least, 0.1):
-        return f"the other has {theirs:.1f} %, at most {100 - theirs:.1f} points are left"
-    if abs(gap - least) <= 2 * error:
-        return "the difference to the goal is within two standard errors: more captions would tell"
-    return "the difference to the goal is beyond two standard errors"
-
-
-def speed_goals(options: Study, results: dict[str, Result]) -> Iterator[Goal]:
-    """Step times of radial against dense."""
-    if not {"dense_lora", "radial_lora"} <= results.keys():
-        return
-    dense, radial = results["dense_lora"], results["radial_lora"]
-    bounds = operation_bounds(options, radial)
-    pairs = {
-        "training": (dense.training_seconds, radial.training_seconds),
-        "inference": (dense.step_seconds, radial.step_seconds),
-    }
-    for kind, (slow, fast) in pairs.items():
-        bound, share = bounds[kind]
-        ratio, wanted = slow / fast, f"{kind} step at least {FASTER:g}x faster than dense"
-        why = f"attention is {share:.0%} of the operations: {bound:.2f}x fewer in all with this mask"
-        yield wanted, f"{ratio:.2f}x", ratio >= FASTER, "" if ratio >= FASTER else why
-
-
-def operation_bounds(options: Study, radial: Result) -> dict[str, tuple[float, float]]:
-    """Of both kinds of step: how many times fewer operations with the mask, attention's share if dense."""
-    config, model = radial.config, read_model_info(resolve_model(radial.config))
-    training, sizes = options.training_config("radial_lora"), radial.config.generation
-    run = as_generation(training, [sizes.num_frames, sizes.height, sizes.width])
-    operations = {
-        "training": training_flops(training, model, run, radial.density),
-        "inference": [*attention_flops(config, model, radial.density), other_flops(config, model)],
-    }
-    return {
-        kind: ((dense + other) / (sparse + other), dense / (dense + other))
-        for kind, (dense, sparse, other) in operations.items()
-    }
+def _times(ours: float | None, theirs: float | None) -> list[str]:
+    return ["" if ours is None or theirs is None else f"{ours / theirs:.2f}"]
 
 
 def settings(options: Study, results: dict[str, Result]) -> list[str]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radial_attn.models.training.adapter import FILE
-
 from scripts.length.scores import Record
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.config import LoraTrainConfig

@@ -33,10 +33,8 @@ def parse(argv: list[str]) -> Command:
 
 def dry_run(config: LoraTrainConfig) -> str:
     """What the run would take; no weights are read, and the latents need not be there yet."""
-    from scripts.lora.plan import describe_plan
-    from scripts.lora.setup import examined
+    from scripts.lora.plan import describe_training, plan_training
 
-    model, path, device = examined(config)
+    lines = describe_training(plan_training(config))
     data = Path(config.data.latents).expanduser()
-    lines = describe_plan(config, model, path, device)
     return lines if data.is_dir() else f"{lines}\n{'note':<10} {data} is not there yet: prepare_latents.sh"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from radial_attn.models.pipeline.load import is_local
-
 from scripts.run.errors import UsageError, one_line
 from scripts.run.hub_models import hub_unreachable
 

@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from radial_attn.models.training.flow import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from radial_attn.models.training.flow import Text
 from scripts.lora.fingerprint import FORMAT, Fingerprint, fingerprint
 from scripts.run.errors import UsageError, one_line
 

@@ -1,24 +1,30 @@
-"""What a LoRA training will take, worked out and checked before any weight is loaded."""
+"""A LoRA training, planned once: what it takes is worked out and checked before any weight is loaded."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from radial_attn.models.runtime.dense_backend import check_dense_backend
-from radial_attn.models.training.adapter import target_names
 
-from radial_attn import radial_mask
+from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.attention import choose_backend, require
 from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.contract import Call
+from radial_attn.models.runtime.dense_backend import check_dense_backend
+from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
-from scripts.run.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig
+from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, multiples_around, one_line
+from scripts.run.families import position_arguments
+from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
+from scripts.run.machine_checks import find_device
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
-from scripts.run.plan import attention_flops, other_flops, solved_config, token_grid
+from scripts.run.operations import Flops, count_flops
+from scripts.run.option_checks import check_frames, check_layers, check_size
+from scripts.run.plan import radial_config, solve_mask
 from scripts.run.processes import local_processes, processes
 from scripts.run.system import room
 
@@ -29,45 +35,144 @@ SAVED_WIDTHS = 17  # activations of a block kept for the backward, in widths of 
 SAVED_HIDDEN = 3  # in hidden widths of its feed-forward; counted on Wan
 
 
-def as_generation(config: LoraTrainConfig, size: list[int]) -> Config:
-    """The same model, mask and size as a run of generation has them, in one step."""
-    shared = {name.name for name in fields(ModelConfig)} & {name.name for name in fields(config.model)}
-    model = ModelConfig(**{name: getattr(config.model, name) for name in shared})
-    mask = {entry.name: getattr(config.attention, entry.name) for entry in fields(MaskConfig)}
-    attention = AttentionConfig(**mask, dense_steps=0)
-    frames, height, width = size
-    generation = GenerationConfig(
-        num_frames=frames,
-        height=height,
-        width=width,
-        steps=1,
-        guidance_scale=1.0,
-        flow_shift=None if config.model.family == "mochi" else 1.0,
-    )
-    return Config(model, attention, generation)
+@dataclass(frozen=True)
+class SizePlan:
+    """One of `data.sizes`: its tokens and its mask, density solved."""
+
+    size: VideoSize
+    grid: TokenGrid
+    mask: RadialConfig
+
+    @property
+    def density(self) -> float:
+        return radial_mask(self.grid, self.mask).density
 
 
-def check_training(config: LoraTrainConfig, model: ModelInfo, path: str, device: str) -> None:
-    """Raises UsageError for sizes, targets, dense layers and backends that training cannot take."""
-    from scripts.run.validate import check_sizes
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything that a training needs to know before weights are loaded.
 
+    Attributes:
+        model: numbers of the model; path: its folder, or its hub id; device: "cpu" or "cuda".
+        sizes: in the order of `data.sizes`.
+        adapter: numbers in the adapter; None if only loading the model will tell.
+    """
+
+    config: LoraTrainConfig
+    model: ModelInfo
+    path: str
+    device: str
+    sizes: tuple[SizePlan, ...]
+    adapter: int | None
+
+    def flops(self, size: SizePlan, density: float | None = None) -> Flops:
+        """Operations of one video forward and backward, at the density of its mask or at another.
+
+        Frozen matrices have no gradient of their own: backward costs them as much as forward.
+        """
+        density = size.density if density is None else density
+        layers = self.config.attention.dense_layers
+        forward = count_flops(self.model, size.grid, density, dense_layers=layers)
+        again = AGAIN * self.config.train.checkpointing
+        factor = 1 + GRADIENT + again
+        return Flops(forward.dense * factor, forward.sparse * factor, forward.other * (2 + again))
+
+    def memory(self, size: SizePlan) -> float:
+        """Predicts the bytes at the peak of a process: transformer, adapter, optimizer, activations."""
+        config, model = self.config, self.model
+        element = DTYPE_BYTES[config.model.dtype]
+        part = "transformer_2" if config.model.expert == 2 else "transformer"
+        weights = self._shared(element * model.parameters.get(part, 0))
+        tokens = size.grid.tokens * config.train.batch / config.parallel.ulysses_degree
+        stream = element * tokens * model.width
+        block = element * tokens * (SAVED_WIDTHS * model.width + SAVED_HIDDEN * model.ffn)
+        kept = model.layers * stream + block if config.train.checkpointing else model.layers * block
+        adapter = self.adapter or 0
+        average = 4 * adapter * (config.train.ema > 0)
+        host = HOST_BYTES if self.device == "cpu" else 0
+        return weights + ADAPTER_BYTES * adapter + average + kept + host
+
+    @property
+    def sharers(self) -> int:
+        """Processes that the weights are divided over; a dry run in one counts at least those of a video."""
+        parallel = self.config.parallel
+        return 1 if parallel.shard == "none" else max(processes(), parallel.ulysses_degree)
+
+    def _shared(self, whole: float) -> float:
+        """Bytes of weights in a process: its part, and the blocks that are gathered at a time.
+
+        Loading takes no more if the file has the data type of the run: pages are divided as they are read.
+        """
+        if self.sharers == 1:
+            return whole
+        return whole / self.sharers + BLOCKS_AT_ONCE * whole / self.model.layers
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `apply_radial_attention`."""
+        attention = self.config.attention
+        backend = attention.dense_backend  # what "auto" times need not take what autocast makes of the norms
+        return {
+            "config": radial_config(attention),
+            "dense_layers": attention.dense_layers,
+            "backend": attention.backend,
+            "dense_backend": "native" if backend == "auto" else backend,
+        }
+
+    def position_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `extend_positions` for the longest size."""
+        return position_arguments(self.config.model, max(size.size.frames for size in self.sizes), self.model)
+
+    def about(self) -> dict[str, Any]:
+        """What the adapter's header says it was trained for, as JSON can hold it."""
+        model, attention = self.config.model, self.config.attention
+        names = ("path", "family", "expert", "positions", "positions_frames")
+        sizes = [
+            {
+                "num_frames": size.size.frames,
+                "height": size.size.height,
+                "width": size.size.width,
+                "mask": asdict(size.mask),
+                "dense_layers": attention.dense_layers,
+            }
+            for size in self.sizes
+        ]
+        return {
+            **{name: getattr(model, name) for name in names},
+            "steps": self.config.train.steps,
+            "flow_shift": self.config.train.flow_shift,
+            "sizes": sizes,
+        }
+
+
+def plan_training(config: LoraTrainConfig) -> TrainPlan:
+    """Plans a training: checks all that can be checked without weights and latents.
+
+    Raises:
+        UsageError: sizes, targets, dense layers, backends or anything else that training cannot take.
+    """
+    device, path = find_device(config.model.device), find_model(config.model)
+    model = read_model_info(path)
     check_data_sizes(config.data, model)
     for name, wrong, allowed in _refused(config, model):
         raise UsageError(f"{name}: got {wrong!r}, allowed: {allowed}")
-    if config.lora.dropout >= 1:
-        raise UsageError(f"lora.dropout: got {config.lora.dropout:g}, allowed: a number from 0 to below 1")
-    if config.train.ema >= 1:
-        raise UsageError(f"train.ema: got {config.train.ema:g}, allowed: a number from 0 to below 1")
-    if config.model.expert == 2 and "transformer_2" not in model.parameters:
-        raise UsageError("model.expert: got 2, allowed: 1, the model has one transformer")
+    if config.model.positions_frames is not None:
+        check_frames("model.positions_frames", config.model.positions_frames, model)
+    check_layers(config.attention, model)
     if config.train.optimizer == "adamw8bit":
         _check_8bit(device)
-    for size in config.data.sizes:
-        run = as_generation(config, size)
-        check_sizes(run, model)
-        _check_backend(config, model, run, device)
-    trainable(config, path)
-    _check_dense(config)
+    sizes = []
+    for entry in config.data.sizes:
+        size = VideoSize(*entry)
+        check_size(size, model, ("data.sizes",) * 3)
+        grid = model.grid(size)
+        sizes.append(SizePlan(size, grid, solve_mask(config.attention, grid)))
+        _check_backend(config, model, sizes[-1], device)
+    adapter = _adapter_numbers(config, path)
+    try:
+        check_dense_backend(config.attention.dense_backend)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"attention.dense_backend: {one_line(error)}") from error
+    return TrainPlan(config, model, path, device, tuple(sizes), adapter)
 
 
 def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
@@ -85,29 +190,31 @@ def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
                 raise UsageError(f"data.sizes: got {given}, allowed: {rule}, nearest: {near}")
 
 
-def _check_dense(config: LoraTrainConfig) -> None:
-    try:
-        check_dense_backend(config.attention.dense_backend)
-    except (ValueError, ImportError) as error:
-        raise UsageError(f"attention.{one_line(error)}") from error
-
-
-def check_room(config: LoraTrainConfig, model: ModelInfo, path: str, device: str) -> None:
-    """Raises UsageError where a process needs more memory than its device has free."""
-    runs = [as_generation(config, size) for size in config.data.sizes]
-    adapter, free = trainable(config, path) or 0, room(device)
-    need = max(memory(config, model, run, adapter, device) for run in runs)
-    here = local_processes() if device == "cpu" else 1
-    if need * here > free:
-        raise UsageError(
-            f"out of memory: training needs about {need * here / GIB:.1f} GiB, {free / GIB:.1f} GiB are free "
-            "on the device; allowed: train.checkpointing=true, train.batch=1, a larger "
-            "parallel.ulysses_degree, parallel.shard=fsdp, smaller data.sizes"
-        )
+def check_room(plan: TrainPlan) -> None:
+    """Raises UsageError if the CPU has less memory free than predicted; on a GPU, not measured yet, warns."""
+    need, free = max(map(plan.memory, plan.sizes)), room(plan.device)
+    here = local_processes() if plan.device == "cpu" else 1
+    if need * here <= free:
+        return
+    short = (
+        f"training needs about {need * here / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on the device; "
+        "allowed: train.checkpointing=true, train.batch=1, a larger parallel.ulysses_degree, "
+        "parallel.shard=fsdp, smaller data.sizes"
+    )
+    if plan.device == "cpu":
+        raise UsageError(f"out of memory: {short}")
+    print(f"note: memory may be short: {short}", flush=True)
 
 
 def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, Any, str]]:
     """Keys, their values, and what is allowed instead."""
+    for name in ("lora.dropout", "train.ema"):
+        group, _, key = name.partition(".")
+        value = getattr(getattr(config, group), key)
+        if value >= 1:
+            yield name, value, "a number from 0 to below 1"
+    if config.model.expert == 2 and "transformer_2" not in model.parameters:
+        yield "model.expert", 2, "1, the model has one transformer"
     if config.model.dtype == "float16":
         yield "model.dtype", "float16", "bfloat16, float32; gradients of float16 would need scaling"
     if config.train.seed >= 2**63:
@@ -124,19 +231,17 @@ def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, A
 
 
 def _check_8bit(device: str) -> None:
-    from importlib.util import find_spec
-
     if device != "cuda" or find_spec("bitsandbytes") is None:
         lack = "needs a GPU" if device != "cuda" else "needs bitsandbytes: pip install bitsandbytes"
         raise UsageError(f"train.optimizer: got 'adamw8bit', which {lack}; allowed here: adamw")
 
 
-def _check_backend(config: LoraTrainConfig, model: ModelInfo, run: Config, device: str) -> None:
+def _check_backend(config: LoraTrainConfig, model: ModelInfo, size: SizePlan, device: str) -> None:
     """A backend without a backward pass is refused, with those that have one."""
     name, kind = config.attention.backend, torch.device(device)
     if config.attention.pattern == "dense":
         return
-    mask = radial_mask(token_grid(run, model), solved_config(run, model))
+    mask = radial_mask(size.grid, size.mask)
     call = Call(kind, getattr(torch, config.model.dtype), model.head_dim, gradients=True, mask=mask)
     try:
         if name == "auto":
@@ -151,8 +256,8 @@ def _check_backend(config: LoraTrainConfig, model: ModelInfo, run: Config, devic
         ) from error
 
 
-def trainable(config: LoraTrainConfig, path: str) -> int | None:
-    """Numbers in the adapter; None where only loading the model will tell.
+def _adapter_numbers(config: LoraTrainConfig, path: str) -> int | None:
+    """Numbers in the adapter; None if only loading the model will tell.
 
     Raises UsageError for a target that the model's self-attention has not.
     """
@@ -162,91 +267,31 @@ def trainable(config: LoraTrainConfig, path: str) -> int | None:
     try:
         names = target_names(transformer, config.lora.targets)
     except ValueError as error:
-        raise UsageError(one_line(error)) from error
+        raise UsageError(f"lora.targets: {one_line(error)}") from error
     return sum(config.lora.rank * sum(transformer.get_submodule(name).weight.shape) for name in names)
 
 
-def training_flops(config: LoraTrainConfig, model: ModelInfo, run: Config, density: float) -> list[float]:
-    """Operations of one video forward and backward: self-attention dense, with the mask, and all else.
-
-    Frozen matrices have no gradient of their own: backward costs them as much as forward.
-    """
-    dense, sparse = attention_flops(run, model, density)
-    again = AGAIN * config.train.checkpointing
-    factor = 1 + GRADIENT + again
-    return [dense * factor, sparse * factor, other_flops(run, model) * (2 + again)]
-
-
-def memory(config: LoraTrainConfig, model: ModelInfo, run: Config, adapter: int, device: str) -> float:
-    """Predicted bytes at the peak of a process: transformer, adapter with its optimizer, activations."""
-    size = DTYPE_BYTES[config.model.dtype]
-    part = "transformer_2" if config.model.expert == 2 else "transformer"
-    weights = shared(config, model, size * model.parameters.get(part, 0))
-    share = token_grid(run, model).tokens * config.train.batch / config.parallel.ulysses_degree
-    stream = size * share * model.width
-    block = size * share * (SAVED_WIDTHS * model.width + SAVED_HIDDEN * model.ffn)
-    kept = model.layers * stream + block if config.train.checkpointing else model.layers * block
-    average = 4 * adapter * (config.train.ema > 0)
-    return weights + ADAPTER_BYTES * adapter + average + kept + (HOST_BYTES if device == "cpu" else 0)
-
-
-def sharers(config: LoraTrainConfig) -> int:
-    """Processes that the weights are divided over; `--dry-run` in one counts at least those of a video."""
-    return 1 if config.parallel.shard == "none" else max(processes(), config.parallel.ulysses_degree)
-
-
-def shared(config: LoraTrainConfig, model: ModelInfo, whole: float) -> float:
-    """Bytes of weights in a process: its part, and the blocks that are gathered at a time.
-
-    Loading takes no more where the file has the data type of the run: its pages are read as they are divided.
-    """
-    if sharers(config) == 1:
-        return whole
-    return whole / sharers(config) + BLOCKS_AT_ONCE * whole / model.layers
-
-
-def describe_plan(config: LoraTrainConfig, model: ModelInfo, path: str, device: str) -> str:
+def describe_training(plan: TrainPlan) -> str:
     """The table that `--dry-run` prints: a line for the run, two for each size."""
-    adapter, train, lora = trainable(config, path), config.train, config.lora
-    numbers = "unknown before loading" if adapter is None else f"{adapter:,}"
+    config = plan.config
+    train, lora = config.train, config.lora
+    numbers = "unknown before loading" if plan.adapter is None else f"{plan.adapter:,}"
     each = train.batch * train.accumulate
     rows = {
-        "model": f"{config.model.path} ({config.model.family}, {config.model.dtype}) on {device}",
+        "model": f"{config.model.path} ({config.model.family}, {config.model.dtype}) on {plan.device}",
         "adapter": f"rank {lora.rank} on {', '.join(lora.targets)}: {numbers} trainable parameters",
         "steps": f"{train.steps}, {each} videos a process, rate {train.rate:g}, {train.schedule}",
     }
     if config.parallel.shard != "none":
-        count = sharers(config)
+        count = plan.sharers
         rows["weights"] = f"shared by {count} processes" if count > 1 else "whole, shared from NPROC=2 on"
     lines = [f"{name:<10} {text}" for name, text in rows.items()]
-    for size in config.data.sizes:
-        lines += _describe_size(config, model, size, adapter or 0, device)
+    for size in plan.sizes:
+        flops, need = plan.flops(size), plan.memory(size) / GIB
+        lines += [
+            f"{'x'.join(map(str, size.size)):<10} {size.grid.tokens} tokens, density {size.density:.3f}, "
+            f"memory {need:.2f} GiB predicted",
+            f"{'':<10} attention {flops.dense / 1e12:.4g} TFLOP a video dense ({flops.share:.0%} of all), "
+            f"{flops.sparse / 1e12:.4g} with the mask: {flops.fewer:.2f}x fewer operations in all",
+        ]
     return "\n".join(lines)
-
-
-def _describe_size(
-    config: LoraTrainConfig, model: ModelInfo, size: list[int], adapter: int, device: str
-) -> list[str]:
-    run = as_generation(config, size)
-    grid = token_grid(run, model)
-    density = radial_mask(grid, solved_config(run, model)).density
-    dense, sparse, other = training_flops(config, model, run, density)
-    share, fewer = dense / (dense + other), (dense + other) / (sparse + other)
-    need = memory(config, model, run, adapter, device) / GIB
-    name = "x".join(map(str, size))
-    return [
-        f"{name:<10} {grid.tokens} tokens, density {density:.3f}, memory {need:.2f} GiB predicted",
-        f"{'':<10} attention {dense / 1e12:.4g} TFLOP a video dense ({share:.0%} of all), "
-        f"{sparse / 1e12:.4g} with the mask: {fewer:.2f}x fewer operations in all",
-    ]
-
-
-def mask_settings(config: LoraTrainConfig, model: ModelInfo) -> list[dict[str, Any]]:
-    """Size, mask and dense layers of each size that is trained, as JSON can hold them."""
-    found = []
-    for frames, height, width in config.data.sizes:
-        run = as_generation(config, [frames, height, width])
-        sizes = {"num_frames": frames, "height": height, "width": width}
-        mask = asdict(solved_config(run, model))
-        found.append(sizes | {"mask": mask, "dense_layers": config.attention.dense_layers})
-    return found

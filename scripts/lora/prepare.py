@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local
-from radial_attn.models.training.flow import encode_text, encode_video
 from torch import Tensor
 from tqdm import tqdm
 
+from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local
+from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.fingerprint import fingerprint, parts, parts_folder
 from scripts.lora.latent_shards import LatentShards, locked
@@ -31,10 +31,9 @@ from scripts.lora.videos import (
     too_short,
 )
 from scripts.run.errors import GenerationError, UsageError, one_line
-from scripts.run.hub_models import hub_unreachable, read_model_info
+from scripts.run.hub_models import find_model, hub_unreachable, read_model_info
+from scripts.run.machine_checks import find_device, is_out_of_memory
 from scripts.run.sampler import quiet_libraries
-from scripts.run.shortage import is_out_of_memory
-from scripts.run.validate import resolve_device, resolve_model
 
 MIB = 2**20
 
@@ -96,7 +95,7 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
         GenerationError: a clip or caption that cannot be encoded.
     """
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every video that is turned
-    device, path = resolve_device(config), resolve_model(config)
+    device, path = find_device(config.model.device), find_model(config.model)
     check_data_sizes(config.data, read_model_info(path))
     videos = read_videos(config.data)
     job = Job(config, path, device, plan_clips(videos, config.data))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.fsdp import shared_weights
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start
@@ -16,20 +17,14 @@ from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.load import read_index
 from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.training.adapter import add_adapter
-
 from scripts.lora.checkpoint import Checkpoints, check_config
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import BucketSampler, LatentStore, fingerprint
-from scripts.lora.plan import as_generation, check_room, check_training, mask_settings
+from scripts.lora.plan import check_room, plan_training
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
-from scripts.run.hub_models import read_model_info
-from scripts.run.model_info import ModelInfo
-from scripts.run.plan import attention_options
-from scripts.run.positions import position_options
 from scripts.run.processes import processes
-from scripts.run.validate import resolve_device, resolve_model
 
 FREE = (  # keys that change nothing of what is learnt
     "output.",
@@ -48,15 +43,6 @@ FREE = (  # keys that change nothing of what is learnt
 NEVER = ("model.", "lora.rank", "lora.targets")  # that no run can go on with
 
 
-def examined(config: LoraTrainConfig) -> tuple[ModelInfo, str, str]:
-    """ModelInfo, path and device of the run; UsageError for what can be refused without weights."""
-    run = as_generation(config, config.data.sizes[0] if config.data.sizes else [1, 16, 16])
-    device, path = resolve_device(run), resolve_model(run)
-    model = read_model_info(path)
-    check_training(config, model, path, device)
-    return model, path, device
-
-
 @contextmanager
 def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
     """The run, its model on its device and its samples found, for as long as the block runs.
@@ -65,27 +51,25 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
         UsageError: latents that are missing, unfinished or of another model, a folder that holds another run,
             weights that cannot be loaded.
     """
-    model, path, device = examined(config)
+    plan = plan_training(config)
     store = LatentStore.open(config.data.latents)
-    store.check(fingerprint(path, config.model.family))
+    store.check(fingerprint(plan.path, config.model.family))
     trains, held_out = divided(config, store)
     world, ulysses = processes(), config.parallel.ulysses_degree
     check_processes(config, world)
-    check_room(config, model, path, device)
-    accelerator, parallel = _start(device, world, ulysses)
+    check_room(plan)
+    accelerator, parallel = _start(plan.device, world, ulysses)
     folder, keys = Path(config.output.path).expanduser(), flat(config)
     keys |= {"processes": world // ulysses, "samples": store.digest([*chain(*trains.values()), *held_out])}
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(folder, "output.path"))
             check_config(folder, keys, free=FREE, never=NEVER, accept=config.output.accept_changes)
-        transformer = load_transformer(config, path)
+        transformer = load_transformer(config, plan.path)
         trained = with_adapter(config, transformer)
-        stack.enter_context(_positions(config, model, transformer))
-        options = attention_options(as_generation(config, config.data.sizes[0]))
-        if options["dense_backend"] == "auto":  # what it times need not take what autocast makes of the norms
-            options["dense_backend"] = "native"
-        stack.enter_context(apply_radial_attention(transformer, **options, parallel=parallel))
+        stack.enter_context(extend_positions(transformer, **plan.position_arguments()))
+        arguments = plan.attention_arguments()
+        stack.enter_context(apply_radial_attention(transformer, **arguments, parallel=parallel))
         optimizer = build_optimizer(config, list(trained.values()))
         if config.parallel.shard == "fsdp":  # accelerate's plugin for it does nothing without a GPU
             sharing = shared_weights(transformer, trained.values(), accelerator.device)
@@ -102,13 +86,13 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             store=store,
             sampler=BucketSampler(trains, config.train.batch, config.train.seed),
             held_out=held_out,
-            path=path,
-            about=about(config, model),
-            patch=model.patch,
+            path=plan.path,
+            about=plan.about(),
+            patch=plan.model.patch,
             place=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
-            boundary=read_index(path).get("boundary_ratio"),
+            boundary=read_index(plan.path).get("boundary_ratio"),
             leads=accelerator.process_index % ulysses == 0,
         )
         yield run, Checkpoints(folder, keys, config.output.keep)
@@ -182,7 +166,7 @@ def with_adapter(config: LoraTrainConfig, transformer: torch.nn.Module) -> dict[
     try:
         trained = add_adapter(transformer, rank=lora.rank, alpha=alpha, targets=lora.targets, **options)
     except ValueError as error:
-        raise UsageError(one_line(error)) from error
+        raise UsageError(f"lora.targets: {one_line(error)}") from error
     if config.train.checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
@@ -203,20 +187,3 @@ def build_optimizer(config: LoraTrainConfig, parameters: list[torch.nn.Parameter
 def flat(config: LoraTrainConfig) -> dict[str, Any]:
     """Dotted keys and their values."""
     return {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
-
-
-def about(config: LoraTrainConfig, model: ModelInfo) -> dict[str, Any]:
-    """What the adapter's header says it was trained for."""
-    names = ("path", "family", "expert", "positions", "positions_frames")
-    return {
-        **{name: getattr(config.model, name) for name in names},
-        "steps": config.train.steps,
-        "flow_shift": config.train.flow_shift,
-        "sizes": mask_settings(config, model),
-    }
-
-
-def _positions(config: LoraTrainConfig, model: ModelInfo, transformer: torch.nn.Module) -> Any:
-    """Positions extended to the longest of the sizes."""
-    run = as_generation(config, max(config.data.sizes))
-    return extend_positions(transformer, **position_options(run, model))

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from radial_attn.models.lora.files import read_header
-from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from radial_attn.models.lora.files import read_header
+from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
 from scripts.lora.checkpoint import Checkpoints, write_config
 from scripts.lora.step import Run
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from radial_attn.models.training.flow import Text, predict_velocity, stack_text
 from torch import Tensor
 
+from radial_attn.models.training.flow import Text, predict_velocity, stack_text
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.latents import BucketSampler, LatentStore
 

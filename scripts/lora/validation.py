@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from radial_attn.models.pipeline.load import load_pipeline
 
-from scripts.lora.plan import as_generation
+from radial_attn.models.pipeline.load import load_pipeline
 from scripts.lora.state import mean_adapter
 from scripts.lora.step import Run, flow_loss, generator
-from scripts.run.families import settings
+from scripts.run.config import GenerationConfig
+from scripts.run.families import pipeline_arguments
 from scripts.run.outputs import encode
 from scripts.run.sampler import to_bytes
 
@@ -80,11 +80,17 @@ def sampling_pipeline(run: Run) -> Any:
 def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:
     """Frames `[T, H, W, 3]` of 0 .. 1 for the caption of a sample."""
     sample, validation = run.store.samples[number], run.config.validation
-    config = as_generation(run.config, [sample.frames, sample.height, sample.width])
-    config.generation.steps, config.generation.guidance_scale = validation.steps, validation.guidance_scale
+    generation = GenerationConfig(
+        num_frames=sample.frames,
+        height=sample.height,
+        width=sample.width,
+        steps=validation.steps,
+        guidance_scale=validation.guidance_scale,
+    )
     texts = run.placed([run.store.load(number)[1]])
     if validation.guidance_scale > 1 and "pooled_prompt_embeds" not in texts:  # HunyuanVideo's is built in
         empty = run.placed([run.store.empty_text])
         texts |= {f"negative_{name}": x for name, x in empty.items()} | {"negative_prompt": None}
     random = torch.Generator().manual_seed(number)
-    return pipeline(**(settings(config) | texts), generator=random).frames[0]
+    arguments = pipeline_arguments(run.config.model.family, generation) | texts
+    return pipeline(**arguments, generator=random).frames[0]

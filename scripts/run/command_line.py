@@ -1,16 +1,19 @@
-"""The command line of generation: what the words mean, and which preset stands in where none is named."""
+"""Parses the command line of generation, and chooses a preset if it names none."""
 
 from dataclasses import dataclass, field
 from os.path import isfile
+from pathlib import Path
 
 from scripts.run.config import CALL, read_config
 from scripts.run.errors import UsageError
 
-FULL_PRESET, TINY_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan_tiny.yaml"
+FULL_PRESET, SMALL_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan2.1_t2v_1.3b.yaml"
+TINY_PRESET = "configs/wan_tiny.yaml"
+FIRST_PRESET = "configs/wan_tiny_4x.yaml"  # without a GPU, if no preset is named: its length shows a gain
+SAVING = ("model.offload=group", "model.quantization=fp8", "model.vae_tiling=always")
 OF_A_MODEL = ("model.path=", "model.family=", "model.loras=")
-MARGIN = 1.05  # of free memory over the predicted peak
-NO_DENSE = ("attention.dense_steps=0", "attention.dense_layers=0", "attention.dense_last_steps=0")
-# What the bundled model takes over from a preset that has none of its own; its LoRA would not fit.
+MARGIN = 1.05  # times the predicted peak must be free
+# The bundled model takes over these keys of the preset that it replaces. The preset's LoRA would not fit it.
 SCHEDULE = (
     "generation.steps",
     "generation.guidance_scale",
@@ -23,9 +26,9 @@ SCHEDULE = (
 
 @dataclass
 class Command:
-    """`config_file` is None where the command line names none.
+    """Holds a parsed command line.
 
-    Then `preset` is taken where a GPU has room for it, else `bundled`.
+    `config_file` is None if none is named. Then `preset` is used if a GPU has room for it, else `bundled`.
     """
 
     config_file: str | None = None
@@ -37,9 +40,9 @@ class Command:
 
 
 def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Command:
-    """Raises UsageError for an unknown option, a second config file, a key without a value.
+    """Parses arguments; UsageError for an unknown option, a second config file, a key without a value.
 
-    `call`: how the program is called; `stands_in`: whether it takes --preset= and --bundled=.
+    `call`: the call form of the program; `stands_in`: whether it takes --preset= and --bundled=.
     """
     command = Command()
     for word in argv:
@@ -54,30 +57,39 @@ def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Comma
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
             raise UsageError(f"unknown option {word!r}; {hint}")
-        elif "=" in word and not isfile(word):  # which takes a prompt of any length
+        elif "=" in word and not isfile(word):  # isfile takes a prompt of any length
             command.overrides.append(word)
         elif command.config_file is None:
             command.config_file = word
         else:
             both = f"{command.config_file!r} and {word!r}"
-            raise UsageError(f"one config file at most, got {both}; usage: {call}")
+            raise UsageError(f"got {both}; name one config file at most, usage: {call}")
     return command
 
 
 def choose_config(command: Command) -> tuple[str, list[str], str]:
-    """(config file, overrides, why): the one that is named, else `choose_preset`'s.
+    """Returns (config file, overrides, reason): the file that is named, else the choice of `choose_preset`.
 
-    Where no preset of its own stands in for `--preset=`, the bundled Wan takes over its schedule.
+    If `--preset=` comes without a `--bundled=`, the bundled Wan takes over its schedule.
+
+    Raises:
+        UsageError: an override names a model, which a bundled model's sizes would not suit.
     """
     if command.config_file is not None:
         return command.config_file, command.overrides, "named on the command line"
-    full, bundled = command.preset or FULL_PRESET, command.bundled or TINY_PRESET
+    full = command.preset or FULL_PRESET
+    bundled = command.bundled or (TINY_PRESET if command.preset else FIRST_PRESET)
     for preset in (full, bundled):
         read_config(preset, [])
-    config_file, reason = choose_preset(command.overrides, full, bundled)
-    if config_file == full or command.preset is None:
-        return config_file, command.overrides, reason
-    _check_stand_in(command)
+    config_file, overrides, reason = choose_preset(command.overrides, full, bundled)
+    if config_file != bundled or command.preset is None:
+        return config_file, overrides, reason
+    model_keys = [word.partition("=")[0] for word in command.overrides if word.startswith(OF_A_MODEL)]
+    if model_keys:
+        raise UsageError(
+            f"{model_keys[0]}: a bundled model would replace {command.preset} here; name a configuration "
+            f"for your model, such as {command.preset}"
+        )
     if command.bundled is not None:
         return config_file, command.overrides, f"{reason}; stands in for {command.preset}"
     without = " and without its LoRA" if read_config(command.preset, []).model.loras else ""
@@ -85,18 +97,8 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     return config_file, [*schedule_of(command.preset), *command.overrides], f"{reason}; {stands_in}"
 
 
-def _check_stand_in(command: Command) -> None:
-    """Raises UsageError where a model of the user's meets the sizes of the bundled one."""
-    own = [word.partition("=")[0] for word in command.overrides if word.startswith(OF_A_MODEL)]
-    if own:
-        raise UsageError(
-            f"{own[0]}: a bundled model would stand in for {command.preset} here; name a configuration that "
-            f"suits yours, as {command.preset}"
-        )
-
-
 def schedule_of(preset: str) -> list[str]:
-    """The schedule of a preset as overrides for the bundled model, and a folder of its own for the videos."""
+    """Returns the schedule of a preset as overrides for the bundled model, with a separate video folder."""
     config = read_config(preset, [])
     schedule = []
     for key in SCHEDULE:
@@ -108,48 +110,58 @@ def schedule_of(preset: str) -> list[str]:
 
 def choose_preset(
     overrides: list[str], full: str = FULL_PRESET, bundled: str = TINY_PRESET
-) -> tuple[str, str]:
-    """(preset, why): `full` where GPU and host have room for it, else `bundled`.
+) -> tuple[str, list[str], str]:
+    """Returns (preset, overrides, reason) of the first step of a ladder that GPU and host have room for.
+
+    The steps are `full` as it is; `full` with group offload, fp8 weights and a tiled VAE; for Wan 14B, the
+    1.3B model in the same two ways; the bundled model.
 
     Raises:
-        UsageError: where there is a GPU, an override that no preset takes.
+        UsageError: there is a GPU, and no preset takes an override.
     """
     import torch
 
     if [word for word in overrides if word.startswith("model.device=")][-1:] == ["model.device=cpu"]:
-        return bundled, "model.device=cpu"
+        return bundled, overrides, "model.device=cpu"
     if not torch.cuda.is_available():
-        return bundled, "no CUDA device here"
+        return bundled, overrides, "no CUDA device here"
+    from scripts.run.memory import gib
+    from scripts.run.plan import memory_needs
     from scripts.run.system import room
 
-    gpu, host = needed(overrides, full)
-    name = torch.cuda.get_device_name()
-    return pick({name: (room("cuda"), gpu), "the host": (room("cpu"), host)}, full, bundled)
+    gpu, free, host = torch.cuda.get_device_name(), room("cuda"), room("cpu")
+    needs = []
+    for preset, more, title in ladder(full, overrides):
+        need, host_need = (MARGIN * need for need in memory_needs(read_config(preset, [*more, *overrides])))
+        if need <= free and host_need <= host:
+            why = f"; {'; '.join(needs)}" if needs else ""
+            return preset, [*more, *overrides], f"{title} needs {gib(need)} of {gib(free)} on {gpu}{why}"
+        short = (
+            f"{gib(need)} of {gib(free)} on the GPU" if need > free else f"{gib(host_need)} of host memory"
+        )
+        needs.append(f"{title} would need {short}")
+    return bundled, overrides, f"{gpu} has {gib(free)} free; {'; '.join(needs)}"
 
 
-def needed(overrides: list[str], full: str = FULL_PRESET) -> tuple[float, float]:
-    """Bytes of GPU and host that `full` with these overrides needs, with a margin.
+def ladder(full: str, overrides: list[str]) -> list[tuple[str, list[str], str]]:
+    """Returns (preset, further overrides, title) of each step.
 
-    Dense steps and layers take no memory; whether they suit the preset is known when it is chosen.
+    Keys that the user gives are left alone, saving keys that do not go together with them are left out, and
+    a model that the user names has no smaller one.
     """
-    from scripts.run.hub_models import read_model_info
-    from scripts.run.plan import host_bytes, memory
-    from scripts.run.validate import check_sizes, check_values, resolve_model
+    from scripts.run.option_checks import refusals
 
-    config = read_config(full, [*overrides, *NO_DENSE])
-    check_values(config)
-    model = read_model_info(resolve_model(config))
-    check_sizes(config, model)
-    return MARGIN * memory(config, model, "cuda").total, MARGIN * host_bytes(config, model)
-
-
-def pick(
-    memories: dict[str, tuple[float, float]], full: str = FULL_PRESET, bundled: str = TINY_PRESET
-) -> tuple[str, str]:
-    """(preset, why) from the bytes that are free and those that `full` needs, of each memory."""
-    from scripts.run.plan import gib
-
-    enough = all(free >= need for free, need in memories.values())
-    texts = [f"{name} has {gib(free)} free of {gib(need)}" for name, (free, need) in memories.items()]
-    size = "the 14B preset" if full == FULL_PRESET else full
-    return (full if enough else bundled), f"{', '.join(texts)} that {size} needs"
+    given, saving = {word.partition("=")[0] for word in overrides}, []
+    for word in SAVING:
+        together = read_config(full, [*overrides, *saving, word])
+        if word.partition("=")[0] not in given and not any(refusals(together)):
+            saving.append(word)
+    presets = {full: "Wan 14B" if full == FULL_PRESET else Path(full).stem}
+    if full == FULL_PRESET and not any(word.startswith(OF_A_MODEL) for word in overrides):
+        presets[SMALL_PRESET] = "Wan 1.3B"
+    steps = []
+    for preset, title in presets.items():
+        steps.append((preset, [], title))
+        if saving and read_config(preset, []).model.quantization == "none":
+            steps.append((preset, saving, f"{title} with {' '.join(saving)}"))
+    return steps

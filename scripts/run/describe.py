@@ -1,8 +1,233 @@
 """What a run prints about itself."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from statistics import median
+from typing import Any
 
-from scripts.run.config import Config
+from radial_attn.masks.density_curve import changes, curve_lines
+from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
+from scripts.run.config import Config, keys
+from scripts.run.families import position_arguments
+from scripts.run.loras import FoundLora
+from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
+from scripts.run.plan import RunPlan, radial_config, rank_memory
+
+LITTLE = 0.5  # share of attention below which its cost hardly matters
+
+
+def describe_plan(plan: RunPlan) -> str:
+    """The table that `--dry-run` prints."""
+    generation, attention, model = plan.config.generation, plan.config.attention, plan.config.model
+    grid, flops = plan.grid, plan.flops
+    blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
+    shift = "of the model" if generation.flow_shift is None else f"{generation.flow_shift:g}"
+    density = f"{plan.block_mask.density:.4f} ({attention.pattern})"
+    whole = f"{_flops(flops.dense + flops.other)} dense, {_flops(flops.sparse + flops.other)} as configured"
+    rows = {
+        "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
+        "video": f"{generation.height}x{generation.width}, {generation.num_frames} frames at "
+        f"{plan.config.output.fps} per second",
+        "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}, flow shift {shift}",
+        "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
+        "density": "; ".join([density, *describe_density(plan)]),
+        "dense steps": _ranges(plan.dense_steps, generation.steps),
+        "dense layers": _ranges(range(plan.dense_layers), plan.model.layers),
+        "attention": f"{_flops(flops.dense)} dense, {_flops(flops.sparse)} as configured "
+        f"({flops.dense / flops.sparse:.2f}x fewer)",
+        "transformer": f"{whole} ({flops.fewer:.2f}x fewer)",
+        "memory": _describe_memory(plan.memory),
+    }
+    lines = [_row(name, text) for name, text in rows.items()] + _memory_choices(plan)
+    if attention.pattern != "dense":
+        lines += [_row("curve", line) for line in curve_lines(grid, radial_config(attention))]
+    lines += [_row("note", note) for note in notes(plan)]
+    lines += [_row("note", f"not on this machine: {problem}") for problem in plan.missing]
+    lines += [*_rank_lines(plan), *describe_decoding(plan), *describe_further(plan)]
+    return "\n".join(lines)
+
+
+def describe_start(plan: RunPlan) -> list[str]:
+    """The lines before a run: who shares it, its density, what to know, what is gained."""
+    several = plan.degrees.processes > 1
+    remarks = [*plan.warnings, *notes(plan), *gain(plan)]
+    return [
+        *([describe_degrees(plan), *describe_decoding(plan)] if several else []),
+        *describe_density(plan),
+        *(f"note: {remark}" for remark in remarks),
+        *describe_further(plan),
+    ]
+
+
+def describe_further(plan: RunPlan) -> list[str]:
+    """Positions and LoRAs, if there are any."""
+    return [*describe_positions(plan), *describe_loras(plan), *training_notes(plan)]
+
+
+def describe_density(plan: RunPlan) -> list[str]:
+    """What `attention.density` became, if it was given: `density 0.25: decay_factor 0.125, ...`."""
+    wanted = radial_config(plan.config.attention)
+    if wanted.density is None or wanted.pattern == "dense":
+        return []
+    return [f"density {wanted.density:g}: {changes(plan.mask, wanted)}"]
+
+
+def _memory_choices(plan: RunPlan) -> list[str]:
+    """The predicted peak on a GPU for each quantization and offload."""
+    if not sum(plan.model.parameters.values()):
+        return []
+    offloads, kinds = (keys()[f"model.{name}"].metadata["choices"] for name in ("offload", "quantization"))
+    lines = []
+    for kind in kinds:
+        needs = (
+            f"{offload} {gib(plan.memory_of(plan.size, 'cuda', quantization=kind, offload=offload).total)}"
+            for offload in offloads
+        )
+        lines.append(_row("GPU memory", f"quantization {kind}: offload {', '.join(needs)}"))
+    return lines
+
+
+def gain(plan: RunPlan) -> list[str]:
+    """The share of attention and what the mask saves of it, if that is much; `notes` says if it is little."""
+    if plan.flops.share < LITTLE and plan.config.attention.pattern != "dense":
+        return []
+    return [
+        f"attention is {plan.flops.share:.0%} of the operations: {plan.flops.fewer:.2f}x fewer in all with "
+        "this mask"
+    ]
+
+
+def notes(plan: RunPlan) -> list[str]:
+    """What a user should know first: unknown weights, little to gain, a mask that keeps too little."""
+    lines, attention = [], plan.config.attention
+    if not sum(plan.model.parameters.values()):
+        path = plan.config.model.path
+        lines.append(f"memory: the weights of {path} are unknown before loading and not checked")
+    if attention.pattern == "dense":
+        return lines
+    frame = plan.grid.tokens_per_frame
+    if 3 * frame < attention.block_size:
+        lines.append(f"frames of {frame} tokens are under a third of a block: set attention.block_size=16")
+    width = attention.block_size if attention.decimation_width == "block" else attention.decimation_width
+    power = 1 << (frame.bit_length() - 1)
+    if width // power > 1:  # the rule keeps distance 1 only if this is 1
+        lines.append(
+            f"frames of {frame} tokens lose their neighbours: set attention.decimation_width={power} or less"
+        )
+    share = plan.flops.share
+    if share < LITTLE:
+        lines.append(f"attention is {share:.0%} of the operations: at most {1 / (1 - share):.2f}x to gain")
+    return lines
+
+
+def describe_degrees(plan: RunPlan) -> str:
+    """One line: who shares what, and why."""
+    degrees, given = plan.degrees, vars(plan.config.parallel)
+    because = {
+        "cfg": "the halves of guidance",
+        "ulysses": f"{plan.model.heads} heads",
+        "ring": f"keys, where {degrees.ulysses * degrees.ring} do not divide the {plan.model.heads} heads",
+        "data": "the prompts",
+    }
+    parts = [
+        f"{name} {getattr(degrees, name)} ({'given' if given[f'{name}_degree'] else f'shares {what}'})"
+        for name, what in because.items()
+        if getattr(degrees, name) > 1
+    ]
+    return f"{degrees.processes} processes: {', '.join(parts)}"
+
+
+def describe_decoding(plan: RunPlan) -> list[str]:
+    """One line if several processes make a video: who decodes it."""
+    count = plan.degrees.processes // plan.degrees.data
+    if count == 1:
+        return []
+    pieces = decoded_tiles(plan.model, plan.size, plan.config.model)
+    if pieces > 1:
+        return [f"decoding: {pieces} tiles shared by {min(count, pieces)} processes"]
+    tiled = is_tiled(plan.config.model)
+    hint = "" if tiled else "; model.vae_tiling=always cuts a video into tiles that are shared"
+    return [f"decoding: by one process, as one tile{hint}"]
+
+
+def _rank_lines(plan: RunPlan) -> list[str]:
+    """What each of several processes has to do."""
+    if plan.degrees.processes == 1:
+        return []
+    work = plan.rank_work
+    dense, sparse = (f"{(work.other + flops) / 1e15:.3f}" for flops in (work.dense, work.sparse))
+    lines = [
+        f"each a step   {work.sent.total / 1e9:.2f} GB sent, {dense} PFLOP dense, {sparse} radial, "
+        f"{work.kept_blocks} kept blocks a layer"
+    ]
+    if plan.degrees.ring > 1:
+        lines.append(
+            f"ring          {work.sent.ring / 1e9:.2f} GB of that; kept blocks of the busiest rank "
+            f"{work.busiest:.3f} of the mean, {work.waiting:.3f} with waiting at each of {plan.degrees.ring} "
+            "steps"
+        )
+    return [*lines, f"each          {gib(rank_memory(plan).total)} of memory"]
+
+
+def describe_positions(plan: RunPlan) -> list[str]:
+    """What is changed, if not plain: `positions: riflex, component 4 of 22 lowered to ...`."""
+    if plan.config.model.positions == "plain":
+        return []
+    time = plan.model.rope_time
+    frequencies = None if time is None else temporal_frequencies(*time)
+    arguments = position_arguments(plan.config.model, plan.size.frames, plan.model)
+    return [f"positions: {describe(**arguments, frequencies=frequencies)}"]
+
+
+def describe_loras(plan: RunPlan) -> list[str]:
+    """A line for each LoRA."""
+    return [_row("lora", f"{_lora(lora)}, {plan.config.model.lora_mode}") for lora in plan.loras]
+
+
+def _lora(lora: FoundLora) -> str:
+    entry = lora.entry
+    text = f"{f'{entry.path} {entry.weight_name or str()}'.strip()}, scale {entry.scale:g}"
+    if entry.transformer != "both":
+        text += f", transformer {entry.transformer}"
+    if lora.match is None:
+        return f"{text}, not checked ({'the model' if lora.file else 'the file'} is not here yet)"
+    left_out = len(lora.match.unmatched) + len(lora.match.misfits)
+    lost = f", {left_out} left out" if left_out else ""
+    return f"{text}, {len(lora.match.pairs)} layers, {len(lora.match.deltas)} other changes{lost}"
+
+
+def training_notes(plan: RunPlan) -> list[str]:
+    """Says where the run differs from what an adapter of scripts/train_lora.py was trained for."""
+    lines = []
+    for lora in plan.loras:
+        trained = lora.header.trained if lora.header else {}
+        if trained and (differences := list(_differences(plan, lora, trained))):
+            lines.append(f"note: LoRA {lora.entry.path} was trained with {', '.join(differences)}")
+    return lines
+
+
+def _differences(plan: RunPlan, lora: FoundLora, trained: dict[str, Any]) -> Iterator[str]:
+    """`key=value (here value)` for what the file's header says and the run has otherwise."""
+    model = plan.config.model
+    sizes = {name: getattr(plan.config.generation, name) for name in ("num_frames", "height", "width")}
+    fitting = [size for size in trained["sizes"] if all(size[name] == x for name, x in sizes.items())]
+    if not fitting:
+        others = ", ".join(
+            f"{size['num_frames']}x{size['height']}x{size['width']}" for size in trained["sizes"]
+        )
+        yield f"videos of {others} (here {'x'.join(map(str, sizes.values()))})"
+    size = (fitting or trained["sizes"])[0]
+    here = asdict(plan.mask) | {"dense_layers": plan.config.attention.dense_layers}
+    for name, value in (size["mask"] | {"dense_layers": size["dense_layers"]}).items():
+        if here.get(name) != value:
+            yield f"attention.{name}={value} (here {here.get(name)})"
+    name = "positions" if trained["positions"] != model.positions else "positions_frames"
+    now = getattr(model, name)
+    if trained[name] != now and not trained["positions"] == model.positions == "plain":
+        yield f"model.{name}={trained[name]} (here {now})"
+    two = "transformer_2" in plan.model.parameters
+    if two and lora.entry.transformer != str(trained["expert"]):
+        yield f"transformer {trained['expert']} alone (here {lora.entry.transformer})"
 
 
 def describe_settings(config: Config) -> str:
@@ -11,3 +236,88 @@ def describe_settings(config: Config) -> str:
     numbers = f"guidance {sizes.guidance_scale}, shift {sizes.flow_shift}, seeds from {sizes.seed}"
     options = ", ".join(f"{k} {v}" for k, v in asdict(config.attention).items() if k != "pattern")
     return f"- {config.model.path}, {sizes.num_frames} frames: {sizes.steps} steps, {numbers}; {options}"
+
+
+def describe_video(record: dict[str, Any], path: object) -> list[str]:
+    """The run's own benchmark, in a few lines."""
+    seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
+    calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
+    check = record["attention"]["check"]
+    peak = {kind.split("_")[0]: f"{size / GIB:.2f} GiB" for kind, size in record["peak_memory"].items()}
+    predicted = sum(record["predicted_memory"].values()) / GIB
+    lines = [
+        f"video      {path} (its record beside it, .json)",
+        f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
+        f"a step     {_pairs(seconds_per_step(record))}",
+        f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
+    ]
+    if (cache := record["cache"])["kind"] != "none":
+        lines.append(
+            f"cache      {cache['kind']}: {cache['computed']} of {cache['due']} of these calls were made"
+        )
+    if "worst" in check:
+        worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
+        lines.append(f"check      {check['compared']} outputs against the reference, worst in {worst}")
+    lines += _measured_gain(record)
+    return [*lines, f"memory     {_pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
+
+
+def _measured_gain(record: dict[str, Any]) -> list[str]:
+    """How long denoising would have taken with every step dense, by the median of those that were."""
+    groups = _step_groups(record)
+    if len(groups) < 2 or record["cache"]["kind"] != "none":
+        return []
+    count, took = len(record["step_seconds"]), record["seconds"]["denoise"]
+    dense = count * median(groups["dense"])
+    return [
+        f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the median dense "
+        f"step): {dense / took:.2f}x faster"
+    ]
+
+
+def seconds_per_step(record: dict[str, Any]) -> dict[str, str]:
+    """Median seconds of the steps of each pattern."""
+    groups = _step_groups(record)
+    return {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups.items()}
+
+
+def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of the dense steps, and of the others, if there are any."""
+    dense, pattern = set(record["dense_steps"]), record["config"]["attention"]["pattern"]
+    groups: dict[str, list[float]] = {}
+    for step, seconds in enumerate(record["step_seconds"]):
+        groups.setdefault("dense" if step in dense else pattern, []).append(seconds)
+    return groups
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<13} {text}"
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _ranges(numbers: range | tuple[int, ...], total: int) -> str:
+    """'14 of 50 (0-11, 48-49)' for sorted numbers, counted from 0."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
+
+
+def _flops(value: float) -> str:
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if value >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value / 1e9:.4g} GFLOP"
+
+
+def _describe_memory(need: Memory) -> str:
+    weights = gib(need.weights) if need.weights else "an unknown amount for"
+    host = f" + {gib(need.host)} program" if need.host else ""
+    return f"{gib(need.total)} predicted: {weights} weights + {gib(need.activations)} activations{host}"

@@ -1,57 +1,58 @@
-"""What a family's pipeline is called with, from the configuration."""
+"""Maps each model family to the arguments of its pipeline and to the keys that it uses."""
 
 from typing import Any
 
-from scripts.run.config import Config
+from scripts.run.config import AnyModelConfig, Config, GenerationConfig
 from scripts.run.errors import UsageError
+from scripts.run.model_info import ModelInfo
 
 WAN, HUNYUAN = ("wan", "wan_i2v", "wan_vace"), ("hunyuan_video", "hunyuan_video_i2v")
-ONLY_WITH = {  # families that a key means something to, and what it has to be with the others
+ONE_CALL = (*HUNYUAN, "mochi")  # a step calls the transformer once
+ONLY_WITH = {  # key -> the families that use it, and its value with all others
     "negative_prompt": ((*WAN, "mochi"), ""),  # HunyuanVideo has its guidance built in
     "guidance_scale_2": (WAN, None),
     "flow_shift": ((*WAN, *HUNYUAN), None),  # Mochi has noise levels of its own
-    "prompt_template": (("hunyuan_video",), "default"),  # that of image to video holds the image
+    "prompt_template": (("hunyuan_video",), "default"),  # the template of image to video holds the image
     "image": (("wan_i2v", "hunyuan_video_i2v"), None),
     "video": (("wan_vace",), None),
     "mask": (("wan_vace",), None),
 }
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
+USUAL_FRAMES = {"wan": 81, "hunyuan_video": 129, "mochi": 163}  # family -> frames of a training video
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Keyword arguments of the pipeline beside prompt, generator and callback."""
-    sizes, family = config.generation, config.model.family
-    common = {
-        "height": sizes.height,
-        "width": sizes.width,
-        "num_frames": sizes.num_frames,
-        "num_inference_steps": sizes.steps,
-        "guidance_scale": sizes.guidance_scale,
+def pipeline_arguments(family: str, generation: GenerationConfig) -> dict[str, Any]:
+    """Returns the keyword arguments of a pipeline, without prompt, generator and callback."""
+    arguments = {
+        "height": generation.height,
+        "width": generation.width,
+        "num_frames": generation.num_frames,
+        "num_inference_steps": generation.steps,
+        "guidance_scale": generation.guidance_scale,
         "output_type": "np",
     }
-    if sizes.guidance_scale_2 is not None:
-        common["guidance_scale_2"] = sizes.guidance_scale_2
+    if generation.guidance_scale_2 is not None:
+        arguments["guidance_scale_2"] = generation.guidance_scale_2
     if family not in HUNYUAN:
-        return common | {"negative_prompt": sizes.negative_prompt}
-    return common | ({"prompt_template": PLAIN_TEMPLATE} if sizes.prompt_template == "plain" else {})
+        return arguments | {"negative_prompt": generation.negative_prompt}
+    return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 
 
-def batch(config: Config, prompts: list[str], generators: list) -> dict[str, Any]:
-    """Prompts and generators as the pipeline takes them: that of VACE makes one video and takes no lists.
+def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
+    """Returns prompts and generators as the pipeline takes them: VACE makes one video and takes no lists.
 
     Raises ValueError for more than one prompt with VACE.
     """
-    if config.model.family != "wan_vace":
+    if family != "wan_vace":
         return {"prompt": prompts, "generator": generators}
     if len(prompts) != 1:
         raise ValueError(f"family wan_vace makes one video at a time, got {len(prompts)} prompts")
     return {"prompt": prompts[0], "generator": generators[0]}
 
 
-def calls_per_step(config: Config) -> int:
-    """Passes of a sample through the transformer in one step: HunyuanVideo has its guidance built in."""
-    guided = config.generation.guidance_scale > 1 and config.model.family not in HUNYUAN
-    return 2 if guided else 1
+def calls_per_step(family: str, guidance_scale: float) -> int:
+    """Counts a sample's passes through the transformer in a step; HunyuanVideo's guidance is built in."""
+    return 2 if guidance_scale > 1 and family not in HUNYUAN else 1
 
 
 def check_family(config: Config) -> None:
@@ -61,6 +62,21 @@ def check_family(config: Config) -> None:
         value = getattr(config.generation, name)
         if family not in families and value != needed:
             shown = {None: "null", "": "''"}.get(needed, needed)
-            raise UsageError(f"generation.{name}: got {value!r}, allowed with family {family}: {shown}")
+            raise UsageError(
+                f"generation.{name}: got {value!r}, which family {family} does not use; "
+                f"set generation.{name}={shown}"
+            )
     if family == "mochi" and config.generation.steps < 2:
-        raise UsageError("generation.steps: got 1, allowed with family mochi: whole number of at least 2")
+        raise UsageError("generation.steps: got 1, must be at least 2 with family mochi")
+
+
+def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -> dict[str, Any]:
+    """Returns the keyword arguments of `extend_positions` for a video of `frames` frames."""
+    trained = options.positions_frames
+    if trained is None:
+        (trained,) = (usual for family, usual in USUAL_FRAMES.items() if options.family.startswith(family))
+    return {
+        "method": options.positions,
+        "train_frames": model.latent_frames(trained),
+        "frames": model.latent_frames(frames),
+    }

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from radial_attn.models.pipeline.load import check_model, is_local
+from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.model_info import (
     CONFIGURED,
@@ -18,7 +20,7 @@ from scripts.run.model_info import (
     wan_time,
 )
 
-# Counted on the checkpoints' own config.json files; tests/test_known_models.py builds them without weights.
+# Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
@@ -141,3 +143,30 @@ def hub_unreachable(path: str, error: BaseException) -> str:
         f"({reason}); allowed: a folder in diffusers format, or a hub id within reach; "
         "configs/wan_tiny.yaml needs no download"
     )
+
+
+def find_model(options: AnyModelConfig) -> str:
+    """Returns `model.path` as a folder that was checked (index, parts, safetensors headers), or as a hub id.
+
+    Raises:
+        UsageError: missing, empty or foreign folder, broken file, hub id that cannot be read.
+    """
+    path = str(find_path(options.path)) if options.path else ""
+    local = is_local(path) or (ROOT / path).parent.is_dir()
+    if not path or (local and not Path(path).is_dir()) or _is_empty(Path(path)):
+        kind = "is an empty folder" if path and Path(path).is_dir() else "is no folder"
+        raise UsageError(
+            f"model.path: got {options.path!r}, which {kind}; allowed: a folder in diffusers format "
+            "(with model_index.json), or a hub id owner/name"
+        )
+    if not local:
+        return path
+    try:
+        check_model(path, options.family)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"model.path: got {options.path!r}: {one_line(error)}") from error
+    return path
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

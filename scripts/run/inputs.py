@@ -1,4 +1,4 @@
-"""Image, video and mask that a run starts from: read, checked and fitted before any weight is loaded."""
+"""Prompts, image, video and mask that a run starts from, read and checked before any weight is loaded."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-from scripts.run.config import Config, GenerationConfig, find_path
+from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, one_line
 
 NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
@@ -33,14 +33,33 @@ class Inputs:
     files: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def read_inputs(config: Config, dry_run: bool = False) -> Inputs:
-    """The files that the configuration names; a dry run may leave out the image that a run needs.
+def read_prompts(generation: GenerationConfig) -> dict[int, str]:
+    """Reads the prompts by number: `{0: prompt}`, or the non-empty lines of the prompt file, from 1."""
+    name = generation.prompt_file
+    if name is None:
+        if not generation.prompt.strip():
+            raise UsageError("generation.prompt: got '', allowed: text that is not empty")
+        return {0: generation.prompt}
+    if not name.strip():
+        raise UsageError(f"generation.prompt_file: got {name!r}, allowed: a text file, or null")
+    try:
+        lines = Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
+    prompts = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    if not prompts:
+        raise UsageError(f"generation.prompt_file: got {name!r}, which is empty; allowed: one prompt a line")
+    return prompts
+
+
+def read_inputs(generation: GenerationConfig, family: str, dry_run: bool = False) -> Inputs:
+    """Reads the files that the configuration names; a dry run may leave out the image that a run needs.
 
     Raises:
         UsageError: a file that is missing, broken or of another kind, an image that is needed, a mask without
             a video, a video of too few frames, a mask of another number of frames than its video.
     """
-    generation, family = config.generation, config.model.family
     if generation.image is None and family in NEED_IMAGE and not dry_run:
         raise UsageError(f"generation.image: got null, allowed with family {family}: {IMAGE}")
     if generation.mask is not None and generation.video is None:

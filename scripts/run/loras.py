@@ -3,23 +3,21 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from radial_attn.models.lora.files import Header, read_header
 from radial_attn.models.lora.keys import Match, Shape
 from radial_attn.models.lora.load import Lora, load_loras, match_lora
 from radial_attn.models.pipeline.load import is_local
-
-from scripts.run.config import ROOT, Config, find_path
+from scripts.run.config import ROOT, LoraConfig, ModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.hub_models import HUB_MODELS
-from scripts.run.lora_options import LoraConfig
 from scripts.run.model_info import ModelInfo
-from scripts.run.plan import solved_config
 
 MOST_NAMES = 5
 # Of the hub ids in HUB_MODELS: the classes' defaults have the shapes of their parameters.
@@ -40,7 +38,7 @@ class FoundLora:
     match: Match | None = None
 
 
-def find_loras(config: Config, path: str, fetch: bool = True) -> list[FoundLora]:
+def find_loras(options: ModelConfig, path: str, fetch: bool = True) -> list[FoundLora]:
     """Every LoRA of the run, checked against the model at `path` as far as headers tell.
 
     Args:
@@ -49,11 +47,11 @@ def find_loras(config: Config, path: str, fetch: bool = True) -> list[FoundLora]
     Raises:
         UsageError: a file that is missing, ambiguous, out of reach, broken, or made for another model.
     """
-    if not config.model.loras:
+    if not options.loras:
         return []
-    parameters, experts = _shapes(path, config.model.family), _experts(path)
+    parameters, experts = _shapes(path, options.family), _experts(path)
     found = []
-    for number, entry in enumerate(config.model.loras):
+    for number, entry in enumerate(options.loras):
         place = f"model.loras[{number}]"
         if experts == 1 and entry.transformer == "2":
             raise UsageError(f"{place}.transformer: got '2', allowed: both, 1; the model has one transformer")
@@ -61,7 +59,7 @@ def find_loras(config: Config, path: str, fetch: bool = True) -> list[FoundLora]
         if file is None:
             found.append(FoundLora(entry, None))
             continue
-        found.append(_check(place, entry, file, parameters, config.model.lora_unmatched))
+        found.append(_check(place, entry, file, parameters, options.lora_unmatched))
     return found
 
 
@@ -217,62 +215,7 @@ def with_loras(model: ModelInfo, loras: Sequence[FoundLora]) -> ModelInfo:
     return replace(model, parameters=model.parameters | {"loras": elements})
 
 
-def describe_loras(config: Config, loras: Sequence[FoundLora]) -> list[str]:
-    """Lines of `--dry-run`, one a LoRA."""
-    return [f"{'lora':<13} {_described(lora)}, {config.model.lora_mode}" for lora in loras]
-
-
-def _described(lora: FoundLora) -> str:
-    entry = lora.entry
-    name = f"{entry.path} {entry.weight_name or ''}".strip()
-    text = f"{name}, scale {entry.scale:g}"
-    if entry.transformer != "both":
-        text += f", transformer {entry.transformer}"
-    if lora.match is None:
-        return f"{text}, not checked ({'the model' if lora.file else 'the file'} is not here yet)"
-    left_out = len(lora.match.unmatched) + len(lora.match.misfits)
-    lost = f", {left_out} left out" if left_out else ""
-    return f"{text}, {len(lora.match.pairs)} layers, {len(lora.match.deltas)} other changes{lost}"
-
-
-def training_notes(config: Config, model: ModelInfo, loras: Sequence[FoundLora]) -> list[str]:
-    """Where the run differs from what an adapter of scripts/train_lora.py was trained for."""
-    found = []
-    for lora in loras:
-        trained = lora.header.trained if lora.header else {}
-        if differences := list(_differences(config, model, lora.entry, trained)):
-            found.append(f"note: LoRA {lora.entry.path} was trained with {', '.join(differences)}")
-    return found
-
-
-def _differences(
-    config: Config, model: ModelInfo, entry: LoraConfig, trained: dict[str, Any]
-) -> Iterator[str]:
-    """`key=value (here value)` for what the file's header says and the run has otherwise."""
-    if not trained:
-        return
-    sizes = {name: getattr(config.generation, name) for name in ("num_frames", "height", "width")}
-    fitting = [size for size in trained["sizes"] if all(size[name] == x for name, x in sizes.items())]
-    if not fitting:
-        others = ", ".join(
-            f"{size['num_frames']}x{size['height']}x{size['width']}" for size in trained["sizes"]
-        )
-        yield f"videos of {others} (here {'x'.join(map(str, sizes.values()))})"
-    size = (fitting or trained["sizes"])[0]
-    here = asdict(solved_config(config, model)) | {"dense_layers": config.attention.dense_layers}
-    for name, value in (size["mask"] | {"dense_layers": size["dense_layers"]}).items():
-        if here.get(name) != value:
-            yield f"attention.{name}={value} (here {here.get(name)})"
-    name = "positions" if trained["positions"] != config.model.positions else "positions_frames"
-    now = getattr(config.model, name)
-    if trained[name] != now and not trained["positions"] == config.model.positions == "plain":
-        yield f"model.{name}={trained[name]} (here {now})"
-    two = "transformer_2" in model.parameters
-    if two and entry.transformer != str(trained["expert"]):
-        yield f"transformer {trained['expert']} alone (here {entry.transformer})"
-
-
-def put_in(pipeline: Any, config: Config, loras: Sequence[FoundLora]) -> list[dict[str, Any]]:
+def put_in(pipeline: Any, options: ModelConfig, loras: Sequence[FoundLora]) -> list[dict[str, Any]]:
     """Loads the LoRAs into the pipeline; what the record says of each, with size and sha256 of its file.
 
     Raises:
@@ -281,13 +224,13 @@ def put_in(pipeline: Any, config: Config, loras: Sequence[FoundLora]) -> list[di
     if not loras:
         return []
     wanted = [Lora(lora.file, lora.entry.scale, lora.entry.transformer) for lora in loras]
-    options = {"mode": config.model.lora_mode, "unmatched": config.model.lora_unmatched}
+    how = {"mode": options.lora_mode, "unmatched": options.lora_unmatched}
     try:
-        report = load_loras(pipeline, wanted, **options).report()
+        report = load_loras(pipeline, wanted, **how).report()
     except (ValueError, OSError) as error:
-        raise UsageError(f"model.loras: {_hinted(one_line(error), options['unmatched'])}") from error
+        raise UsageError(f"model.loras: {_hinted(one_line(error), options.lora_unmatched)}") from error
     files = {str(lora.file): _identity(lora.file) for lora in loras}
-    return [entry | files[entry["file"]] | {"mode": config.model.lora_mode} for entry in report]
+    return [entry | files[entry["file"]] | {"mode": options.lora_mode} for entry in report]
 
 
 def _identity(file: Path) -> dict[str, Any]:

@@ -1,92 +1,116 @@
-"""Whether the attention of a configuration can run here, found out before any weight is loaded."""
+"""Whether this machine can run a plan: device, libraries, kernels, compiler and memory."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
-from radial_attn.models.runtime.dense_backend import check_dense_backend
 
-from radial_attn import radial_mask
+from radial_attn import RadialConfig, radial_mask
 from radial_attn.attention import choose_backend
 from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.compiler import compiler_problem
 from radial_attn.kernels.contract import QUANTIZE, Call
-from scripts.run.config import Config
+from radial_attn.models.parallel.groups import Degrees, import_xfuser
+from radial_attn.models.runtime.dense_backend import check_dense_backend
+from scripts.run.config import AttentionConfig, MaskConfig, ModelConfig
 from scripts.run.errors import UsageError
-from scripts.run.model_info import ModelInfo
-from scripts.run.plan import attention_options, dense_layers, dense_steps, radial_config, token_grid
+from scripts.run.memory import gib
+from scripts.run.processes import local_processes
+from scripts.run.system import available_memory
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+LIBRARIES = {  # value of a key -> module, and what installs it
+    "int8": ("torchao", "pip install --no-deps 'torchao>=0.15'"),
+    "nf4": ("bitsandbytes", "pip install --no-deps 'bitsandbytes>=0.46'"),
+    "model": ("accelerate", "pip install 'accelerate>=1.10,<2'"),
+    "sequential": ("accelerate", "pip install 'accelerate>=1.10,<2'"),
+}
 
 
-def check_backends(config: Config, model: ModelInfo, device: str, dry_run: bool = False) -> list[str]:
-    """Raises UsageError where a named backend does not serve device, data type, head width or mask.
+def find_device(wanted: str) -> str:
+    """Returns 'cpu' or 'cuda'; UsageError if CUDA is asked for and absent."""
+    present = torch.cuda.is_available()
+    if wanted == "cuda" and not present:
+        raise UsageError(
+            f"model.device: got 'cuda', but torch {torch.__version__} sees no CUDA device; allowed: auto, cpu"
+        )
+    return "cuda" if present and wanted != "cpu" else "cpu"
 
-    And where torch.compile, asked for, cannot work.
 
-    A dry run without a GPU, where none was asked for, may plan for another machine: it gets notes instead.
+def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
+    """What device and installed libraries do not serve, a line each."""
+    if model.offload != "none" and device == "cpu":
+        yield f"model.offload: got {model.offload!r}, which needs a GPU; allowed on the CPU: none"
+    if model.quantization == "nf4" and device == "cpu":
+        yield "model.quantization: got 'nf4', which needs a GPU; allowed on the CPU: none, fp8, int8"
+    for key in ("offload", "quantization"):
+        value = getattr(model, key)
+        module, remedy = LIBRARIES.get(value, ("", ""))
+        if module and find_spec(module) is None:
+            yield f"model.{key}: got {value!r}, which needs {module}; install it with: {remedy}"
+
+
+def missing_kernels(attention: MaskConfig, call: Call, compiled: str, *, radial: bool) -> Iterator[str]:
+    """What keeps the kernels of a run, and torch.compile if it is asked for, from this machine, a line each.
+
+    Args:
+        call: of the sparse attention; radial: whether any layer is sparse at all.
+        compiled: `model.compile`.
+
+    Raises:
+        UsageError: a `dense_backend` that no machine knows.
     """
-    problems = (_radial(config, model, device), _dense(config, model, device), _compiled(config, device))
-    found = [line for line in problems if line]
-    elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
-    if found and not elsewhere:
-        raise UsageError(found[0])
-    return [f"not on this machine: {line}" for line in found]
+    problems = (
+        _radial_problem(attention.backend, call) if radial else None,
+        _dense_problem(attention.dense_backend, call),
+        _compile_problem(compiled, call.device.type),
+    )
+    yield from filter(None, problems)
 
 
-def _radial(config: Config, model: ModelInfo, device: str) -> str | None:
-    """What is wrong with backend or quantize, where a layer is radial at all."""
-    if len(dense_steps(config)) == config.generation.steps or dense_layers(config, model) == model.layers:
-        return None
-    name, call = config.attention.backend, _call(config, model, device)
-    reason = _reason(name, call)
+def _radial_problem(backend: str, call: Call) -> str | None:
+    """What is wrong with backend or quantize."""
+    reason = _reason(backend, call)
     if reason is None:
         return None
     plain = replace(call, quantize=None)
-    if _reason(name, plain) is None:
-        served = [bits or "none" for bits in QUANTIZE if _reason(name, replace(call, quantize=bits)) is None]
-        backend = "" if name == "auto" else f"backend {name!r} "
-        key, got, reason = "quantize", config.attention.quantize, f": {backend}{reason}"
+    if _reason(backend, plain) is None:
+        served = [
+            bits or "none" for bits in QUANTIZE if _reason(backend, replace(call, quantize=bits)) is None
+        ]
+        named = "" if backend == "auto" else f"backend {backend!r} "
+        key, got, reason = "quantize", call.quantize, f": {named}{reason}"
     else:
         served = _served(call) or _served(plain)
-        key, got, reason = "backend", name, f", which {reason}"
+        key, got, reason = "backend", backend, f", which {reason}"
     return f"attention.{key}: got {got!r}{reason}; allowed here: {', '.join(served)}"
 
 
-def _dense(config: Config, model: ModelInfo, device: str) -> str | None:
-    """What is wrong with dense_backend; UsageError for a name that is unknown on every machine."""
-    name = config.attention.dense_backend
+def _dense_problem(backend: str, call: Call) -> str | None:
+    """What is wrong with dense_backend."""
     try:
-        check_dense_backend(name)
+        check_dense_backend(backend)
     except ValueError as error:
-        raise UsageError(f"attention.{error}") from error
+        raise UsageError(f"attention.dense_backend: {error}") from error
     except ImportError as error:
-        return f"attention.{error}"
-    if name != "sage":
+        return f"attention.dense_backend: {error}"
+    if backend != "sage":
         return None
-    call = _call(config, model, device)
-    mask = radial_mask(call.mask.grid, replace(radial_config(config), pattern="dense"))
-    reason = obstacle(name, replace(call, mask=mask, quantize=None))
+    whole = radial_mask(call.mask.grid, RadialConfig(block_size=call.mask.block_size, pattern="dense"))
+    reason = obstacle(backend, replace(call, mask=whole, quantize=None))
     return reason and f"attention.dense_backend: got 'sage', which {reason}; allowed here: auto, native"
 
 
-def _compiled(config: Config, device: str) -> str | None:
-    """What keeps torch.compile from working, where it is asked for."""
-    problem = compiler_problem(device) if config.model.compile != "none" else None
-    return (
-        problem and f"model.compile: got {config.model.compile!r}, which needs {problem}; allowed here: none"
-    )
+def _compile_problem(compiled: str, device: str) -> str | None:
+    problem = compiler_problem(device) if compiled != "none" else None
+    return problem and f"model.compile: got {compiled!r}, which needs {problem}; allowed here: none"
 
 
-def _call(config: Config, model: ModelInfo, device: str) -> Call:
-    mask = radial_mask(token_grid(config, model), radial_config(config))
-    dtype = getattr(torch, config.model.dtype)
-    return Call(
-        torch.device(device), dtype, model.head_dim, False, mask, attention_options(config)["quantize"]
-    )
-
-
-def _reason(name: str, call: Call) -> str | None:
+def _reason(backend: str, call: Call) -> str | None:
     """Why a backend, or each that "auto" looks at, does not serve a call."""
-    if name != "auto":
-        return obstacle(name, call)
+    if backend != "auto":
+        return obstacle(backend, call)
     try:
         choose_backend(call)
     except ValueError as error:
@@ -96,3 +120,33 @@ def _reason(name: str, call: Call) -> str | None:
 
 def _served(call: Call) -> list[str]:
     return [name for name in BACKENDS if _reason(name, call) is None]
+
+
+def check_processes(device: str, degrees: Degrees) -> None:
+    """Raises UsageError if this machine cannot serve several processes."""
+    local = local_processes()
+    if device == "cuda" and local > torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun --nproc_per_node: got {local}, allowed on this machine: at most "
+            f"{torch.cuda.device_count()}, one process a GPU"
+        )
+    try:
+        import_xfuser(device)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_mask_memory(need: float, tokens: int, attention: AttentionConfig) -> None:
+    """Raises UsageError if the mask alone, and so its density, takes more than the host has free."""
+    free = available_memory("cpu")
+    if need > free:
+        raise UsageError(
+            f"out of memory: attention.block_size={attention.block_size} on {tokens} tokens makes a mask of "
+            f"{gib(need)}, {gib(free)} are free; allowed: a larger block_size, up to 256, or a smaller video"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error is a shortage of host or GPU memory."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(sign in str(error) for sign in OUT_OF_MEMORY)

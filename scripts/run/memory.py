@@ -1,17 +1,16 @@
-"""The predicted peak of a run, stage by stage: reading text, denoising, decoding."""
+"""The predicted peak of memory, stage by stage: reading text, denoising, decoding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from radial_attn.models.pipeline.load import FAMILIES
-
 from radial_attn import TokenGrid
-from scripts.run.config import Config
-from scripts.run.families import calls_per_step
+from radial_attn.models.pipeline.load import FAMILIES
+from scripts.run.config import AnyModelConfig, ModelConfig, VideoSize
 from scripts.run.model_info import ModelInfo
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; where the model is on the CPU
+HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; when the model is on the CPU
 STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # an element; nf4: with a float32 scale for each 64
 WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embeddings, counted; of Wan 0.016
 ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
@@ -32,35 +31,59 @@ class Memory:
         return self.weights + self.activations + self.host
 
 
-def peak(config: Config, model: ModelInfo, grid: TokenGrid, mask_bytes: int, device: str) -> Memory:
-    """The stage of a run on `device` that needs the most.
+def peak_memory(
+    model: ModelInfo,
+    size: VideoSize,
+    options: ModelConfig,
+    *,
+    calls: int,
+    mask_bytes: float,
+    device: str,
+    grid: TokenGrid | None = None,
+) -> Memory:
+    """Predicts the peak of a run on `device`, that of the stage which needs the most.
 
     Without offload all weights stay, and `weights` are those of all parts. On the CPU weights that are
-    stored in fewer bits were read whole first.
+    stored in fewer bits are read whole first.
+
+    Args:
+        calls: passes through the transformer in a step.
+        grid: tokens of this process, those of the whole video by default.
     """
+    grid = grid or model.grid(size)
     if device == "cpu":
-        config = replace(config, model=replace(config.model, offload="none"))
-    text, transformer, vae = weights_on_device(config, model)
-    denoising = transformer_bytes(config, model, grid) + cache_bytes(config, model, grid)
-    stages = [(text, 0.0), (transformer, denoising + mask_bytes), (vae, decoder_bytes(config, model))]
-    if config.model.offload == "none":
-        most = max(denoising, decoder_bytes(config, model)) + mask_bytes
-        stages = [(text + transformer + vae, most)]
+        options = replace(options, offload="none")
+    text, transformer, vae = weights_on_device(model, options)
+    denoising = transformer_bytes(model, grid, options) + cache_bytes(model, grid, options, calls)
+    decoding = decoder_bytes(model, size, options)
+    stages = [(text, 0.0), (transformer, denoising + mask_bytes), (vae, decoding)]
+    if options.offload == "none":
+        stages = [(text + transformer + vae, max(denoising, decoding) + mask_bytes)]
     if device == "cpu":
-        stages.append((sum(whole_weights(config, model).values()), 0.0))
+        stages.append((sum(whole_weights(model, options).values()), 0.0))
     return Memory(*max(stages, key=sum), HOST_BYTES if device == "cpu" else 0.0)
 
 
-def whole_weights(config: Config, model: ModelInfo) -> dict[str, float]:
-    """Bytes of each part as it is read."""
-    size = DTYPE_BYTES[config.model.dtype]
+def whole_weights(model: ModelInfo, options: AnyModelConfig) -> dict[str, float]:
+    """Returns the bytes of each part as it is read."""
+    size = DTYPE_BYTES[options.dtype]
     return {part: n * (4 if part == "vae" else size) for part, n in model.parameters.items()}
 
 
-def stored_weights(config: Config, model: ModelInfo) -> dict[str, float]:
-    """Bytes of each part as it is kept: transformers may be in fewer bits."""
-    kind, family = config.model.quantization, config.model.family.removesuffix("_i2v")
-    whole = whole_weights(config, model)
+def host_bytes(model: ModelInfo, options: AnyModelConfig) -> float:
+    """Returns the host memory of a run on a GPU: all weights are read into it before they move."""
+    return sum(whole_weights(model, options).values()) + HOST_BYTES
+
+
+def mask_bytes(grid: TokenGrid, block_size: int) -> int:
+    """Returns the memory of building the block mask: a byte for each pair of blocks, twice."""
+    return 2 * grid.num_blocks(block_size) ** 2
+
+
+def stored_weights(model: ModelInfo, options: ModelConfig) -> dict[str, float]:
+    """Returns the bytes of each part as it is kept: transformers may be in fewer bits."""
+    kind, family = options.quantization, options.family.removesuffix("_i2v")
+    whole = whole_weights(model, options)
     if kind == "none":
         return whole
     kept = WHOLE_IN_FP8.get(family, 0.02) if kind == "fp8" else 0.0
@@ -69,13 +92,13 @@ def stored_weights(config: Config, model: ModelInfo) -> dict[str, float]:
     return whole | {name: stored[name] + kept * whole[name] for name in TRANSFORMERS if name in whole}
 
 
-def weights_on_device(config: Config, model: ModelInfo) -> tuple[float, float, float]:
-    """Bytes of weights on the device while text is read, latents are denoised, latents are decoded."""
-    parts, offload = stored_weights(config, model), config.model.offload
+def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, float, float]:
+    """Returns the bytes of weights on the device while text is read, while denoising, and while decoding."""
+    parts = stored_weights(model, options)
     encoders = [parts.get(name, 0.0) for name in ENCODERS]
     transformers = [parts.get(name, 0.0) for name in TRANSFORMERS]
     vae, loras = parts.get("vae", 0.0), parts.get("loras", 0.0)
-    match offload:
+    match options.offload:
         case "model":
             return max(encoders), max(transformers) + loras, vae
         case "group":
@@ -86,69 +109,106 @@ def weights_on_device(config: Config, model: ModelInfo) -> tuple[float, float, f
     return sum(encoders), sum(transformers) + loras, vae
 
 
-def transformer_bytes(config: Config, model: ModelInfo, grid: TokenGrid) -> float:
-    """A block's feed-forward: two hidden tensors, the residual stream and float32 temporaries, measured."""
-    size = DTYPE_BYTES[config.model.dtype]
+def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig) -> float:
+    """Predicts a block's feed-forward: two hidden tensors, residual stream, float32 temporaries; measured."""
+    size = DTYPE_BYTES[options.dtype]
     return grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
 
 
-def cache_bytes(config: Config, model: ModelInfo, grid: TokenGrid) -> float:
-    """What a cache keeps of the steps before, in copies of the residual stream."""
-    copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(config.model.cache, 0)
-    return copies * calls_per_step(config) * DTYPE_BYTES[config.model.dtype] * grid.tokens * model.width
+def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: int) -> float:
+    """Predicts what a cache keeps of the steps before, in copies of the residual stream."""
+    copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(options.cache, 0)
+    return copies * calls * DTYPE_BYTES[options.dtype] * grid.tokens * model.width
 
 
-def is_tiled(config: Config) -> bool:
-    """Whether the VAE decodes tile by tile."""
-    if config.model.vae_tiling == "auto":
-        return FAMILIES[config.model.family].tiled_vae
-    return config.model.vae_tiling == "always"
+def is_tiled(options: ModelConfig) -> bool:
+    """Returns whether the VAE decodes tile by tile."""
+    if options.vae_tiling == "auto":
+        return FAMILIES[options.family].tiled_vae
+    return options.vae_tiling == "always"
 
 
-def decoder_bytes(config: Config, model: ModelInfo) -> float:
-    """Decoding one chunk of frames, or one tile of it where the VAE is tiled, and the decoded video.
+def decoder_bytes(model: ModelInfo, size: VideoSize, options: ModelConfig) -> float:
+    """Predicts decoding one chunk of frames, or one tile of it if the VAE is tiled, and the decoded video.
 
     Tiles stay until they are put together, first into rows, then into the video. Latents, of which a video
     has a sixteenth or less as many bytes, are left out.
     """
-    sizes, tiled = config.generation, is_tiled(config)
-    sides = [min(side, model.vae_tile) if tiled else side for side in (sizes.height, sizes.width)]
-    working = 4 * model.vae_copies * model.vae_base * chunk_frames(config, model) * sides[0] * sides[1]
-    video = 4 * 3 * sizes.height * sizes.width * sizes.num_frames
+    tiled = is_tiled(options)
+    sides = [min(side, model.vae_tile) if tiled else side for side in (size.height, size.width)]
+    working = 4 * model.vae_copies * model.vae_base * chunk_frames(model, size) * sides[0] * sides[1]
+    video = 4 * 3 * size.height * size.width * size.frames
     if not tiled:
         return working + 2 * video
-    kept = kept_videos(config, model)
+    kept = kept_videos(model, size)
     return max(working + kept * video, (kept + 2) * video)
 
 
-def decoded_tiles(config: Config, model: ModelInfo) -> int:
-    """Pieces in which the VAE decodes one after the other: in space, and in time where they overlap there."""
-    sizes, step = config.generation, model.vae_tile * 3 // 4
-    latents, count = (sizes.num_frames - 1) // model.vae_frames + 1, 1
-    if is_tiled(config) and max(sizes.height, sizes.width) > model.vae_tile:
-        count = len(range(0, sizes.height, step)) * len(range(0, sizes.width, step))
+def decoded_tiles(model: ModelInfo, size: VideoSize, options: ModelConfig) -> int:
+    """Returns the pieces that the VAE decodes one by one: in space, and in time if they overlap there."""
+    step, latents, count = model.vae_tile * 3 // 4, (size.frames - 1) // model.vae_frames + 1, 1
+    if is_tiled(options) and max(size.height, size.width) > model.vae_tile:
+        count = len(range(0, size.height, step)) * len(range(0, size.width, step))
     if model.vae_stride is not None and latents > model.vae_chunk // model.vae_frames:
         count *= len(range(0, latents, model.vae_stride // model.vae_frames))
     return count
 
 
-def chunk_frames(config: Config, model: ModelInfo) -> int:
-    """Frames that the VAE decodes at once, with those that it drops where it takes all."""
-    frames = config.generation.num_frames
-    whole = ((frames - 1) // model.vae_frames + 1) * model.vae_frames
-    return whole if model.vae_chunk is None else min(model.vae_chunk, frames)
+def chunk_frames(model: ModelInfo, size: VideoSize) -> int:
+    """Returns the frames that the VAE decodes at once, with those that it drops when it takes all."""
+    whole = ((size.frames - 1) // model.vae_frames + 1) * model.vae_frames
+    return whole if model.vae_chunk is None else min(model.vae_chunk, size.frames)
 
 
-def kept_videos(config: Config, model: ModelInfo) -> float:
-    """Decoded tiles and chunks kept while the last tile is decoded, in sizes of the video: they overlap."""
-    sizes, tile = config.generation, model.vae_tile
-    tiles = covered(sizes.height, tile, tile * 3 // 4) * covered(sizes.width, tile, tile * 3 // 4)
+def kept_videos(model: ModelInfo, size: VideoSize) -> float:
+    """Counts the tiles and chunks kept while the last tile is decoded, in sizes of the video."""
+    tile, step = model.vae_tile, model.vae_tile * 3 // 4
+    tiles = covered(size.height, tile, step) * covered(size.width, tile, step)
     if model.vae_stride is None:
         return tiles
-    chunk = chunk_frames(config, model) / sizes.num_frames
-    return covered(sizes.num_frames, model.vae_chunk, model.vae_stride) + (tiles - 1) * chunk
+    chunk = chunk_frames(model, size) / size.frames
+    return covered(size.frames, model.vae_chunk, model.vae_stride) + (tiles - 1) * chunk
 
 
 def covered(length: int, piece: int, stride: int) -> float:
-    """Sum of the pieces that start every `stride` along `length`, over it: more than 1 where they overlap."""
+    """Sums the pieces that start every `stride` along `length`, over it: above 1 if they overlap."""
     return sum(min(piece, length - start) for start in range(0, length, stride)) / length
+
+
+def nearest_fit(model: ModelInfo, size: VideoSize, fits: Callable[[VideoSize], bool]) -> str | None:
+    """Returns the keys of the nearest video that fits: fewer frames, else a smaller size, else both."""
+    step, chunks = model.vae_frames, (size.frames - 1) // model.vae_frames
+    most = _largest(chunks, lambda k: fits(size._replace(frames=step * k + 1)))
+    if most is not None:
+        return f"generation.num_frames={step * most + 1}"
+    most = _largest(63, lambda k: k == 0 or fits(_scaled(model, size, k)))
+    if most:
+        return _sides(_scaled(model, size, most))
+    smallest = _scaled(model, size, 0)
+    most = _largest(chunks, lambda k: fits(smallest._replace(frames=step * k + 1)))
+    return None if most is None else f"{_sides(smallest)} generation.num_frames={step * most + 1}"
+
+
+def _scaled(model: ModelInfo, size: VideoSize, sixty_fourths: int) -> VideoSize:
+    """Shrinks height and width alike, to multiples of what the model takes."""
+    factors = {"height": model.size_factor(1), "width": model.size_factor(2)}
+    shrunk = {name: getattr(size, name) * sixty_fourths // 64 // factor for name, factor in factors.items()}
+    return size._replace(**{name: factors[name] * max(1, count) for name, count in shrunk.items()})
+
+
+def _sides(size: VideoSize) -> str:
+    return f"generation.height={size.height} generation.width={size.width}"
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
+    """Returns the largest k in 0 .. limit that fits, for a predicate that is true up to some k only."""
+    low, high = -1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low if low >= 0 else None
+
+
+def gib(size: float) -> str:
+    """Writes bytes as GiB: `9.32 GiB`, `48 GiB`."""
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from radial_attn import TokenGrid
+from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
 PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
@@ -83,6 +85,19 @@ class ModelInfo:
     def size_factor(self, axis: int) -> int:
         """Pixels that height (axis 1) or width (axis 2) must be a multiple of."""
         return math.lcm(self.pixel_factor, self.vae_pixels * self.patch[axis])
+
+    def latent_frames(self, frames: int) -> int:
+        """Tokens in time of so many video frames."""
+        return ((frames - 1) // self.vae_frames + 1) // self.patch[0]
+
+    def grid(self, size: VideoSize) -> TokenGrid:
+        """Tokens of the transformer: latent frames and pixels over the patch size."""
+        return TokenGrid(
+            self.latent_frames(size.frames),
+            size.height // self.vae_pixels // self.patch[1],
+            size.width // self.vae_pixels // self.patch[2],
+            self.joint_text,
+        )
 
 
 def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> ModelInfo:

@@ -1,75 +1,49 @@
-"""Which keys for small GPUs and for speed go together; what does not is refused before weights load."""
+"""Which keys go together. What no machine can run is refused before anything is read."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
-from scripts.run.config import Config
-from scripts.run.errors import UsageError
+from radial_attn.dispatch import BACKENDS, kernel
+from radial_attn.models.parallel.groups import ring_refusal
+from radial_attn.models.pipeline.caches import read_ratios
+from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, allowed
+from scripts.run.errors import UsageError, multiples_around
+from scripts.run.families import ONE_CALL, check_family
+from scripts.run.model_info import ModelInfo
 
-LIBRARIES = {  # value of a key -> module, and what installs it
-    "int8": ("torchao", "pip install --no-deps 'torchao>=0.15'"),
-    "nf4": ("bitsandbytes", "pip install --no-deps 'bitsandbytes>=0.46'"),
-    "model": ("accelerate", "pip install 'accelerate>=1.10,<2'"),
-    "sequential": ("accelerate", "pip install 'accelerate>=1.10,<2'"),
-}
-ONE_CALL = ("hunyuan_video", "hunyuan_video_i2v", "mochi")  # a step calls the transformer once
+GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
 
 
-def check_combinations(config: Config, device: str, experts: int = 1, dry_run: bool = False) -> list[str]:
-    """Raises UsageError for keys that do not go together, or that this machine cannot serve.
+def check_options(config: Config) -> None:
+    """Raises UsageError for a value outside its choices or below its smallest, whatever the model."""
+    SCHEMA.check(config)
+    attention, steps = config.attention, config.generation.steps
+    width = attention.decimation_width
+    if width != "block" and (isinstance(width, str) or width < 1):
+        key = "attention.decimation_width"
+        raise UsageError(f"{key}: got {width!r}, allowed: {allowed(key)}")
+    for name in ("dense_steps", "dense_last_steps"):
+        value = getattr(attention, name)
+        if value > steps:
+            raise UsageError(f"attention.{name}: got {value}, allowed: 0 to {steps} (generation.steps)")
+    check_family(config)
+    if config.generation.seed >= 2**63:
+        raise UsageError(f"generation.seed: got {config.generation.seed}, allowed: 0 to 2^63 - 1")
+    if not config.output.path.strip():
+        raise UsageError("output.path: got '', allowed: a folder, or a file name ending in .mp4")
 
-    A dry run without a GPU, where none was asked for, may plan for another machine: it gets notes instead of
-    what only this machine is in the way of.
-    """
+
+def check_combinations(config: Config, experts: int = 1) -> None:
+    """Raises UsageError for keys that do not work together on any machine; `experts`: transformers."""
     for line in refusals(config, experts):
         raise UsageError(line)
-    found = list(missing_here(config, device))
-    elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
-    if found and not elsewhere:
-        raise UsageError(found[0])
-    return [f"not on this machine: {line}" for line in found]
-
-
-def economy_options(config: Config) -> dict[str, Any]:
-    """The keys as the keyword arguments of `radial_attn.models.pipeline.efficiency.economize`."""
-    model = config.model
-    names = ("offload", "quantization", "compile", "vae_tiling")
-    return {name: getattr(model, name) for name in names} | {"stream": model.cache == "none"}
-
-
-def cache_options(config: Config) -> dict[str, Any]:
-    """The keys as the keyword arguments of `radial_attn.models.pipeline.caches.cached`."""
-    model, attention = config.model, config.attention
-    return {
-        "kind": model.cache,
-        "steps": config.generation.steps,
-        "dense_steps": attention.dense_steps,
-        "dense_last_steps": attention.dense_last_steps,
-        "threshold": model.cache_threshold,
-        "ratios": model.cache_ratios,
-    }
-
-
-def missing_here(config: Config, device: str) -> Iterator[str]:
-    """What device and installed libraries do not serve."""
-    model = config.model
-    if model.offload != "none" and device == "cpu":
-        yield f"model.offload: got {model.offload!r}, which needs a GPU; allowed on the CPU: none"
-    if model.quantization == "nf4" and device == "cpu":
-        yield "model.quantization: got 'nf4', which needs a GPU; allowed on the CPU: none, fp8, int8"
-    for key in ("offload", "quantization"):
-        value = getattr(model, key)
-        module, remedy = LIBRARIES.get(value, ("", ""))
-        if module and find_spec(module) is None:
-            yield f"model.{key}: got {value!r}, which needs {module}; install it with: {remedy}"
 
 
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:
     """A line for each pair of keys that does not work together on any machine, with the reason."""
     yield from _cache_refusals(config, experts)
-    yield from _storage_refusals(config)
+    yield from _storage_refusals(config.model)
 
 
 def _cache_refusals(config: Config, experts: int) -> Iterator[str]:
@@ -95,13 +69,13 @@ def _cache_refusals(config: Config, experts: int) -> Iterator[str]:
             f"attention.check: got 'reference', allowed with model.cache={cache}: auto, off, nan; "
             "a layer that is skipped has nothing to compare"
         )
-    yield from _ratio_refusals(config)
+    yield from _ratio_refusals(model)
 
 
-def _ratio_refusals(config: Config) -> Iterator[str]:
-    ratios, wanted = config.model.cache_ratios, config.model.cache == "mag"
+def _ratio_refusals(model: ModelConfig) -> Iterator[str]:
+    ratios, wanted = model.cache_ratios, model.cache == "mag"
     if not wanted and ratios is not None:
-        yield f"model.cache_ratios: got {ratios!r}, allowed with model.cache={config.model.cache}: null"
+        yield f"model.cache_ratios: got {ratios!r}, allowed with model.cache={model.cache}: null"
     if wanted and not _are_ratios(ratios):
         yield (
             f"model.cache_ratios: got {ratios!r}, allowed with model.cache=mag: the model's own ratios with "
@@ -110,8 +84,6 @@ def _ratio_refusals(config: Config) -> Iterator[str]:
 
 
 def _are_ratios(text: str | None) -> bool:
-    from radial_attn.models.pipeline.caches import read_ratios
-
     if text == "calibrate":
         return True
     try:
@@ -120,8 +92,7 @@ def _are_ratios(text: str | None) -> bool:
         return False
 
 
-def _storage_refusals(config: Config) -> Iterator[str]:
-    model = config.model
+def _storage_refusals(model: ModelConfig) -> Iterator[str]:
     got = f"model.quantization: got {model.quantization!r}"
     if model.quantization in LOADED and model.loras:
         yield f"{got}, allowed with LoRAs: none, fp8; they are checked against and added to whole weights"
@@ -136,3 +107,96 @@ def _storage_refusals(config: Config) -> Iterator[str]:
             "model.offload: got 'sequential', allowed with model.compile=blocks: none, model, group; "
             "each layer's move would break the graph"
         )
+
+
+def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
+    """Raises UsageError for options that a ring of processes does not serve."""
+    quantize = None if attention.quantize == "none" else attention.quantize
+    refused = ring_refusal(quantize, attention.check, attention.dense_backend)
+    if refused is not None:
+        raise UsageError(f"attention.{refused.option}: {refused.reason}")
+    if model.compile != "none":
+        raise UsageError(
+            f"model.compile: got {model.compile!r}, allowed in a ring: none; keys are passed on inside the "
+            "blocks"
+        )
+    served = [name for name in BACKENDS if name == "auto" or kernel(name).NEEDS.partial]
+    if attention.backend not in served:
+        raise UsageError(
+            f"attention.backend: got {attention.backend!r}, allowed in a ring: {', '.join(served)}; "
+            "the others give no log-sum-exp of a part of the keys"
+        )
+
+
+def check_shared(config: Config, halves: int) -> None:
+    """Raises UsageError for options that several processes do not serve; `halves`: degree of guidance."""
+    if config.model.cache_ratios == "calibrate":
+        raise UsageError(
+            "model.cache_ratios: got 'calibrate', allowed in several processes: numbers with commas between "
+            "them; each process would measure its own tokens only"
+        )
+    if config.attention.check == "reference" and halves > 1:
+        raise UsageError(
+            "attention.check: got 'reference', allowed with parallel.cfg_degree=2: auto, off, nan; each "
+            "process would compare one half only"
+        )
+
+
+def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
+    """Raises UsageError for more dense layers than the model has."""
+    if attention.dense_layers > model.layers:
+        raise UsageError(
+            f"attention.dense_layers: got {attention.dense_layers}, allowed: 0 to {model.layers}, "
+            "the model's layers"
+        )
+
+
+def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = GENERATION_KEYS) -> None:
+    """Raises UsageError for a size that the model does not take; `keys` name frames, height and width."""
+    for axis in (1, 2):
+        factor = model.size_factor(axis)
+        if size[axis] % factor:
+            below, above = multiples_around(size[axis], factor)
+            nearest = f"{below} or {above}" if below != above else str(above)
+            raise UsageError(
+                f"{keys[axis]}: got {size[axis]}, allowed: multiples of {factor}, nearest: {nearest}"
+            )
+    check_frames(keys[0], size.frames, model)
+    if model.rope_length is None:
+        return
+    most = VideoSize(  # the rotary table ends there
+        model.rope_length * model.patch[0] * model.vae_frames - model.vae_frames + 1,
+        model.rope_length * model.patch[1] * model.vae_pixels,
+        model.rope_length * model.patch[2] * model.vae_pixels,
+    )
+    for key, value, limit in zip(keys, size, most, strict=True):
+        if value > limit:
+            raise UsageError(f"{key}: got {value}, allowed: at most {limit}, the model's last position")
+
+
+def check_frames(key: str, frames: int, model: ModelInfo) -> None:
+    """Raises UsageError for a number of frames that the VAE does not take."""
+    step = model.vae_frames
+    if frames % step != 1:
+        below, above = multiples_around(frames, step, offset=1)
+        nearest = below if frames - below <= above - frames else above
+        raise UsageError(f"{key}: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
+
+
+def efficiency_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Returns the keyword arguments of `models.pipeline.efficiency.economize`."""
+    names = ("offload", "quantization", "compile", "vae_tiling")
+    return {name: getattr(model, name) for name in names} | {"stream": model.cache == "none"}
+
+
+def cache_arguments(config: Config) -> dict[str, Any]:
+    """Returns the keyword arguments of `models.pipeline.caches.cached`."""
+    model, attention = config.model, config.attention
+    return {
+        "kind": model.cache,
+        "steps": config.generation.steps,
+        "dense_steps": attention.dense_steps,
+        "dense_last_steps": attention.dense_last_steps,
+        "threshold": model.cache_threshold,
+        "ratios": model.cache_ratios,
+    }

@@ -1,121 +1,211 @@
-"""How the processes of a run share its work: degrees that are given, and those that are left to choose."""
+"""How the processes of a run share its work: their degrees, and what each has to do in a step."""
 
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from radial_attn.models.parallel.groups import Degrees, ring_refusal
-
-from radial_attn.dispatch import BACKENDS, kernel
-from scripts.run.config import Config
+from radial_attn import BlockMask, TokenGrid
+from radial_attn.models.parallel.groups import Degrees
+from radial_attn.shards import Shards, deal, imbalance
+from scripts.run.config import AnyModelConfig, ParallelConfig
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step
+from scripts.run.memory import DTYPE_BYTES
 from scripts.run.model_info import ModelInfo
-from scripts.run.processes import processes
+from scripts.run.operations import count_flops
+
+STREAMS = 4  # query, key and value to the processes that have the heads, the output back
 
 
-def plan_degrees(config: Config, model: ModelInfo, count: int, prompts: int) -> Degrees:
-    """The degrees of `count` processes: guidance first, the largest Ulysses degree, prompts, then a ring.
+def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: int, prompts: int) -> Degrees:
+    """Chooses the degrees: guidance first, the largest Ulysses degree, prompts, then a ring.
 
     A Ulysses degree that is left out divides the heads; one that is given need not, heads of zeros fill up.
-    Where neither is given and nothing else fits, a ring takes what the heads leave.
+    If neither is given and nothing else fits, a ring takes what the heads leave.
+
+    Args:
+        heads: of the model; calls: passes through the transformer in a step, 2 with guidance.
 
     Raises:
         UsageError: degrees that do not make up the processes, or that the run has no use for.
     """
-    for name, most, reason in _uses(config, prompts):
-        got = getattr(config.parallel, name)
+    for name, most, reason in _uses(calls, prompts):
+        got = getattr(wanted, name)
         if got is not None and got > most:
             raise UsageError(f"parallel.{name}: got {got}, allowed {reason}: {most}")
-    found = list(_fitting(config, model, count, prompts))
-    if not found:
-        raise UsageError(_nothing_fits(config, model, count, prompts))
-    chosen = max(found, key=lambda degrees: (degrees.cfg, -degrees.ring, degrees.ulysses))
-    if chosen.ring > 1:
-        _check_ring(config)
-    return chosen
+    fitting = list(_fitting(wanted, heads, calls, processes, prompts))
+    if not fitting:
+        raise UsageError(_nothing_fits(wanted, heads, calls, processes, prompts))
+    return max(fitting, key=lambda degrees: (degrees.cfg, -degrees.ring, degrees.ulysses))
 
 
-def _check_ring(config: Config) -> None:
-    attention = config.attention
-    quantize = None if attention.quantize == "none" else attention.quantize
-    reason = ring_refusal(quantize, attention.check, attention.dense_backend)
-    if reason is not None:
-        raise UsageError(f"attention.{reason}")
-    if config.model.compile != "none":
-        raise UsageError(
-            f"model.compile: got {config.model.compile!r}, allowed in a ring: none; keys are passed on "
-            "inside the blocks"
-        )
-    served = [name for name in BACKENDS if name == "auto" or kernel(name).NEEDS.partial]
-    if attention.backend not in served:
-        raise UsageError(
-            f"attention.backend: got {attention.backend!r}, allowed in a ring: {', '.join(served)}; "
-            "the others give no log-sum-exp of a part of the keys"
-        )
-
-
-def _uses(config: Config, prompts: int) -> Iterator[tuple[str, int, str]]:
+def _uses(calls: int, prompts: int) -> Iterator[tuple[str, int, str]]:
     """The most that a degree can be, and why."""
-    if calls_per_step(config) == 1:
+    if calls == 1:
         yield "cfg_degree", 1, "without two halves of guidance to share"
     yield "cfg_degree", 2, "for the two halves of guidance"
     yield "data_degree", prompts, "with this many prompts to share (generation.prompt_file)"
 
 
-def _fitting(config: Config, model: ModelInfo, count: int, prompts: int) -> Iterator[Degrees]:
-    """All degrees that make up `count` processes and agree with the configuration."""
-    wanted = config.parallel
-    cfgs = [wanted.cfg_degree] if wanted.cfg_degree else range(1, calls_per_step(config) + 1)
+def _fitting(
+    wanted: ParallelConfig, heads: int, calls: int, processes: int, prompts: int
+) -> Iterator[Degrees]:
+    """All degrees that make up the processes and agree with the configuration."""
+    cfgs = [wanted.cfg_degree] if wanted.cfg_degree else range(1, calls + 1)
     shares = [wanted.data_degree] if wanted.data_degree else range(1, prompts + 1)
     for cfg, data in itertools.product(cfgs, shares):
-        sequence, rest = divmod(count, cfg * data)
+        sequence, rest = divmod(processes, cfg * data)
         for ring in range(1, sequence + 1) if rest == 0 else ():
             ulysses, rest = divmod(sequence, ring)
-            if rest == 0 and _agrees(config, model, ulysses, ring):
+            if rest == 0 and _agrees(wanted, heads, ulysses, ring):
                 yield Degrees(ulysses, ring, cfg, data)
 
 
-def _agrees(config: Config, model: ModelInfo, ulysses: int, ring: int) -> bool:
+def _agrees(wanted: ParallelConfig, heads: int, ulysses: int, ring: int) -> bool:
     """Whether a split of a sequence is the one that is given, or one to choose."""
-    wanted = config.parallel
     if wanted.ulysses_degree is not None:
         return (ulysses, ring) == (wanted.ulysses_degree, wanted.ring_degree or 1)
-    return model.heads % ulysses == 0 and ring == (wanted.ring_degree or ring)
+    return heads % ulysses == 0 and ring == (wanted.ring_degree or ring)
 
 
-def _nothing_fits(config: Config, model: ModelInfo, count: int, prompts: int) -> str:
-    given = {name: value for name, value in vars(config.parallel).items() if value not in (None, 1)}
-    if count == 1:
+def _nothing_fits(wanted: ParallelConfig, heads: int, calls: int, processes: int, prompts: int) -> str:
+    given = {name: value for name, value in vars(wanted).items() if value not in (None, 1)}
+    if processes == 1:
         name, value = next(iter(given.items()))
         launch = f"torchrun --nproc_per_node={math.prod(given.values())} -m scripts.generate"
         return f"parallel.{name}: got {value}, allowed in one process: 1; start several with {launch}"
-    most = 2 * max(count, math.prod(given.values()))
-    works = [n for n in range(1, most + 1) if any(_fitting(config, model, n, prompts))]
+    most = 2 * max(processes, math.prod(given.values()))
+    works = [n for n in range(1, most + 1) if any(_fitting(wanted, heads, calls, n, prompts))]
     shown = ", ".join(f"{name} {value}" for name, value in given.items()) or "all to be chosen"
     return (
-        f"parallel: got {count} processes, but no degrees ({shown}) share {model.heads} heads and {prompts} "
+        f"parallel: got {processes} processes, but no degrees ({shown}) share {heads} heads and {prompts} "
         f"prompts among them; numbers of processes that work: {', '.join(map(str, works)) or 'none'}"
     )
 
 
-def planned(config: Config) -> int:
-    """Processes that a dry run plans for: what is given, the rest 1, or those that torchrun started."""
-    return max(math.prod(value or 1 for value in vars(config.parallel).values()), processes())
+def planned_processes(wanted: ParallelConfig, started: int) -> int:
+    """Processes that a dry run plans for: the degrees that are given, or those that torchrun started."""
+    return max(math.prod(value or 1 for value in vars(wanted).values()), started)
 
 
-def describe_degrees(degrees: Degrees, config: Config, model: ModelInfo) -> str:
-    """One line: who shares what, and why."""
-    named = vars(config.parallel)
-    because = {
-        "cfg": "the halves of guidance",
-        "ulysses": f"{model.heads} heads",
-        "ring": f"keys, where {degrees.ulysses * degrees.ring} do not divide the {model.heads} heads",
-        "data": "the prompts",
-    }
-    parts = [
-        f"{name} {getattr(degrees, name)} ({'given' if named[f'{name}_degree'] else f'shares {what}'})"
-        for name, what in because.items()
-        if getattr(degrees, name) > 1
-    ]
-    return f"{degrees.processes} processes: {', '.join(parts)}"
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes that a process sends in a step.
+
+    Attributes:
+        streams: query, key, value and output of the video tokens, by all-to-all; text: the output's heads.
+        tokens: all of them, after the last projection; guidance: the model's output, to the other half.
+        ring: keys and values that are passed on, and what the text finds among own keys, in float32.
+    """
+
+    streams: float
+    text: float
+    tokens: float
+    guidance: float
+    ring: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.streams + self.text + self.tokens + self.guidance + self.ring
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """What one process has to do in a step.
+
+    Attributes:
+        tokens: its video tokens, filled up to a whole share; sent: bytes.
+        dense, sparse: operations of self-attention in a dense step, and in one that is not.
+        other: all other operations; repeated: of these, what exceeds an equal part (text, filled-up tokens).
+        kept_blocks: of a sparse layer and a call, over the heads of the process, the busiest one of a ring.
+        busiest, waiting: kept blocks of the busiest rank of a ring over the mean, and of the busiest one of
+            each step, for whom the others wait.
+    """
+
+    tokens: int
+    sent: Exchange
+    dense: float
+    sparse: float
+    other: float
+    repeated: float
+    kept_blocks: int
+    busiest: float = 1.0
+    waiting: float = 1.0
+
+
+def rank_work(
+    model: ModelInfo,
+    grid: TokenGrid,
+    mask: BlockMask,
+    options: AnyModelConfig,
+    *,
+    calls: int,
+    dense_layers: int,
+    degrees: Degrees,
+) -> RankWork:
+    """Predicts the work of a process in a step of `calls` passes; ValueError for more halves than calls."""
+    if degrees.cfg not in (1, calls):
+        raise ValueError(f"cfg must be 1 or {calls} with this guidance, got {degrees}")
+    shards = deal(grid, mask.block_size, degrees.ring)
+    tokens = -(-shards.most_tokens // degrees.ulysses)
+    heads = -(-model.heads // degrees.ulysses)
+    one = count_flops(model, grid, mask.density, dense_layers=dense_layers, calls=calls)
+    part, ring = heads / model.heads / degrees.cfg, _ring_share(shards, mask)
+    of_text = 4.0 * model.text_tokens * model.width**2 * model.attention_layers() * calls
+    by_token = (one.other - of_text) * ((tokens + grid.text) / grid.tokens)
+    other = (by_token + of_text) / degrees.cfg
+    # of a sparse step, the layers that are not dense
+    sparse = (one.dense - one.sparse) / (1 / mask.density - 1) if mask.density < 1 else 0.0
+    return RankWork(
+        tokens,
+        _exchange(model, shards, options, calls=calls / degrees.cfg, heads=heads, degrees=degrees),
+        one.dense * part * ring.dense,
+        ((one.sparse - sparse) * ring.dense + sparse * ring.sparse) * part,
+        other,
+        max(0.0, other - one.other / (degrees.ulysses * degrees.ring * degrees.cfg)),
+        heads * ring.kept,
+        ring.busiest,
+        ring.waiting,
+    )
+
+
+def _exchange(
+    model: ModelInfo, shards: Shards, options: AnyModelConfig, *, calls: float, heads: int, degrees: Degrees
+) -> Exchange:
+    """Bytes that a process sends in a step of one prompt; nothing if it is alone."""
+    grid, others, around = shards.grid, degrees.ulysses - 1, degrees.ring - 1
+    tokens, size = -(-shards.most_tokens // degrees.ulysses), DTYPE_BYTES[options.dtype]
+    latents = 12 if options.family == "mochi" else 48 if model.vae_pixels == 16 else 16
+    output = latents * math.prod(model.patch) * size  # what the model gives a token
+    passed = 2 * size * model.head_dim * (around * shards.most_tokens + grid.text)
+    of_text = around * grid.text * 4 * (model.head_dim + 1)
+    layers, head_bytes = calls * model.attention_layers(), heads * model.head_dim * size
+    return Exchange(
+        streams=layers * STREAMS * tokens * head_bytes * others,
+        text=layers * grid.text * head_bytes * others,
+        tokens=calls * tokens * output * (degrees.ulysses * degrees.ring - 1),
+        guidance=(degrees.cfg - 1) * grid.video_tokens * output,
+        ring=layers * heads * (passed + of_text) if around else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class _RingShare:
+    """Of the busiest process of a ring: its share of a dense and of a sparse layer, and its kept blocks."""
+
+    dense: float
+    sparse: float
+    kept: int
+    busiest: float = 1.0
+    waiting: float = 1.0
+
+
+def _ring_share(shards: Shards, mask: BlockMask) -> _RingShare:
+    if shards.degree == 1:
+        return _RingShare(1.0, 1.0, int(mask.blocks.sum()))
+    grid, most, kept = shards.grid, shards.most_tokens, shards.kept(mask)
+    # own rows over all keys, and the text over own keys
+    pairs = most * grid.tokens + grid.text * (most + grid.text)
+    busiest, waiting = imbalance(kept)
+    sparse = waiting * kept.sum().item() / shards.degree / int(mask.blocks.sum())
+    return _RingShare(pairs / grid.tokens**2, sparse, int(kept.sum(dim=1).max()), busiest, waiting)

@@ -1,278 +1,372 @@
-"""What a run will cost, worked out before any weight is loaded: tokens, density, FLOPs, memory."""
+"""A run, planned once: `make_plan` is the only function that checks a configuration and derives from it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from radial_attn.models.runtime.schedule import Schedule
+import torch
 
-from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_density
-from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.masks.patterns import COMPARED
-from scripts.run.config import Config, keys
+from radial_attn.models.parallel.groups import Degrees
+from radial_attn.models.runtime.schedule import Schedule
+from scripts.run.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig, VideoSize
 from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step
-from scripts.run.memory import GIB, HOST_BYTES, Memory, peak, whole_weights
+from scripts.run.hub_models import find_model, read_model_info
+from scripts.run.inputs import Inputs, read_inputs, read_prompts
+from scripts.run.loras import FoundLora, find_loras, with_loras
+from scripts.run.machine_checks import (
+    check_mask_memory,
+    check_processes,
+    find_device,
+    missing_kernels,
+    missing_libraries,
+)
+from scripts.run.memory import Memory, gib, host_bytes, mask_bytes, nearest_fit, peak_memory
 from scripts.run.model_info import ModelInfo
+from scripts.run.operations import Flops, count_flops
+from scripts.run.option_checks import (
+    check_combinations,
+    check_frames,
+    check_layers,
+    check_options,
+    check_ring,
+    check_shared,
+    check_size,
+)
+from scripts.run.parallel import RankWork, plan_degrees, planned_processes, rank_work
+from scripts.run.processes import local_processes
+from scripts.run.system import room, total_memory
 
-LITTLE = 0.5  # share of attention below which its cost hardly matters
+MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
 
 
-def radial_config(config: Config) -> RadialConfig:
-    """The attention group as the method's own configuration."""
-    names = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
-    return RadialConfig(**{name: getattr(config.attention, name) for name in names})
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that a run of generation needs to know before weights are loaded. Read it, do not re-derive.
 
-
-def solved_config(config: Config, model: ModelInfo) -> RadialConfig:
-    """The same, with `attention.density` solved for.
-
-    Raises UsageError where the grid has no mask of it, or none of another pattern about as dense.
+    Attributes:
+        model: numbers of the model, its LoRAs among them; path: its folder, or its hub id.
+        device: "cpu" or "cuda".
+        prompts: by the line of the prompt file, from 1; by 0 without one.
+        mask: the options of the mask, its density solved for this video.
+        dense_steps: numbers, from 0, of the steps that are dense in every layer.
+        dense_layers: how many layers, from the first, are dense at every step.
+        degrees: how the processes share the run.
+        memory: predicted peak of one process on the device.
+        missing: what keeps the run from this machine; empty but in a dry run that may be for another.
+        warnings: what a user should know before the run.
     """
-    grid = token_grid(config, model)
+
+    config: Config
+    model: ModelInfo
+    path: str
+    device: str
+    prompts: dict[int, str]
+    inputs: Inputs
+    loras: tuple[FoundLora, ...]
+    mask: RadialConfig
+    dense_steps: tuple[int, ...]
+    dense_layers: int
+    degrees: Degrees
+    memory: Memory
+    missing: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> VideoSize:
+        return self.config.generation.size
+
+    @property
+    def calls(self) -> int:
+        """Passes of a sample through the transformer in a step."""
+        return calls_per_step(self.config.model.family, self.config.generation.guidance_scale)
+
+    @cached_property
+    def grid(self) -> TokenGrid:
+        """Tokens of the transformer."""
+        return self.model.grid(self.size)
+
+    @property
+    def block_mask(self) -> BlockMask:
+        return radial_mask(self.grid, self.mask)
+
+    @cached_property
+    def flops(self) -> Flops:
+        """Operations of the whole run."""
+        return self.flops_at(self.block_mask.density)
+
+    def flops_at(self, density: float) -> Flops:
+        """Operations of the whole run with a mask of another density."""
+        return count_flops(
+            self.model,
+            self.grid,
+            density,
+            steps=self.config.generation.steps,
+            dense_steps=len(self.dense_steps),
+            dense_layers=self.dense_layers,
+            calls=self.calls,
+        )
+
+    @cached_property
+    def rank_work(self) -> RankWork:
+        """What one process has to do in a step."""
+        return rank_work(
+            self.model,
+            self.grid,
+            self.block_mask,
+            self.config.model,
+            calls=self.calls,
+            dense_layers=self.dense_layers,
+            degrees=self.degrees,
+        )
+
+    def pattern(self, step: int) -> str:
+        """'dense', or the pattern of the layers that are not dense at every step."""
+        return "dense" if step in self.dense_steps else self.config.attention.pattern
+
+    def memory_of(self, size: VideoSize, device: str | None = None, **options: str) -> Memory:
+        """Predicts the peak of one process for another size, device or keys of the group `model`."""
+        attention, grid = self.config.attention, self.model.grid(size)
+        return peak_memory(
+            self.model,
+            size,
+            replace(self.config.model, **options),
+            calls=self.calls,
+            mask_bytes=mask_bytes(grid, attention.block_size),
+            device=device or self.device,
+        )
+
+    def nearest_fit(self, budget: float) -> str:
+        """Says which video would need at most `budget` bytes."""
+        fit = nearest_fit(self.model, self.size, lambda size: self.memory_of(size).total <= budget)
+        return f"would fit: {fit}" if fit else "no size of this model would fit; try configs/wan_tiny.yaml"
+
+    def shortage(self, free: float, budget: float) -> str:
+        """One line: what was asked for, what it needs, and the nearest that needs at most `budget` bytes."""
+        return (
+            f"out of memory: generation.height={self.size.height} generation.width={self.size.width} "
+            f"generation.num_frames={self.size.frames} need about {gib(self.memory.total)} on {self.device}, "
+            f"{gib(free)} are free; {self.nearest_fit(budget)}"
+        )
+
+
+def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> RunPlan:
+    """Plans a run: checks all that can be checked without weights, and derives all that follows from it.
+
+    Args:
+        processes: how many were started.
+        dry_run: fetches nothing, plans for the processes that the degrees name, and leaves the memory of this
+            machine alone. Without a GPU, and if none is asked for, what this machine lacks is kept in
+            `missing` instead of raised: the run may be for another machine.
+
+    Raises:
+        UsageError: the first thing that is wrong, as one line with key, value and remedy.
+    """
+    check_options(config)
+    prompts = read_prompts(config.generation)
+    device, path = find_device(config.model.device), find_model(config.model)
+    model = read_model_info(path)
+    check_model_options(config, model)
+    inputs = read_inputs(config.generation, config.model.family, dry_run)
+    check_combinations(config, 1 + ("transformer_2" in model.parameters))
+    elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
+    missing = _lacking(list(missing_libraries(config.model, device)), elsewhere)
+    loras = find_loras(config.model, path, fetch=not dry_run)
+    model = with_loras(model, loras)
+    attention, grid = config.attention, model.grid(config.generation.size)
+    calls = calls_per_step(config.model.family, config.generation.guidance_scale)
+    count = planned_processes(config.parallel, processes) if dry_run else processes
+    degrees = plan_degrees(
+        config.parallel, heads=model.heads, calls=calls, processes=count, prompts=len(prompts)
+    )
+    if degrees.ring > 1:
+        check_ring(attention, config.model)
+    if degrees.processes > 1 and not dry_run:
+        check_processes(device, degrees)
+        check_shared(config, degrees.cfg)
+    check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
+    mask = solve_mask(attention, grid)
+    dense = dense_steps(attention, config.generation.steps)
+    plan = RunPlan(
+        config=config,
+        model=model,
+        path=path,
+        device=device,
+        prompts=prompts,
+        inputs=inputs,
+        loras=tuple(loras),
+        mask=mask,
+        dense_steps=dense,
+        dense_layers=model.layers if attention.pattern == "dense" else attention.dense_layers,
+        degrees=degrees,
+        memory=predict_memory(config.model, config.generation, attention, model=model, device=device),
+    )
+    warnings = () if dry_run else _memory_warnings(plan)
+    radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
+    call = _attention_call(plan)
+    missing += _lacking(
+        list(missing_kernels(attention, call, config.model.compile, radial=radial)), elsewhere
+    )
+    return replace(plan, missing=missing, warnings=warnings)
+
+
+def _lacking(problems: list[str], elsewhere: bool) -> tuple[str, ...]:
+    """The problems, if the run may be for another machine; else UsageError with the first."""
+    if problems and not elsewhere:
+        raise UsageError(problems[0])
+    return tuple(problems)
+
+
+def _attention_call(plan: RunPlan) -> Call:
+    """What decides which kernel serves the sparse layers."""
+    attention, dtype = plan.config.attention, getattr(torch, plan.config.model.dtype)
+    quantize = None if attention.quantize == "none" else attention.quantize
+    return Call(torch.device(plan.device), dtype, plan.model.head_dim, False, plan.block_mask, quantize)
+
+
+def dense_steps(attention: AttentionConfig, steps: int) -> tuple[int, ...]:
+    """Returns the numbers of the denoising steps, from 0, that are dense in every layer."""
+    schedule = Schedule(attention.dense_steps, attention.dense_layers, attention.dense_last_steps, steps)
+    return tuple(s for s in range(steps) if attention.pattern == "dense" or schedule.is_dense(s, None))
+
+
+def radial_config(attention: MaskConfig) -> RadialConfig:
+    """Returns the group `attention` as the method's own options."""
+    return RadialConfig(**{name: getattr(attention, name) for name in MASK_OPTIONS})
+
+
+def solve_mask(attention: MaskConfig, grid: TokenGrid) -> RadialConfig:
+    """Returns the options of the mask with `attention.density` solved for this grid.
+
+    Raises UsageError if the grid has no mask of that density, or none of another pattern about as dense.
+    """
+    wanted = radial_config(attention)
     try:
-        solved = resolve_density(grid, radial_config(config))
+        solved = resolve_density(grid, wanted)
+    except ValueError as error:
+        raise UsageError(f"attention.density: {error}") from error
+    try:
         if solved.pattern in COMPARED:
             radial_mask(grid, solved)  # says whether there is one; it is kept
-        return solved
     except ValueError as error:
-        raise UsageError(f"attention.{error}") from error
+        raise UsageError(f"attention.pattern: {error}") from error
+    return solved
 
 
-def describe_density(config: Config, model: ModelInfo) -> list[str]:
-    """What `attention.density` became, where there is one: `density 0.25: decay_factor 0.125, ...`."""
-    wanted = radial_config(config)
-    if wanted.density is None or wanted.pattern == "dense":
-        return []
-    return [f"density {wanted.density:g}: {changes(solved_config(config, model), wanted)}"]
+def attention_arguments(attention: AttentionConfig) -> dict[str, Any]:
+    """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
+    names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
+    arguments = {name: getattr(attention, name) for name in names}
+    quantize = None if attention.quantize == "none" else attention.quantize
+    return arguments | {"config": radial_config(attention), "quantize": quantize}
 
 
-def token_grid(config: Config, model: ModelInfo) -> TokenGrid:
-    """Tokens of the transformer: latent frames and pixels over the patch size."""
-    sizes = config.generation
-    return TokenGrid(
-        latent_frames(sizes.num_frames, model),
-        sizes.height // model.vae_pixels // model.patch[1],
-        sizes.width // model.vae_pixels // model.patch[2],
-        model.joint_text,
+def predict_memory(
+    options: ModelConfig,
+    generation: GenerationConfig,
+    attention: MaskConfig,
+    *,
+    model: ModelInfo,
+    device: str,
+) -> Memory:
+    """Predicts the peak of one process that has the whole video."""
+    return peak_memory(
+        model,
+        generation.size,
+        options,
+        calls=calls_per_step(options.family, generation.guidance_scale),
+        mask_bytes=mask_bytes(model.grid(generation.size), attention.block_size),
+        device=device,
     )
 
 
-def latent_frames(frames: int, model: ModelInfo) -> int:
-    """Tokens in time of so many video frames."""
-    return ((frames - 1) // model.vae_frames + 1) // model.patch[0]
+def memory_needs(config: Config) -> tuple[float, float]:
+    """Predicts the bytes of GPU and host that a configuration needs on a GPU; reads no weights.
 
-
-def dense_steps(config: Config) -> list[int]:
-    """Numbers of the denoising steps, from 0, whose attention is dense in every layer."""
-    attention, steps = config.attention, config.generation.steps
-    schedule = Schedule(attention.dense_steps, attention.dense_layers, attention.dense_last_steps, steps)
-    return [s for s in range(steps) if attention.pattern == "dense" or schedule.is_dense(s, None)]
-
-
-def dense_layers(config: Config, model: ModelInfo) -> int:
-    """How many layers, from the first, have dense attention at every step."""
-    return model.layers if config.attention.pattern == "dense" else config.attention.dense_layers
-
-
-def attention_options(config: Config) -> dict[str, Any]:
-    """The attention group as the keyword arguments of `apply_radial_attention`."""
-    names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
-    options = {name: getattr(config.attention, name) for name in names}
-    quantize = None if config.attention.quantize == "none" else config.attention.quantize
-    return options | {"config": radial_config(config), "quantize": quantize}
-
-
-def step_pattern(config: Config, step: int) -> str:
-    """'dense', or the pattern of the layers that are not dense at every step."""
-    return "dense" if step in dense_steps(config) else config.attention.pattern
-
-
-def attention_flops(config: Config, model: ModelInfo, density: float) -> tuple[float, float]:
-    """Floating-point operations of self-attention in the whole run: (all dense, as configured).
-
-    4 n^2 d for one layer's scores and weighted sum, two calls a step where guidance is on.
+    Raises UsageError for values, sizes and models that no machine takes. Dense steps and layers take no
+    memory and are left unchecked.
     """
-    calls = calls_per_step(config)
-    one = 4.0 * token_grid(config, model).tokens ** 2 * model.width * calls
-    steps, dense = config.generation.steps, len(dense_steps(config))
-    sparse = (steps - dense) * model.attention_layers(dense_layers(config, model))
-    everything = steps * model.attention_layers()
-    return one * everything, one * (everything - sparse + sparse * density)
+    attention = replace(config.attention, dense_steps=0, dense_layers=0, dense_last_steps=0)
+    config = replace(config, attention=attention)
+    check_options(config)
+    model = read_model_info(find_model(config.model))
+    check_model_options(config, model)
+    gpu = predict_memory(config.model, config.generation, attention, model=model, device="cuda")
+    return gpu.total, host_bytes(model, config.model)
 
 
-def other_flops(config: Config, model: ModelInfo) -> float:
-    """Operations of the transformer outside self-attention: projections, feed-forward, cross-attention."""
-    calls = config.generation.steps * calls_per_step(config)
-    tokens, width = token_grid(config, model).tokens, model.width
-    linear = 2.0 * tokens * model.macs + 4.0 * model.text_tokens * width**2
-    return calls * model.attention_layers() * (linear + 4.0 * tokens * model.text_tokens * width)
-
-
-def memory(config: Config, model: ModelInfo, device: str) -> Memory:
-    """Predicted peak of a run on `device`."""
-    return peak(config, model, token_grid(config, model), mask_bytes(config, model), device)
-
-
-def host_bytes(config: Config, model: ModelInfo) -> float:
-    """Host memory of a run on a GPU: all weights are read into it before they move."""
-    return sum(whole_weights(config, model).values()) + HOST_BYTES
-
-
-def mask_bytes(config: Config, model: ModelInfo) -> int:
-    """Memory of building the block mask: a byte for each pair of blocks, twice."""
-    return 2 * token_grid(config, model).num_blocks(config.attention.block_size) ** 2
-
-
-def fitting(config: Config, model: ModelInfo, device: str, budget: float) -> str | None:
-    """Keys whose run needs at most `budget` bytes: fewer frames, else a smaller size, else both."""
-
-    def fits(**sizes: int) -> bool:
-        smaller = replace(config, generation=replace(config.generation, **sizes))
-        return memory(smaller, model, device).total <= budget
-
-    size = config.generation
-    step, chunks = model.vae_frames, (size.num_frames - 1) // model.vae_frames
-    most = _largest(chunks, lambda k: fits(num_frames=step * k + 1))
-    if most is not None:
-        return f"generation.num_frames={step * most + 1}"
-    most = _largest(63, lambda k: k == 0 or fits(**_scaled(config, model, k)))
-    if most:
-        return _as_keys(_scaled(config, model, most))
-    smallest = _scaled(config, model, 0)
-    most = _largest(chunks, lambda k: fits(num_frames=step * k + 1, **smallest))
-    return None if most is None else _as_keys({**smallest, "num_frames": step * most + 1})
-
-
-def _scaled(config: Config, model: ModelInfo, sixty_fourths: int) -> dict[str, int]:
-    """Height and width shrunk alike, as multiples of what the model takes."""
-    sides = {"height": (config.generation.height, 1), "width": (config.generation.width, 2)}
-    factors = {name: model.size_factor(axis) for name, (_, axis) in sides.items()}
-    shrunk = {name: side * sixty_fourths // 64 for name, (side, _) in sides.items()}
-    return {name: max(factors[name], side // factors[name] * factors[name]) for name, side in shrunk.items()}
-
-
-def _as_keys(sizes: dict[str, int]) -> str:
-    return " ".join(f"generation.{name}={value}" for name, value in sizes.items())
-
-
-def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest k in 0 .. limit that fits, for a predicate that is true up to some k and false beyond."""
-    low, high = -1, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low if low >= 0 else None
-
-
-def describe(config: Config, model: ModelInfo, device: str, remarks: Sequence[str] = ()) -> str:
-    """The table that `--dry-run` prints, with notes and further remarks."""
-    sizes, attention = config.generation, config.attention
-    grid, need = token_grid(config, model), memory(config, model, device)
-    mask = radial_mask(grid, radial_config(config))
-    dense, radial = attention_flops(config, model, mask.density)
-    other = other_flops(config, model)
-    blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
-    rows = {
-        "model": f"{config.model.path} ({config.model.family}, {config.model.dtype}) on {device}",
-        "video": f"{sizes.height}x{sizes.width}, {sizes.num_frames} frames at {config.output.fps} per second",
-        "steps": f"{sizes.steps}, guidance {sizes.guidance_scale:g}, flow shift {_shift(sizes.flow_shift)}",
-        "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
-        "density": "; ".join([f"{mask.density:.4f} ({attention.pattern})", *describe_density(config, model)]),
-        "dense steps": _ranges(dense_steps(config), sizes.steps),
-        "dense layers": _ranges(list(range(dense_layers(config, model))), model.layers),
-        "attention": f"{_flops(dense)} dense, {_flops(radial)} as configured ({dense / radial:.2f}x fewer)",
-        "transformer": f"{_flops(dense + other)} dense, {_flops(radial + other)} as configured "
-        f"({(dense + other) / (radial + other):.2f}x fewer)",
-        "memory": _describe_memory(need, model),
-    }
-    lines = [f"{name:<13} {text}" for name, text in rows.items()] + memory_choices(config, model)
-    if attention.pattern != "dense":
-        lines += [f"{'curve':<13} {line}" for line in curve_lines(grid, radial_config(config))]
-    return "\n".join(lines + [f"{'note':<13} {note}" for note in [*notes(config, model), *remarks]])
-
-
-def memory_choices(config: Config, model: ModelInfo) -> list[str]:
-    """Lines of `--dry-run`: the predicted peak on a GPU for each quantization and offload."""
-    offloads, kinds = (keys()[f"model.{name}"].metadata["choices"] for name in ("offload", "quantization"))
-    lines = []
-    for kind in kinds:
-        choices = {name: replace(config.model, quantization=kind, offload=name) for name in offloads}
-        needs = (
-            f"{name} {gib(memory(replace(config, model=choice), model, 'cuda').total)}"
-            for name, choice in choices.items()
+def check_model_options(config: Config, model: ModelInfo) -> None:
+    """Raises UsageError for a size, length, guidance or number of dense layers that the model refuses."""
+    generation = config.generation
+    check_size(generation.size, model)
+    if config.model.positions_frames is not None:
+        check_frames("model.positions_frames", config.model.positions_frames, model)
+    if generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
+        got = generation.guidance_scale_2
+        raise UsageError(f"generation.guidance_scale_2: got {got:g}, allowed: null, the model has one expert")
+    if config.model.family == "hunyuan_video" and generation.guidance_scale != 1 and not model.takes_guidance:
+        got = generation.guidance_scale
+        raise UsageError(
+            f"generation.guidance_scale: got {got:g}, allowed: 1, the model has no guidance in it"
         )
-        lines.append(f"{'GPU memory':<13} quantization {kind}: offload {', '.join(needs)}")
-    return lines if sum(model.parameters.values()) else []
+    check_layers(config.attention, model)
 
 
-def gain(config: Config, model: ModelInfo) -> list[str]:
-    """The share of attention and what the mask saves of it, where that is much; `notes` says where little."""
-    density = radial_mask(token_grid(config, model), radial_config(config)).density
-    dense, radial = attention_flops(config, model, density)
-    other = other_flops(config, model)
-    share = dense / (dense + other)
-    if share < LITTLE and config.attention.pattern != "dense":
-        return []
-    fewer = f"{(dense + other) / (radial + other):.2f}x fewer in all with this mask"
-    return [f"attention is {share:.0%} of the operations: {fewer}"]
+def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
+    """What the predicted peak says of this machine.
 
-
-def notes(config: Config, model: ModelInfo) -> list[str]:
-    """What a user should know first: unknown weights, little to gain, a mask that keeps too little."""
-    found = []
-    if not sum(model.parameters.values()):
-        found.append(f"memory: the weights of {config.model.path} are unknown before loading and not checked")
-    return found if config.attention.pattern == "dense" else found + _mask_notes(config, model)
-
-
-def _mask_notes(config: Config, model: ModelInfo) -> list[str]:
-    grid, found = token_grid(config, model), []
-    options, frame = config.attention, grid.tokens_per_frame
-    if 3 * frame < options.block_size:
-        found.append(f"frames of {frame} tokens are under a third of a block: set attention.block_size=16")
-    width = options.block_size if options.decimation_width == "block" else options.decimation_width
-    power = 1 << (frame.bit_length() - 1)
-    if width // power > 1:  # the rule keeps distance 1 only where this is 1
-        found.append(
-            f"frames of {frame} tokens lose their neighbours: set attention.decimation_width={power} or less"
+    On the CPU, where the prediction is measured, a run that does not fit is refused. On a GPU it only warns,
+    unless the weights alone are larger than the card.
+    """
+    free, need, device = room(plan.device), rank_memory(plan).total, plan.device
+    shared = plan.degrees.processes > 1
+    if device == "cpu":
+        need *= local_processes() if shared else 1
+        if need > free and shared:
+            raise UsageError(
+                f"out of memory: the processes of this machine need about {gib(need)} of what the cpu has "
+                f"free, {gib(free)}; allowed: more processes on more GPUs, or a smaller or shorter video"
+            )
+        if need > free:
+            raise UsageError(plan.shortage(free, free))
+        return ()
+    weights, card = plan.memory.weights, total_memory("cuda")
+    if weights > card:
+        raise UsageError(
+            f"out of memory: the weights of model.path={plan.config.model.path} take {gib(weights)} on the "
+            f"GPU, which has {gib(card)}; set model.offload=group, or use a smaller model"
         )
-    dense, _ = attention_flops(config, model, 1.0)
-    share = dense / (dense + other_flops(config, model))
-    if share < LITTLE:
-        found.append(f"attention is {share:.0%} of the operations: at most {1 / (1 - share):.2f}x to gain")
-    return found
+    host, host_free = host_bytes(plan.model, plan.config.model), room("cpu") / local_processes()
+    if host > total_memory("cpu"):
+        raise UsageError(
+            f"out of memory: model.path={plan.config.model.path} is read into host memory before it moves to "
+            f"the GPU and takes {gib(host)} there, which has {gib(total_memory('cpu'))}; use a smaller "
+            "model, such as configs/wan_tiny.yaml"
+        )
+    warnings = []
+    if need > free:
+        warnings.append(
+            f"memory may be short: {gib(need)} predicted, {gib(free)} free; {plan.nearest_fit(free)}"
+        )
+    if host > host_free:
+        warnings.append(f"host memory may be short: the weights take {gib(host)}, {gib(host_free)} are free")
+    return tuple(warnings)
 
 
-def _ranges(numbers: list[int], total: int) -> str:
-    """'14 of 50 (0-11, 48-49)' for sorted numbers, counted from 0."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
-
-
-def _shift(value: float | None) -> str:
-    return "of the model" if value is None else f"{value:g}"
-
-
-def _flops(value: float) -> str:
-    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12)):
-        if value >= scale:
-            return f"{value / scale:.4g} {unit}"
-    return f"{value / 1e9:.4g} GFLOP"
-
-
-def _describe_memory(need: Memory, model: ModelInfo) -> str:
-    weights = gib(need.weights) if need.weights else "an unknown amount for"
-    host = f" + {gib(need.host)} program" if need.host else ""
-    return f"{gib(need.total)} predicted: {weights} weights + {gib(need.activations)} activations{host}"
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.0f} GiB"
+def rank_memory(plan: RunPlan) -> Memory:
+    """Predicts the peak of one of the processes: weights whole, tokens by share."""
+    if plan.degrees.processes == 1:
+        return plan.memory
+    return peak_memory(
+        plan.model,
+        plan.size,
+        plan.config.model,
+        calls=plan.calls,
+        mask_bytes=mask_bytes(plan.grid, plan.config.attention.block_size),
+        device=plan.device,
+        grid=TokenGrid(1, 1, plan.rank_work.tokens, plan.model.joint_text),
+    )

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who shares what, and what is refused before weights load."""
+"""Several processes under torchrun: who shares what with whom."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,21 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 from torch import Tensor
 
-from scripts.run.config import Config
+from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 from scripts.run.errors import UsageError
-from scripts.run.memory import decoded_tiles, is_tiled
-from scripts.run.model_info import ModelInfo
-from scripts.run.processes import end_all, local_processes
+from scripts.run.processes import end_all
 
 ALONE = Degrees()
 BATCHED = ("mochi",)  # families whose one call a step has both halves of guidance
 
 
 @dataclass(frozen=True)
-class Team:
+class Groups:
     """What this process shares with which others.
 
     Attributes:
@@ -28,7 +25,7 @@ class Team:
         sequence: a `radial_attn.models.parallel.ulysses.SequenceParallel`, None where alone.
         guidance: the group of the other half of guidance, None where alone.
         decoding: the group of all processes of one video, over NCCL on GPUs, None where alone.
-        leads: whether this process puts the video together and writes it; place: its number among those of
+        leads: whether this process puts the video together and writes it; share: its number among those of
             `degrees.data`.
     """
 
@@ -39,7 +36,7 @@ class Team:
     guidance: Any = None
     decoding: Any = None
     leads: bool = True
-    place: int = 0
+    share: int = 0
 
     def agree(self, value: Any) -> Any:
         """What the first process has for `value`."""
@@ -68,48 +65,19 @@ def _of_first(value: Any, group: Any) -> Any:
     return values[0]
 
 
-def check_machine(config: Config, device: str, degrees: Degrees) -> None:
-    """Raises UsageError where this machine cannot serve several processes, before any weight is loaded."""
-    local = local_processes()
-    if device == "cuda" and local > torch.cuda.device_count():
-        raise UsageError(
-            f"torchrun --nproc_per_node: got {local}, allowed on this machine: at most "
-            f"{torch.cuda.device_count()}, one process a GPU"
-        )
-    if config.model.cache_ratios == "calibrate":
-        raise UsageError(
-            "model.cache_ratios: got 'calibrate', allowed in several processes: numbers with commas between "
-            "them; each process would measure its own tokens only"
-        )
-    if config.model.compile != "none" and degrees.ring > 1:
-        raise UsageError(
-            f"model.compile: got {config.model.compile!r}, allowed in a ring: none; what a ring passes on "
-            "inside the blocks has not been tried compiled"
-        )
-    if config.attention.check == "reference" and degrees.cfg > 1:
-        raise UsageError(
-            "attention.check: got 'reference', allowed with parallel.cfg_degree=2: auto, off, nan; each "
-            "process would compare one half only"
-        )
-    try:
-        import_xfuser(device)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
-
-
 @contextmanager
-def gathered(degrees: Degrees, device: str) -> Iterator[Team]:
-    """The team of this process, connected for as long as the block runs; the process alone where it is so.
+def process_groups(degrees: Degrees, device: str) -> Iterator[Groups]:
+    """The groups of this process, connected for as long as the block runs; the process alone where it is so.
 
     A failure in the block ends the process at once, with one line: torchrun then stops the others, which may
     be waiting for it.
     """
     if degrees.processes == 1:
-        yield Team()
+        yield Groups()
         return
     try:
         start(degrees, device)
-        yield _team(degrees, device)
+        yield _join(degrees, device)
     except KeyboardInterrupt:
         raise
     except Exception as error:  # whatever it is, the others must not wait for this process
@@ -117,13 +85,13 @@ def gathered(degrees: Degrees, device: str) -> Iterator[Team]:
     stop()
 
 
-def _team(degrees: Degrees, device: str) -> Team:
+def _join(degrees: Degrees, device: str) -> Groups:
     from radial_attn.models.parallel.ring import share_sequence
 
     state = import_xfuser(device)
     sequence, guidance = state.get_sp_group(), state.get_cfg_group()
     replica = state.get_model_replica_group()
-    return Team(
+    return Groups(
         degrees,
         state.get_world_group().cpu_group,
         replica.cpu_group,
@@ -131,32 +99,32 @@ def _team(degrees: Degrees, device: str) -> Team:
         guidance.device_group if degrees.cfg > 1 else None,
         replica.device_group if degrees.processes > degrees.data else None,
         leads=sequence.rank_in_group == 0 and guidance.rank_in_group == 0,
-        place=state.get_dp_group().rank_in_group,
+        share=state.get_dp_group().rank_in_group,
     )
 
 
-def shared_guidance(pipeline: Any, family: str, team: Team) -> AbstractContextManager:
+def shared_guidance(pipeline: Any, family: str, groups: Groups) -> AbstractContextManager:
     """Guidance shared with the other half's process, where there is one."""
-    if team.guidance is None:
+    if groups.guidance is None:
         return nullcontext()
     from radial_attn.models.parallel.guidance import GuidanceParallel
 
     transformers = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
     present = [transformer for transformer in transformers if transformer is not None]
-    return GuidanceParallel(present, team.guidance, batched=family in BATCHED)
+    return GuidanceParallel(present, groups.guidance, batched=family in BATCHED)
 
 
-def whole_tokens(family: str, team: Team) -> Callable[[Tensor], Tensor] | None:
+def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | None:
     """What gathers `[B, N, C]`, the video tokens of one call, from those of the processes that share it.
 
     None where no others do: halves of guidance that are calls of their own are not shared.
     """
-    halves = team.guidance if family in BATCHED else None
-    if team.sequence is None and halves is None:
+    halves = groups.guidance if family in BATCHED else None
+    if groups.sequence is None and halves is None:
         return None
 
     def gather(own: Tensor) -> Tensor:
-        tokens = own if team.sequence is None else team.sequence.gather(own)
+        tokens = own if groups.sequence is None else groups.sequence.gather(own)
         if halves is None:
             return tokens
         parts = [torch.empty_like(tokens) for _ in range(2)]
@@ -166,22 +134,10 @@ def whole_tokens(family: str, team: Team) -> Callable[[Tensor], Tensor] | None:
     return gather
 
 
-def shared_decoding(pipeline: Any, team: Team) -> AbstractContextManager:
+def shared_decoding(pipeline: Any, groups: Groups) -> AbstractContextManager:
     """The tiles of the VAE shared with the other processes of the video, where there are any."""
-    if team.decoding is None:
+    if groups.decoding is None:
         return nullcontext()
     from radial_attn.models.parallel.decoding import ParallelDecode
 
-    return ParallelDecode(pipeline.vae, team.decoding)
-
-
-def describe_decoding(config: Config, model: ModelInfo, degrees: Degrees) -> list[str]:
-    """One line where several processes make a video: who decodes it."""
-    count = degrees.processes // degrees.data
-    if count == 1:
-        return []
-    pieces = decoded_tiles(config, model)
-    if pieces > 1:
-        return [f"decoding: {pieces} tiles shared by {min(count, pieces)} processes"]
-    hint = "" if is_tiled(config) else "; model.vae_tiling=always cuts a video into tiles that are shared"
-    return [f"decoding: by one process, as one tile{hint}"]
+    return ParallelDecode(pipeline.vae, groups.decoding)

@@ -1,4 +1,4 @@
-"""One run's pipeline and the making of one video with it."""
+"""The pipeline of a plan, and the videos that it makes."""
 
 import errno
 import logging
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.pipeline.caches import cached
 from radial_attn.models.pipeline.efficiency import economize, quantization_config
@@ -19,21 +21,16 @@ from radial_attn.models.pipeline.load import is_local, load_pipeline
 from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
-from tqdm import tqdm
-
 from scripts.run.config import Config
 from scripts.run.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
-from scripts.run.families import batch, settings
+from scripts.run.families import batch, pipeline_arguments, position_arguments
 from scripts.run.hub_models import hub_unreachable
-from scripts.run.inputs import Inputs
-from scripts.run.loras import FoundLora, find_loras, put_in
-from scripts.run.model_info import ModelInfo
-from scripts.run.option_checks import cache_options, economy_options
+from scripts.run.loras import put_in
+from scripts.run.machine_checks import is_out_of_memory
+from scripts.run.option_checks import cache_arguments, efficiency_arguments
 from scripts.run.outputs import resolved, write_pair
-from scripts.run.plan import attention_options, dense_steps, memory, solved_config, step_pattern, token_grid
-from scripts.run.positions import position_options
-from scripts.run.process_groups import Team, shared_decoding, shared_guidance, whole_tokens
-from scripts.run.shortage import is_out_of_memory, shortage
+from scripts.run.plan import RunPlan, attention_arguments
+from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
 from scripts.run.system import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
 
 SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
@@ -50,51 +47,48 @@ class Observer(Protocol):
 
 
 @dataclass
-class Job:
-    """A checked configuration, the model's numbers, its folder or hub id, device, LoRAs, inputs and team."""
+class Sampler:
+    """Makes the videos of a plan, one by one; `groups`: who shares this process's work."""
 
-    config: Config
-    model: ModelInfo
-    path: str
-    device: str
-    loras: list[FoundLora] = field(default_factory=list)
-    inputs: Inputs = field(default_factory=Inputs)
+    plan: RunPlan
+    groups: Groups = field(default_factory=Groups)
     seconds: dict[str, float] = field(default_factory=dict)
     loras_in: list[dict[str, Any]] = field(default_factory=list)
-    team: Team = field(default_factory=Team)
 
     def load(self) -> Any:
         """The diffusers pipeline; UsageError where weights are missing, broken, misshapen or out of reach."""
         quiet_libraries()
-        model = self.config.model
+        model = self.plan.config.model
         dtype = getattr(torch, model.dtype)
         with timed(self.seconds, "load"), self.reporting_memory(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
             try:
                 pipeline = load_pipeline(
-                    self.path,
+                    self.plan.path,
                     model.family,
                     dtype,
-                    "cpu" if model.offload != "none" or model.quantization == "fp8" else self.device,
-                    flow_shift=self.config.generation.flow_shift,
+                    "cpu" if model.offload != "none" or model.quantization == "fp8" else self.plan.device,
+                    flow_shift=self.plan.config.generation.flow_shift,
                     quantization_config=quantization_config(model.quantization, dtype),
                 )
             except Exception as error:  # the libraries have no common one for a folder that they cannot load
                 if is_out_of_memory(error):
                     raise
                 raise UsageError(self._load_failure(error)) from error
-            loras = self.loras or find_loras(self.config, self.path)
             with reported_choices():
-                self.loras_in = put_in(pipeline, self.config, loras)
-            economize(pipeline, self.device, dtype, **economy_options(self.config))
-            extend_positions(pipeline, **position_options(self.config, self.model))
+                self.loras_in = put_in(pipeline, model, self.plan.loras)
+            economize(pipeline, self.plan.device, dtype, **efficiency_arguments(model))
+            frames = self.plan.size.frames
+            extend_positions(pipeline, **position_arguments(model, frames, self.plan.model))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def _load_failure(self, error: Exception) -> str:
-        if is_local(self.path):
-            return f"model.path: got {self.config.model.path!r}, which cannot be loaded: {one_line(error)}"
-        return hub_unreachable(self.path, error)
+        if is_local(self.plan.path):
+            return (
+                f"model.path: got {self.plan.config.model.path!r}, which cannot be loaded: {one_line(error)}"
+            )
+        return hub_unreachable(self.plan.path, error)
 
     def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any] | None:
         """Generates one video and writes it with its JSON, whose content is returned.
@@ -107,13 +101,13 @@ class Job:
             UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
         """
         seconds = dict(self.seconds)
-        reset_peak(self.device)
+        reset_peak(self.plan.device)
         with self.reporting_memory():
             frames, run = self.sample_video(pipeline, prompt, seconds)
-        if not self.team.leads:
+        if not self.groups.leads:
             return None
         record = self._record(prompt, run, seconds)
-        _write(path, frames, self.config.output.fps, record)
+        _write(path, frames, self.plan.config.output.fps, record)
         return record
 
     def sample_video(
@@ -130,33 +124,34 @@ class Job:
         Adds its stages to `seconds`, without the time that the observer of the attention takes. `bar` counts
         the steps of several videos; errors are those of `make_video`, memory shortage as it is raised.
         """
-        team = self.team
-        whole = whole_tokens(self.config.model.family, team)
-        options = attention_options(self.config) | {"parallel": team.sequence, "agree": team.agree_on_video}
+        groups = self.groups
+        whole = whole_tokens(self.plan.config.model.family, groups)
+        options = attention_arguments(self.plan.config.attention)
+        options |= {"parallel": groups.sequence, "agree": groups.agree_on_video}
         options["observe"] = observer and observer.see
         with (
             apply_radial_attention(pipeline, **options) as handle,
-            shared_guidance(pipeline, self.config.model.family, team),
-            shared_decoding(pipeline, team),
-            cached(pipeline, **cache_options(self.config), gather=whole) as cache,
+            shared_guidance(pipeline, self.plan.config.model.family, groups),
+            shared_decoding(pipeline, groups),
+            cached(pipeline, **cache_arguments(self.plan.config), gather=whole) as cache,
         ):
-            clock = Clock(synchronizer(self.device))
+            clock = Clock(synchronizer(self.plan.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
             try:
-                with reported_choices(), shown_steps(self.config.generation.steps, bar) as shown:
+                with reported_choices(), shown_steps(self.plan.config.generation.steps, bar) as shown:
                     step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
                 hook.remove()
             seconds |= clock.seconds | {"decode": clock.lap()}
             run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
-            return to_bytes(frames) if team.leads else frames, run
+            return to_bytes(frames) if groups.leads else frames, run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
-        seed = self.config.generation.seed
+        seed = self.plan.config.generation.seed
         try:
-            options = {"callback_on_step_end": step_done, **self.inputs.arguments}
-            return sample(pipeline, self.config, [prompt], [seed], **options)[0]
+            options = {"callback_on_step_end": step_done, **self.plan.inputs.arguments}
+            return sample(pipeline, self.plan.config, [prompt], [seed], **options)[0]
         except (UsageError, GenerationError):
             raise
         except CheckError as error:
@@ -168,7 +163,7 @@ class Job:
 
     def _failure(self, error: Exception) -> Exception:
         """A backend is to blame only where its op raised."""
-        attention = self.config.attention
+        attention = self.plan.config.attention
         named = attention.dense_backend not in ("auto", "native")
         if named and raised_in(error, DISPATCH):
             return UsageError(f"attention.dense_backend: got {attention.dense_backend!r}: {one_line(error)}")
@@ -183,13 +178,13 @@ class Job:
             if observer is not None:
                 clock.leave_out(observer.take_seconds())
             clock.step_done()
-            pattern = step_pattern(self.config, step)
+            pattern = self.plan.pattern(step)
             if not torch.isfinite(tensors["latents"]).all():
                 calls = handle.report()["calls"]
                 backends = ", ".join(name for name in calls if name != "dense" and pattern != "dense")
                 raise GenerationError(
-                    f"non-finite latents after step {step + 1} of {self.config.generation.steps} "
-                    f"(pattern {pattern}, backend {backends or 'dense'}, {self.config.model.dtype}); "
+                    f"non-finite latents after step {step + 1} of {self.plan.config.generation.steps} "
+                    f"(pattern {pattern}, backend {backends or 'dense'}, {self.plan.config.model.dtype}); "
                     "no video written"
                 )
             bar.set_postfix_str(pattern, refresh=False)
@@ -201,24 +196,23 @@ class Job:
         return step_done
 
     def _record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-        grid = token_grid(self.config, self.model)
         return {
             "prompt": prompt,
-            "seed": self.config.generation.seed,
-            "config": resolved(self.config, prompt),
-            "processes": vars(self.team.degrees),
+            "seed": self.plan.config.generation.seed,
+            "config": resolved(self.plan.config, prompt),
+            "processes": vars(self.groups.degrees),
             "loras": self.loras_in,
-            "inputs": self.inputs.files,
-            "tokens": grid.tokens,
+            "inputs": self.plan.inputs.files,
+            "tokens": self.plan.grid.tokens,
             "density": run["attention"]["density"],
-            "mask": asdict(solved_config(self.config, self.model)),
+            "mask": asdict(self.plan.mask),
             **run,
-            "dense_steps": dense_steps(self.config),
+            "dense_steps": list(self.plan.dense_steps),
             "seconds": seconds,
-            "peak_memory": peak_memory(self.device),
-            "predicted_memory": vars(memory(self.config, self.model, self.device)),
+            "peak_memory": peak_memory(self.plan.device),
+            "predicted_memory": vars(self.plan.memory),
             "versions": versions(),
-            "hardware": hardware(self.device),
+            "hardware": hardware(self.plan.device),
         }
 
     @contextmanager
@@ -229,9 +223,9 @@ class Job:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            free = room(self.device)
-            budget = min(SHRINK * memory(self.config, self.model, self.device).total, free)
-            raise GenerationError(shortage(self.config, self.model, self.device, free, budget)) from error
+            free = room(self.plan.device)
+            budget = min(SHRINK * self.plan.memory.total, free)
+            raise GenerationError(self.plan.shortage(free, budget)) from error
 
 
 def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> np.ndarray:
@@ -241,7 +235,9 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
     The options go to the pipeline; `output_type="latent"` gives latents `[B, C, frames, height, width]`.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipeline(**batch(config, prompts, generators), **(settings(config) | options)).frames
+    family = config.model.family
+    arguments = pipeline_arguments(family, config.generation) | options
+    return pipeline(**batch(family, prompts, generators), **arguments).frames
 
 
 class LineHandler(logging.Handler):

@@ -159,6 +159,15 @@ def available_memory(device: str) -> int:
     return max(0, min([psutil.virtual_memory().available, *cgroup_free(CGROUPS)]))
 
 
+def total_memory(device: str) -> int:
+    """Bytes of the GPU, or of the host."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
 def own_memory(device: str) -> int:
     """Bytes that this process holds: reserved by torch on the GPU, or host memory that no file backs."""
     if device == "cuda":

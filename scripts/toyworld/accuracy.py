@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from radial_attn.models import apply_radial_attention
 from tqdm import tqdm
 
+from radial_attn.models import apply_radial_attention
 from scripts.run.config import Config
 from scripts.run.files import write_text
 from scripts.run.inputs import NEED_IMAGE
-from scripts.run.plan import attention_options, dense_steps
+from scripts.run.plan import attention_arguments, dense_steps
 from scripts.run.sampler import sample
 from scripts.run.system import synchronizer
 from scripts.toyworld import random_scene, read, render
@@ -31,7 +31,7 @@ TIMED_RUNS, TIMED_STEPS = 3, 4
 @contextmanager
 def attention(pipeline: Any, config: Config) -> Iterator[Any]:
     """The pipeline with the attention of `config`; gives the handle."""
-    with apply_radial_attention(pipeline, **attention_options(config)) as handle:
+    with apply_radial_attention(pipeline, **attention_arguments(config.attention)) as handle:
         yield handle
 
 
@@ -91,7 +91,7 @@ def whole_run_seconds(runs: Mapping[str, tuple[Any, Config]], attributes: Attrib
     timed: dict[tuple[str, bool], tuple[Any, Config]] = {}
     for name, (pipeline, config) in runs.items():
         timed[name, False] = pipeline, without_warm_up(config)
-        if dense_steps(config) and config.attention.pattern != "dense":
+        if dense_steps(config.attention, config.generation.steps) and config.attention.pattern != "dense":
             timed[name, True] = pipeline, with_pattern(config, "dense")
     found = seconds_in_turn(timed, attributes)
     return {
@@ -107,7 +107,7 @@ def without_warm_up(config: Config) -> Config:
 
 def mean_step(config: Config, dense: float, sparse: float) -> float:
     """Mean seconds of a step of a whole run, from those of a dense step and of one that is not."""
-    steps, count = config.generation.steps, len(dense_steps(config))
+    steps, count = config.generation.steps, len(dense_steps(config.attention, config.generation.steps))
     return (count * dense + (steps - count) * sparse) / steps
 
 

@@ -1,1 +1,1 @@
-"""Sparse attention from torch's own operations, on any device."""
+"""Computes sparse attention with torch's own operations, on any device."""

@@ -1,6 +1,6 @@
-"""Block-sparse attention in plain PyTorch: dense attention on the rectangles of a plan. The CPU default.
+"""Computes block-sparse attention in plain PyTorch: dense attention on the rectangles of a plan.
 
-All of it is one operator for autograd and torch.compile, `radial_attn::block_attention`: it splits heads
+All of it is one operator for autograd and torch.compile, `radial_attn::block_attention`. It splits heads
 by pattern and samples by text length, and leaves the rest to plan.py and rectangles.py.
 """
 
@@ -32,7 +32,7 @@ NEEDS = Needs(partial=True)
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]`, on any device.
+    """Computes attention over the kept blocks of `mask`; all tensors `[B, S, H, D]`, on any device.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -48,7 +48,7 @@ def attention(
 def partial_attention(
     query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]`.
+    """Returns output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]`.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -85,11 +85,11 @@ def block_attention(  # noqa: PLR0917 (an operator's schema is positional)
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, S, H]`, of attention under a block mask.
+    """Returns output `[B, S, H, D]` and log-sum-exp, float32 `[B, S, H]`, of attention under a block mask.
 
     Args:
-        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its plan is kept under this very tensor.
-        video_tokens: position where the text begins.
+        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its plan is cached on this tensor.
+        video_tokens: position at which the text begins.
         valid: tokens of each sample that count, int64 `[B]`, or None for all.
     """
     dense = partial(dense_cpu if query.device.type == "cpu" else dense_any, scale=scale)
@@ -115,7 +115,7 @@ def block_attention_backward(  # noqa: PLR0917
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `block_attention`."""
+    """Returns gradients of query, key and value, `[B, S, H, D]`; arguments are as in `block_attention`."""
     dense = partial(dense_cpu_backward if query.device.type == "cpu" else dense_any_backward, scale=scale)
 
     def run(tensors: Tensors, plan: tuple[Group, ...], limit: int) -> Tensors:
@@ -157,7 +157,7 @@ Groups = tuple[tuple[Tensor | None, int], ...]
 
 
 def _plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
-    """`_make_plans`, once for each mask: the plans hang on its tensor, all that an operator can be given."""
+    """Calls `_make_plans` once per mask; caches the plans on its tensor, all that an operator is given."""
     kept = blocks.__dict__.setdefault("plans", {})
     if (layout, device) not in kept:
         kept[layout, device] = _make_plans(blocks, layout, device)
@@ -165,7 +165,7 @@ def _plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
 
 
 def _make_plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
-    """`(heads, plan)` of each distinct pattern of a mask; `heads` is None where all share one."""
+    """Makes `(heads, plan)` for each distinct pattern of a mask; `heads` is None if all share one."""
     if blocks.ndim == 2:
         return ((None, to_device(plan_attention(blocks, layout), device)),)
     patterns, owner = blocks.unique(dim=0, return_inverse=True)
@@ -186,7 +186,7 @@ def _split(
     video_tokens: int,
     valid: Tensor | None,
 ) -> Tensors:
-    """Calls `run` for every group of samples with equally much text and of heads with one pattern."""
+    """Calls `run` for every group of samples with equally much text and heads with one pattern."""
     batch, length, heads, width = tensors[0].shape
     layout = Layout(
         block_size,
@@ -200,14 +200,14 @@ def _split(
 
 
 def _tail(length: int, video_tokens: int, block_size: int) -> int:
-    """The first block that text or the end of `length` tokens may leave with fewer valid ones."""
+    """Returns the first block that text or the end of `length` tokens may leave with fewer valid ones."""
     return min(video_tokens, length - length % block_size) // block_size
 
 
 def _over_both(
     run: Callable[[Tensors, tuple[Group, ...], int], Tensors], tensors: Tensors, plans: Plans, samples: Groups
 ) -> Tensors:
-    """`run` for every group of samples, and in it of heads."""
+    """Calls `run` for every group of samples, and in it for every group of heads."""
 
     def over_heads(tensors: Tensors, limit: int) -> Tensors:
         return _over(2, lambda part, plan: run(part, plan, limit), tensors, plans)
@@ -216,16 +216,16 @@ def _over_both(
 
 
 def _sample_groups(valid: Tensor | None, length: int, device: torch.device) -> Groups:
-    """`(samples, tokens that count)` of each distinct number; `samples` is None where it is one for all."""
+    """Groups samples by tokens that count: `(samples, tokens)`; `samples` is None if all have one number."""
     limits = [length] if valid is None else valid.tolist()
     if len(set(limits)) == 1:
         return ((None, limits[0]),)
-    where = {limit: [i for i, other in enumerate(limits) if other == limit] for limit in limits}
-    return tuple((torch.tensor(samples, device=device), limit) for limit, samples in where.items())
+    groups = {limit: [i for i, other in enumerate(limits) if other == limit] for limit in limits}
+    return tuple((torch.tensor(samples, device=device), limit) for limit, samples in groups.items())
 
 
 def _over(dim: int, run: Callable[[Tensors, object], Tensors], tensors: Tensors, groups: Sequence) -> Tensors:
-    """Applies `run(tensors, argument)` to each `(index, argument)` along a dimension, joins the results."""
+    """Joins the results of `run(tensors, argument)` for each `(index, argument)` along a dimension."""
     if groups[0][0] is None:
         return run(tensors, groups[0][1])
     joined = None

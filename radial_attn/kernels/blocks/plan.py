@@ -1,10 +1,10 @@
 """Cuts a block mask into dense rectangles for kernels that know only dense attention.
 
-A radial mask gives every query block its own key set, yet neighbours share most of theirs. The planner
-joins neighbours into a binary tree: a node attends, with all of its rows at once, to the keys that all
-of them keep and that no node above has handled. Every kept block belongs to exactly one rectangle, and
-partial results of a row are merged through their log-sum-exp. Small blocks, whose calls would be too
-many and too thin, may also share a rectangle under a mask of its blocks.
+A radial mask gives every query block its own key set, yet neighbours share most of their keys. The planner
+joins neighbours into a binary tree: a node attends, with all of its rows at once, to the keys that all of
+them keep and that no node above has handled. Every kept block belongs to exactly one rectangle, and partial
+results of a row are merged through their log-sum-exp. Small blocks would need too many thin calls, so they
+may also share a rectangle under a mask of its blocks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,18 +17,18 @@ from torch import Tensor
 GROUP_TOKENS = 2048  # query tokens that share an accumulator and may join in one tree
 BATCH_TOKENS = 2048  # gathered keys of one call that joins rectangles of equal shape
 SHARED_TOKENS = 512  # keys that are worth a rectangle of their own for the rows that share them
-CACHE_BYTES = 1 << 19  # keys and values of one head that stay in a core's cache beside the scores
+CACHE_BYTES = 1 << 19  # keys and values of one head that stay in a core's cache with the scores
 TILE_TOKENS = (64, 128, 256)  # rows that may share a call under a small mask
 
 
 @dataclass(frozen=True)
 class Span:
-    """Block numbers along one side of `G` rectangles of equal shape.
+    """Holds block numbers along one side of `G` rectangles of equal shape.
 
     Attributes:
-        blocks: int64 `[G, c]`, with those of the tail last.
-        first: the first block where `G == 1` and the numbers are consecutive, else None.
-        tail: those blocks, equal in all rectangles, that may hold fewer valid tokens than their size.
+        blocks: int64 `[G, c]`, the tail last.
+        first: the first block if `G == 1` and the numbers are consecutive, else None.
+        tail: the blocks, equal in all rectangles, that may hold fewer valid tokens than their size.
     """
 
     blocks: Tensor
@@ -36,18 +36,18 @@ class Span:
     tail: tuple[int, ...]
 
     def tokens(self, block_size: int, limit: int) -> int:
-        """Tokens of each rectangle below position `limit` of the sequence."""
+        """Counts the tokens of each rectangle below position `limit` of the sequence."""
         whole = (self.blocks.shape[1] - len(self.tail)) * block_size
         return whole + sum(min(max(limit - block * block_size, 0), block_size) for block in self.tail)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`G` rectangles, each `rows.blocks[g]` x `keys.blocks[g]`.
+    """Holds `G` rectangles, each `rows.blocks[g]` x `keys.blocks[g]`.
 
     Attributes:
-        slots: places of the rows in their group.
-        cells: kept blocks of each rectangle, bool `[G, r, c]`; None where all are kept.
+        slots: indices of the rows in their group.
+        cells: kept blocks of each rectangle, bool `[G, r, c]`; None if all are kept.
     """
 
     rows: Span
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Group:
-    """Query blocks, int64 `[R]`, that no other group holds, and the rectangles that cover their rows."""
+    """Holds query blocks, int64 `[R]`, that no other group has, and the rectangles that cover their rows."""
 
     rows: Span
     pieces: tuple[Piece, ...]
@@ -67,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """Neighbouring query blocks `start ... stop - 1` and the keys that all of them keep, bool `[K]`."""
+    """Holds neighbouring query blocks `start ... stop - 1` and the keys that all of them keep, bool `[K]`."""
 
     start: int
     stop: int
@@ -82,7 +82,7 @@ class _Node:
 
 @dataclass(frozen=True, eq=False)
 class _Rectangle:
-    """Query and key blocks; rectangles of the same level have no row in common."""
+    """Holds query and key blocks; rectangles of the same level have no row in common."""
 
     rows: range
     keys: tuple[int, ...]
@@ -92,14 +92,14 @@ class _Rectangle:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a plan depends on beside the mask.
+    """Holds what a plan depends on besides the mask.
 
     Attributes:
         tail: first block that text or the end of the sequence may leave with fewer valid tokens.
-        key_tail: that of the keys where it is another, as in a mask of a part of the keys.
+        key_tail: the tail of the keys if it differs, as in a mask of a part of the keys.
         features: `B H D`, for the estimate of cost.
         key_bytes: bytes of one head's key and value of a token.
-        merge: False keeps each row in one rectangle, so that no partial results arise.
+        merge: False keeps each row in one rectangle, without partial results.
     """
 
     block_size: int
@@ -111,17 +111,17 @@ class Layout:
 
     @property
     def keys_from(self) -> int:
-        """The tail of the keys."""
+        """Returns the tail of the keys."""
         return self.tail if self.key_tail is None else self.key_tail
 
     @property
     def key_blocks(self) -> int:
-        """Key blocks of one call, about, where partial results can be merged."""
+        """Estimates the key blocks of one call, if partial results can be merged."""
         return max(1, CACHE_BYTES // (self.key_bytes * self.block_size))
 
 
 def plan_attention(blocks: Tensor, layout: Layout) -> tuple[Group, ...]:
-    """The cheapest of `candidate_plans` for a mask, bool `[Q, K]` on the CPU; empty where nothing is kept."""
+    """Chooses the cheapest of `candidate_plans` for a mask, bool `[Q, K]` on the CPU; () if it is empty."""
     if not blocks.any():
         return ()
     plans = candidate_plans(blocks, layout).values()
@@ -129,17 +129,20 @@ def plan_attention(blocks: Tensor, layout: Layout) -> tuple[Group, ...]:
 
 
 def candidate_plans(blocks: Tensor, layout: Layout) -> dict[str, tuple[Group, ...]]:
-    """Ways to cover a mask by rectangles.
+    """Makes plans that cover a mask by rectangles in different ways.
 
-    "rows" is one rectangle for each run of neighbours with equal key sets. "tiles" cover several blocks
-    of rows by the union of their keys, under a mask that leaves out what is not kept. "tree" shares a
-    rectangle between all neighbours that keep the same keys, and leaves the rest to rows or tiles.
+    "rows" has one rectangle for each run of neighbours with equal key sets. "tiles" covers several blocks
+    of rows by the union of their keys, under a mask that leaves out blocks that are not kept. "tree" shares
+    a rectangle between all neighbours that keep the same keys, and leaves the rest to rows or tiles.
     """
-    leaves = _equal_neighbours(blocks)
+    # runs of neighbouring rows with equal key sets; rows without keys are left out
+    changes = (blocks[1:] != blocks[:-1]).any(dim=1).nonzero().flatten() + 1
+    runs = pairwise([0, *changes.tolist(), len(blocks)])
+    leaves = [_Node(start, stop, blocks[start]) for start, stop in runs if blocks[start].any()]
     plans = {"rows": _groups(leaves, layout, _Cut(blocks))}
     if len(leaves) == 1:
         return plans
-    # rows of the tail stay alone: their rectangles may be cut short
+    # rows of the tail stay alone, because their rectangles may be cut short
     alone = [node for node in leaves if node.stop > layout.tail]
     trees = _grow([node for node in leaves if node.stop <= layout.tail], layout.block_size) + alone
     shared = max(1, SHARED_TOKENS // layout.block_size)
@@ -156,20 +159,23 @@ def candidate_plans(blocks: Tensor, layout: Layout) -> dict[str, tuple[Group, ..
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """How a tree is cut: `least` shared key blocks make a rectangle, `tile` rows share what is left."""
+    """Cuts a tree: `least` shared key blocks make a rectangle, `tile` rows share the rest."""
 
     blocks: Tensor
     least: int | None = None
     tile: int = 1
 
     def rectangles(self, node: _Node, handled: Tensor) -> Iterator[_Rectangle]:
-        """Rectangles of a tree: each node takes what all of its rows keep and nobody above took."""
+        """Yields the rectangles of a tree: each node takes what all its rows keep and no node above took."""
         rest = node.keys & ~handled
         if not node.children:
             yield from _rectangle(node, rest)
             return
         if len(node.rows) <= self.tile:
-            yield from self._tile(node, handled)
+            rest = self.blocks[node.start : node.stop] & ~handled
+            keys = rest.any(dim=0)
+            cells = rest[:, keys]
+            yield from _rectangle(node, keys, None if cells.all() else cells)
             return
         if self.least is not None and int(rest.sum()) >= self.least:
             yield from _rectangle(node, rest)
@@ -177,23 +183,10 @@ class _Cut:
         for child in node.children:
             yield from self.rectangles(child, handled)
 
-    def _tile(self, node: _Node, handled: Tensor) -> Iterator[_Rectangle]:
-        rest = self.blocks[node.start : node.stop] & ~handled
-        keys = rest.any(dim=0)
-        cells = rest[:, keys]
-        yield from _rectangle(node, keys, None if cells.all() else cells)
-
 
 def _rectangle(node: _Node, keys: Tensor, cells: Tensor | None = None) -> Iterator[_Rectangle]:
     if keys.any():
         yield _Rectangle(node.rows, tuple(keys.nonzero().flatten().tolist()), (node.level,), cells)
-
-
-def _equal_neighbours(blocks: Tensor) -> list[_Node]:
-    """Runs of neighbouring rows with equal key sets; rows without keys are left out."""
-    changes = (blocks[1:] != blocks[:-1]).any(dim=1).nonzero().flatten() + 1
-    runs = pairwise([0, *changes.tolist(), len(blocks)])
-    return [_Node(start, stop, blocks[start]) for start, stop in runs if blocks[start].any()]
 
 
 def _grow(nodes: list[_Node], block_size: int) -> list[_Node]:
@@ -240,7 +233,7 @@ def _group(rows: tuple[int, ...], rectangles: list[_Rectangle], layout: Layout) 
 
 
 def _chunks(whole: _Rectangle, most: int) -> list[_Rectangle]:
-    """A rectangle in equal parts of about `most` key blocks, which never share a call."""
+    """Splits a rectangle into equal parts of about `most` key blocks, which never share a call."""
     count = max(1, round(len(whole.keys) / most)) if whole.cells is None else 1
     edges = [index * len(whole.keys) // count for index in range(count + 1)]
     parts = enumerate(pairwise(edges))
@@ -266,7 +259,7 @@ def _tail(blocks: Iterable[int], tail: int) -> tuple[int, ...]:
 
 
 def _cost(plan: tuple[Group, ...], layout: Layout) -> float:
-    """Estimated microseconds on a CPU: calls, multiplications, gathered keys, masks and merged rows."""
+    """Estimates microseconds on a CPU: calls, multiplications, gathered keys, masks and merged rows."""
     total = 0.0
     for group in plan:
         for piece in group.pieces:
@@ -282,7 +275,7 @@ def _cost(plan: tuple[Group, ...], layout: Layout) -> float:
 
 
 def to_device(plan: tuple[Group, ...], device: torch.device) -> tuple[Group, ...]:
-    """The plan with its tensors on a device."""
+    """Copies the plan with its tensors to a device."""
 
     def move(span: Span) -> Span:
         return replace(span, blocks=span.blocks.to(device))

@@ -1,7 +1,7 @@
 """Runs a plan of rectangles: dense attention on each, merged through the log-sum-exp; and its gradients.
 
-The keys of a rectangle are gathered, or viewed where they are consecutive; the backward gathers again
-instead of keeping copies. `dense` is one of the functions below, for the CPU or for any device.
+The keys of a rectangle are gathered, or viewed if they are consecutive. The backward gathers again instead
+of keeping copies. `dense` is one of the functions below, for the CPU or for any device.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ def forward_plan(
     *,
     key_limit: int | None = None,
 ) -> Tensors:
-    """Output `[B, S, H, D]` and log-sum-exp `[B, S, H]`: zeros and -inf from position `limit` on.
+    """Returns output `[B, S, H, D]` and log-sum-exp `[B, S, H]`: zeros and -inf from position `limit` on.
 
-    `key_limit`: tokens of the keys that count, where they are not those of the rows.
+    `key_limit`: the number of key tokens that count, if it is not `limit`.
     """
     limits = limit, limit if key_limit is None else key_limit
     query = tensors[0]
@@ -55,7 +55,7 @@ def forward_plan(
 def _attend(
     piece: Piece, tensors: Tensors, size: int, limits: tuple[int, int], dense: Callable
 ) -> Tensors | None:
-    """Attention of a piece in whole blocks, `[B, G r, size, H, D]`, and its log-sum-exp, without `D`."""
+    """Computes attention of a piece in whole blocks, `[B, G r, size, H, D]`, and log-sum-exp, without `D`."""
     query, key, value = tensors
     rows, keys = piece.rows.tokens(size, limits[0]), piece.keys.tokens(size, limits[1])
     if not rows or not keys:
@@ -64,7 +64,7 @@ def _attend(
     bias = _bias(piece.cells, size, rows, keys, query)
     out, lse = dense(_take(query, piece.rows, size, rows), *by_key, bias=bias)
     if bias is not None:
-        # the kernel says 0 for a row without keys
+        # the kernel returns 0 for a row without keys
         lse = lse.masked_fill(bias.amax(dim=-1) < 0, -torch.inf)
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     shape = len(query), piece.rows.blocks.numel(), size
@@ -76,7 +76,7 @@ def _attend(
 
 
 def _bias(cells: Tensor | None, size: int, rows: int, keys: int, like: Tensor) -> Tensor | None:
-    """0 on kept blocks `[G, r, c]`, else -inf, on the first `rows` x `keys` tokens: `[B G or 1, 1, r, c]`."""
+    """Makes a bias `[B G or 1, 1, r, c]` of `rows` x `keys` tokens: -inf outside kept blocks `[G, r, c]`."""
     if cells is None:
         return None
     bias = like.new_zeros(cells.shape).masked_fill_(~cells, -torch.inf)
@@ -85,19 +85,19 @@ def _bias(cells: Tensor | None, size: int, rows: int, keys: int, like: Tensor) -
 
 
 def _take(x: Tensor, span: Span, size: int, tokens: int) -> Tensor:
-    """The first `tokens` of each rectangle's blocks, `[B G, H, tokens, D]`: a view where they are a run."""
+    """Gathers the first `tokens` of each rectangle's blocks, `[B G, H, tokens, D]`; a run is only viewed."""
     if span.first is not None:
         return x[:, span.first * size : span.first * size + tokens].transpose(1, 2)
     index = (span.blocks.unsqueeze(-1) * size + torch.arange(size, device=x.device)).flatten(1)
     if len(index) > 1 or x.element_size() < 4:
         taken = x.index_select(1, index[:, :tokens].flatten())
         return taken.view(-1, tokens, *x.shape[2:]).transpose(1, 2)
-    # float32 products are faster on keys that lie side by side in each head
+    # float32 products are faster if the keys of each head are contiguous
     return x.transpose(1, 2).index_select(2, index[0, :tokens])
 
 
 def _store(targets: Tensors, span: Span, parts: Tensors | None) -> None:
-    """Writes whole blocks, `[B, G r, size, ...]`, to their places in `[B, blocks, size, ...]`."""
+    """Writes whole blocks, `[B, G r, size, ...]`, to their blocks in `[B, blocks, size, ...]`."""
     for target, part in zip(targets, parts or (), strict=False):
         if span.first is not None:
             target[:, span.first : span.first + part.shape[1]] = part
@@ -106,13 +106,13 @@ def _store(targets: Tensors, span: Span, parts: Tensors | None) -> None:
 
 
 def _merge(partial: Tensors, slots: Span, parts: Tensors | None) -> None:
-    """Adds attention over further keys to that over earlier ones, weighted by their log-sum-exp."""
+    """Adds attention over further keys to the sum over earlier ones, weighted by their log-sum-exp."""
     if parts is None:
         return
     run = slots.first is not None
     index = slice(slots.first, slots.first + slots.blocks.numel()) if run else slots.blocks.flatten()
     out, lse = (x[:, index] for x in partial)
-    # exp(new) / (exp(old) + exp(new)); where neither row has keys both are -inf
+    # exp(new) / (exp(old) + exp(new)); if neither row has keys, both are -inf
     weight = torch.sigmoid(parts[1] - lse).nan_to_num_(nan=0.0).unsqueeze(-1)
     out.lerp_(parts[0].to(out.dtype), weight)
     total = torch.logaddexp(lse, parts[1])
@@ -126,7 +126,7 @@ def _merge(partial: Tensors, slots: Span, parts: Tensors | None) -> None:
 def backward_plan(
     tensors: Tensors, plan: tuple[Group, ...], size: int, limit: int, dense: Callable
 ) -> Tensors:
-    """Gradients of query, key and value, `[B, S, H, D]`, summed in float32 over the rectangles."""
+    """Returns gradients of query, key and value, `[B, S, H, D]`, summed in float32 over the rectangles."""
     grad, query, key, value, out, lse = tensors
     # exp(score - lse) of a row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would be NaN
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
@@ -159,7 +159,7 @@ def _add(total: Tensor, span: Span, part: Tensor) -> None:
 
 
 def dense_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
-    """SDPA's CPU kernel, called by name because it also returns the log-sum-exp `[B, H, S]`."""
+    """Runs SDPA's CPU kernel, called by name because it also returns the log-sum-exp `[B, H, S]`."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, attn_mask=bias, scale=scale)
 
@@ -167,19 +167,19 @@ def dense_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
 def dense_cpu_backward(
     grad: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, bias: Tensor | None, scale: float
 ) -> Tensors:
-    """Gradients of one rectangle, given the output and log-sum-exp over all keys of its rows."""
+    """Returns the gradients of one rectangle, given the output and log-sum-exp over all keys of its rows."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return kernel(grad, *inputs, out, lse.squeeze(-1), 0.0, False, attn_mask=bias, scale=scale)
 
 
 def dense_any(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
-    """SDPA on any device; without a log-sum-exp, so only for plans that merge nothing."""
+    """Runs SDPA on any device; it has no log-sum-exp, so only for plans that merge nothing."""
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return out, out.new_zeros(out.shape[:3], dtype=torch.float32)
 
 
 def dense_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
-    """SDPA's CUDA kernels, called by name because they also return the log-sum-exp `[B, H, S]`."""
+    """Runs SDPA's CUDA kernels, called by name because they also return the log-sum-exp `[B, H, S]`."""
     if bias is None and query.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -187,7 +187,7 @@ def dense_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
         out, lse, *_ = kernel(query, key, value, None, True, scale=scale)
         return out, lse[..., : query.shape[2]]
     rows, keys = query.shape[2], key.shape[2]
-    # the kernel wants the rows of a bias to begin at even addresses: a wider one is made and cut
+    # the kernel needs aligned rows of a bias: a wider one is made and cut
     wide = F.pad(bias, (0, -keys % 16))[..., :keys].expand(len(query), query.shape[1], rows, keys)
     out, lse, *_ = kernel(query, key, value, wide, True, scale=scale)
     return out.masked_fill((bias.amax(dim=-1) < 0).unsqueeze(-1), 0), lse[..., :rows]
@@ -196,7 +196,7 @@ def dense_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
 def dense_any_backward(
     grad: Tensor, _out: Tensor, _lse: Tensor, *inputs: Tensor, bias: Tensor | None, scale: float
 ) -> Tensors:
-    """Gradients through SDPA, computed once more."""
+    """Computes SDPA once more and returns gradients through it."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in inputs]
         out = F.scaled_dot_product_attention(*inputs, attn_mask=bias, scale=scale)

@@ -1,1 +1,1 @@
-"""Sparse attention in C++ for CPUs, compiled when first used."""
+"""Computes sparse attention in C++ on CPUs, compiled on first use."""

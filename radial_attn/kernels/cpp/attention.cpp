@@ -1,7 +1,7 @@
-// Block-sparse attention in float32 on a CPU: the forward with its log-sum-exp, and the gradients.
+// Computes block-sparse attention in float32 on a CPU: forward with log-sum-exp, and gradients.
 //
-// Keys lie in panels of 16 tokens, transposed, so that one vector holds one feature of 16 keys. A task is a
-// block of query rows of one head: it walks the panels that the mask keeps for it, a chunk at a time, with
+// Keys are stored in panels of 16 tokens, transposed: one vector holds one feature of 16 keys. A task is a
+// block of query rows of one head. It walks the panels that the mask keeps for it, a chunk at a time, with
 // the online softmax of FlashAttention. No sum depends on the number of threads.
 
 #include <cmath>
@@ -17,7 +17,7 @@ using namespace radial;
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-// what one thread works with
+// holds the working memory of one thread
 struct Scratch {
     std::vector<float> scores, slopes, out, query, grad;
     std::vector<Index> panels;
@@ -28,14 +28,14 @@ struct Scratch {
     }
 };
 
-// run(panels, count) over chunks of a thread's panels
+// calls run(panels, count) for each chunk of a thread's panels
 template <class Function>
 void over_chunks(const std::vector<Index>& panels, Function run) {
     int all = static_cast<int>(panels.size());
     for (int i = 0; i < all; i += CHUNK) run(panels.data() + i, std::min(CHUNK, all - i));
 }
 
-// -inf for the tokens of the last of the panels that do not count
+// sets the scores of tokens that do not count, in the last panel, to -inf
 void hide_padding(float* scores, int rows, const Index* which, int count, Index limit) {
     Index last = which[count - 1] * PANEL, valid = std::min<Index>(PANEL, limit - last);
     for (int r = 0; r < rows && valid < PANEL; ++r) {
@@ -44,7 +44,7 @@ void hide_padding(float* scores, int rows, const Index* which, int count, Index 
     }
 }
 
-// Scores of one row to weights, exp(score - the largest so far); what came before is rescaled.
+// turns scores of one row into weights, exp(score - the largest so far), and rescales earlier sums
 void soften(float* scores, int columns, float& largest, float& total, float* out, Index wide) {
     Vector most = load(scores);
     for (int j = LANES; j < columns; j += LANES) {
@@ -127,7 +127,7 @@ struct Backward {
         }
     }
 
-    // log-sum-exp, and the sum of gradient times output; exp(score - inf) is 0 for a row without keys
+    // reads log-sum-exp and sums gradient times output; exp(score - inf) is 0 for a row without keys
     void prepare(Index b, Index h, Index t, float& shift, float& delta) const {
         shift = INF, delta = 0;
         if (t >= is.limits[b]) return;
@@ -138,10 +138,10 @@ struct Backward {
     }
 };
 
-// how many parts of the query rows sum their gradients of key and value by themselves; length alone decides
+// number of parts of the query rows that sum gradients of key and value separately; depends on length alone
 Index parts_of(const Problem& is) { return std::max<Index>(1, std::min<Index>(4, is.tokens / 2048)); }
 
-// gradients of key and value, [B, S, H, D], from the sums of all parts
+// adds the sums of all parts into gradients of key and value, [B, S, H, D]
 void add_parts(const Problem& is, const float* sums, float* to_key, float* to_value) {
     Index each = is.per_head(), parts = parts_of(is);
     is.over_tokens([&](Index b, Index h, Index place, Index first, Index stop) {
@@ -164,10 +164,10 @@ void add_parts(const Problem& is, const float* sums, float* to_key, float* to_va
 
 extern "C" {
 
-// Of all functions: sizes are batch, tokens, heads, width, block size, lists of blocks (1 or heads), threads;
-// inputs [B, S, H, D] with a stride in numbers for sample, token and head each; results have no gaps.
+// All functions take sizes batch, tokens, heads, width, block size, lists of blocks (1 or heads), threads;
+// inputs [B, S, H, D] with a stride in numbers for sample, token and head each. Results are contiguous.
 
-// float32 numbers of working memory that a call needs
+// returns how many float32 values of working memory a call needs
 std::int64_t radial_workspace(const std::int64_t* sizes, int backward) {
     Problem is(sizes, nullptr, nullptr, nullptr);
     return is.batch * is.heads * is.per_head() * (backward ? 3 + 2 * parts_of(is) : 2);

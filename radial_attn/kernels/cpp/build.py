@@ -1,8 +1,8 @@
 """Compiles the C++ source of a kernel for this machine's processor, once, and loads it.
 
-The library is kept in a folder of the user, under a name that changes with the source, the compiler, its
-flags and the processor, and is moved there when it is whole: processes may build it at the same time. Where
-the folder cannot be written, each process builds for itself and keeps nothing.
+The library is cached in a folder of the user, under a name that changes with the source, the compiler, its
+flags and the processor. It is moved there when complete, so processes may build it at the same time. If the
+folder cannot be written, each process builds its own library and keeps nothing.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from pathlib import Path
 from ..compiler import find_program
 
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
-# the first that the compiler takes: a processor's own instructions, torch's threads
+# the first that the compiler accepts is used: the processor's instructions, torch's threads
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
 COMPILERS = ("g++", "clang++", "c++")
 FOLDER = "RADIAL_ATTN_CACHE"
@@ -28,28 +28,28 @@ LIMIT = 300  # seconds for one attempt
 
 @lru_cache
 def load_library(source: Path) -> ctypes.CDLL | str:
-    """The library of a source file, or in one line what it lacks, to follow "needs"."""
+    """Loads the library of a source file, or returns one line that says, after "needs", what is missing."""
     compiler = find_program("CXX", COMPILERS)
     if compiler is None:
-        return "a C++ compiler, and found none: apt install g++"
+        return "a C++ compiler, but none was found: apt install g++"
     try:
         with tempfile.TemporaryDirectory(prefix="radial_attn_") as spare:
             return ctypes.CDLL(str(_build(source, compiler, Path(spare))))
     except (OSError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        return f"{source.name} compiled by {compiler}, which failed: {reason}"
+        return f"{source.name} compiled by {compiler}, which failed: {reason}; set CXX to another compiler"
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: RADIAL_ATTN_CACHE, else a folder in that of the user for such files."""
+    """Returns the folder of libraries: RADIAL_ATTN_CACHE, else radial_attn in the user's cache folder."""
     if named := os.environ.get(FOLDER):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radial_attn"
 
 
 def _build(source: Path, compiler: str, spare: Path) -> Path:
-    """The library's path, in the folder `spare` where the user has none that can be written to."""
+    """Returns the library's path, which is in the folder `spare` if the cache cannot be written."""
     name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
         target = cache_folder() / name
@@ -67,7 +67,7 @@ def _build(source: Path, compiler: str, spare: Path) -> Path:
 
 
 def _compile(source: Path, compiler: str, out: Path) -> Path:
-    """Compiles with the first flags that work; raises CalledProcessError with the last failure's words."""
+    """Compiles with the first flags that work; raises CalledProcessError with the last failure's output."""
     for flags in CHOICES:
         command = [compiler, *FLAGS, *flags, str(source), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
@@ -77,7 +77,7 @@ def _compile(source: Path, compiler: str, out: Path) -> Path:
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
-    """Changes with whatever the library depends on."""
+    """Returns a digest of everything on which the library depends."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=LIMIT, check=True).stdout
     headers = sorted(source.parent.glob("*.h"))
     parts = [*(file.read_bytes() for file in (source, *headers)), version, repr((FLAGS, CHOICES)).encode()]
@@ -88,7 +88,7 @@ def _fingerprint(source: Path, compiler: str) -> str:
 
 
 def _processor() -> Iterator[str]:
-    """What names the instructions of this machine's processor."""
+    """Yields what identifies the instructions of this machine's processor."""
     yield platform.machine()
     yield platform.processor()
     described = Path("/proc/cpuinfo")

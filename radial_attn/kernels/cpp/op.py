@@ -1,6 +1,6 @@
-"""Block-sparse attention in C++ for CPUs, in float32: attention.cpp, compiled when it is first asked for.
+"""Runs block-sparse attention in C++ on CPUs, in float32: attention.cpp, compiled on first use.
 
-One operator for autograd and torch.compile, `radial_attn::cpp_attention`.
+It is one operator for autograd and torch.compile, `radial_attn::cpp_attention`.
 """
 
 import ctypes
@@ -19,13 +19,13 @@ SOURCE = Path(__file__).with_name("attention.cpp")
 
 @torch.compiler.assume_constant_result
 def _problem() -> str | None:
-    found = load_library(SOURCE)
-    return f"needs {found}" if isinstance(found, str) else None
+    library = load_library(SOURCE)
+    return f"needs {library}" if isinstance(library, str) else None
 
 
 def _objection(call: Call) -> str | None:
     if call.dtype == torch.bfloat16 and _capabilities().get("amx_bf16"):
-        return "computes in float32, slower than `blocks` where the processor multiplies tiles in bfloat16"
+        return "computes in float32, slower than `blocks` on a processor with bfloat16 tiles (AMX)"
     return _problem()
 
 
@@ -40,7 +40,9 @@ NEEDS = Needs(devices=("cpu",), also=_objection)
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, text_lengths: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on the CPU, of 16 bits by copies.
+    """Computes attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on the CPU.
+
+    Copies 16-bit tensors to float32.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -60,10 +62,10 @@ def cpp_attention(  # noqa: PLR0917 (an operator's schema is positional)
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, S, H]`, of attention under a block mask.
+    """Returns output `[B, S, H, D]` and log-sum-exp, float32 `[B, S, H]`, of attention under a block mask.
 
     Args:
-        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its lists are kept under this very tensor.
+        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its lists are cached on this tensor.
         valid: tokens of each sample that count, int64 `[B]`, or None for all.
     """
     call = _Call((query, key, value), blocks, block_size, valid)
@@ -87,7 +89,7 @@ def cpp_attention_backward(  # noqa: PLR0917
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, `[B, S, H, D]`; arguments as in `cpp_attention`."""
+    """Returns gradients of query, key and value, `[B, S, H, D]`; arguments are as in `cpp_attention`."""
     call = _Call((grad, query, key, value, out), blocks, block_size, valid)
     grads = tuple(query.new_empty(query.shape) for _ in range(3))
     work, lse = call.workspace(backward=True), lse.contiguous()
@@ -123,7 +125,7 @@ cpp_attention.register_autograd(_gradients, setup_context=_setup_context)
 
 
 class _Call:
-    """The arguments of a call as attention.cpp takes them; what they point to lives as long as this."""
+    """Holds the arguments of a call as attention.cpp takes them, and keeps alive what they point to."""
 
     def __init__(
         self, tensors: tuple[Tensor, ...], blocks: Tensor, block_size: int, valid: Tensor | None
@@ -136,20 +138,15 @@ class _Call:
         self._tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
         strides = [step for x in self._tensors for step in x.stride()[:3]]
         self.inputs = _pointers(self._tensors), _numbers(strides)
-        self.mask = self._sizes, *map(_pointer, _lists(blocks)), _numbers(limits)
+        if "csr" not in blocks.__dict__:  # made once for each mask
+            blocks.__dict__["csr"] = csr_of(blocks)
+        self.mask = self._sizes, *map(_pointer, blocks.__dict__["csr"]), _numbers(limits)
 
     def workspace(self, *, backward: bool) -> Tensor:
-        """Memory that the call works in."""
+        """Allocates the memory in which the call works."""
         count = self.library.radial_workspace
         count.restype = ctypes.c_int64
         return self._tensors[0].new_empty(count(self._sizes, int(backward)))
-
-
-def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """CSR of a mask, made once: it hangs on the mask's tensor."""
-    if "csr" not in blocks.__dict__:
-        blocks.__dict__["csr"] = csr_of(blocks)
-    return blocks.__dict__["csr"]
 
 
 def _numbers(numbers: Iterable[int]) -> ctypes.Array:

@@ -1,4 +1,4 @@
-// What a call is given, how its tensors are read, and how its work is shared among threads.
+// Holds the arguments of a call, reads its tensors, and shares its work among threads.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,9 @@
 
 namespace radial {
 
-constexpr int TILE = 64;  // query rows of a task at once, at most
+constexpr int TILE = 64;  // most query rows of a task at once
 
-// run(task, thread) for every task, each taken by the next thread that is free
+// calls run(task, thread) for every task, each on the next free thread
 template <class Function>
 void in_parallel(Index tasks, int threads, Function run) {
     threads = static_cast<int>(std::max<Index>(1, std::min<Index>(threads, tasks)));
@@ -49,7 +49,7 @@ struct Problem {
     Index wide() const { return (width + PANEL - 1) / PANEL * PANEL; }
     Index per_head() const { return padded() * wide(); }
 
-    // numbers of the panels that hold tokens which count, of the blocks that query block `row` keeps
+    // lists the panels with tokens that count, in the blocks that query block `row` keeps
     void panels_of(Index head, Index row, Index limit, std::vector<Index>& panels) const {
         panels.clear();
         Index at = (lists == 1 ? 0 : head * (blocks() + 1)) + row;
@@ -59,7 +59,7 @@ struct Problem {
         }
     }
 
-    // run(first, rows) over the tiles of a block of query rows
+    // calls run(first, rows) for each tile of a block of query rows
     template <class Function>
     void over_tiles(Index block, Function run) const {
         Index stop = std::min((block + 1) * size, padded());
@@ -67,7 +67,7 @@ struct Problem {
             run(first, static_cast<int>(std::min<Index>(TILE, stop - first)));
     }
 
-    // run(sample, head, place of the head, first, stop) over pieces of the padded tokens of every head
+    // calls run(sample, head, index of both, first, stop) for each piece of the padded tokens of every head
     template <class Function>
     void over_tokens(Function run) const {
         constexpr Index piece = 256;
@@ -79,7 +79,7 @@ struct Problem {
     }
 };
 
-// a tensor [B, S, H, D] whose last dimension has no gaps; strides in numbers
+// reads a tensor [B, S, H, D] with a contiguous last dimension; strides in numbers
 struct Strided {
     const float* data;
     Index sample, token, head;
@@ -88,7 +88,7 @@ struct Strided {
     const float* at(Index b, Index t, Index h) const { return data + b * sample + t * token + h * head; }
 };
 
-// rows `first` to `stop` of one head, [stop - first][wide], times `factor`; zeros where tokens do not count
+// copies rows `first` to `stop` of one head, [stop - first][wide], times `factor`; zeros if not counted
 inline void pack_rows(float* __restrict to, const Strided& from, const Problem& is, Index b, Index h,
                       Index first, Index stop, float factor) {
     for (Index t = first; t < stop; ++t, to += is.wide()) {
@@ -100,7 +100,7 @@ inline void pack_rows(float* __restrict to, const Strided& from, const Problem& 
     }
 }
 
-// the same tokens transposed, panel by panel, [panels][wide][16]
+// copies the same tokens transposed, panel by panel, [panels][wide][16]
 inline void pack_panels(float* __restrict to, const Strided& from, const Problem& is, Index b, Index h,
                         Index first, Index stop) {
     Index wide = is.wide();

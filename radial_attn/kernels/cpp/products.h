@@ -1,4 +1,4 @@
-// The matrix products of attention on panels: ROWS x MOST panels of sums stay in registers.
+// Multiplies matrices for attention on panels: ROWS x MOST panels of sums stay in registers.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@ template <int COUNT>
 struct Sums {
     Vector of[ROWS][COUNT][PARTS] = {};
 
-    // run(row, place in it, vector) over all of them
+    // calls run(row, offset in it, vector) for all of them
     template <class Function>
     inline void each(Function run) {
 #pragma GCC unroll 8
@@ -33,7 +33,7 @@ struct Sums {
         each([=](int m, int at, Vector& x) { store(to + m * pitch + at, x); });
     }
 
-    // of[m][p] += the sum over k < depth of a[m along + k step] * b[p][k pitch ... + 16]
+    // adds to of[m][p] the sum over k < depth of a[m along + k step] * b[p][k pitch ... + 16]
     inline void add(const float* a, Index along, Index step, const float* const (&b)[COUNT], Index pitch,
                     Index depth) {
         for (Index k = 0; k < depth; ++k) {
@@ -54,7 +54,7 @@ struct Sums {
     }
 };
 
-// run(first, how many as a constant) over `count` panels, as many at once as there are registers for
+// calls run(first, constant number) over `count` panels, as many at once as registers can hold
 template <class Function>
 inline void by_panels(int count, Function run) {
     int i = 0;
@@ -65,7 +65,7 @@ inline void by_panels(int count, Function run) {
     for (; i < count; ++i) run(i, std::integral_constant<int, 1>());
 }
 
-// scores [rows][16 count] = a [rows][wide] times the panels, [wide][16] each, that `which` names
+// scores [rows][16 count] = a [rows][wide] times the panels in `which`, [wide][16] each
 inline void scores_of(float* scores, const float* a, int rows, const float* panels, const Index* which,
                       int count, Index wide) {
     by_panels(count, [&](int first, auto number) {
@@ -80,7 +80,7 @@ inline void scores_of(float* scores, const float* a, int rows, const float* pane
     });
 }
 
-// out [rows][wide] += weights [rows][16 count] times the rows of b that the panels of `which` hold
+// out [rows][wide] += weights [rows][16 count] times the rows of b in the panels of `which`
 inline void add_weighted(float* out, const float* weights, int rows, const float* b, const Index* which,
                          int count, Index wide) {
     by_panels(static_cast<int>(wide / PANEL), [&](int first, auto number) {
@@ -99,7 +99,7 @@ inline void add_weighted(float* out, const float* weights, int rows, const float
     });
 }
 
-// the rows of out that the panels of `which` hold += weights [rows][16 count] transposed times b [rows][wide]
+// rows of out in the panels of `which` += weights [rows][16 count] transposed times b [rows][wide]
 inline void add_transposed(float* out, const float* weights, int rows, const float* b, const Index* which,
                            int count, Index wide) {
     by_panels(static_cast<int>(wide / PANEL), [&](int first, auto number) {

@@ -1,4 +1,4 @@
-// Vectors of float32 in the compiler's own terms, so that one source serves AVX-512, AVX2 and NEON.
+// Defines float32 vectors with compiler extensions, so one source serves AVX-512, AVX2 and NEON.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int LANES = 8, ROWS = 4, MOST = 1;
 #else
 constexpr int LANES = 4, ROWS = 4, MOST = 1;
 #endif
-constexpr int PANEL = 16, PARTS = PANEL / LANES;  // numbers of a panel's row, and the vectors that hold them
+constexpr int PANEL = 16, PARTS = PANEL / LANES;  // numbers in a panel's row, and vectors that hold them
 
 using Index = std::int64_t;
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -30,13 +30,13 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned
 inline void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
 inline Vector all(float x) { return x - Vector{}; }
 
-// 2 ** x for x <= 127, within 2e-7 of it; below -126 that of -126; NaN stays NaN
+// returns 2 ** x for x <= 127, within 2e-7; the value at -126 for lower x; NaN for NaN
 inline Vector power_of_two(Vector x) {
     const Vector shift = all(12582912.0f);  // 1.5 * 2 ** 23: a sum with it is rounded to an integer
     Vector bounded = x < -126.0f ? all(-126.0f) : x;
     Vector rounded = bounded + shift;
     Vector rest = bounded - (rounded - shift);
-    Vector y = all(1.540353039e-4f);  // ln(2) ** 6 / 6!, and so on down to 1
+    Vector y = all(1.540353039e-4f);  // ln(2) ** 6 / 6!, then the lower terms down to 1
     y = y * rest + 1.333355815e-3f;
     y = y * rest + 9.618129108e-3f;
     y = y * rest + 5.550410866e-2f;
@@ -59,7 +59,7 @@ inline float largest_of(Vector x) {
     return largest;
 }
 
-// x[i][j] and x[j][i] change places
+// swaps x[i][j] and x[j][i]
 template <int STEP, int... LANE>
 inline void transpose(Vector (&x)[LANES], std::integer_sequence<int, LANE...> lanes) {
 #pragma GCC unroll 16

@@ -1,1 +1,1 @@
-"""Sparse attention in Triton for GPUs."""
+"""Computes sparse attention in Triton on GPUs."""

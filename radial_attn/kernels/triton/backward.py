@@ -1,5 +1,7 @@
-"""Triton: backward of block-sparse flash attention. Gradients of queries walk the key tiles of a query tile,
-those of keys and values the query tiles of a key tile, so that nothing is added atomically.
+"""Computes the backward of block-sparse flash attention in Triton.
+
+Gradients of queries walk the key tiles of a query tile. Gradients of keys and values walk the query tiles of
+a key tile. So nothing is added atomically.
 
 Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, over the listed tiles only.
 """
@@ -17,7 +19,7 @@ def row_products_kernel(
     out, grad, products, tokens, heads, batch_stride, token_stride, head_stride,
     grad_batch, grad_token, grad_head, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the width of output x gradient, float32 `[B, H, S]`."""
+    """Sums output x gradient over the width, float32 `[B, H, S]`."""
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
@@ -33,7 +35,7 @@ def row_products_kernel(
 
 @triton.jit
 def row_weights(lse, pair, rows, tokens):
-    """Log-sum-exp in base 2 of some rows; +inf, which makes their weights 0, for rows without keys."""
+    """Loads the log-sum-exp of some rows in base 2; +inf, which makes weights 0, for rows without keys."""
     sums = tl.load(lse + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=-INFINITY) * LOG2E
     return tl.where(sums == -INFINITY, INFINITY, sums)
 
@@ -69,7 +71,10 @@ def query_gradient_kernel(
     SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
     LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one query tile of one head; `factor` is the scale of the scores, `scale` times log2(e)."""
+    """Computes the gradient of one query tile of one head.
+
+    `factor` is the scale of the scores; `scale` is `factor` times log2(e).
+    """
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
     pair = tl.program_id(1)
     first = tl.program_id(0) * ROWS
@@ -130,7 +135,7 @@ def key_gradients_kernel(
     SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
     LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of keys and values of one head; both results have the same strides."""
+    """Computes the gradients of one tile of keys and values of one head; both results have equal strides."""
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
     pair = tl.program_id(1)
     first = tl.program_id(0) * COLUMNS

@@ -1,9 +1,9 @@
-"""Launch configurations of the Triton kernels by architecture and head width.
+"""Lists launch configurations of the Triton kernels by architecture and head width.
 
 None has been timed yet: each is the largest tile that compiles without spilled registers and within the
-shared memory of a multiprocessor (scripts/kernel_report.py compiles them). On sm90 and
-sm100 keys and values of the forward come through tensor descriptors (TMA), which saves registers. Warp
-specialisation is not the default on sm90: its compiler pass has been seen to misplace rows.
+shared memory of a multiprocessor (scripts/kernel_report.py compiles them). On sm90 and sm100 the forward
+loads keys and values through tensor descriptors (TMA), which saves registers. Warp specialisation is not the
+default on sm90: its compiler pass has been seen to misplace rows.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ KINDS = ("forward", *BACKWARD, "int8", "fp8")
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile of `rows` queries x `columns` keys; warps of a program; stages of the load pipeline."""
+    """Holds the tile of `rows` queries x `columns` keys, warps of a program, stages of the load pipeline."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    descriptors: str = ""  # TMA: "whole", of the tensors, from the host; "head", of a head, in the kernel
+    descriptors: str = ""  # TMA: "whole" tensors, made on the host; one "head", in the kernel
     specialize: bool = False  # warp specialisation
-    fp8_values: bool = False  # of the quantised forward: weights x values in fp8
+    fp8_values: bool = False  # in the quantised forward: weights x values in fp8
 
 
 AMPERE = {
@@ -82,7 +82,7 @@ GEFORCE_BLACKWELL = {
     ("query gradient", 128): Launch(128, 32, 8, 2),
     ("key gradients", 64): Launch(64, 32, 8, 2),
 }
-SPECIALIZED = {  # of sm90, for scripts/tune_triton.py: the first to try once a GPU has proved them right
+SPECIALIZED = {  # for sm90, in scripts/tune_triton.py: the first to try once a GPU has proved them right
     ("forward", 64): Launch(128, 128, 4, 3, "head", specialize=True),
     ("forward", 128): Launch(128, 128, 4, 2, "head", specialize=True),
 }
@@ -96,20 +96,20 @@ LAUNCHES = {
     "sm120": GEFORCE_BLACKWELL,
     "gfx942": CDNA,
 }
-INTERPRETED = dict.fromkeys(KINDS, Launch(64, 32, 4, 1))  # Triton's interpreter, on the CPU
+INTERPRETED = dict.fromkeys(KINDS, Launch(64, 32, 4, 1))  # for Triton's interpreter, on the CPU
 INTERPRETED["fp8"] = Launch(64, 32, 4, 1, fp8_values=True)
 
 
 @lru_cache
 def launch(kind: str, device: torch.device, width: int) -> Launch:
-    """The configuration of one of `KINDS` for a head width of `WIDTHS` on a device."""
+    """Returns the configuration of one of `KINDS` for a head width of `WIDTHS` on a device."""
     if device.type == "cpu":
         return INTERPRETED[kind]
     return LAUNCHES[architecture(device)][kind, 64 if width <= 64 else 128]
 
 
 def architecture(device: torch.device) -> str:
-    """The key of `LAUNCHES` for a GPU: its own, or that of the nearest older one."""
+    """Returns the key of `LAUNCHES` for a GPU: its own architecture, or the nearest older one."""
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
@@ -119,5 +119,5 @@ def architecture(device: torch.device) -> str:
 
 
 def padded(width: int) -> int:
-    """The power of two that holds a head's width."""
+    """Returns the least power of two that holds a head's width."""
     return 1 << (width - 1).bit_length()

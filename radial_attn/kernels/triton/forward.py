@@ -1,7 +1,8 @@
-"""Triton: forward of block-sparse flash attention, one query tile a program, online softmax in base 2.
+"""Computes the forward of block-sparse flash attention in Triton: one query tile a program.
 
-A program walks the list of its key tiles (radial_attn/tiles.py): the whole ones without any masking, then the
-mixed ones. Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, over the listed tiles only.
+A program walks the list of its key tiles (tiles.py), the whole ones without any masking, then the mixed ones,
+with an online softmax in base 2. Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, over the
+listed tiles only.
 """
 
 import triton
@@ -25,10 +26,10 @@ def load_tile(
     BOUNDED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """`[TOKENS, PADDED]` from token `start` on, zeros beyond `WIDTH` and, if `BOUNDED`, from `limit` on.
+    """Loads `[TOKENS, PADDED]` from token `start` on; zeros beyond `WIDTH` and, if `BOUNDED`, `limit`.
 
-    `tensor` is a tensor descriptor of `[B, S, H, D]` ("whole"), or descriptor ("head") or pointer ("") of one
-    sample's head.
+    `tensor` is a tensor descriptor of `[B, S, H, D]` ("whole"), or a descriptor ("head") or pointer ("") of
+    one sample's head.
     """
     if DESCRIPTOR == "whole":
         tile = tensor.load([batch.to(tl.int32), start, head.to(tl.int32), 0]).reshape([TOKENS, PADDED])
@@ -51,7 +52,7 @@ def load_tile(
 def store_tile(
     base, tile, start, token_stride, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Writes `[ROWS, PADDED]` from token `start` on, without what lies beyond `tokens` and `WIDTH`."""
+    """Writes `[ROWS, PADDED]` from token `start` on, up to `tokens` and `WIDTH`."""
     token, lane = tl.arange(0, ROWS), tl.arange(0, PADDED)
     at = base + start.to(tl.int64) * token_stride + token[:, None] * token_stride + lane[None, :]
     inside = (start + token < tokens)[:, None] & (lane < WIDTH)[None, :]
@@ -60,9 +61,9 @@ def store_tile(
 
 @triton.jit
 def find_work(offsets, lengths, tokens, heads, PER_HEAD: tl.constexpr, LENGTHS: tl.constexpr):
-    """Of this program: sample, head, tokens that count, and where the lists of its tiles begin and end.
+    """Returns this program's sample, head, tokens that count, and the bounds of its lists of tiles.
 
-    Sample and head are int64, since a stride times either may be beyond 2^31.
+    Sample and head are int64, because a stride times either may exceed 2^31.
     """
     tile, pair = tl.program_id(0), tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
@@ -86,9 +87,9 @@ def kept_pairs(
     SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Which token pairs of a mixed tile count: keys below `limit`, and with `BLOCKS` those of kept blocks.
+    """Marks the token pairs of a mixed tile that count: keys below `limit`; in kept blocks if `BLOCKS`.
 
-    `patterns[place]` holds the blocks of the tile, of `SIZE` tokens each way, as bits (radial_attn/tiles.py).
+    `patterns[place]` holds the blocks of the tile, `SIZE` tokens each way, as bits (tiles.py).
     """
     keep = (columns < limit)[None, :]
     if BLOCKS:
@@ -101,8 +102,10 @@ def kept_pairs(
 
 @triton.jit
 def weigh(scores, scale, wide_scale, peak, total, MIXED: tl.constexpr, BOOST: tl.constexpr):
-    """One step of the online softmax, in base 2: weights of a tile times `2^BOOST`, what earlier sums shrink
-    by, the new maximum and sum. `scale`: a number, or one for each row, then `wide_scale` as a column.
+    """Takes one step of the online softmax, in base 2.
+
+    Returns the weights of a tile times `2^BOOST`, the factor by which earlier sums shrink, the new maximum
+    and the new sum. `scale` is a number, or one for each row; `wide_scale` then holds it as a column.
     """
     higher = tl.maximum(peak, tl.max(scores, 1) * scale)
     base = higher
@@ -115,8 +118,8 @@ def weigh(scores, scale, wide_scale, peak, total, MIXED: tl.constexpr, BOOST: tl
 
 @triton.jit
 def finish(acc, total, peak, rows, limit):
-    """Normalised output, zeros for rows without keys and from `limit` on, and natural log-sum-exp."""
-    seen = (total != 0) & (rows < limit)  # true for not-a-number, which has to come out
+    """Returns normalised output and natural log-sum-exp; zeros in rows without keys and from `limit` on."""
+    seen = (total != 0) & (rows < limit)  # true for NaN, which has to come out
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc / total[:, None], 0.0)
     return out, tl.where(seen, (peak + tl.log2(total)) * LN2, -INFINITY)
@@ -210,17 +213,17 @@ def forward_kernel(
     DESCRIPTOR: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """Output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
+    """Computes output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
 
-    `scale` is that of the scores times log2(e) and positive; `tokens` are rows, `lengths` and `row_lengths`
-    the keys and rows of each sample that count.
+    `scale` is the positive scale of the scores times log2(e). `tokens` are rows; `lengths` and `row_lengths`
+    are the keys and rows of each sample that count.
     """
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, key_tokens, heads, PER_HEAD, LENGTHS)
     row_limit = tokens
     if LENGTHS:
         row_limit = tl.load(row_lengths + batch)
-    # a value of its own for rows: where warps specialise, the compiler (3.6, 3.7) moves the coordinate that a
-    # descriptor is read at to the rows of each group of warps, and all that is made of the same value with it
+    # rows get a separate value: if warps specialise, the compiler (3.6, 3.7) moves the coordinate at which a
+    # descriptor is read to the rows of each group of warps, and with it all that is computed from that value
     first = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32)
     rows = first + tl.arange(0, ROWS)
     queries = query + batch * query_batch + head * query_head
@@ -241,7 +244,7 @@ def forward_kernel(
     total = tl.zeros([ROWS], dtype=tl.float32)
     peak = tl.full([ROWS], -INFINITY, dtype=tl.float32)
     # fmt: off
-    if SPECIALIZE:  # the compiler takes one loop only: the whole tiles are masked as well where any is mixed
+    if SPECIALIZE:  # the compiler takes one loop only: whole tiles are masked as well if any is mixed
         acc, total, peak = attend(
             acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns, whole,
             end, key_tokens, limit, scale, ROWS, COLUMNS, WIDTH, PADDED, SIZE, MIXED, BLOCKS, DESCRIPTOR,

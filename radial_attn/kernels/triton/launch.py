@@ -1,4 +1,4 @@
-"""One launch of the Triton forward kernel, over all keys or a part of them."""
+"""Launches the Triton forward kernel, over all keys or a part of them."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from .configs import LOG2E, Launch, padded
 def run_forward(
     inputs: Sequence[Tensor], found: tuple[Launch, list[Tensor], dict], counts: Sequence, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One launch of the forward kernel: output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
+    """Launches the forward kernel: output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
 
-    `found`: what `tables` makes; `counts`: keys and rows of each sample that count, or None for all.
+    `found`: the result of `tables`; `counts`: keys and rows of each sample that count, or None for all.
     """
     from .forward import forward_kernel
 
@@ -43,15 +43,15 @@ def run_forward(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its rows all begin at a multiple of 16 bytes, as descriptors need it."""
+    """Copies the tensor unless all its rows begin at a multiple of 16 bytes, as descriptors need."""
     steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
     return tensor.clone(memory_format=torch.contiguous_format) if any(s % 16 for s in steps) else tensor
 
 
 def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
-    """Query, key and value as the forward kernel takes them: pointers, or descriptors of keys and values.
+    """Returns query, key, value as the forward kernel takes them: pointers, or descriptors of the last two.
 
-    Where the kernel makes descriptors itself, `scratch` becomes this thread's allocator of Triton.
+    If the kernel makes descriptors itself, `scratch` becomes this thread's Triton allocator.
     """
     query, *others = tensors
     if chosen.descriptors == "head":
@@ -67,5 +67,5 @@ def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
 
 
 def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
-    """Memory of a launch, on the current device, for the descriptors that its programs make."""
+    """Allocates memory of a launch, on the current device, for the descriptors that its programs make."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

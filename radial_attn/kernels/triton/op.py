@@ -1,8 +1,8 @@
-"""Block-sparse flash attention in Triton, forward and backward, in float16 and bfloat16 on a GPU.
+"""Runs block-sparse flash attention in Triton, forward and backward, in float16 and bfloat16 on a GPU.
 
-The mask becomes lists of tiles (radial_attn/tiles.py) once, inside the operators, so that a compiled graph
-holds nothing but them; from then on a call allocates its outputs, launches one kernel forward and three
-backward, and does nothing else on the host.
+The mask becomes lists of tiles (tiles.py) once, inside the operators, so a compiled graph holds only the
+operators. After that a call allocates its outputs, launches one kernel forward and three backward, and does
+nothing else on the host.
 """
 
 import os
@@ -16,18 +16,18 @@ from .configs import LAUNCHES, LOG2E, WIDTHS, architecture, padded
 from .launch import run_forward
 from .tables import partial_tables, tables
 
-ROWS = 64  # of a program that multiplies outputs and their gradients
+ROWS = 64  # for each program that multiplies outputs and their gradients
 
 
 def no_tensor_cores(call: Call) -> str | None:
-    """Why the GPU of a call cannot multiply what its `quantize` asks for."""
+    """Says why the GPU of a call cannot multiply in the bits of its `quantize`; None if it can."""
     if call.quantize is None or call.device.type != "cuda" or not torch.cuda.is_available():
         return None
     arch = architecture(call.device)
     return None if (call.quantize, 64) in LAUNCHES[arch] else f"has no quantize={call.quantize!r} on {arch}"
 
 
-ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's own interpreter
+ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # runs in Triton's interpreter
 NEEDS = Needs(
     devices=("cpu",) if ON_CPU else ("cuda",),
     dtypes=DTYPES if ON_CPU else HALF,
@@ -51,11 +51,11 @@ def attention(
     scale: float,
     quantize: str | None = None,
 ) -> Tensor:
-    """Attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on one GPU.
+    """Computes attention over the kept blocks of `mask`; all tensors `[B, S, H, D]` on one GPU.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
-        quantize: "int8" or "fp8" for scores from 8-bit operands (triton_quantized.py), forward only.
+        quantize: "int8" or "fp8" for scores from 8-bit operands (quantized.py), forward only.
 
     Raises:
         ValueError: a scale that is not positive.
@@ -73,9 +73,9 @@ def attention(
 
 
 def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
-    """Tokens of each sample that count, int32 `[B]` on the device.
+    """Returns the tokens of each sample that count, int32 `[B]` on the device.
 
-    Without gradients, where lengths recur at every step, they are copied once for each distinct list.
+    Without gradients lengths recur at every step, so each distinct list is copied once.
     """
     if text_lengths is None:
         return None
@@ -90,7 +90,7 @@ def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.dev
 def partial_attention(
     query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over keys `[B, K, H, D]` on one GPU.
+    """Returns output `[B, Q, H, D]` and float32 log-sum-exp `[B, Q, H]`, over keys `[B, K, H, D]` on one GPU.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -106,8 +106,8 @@ def partial_attention(
         padding = part.text - text_lengths
         texts = (key.shape[1], part.key_text), (query.shape[1], part.row_text)
         counts = [(n - padding.clamp(max=text)).to(query.device, torch.int32) for n, text in texts]
-    found = partial_tables(query, key, part, text_lengths is not None)
-    out, lse = run_forward(inputs, found, counts, scale)
+    launch_tables = partial_tables(query, key, part, text_lengths is not None)
+    out, lse = run_forward(inputs, launch_tables, counts, scale)
     return out, lse.transpose(1, 2)
 
 
@@ -122,15 +122,15 @@ def triton_attention(
     counts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
+    """Returns output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
 
     Args:
-        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its tile lists are kept under this very tensor.
-        video_tokens: position where the text begins.
+        blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its tile lists are cached on this tensor.
+        video_tokens: position at which the text begins.
         counts: tokens of each sample that count, int32 `[B]` on the device, or None for all.
     """
-    found = tables("forward", query, blocks, block_size, video_tokens, counts)
-    return run_forward((query, key, value), found, (counts, counts), scale)
+    launch_tables = tables("forward", query, blocks, block_size, video_tokens, counts)
+    return run_forward((query, key, value), launch_tables, (counts, counts), scale)
 
 
 @torch.library.custom_op("radial_attn::triton_attention_backward", mutates_args=())
@@ -148,9 +148,9 @@ def triton_attention_backward(
     counts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, `[B, S, H, D]`, from those of output and log-sum-exp, if any.
+    """Returns gradients of query, key and value, `[B, S, H, D]`, from gradients of output and log-sum-exp.
 
-    Further arguments as in `triton_attention`.
+    `lse_grad` may be None. Further arguments are as in `triton_attention`.
     """
     from .backward import key_gradients_kernel, query_gradient_kernel
 
@@ -188,7 +188,7 @@ def triton_attention_backward(
 
 
 def row_products(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
-    """Output times its gradient, summed over the width: float32 `[B, H, S]` as `lse`."""
+    """Sums output times its gradient over the width: float32 `[B, H, S]` as `lse`."""
     from .backward import row_products_kernel
 
     batch, tokens, heads, width = out.shape

@@ -1,9 +1,9 @@
-"""Triton: query, key and value in 8 bits, as the quantised forward reads them.
+"""Quantises query, key and value to 8 bits in Triton, as the quantised forward reads them.
 
-Queries get one scale a token, keys one a tile after the mean key is taken off (which moves all scores of a
-row alike, so that the softmax stays; SageAttention, arXiv 2410.02367, section 4.2), values one a channel
-(SageAttention2, arXiv 2411.10958, section 3.3), transposed, so that a product finds its keys side by side.
-A value that is not finite makes its scale not-a-number, and with it the rows that meet it.
+Queries get one scale a token. Keys get one scale a tile, after the mean key is subtracted; this shifts all
+scores of a row equally and leaves the softmax unchanged (SageAttention, arXiv 2410.02367, section 4.2).
+Values get one scale a channel (SageAttention2, arXiv 2411.10958, section 3.3) and are transposed, so the keys
+of a product are contiguous. A value that is not finite makes its scale NaN, and the rows that meet it.
 """
 
 import triton
@@ -16,7 +16,7 @@ LEAST = tl.constexpr(1e-12)  # a scale is never zero
 
 @triton.jit
 def to_bits(numbers, out):
-    """`numbers` in the element type of `out`, int8 rounded to the nearest."""
+    """Converts `numbers` to the element type of `out`, int8 by rounding to the nearest."""
     if out.dtype.element_ty == tl.int8:
         bits = tl.where(numbers >= 0, numbers + 0.5, numbers - 0.5).to(tl.int8)
     else:
@@ -36,9 +36,10 @@ def quantize_queries_kernel(
     query, mean, out, scales, shifts, batch_stride, token_stride, head_stride, tokens, room, heads, scale,
     TOP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """`out` `[B, H, room, PADDED]`, `scales` and `shifts` float32 `[B, H, room]` of query times `scale`.
+    """Writes `out` `[B, H, room, PADDED]`, float32 `scales` and `shifts` `[B, H, room]` of query.
 
-    A shift is what the mean key, float32 `[B, H, WIDTH]`, adds to all scores of the row.
+    The query is first multiplied by `scale`. A shift is what the mean key, float32 `[B, H, WIDTH]`, adds to
+    all scores of the row.
     """
     pair = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
@@ -59,7 +60,7 @@ def quantize_keys_kernel(
     key, mean, out, scales, batch_stride, token_stride, head_stride, tokens, room, heads,
     TOP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """`out` `[B, H, room, PADDED]` and `scales` float32 `[B, H, room / ROWS]` of key minus mean key."""
+    """Writes `out` `[B, H, room, PADDED]` and float32 `scales` `[B, H, room / ROWS]` of key less mean key."""
     pair = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
     keys = key + pair // heads * batch_stride + pair % heads * head_stride
@@ -79,7 +80,7 @@ def quantize_values_kernel(
     value, tops, out, batch_stride, token_stride, head_stride, tokens, room, heads,
     TOP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """`out` `[B, H, PADDED, room]` of value over its largest magnitude in each channel, `[B, H, WIDTH]`."""
+    """Writes `out` `[B, H, PADDED, room]`: value over its largest magnitude a channel, `[B, H, WIDTH]`."""
     pair = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
     values = value + pair // heads * batch_stride + pair % heads * head_stride

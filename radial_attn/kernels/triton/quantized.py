@@ -1,4 +1,4 @@
-"""Quantised block-sparse attention in Triton, forward only: the operator around its kernels."""
+"""Runs quantised block-sparse attention in Triton, forward only: the operator around its kernels."""
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ def quantized_attention(
     scale: float,
     bits: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`, of scores from `bits` ("int8", "fp8").
+    """Returns output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`, with quantised scores.
 
-    Further arguments as in `triton_attention`. Besides the results a call allocates the
-    8-bit copies of its inputs and their scales.
+    `bits`: "int8" or "fp8". Further arguments are as in `triton_attention`. Besides the results a call
+    allocates the 8-bit copies of its inputs and their scales.
     """
     from .quantized_forward import quantized_forward_kernel
 
@@ -72,7 +72,7 @@ def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def quantize_queries(query: Tensor, mean: Tensor, room: int, scale: float, bits: str) -> tuple[Tensor, ...]:
-    """Bits `[B, H, room, P]` of query times `scale`, their scales and the shifts, float32 `[B, H, room]`."""
+    """Returns bits `[B, H, room, P]` of query times `scale`, scales and shifts, float32 `[B, H, room]`."""
     from .quantize import quantize_queries_kernel
 
     batch, tokens, heads, width = query.shape
@@ -96,7 +96,7 @@ def quantize_queries(query: Tensor, mean: Tensor, room: int, scale: float, bits:
 
 
 def quantize_keys(key: Tensor, mean: Tensor, room: int, columns: int, bits: str) -> tuple[Tensor, Tensor]:
-    """Bits `[B, H, room, P]` of key minus mean key, and one scale for each `columns` tokens."""
+    """Returns bits `[B, H, room, P]` of key minus mean key, and one scale for each `columns` tokens."""
     from .quantize import quantize_keys_kernel
 
     batch, tokens, heads, width = key.shape
@@ -110,7 +110,7 @@ def quantize_keys(key: Tensor, mean: Tensor, room: int, columns: int, bits: str)
 
 
 def quantize_values(value: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """fp8 `[B, H, P, room]` of value, and the largest magnitude of each channel, `[B, H, D]`."""
+    """Returns value in fp8 `[B, H, P, room]`, and the largest magnitude of each channel, `[B, H, D]`."""
     from .quantize import quantize_values_kernel
 
     batch, tokens, heads, width = value.shape
@@ -123,12 +123,12 @@ def quantize_values(value: Tensor, room: int) -> tuple[Tensor, Tensor]:
 
 
 def shape(width: int, rows: int, top: float) -> dict:
-    """What a quantising kernel is compiled for."""
+    """Returns the constants for which a quantising kernel is compiled."""
     return {"TOP": top, "ROWS": rows, "WIDTH": width, "PADDED": padded(width), "num_warps": 8}
 
 
 def described(keys: Tensor, values: Tensor, chosen: Launch) -> tuple:
-    """Keys and values as the kernel takes them: pointers, or descriptors of their rows."""
+    """Returns keys and values as the kernel takes them: pointers, or descriptors of their rows."""
     if not chosen.descriptors:
         return keys, values
     from triton.tools.tensor_descriptor import TensorDescriptor

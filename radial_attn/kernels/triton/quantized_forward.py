@@ -1,7 +1,7 @@
-"""Triton: forward of block-sparse attention on operands of 8 bits (triton_quantize.py), fp32 sums.
+"""Computes the forward of block-sparse attention on 8-bit operands (quantize.py) in Triton, fp32 sums.
 
-The scores come from int8 or fp8 products; the weights meet the values in fp8 where the tensor cores have it,
-else in the values' own 16 bits. Algorithm: SageAttention2, arXiv 2411.10958, over the listed tiles only.
+The scores come from int8 or fp8 products. The weights multiply the values in fp8 if the tensor cores have it,
+else in the 16 bits of the values. Algorithm: SageAttention2, arXiv 2411.10958, over the listed tiles only.
 """
 
 import triton
@@ -14,7 +14,7 @@ BOOST = tl.constexpr(8)  # weights reach 2^8, well within fp8 e4m3 (448), before
 
 @triton.jit
 def load_keys(keys, row, start, COLUMNS: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr):
-    """`[COLUMNS, PADDED]` of `[rows, PADDED]` from row `row + start` on."""
+    """Loads `[COLUMNS, PADDED]` of `[rows, PADDED]` from row `row + start` on."""
     if DESCRIPTOR:
         tile = keys.load([(row + start).to(tl.int32), 0])
     else:
@@ -27,7 +27,7 @@ def load_keys(keys, row, start, COLUMNS: tl.constexpr, PADDED: tl.constexpr, DES
 def load_channels(
     values, row, start, room, COLUMNS: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr
 ):
-    """`[PADDED, COLUMNS]` of `[rows, room]` from row `row` and token `start` on."""
+    """Loads `[PADDED, COLUMNS]` of `[rows, room]` from row `row` and token `start` on."""
     if DESCRIPTOR:
         tile = values.load([row.to(tl.int32), start])
     else:
@@ -56,7 +56,7 @@ def quantized_attend(
         if FP8_VALUES:
             weights, shrink, peak, total = weigh(scores, scale, scale[:, None], peak, total, MIXED, BOOST)
             value = load_channels(values, pair * PADDED, start, room, COLUMNS, PADDED, DESCRIPTOR)
-            # the tensor cores keep few bits of a sum of fp8 products: one tile's, then it is added in fp32
+            # tensor cores keep few bits of a sum of fp8 products: sum one tile, then add it in fp32
             part = tl.dot(weights.to(value.dtype), value.T, max_num_imprecise_acc=COLUMNS)
             acc = acc * shrink[:, None] + part
         else:
@@ -74,10 +74,10 @@ def quantized_forward_kernel(
     SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
     LENGTHS: tl.constexpr, FP8_VALUES: tl.constexpr, TOP: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
+    """Computes output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
 
-    query and key `[B, H, room, PADDED]`; value `[B, H, PADDED, room]` with its channels' largest magnitudes
-    `tops` as `TOP`, or as it came; scales and shifts in base 2.
+    query and key are `[B, H, room, PADDED]`. value is `[B, H, PADDED, room]` with the largest magnitude of
+    each channel, `tops`, scaled to `TOP`; or it is the unchanged input. Scales and shifts are in base 2.
     """
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
     pair = tl.program_id(1).to(tl.int64)

@@ -1,4 +1,4 @@
-"""What a Triton kernel reads of a mask, and what it is compiled for."""
+"""Makes the lists that a Triton kernel reads of a mask, and the constants for which it is compiled."""
 
 from torch import Tensor
 
@@ -10,14 +10,15 @@ from .tiles import Extent, key_tiles, query_tiles
 def tables(
     kind: str, query: Tensor, blocks: Tensor, block_size: int, video_tokens: int, counts: Tensor | None
 ) -> tuple[Launch, list[Tensor], dict]:
-    """The launch of a kernel of `KINDS`, its lists (offsets, starts, patterns) and its constants.
+    """Returns the launch of a kernel of `KINDS`, its lists (offsets, starts, patterns) and its constants.
 
-    Where mixed tiles hold no block that is left out, `starts` stands in for the patterns.
+    If no mixed tile holds a block that is left out, `starts` stands in for the patterns.
 
     Args:
         query: `[B, S, H, D]`.
-        blocks: of the mask, bool `[Q, K]` or `[H, Q, K]` on the CPU.
-        video_tokens: position where the text begins; `counts`: None where no text is padded.
+        blocks: the mask's, bool `[Q, K]` or `[H, Q, K]` on the CPU.
+        video_tokens: position at which the text begins.
+        counts: None if no text is padded.
     """
     tokens = query.shape[1]
     extent = Extent(tokens, block_size, tokens if counts is None else video_tokens)
@@ -27,7 +28,7 @@ def tables(
 def partial_tables(
     query: Tensor, key: Tensor, part: Part, padded_text: bool
 ) -> tuple[Launch, list[Tensor], dict]:
-    """The same of the forward kernel over a part of the keys; `padded_text`: some text does not count."""
+    """Returns the same for the forward kernel over part of the keys; `padded_text`: some text is padding."""
     rows, keys = query.shape[1], key.shape[1]
     extent = Extent(keys, part.block_size, keys - part.key_text if padded_text else keys, rows)
     return _tables("forward", query, part.blocks, extent, padded_text)

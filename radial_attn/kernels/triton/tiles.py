@@ -1,8 +1,8 @@
-"""Lists of the tiles that a mask keeps, in the form in which tiled kernels walk them.
+"""Lists the tiles that a mask keeps, in the form in which tiled kernels walk them.
 
 A kernel's tile of `rows` x `columns` tokens may be finer or coarser than the blocks of the mask. A tile is
-whole where all of its token pairs are kept; it is mixed, and masked inside the kernel, where it holds the end
-of the sequence, text whose length differs by sample, or blocks that are left out.
+whole if all of its token pairs are kept. It is mixed, and masked inside the kernel, if it holds the end of
+the sequence, text whose length differs by sample, or blocks that are left out.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """The kept tiles of each tile along one side of the sequence: whole ones first, then mixed ones.
+    """Lists the kept tiles of each tile along one side of the sequence: whole ones first, then mixed ones.
 
     Attributes:
         offsets: int32 `[H or 1, T, 3]`: tile `t` lists its whole tiles in `starts[offsets[t, 0] :
             offsets[t, 1]]`, its mixed ones from there to `offsets[t, 2]`.
         starts: int32, first token of each listed tile, ascending within both parts.
-        patterns: int64, the blocks of each listed tile as bits, 1 where kept, row by row from the lowest bit;
-            None where no tile holds a block that is left out: then only the ends of text and sequence count.
+        patterns: int64, the blocks of each listed tile as bits, 1 if kept, row by row from the lowest bit;
+            None if no tile holds a block that is left out: then only the ends of text and sequence count.
         mixed: whether any tile is.
     """
 
@@ -34,14 +34,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Extent:
-    """What the tiles depend on beside the blocks.
+    """Holds what the tiles depend on besides the blocks.
 
     Attributes:
         tokens: length of the sequence, as keys.
         block_size: tokens of a block of the mask.
         mixed_from: first key token whose tiles are mixed whatever the blocks say: `tokens`, or the first text
-            token where the text is padded and its length differs by sample.
-        rows: length of the query, where it is another.
+            token if the text is padded and its length differs by sample.
+        rows: length of the query, if it differs.
     """
 
     tokens: int
@@ -51,41 +51,37 @@ class Extent:
 
 
 def query_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: torch.device) -> Tiles:
-    """Key tiles of each query tile of a mask's `blocks`, on a device.
+    """Lists the key tiles of each query tile of a mask's `blocks`, on a device.
 
-    Made once: the lists stay with the very tensor `blocks`, bool `[Q, K]` or `[H, Q, K]` on the CPU.
+    Makes the lists once and caches them on the tensor `blocks`, bool `[Q, K]` or `[H, Q, K]` on the CPU.
     """
-    return _kept(blocks, ("query", extent, rows, columns, device), _list_query_tiles)
+
+    def build() -> Tiles:
+        return _list(_cut(blocks.numpy(), extent, rows, columns), columns, device)
+
+    return _cached(blocks, ("query", extent, rows, columns, device), build)
 
 
 def key_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: torch.device) -> Tiles:
-    """Query tiles of each key tile; arguments as in `query_tiles`."""
-    return _kept(blocks, ("key", extent, rows, columns, device), _list_key_tiles)
+    """Lists the query tiles of each key tile; arguments are as in `query_tiles`."""
+
+    def build() -> Tiles:
+        tiles = _cut(blocks.numpy(), extent, rows, columns)
+        return _list([None if x is None else x.swapaxes(1, 2) for x in tiles], rows, device)
+
+    return _cached(blocks, ("key", extent, rows, columns, device), build)
 
 
-def _kept(blocks: Tensor, key: tuple, build: Callable[..., Tiles]) -> Tiles:
-    kept = blocks.__dict__.setdefault("tiles", {})
-    if key not in kept:
+def _cached(blocks: Tensor, key: tuple, build: Callable[[], Tiles]) -> Tiles:
+    cache = blocks.__dict__.setdefault("tiles", {})
+    if key not in cache:
         with torch.inference_mode(False):
-            kept[key] = build(blocks.numpy(), *key[1:])
-    return kept[key]
-
-
-def _list_query_tiles(
-    blocks: np.ndarray, extent: Extent, rows: int, columns: int, device: torch.device
-) -> Tiles:
-    return _list(_cut(blocks, extent, rows, columns), columns, device)
-
-
-def _list_key_tiles(
-    blocks: np.ndarray, extent: Extent, rows: int, columns: int, device: torch.device
-) -> Tiles:
-    tiles = _cut(blocks, extent, rows, columns)
-    return _list([None if x is None else x.swapaxes(1, 2) for x in tiles], rows, device)
+            cache[key] = build()
+    return cache[key]
 
 
 def _cut(blocks: np.ndarray, extent: Extent, rows: int, columns: int) -> list[np.ndarray | None]:
-    """Tiles that keep something, whole tiles, and the patterns, each `[H or 1, query tiles, key tiles]`."""
+    """Returns non-empty tiles, whole tiles and patterns, each `[H or 1, query tiles, key tiles]`."""
     cells = blocks if blocks.ndim == 3 else blocks[None]
     length = extent.tokens if extent.rows is None else extent.rows
     for axis, tile, tokens in ((1, rows, length), (3, columns, extent.tokens)):
@@ -101,7 +97,7 @@ def _cut(blocks: np.ndarray, extent: Extent, rows: int, columns: int) -> list[np
 
 
 def _split(blocks: np.ndarray, axis: int, size: int, tile: int, tokens: int) -> np.ndarray:
-    """Blocks of `size` along an axis as tiles of `tile` tokens and, behind, the blocks of each tile.
+    """Splits an axis of blocks of `size` tokens into tiles of `tile` tokens, then the blocks of each tile.
 
     A last tile that lacks blocks repeats its last one.
     """

@@ -9,11 +9,11 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from radial_attn.models.hunyuan_video import attention_layers, project
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
+from radial_attn.models.hunyuan_video import attention_layers, project
 from scripts.toyworld.train.model import (
     CONV_GAIN,
     END,

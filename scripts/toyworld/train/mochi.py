@@ -8,10 +8,10 @@ from diffusers import (
     MochiTransformer3DModel,
 )
 from diffusers.models.attention_processor import MochiAttention, MochiAttnProcessor2_0
-from radial_attn.models.mochi import attention_layers, project
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
+from radial_attn.models.mochi import attention_layers, project
 from scripts.toyworld.train.model import (
     T5_SHAPE,
     Family,

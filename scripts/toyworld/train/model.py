@@ -7,11 +7,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import DiffusionPipeline
-from radial_attn.models.training.flow import scaled
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from radial_attn.models.training.flow import scaled
 from scripts.toyworld.render import VOCABULARY
 
 CAPTION_SLOTS = 24  # enough for every caption; the rest of a pipeline's text slots is padding

@@ -1,0 +1,275 @@
+"""Hold the settings published for each model, and find those nearest to a transformer.
+
+The rows equal the presets in configs/, and a test compares them. They are for the default length of each
+model. Masks of longer video (decay_factor 1.0, 2 dense steps, 2 dense layers) need a model that was tuned to
+that length.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from radial_attn import RadialConfig, TokenGrid
+
+PAPER = "arXiv 2506.19852, default length"
+NOT_PUBLISHED = "nothing published for this model, settings of"
+SAME_SETTINGS = {"WanVACETransformer3DModel": "WanTransformer3DModel"}  # a class without rows of its own
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """Tell models apart.
+
+    Attributes:
+        transformer: name of the class.
+        width: heads times channels of a head.
+        layers: attention layers, Wan-VACE's control layers not counted.
+        image: the latents of an image are a part of the input.
+        a14b: built as Wan2.2 A14B: two experts, or image to video without embeddings of the image.
+    """
+
+    transformer: str
+    width: int
+    layers: int
+    image: bool = False
+    a14b: bool = False
+
+
+@dataclass(frozen=True)
+class PublishedSettings:
+    """Hold the attention settings of one model.
+
+    Attributes:
+        model: name to print.
+        traits: traits that a transformer is compared with.
+        config: the mask.
+        dense_steps: steps that are dense at the start of a run of `steps`.
+        dense_layers: first layers that are dense at every step.
+        source: where the settings come from.
+        preset: name of the preset in configs/ with the same settings, None if there is none.
+        size: a usual video, `grid` its tokens; None if the number of text tokens is not fixed.
+    """
+
+    model: str
+    traits: ModelTraits
+    config: RadialConfig
+    dense_steps: int
+    steps: int
+    dense_layers: int
+    source: str
+    preset: str | None = None
+    size: str | None = None
+    grid: TokenGrid | None = None
+
+    @property
+    def dense_share(self) -> int | float:
+        """Return the dense steps for `apply_radial_attention`: a share of the steps of the run, or 0."""
+        return self.dense_steps / self.steps if self.dense_steps else 0
+
+
+WAN = RadialConfig(decay_factor=0.2, neighbour="half")
+WAN22 = RadialConfig(decay_factor=0.8, neighbour="half")
+HUNYUAN = RadialConfig(decay_factor=0.95)
+MOCHI = RadialConfig(decay_factor=1.0)
+BUNDLED = RadialConfig(decay_factor=0.5, block_size=16, decimation_width=64)
+
+WAN_14B = PublishedSettings(
+    model="Wan2.1 T2V 14B",
+    traits=ModelTraits("WanTransformer3DModel", width=5120, layers=40),
+    config=WAN,
+    dense_steps=12,
+    steps=50,
+    dense_layers=1,
+    source=PAPER,
+    preset="wan2.1_t2v_14b",
+    size="69 frames of 768x1280",
+    grid=TokenGrid(18, 48, 80),
+)
+WAN22_T2V = replace(
+    WAN_14B,
+    model="Wan2.2 T2V A14B",
+    traits=replace(WAN_14B.traits, a14b=True),
+    config=WAN22,
+    dense_steps=11,
+    steps=40,
+    source="the authors' program for Wan2.2",
+    preset="wan2.2_t2v_a14b",
+    size="77 frames of 720x1280",
+    grid=TokenGrid(20, 45, 80),
+)
+HUNYUAN_T2V = PublishedSettings(
+    model="HunyuanVideo",
+    traits=ModelTraits("HunyuanVideoTransformer3DModel", width=3072, layers=60),
+    config=HUNYUAN,
+    dense_steps=12,
+    steps=50,
+    dense_layers=2,
+    source=PAPER,
+    preset="hunyuan_t2v",
+    size="117 frames of 768x1280",
+    grid=TokenGrid(30, 48, 80, text=256),
+)
+MOCHI_1 = PublishedSettings(
+    model="Mochi 1",
+    traits=ModelTraits("MochiTransformer3DModel", width=3072, layers=48),
+    config=MOCHI,
+    dense_steps=12,
+    steps=50,
+    dense_layers=0,
+    source=f"{PAPER}, with the decay factor of longer video",
+    preset="mochi_t2v",
+    size="163 frames of 480x848",
+    grid=TokenGrid(28, 30, 53, text=256),
+)
+WAN_TINY = PublishedSettings(
+    model="the bundled Wan",
+    traits=ModelTraits("WanTransformer3DModel", width=192, layers=6),
+    config=BUNDLED,
+    dense_steps=0,
+    steps=20,
+    dense_layers=0,
+    source="preset wan_tiny",
+    preset="wan_tiny",
+    size="33 frames of 64x64",
+    grid=TokenGrid(9, 8, 8),
+)
+
+PUBLISHED = (
+    WAN_14B,
+    replace(
+        WAN_14B,
+        model="Wan2.1 T2V 1.3B",
+        traits=replace(WAN_14B.traits, width=1536, layers=30),
+        source=f"{NOT_PUBLISHED} Wan2.1 T2V 14B",
+        preset="wan2.1_t2v_1.3b",
+        size="81 frames of 480x832",
+        grid=TokenGrid(21, 30, 52),
+    ),
+    replace(
+        WAN_14B,
+        model="Wan2.1 I2V 14B",
+        traits=replace(WAN_14B.traits, image=True),
+        dense_steps=11,
+        steps=40,
+        source=f"{NOT_PUBLISHED} Wan2.1 T2V 14B, with the dense steps of Wan2.2",
+        preset="wan2.1_i2v_14b_720p",
+        size="81 frames of 720x1280",
+        grid=TokenGrid(21, 45, 80),
+    ),
+    WAN22_T2V,
+    replace(
+        WAN22_T2V,
+        model="Wan2.2 I2V A14B",
+        traits=replace(WAN22_T2V.traits, image=True),
+        source=f"{NOT_PUBLISHED} Wan2.2 T2V A14B",
+        preset="wan2.2_i2v_a14b",
+        size="81 frames of 720x1280",
+        grid=TokenGrid(21, 45, 80),
+    ),
+    replace(
+        WAN22_T2V,
+        model="Wan2.2 TI2V 5B",
+        traits=replace(WAN_14B.traits, width=3072, layers=30),
+        source=f"{NOT_PUBLISHED} Wan2.2 T2V A14B",
+        preset=None,
+        size="121 frames of 704x1280",
+        grid=TokenGrid(31, 22, 40),
+    ),
+    HUNYUAN_T2V,
+    replace(
+        HUNYUAN_T2V,
+        model="HunyuanVideo I2V",
+        traits=replace(HUNYUAN_T2V.traits, image=True),
+        source=f"{NOT_PUBLISHED} HunyuanVideo",
+        preset="hunyuan_i2v",
+        size=None,
+        grid=None,
+    ),
+    PublishedSettings(
+        model="HunyuanVideo 1.5",
+        traits=ModelTraits("HunyuanVideo15Transformer3DModel", width=2048, layers=54, image=True),
+        config=HUNYUAN,
+        dense_steps=12,
+        steps=50,
+        dense_layers=2,
+        source=f"{NOT_PUBLISHED} HunyuanVideo",
+    ),
+    MOCHI_1,
+    PublishedSettings(
+        model="LTX-Video",
+        traits=ModelTraits("LTXVideoTransformer3DModel", width=2048, layers=28),
+        config=MOCHI,
+        dense_steps=12,
+        steps=50,
+        dense_layers=0,
+        source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+        size="161 frames of 512x704",
+        grid=TokenGrid(21, 16, 22),
+    ),
+    WAN_TINY,
+    replace(
+        WAN_TINY,
+        model="the bundled Wan I2V",
+        traits=replace(WAN_TINY.traits, layers=4, image=True, a14b=True),
+        source="preset wan_i2v_tiny",
+        preset="wan_i2v_tiny",
+    ),
+    replace(
+        WAN_TINY,
+        model="the bundled HunyuanVideo",
+        traits=ModelTraits("HunyuanVideoTransformer3DModel", width=144, layers=6),
+        source="preset hunyuan_tiny",
+        preset="hunyuan_tiny",
+        grid=TokenGrid(9, 8, 8, text=256),
+    ),
+    replace(
+        WAN_TINY,
+        model="the bundled Mochi",
+        traits=ModelTraits("MochiTransformer3DModel", width=144, layers=5),
+        source="preset mochi_tiny",
+        preset="mochi_tiny",
+        size="31 frames of 64x64",
+        grid=TokenGrid(6, 8, 8, text=256),
+    ),
+)
+
+
+CLASSES = (*dict.fromkeys(row.traits.transformer for row in PUBLISHED), *SAME_SETTINGS)
+
+
+def traits_of(transformer: torch.nn.Module, *, experts: bool = False) -> ModelTraits:
+    """Read the traits of a transformer from its class and configuration.
+
+    `experts`: whether its pipeline has two. Raises ValueError for a class that has no settings.
+    """
+    name = next((cls.__name__ for cls in type(transformer).__mro__ if cls.__name__ in CLASSES), None)
+    if name is None:
+        raise ValueError(f"transformer must be one of {', '.join(CLASSES)}, got {type(transformer).__name__}")
+    config: dict[str, Any] = transformer.config
+    extra_channels = config["in_channels"] > (config.get("out_channels") or config["in_channels"])
+    image = extra_channels or config.get("image_condition_type") is not None
+    return ModelTraits(
+        transformer=name,
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        layers=config["num_layers"] + config.get("num_single_layers", 0),
+        image=image,
+        a14b=experts or (image and config.get("image_dim", 0) is None),
+    )
+
+
+def nearest_settings(traits: ModelTraits) -> PublishedSettings:
+    """Return the row of the same family whose width is nearest by ratio.
+
+    Among rows with that width an equal `image` counts first, an equal `a14b` second, the number of layers
+    last.
+    """
+
+    def distance(row: PublishedSettings) -> tuple[float, bool, bool, int]:
+        ratio = abs(math.log(row.traits.width / traits.width))
+        other = row.traits.image != traits.image, row.traits.a14b != traits.a14b
+        return ratio, *other, abs(row.traits.layers - traits.layers)
+
+    name = SAME_SETTINGS.get(traits.transformer, traits.transformer)
+    return min((row for row in PUBLISHED if row.traits.transformer == name), key=distance)

@@ -1,0 +1,166 @@
+"""Videos that stand side by side on a page, and how they get into it."""
+
+import base64
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scripts.evaluation.page.run_files import Run
+from scripts.run.errors import UsageError, one_line
+from scripts.run.inputs import video_reader
+from scripts.run.outputs import NO_FRAMES, encode
+
+MIB = 2**20
+STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, which leave out loading and writing
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file, the name of its setting, its options as text, and its numbers by the keys of a setting."""
+
+    name: str
+    file: Path
+    options: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The videos of one prompt and seed; the first is the reference of the others if `compared`."""
+
+    prompt: str
+    seed: int | None
+    videos: list[Video]
+    compared: bool
+
+
+def find_clips(runs: list[Run]) -> list[Clip]:
+    """The videos of evaluations, then those of plain runs; what differs in attention alone is one clip.
+
+    Raises:
+        UsageError: a video that a JSON names is missing.
+    """
+    clips = [clip for run in runs if run.kind == "evaluation" for clip in _evaluated(run)]
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.kind == "generation":
+            alike.setdefault(_likeness(run.content), []).append(run)
+    clips += map(_generated, alike.values())
+    for video in (video for clip in clips for video in clip.videos):
+        if not video.file.is_file():
+            raise UsageError(f"{video.file}: no such video, which the JSON of its run names; run it again")
+    return clips
+
+
+def _clip(prompt: str, seed: int | None, videos: list[Video], reference: str) -> Clip:
+    videos = sorted(videos, key=lambda video: video.name != reference)
+    return Clip(prompt, seed, videos, len(videos) > 1 and videos[0].name == reference)
+
+
+def _evaluated(run: Run) -> list[Clip]:
+    settings = {setting["name"]: setting for setting in run.content["settings"]}
+    clips = []
+    for entry in run.content["videos"]:
+        videos = []
+        for name, path in entry["files"].items():
+            setting = settings.get(name, {"words": []})
+            values = setting | entry["metrics"].get(name, {})
+            videos.append(Video(name, run.file.parent / path, " ".join(setting["words"]), values))
+        clips.append(_clip(entry["prompt"], entry.get("seed"), videos, run.content["reference"]))
+    return clips
+
+
+def _likeness(record: dict[str, Any]) -> str:
+    """Prompt, seed and configuration without attention and output; of input files the content counts."""
+    kept = {
+        f"{group}.{key}": value
+        for group, values in record["config"].items()
+        if group not in ("attention", "output") and isinstance(values, dict)
+        for key, value in values.items()
+        if f"{group}.{key}" not in NO_FRAMES
+    }
+    inputs = {name: file.get("sha256") for name, file in (record.get("inputs") or {}).items()}
+    return json.dumps([record["prompt"], record["seed"], kept, inputs], sort_keys=True)
+
+
+def _generated(runs: list[Run]) -> Clip:
+    """One clip of plain runs; a single one of the dense pattern is the reference."""
+    patterns = [run.content["config"]["attention"]["pattern"] for run in runs]
+    videos = []
+    for pattern, run in zip(patterns, runs, strict=True):
+        name = pattern if patterns.count(pattern) == 1 else f"{pattern} ({run.name})"
+        sizes = "{num_frames} frames of {height} x {width}, {steps} steps"
+        options = sizes.format(**run.content["config"]["generation"])
+        videos.append(Video(name, run.file.with_suffix(".mp4"), options, _numbers(run.content)))
+    return _clip(runs[0].content["prompt"], runs[0].content["seed"], videos, "dense")
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Density, and the seconds of a step that is not dense and of the video."""
+    steps, dense = record.get("step_seconds") or [], record.get("dense_steps") or []
+    sparse = [seconds for step, seconds in enumerate(steps) if step not in dense]
+    stages = [(record.get("seconds") or {}).get(stage) for stage in STAGES]
+    return {
+        "density": record.get("density"),
+        "seconds_step": median(sparse or steps) if steps else None,
+        "seconds_video": None if None in stages else sum(stages),
+    }
+
+
+def packed(clips: list[Clip], limit: int) -> list[dict[str, Any]]:
+    """What player.js gets of each clip, the videos as data: addresses.
+
+    Raises:
+        UsageError: a file that is no video, two of unequal size, or more than `limit` MiB in all.
+    """
+    entries, size = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for clip in tqdm(clips, desc="videos", disable=not clips, leave=False):
+            entries.append(_packed(clip, Path(folder) / "video.mp4"))
+            size += sum(len(video["source"]) for video in entries[-1]["videos"])
+            if size > limit * MIB:
+                raise UsageError(
+                    f"--videos: got {len(clips)}, of which {len(entries)} fill {size / MIB:.0f} MiB of the "
+                    f"page; take fewer, or --limit above {limit} (MiB)"
+                )
+    return entries
+
+
+def _packed(clip: Clip, scratch: Path) -> dict[str, Any]:
+    entries, sizes = [], []
+    for video in clip.videos:
+        file, about = _playable(video.file, scratch)
+        sizes.append("{frames} frames of {height} x {width}".format(**about))
+        if sizes[-1] != sizes[0]:
+            raise UsageError(f"{video.file}: got {sizes[-1]}, beside one of {sizes[0]}; compare equal sizes")
+        metrics = [(key, video.values.get(key)) for key in ("psnr", "ssim", "lpips")]
+        caption = ", ".join(f"{key.upper()} {value:.4g}" for key, value in metrics if value is not None)
+        if clip.compared and not entries:
+            caption = "reference"
+        source = "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+        entries.append({"name": video.name, "caption": caption, "source": source})
+    label = clip.prompt if clip.seed is None else f"{clip.prompt}, seed {clip.seed}"
+    return {"label": label, **about, "compared": clip.compared, "videos": entries}
+
+
+def _playable(file: Path, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    """The file, or H.264 that browsers play written to `scratch`; and its frames, fps, height and width."""
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        with video_reader(file) as reader:
+            meta = reader.get_meta_data()
+            frames, (width, height) = count_frames_and_secs(str(file))[0], meta["size"]
+            if (file.suffix, meta["codec"], meta["pix_fmt"].split("(")[0]) != (".mp4", "h264", "yuv420p"):
+                odd = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p needs even sizes
+                encode(scratch, np.stack([np.pad(frame, odd, mode="edge") for frame in reader]), meta["fps"])
+                file = scratch
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        raise UsageError(f"{file}: is no video that can be read ({one_line(error)})") from error
+    return file, {"frames": frames, "fps": meta["fps"], "height": height, "width": width}

@@ -1,0 +1,198 @@
+"""LoRA files: the meaning of their keys, and what is refused, in one line and before the model changes."""
+
+import logging
+import re
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+from radial_attn.models.lora.keys import match_keys, original_name, split_key
+from radial_attn.models.lora.load import Lora, load_loras
+from tests.support.tiny import wan_transformer
+from tests.support.tiny_lora import changed, original_names, product, random_pairs, run, spell, write
+
+CLOSE = {"atol": 2e-5, "rtol": 0}
+
+
+@pytest.fixture
+def pairs():
+    return random_pairs(wan_transformer())
+
+
+def test_names_of_the_original_are_those_that_diffusers_converts():
+    """Every parameter, those of image-to-video models among them."""
+    names = [name for name, _ in wan_transformer(image_dim=16, added_kv_proj_dim=24).named_parameters()]
+    layers = [re.sub(r"\.(weight|bias)$", "", name) for name in names]
+    theirs = [original_name(layer) + name[len(layer) :] for layer, name in zip(layers, names, strict=True)]
+    state = {name: torch.tensor(number) for number, name in enumerate(theirs)}
+    back = {int(number): name for name, number in convert_wan_transformer_to_diffusers(state).items()}
+    assert [back[number] for number in range(len(names))] == names
+
+
+@pytest.mark.parametrize(
+    ("key", "layer", "kind"),
+    [
+        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "blocks.0.attn1.to_q", "down"),
+        ("diffusion_model.blocks.3.cross_attn.k.lora_down.weight", "blocks.3.attn2.to_k", "down"),
+        ("diffusion_model.blocks.0.cross_attn.norm_k.diff", "blocks.0.attn2.norm_k", "weight"),
+        ("diffusion_model.blocks.0.norm3.diff_b", "blocks.0.norm2", "bias"),
+        ("diffusion_model.blocks.0.diff_m", "blocks.0.scale_shift_table", "weight"),
+        ("diffusion_model.blocks.0.modulation.diff", "blocks.0.scale_shift_table", "weight"),
+        ("diffusion_model.head.head.diff", "proj_out", "weight"),
+        ("diffusion_model.time_projection.1.diff_b", "condition_embedder.time_proj", "bias"),
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "blocks.0.attn1.to_q", "down"),
+        ("lora_unet_blocks_3_ffn_2.alpha", "blocks.3.ffn.net.2", "alpha"),
+        ("blocks.0.self_attn.o.lora_B.default.weight", "blocks.0.attn1.to_out.0", "up"),
+        ("base_model.model.blocks.0.attn1.to_out.0.lora_B.weight", "blocks.0.attn1.to_out.0", "up"),
+        ("transformer.blocks.0.attn2.to_v.lora.up.weight", "blocks.0.attn2.to_v", "up"),
+    ],
+)
+def test_real_keys(key, layer, kind):
+    stem, found = split_key(key)
+    names = {original_name(layer), original_name(layer).replace(".", "_"), layer}
+    assert stem in names and found == kind
+
+
+def test_an_image_to_video_lora_needs_the_option_on_a_text_to_video_model(pairs, tmp_path, caplog):
+    stray = {
+        "blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(3, 24),
+        "img_emb.proj.0.diff": torch.ones(4),
+    }
+    state = spell(pairs, "original down") | {f"diffusion_model.{key}": value for key, value in stray.items()}
+    lora, transformer = Lora(write(tmp_path / "a.safetensors", state)), wan_transformer()
+    words = (
+        r"LoRA a.safetensors: 2 of 82 keys match nothing.*k_img.lora_down.weight \(no such layer\), .*img_emb"
+    )
+    with pytest.raises(ValueError, match=words):
+        load_loras(transformer, [lora])
+    with caplog.at_level(logging.WARNING, "radial_attn"):
+        handle = load_loras(transformer, [lora], unmatched="warn")
+    assert re.search(words, caplog.text) and handle.report()[0]["left_out"] == 2
+    torch.testing.assert_close(run(transformer), changed(product(pairs)), **CLOSE)
+
+
+def test_what_keys_are_unmatched_for():
+    parameters = {name: tuple(value.shape) for name, value in wan_transformer().named_parameters()}
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    reasons = {
+        f"{stem}.lora_down.weight": "half of a pair",
+        f"{stem}.dora_scale": "no LoRA key",
+        "diffusion_model.blocks.0.self_attn.norm_q.diff_b": "there is no blocks.0.attn1.norm_q.bias",
+        "diffusion_model.blocks.9.self_attn.q.lora_down.weight": "no such layer",
+        "text_encoder.layers.0.lora_A.weight": "no such layer",
+        "diffusion_model.blocks.0.norm3.lora_down.weight": "not a layer with a matrix",
+        "diffusion_model.blocks.0.norm3.lora_up.weight": "not a layer with a matrix",
+    }
+    assert match_keys(dict.fromkeys(reasons, (3, 24)), parameters).unmatched == reasons
+    twice = {f"{stem}.diff_b": (24,), "lora_unet_blocks_0_self_attn_q.diff_b": (24,)}
+    assert match_keys(twice, parameters).unmatched == {
+        "lora_unet_blocks_0_self_attn_q.diff_b": f"second to {stem}.diff_b"
+    }
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garbled(file):
+    file.write_bytes(b"PK\x03\x04" + bytes(200))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (lambda file: file.unlink(), FileNotFoundError, "does not exist"),
+        (cut, ValueError, "not a whole safetensors file"),
+        (garbled, ValueError, "not a whole safetensors file"),
+        (lambda file: file.write_bytes(b""), ValueError, "not a whole safetensors file"),
+    ],
+)
+def test_broken_files(damage, error, words, pairs, tmp_path):
+    file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
+    damage(file)
+    with pytest.raises(error, match=f"a.safetensors.*{words}") as raised:
+        load_loras(wan_transformer(), [Lora(file)])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"a.lora_down.weight": (3, 26)},
+            r"40 layers do not fit: blocks.0.attn2.to_k \(48x3 times 3x48 for a weight of 24x24\)",
+        ),
+        (
+            {"rank": (5, 24)},
+            "1 layers do not fit: blocks.0.attn1.to_q .24x3 times 5x24 for a weight of 24x24",
+        ),
+        ({"norm": (25,)}, r"1 layers do not fit: blocks.0.attn1.norm_q.weight \(25 for 24\)"),
+        ({"none": ()}, r"holds nothing .*encoder\.weight; use a LoRA for this model$"),
+    ],
+)
+def test_loras_of_other_models(change, words, pairs, tmp_path):
+    state = spell(pairs, "original")
+    stem = "diffusion_model.blocks.0.self_attn"
+    if "rank" in change:
+        state[f"{stem}.q.lora_A.weight"] = torch.ones(5, 24)
+    elif "norm" in change:
+        state[f"{stem}.norm_q.diff"] = torch.ones(25)
+    elif "none" in change:
+        state = {"encoder.weight": torch.ones(2)}
+    else:
+        state = spell(random_pairs(wan_transformer(attention_head_dim=24)), "original")
+    transformer = wan_transformer()
+    with pytest.raises(ValueError, match=words):
+        load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", state))])
+    assert not hasattr(transformer, "peft_config")
+
+
+def test_with_the_option_a_shape_that_does_not_fit_is_left_out_but_not_most_of_them(pairs, tmp_path):
+    """As the patch embedding of an image-to-video LoRA in a text-to-video model."""
+    stray = {"diffusion_model.patch_embedding.diff": torch.ones(24, 9, 1, 2, 2)}
+    file = write(tmp_path / "a.safetensors", spell(pairs, "original") | stray)
+    transformer = wan_transformer()
+    assert load_loras(transformer, [Lora(file)], unmatched="warn").report()[0]["left_out"] == 1
+    torch.testing.assert_close(run(transformer), changed(product(pairs)), **CLOSE)
+    wide = random_pairs(wan_transformer(attention_head_dim=24))
+    file = write(tmp_path / "b.safetensors", spell(wide, "original") | {"proj_out.diff_b": torch.ones(16)})
+    with pytest.raises(ValueError, match="40 layers do not fit"):
+        load_loras(wan_transformer(), [Lora(file)], unmatched="warn")
+
+
+def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
+    transformer = wan_transformer()
+    plain = run(transformer)
+    good = Lora(write(tmp_path / "good.safetensors", spell(pairs, "original")))
+    state = spell(pairs, "original")
+    state["diffusion_model.blocks.1.ffn.0.lora_A.weight"][0, 0] = torch.nan
+    bad = Lora(write(tmp_path / "bad.safetensors", state))
+    with pytest.raises(
+        ValueError, match=r"LoRA bad.safetensors has values that are not finite: .*blocks.1.ffn.0"
+    ):
+        load_loras(transformer, [good, bad])
+    assert torch.equal(run(transformer), plain) and not hasattr(transformer, "peft_config")
+    assert all(value.requires_grad for value in transformer.parameters())
+    load_loras(transformer, [good])
+    with pytest.raises(ValueError, match=r"has adapters \(lora_0\); remove them first"):
+        load_loras(transformer, [good])
+
+
+@pytest.mark.parametrize(
+    ("options", "lora", "words"),
+    [
+        ({"mode": "merged"}, {}, "mode must be one of separate, fused, got 'merged'"),
+        ({"unmatched": "ignore"}, {}, "unmatched must be one of error, warn, got 'ignore'"),
+        ({}, {"transformer": "3"}, "transformer must be one of both, 1, 2, got '3'"),
+        ({}, {"transformer": "2"}, "a.safetensors is for transformer 2, but the model has only one"),
+    ],
+)
+def test_bad_options(options, lora, words, pairs, tmp_path):
+    file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
+    with pytest.raises(ValueError, match=words):
+        load_loras(wan_transformer(), [Lora(file, **lora)], **options)
+
+
+def test_the_names_of_the_test_files_are_those_of_the_original():
+    assert {layer: original_name(layer) for layer in original_names()} == original_names()

@@ -1,0 +1,229 @@
+"""LoRAs of every format in tiny Wan models: each key lands, and does what it says."""
+
+import json
+
+import pytest
+import torch
+
+from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.lora.load import Lora, load_loras
+from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.support.tiny_lora import (
+    FORMATS,
+    changed,
+    product,
+    random_distilled,
+    random_pairs,
+    run,
+    spell,
+    write,
+)
+
+SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
+CLOSE = {"atol": 2e-5, "rtol": 0}
+
+
+@pytest.fixture
+def pairs():
+    return random_pairs(wan_transformer())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_format_gives_what_diffusers_makes_of_its_own(form, pairs, tmp_path):
+    pipeline = wan_pipeline()
+    pipeline.load_lora_weights(write(tmp_path / "own.safetensors", spell(pairs, "diffusers")))
+    expected = run(pipeline.transformer)
+    transformer = wan_transformer()
+    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, form)))])
+    assert torch.equal(run(transformer), expected)
+    torch.testing.assert_close(expected, changed(product(pairs)), **CLOSE)
+
+
+@pytest.mark.parametrize("form", ["original", "original down", "kohya"])
+@pytest.mark.parametrize("alpha", [1.0, 6.0])
+def test_alpha_is_what_diffusers_makes_of_it(form, alpha, pairs, tmp_path):
+    file = write(tmp_path / "a.safetensors", spell(pairs, form, alpha))
+    pipeline = wan_pipeline()
+    pipeline.load_lora_weights(file)
+    transformer = wan_transformer()
+    load_loras(transformer, [Lora(file)])
+    torch.testing.assert_close(run(transformer), run(pipeline.transformer), **CLOSE)
+    torch.testing.assert_close(run(transformer), changed(product(pairs), alpha / 3), **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["separate", "fused"])
+@pytest.mark.parametrize("scale", [1.0, -0.4])
+def test_a_distilled_lora_changes_every_parameter_that_it_names(mode, scale, tmp_path):
+    """Norms, biases, modulation and the patch embedding too, which diffusers' loading leaves out."""
+    transformer = wan_transformer()
+    state, change = random_distilled(transformer)
+    assert change.keys() == dict(transformer.named_parameters()).keys()
+    state["diffusion_model.blocks.1.diff_m"] = state["diffusion_model.blocks.1.diff_m"].squeeze(0)
+    file = write(tmp_path / "a.safetensors", state)
+    handle = load_loras(transformer, [Lora(file, scale)], mode=mode)
+    torch.testing.assert_close(run(transformer), changed(change, scale), **CLOSE)
+    (entry,) = handle.report()
+    assert (entry["left_out"], entry["pairs"], entry["rank"], entry["scale"]) == (0, 46, 3, scale)
+    assert entry["pairs"] + entry["deltas"] == len(change)
+    pipeline = wan_pipeline()
+    pipeline.load_lora_weights(file)
+    assert (run(pipeline.transformer) - changed(change)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("first", ["radial", "lora"])
+@pytest.mark.parametrize("mode", ["separate", "fused"])
+def test_with_radial_attention(mode, first, pairs, tmp_path):
+    lora = Lora(write(tmp_path / "a.safetensors", spell(pairs, "kohya")))
+    expected, transformer = wan_transformer(), wan_transformer()
+    with torch.no_grad():
+        for name, delta in product(pairs).items():
+            expected.get_parameter(name).add_(delta)
+    apply_radial_attention(expected, SPARSE)
+    if first == "radial":
+        apply_radial_attention(transformer, SPARSE)
+    load_loras(transformer, [lora], mode=mode)
+    if first == "lora":
+        apply_radial_attention(transformer, SPARSE)
+    assert (run(expected) - changed(product(pairs))).abs().max() > 1e-3
+    torch.testing.assert_close(run(transformer), run(expected), **CLOSE)
+
+
+def test_scale_zero_is_none_and_two_add_up(tmp_path):
+    transformer = wan_transformer()
+    plain = run(transformer)
+    state, change = random_distilled(transformer)
+    other = random_pairs(transformer, seed=5, rank=2)
+    files = [write(tmp_path / "a.safetensors", state)]
+    files.append(write(tmp_path / "b.safetensors", spell(other, "peft")))
+    handle = load_loras(transformer, [Lora(file, 0.0) for file in files])
+    assert torch.equal(run(transformer), plain)
+    handle.remove()
+    load_loras(transformer, [Lora(files[0], 0.5), Lora(files[1], 2.0)])
+    both = {name: 0.5 * delta for name, delta in change.items()}
+    for name, delta in product(other).items():
+        both[name] = both[name] + 2.0 * delta
+    torch.testing.assert_close(run(transformer), changed(both), **CLOSE)
+
+
+def test_removal_leaves_no_trace(tmp_path):
+    transformer = wan_transformer()
+    transformer.patch_embedding.requires_grad_(False)
+    before = {
+        name: (value, value.clone(), value.requires_grad) for name, value in transformer.named_parameters()
+    }
+    handle = load_loras(
+        transformer, [Lora(write(tmp_path / "a.safetensors", random_distilled(transformer)[0]))]
+    )
+    handle.remove()
+    handle.remove()
+    after = dict(transformer.named_parameters())
+    assert list(after) == list(before)
+    for name, (value, copy, trained) in before.items():
+        assert after[name] is value and torch.equal(value, copy) and value.requires_grad == trained, name
+    assert not hasattr(transformer, "peft_config")
+
+
+def test_fused_loras_cannot_be_taken_back(pairs, tmp_path):
+    transformer = wan_transformer()
+    lora = Lora(write(tmp_path / "a.safetensors", spell(pairs, "diffusers")))
+    handle = load_loras(transformer, [lora], mode="fused")
+    assert not [name for name, _ in transformer.named_parameters() if "lora" in name]
+    with pytest.raises(ValueError, match="fused LoRAs are part of the weights"):
+        handle.remove()
+    load_loras(transformer, [lora], mode="fused")
+    torch.testing.assert_close(run(transformer), changed(product(pairs), 2.0), **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["separate", "fused"])
+def test_bfloat16(mode, pairs, tmp_path):
+    transformer = wan_transformer().to(torch.bfloat16)
+    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, "kohya", 1.0)))], mode=mode)
+    assert {value.dtype for value in transformer.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        found = transformer(**{name: value.bfloat16() for name, value in wan_inputs().items()}).sample
+    expected = changed(product(pairs), 1 / 3)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_settings_of_peft_scale_a_lora(pairs, tmp_path):
+    """Those beside peft's own file, and those that diffusers writes into the header."""
+    settings = {"r": 3, "lora_alpha": 6, "alpha_pattern": {"ffn.net.2": 12}, "use_rslora": False}
+    change = product(pairs)
+    scaled = {name: (4 if "ffn.net.2." in name else 2) * delta for name, delta in change.items()}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    files = [
+        write(tmp_path / "adapter_model.safetensors", spell(pairs, "peft")),
+        write(tmp_path / "a.safetensors", spell(pairs, "adapter"), settings),
+        write(
+            tmp_path / "b.safetensors",
+            spell(pairs, "diffusers"),
+            {f"transformer.{key}": value for key, value in settings.items()},
+        ),
+    ]
+    for file in files:
+        transformer = wan_transformer()
+        load_loras(transformer, [Lora(file)])
+        torch.testing.assert_close(run(transformer), changed(scaled), **CLOSE)
+    rooted = write(tmp_path / "c.safetensors", spell(pairs, "adapter"), {"lora_alpha": 6, "use_rslora": True})
+    transformer = wan_transformer()
+    load_loras(transformer, [Lora(rooted)])
+    torch.testing.assert_close(run(transformer), changed(change, 6 / 3**0.5), **CLOSE)
+
+
+def test_what_is_trained_and_saved_here_loads_the_same_way(tmp_path):
+    from peft import LoraConfig
+
+    trained = wan_transformer()
+    trained.add_adapter(
+        LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], lora_bias=True), "longer"
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, value in trained.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.3)
+    trained.save_lora_adapter(tmp_path, adapter_name="longer")
+    for mode in ("separate", "fused"):
+        transformer = wan_transformer()
+        load_loras(transformer, [Lora(tmp_path / "pytorch_lora_weights.safetensors")], mode=mode)
+        torch.testing.assert_close(run(transformer), run(trained), **CLOSE)
+
+
+def test_a_kohya_file_of_some_layers_loads(tmp_path):
+    """diffusers' own conversion wants all layers of every block."""
+    pairs = random_pairs(wan_transformer(), only="blocks.2.attn1")
+    transformer = wan_transformer()
+    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, "kohya")))])
+    torch.testing.assert_close(run(transformer), changed(product(pairs)), **CLOSE)
+
+
+def test_a_low_rank_change_of_a_convolution(tmp_path):
+    down, up = torch.randn(2, 4, 1, 2, 2), torch.randn(24, 2, 1, 1, 1)
+    name = "diffusion_model.patch_embedding"
+    state = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+    transformer = wan_transformer()
+    handle = load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", state), 0.5)])
+    delta = 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(24, 4, 1, 2, 2)
+    torch.testing.assert_close(run(transformer), changed({"patch_embedding.weight": delta}, 0.5), **CLOSE)
+    handle.remove()
+    assert torch.equal(run(transformer), run(wan_transformer()))
+
+
+@pytest.mark.parametrize(
+    ("choice", "with_it"), [("both", (True, True)), ("1", (True, False)), ("2", (False, True))]
+)
+def test_two_transformers(choice, with_it, pairs, tmp_path):
+    pipeline = wan_pipeline(experts=2)
+    parts = pipeline.transformer, pipeline.transformer_2
+    plain = [run(part) for part in parts]
+    file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
+    report = load_loras(pipeline, [Lora(file, transformer=choice)]).report()
+    assert [not torch.equal(run(part), before) for part, before in zip(parts, plain, strict=True)] == list(
+        with_it
+    )
+    assert [entry["transformer"] for entry in report] == [i for i, there in enumerate(with_it, 1) if there]

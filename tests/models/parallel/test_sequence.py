@@ -1,0 +1,41 @@
+"""Several processes over gloo give what one gives: every family, radial and dense, guidance shared or not."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from radial_attn.models import apply_radial_attention
+from tests.support.families import SPARSE
+from tests.support.multi_process import run_ranks
+from tests.support.tiny import wan_inputs, wan_transformer
+from tests.support.tolerances import MOST
+
+DEGREES = [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2)]
+
+
+@pytest.mark.parametrize(("processes", "cfg", "ring"), DEGREES, ids=str)
+def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
+    out = tmp_path / "differences.json"
+    run_ranks(processes, "tests.support.parallel_worker", out, cfg, ring)
+    found = json.loads(out.read_text())
+    alone = 61 if processes == 2 else 29
+    assert len(found) == (60 if ring > 1 else alone if cfg == 1 else 6)
+    assert {name: worst for name, worst in found.items() if not worst <= MOST} == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, "ring .*quantize='int8'.*without quantization"),
+        ({"check": "reference"}, "ring .*check='reference'.*allowed: auto, off, nan"),
+        ({"dense_backend": "_native_math"}, "ring .*dense_backend='_native_math'.*allowed: auto, native"),
+    ],
+)
+def test_what_a_ring_refuses(options, message):
+    transformer = wan_transformer()
+    with pytest.raises(ValueError, match=message):
+        apply_radial_attention(transformer, SPARSE, parallel=SimpleNamespace(ring=object()), **options)
+    with apply_radial_attention(transformer, SPARSE):
+        transformer(**wan_inputs())

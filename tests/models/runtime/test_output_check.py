@@ -1,0 +1,170 @@
+"""The guard: a kernel that is made to fail stops the run with one line, compiled or not."""
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.output_check import CheckError, resolve_check
+from tests.support.auto_backend import AUTO, automatic
+from tests.support.failing_kernel import fail, one_nan, twice
+from tests.support.generation_cases import generate
+from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.support.training_cases import OPTIONS, SPARSE, assert_same_gradients, gradients, video
+from tests.support.wan_cases import run
+
+RADIAL_CALLS = 2 * 2  # of OPTIONS: two layers that are not dense, two guidance halves
+
+
+def compile_blocks(transformer):
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    return transformer
+
+
+def compile_whole(transformer):
+    torch._dynamo.reset()
+    return torch.compile(transformer, backend="aot_eager")
+
+
+ways = pytest.mark.parametrize("prepare", [lambda x: x, compile_blocks, compile_whole])
+
+
+@ways
+def test_the_first_output_that_is_not_finite_stops_the_call(prepare, monkeypatch):
+    """Layer 3 of the second half of step 4, where steps 1 and 2 are dense, 6 too, and layers 0 and 1."""
+    transformer = prepare(wan_transformer())
+    fail(monkeypatch, RADIAL_CALLS + 2 + 1, one_nan)
+    message = f"non-finite attention output in layer 3 at step 4 of 6, float32, backend {AUTO}"
+    with apply_radial_attention(transformer, SPARSE, check="nan", **OPTIONS) as handle:
+        with pytest.raises(CheckError) as raised:
+            video(transformer)
+        assert str(raised.value) == message
+        assert handle.report()["steps"] == 4
+        assert torch.isfinite(video(transformer)).all()  # the kernel fails once
+
+
+@ways
+def test_the_guard_changes_nothing_and_leaves_no_trace(prepare):
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, SPARSE, **OPTIONS):
+        expected = video(transformer)
+    for check in ("nan", "reference"):
+        with apply_radial_attention(transformer, SPARSE, check=check, **OPTIONS):
+            found = video(prepare(transformer))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert not transformer._forward_hooks and not transformer._forward_pre_hooks
+        assert all(vars(block.attn1.processor) == {} for block in transformer.blocks)
+
+
+@pytest.mark.parametrize(("check", "graphs"), [("off", 4), ("nan", 4), ("reference", 5)])
+def test_the_guard_adds_no_graphs(check, graphs):
+    """But for the calls that are compared."""
+    torch._dynamo.reset()
+    transformer, counter = wan_transformer(num_layers=10), CompileCounter()
+    with apply_radial_attention(transformer, SPARSE, check=check, **OPTIONS):
+        transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+        video(transformer)
+        assert counter.frame_count <= graphs
+        before = counter.frame_count
+        video(transformer)
+        assert counter.frame_count == before
+
+
+@pytest.mark.parametrize(
+    ("prepare", "dtype"),
+    [(lambda x: x, torch.float32), (lambda x: x, torch.bfloat16), (compile_blocks, torch.float32)],
+)
+def test_reference_compares_each_layer_once_for_each_size(prepare, dtype, caplog):
+    transformer = wan_transformer().to(dtype)
+    caplog.set_level(logging.INFO, logger="radial_attn")
+    sizes = ((6, 12, 16), (4, 8, 10))
+    with apply_radial_attention(transformer, SPARSE, check="reference", dense_layers=1) as handle:
+        assert handle.report()["check"] == {"mode": "reference"}
+        prepared = prepare(transformer)
+        for size in (*sizes, *sizes):
+            run(prepared, **{name: value.to(dtype) for name, value in wan_inputs(*size).items()})
+        report = handle.report()["check"]
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("check")]
+    backend = automatic(dtype)
+    starts = [f"check layer {layer}: {backend} against reference: relative L2 " for layer in (1, 2, 3)]
+    assert len(lines) == 6 and all(map(str.startswith, lines, 2 * starts)), lines
+    assert report["mode"] == "reference" and report["compared"] == 6
+    worst = report["worst"]
+    assert worst["where"] in {"layer 1", "layer 2", "layer 3"}
+    assert worst["relative_l2"] < 4 * torch.finfo(dtype).eps and worst["cosine"] > 0.9999
+
+
+@ways
+def test_reference_stops_at_a_wrong_output(prepare, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="radial_attn")
+    transformer = prepare(wan_transformer())
+    fail(monkeypatch, 2, twice)
+    message = (
+        rf"wrong attention output in layer 2 at step 1, float32, backend {AUTO}: relative L2 1\.00e\+00, "
+    )
+    with apply_radial_attention(transformer, SPARSE, check="reference"):
+        with pytest.raises(CheckError, match=message) as raised:
+            run(transformer)
+        assert "\n" not in str(raised.value) and "relative L2 0.2; try another backend" in str(raised.value)
+    assert sum(record.getMessage().startswith("check layer") for record in caplog.records) == 4
+
+
+def test_reference_stops_at_an_output_that_is_not_finite_in_any_step(monkeypatch):
+    transformer = wan_transformer()
+    fail(monkeypatch, RADIAL_CALLS + 1, one_nan)
+    message = "non-finite attention output in layer 3 at step 4 of 6"
+    with (
+        apply_radial_attention(transformer, SPARSE, check="reference", **OPTIONS),
+        pytest.raises(CheckError, match=message),
+    ):
+        video(transformer)
+
+
+def test_off_lets_everything_pass(monkeypatch):
+    fail(monkeypatch, 0, one_nan)
+    with apply_radial_attention(wan_transformer(), SPARSE, check="auto") as handle:
+        assert handle.report()["check"] == {"mode": "off"}
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, SPARSE):
+        assert not torch.isfinite(run(transformer)).all()
+
+
+def test_auto_watches_over_quantised_kernels():
+    assert resolve_check("auto", None, "blocks", "auto") == "off"
+    assert resolve_check("auto", "int8", "auto", "auto") == resolve_check("auto", None, "sage") == "nan"
+    assert resolve_check("auto", None, "blocks", "sage") == "nan"
+    assert resolve_check("off", "fp8", "sage") == "off"
+
+
+@pytest.mark.parametrize("check", ["nan", "reference"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_under_the_guard(check, compiled):
+    transformer = wan_transformer().train()
+    with apply_radial_attention(transformer, SPARSE):
+        expected = gradients(transformer)
+    for checkpointing in (False, True):
+        with apply_radial_attention(transformer, SPARSE, check=check):
+            if checkpointing:
+                transformer.enable_gradient_checkpointing()
+            if compiled:
+                compile_blocks(transformer)
+            assert_same_gradients(gradients(transformer), expected)
+
+
+def test_inference_mode_leaves_notes_that_training_can_use():
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, SPARSE, check="reference"):
+        with torch.inference_mode():
+            transformer(**wan_inputs())
+        assert gradients(transformer)
+
+
+def test_the_second_transformer_is_named(monkeypatch):
+    pipeline = wan_pipeline(experts=2)
+    fail(monkeypatch, 5 * 4 + 1, one_nan)
+    message = f"in layer 1 of transformer_2 at step 6 of 6, float32, backend {AUTO}"
+    with apply_radial_attention(pipeline, SPARSE, check="nan"), pytest.raises(CheckError, match=message):
+        generate(pipeline, steps=6)

@@ -1,0 +1,269 @@
+"""One line for a pipeline: it runs as with its settings spelled out, refuses with a reason, is taken back."""
+
+import gc
+import inspect
+import weakref
+from dataclasses import fields, replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from PIL import Image
+
+from radial_attn import RadialConfig
+from radial_attn.models.apply import HANDLE, apply_radial_attention
+from radial_attn.models.enable import disable, enable
+from radial_attn.models.published import nearest_settings, traits_of
+from radial_attn.models.runtime.schedule import Schedule
+from tests.support.families import run
+from tests.support.tiny import wan_inputs, wan_pipeline
+from tests.support.tiny_hunyuan import (
+    TEMPLATE,
+    hunyuan15_inputs,
+    hunyuan15_transformer,
+    hunyuan_image_pipeline,
+    hunyuan_pipeline,
+)
+from tests.support.tiny_ltx import ltx_pipeline
+from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+SMALL = {"block_size": 16, "decimation_width": 64, "decay_factor": 0.25}
+# Pipeline, and what its call needs beside size, steps and prompt.
+PIPELINES = {
+    "wan": (wan_pipeline, {}),
+    "wan_a14b": (partial(wan_pipeline, experts=2), {"guidance_scale_2": 2.0}),
+    "wan_i2v": (i2v_pipeline, {"image": IMAGE}),
+    "wan_i2v_a14b": (a14b_i2v_pipeline, {"image": IMAGE}),
+    "wan_ti2v": (ti2v_pipeline, {}),
+    "wan_vace": (vace_pipeline, {}),
+    "hunyuan_video": (hunyuan_pipeline, {"prompt_template": TEMPLATE}),
+    "hunyuan_video_i2v": (
+        partial(hunyuan_image_pipeline, "token_replace"),
+        {"prompt_template": TEMPLATE, "image": IMAGE},
+    ),
+    "mochi": (mochi_pipeline, {}),
+    "ltx": (ltx_pipeline, {"height": 32, "width": 64}),
+}
+pipelines = pytest.mark.parametrize("name", PIPELINES)
+
+
+def generate(pipeline, steps=3, **more):
+    size = {"height": 64, "width": 96, "num_frames": 13, "max_sequence_length": 16}
+    options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    return pipeline(prompt="a red dot", num_inference_steps=steps, **(size | options | more)).frames
+
+
+@pipelines
+def test_equals_apply_with_the_same_settings_and_leaves_nothing(name):
+    make, more = PIPELINES[name]
+    pipeline = make()
+    dense = generate(pipeline, **more)
+    settings = nearest_settings(
+        traits_of(pipeline.transformer, experts=getattr(pipeline, "transformer_2", None) is not None)
+    )
+    config = replace(settings.config, **SMALL)
+    steps = round(settings.dense_share * 3)
+    with apply_radial_attention(
+        pipeline, config, dense_steps=steps, dense_layers=settings.dense_layers
+    ) as handle:
+        expected, report = generate(pipeline, **more), handle.report()
+    handle = enable(pipeline, quiet=True, **SMALL)
+    assert torch.equal(generate(pipeline, **more), expected)
+    assert handle.report() == report and report["density"] < 1
+    assert (expected - dense).abs().max() > 1e-4
+    assert disable(pipeline)
+    assert torch.equal(generate(pipeline, **more), dense)
+    assert not disable(pipeline)
+
+
+@pytest.mark.parametrize("name", ["wan_a14b", "hunyuan_video", "mochi", "ltx"])
+def test_dense_steps_follow_the_steps_of_each_run(name):
+    """0.24 as the paper has it, 12 of 50; an int stays as it is."""
+    make, more = PIPELINES[name]
+    pipeline = make()
+    with enable(pipeline, quiet=True, dense_steps=12 / 50, **SMALL) as handle:
+        counts = []
+        for steps in (4, 8, 13):
+            generate(pipeline, steps, **more)
+            counts.append(handle.report()["dense_steps"])
+        assert np.diff(counts, prepend=0).tolist() == [1, 2, 3]
+    with enable(pipeline, quiet=True, dense_steps=3, **SMALL) as handle:
+        generate(pipeline, 8, **more)
+        assert handle.report()["dense_steps"] == 3
+
+
+def test_published_share_of_a_family_without_a_small_row():
+    pipeline = ltx_pipeline()
+    with enable(pipeline, quiet=True) as handle:
+        generate(pipeline, 8, height=32, width=64)
+        assert handle.report()["dense_steps"] == 2
+
+
+def test_shares_in_a_schedule():
+    schedule = Schedule(dense_steps=12 / 50, dense_last_steps=1)
+    assert [schedule.leading_steps(steps) for steps in (1, 2, 3, 4, 8, 30, 50)] == [0, 0, 1, 1, 2, 7, 12]
+    assert [schedule.is_dense(step, 8) for step in range(8)] == [True, True, *[False] * 5, True]
+    assert Schedule(dense_steps=0.5, num_steps=6).leading_steps(50) == 3
+    with pytest.raises(ValueError, match=r"dense_steps=0\.24 .*num_steps=None: give num_steps"):
+        schedule.is_dense(0, None)
+
+
+def test_a_transformer_alone():
+    transformer, inputs = hunyuan15_transformer(), hunyuan15_inputs()
+    expected = run(transformer, inputs)
+    with enable(transformer, num_steps=4, quiet=True, dense_layers=0, **SMALL) as handle:
+        assert torch.equal(run(transformer, inputs), expected)
+        assert (run(transformer, hunyuan15_inputs(timestep=400.0)) - expected).abs().max() > 1e-3
+        assert (handle.report()["steps"], handle.report()["dense_steps"]) == (2, 1)
+    assert torch.equal(run(transformer, inputs), expected)
+
+
+def test_every_option_of_apply_and_of_the_mask_is_a_keyword():
+    options = {*inspect.signature(apply_radial_attention).parameters} - {"model", "config"}
+    options |= {field.name for field in fields(RadialConfig)}
+    extra = {"model", "quiet", "unknown"}
+    assert {*inspect.signature(enable).parameters} == options | extra
+
+
+def test_options_arrive():
+    pipeline, seen = wan_pipeline(), []
+    options = {"density": 0.5833, "backend": "reference", "quantize": "int8", "check": "nan"}
+    with enable(
+        pipeline, quiet=True, dense_last_steps=1, dense_layers=2, observe=seen.append, **options
+    ) as handle:
+        generate(pipeline, 2)
+        report = handle.report()
+    assert report["density"] == pytest.approx(0.5833, rel=0.02) and report["quantize"] == "int8"
+    assert report["dense_steps"] == 1 and report["dense_layers"] == 2 and report["check"]["mode"] == "nan"
+    assert set(report["calls"]) == {"dense", "reference"} and seen
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"blok_size": 16}, TypeError, "enable has no option 'blok_size'; did you mean 'block_size'?"),
+        ({"zzz": 1}, TypeError, "enable has no option 'zzz'; allowed: density, decay_factor, "),
+        ({"density": 0.3, "decay_factor": 1.0}, ValueError, "density and decay_factor exclude each other"),
+        ({"density": 1.5}, ValueError, "density must be None or a number in (0, 1], got 1.5"),
+        ({"decay_factor": -1}, ValueError, "decay_factor must be a finite number above 0, got -1"),
+        ({"block_size": 100}, ValueError, "block_size must be one of"),
+        ({"neighbour": "quarter"}, ValueError, "neighbour must be one of"),
+        ({"pattern": "spiral"}, ValueError, "pattern must be one of"),
+        ({"dense_steps": -1}, ValueError, "dense_steps must be a whole number of at least 0, got -1"),
+        ({"dense_steps": "12"}, ValueError, "dense_steps must be a whole number of at least 0, got '12'"),
+        ({"dense_steps": 1.5}, ValueError, "dense_steps as a share of the steps must be above 0 and below 1"),
+        ({"dense_steps": 0.0}, ValueError, "dense_steps as a share of the steps must be above 0 and below 1"),
+        ({"dense_layers": 5}, ValueError, "dense_layers must be at most 4"),
+        ({"num_steps": 2.5}, ValueError, "num_steps must be a whole number of at least 0, got 2.5"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"quantize": "int4"}, ValueError, "quantize must be one of"),
+        ({"check": "yes"}, ValueError, "check must be one of"),
+    ],
+)
+def test_wrong_options_change_nothing(options, error, message, capsys):
+    pipeline = wan_pipeline()
+    with pytest.raises(error) as caught:
+        enable(pipeline, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert capsys.readouterr().out == "" and not disable(pipeline)
+    assert not pipeline.transformer._forward_pre_hooks and HANDLE not in vars(pipeline.transformer)
+
+
+@pytest.mark.parametrize("model", ["Wan-AI/Wan2.1-T2V-14B-Diffusers", None, 3, {"transformer": 1}])
+def test_what_is_no_model(model):
+    for call in (enable, disable):
+        with pytest.raises(ValueError, match="expected a transformer, or a pipeline that has one, got"):
+            call(model)
+
+
+def test_unsupported_families():
+    flux = FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2)
+    for model in (flux, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=rf"must be one of Wan.*, got {type(model).__name__}"):
+            enable(model)
+
+
+def test_a_transformer_alone_needs_its_steps():
+    transformer = hunyuan15_transformer()
+    with pytest.raises(ValueError, match=r"dense_steps=0\.24 .*num_steps=None: give num_steps"):
+        enable(transformer)
+    with enable(transformer, dense_steps=2, quiet=True), pytest.raises(ValueError, match="already applied"):
+        enable(transformer, dense_steps=2)
+
+
+def test_the_second_enable_is_refused_until_the_first_is_taken_back():
+    pipeline = wan_pipeline(experts=2)
+    first = enable(pipeline, quiet=True)
+    with pytest.raises(ValueError, match=r"already applied to this WanTransformer3DModel; call remove\(\)"):
+        enable(pipeline, quiet=True)
+    first.remove()
+    assert not disable(pipeline) and HANDLE not in vars(pipeline.transformer_2)
+    second = enable(pipeline, quiet=True)
+    first.remove()  # the first handle has nothing to do with the second
+    assert vars(pipeline.transformer)[HANDLE] is second
+    assert disable(pipeline)
+
+
+def test_leaving_the_block_takes_it_back():
+    pipeline = wan_pipeline()
+    expected = generate(pipeline)
+    with enable(pipeline, quiet=True, **SMALL):
+        assert not torch.equal(generate(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected) and not disable(pipeline)
+
+
+def test_disable_finds_what_was_enabled_by_another_way():
+    """By the transformer, by the pipeline, by apply_radial_attention, and the two experts one by one."""
+    pipeline = wan_pipeline(experts=2)
+    experts = pipeline.transformer, pipeline.transformer_2
+    enable(pipeline, quiet=True)
+    assert disable(pipeline.transformer) and not disable(pipeline)
+    for expert in experts:
+        enable(expert, num_steps=4, quiet=True)
+    assert disable(pipeline)
+    apply_radial_attention(pipeline, RadialConfig(block_size=16))
+    assert disable(pipeline)
+    assert all(not expert._forward_pre_hooks and HANDLE not in vars(expert) for expert in experts)
+
+
+def test_disable_after_compiling():
+    pipeline = wan_pipeline()
+    transformer, inputs = pipeline.transformer, wan_inputs()
+    expected = run(transformer, inputs)
+    enable(pipeline, quiet=True)
+    pipeline.transformer = torch.compile(transformer, backend="eager")
+    assert disable(pipeline)
+    assert torch.equal(run(transformer, inputs), expected)
+    pipeline.transformer = torch.compile(transformer, backend="eager")
+    enable(pipeline, quiet=True)
+    assert disable(transformer)
+
+
+def test_an_enabled_pipeline_is_freed_at_once():
+    """Without the collector of circles, which may come late for the memory of a GPU."""
+    pipeline = wan_pipeline()
+    weak = weakref.ref(pipeline.transformer)
+    enable(pipeline, quiet=True)
+    gc.collect()
+    gc.disable()
+    try:
+        del pipeline
+        assert weak() is None
+    finally:
+        gc.enable()
+
+
+def test_saving_knows_nothing_of_it(tmp_path):
+    pipeline = wan_pipeline()
+    expected = pipeline.transformer.state_dict().keys()
+    with enable(pipeline, quiet=True):
+        assert pipeline.transformer.state_dict().keys() == expected
+        pipeline.save_pretrained(tmp_path)
+    loaded = type(pipeline).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(generate(loaded), generate(pipeline), atol=1e-5, rtol=0)
+    assert not disable(loaded)

@@ -1,0 +1,210 @@
+"""The Triton kernels against the definition, run by Triton's interpreter.
+
+Only in a process of its own with TRITON_INTERPRET=1, which test_op.py starts. float16 and float32: the
+interpreter's bfloat16 products are wrong.
+"""
+
+import os
+
+import pytest
+import torch
+
+from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn.block_mask import Part
+from radial_attn.kernels.triton import configs as triton_configs
+from radial_attn.kernels.triton import tiles
+from radial_attn.kernels.triton.configs import Launch
+from tests.support.attention_cases import GRIDS, compare, make_inputs, make_mask, run
+from tests.support.partial_cases import agree, make, some_blocks
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/radial_attn/kernels/triton/test_op.py"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_forward_and_backward(width, dtype):
+    grid = GRIDS[63]
+    compare("triton", make_inputs(grid, 1, 2, width), make_mask(grid), dtype)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 11], [4, 7]])
+def test_text_padding(lengths):
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
+    compare("triton", inputs, mask, torch.float32, text_lengths=lengths)
+
+
+def test_rows_of_padded_text_are_zero():
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
+    out, *grads = run("triton", inputs, mask, torch.float16, text_lengths=[4, 11])
+    for tensor in (out, *grads):
+        assert not tensor[0, 104:].any() and tensor[1, 104:].any()
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
+def test_mask_per_head_and_block_sizes(block_size):
+    side = 5 if block_size == 16 else 9  # more than one block of each size
+    grid = TokenGrid(4, side, side, text=5)
+    compare("triton", make_inputs(grid, 1, 3, 64), make_mask(grid, block_size, heads=3), torch.float16)
+
+
+def test_half_a_thousand_tokens():
+    grid = TokenGrid(6, 9, 9, text=10)
+    compare("triton", make_inputs(grid, 1, 1, 64), make_mask(grid, 64), torch.float16)
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(1, 3, 4), TokenGrid(2, 16, 16)], ids=["one block", "dense"])
+def test_dense_masks(grid):
+    count = grid.num_blocks(64)
+    mask = BlockMask.from_blocks(grid, torch.ones(count, count, dtype=torch.bool), 64)
+    compare("triton", make_inputs(grid, 1, 2, 64), mask, torch.float32)
+
+
+def test_strided_inputs_and_scale():
+    """Query, key and value cut out of one tensor, as fused projections leave them."""
+    grid = GRIDS[63]
+    whole = torch.randn(2, grid.tokens, 2, 3 * 64, dtype=torch.float16)
+    query, key, value = whole.split(64, dim=-1)
+    found, plain = (
+        radial_attention(query, key, value, make_mask(grid), backend=name, scale=0.3)
+        for name in ("triton", "reference")
+    )
+    assert torch.allclose(found, plain, atol=2e-3)
+
+
+def test_uninitialised_memory_is_never_read():
+    """Poisoned outputs: `new_empty` full of NaN must be overwritten everywhere."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        grid = GRIDS[111]
+        for tensor in run("triton", make_inputs(grid, 2, 1, 64), make_mask(grid), torch.float16):
+            assert tensor.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_second_call_makes_no_lists(monkeypatch):
+    grid = GRIDS[63]
+    inputs, mask = make_inputs(grid, 1, 1, 64), make_mask(grid)
+    first = run("triton", inputs, mask, torch.float16)
+    monkeypatch.setattr(tiles, "_cut", None)
+    second = run("triton", inputs, mask, torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 11]], ids=["whole", "padded"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_compiles_into_one_graph(quantize, lengths):
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64), BlockMask.from_blocks(grid, make_mask(grid).blocks, 16)
+    query, key, value = (x.half() for x in inputs[:3])
+    counts = None if lengths is None else torch.tensor(lengths)
+
+    def attend(query, key, value, counts):
+        options = {"backend": "triton", "quantize": quantize, "text_lengths": counts}
+        return radial_attention(2 * query, key, value, mask, **options) + 1
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found = compiled(query, key, value, counts)
+    assert torch.allclose(found, attend(query, key, value, counts), atol=1e-3)
+    assert len(mask.blocks.__dict__["tiles"]) == 1  # compiled or not, the mask keeps the same lists
+
+
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_operator_contract(bits):
+    """Schema, fake tensors and autograd registration of the operators, by torch's own checker."""
+    from radial_attn.kernels.triton import op as kernel
+    from radial_attn.kernels.triton.quantized import quantized_attention
+
+    grid = GRIDS[63]
+    tensors = [x.requires_grad_(bits is None) for x in make_inputs(grid, 1, 2, 64)[:3]]
+    arguments = *tensors, make_mask(grid).blocks, 16, grid.video_tokens, None, 0.125
+    if bits:
+        torch.library.opcheck(quantized_attention, (*arguments, bits))
+    else:
+        torch.library.opcheck(kernel.triton_attention, arguments)
+
+
+@pytest.mark.parametrize("chosen", [("whole", False), ("head", True)], ids=["host", "kernel"])
+@pytest.mark.parametrize("text", [0, 11], ids=["video", "text"])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
+    """Keys and values through descriptors, made by the host, or in the kernel with one loop for all tiles."""
+    descriptors, specialize = chosen
+    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, descriptors, specialize)}
+    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
+    triton_configs.launch.cache_clear()
+    grid = TokenGrid(4, 8, 8, text)
+    tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
+    compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
+    triton_configs.launch.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "chosen", [("", False), ("whole", False), ("head", True)], ids=["plain", "host", "kernel"]
+)
+@pytest.mark.parametrize("lengths", [None, [0, 7], [3, 7]], ids=str)
+@pytest.mark.parametrize(("sizes", "texts"), [((45, 87), (7, 7)), ((96, 40), (0, 7)), ((40, 64), (7, 0))])
+def test_a_part_of_the_keys(monkeypatch, sizes, texts, lengths, chosen):
+    """Rows and keys of their own lengths and text, under every way of reading keys."""
+    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
+    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
+    triton_configs.launch.cache_clear()
+    agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
+    triton_configs.launch.cache_clear()
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_parts_of_heads_with_patterns_of_their_own(size):
+    blocks = some_blocks(150, 270, 2, size)
+    blocks[1] = False
+    tensors = [x.half() for x in make(150, 270, heads=2, batch=1, width=64)]
+    agree("triton", tensors, Part(blocks, size))
+    agree("triton", tensors, Part(torch.zeros_like(blocks), size))
+
+
+def test_gradient_through_the_log_sum_exp():
+    """As a ring of devices needs it, which weighs parts of the keys by their log-sum-exp."""
+    from radial_attn.kernels.triton.op import triton_attention
+
+    grid, mask = GRIDS[63], make_mask(GRIDS[63])
+    leaves = [x.requires_grad_() for x in make_inputs(grid, 1, 2, 64)[:3]]
+    out, lse = triton_attention(*leaves, mask.blocks, 16, grid.video_tokens, None, 0.125)
+    found = torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+    scores = torch.einsum("bqhd,bkhd->bhqk", *leaves[:2]) * 0.125
+    scores = scores.masked_fill(~mask.token_mask(), -torch.inf)
+    plain = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), leaves[2])
+    wanted = torch.autograd.grad(plain.square().sum() + scores.logsumexp(-1).sin().sum(), leaves)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["query", "key", "value"])
+def test_values_that_are_not_finite_come_out(place, quantize):
+    """A guard that looks for them must find them: no row may hide one as zeros."""
+    grid, mask = GRIDS[63], make_mask(GRIDS[63])
+    for bad in (torch.nan, torch.inf):
+        tensors = make_inputs(grid, 1, 2, 64)[:3]
+        tensors[place][0, 20, 0, 3] = bad
+        out = radial_attention(*tensors, mask, backend="triton", quantize=quantize)
+        assert not out[0, 20, 0].isfinite().all()
+        assert out[0, :, 1].isfinite().all()
+
+
+def test_unaligned_tensors_are_copied_for_descriptors():
+    from radial_attn.kernels.triton.launch import aligned
+
+    even = torch.zeros(1, 8, 2, 64, dtype=torch.float16)
+    odd = torch.zeros(8 * 2 * 64 + 1, dtype=torch.float16)[1:].view(even.shape)
+    assert aligned(even) is even
+    assert aligned(odd).data_ptr() % 16 == 0 and torch.equal(aligned(odd), odd)

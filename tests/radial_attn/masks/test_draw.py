@@ -1,0 +1,93 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.__main__ import main
+from radial_attn.masks.draw import draw_mask, frame_distance, layers
+
+SHAPE = ["--frames", "12", "--height", "6", "--width", "10", "--block-size", "16"]
+
+
+def test_command_draws_a_picture_and_names_the_density(tmp_path):
+    picture = tmp_path / "mask.png"
+    command = [
+        sys.executable,
+        "-m",
+        "radial_attn",
+        "draw",
+        *SHAPE,
+        "--text",
+        "20",
+        "--out",
+        str(picture),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    density = radial_mask(TokenGrid(12, 6, 10, text=20), RadialConfig(block_size=16)).density
+    assert f"density {density:.4f}" in done.stdout
+    assert not done.stderr
+    assert imread(picture).std() > 0.1
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
+
+
+@pytest.mark.parametrize("text", [0, 5, 90])
+def test_every_kept_block_has_one_colour(text):
+    grid, config = TokenGrid(9, 5, 7, text), RadialConfig(block_size=16, decimation_width="block")
+    found = layers(grid, config)
+    count = sum(layer.member.astype(int) for layer in found)
+    assert (count == 1).all()
+    names = [layer.label for layer in found]
+    assert names[:4] == [
+        "0 or 1 frames apart",
+        "2 or 3 frames apart",
+        "4 to 7 frames apart",
+        "8 frames apart",
+    ]
+    assert ("text" in names) == bool(text)
+
+
+def test_frame_distance_is_that_of_the_nearest_frames():
+    """Frames of 24 tokens in blocks of 16: the second block holds the end of frame 0 and the start of 1."""
+    distance = frame_distance(TokenGrid(4, 4, 6), 16)
+    assert distance[0].tolist() == [0, 0, 1, 2, 2, 3]
+    assert np.array_equal(distance, distance.T)
+
+
+def test_title_and_legend_tell_density_and_options():
+    figure = draw_mask(TokenGrid(4, 4, 8, text=3), RadialConfig(0.5, 16, sink=False, neighbour="half"))
+    title = figure.axes[0].get_title(loc="left")
+    assert "density" in title
+    assert "4 frames of 4 × 8 tokens + 3 text" in title
+    assert "decay factor 0.5, no sink, neighbour half" in title
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sum(int(label.split(": ")[1].split(" ")[0]) for label in labels[:-1]) == pytest.approx(100, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--frames", "0"], "frames must be an integer >= 1, got 0"),
+        (["--width", "wide"], "argument --width: invalid int value: 'wide'"),
+        (["--block-size", "100"], "block_size must be one of (16, 32, 64, 128, 256), got 100"),
+        (["--decay-factor", "-1"], "decay_factor must be a finite number above 0, got -1.0"),
+        (["--decimation-width", "x"], "must be an integer >= 1 or 'block', got 'x'"),
+        (["--frames", "9999"], "8192 blocks a side can be drawn, got 37497: use a larger block_size"),
+        (["--out", "mask.bmp"], "must end in one of ('.png', '.svg', '.pdf'), got 'mask.bmp'"),
+        (["--out", "missing/mask.png"], "cannot write --out missing/mask.png: No such file or directory"),
+        (["--out", "folder.png"], "cannot write --out folder.png: Is a directory"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_bad_input_ends_in_one_line(changes, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["draw", *SHAPE, "--out", "mask.png", *changes])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]

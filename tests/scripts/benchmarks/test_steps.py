@@ -1,0 +1,45 @@
+"""Denoising steps of the GPU benchmark, on tiny models on the CPU."""
+
+import sys
+
+import pytest
+import torch
+
+from radial_attn.models.apply import TRANSFORMERS
+from scripts.benchmarks.cases import CASES, STEPS, Task, shrink
+from scripts.benchmarks.steps import StepBench
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_denoising_step_block_by_block(name, dtype):
+    bench, case, spec = StepBench("cpu", dtype, tiny=True), shrink(CASES[name]), STEPS[name]
+    dense = bench.run(Task("step", case, "dense", dense="sdpa"))
+    kinds = {where: min(count, 3) for where, count in spec.counts(reduced=spec.only_reduced).items()}
+    assert {where: len(times) for where, times in dense["blocks_ms"].items()} == kinds
+    assert dense["reduced"] == spec.only_reduced and dense["attention_calls"] == sum(kinds.values())
+    assert 0 < dense["attention_ms"] < sum(sum(times) for times in dense["blocks_ms"].values()) < dense["ms"]
+    task = Task("step", case, "radial", using="blocks", dense="sdpa")
+    if spec.name not in TRANSFORMERS:
+        with pytest.raises(ValueError, match="has no fork of"):
+            bench.run(task)
+        return
+    radial = bench.run(task)
+    assert radial["using"] == "blocks" and radial["attention_calls"] == sum(kinds.values())
+
+
+def test_stand_ins_for_attention_are_taken_back():
+    bench, case = StepBench("cpu", torch.float32, tiny=True), shrink(CASES["wan-69"])
+    bench.run(Task("step", case, "radial", using="blocks", dense="flash"))
+    module = sys.modules["diffusers.models.transformers.transformer_wan"]
+    upstream = sys.modules["diffusers.models.attention_dispatch"]
+    assert module.dispatch_attention_fn is upstream.dispatch_attention_fn
+    assert not [hook for block in bench._model.blocks for hook in block._forward_hooks]
+
+
+def test_the_whole_models_have_the_shape_of_the_released_ones():
+    """Parameter counts, on the meta device."""
+    counts = {"wan-69": 14_288_491_584, "hunyuan-117": 12_821_012_544}
+    for name, count in counts.items():
+        model = StepBench("meta", torch.bfloat16, False)._build(STEPS[name], CASES[name], reduced=False)
+        assert sum(parameter.numel() for parameter in model.parameters()) == count

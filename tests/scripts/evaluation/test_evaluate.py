@@ -1,0 +1,284 @@
+"""The evaluation from end to end on the bundled model: what it measures, going on, and what it refuses."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radial_attn import radial_mask
+from radial_attn.analysis.recall import kept_by, recall, sample_rows
+from radial_attn.models import apply_radial_attention
+from scripts.evaluate import examined, main
+from scripts.evaluation.metrics import compare
+from scripts.evaluation.settings import settings_of
+from scripts.evaluation.tables import content as found_in
+from scripts.evaluation.tables import explained, table
+from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, read_video, write_frames
+from scripts.run import sampler as video
+from scripts.run.config import ROOT, read_config
+from scripts.run.plan import attention_arguments, make_plan, radial_config
+from scripts.run.sampler import Sampler, sample, to_bytes
+
+TINY = "configs/wan_tiny.yaml"
+SHORT = ["generation.num_frames=17", "generation.steps=2"]
+THIN = "attention.density=0.6"
+SETTINGS = f"thin: {THIN}; warm: {THIN} attention.dense_steps=1; all: attention.density=1"
+COMPARE = [f"evaluate.compare={SETTINGS}", "evaluate.seeds=1,2", "evaluate.rows=6", "evaluate.steps=2"]
+
+
+def evaluated(folder: Path, *words: str) -> int:
+    return main([TINY, *SHORT, *words, "--work", str(folder / "work"), "--out", str(folder / "table.md")])
+
+
+def content(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "work" / "evaluation.json").read_text())
+
+
+def planned(folder: Path, *words: str) -> Evaluation:
+    """The evaluation of these words, of which nothing is made."""
+    config, settings = settings_of(TINY, [*SHORT, *words])
+    return examined(config, {name: own for name, (_, own) in settings.items()}, folder / "work")
+
+
+def timeless(data: dict[str, Any]) -> dict[str, Any]:
+    """Without the times, and what else differs between two calls."""
+    settings = [
+        {key: value for key, value in setting.items() if not key.startswith("seconds")}
+        for setting in data["settings"]
+    ]
+    return {**data, "settings": settings, "command": None, "hardware": None}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    assert evaluated(folder, *COMPARE) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return Sampler(make_plan(read_config(TINY, [*SHORT, "model.device=cpu"]))).load()
+
+
+def test_settings_hold_density_operations_and_mask(run: Path):
+    data = content(run)
+    assert data["kind"] == "evaluation" and data["reference"] == "dense"
+    by_name = {setting["name"]: setting for setting in data["settings"]}
+    assert list(by_name) == ["dense", "thin", "warm", "all"]
+    plan = make_plan(read_config(TINY, [*SHORT, THIN]), dry_run=True)
+    grid, density = plan.grid, plan.block_mask.density
+    assert 0.5 < density < 0.7
+    thin, warm = by_name["thin"], by_name["warm"]
+    assert thin["grid"] == [grid.frames, grid.height, grid.width, grid.text]
+    assert (thin["density"], warm["density"]) == (density, density)
+    assert thin["density_with_warmup"] == pytest.approx(density)
+    assert warm["density_with_warmup"] == pytest.approx((1 + density) / 2)
+    assert warm["attention_flops"] == pytest.approx(by_name["dense"]["attention_flops"] * (1 + density) / 2)
+    assert thin["mask"] == warm["mask"] and thin["mask"]["neighbour"] != "full"
+    assert warm["words"] == [THIN, "attention.dense_steps=1"]
+    assert all(setting["seconds_video"] > setting["seconds_step"] > 0 for setting in data["settings"])
+
+
+def test_metrics_are_those_of_the_frames_before_encoding(run: Path, pipeline: Any):
+    frames = {}
+    for pattern, words in {"dense": ["attention.pattern=dense"], "thin": [THIN]}.items():
+        config = read_config(TINY, [*SHORT, *words])
+        with apply_radial_attention(pipeline, **attention_arguments(config.attention)):
+            frames[pattern] = to_bytes(sample(pipeline, config, [config.generation.prompt], [2])[0])
+    video = content(run)["videos"][1]
+    assert video["seed"] == 2 and set(video["files"]) == {"dense", "thin", "warm", "all"}
+    assert all((run / "work" / file).is_file() for file in video["files"].values())
+    expected = compare(frames["thin"], frames["dense"])
+    assert {name: video["metrics"]["thin"][name] for name in expected} == pytest.approx(expected)
+    lossless = (run / "work" / video["files"]["dense"]).with_suffix(".mkv")
+    np.testing.assert_array_equal(read_video(lossless), frames["dense"])
+
+
+def test_means_are_over_videos(run: Path):
+    data = content(run)
+    for name in ("thin", "warm"):
+        values = [video["metrics"][name]["psnr"] for video in data["videos"]]
+        assert data["means"][name]["psnr"] == pytest.approx(sum(values) / 2)
+    assert data["means"]["warm"]["psnr"] > data["means"]["thin"]["psnr"]
+    table = (run / "table.md").read_text()
+    assert f"| thin | {data['means']['thin']['psnr']:.2f} |" in table and "1 | warm" not in table
+
+
+def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pipeline: Any):
+    data = content(run)
+    found = data["attention"]["thin"]
+    assert found["steps"] == [2] and found == data["attention"]["warm"]
+    assert np.shape(found["recall"]) == np.shape(found["mse"]) == (1, 6, 4)
+    np.testing.assert_allclose(data["attention"]["all"]["recall"], 1, atol=1e-6)
+    assert np.max(data["attention"]["all"]["mse"]) < 1e-10
+    config = read_config(TINY, [*SHORT, "attention.pattern=dense"])
+    mask_config = radial_config(read_config(TINY, [*SHORT, THIN]).attention)
+    calls: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def see(seen: Any) -> None:
+        if seen.step == 1:
+            mask, rows = radial_mask(seen.mask.grid, mask_config), sample_rows(seen.mask.grid, 6)
+            kept = recall(seen.query, seen.key, mask, rows).mean(dim=(0, 2)).numpy()
+            (errors,) = kept_by(seen.query, seen.key, seen.value, [mask], rows)
+            calls.setdefault(seen.layer, []).append((kept, errors.mse.mean(dim=0).numpy()))
+
+    for seed in (1, 2):
+        with apply_radial_attention(pipeline, **attention_arguments(config.attention), observe=see):
+            sample(pipeline, config, [config.generation.prompt], [seed], output_type="latent")
+    assert {len(of_layer) for of_layer in calls.values()} == {4}  # two seeds, both halves of guidance
+    for place, kind in enumerate(("recall", "mse")):
+        expected = [np.mean([call[place] for call in calls[layer]], axis=0) for layer in range(6)]
+        np.testing.assert_allclose(found[kind][0], expected, rtol=1e-4)
+        assert data["means"]["thin"][kind] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path, monkeypatch, capsys):
+    made, sampled = [], Sampler.sample_video
+
+    def counts(sampler: Any, *rest: Any, **options: Any) -> Any:
+        made.append(sampler.plan.config)
+        return sampled(sampler, *rest, **options)
+
+    def stops(sampler: Any, *rest: Any, **options: Any) -> Any:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return counts(sampler, *rest, **options)
+
+    monkeypatch.setattr(Sampler, "sample_video", stops)
+    assert evaluated(tmp_path, *COMPARE) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
+    assert not (tmp_path / "work" / "evaluation.json").exists() and not (tmp_path / "table.md").exists()
+    monkeypatch.setattr(Sampler, "sample_video", counts)
+    assert evaluated(tmp_path, *COMPARE) == 0
+    assert len(made) == 8
+    assert timeless(content(tmp_path)) == timeless(content(run))
+    assert evaluated(tmp_path, *COMPARE) == 0 and len(made) == 8
+    more = [COMPARE[0] + f"; late: {THIN} attention.dense_last_steps=1", *COMPARE[1:]]
+    assert evaluated(tmp_path, *more) == 0
+    assert len(made) == 12  # with the dense ones, whose attention another mask looks at
+    assert content(tmp_path)["attention"]["late"] == content(run)["attention"]["thin"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert evaluated(tmp_path, *COMPARE, "generation.guidance_scale=2") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "made with other settings (generation.guidance_scale); allowed: these, or another --work" in line
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("changed", ["version", "weights"])
+def test_videos_of_another_version_or_other_weights_are_made_anew(changed, run: Path, monkeypatch, capsys):
+    assert missing_videos(planned(run, *COMPARE)) == []
+    read, other = Path.read_bytes, planned(run, *COMPARE)
+    if changed == "version":
+        monkeypatch.setattr("scripts.run.digest.RESULTS_VERSION", 0)
+    else:
+        file = "diffusion_pytorch_model.safetensors"
+        monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == file))
+    assert len(missing_videos(other)) == 8
+    monkeypatch.setattr(Sampler, "load", lambda sampler: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        make_missing(other)
+    line = "note: 8 videos are made anew, since program, weights or device have changed"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_seconds_of_another_machine_are_left_out(run: Path, monkeypatch):
+    evaluation, whole = planned(run, *COMPARE), Evaluation.record
+    words = {name: [] for name in evaluation.plans}
+    assert found_in(evaluation, words)["elsewhere"] == 0
+
+    def moved(seeds: tuple[int, ...]) -> dict[str, Any]:
+        def record(self: Evaluation, name: str, take: Any) -> dict[str, Any]:
+            kept = whole(self, name, take)
+            return kept | ({"machine": {"threads": 99}} if take.seed in seeds else {})
+
+        monkeypatch.setattr(Evaluation, "record", record)
+        return found_in(evaluation, words)
+
+    some = moved((1,))
+    for setting in some["settings"]:
+        kept = whole(evaluation, setting["name"], evaluation.takes[1])["seconds"]
+        expected = kept["encode_text"] + kept["denoise"] + kept["decode"]
+        assert setting["seconds_video"] == pytest.approx(expected)
+    assert "The seconds of 4 videos, made on another machine" in explained(some, evaluation)
+    every = moved((1, 2))
+    assert every["elsewhere"] == 8 and "s a step" not in table(every)[0]
+    assert every["means"] == some["means"]
+
+
+def test_a_failing_pipeline_leaves_one_line_and_no_half_files(tmp_path: Path, monkeypatch, capsys):
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the kernel\nsaid no")
+
+    monkeypatch.setattr(video, "sample", fails)
+    assert evaluated(tmp_path) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "error: dense: the pipeline failed with RuntimeError: the kernel"
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_frames_are_kept_without_loss(tmp_path: Path):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 21, 35, 3), dtype=np.uint8)
+    write_frames(tmp_path / "a.mkv", frames, 16)
+    np.testing.assert_array_equal(read_video(tmp_path / "a.mkv"), frames)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
+
+
+REFUSED = {
+    "setting": (["evaluate.compare=a: generation.steps=3"], "evaluate.compare: a has 'generation.steps=3'"),
+    "dense": (["evaluate.compare=dense"], "evaluate.compare: got 'dense'"),
+    "twice": (["evaluate.compare=a; a"], "evaluate.compare: got 'a' twice"),
+    "name": (["evaluate.compare=../a"], "evaluate.compare: got the name '../a'"),
+    "key": (
+        ["evaluate.sedes=1"],
+        "unknown key 'evaluate.sedes' (command line); did you mean 'evaluate.seeds'",
+    ),
+    "of a setting": (["evaluate.compare=a: attention.block_size=7"], "attention.block_size: got 7"),
+    "equal to dense": (
+        ["evaluate.compare=b: attention.pattern=dense"],
+        "evaluate.compare: b is equal to dense in everything",
+    ),
+    "processes": (
+        ["parallel.ulysses_degree=2"],
+        "dense: parallel.ulysses_degree: got 2, allowed in one process: 1",
+    ),
+    "against itself": (["attention.pattern=dense"], "evaluate.compare: got 'dense'"),
+    "step": (["evaluate.steps=3"], "evaluate.steps: got [3], allowed: 1 to 2 (generation.steps)"),
+    "prompts": (["evaluate.prompts=absent.txt"], "evaluate.prompts: got 'absent.txt', which cannot be read"),
+    "scores": (
+        ["evaluate.scores=other: x.json"],
+        "evaluate.scores: got 'other: x.json', allowed: a name of dense",
+    ),
+    "compiled": (["model.compile=blocks"], "model.compile: got 'blocks', allowed: none, or evaluate.rows=0"),
+    "size": (["generation.height=50"], "dense: generation.height: got 50"),
+}
+
+
+@pytest.mark.parametrize(("words", "line"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_one_line_and_leaves_nothing(words, line, tmp_path: Path, capsys):
+    assert evaluated(tmp_path, *words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {line}"), lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shell_script_plans_without_making_anything(tmp_path: Path):
+    words = [
+        TINY,
+        "evaluate.compare=[radial, {thin: attention.density=0.5}]",
+        "--dry-run",
+        "--work",
+        tmp_path / "w",
+    ]
+    done = subprocess.run(
+        ["bash", "scripts/evaluate.sh", *words], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| setting", "| dense", "| radial", "| thin"]
+    assert not (tmp_path / "w").exists()

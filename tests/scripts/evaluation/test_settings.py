@@ -1,0 +1,77 @@
+"""An evaluation before anything is made: files, digests, means over steps, what a cache leaves out."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from radial_attn import RadialConfig
+from scripts.evaluate import examined, main, parse
+from scripts.evaluation.recall import Readings, averaged
+from scripts.evaluation.settings import settings_of
+from scripts.evaluation.tables import explained
+from scripts.evaluation.videos import Evaluation
+from scripts.run.config import ROOT
+
+TINY = "configs/wan_tiny.yaml"
+THIN = "attention.density=0.6"
+
+
+def planned(folder: Path, *words: str) -> Evaluation:
+    """The evaluation of these words."""
+    config, settings = settings_of(TINY, list(words))
+    return examined(config, {name: own for name, (_, own) in settings.items()}, folder / "work")
+
+
+def test_weights_of_dense_count_for_every_setting(tmp_path: Path):
+    words = "evaluate.compare=a; b: model.dtype=bfloat16"
+    programs = planned(tmp_path, words).programs
+    assert programs["a"] == programs["dense"] != programs["b"]
+    other = planned(tmp_path, words)
+    for name in ("dense", "a"):
+        other.plans[name] = replace(other.plans[name], path=str(ROOT / "assets/mochi-tiny"))
+    assert other.programs["b"] != programs["b"]
+
+
+def test_attention_is_averaged_over_the_steps_that_a_cache_left_in_all_videos():
+    def of(steps: list[int], value: float) -> dict[str, Any]:
+        levels = [[[value + step]] for step in steps]
+        return {"steps": steps, "recall": levels, "mse": levels}
+
+    found = averaged([of([1, 2, 4], 0.0), of([1, 4], 1.0)])
+    assert found == {"steps": [1, 4], "recall": [[[1.5]], [[4.5]]], "mse": [[[1.5]], [[4.5]]]}
+    assert averaged([of([1], 0.0), of([2], 0.0)]) is None and averaged([]) is None
+
+
+def test_a_step_without_all_layers_of_the_model_is_left_out():
+    mask = RadialConfig()
+    readings = Readings({"a": mask}, 4, [1, 2], 2, lambda: None)
+    readings._found = {(mask, 2, 0): [torch.ones(2, 4)]}
+    assert readings.table()["a"] == {"steps": [], "recall": [], "mse": []}
+    readings._found |= {(mask, 1, layer): [torch.ones(2, 4)] for layer in (0, 1)}
+    assert readings.table()["a"]["steps"] == [1]
+
+
+def test_operations_are_not_given_with_a_cache(tmp_path: Path, capsys):
+    words = [TINY, "--dry-run", "--work", str(tmp_path)]
+    assert main(words) == 0
+    assert "| attention, FLOP |" in capsys.readouterr().out
+    assert main([*words, "model.cache=first_block"]) == 0
+    head = capsys.readouterr().out.splitlines()[0]
+    assert "| density |" in head and "FLOP" not in head and "with warm-up" not in head
+    data = {"reference": "dense", "videos": [{"metrics": {}}], "attention": {}, "elsewhere": 0}
+    text = explained(data, planned(tmp_path, "model.cache=first_block"))
+    assert "There is no recall: in no step" in text and "Operations are not given with a cache" in text
+
+
+def test_each_video_has_its_own_file_and_each_configuration_its_own_table(tmp_path: Path):
+    evaluation = planned(tmp_path, f"evaluate.compare=a.mp4: {THIN}", "evaluate.seeds=1,2")
+    paths = {evaluation.path(name, take) for name in evaluation.plans for take in evaluation.takes}
+    assert len(paths) == 4
+    assert {path.parent for path in paths} == {
+        tmp_path / "work" / "videos" / name for name in evaluation.plans
+    }
+    for words, kind in (([TINY], "wan_tiny"), (["configs/mochi_tiny.yaml"], "mochi_tiny")):
+        assert parse(words).out.name.startswith((f"evaluation_{kind}_cpu_", f"evaluation_{kind}_gpu_"))
+    assert parse(["--folders", "a=b", "c=d"]).out.name.startswith("evaluation_folders_")

@@ -1,0 +1,192 @@
+"""LoRA training whose processes share the model's weights: it learns what training with whole weights does.
+
+Weights are gathered as they were stored, and gradients are averaged by the same DDP: what two processes learn
+is the same bit for bit, so nothing here has a tolerance.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from scripts.lora import plan as planning
+from scripts.lora.config import SCHEMA
+from scripts.lora.plan import TrainPlan, plan_training
+from scripts.lora.validation import shares
+from scripts.run.errors import UsageError
+from scripts.train_lora import main
+from tests.support.lora_cases import adapter, cut, launch_training, make_latents, same, train, write_config
+from tests.support.multi_process import run_ranks
+from tests.support.tiny_hunyuan import hunyuan_pipeline
+
+SHARD = "parallel.shard=fsdp"
+VALIDATION = ["train.ema=0.5", "validation.every=2", "validation.samples=3", "validation.videos=1"]
+
+
+def run_of(config: Path, folder: Path, shard: str, *words: str) -> Path:
+    """Folder of a run of two processes."""
+    launch_training(str(config), f"output.path={folder / shard}", f"parallel.shard={shard}", *words)
+    return folder / shard
+
+
+def pair(config: Path, folder: Path, *words: str) -> tuple[Path, Path]:
+    """Folders of two runs of these words: with whole weights, and with shared ones."""
+    return run_of(config, folder, "none", *words), run_of(config, folder, "fsdp", *words)
+
+
+def entries(run: Path) -> list[dict]:
+    """The log of a run."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes with whole weights; with a mean, validation and a video."""
+    return run_of(lora_config, tmp_path_factory.mktemp("whole"), "none", *VALIDATION)
+
+
+@pytest.fixture(scope="module")
+def shared(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with shared weights."""
+    return run_of(lora_config, tmp_path_factory.mktemp("shared"), "fsdp", *VALIDATION)
+
+
+def test_shared_weights_give_what_whole_ones_give(tmp_path):
+    """Every family, with checkpointing and without: outputs and gradients; half of the weights in each.
+
+    One block is whole at a time; two in the backward of Wan-VACE, whose blocks are of two stacks.
+    """
+    out = tmp_path / "found.json"
+    run_ranks(2, "tests.support.sharding_worker", out)
+    found = json.loads(out.read_text())
+    assert len(found) == 11
+    for name, everyone in found.items():
+        for one in everyone:
+            assert one["equal"] == [True] * 3, name
+            assert one["adapter"] and one["names"], name
+            assert one["blocks"] == (2 if name == "wan_vace, checkpointing" else 1), name
+            assert abs(one["held"] / one["total"] - 1 / 2) < 0.01, name  # some rows 2 does not divide
+
+
+def test_the_adapter_loads_in_plain_diffusers(shared, tiny_model):
+    pipeline = WanPipeline.from_pretrained(tiny_model)
+    pipeline.load_lora_weights(shared)
+    loaded = {name: x for name, x in pipeline.transformer.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(adapter(shared)) and all(x.abs().sum() > 0 for x in loaded.values())
+
+
+def test_two_processes_learn_the_same(whole, shared):
+    assert same(whole, shared)
+    for name in ("gradient_norm", "validation_loss"):
+        one, other = ([entry.get(name) for entry in entries(run)] for run in (whole, shared))
+        assert one == other and any(value is not None for value in one)
+    for part in ("best", "videos/000006"):
+        one, other = (sorted((run / part).iterdir()) for run in (whole, shared))
+        assert [file.name for file in one] == [file.name for file in other] != []
+    one, other = (next((run / "videos/000006").glob("*.mp4")) for run in (whole, shared))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("begun", ["shared", "whole"])
+def test_a_stopped_run_goes_on_to_the_same(lora_config, shared, tmp_path, begun, request):
+    """One that shared its weights from the first step, and one that did not."""
+    folder = cut(request.getfixturevalue(begun), tmp_path / "cut", 2)
+    launch_training(str(lora_config), f"output.path={folder}", SHARD, *VALIDATION)
+    assert same(folder, shared)
+
+
+def test_bfloat16_and_numbers_that_are_not_finite(tiny_model, tmp_path):
+    """Norms stay in float32, blocks are computed again, two batches make an update; one clip is of NaN.
+
+    All processes skip a step that one of them cannot take.
+    """
+    latents = make_latents(tiny_model, tmp_path / "latents", broken=5)
+    config = write_config(tmp_path / "tiny.yaml", tiny_model, latents)
+    words = ["model.dtype=bfloat16", "train.checkpointing=true", "train.accumulate=2", "train.batch=1"]
+    one, other = (entries(run) for run in pair(config, tmp_path, *words))
+    assert 0 < other[-1]["skipped"] < 6
+    for name in ("loss", "gradient_norm", "skipped"):
+        assert [entry[name] for entry in one] == [entry[name] for entry in other]
+    first, second = adapter(tmp_path / "none"), adapter(tmp_path / "fsdp")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_hunyuan_video_with_a_video_shared_too(tmp_path):
+    """Ulysses over the same processes; blocks of two kinds, text with a mask, and a video at validation."""
+    hunyuan_pipeline().save_pretrained(tmp_path / "model")
+    latents = make_latents(tmp_path / "model", tmp_path / "latents", "hunyuan_video")
+    config = write_config(tmp_path / "tiny.yaml", tmp_path / "model", latents, "hunyuan_video")
+    words = ["train.steps=2", "validation.every=2", "validation.samples=1", "validation.videos=1"]
+    words += ["parallel.ulysses_degree=2", "train.checkpointing=true"]
+    assert same(*pair(config, tmp_path, *words))
+    assert len(list((tmp_path / "fsdp" / "videos" / "000002").glob("*.mp4"))) == 1
+
+
+def test_processes_that_share_weights_take_equally_many_samples():
+    config = SimpleNamespace(parallel=SimpleNamespace(shard="fsdp"))
+    places = [SimpleNamespace(config=config, place=place, world=3) for place in range(3)]
+    taken = [list(shares(run, 4)) for run in places]
+    assert taken == [[(0, True), (3, True)], [(1, True), (3, False)], [(2, True), (3, False)]]
+    config.parallel.shard = "none"
+    assert [list(shares(run, 4)) for run in places] == [[(0, True), (3, True)], [(1, True)], [(2, True)]]
+
+
+def test_bad_input_is_one_line(lora_config, tmp_path, capsys):
+    for word, message in (
+        (
+            "fsdp",
+            "parallel.shard: got 'fsdp', allowed in one process: none; weights are shared from NPROC=2 on",
+        ),
+        ("zero", "parallel.shard: got 'zero', allowed: none, fsdp"),
+    ):
+        assert train(lora_config, tmp_path / "out", f"parallel.shard={word}") == 2
+        assert capsys.readouterr().err == f"error: {message}\n" and not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_weights_as_shared(lora_config, monkeypatch, capsys):
+    """A quarter of them and the two blocks, of four, that are whole at a time."""
+    config = SCHEMA.read(str(lora_config), [SHARD])
+    plan = plan_training(config)
+    assert plan.model.layers == 4 and plan.adapter == 3072
+    whole = 4 * plan.model.parameters["transformer"]
+    assert needed(plan) == pytest.approx(needed(whole_of(plan)))  # one process
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert needed(plan) == pytest.approx(needed(whole_of(plan)) + (1 / 4 + 2 / 4 - 1) * whole)
+    assert main([str(lora_config), SHARD, "--dry-run"]) == 0
+    assert "weights    shared by 4 processes" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([str(lora_config), SHARD, "parallel.ulysses_degree=8", "--dry-run"]) == 0
+    assert "weights    shared by 8 processes" in capsys.readouterr().out
+    assert main([str(lora_config), SHARD, "--dry-run"]) == 0
+    assert "weights    whole, shared from NPROC=2 on" in capsys.readouterr().out
+
+
+def test_room_is_checked_for_shared_weights(lora_config, monkeypatch, capsys):
+    """Weights of 4 GiB, in blocks of one sixteenth: more than is free whole, less when eight share them."""
+    plan = plan_training(SCHEMA.read(str(lora_config), [SHARD, "model.device=cpu"]))
+    plan = replace(plan, model=replace(plan.model, layers=16, parameters={"transformer": 2**30}))
+    monkeypatch.setattr(planning, "room", lambda device: 3 * 2**30)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    planning.check_room(plan)
+    with pytest.raises(UsageError, match=r"needs about 4\.5 GiB, 3\.0 GiB are free .* parallel\.shard=fsdp"):
+        planning.check_room(whole_of(plan))
+    capsys.readouterr()
+    planning.check_room(replace(whole_of(plan), device="cuda"))  # there the prediction was never measured
+    out = capsys.readouterr().out
+    assert out.startswith("note: memory may be short: training needs about 4.0 GiB, 3.0 GiB are free")
+
+
+def whole_of(plan: TrainPlan) -> TrainPlan:
+    """The same run, every process with all weights."""
+    config = plan.config
+    return replace(plan, config=replace(config, parallel=replace(config.parallel, shard="none")))
+
+
+def needed(plan: TrainPlan) -> float:
+    """Predicted bytes of a process."""
+    (size,) = plan.sizes
+    return plan.memory(size)

@@ -1,0 +1,187 @@
+"""LoRA training by its command: what is learnt and written, runs that are stopped, bad input."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.lora.load import Lora, load_loras
+from radial_attn.models.training.flow import predict_velocity, stack_text
+from scripts.generate import main as generate
+from scripts.lora import step
+from scripts.lora.config import SCHEMA
+from scripts.lora.setup import prepared
+from scripts.lora.step import learning_rate, noise_levels
+from scripts.run.config import ROOT
+from scripts.run.plan import radial_config
+from scripts.train_lora import main
+from tests.support.lora_cases import (
+    CAPTIONS,
+    FILE,
+    adapter,
+    launch_training,
+    losses,
+    make_latents,
+    train,
+    write_config,
+)
+from tests.support.plans import TINY
+from tests.support.tiny_hunyuan import hunyuan_pipeline
+from tests.support.tiny_mochi import mochi_pipeline
+
+SEED = 0  # drops the first of two captions at a rate of one half
+
+
+def test_adapter_loads_everywhere(lora_run, tiny_model, lora_config):
+    """Into plain diffusers, into our own loader: both give the same model, which is not the one of before."""
+    state = adapter(lora_run)
+    assert len(state) == 4 * 4 * 2 and all(name.startswith("transformer.blocks.") for name in state)
+    assert all(x.abs().sum() > 0 for x in state.values())  # the matrices B, too, which began at zero
+    outputs, inputs = [], None
+    for way in ("none", "diffusers", "ours"):
+        pipeline = WanPipeline.from_pretrained(tiny_model)
+        if way == "diffusers":
+            pipeline.load_lora_weights(lora_run)
+        elif way == "ours":
+            load_loras(pipeline, [Lora(lora_run / FILE)])
+        inputs = inputs or {
+            "hidden_states": torch.randn(1, 4, 3, 6, 8),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": torch.randn(1, 7, 16),
+        }
+        with torch.no_grad():
+            outputs.append(pipeline.transformer(**inputs).sample)
+    assert torch.equal(outputs[1], outputs[2]) and not torch.allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+def test_generation_says_what_an_adapter_was_trained_for(lora_run, tiny_model, capsys, tmp_path):
+    sizes = ["generation.num_frames=9", "generation.height=48", "generation.width=64", "generation.steps=2"]
+    words = [TINY, f"model.path={tiny_model}", f"model.loras={lora_run}", *sizes]
+    mask = ["attention.block_size=16", "attention.decay_factor=0.2", "attention.neighbour=half"]
+    mask += ["attention.dense_layers=1"]
+    assert generate([*words, *mask, f"output.path={tmp_path / 'a.mp4'}"]) == 0
+    assert "was trained with" not in capsys.readouterr().out
+    assert generate([*words, *mask, "generation.num_frames=13", "attention.sink=false", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"note: LoRA {lora_run} was trained with videos of 9x48x64 (here 13x48x64), " in out
+    assert "attention.sink=True (here False)" in out
+
+
+def test_loss_is_that_of_flow_matching(lora_config, tiny_model, tmp_path):
+    """One step's loss, written out: velocity against noise - video, some captions left out."""
+    parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}"])
+    with prepared(parsed) as (run, _):
+        indices, sigma = [0, 4], torch.tensor([0.25, 0.75])
+        found = step.flow_loss(
+            run, run.plain, indices, sigma, random=torch.Generator().manual_seed(SEED), drop=0.5
+        )
+        store, transformer = run.store, run.plain
+        random = torch.Generator().manual_seed(SEED)
+        dropped = torch.rand(2, generator=random) < 0.5
+        assert dropped.tolist() == [True, False]
+        video = torch.stack([store.load(i)[0] for i in indices])
+        noise = torch.randn(video.shape, generator=random)
+        noisy = torch.stack([0.75 * video[0] + 0.25 * noise[0], 0.25 * video[1] + 0.75 * noise[1]])
+        text = stack_text([store.empty_text, store.load(4)[1]])
+        velocity = transformer(noisy, 1000 * sigma, text["prompt_embeds"]).sample
+        assert torch.allclose(found, (velocity - (noise - video)).square().mean())
+
+
+def test_radial_attention_is_what_is_trained_with(lora_config, tmp_path):
+    """The run's transformer gives what the mask gives, not what dense attention would."""
+    parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}", "attention.neighbour=0.1"])
+    with prepared(parsed) as (run, _), torch.no_grad():
+        latents, text = run.store.load(0)
+        inputs = latents[None], torch.tensor([0.5]), stack_text([text])
+        radial = predict_velocity(run.plain, "wan", *inputs)
+        plain = WanPipeline.from_pretrained(parsed.model.path).transformer
+        dense = predict_velocity(plain, "wan", *inputs)
+        assert not torch.allclose(radial, dense, atol=1e-4)
+        with apply_radial_attention(plain, radial_config(parsed.attention), dense_layers=1):
+            assert torch.allclose(predict_velocity(plain, "wan", *inputs), radial, atol=1e-6)
+
+
+def test_noise_levels():
+    random = torch.Generator().manual_seed(0)
+    uniform = noise_levels(20000, random, kind="uniform", shift=1.0)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and 0 <= uniform.min() < uniform.max() <= 1
+    shifted = noise_levels(20000, random, kind="uniform", shift=5.0)
+    # the median of t is 1/2, and sigma rises with t: 5 / 2 over 1 + 4 / 2
+    assert shifted.median().item() == pytest.approx(2.5 / 3, abs=0.01)
+    normal = noise_levels(20000, random, kind="logit_normal", shift=1.0)
+    assert torch.logit(normal).std().item() == pytest.approx(1.0, abs=0.03)
+    for kind in ("uniform", "logit_normal"):
+        low = noise_levels(5000, random, kind=kind, shift=5.0, span=(0.0, 0.875))
+        high = noise_levels(5000, random, kind=kind, shift=5.0, span=(0.875, 1.0))
+        assert low.max() <= 0.8751 and high.min() >= 0.8749
+
+
+def test_learning_rate(lora_config):
+    parsed = SCHEMA.read(str(lora_config), ["train.steps=100", "train.warmup=10", "train.rate=1.0"])
+    rates = [learning_rate(parsed, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90))) and rates[99] < 0.001
+    flat = SCHEMA.read(str(lora_config), ["train.schedule=constant", "train.warmup=0", "train.rate=1.0"])
+    assert {learning_rate(flat, step) for step in range(6)} == {1.0}
+
+
+def test_mean_of_the_adapter_is_what_is_saved(lora_config, tmp_path):
+    """decay 0.5: half of the mean of before, half of the new parameters."""
+    words = ["train.steps=2", "train.save_every=1", "train.ema=0.5"]
+    assert train(lora_config, tmp_path, *words) == 0
+    first, second = (torch.load(tmp_path / f"step_00000{n}" / "state.pt") for n in (1, 2))
+    saved = adapter(tmp_path)
+    for name, value in second["trained"].items():
+        mean = 0.5 * first["average"][name] + 0.5 * value
+        assert torch.allclose(saved["transformer." + name.replace(".length.", ".")], mean)
+
+
+def test_validation(lora_config, lora_run, tmp_path):
+    """The same noise every time, samples that are not trained on, the best adapter kept, videos written."""
+    words = ["validation.every=2", "validation.videos=1", "train.rate=1e-9"]
+    assert train(lora_config, tmp_path, *words) == 0
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [entry["validation_loss"] for entry in entries if "validation_loss" in entry]
+    assert len(found) == 3 and found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+    assert (tmp_path / "best" / FILE).is_file()
+    videos = sorted((tmp_path / "videos" / "000002").glob("*"))
+    assert [file.suffix for file in videos] == [".mp4", ".txt"]
+    assert videos[1].read_text().strip() in CAPTIONS
+    with prepared(SCHEMA.read(str(lora_config), [f"output.path={tmp_path / 'x'}", *words])) as (run, _):
+        trained = {i for members in run.sampler.buckets.values() for i in members}
+        assert run.held_out == [2, 6] and trained == set(range(8)) - {2, 6}
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs/train").glob("*.yaml")))
+def test_presets_plan(preset, capsys):
+    assert main([f"configs/train/{preset}", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "trainable parameters" in out and "fewer operations in all" in out
+
+
+@pytest.mark.parametrize(
+    ("family", "make", "channels", "step"),
+    [("hunyuan_video", hunyuan_pipeline, 4, 4), ("mochi", mochi_pipeline, 12, 6)],
+)
+def test_other_families_train(family, make, channels, step, tmp_path):
+    model = tmp_path / "model"
+    make().save_pretrained(model)
+    size = (2 * step + 1, 48, 64)
+    latents = make_latents(model, tmp_path / "latents", family, size, channels=channels, step=step)
+    config = write_config(tmp_path / "tiny.yaml", model, latents, family, size)
+    assert train(config, tmp_path / "out", "train.steps=2", "train.checkpointing=true") == 0
+    assert all(x.abs().sum() > 0 for name, x in adapter(tmp_path / "out").items() if "lora_A" in name)
+
+
+def test_hunyuan_video_trains_in_two_processes(tmp_path):
+    """As in one, with its tokens shared."""
+    hunyuan_pipeline().save_pretrained(tmp_path / "model")
+    latents = make_latents(tmp_path / "model", tmp_path / "latents", "hunyuan_video")
+    config = write_config(tmp_path / "tiny.yaml", tmp_path / "model", latents, "hunyuan_video")
+    words = ["train.steps=2", "train.checkpointing=true"]
+    assert train(config, tmp_path / "one", *words) == 0
+    launch_training(str(config), f"output.path={tmp_path / 'two'}", "parallel.ulysses_degree=2", *words)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

@@ -1,0 +1,252 @@
+"""Image to video and VACE through the command: tiny random pipelines, the rule of fitting, refused files."""
+
+import json
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from PIL import Image
+
+from scripts.generate import main
+from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.inputs import fit, open_image, read_inputs
+from tests.support.script_cases import SMALL
+from tests.support.tiny import CHANNELS
+from tests.support.tiny_hunyuan import hunyuan_image_pipeline
+from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
+
+WAN, HUNYUAN, TEXT = "configs/wan2.1_i2v_14b_480p.yaml", "configs/hunyuan_i2v.yaml", "configs/wan_tiny.yaml"
+FRAMES = ["generation.num_frames=9"]
+VACE = ["configs/wan2.1_t2v_14b.yaml", "model.family=wan_vace", "model.path=Wan-AI/Wan2.1-VACE-14B-diffusers"]
+
+
+def ti2v() -> WanPipeline:
+    """As Wan2.2 TI2V-5B, a text-to-video pipeline by its index, with a VAE of 16 x 16 pixels to a latent."""
+    pipeline = ti2v_pipeline()
+    torch.manual_seed(0)
+    pipeline.vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=8,
+        z_dim=CHANNELS,
+        num_res_blocks=1,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+    ).eval()
+    return pipeline
+
+
+RUNS = {
+    "wan2.1": (i2v_pipeline, [WAN]),
+    "wan2.2": (a14b_i2v_pipeline, ["configs/wan2.2_i2v_a14b.yaml"]),
+    "wan2.2 5B": (ti2v, [WAN]),
+    "hunyuan": (lambda: hunyuan_image_pipeline("token_replace", image_size=336), [HUNYUAN]),
+    "hunyuan 33ch": (lambda: hunyuan_image_pipeline("latent_concat", image_size=336), [HUNYUAN]),
+}
+
+
+def picture(file: Path, size: tuple[int, int] = (96, 64), color: str = "red", **options: object) -> Path:
+    Image.new("RGB", size, color).save(file, **options)
+    return file
+
+
+def clip(frames: int = 9, level: int = 200) -> np.ndarray:
+    """Grey frames uint8 `[T, 48, 80, 3]` with a bright left half."""
+    video = np.full((frames, 48, 80, 3), 20, dtype=np.uint8)
+    video[:, :, :40] = level
+    return video
+
+
+def saved(build, folder: Path) -> list[str]:
+    build().save_pretrained(folder / "model")
+    return [f"model.path={folder / 'model'}", f"output.path={folder / 'out.mp4'}"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
+    build, preset = RUNS[name]
+    image = picture(tmp_path / "cat.png")
+    argv = [*preset, *SMALL, *FRAMES, *saved(build, tmp_path), f"generation.image={image}"]
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["inputs"]["image"]["file"] == "cat.png" and len(record["inputs"]["image"]["sha256"]) == 64
+    assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
+    assert record["attention"]["grid"] == ([3, 2, 2] if name == "wan2.2 5B" else [3, 4, 4])
+    assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+
+
+@pytest.mark.parametrize("given", ["nothing", "video", "video and mask"])
+def test_a_tiny_random_vace(given, tmp_path):
+    options = [] if given == "nothing" else [f"generation.video={tmp_path / 'video.mp4'}"]
+    options += [f"generation.mask={tmp_path / 'mask.gif'}"] if "mask" in given else []
+    imageio.mimwrite(tmp_path / "video.mp4", clip(), macro_block_size=1)
+    imageio.mimwrite(tmp_path / "mask.gif", [frame + i for i, frame in enumerate(clip())])
+    assert main([*VACE, *SMALL, *FRAMES, *saved(vace_pipeline, tmp_path), *options]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert set(record["inputs"]) == set(given.replace("nothing", "").split()) - {"and"}
+    assert record["attention"]["layers"] == 6 and record["attention"]["dense_layers"] == 2
+    assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+
+
+def test_a_prompt_file_goes_on_unless_the_image_changed(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    image = picture(tmp_path / "first.png")
+    model, _ = saved(a14b_i2v_pipeline, tmp_path)
+    options = [*SMALL, *FRAMES, model, "generation.steps=1", f"output.path={tmp_path / 'out'}"]
+    argv = [WAN, *options, f"generation.prompt_file={tmp_path / 'prompts.txt'}"]
+
+    def run(file: Path) -> str:
+        assert main([*argv, f"generation.image={file}"]) == 0
+        return capsys.readouterr().out
+
+    assert "2 of 2 videos to make" in run(image)
+    assert "0 of 2 videos to make" in run(image.rename(tmp_path / "second.png"))
+    out = run(picture(tmp_path / "first.png", color="blue"))
+    assert out.count("was made with other settings (generation.image): made again") == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "left", "right"),
+    [
+        ((64, 32), (64, 0, 0), (191, 0, 0)),  # of the shape of the video: no crop
+        ((128, 32), (96, 0, 0), (159, 0, 0)),  # wider: the middle half
+        ((64, 128), (64, 0, 0), (191, 0, 0)),  # taller: the whole width
+        ((16, 8), (64, 0, 0), (191, 0, 0)),  # smaller: scaled up
+    ],
+)
+def test_an_image_covers_the_video_and_is_cropped_at_the_centre(size, left, right):
+    """Red grows from left to right; at a quarter and three quarters of the width lies what must lie there."""
+    red = np.linspace(0, 255, size[0])
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    pixels[..., 0] = red
+    fitted = np.asarray(fit(Image.fromarray(pixels), 32, 64)).astype(int)
+    assert fitted.shape == (32, 64, 3)
+    assert np.abs(fitted[:, 15:17].mean((0, 1)) - left).max() < 6
+    assert np.abs(fitted[:, 47:49].mean((0, 1)) - right).max() < 6
+
+
+def test_an_image_of_the_size_of_the_video_stays_as_it_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    assert np.array_equal(fit(Image.fromarray(pixels), 32, 64), pixels)
+
+
+def test_an_image_is_turned_and_stands_on_black(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    turned = open_image("generation.image", str(picture(tmp_path / "a.jpg", (40, 20), exif=exif)))
+    assert turned.size == (20, 40)
+    for mode in ("RGBA", "LA"):
+        color = (255, 255, 255, 51) if mode == "RGBA" else (255, 51)
+        Image.new(mode, (8, 8), color).save(tmp_path / "clear.png")
+        assert open_image("generation.image", str(tmp_path / "clear.png")).getpixel((0, 0)) == (51, 51, 51)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    assert open_image("generation.image", str(tmp_path / "print.jpg")).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])
+def test_video_and_mask_are_fitted_and_cut(kind, tmp_path):
+    """The first frames of a longer video; the mask is black and white from half brightness on."""
+    names = {}
+    for name, level in (("video", 200), ("mask", 140)):
+        frames = [frame + i for i, frame in enumerate(clip(7, level))]
+        target = tmp_path / (name if kind == "folder" else f"{name}.{kind}")
+        if kind == "folder":
+            target.mkdir()
+            for number, frame in enumerate(frames):
+                Image.fromarray(frame).save(target / f"{number:03d}.png")
+        else:
+            imageio.mimwrite(target, frames, **({"macro_block_size": 1} if kind == "mp4" else {}))
+        names[f"generation.{name}"] = target
+    sizes = ["generation.height=32", "generation.width=64", "generation.num_frames=5"]
+    words = [*sizes, *(f"{key}={file}" for key, file in names.items())]
+    inputs = read_inputs(read_config(TEXT, words).generation, "wan_vace")
+    video, mask = (np.stack(inputs.arguments[name]) for name in ("video", "mask"))
+    assert video.shape == (5, 32, 64, 3) and mask.shape == (5, 32, 64)
+    assert abs(int(video[0, 16, 8, 0]) - 200) < 8 and abs(int(video[4, 16, 60, 0]) - 24) < 8
+    assert set(np.unique(mask)) == {0, 255} and mask[0, 16, 8] == 255 and mask[0, 16, 60] == 0
+    assert {name: file["file"] for name, file in inputs.files.items()} == {
+        key.split(".")[1]: file.name for key, file in names.items()
+    }
+
+
+def test_more_than_eight_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UsageError, match="more than 8 bits a channel"):
+        open_image("generation.image", str(tmp_path / "deep.png"))
+
+
+BAD = {
+    "no image": ([WAN], ["generation.image", "got null", "allowed with family wan_i2v", "JPEG or PNG"]),
+    "no image, hunyuan": ([HUNYUAN], ["generation.image", "got null", "family hunyuan_video_i2v"]),
+    "missing": ([WAN, "generation.image=nope.png"], ["generation.image", "'nope.png'", "no file"]),
+    "empty": ([WAN, "generation.image="], ["generation.image", "''", "no file"]),
+    "too long": ([WAN, f"generation.image={300 * 'x'}"], ["cannot be read", "too long"]),
+    "unknown home": ([WAN, "generation.image=~nobody-here/a.png"], ["cannot be read", "home"]),
+    "folder": ([WAN, "generation.image={here}"], ["generation.image", "is a folder"]),
+    "text": ([WAN, "generation.image={here}/text.png"], ["text.png", "no JPEG or PNG"]),
+    "nothing in it": ([WAN, "generation.image={here}/empty.jpg"], ["empty.jpg", "no JPEG or PNG"]),
+    "gif": ([WAN, "generation.image={here}/short.gif"], ["short.gif", "no JPEG or PNG"]),
+    "truncated": ([WAN, "generation.image={here}/cut.png"], ["cut.png", "cannot be read", "truncated"]),
+    "truncated jpg": ([HUNYUAN, "generation.image={here}/cut.jpg"], ["cut.jpg", "truncated"]),
+    "image, text to video": ([TEXT, "generation.image=a.png"], ["'a.png'", "with family wan: null"]),
+    "image, VACE": ([*VACE, "generation.image=a.png"], ["'a.png'", "with family wan_vace: null"]),
+    "video, image to video": ([WAN, "generation.video=a.mp4"], ["'a.mp4'", "with family wan_i2v: null"]),
+    "text to video model": ([TEXT, "model.family=wan_i2v"], ["must hold a WanImageToVideoPipeline"]),
+    "plain": ([HUNYUAN, "generation.prompt_template=plain"], ["'plain'", "hunyuan_video_i2v: default"]),
+    "mask alone": ([*VACE, "generation.mask={here}/short.gif"], ["generation.mask", "without", "null"]),
+    "no video": ([*VACE, "generation.video=nope.mp4"], ["generation.video", "'nope.mp4'", "mp4 or gif"]),
+    "truncated video": ([*VACE, "generation.video={here}/cut.mp4"], ["cut.mp4", "cannot be read"]),
+    "text as video": ([*VACE, "generation.video={here}/text.mp4"], ["text.mp4", "cannot be read"]),
+    "text as gif": ([*VACE, "generation.video={here}/text.gif"], ["text.gif", "cannot be read"]),
+    "folder without images": ([*VACE, "generation.video={here}/void"], ["void", "without images"]),
+    "short video": ([*VACE, "generation.video={here}/short.gif"], ["with 5 frames", "at least 69"]),
+    "other count": (
+        [*VACE, *FRAMES, "generation.video={here}/long.gif", "generation.mask={here}/short.gif"],
+        ["generation.mask", "with 5 frames", "allowed: 9, those of the video"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A folder of files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "void").mkdir()
+    for name in ("text.png", "text.mp4", "text.gif"):
+        (folder / name).write_text("not an image at all\n")
+    (folder / "empty.jpg").touch()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("cut.png", "cut.jpg"):
+        Image.fromarray(noise).save(folder / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:2000])
+    imageio.mimwrite(folder / "cut.mp4", clip(), macro_block_size=1)
+    (folder / "cut.mp4").write_bytes((folder / "cut.mp4").read_bytes()[:600])
+    for name, frames in (("short.gif", 5), ("long.gif", 9)):
+        imageio.mimwrite(folder / name, [frame + i for i, frame in enumerate(clip(frames))])
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_the_weights(case, here, capsys):
+    """The models are hub ids, so that an attempt to load one would say something else."""
+    argv, words = BAD[case]
+    assert main([word.format(here=here) for word in argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    "preset", ["wan2.1_i2v_14b_480p", "wan2.1_i2v_14b_720p", "wan2.2_i2v_a14b", "hunyuan_i2v"]
+)
+def test_presets_are_planned_without_weights_and_image(preset, capsys):
+    assert main([f"configs/{preset}.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"tokens", "density", "transformer", "memory"} <= {line.split()[0] for line in lines}

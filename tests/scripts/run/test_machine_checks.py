@@ -1,0 +1,152 @@
+"""The keys of backends and of the guard, through the command: refused before loading, or obeyed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from radial_attn.models.runtime.output_check import MOST_ERROR
+from scripts.generate import main
+from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.sampler import Sampler
+from tests.support.auto_backend import AUTO
+from tests.support.failing_kernel import fail, one_nan, twice
+from tests.support.plans import FULL, TINY, plan_of
+
+SHORT = ["generation.steps=2", "generation.num_frames=5"]
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+REFUSED = {
+    "device": (["attention.backend=triton"], "attention.backend: got 'triton', which "),
+    "library": (
+        ["attention.backend=flashinfer"],
+        "attention.backend: got 'flashinfer', which needs flashinfer",
+    ),
+    "bits of a backend": (
+        ["attention.backend=blocks", "attention.quantize=int8"],
+        "attention.quantize: got 'int8': backend 'blocks' has no quantize='int8'; allowed here: none",
+    ),
+    "bits": (["attention.quantize=fp8"], "attention.quantize: got 'fp8': no backend serves this call: "),
+    "dense library": (
+        ["attention.dense_backend=flash"],
+        "attention.dense_backend: dense_backend 'flash' cannot be used here: ",
+    ),
+    "dense": (["attention.dense_backend=sage"], "attention.dense_backend: dense_backend 'sage' needs "),
+}
+
+
+def arguments(model: Path, output: Path, *overrides: str) -> list[str]:
+    return [TINY, f"model.path={model}", f"output.path={output}", *SHORT, *overrides]
+
+
+def error_lines(capsys: pytest.CaptureFixture) -> list[str]:
+    """Lines of errors on stderr, where only the progress bar may stand beside them."""
+    printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert not [line for line in printed if line.strip() and not line.startswith(("error", "denoising"))]
+    return [line for line in printed if line.startswith("error")]
+
+
+@on_the_cpu
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_run_here_is_refused_before_weights_are_loaded(
+    case, tiny_model, tmp_path, capsys, monkeypatch
+):
+    overrides, message = REFUSED[case]
+    monkeypatch.setattr(Sampler, "load", lambda self: pytest.fail("weights loaded"))
+    argv = arguments(tiny_model, tmp_path / "out", *overrides)
+    for more in ([], ["model.device=cpu", "--dry-run"]):
+        assert main([*argv, *more]) == 2
+        (line,) = error_lines(capsys)
+        assert line.startswith(f"error: {message}")
+    if case in {"device", "library"}:
+        assert f"; allowed here: auto, reference, {AUTO}" in line
+    assert not (tmp_path / "out").exists()
+    assert main([*argv, "--dry-run"]) == 0  # no GPU was asked for, so the plan may be for another machine
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "not on this machine" in line]
+    assert note.startswith("note ") and message in note
+
+
+@on_the_cpu
+def test_a_large_model_is_planned_here_for_a_machine_with_a_gpu(capsys):
+    kernels = ["attention.backend=triton", "attention.quantize=int8", "attention.dense_backend=_native_cudnn"]
+    assert main([FULL, *kernels, "--dry-run"]) == 0
+    assert "not on this machine: attention.backend: got 'triton', which " in capsys.readouterr().out
+
+
+def test_a_backend_that_is_never_called_is_not_looked_at():
+    unused = (["attention.pattern=dense"], ["attention.dense_layers=40"], ["attention.dense_steps=50"])
+    for overrides in unused:
+        plan = plan_of(read_config(FULL, ["attention.backend=sage", "model.device=cpu", *overrides]))
+        assert plan.missing == ()
+
+
+def test_the_head_width_counts(tiny_model, monkeypatch):
+    from radial_attn import dispatch as backends
+    from radial_attn.kernels import flex
+
+    monkeypatch.setattr(flex, "NEEDS", backends.Needs(widths=(64, 128)))
+    words = ["attention.backend=flex", "model.device=cpu", f"model.path={tiny_model}"]
+    with pytest.raises(UsageError, match=r"'flex', which takes head widths \(64, 128\), got 12; allowed"):
+        plan_of(read_config(TINY, words))
+
+
+@pytest.mark.parametrize("case", [("nan", one_nan), ("reference", one_nan), ("reference", twice)])
+def test_a_failing_kernel_stops_the_run_without_a_file(case, tiny_model, tmp_path, capsys, monkeypatch):
+    """Layer 1 of the first guidance half."""
+    check, how = case
+    fail(monkeypatch, 1, how)
+    assert main(arguments(tiny_model, tmp_path / "out", f"attention.check={check}")) == 2
+    (line,) = error_lines(capsys)
+    kind = "non-finite" if how is one_nan else "wrong"
+    assert line.startswith(
+        f"error: {kind} attention output in layer 1 at step 1 of 2, float32, backend blocks"
+    )
+    assert line.endswith("; no video written")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_kernel_loses_one_prompt_not_the_rest(tiny_model, tmp_path, capsys, monkeypatch):
+    """The second of three videos, at its second step: a video has 2 steps of 2 halves of 4 layers."""
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\nc\n")
+    fail(monkeypatch, 2 * 2 * 4 + 2 * 4 + 3, one_nan)
+    argv = arguments(tiny_model, out, f"generation.prompt_file={prompts}", "attention.check=nan")
+    assert main(argv) == 1
+    (line,) = error_lines(capsys)
+    assert line.startswith("error: line 2: non-finite attention output in layer 3 at step 2 of 2, ")
+    assert sorted(file.name for file in out.iterdir()) == [
+        f"{number:04d}_{name}_seed1.{kind}"
+        for number, name in ((1, "a"), (3, "c"))
+        for kind in ("json", "mp4")
+    ]
+    assert main([*argv[:-1], "attention.check=off"]) == 0  # the check changes no frame: only the second
+    assert capsys.readouterr().out.count("is there already") == 2
+
+
+def test_the_record_has_check_and_dense_backend(tiny_model, tmp_path, capsys):
+    path = tmp_path / "a.mp4"
+    overrides = [
+        "attention.check=reference",
+        "attention.dense_steps=1",
+        "attention.dense_backend=_native_math",
+    ]
+    assert main(arguments(tiny_model, path, *overrides)) == 0
+    attention = json.loads(path.with_suffix(".json").read_text())["attention"]
+    assert attention["check"]["compared"] == 4
+    assert attention["check"]["worst"]["relative_l2"] < 1e-5 < MOST_ERROR
+    assert attention["dense_backend"] == {"name": "_native_math", "backend": "_native_math", "seconds": {}}
+    assert attention["quantize"] is None
+    printed = capsys.readouterr().out
+    assert printed.count("\ncheck layer") == 4
+    assert "\ncheck      4 outputs against the reference, worst in layer " in printed
+
+
+@on_the_cpu
+def test_a_dense_backend_that_fails_is_named(tiny_model, tmp_path, capsys):
+    """cuDNN's name is known everywhere and its kernel is not."""
+    overrides = ["attention.dense_backend=_native_cudnn", "attention.dense_layers=1"]
+    assert main(arguments(tiny_model, tmp_path / "out", *overrides)) == 2
+    (line,) = error_lines(capsys)
+    assert line.startswith("error: attention.dense_backend: got '_native_cudnn': ")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,94 @@
+"""The predicted peak of decoding against that of real VAEs, whole and in tiles."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from scripts.run.config import ROOT, ModelConfig, VideoSize
+from scripts.run.memory import GIB, covered, decoder_bytes
+from scripts.run.model_info import ModelInfo
+from tests.support.plans import FOURTEEN, HUNYUAN, MOCHI
+from tests.support.tiny import wan_vae
+from tests.support.tiny_vaes import CLASSES, TILE, VAES, architecture
+
+# Arguments of a VAE class of diffusers: blocks so narrow and few that a tile takes seconds, not minutes.
+MEASURE = """
+import sys, torch
+from scripts.run.system import peak_memory
+from tests.support.tiny_vaes import CLASSES, TILE, VAES
+
+family, *sizes = sys.argv[1], *map(int, sys.argv[2:])
+vae = CLASSES[family](**VAES[family]).eval()
+names = ["tile_sample_min_height", "tile_sample_min_width"]
+vae.enable_tiling(**dict.fromkeys(names, TILE), **{n.replace("min", "stride"): TILE * 3 // 4 for n in names})
+latents = torch.randn(1, vae.config.latent_channels, *sizes)
+with torch.no_grad():
+    vae.decode(latents[:, :, :2, :8, :8])
+    with open("/proc/self/clear_refs", "w") as stream:
+        stream.write("5")  # the peak begins anew
+    before = peak_memory("cpu")["host_bytes"]
+    vae.decode(latents)
+print(peak_memory("cpu")["host_bytes"] - before)
+"""
+
+
+def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling: str) -> float:
+    """Bytes predicted for a video of `sizes`: frames, height, width."""
+    return decoder_bytes(model, VideoSize(*sizes), ModelConfig(family=family, vae_tiling=tiling))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")
+@pytest.mark.parametrize(("family", "frames", "latents"), [("hunyuan_video", 17, 5), ("mochi", 7, 2)])
+def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
+    """A video larger than a tile, in a process of its own, whose freed tensors go back to the system."""
+    side = TILE * 3 // 2
+    words = [family, str(latents), str(side // 8), str(side // 8)]
+    given = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-P", "-c", MEASURE, *words]
+    done = subprocess.run(
+        command, check=True, cwd=ROOT, env=os.environ | given, timeout=280, capture_output=True, text=True
+    )
+    predicted = decoding(architecture(family), family, (frames, side, side), "auto")
+    assert int(done.stdout) == pytest.approx(predicted, rel=0.15)
+    assert predicted < 0.6 * decoding(architecture(family), family, (frames, side, side), "never")
+
+
+def test_a_tile_of_hunyuan_video_takes_what_was_measured():
+    """6.3 GiB for 256 x 256 pixels and 17 frames in float32 on the CPU; a long video keeps its tiles too."""
+    assert decoding(HUNYUAN, "hunyuan_video", (17, 256, 256), "auto") == pytest.approx(6.3 * GIB, rel=0.05)
+    long = decoding(HUNYUAN, "hunyuan_video", (129, 720, 1280), "auto")
+    video = 4 * 3 * 720 * 1280 * 129
+    assert 6.3 * GIB + 1.2 * video < long < 6.3 * GIB + 2 * video
+    assert long < decoding(HUNYUAN, "hunyuan_video", (129, 720, 1280), "never") / 8
+
+
+def test_a_tile_of_mochi_has_all_frames():
+    long, short = (decoding(MOCHI, "mochi", (frames, 480, 848), "auto") for frames in (163, 79))
+    assert long / short == pytest.approx(168 / 84, rel=0.01)
+
+
+def test_whole_frames_of_wan_need_no_more_for_more_of_them_but_the_video():
+    long, short = (decoding(FOURTEEN, "wan", (frames, 480, 832), "auto") for frames in (81, 17))
+    assert long - short == 2 * 4 * 3 * 480 * 832 * 64
+    assert short == 240 * 96 * 480 * 832 + 2 * 4 * 3 * 480 * 832 * 17
+
+
+def test_tiles_and_chunks_are_those_of_diffusers():
+    """What is predicted from: tiles of 256 every 192 pixels, chunks of 16 and one frames every 12."""
+    vaes = {family: CLASSES[family](**VAES[family]) for family in CLASSES} | {"wan": wan_vae()}
+    for family, vae in vaes.items():
+        assert vae.tile_sample_min_height == vae.tile_sample_min_width == ModelInfo(1, 1, 1, 1).vae_tile
+        assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == 192
+        assert getattr(vae, "use_framewise_decoding", False) == (family == "hunyuan_video")
+    model, vae = architecture("hunyuan_video"), vaes["hunyuan_video"]
+    assert model.vae_chunk == vae.tile_sample_min_num_frames + 1
+    assert model.vae_stride == vae.tile_sample_stride_num_frames
+    assert architecture("mochi").vae_chunk is None
+
+
+def test_pieces_that_overlap_cover_more_than_the_whole():
+    assert covered(256, 256, 192) == (256 + 64) / 256
+    assert covered(100, 256, 192) == 1
+    assert covered(129, 17, 12) == (9 * 17 + 17 + 9) / 129

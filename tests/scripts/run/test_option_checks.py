@@ -1,0 +1,319 @@
+"""Offload, storage, compiling, caches and LoRAs with radial attention under them, on random pipelines."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.caches import CACHES, cached, read_ratios
+from radial_attn.models.pipeline.efficiency import (
+    compile_blocks,
+    economize,
+    quantization_config,
+    store_in_fp8,
+)
+from scripts.generate import main
+from scripts.run.config import ROOT, read_config
+from scripts.run.describe import describe_plan, gain
+from scripts.run.errors import UsageError
+from scripts.run.machine_checks import missing_libraries
+from scripts.run.memory import cache_bytes, stored_weights
+from scripts.run.model_info import ModelInfo
+from scripts.run.option_checks import refusals
+from scripts.run.plan import make_plan
+from tests.support.plans import FOURTEEN, FULL, TINY, TOY, plan_of
+from tests.support.tiny import wan_pipeline, wan_transformer
+from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_wan import i2v_pipeline
+
+SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
+STEPS, LAYERS = 6, 4
+IMAGE = Image.new("RGB", (64, 64), "red")
+FAMILIES = {
+    "wan": (wan_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
+    "hunyuan_video": (
+        hunyuan_pipeline,
+        {"num_frames": 9, "prompt_template": {"template": "{}", "crop_start": 0}},
+    ),
+    "mochi": (mochi_pipeline, {"num_frames": 7}),
+    "wan_i2v": (i2v_pipeline, {"num_frames": 9, "guidance_scale": 1.0, "image": IMAGE}),
+    "hunyuan_video_i2v": (
+        partial(hunyuan_image_pipeline, "token_replace"),
+        {"num_frames": 9, "prompt_template": TEMPLATE, "image": IMAGE},
+    ),
+}
+SKIPPING = {"first_block": {"threshold": 1e9}, "mag": {"ratios": "1,1", "threshold": 1e9}}
+# Pairs of every two choices of different columns that go together, in few runs.
+MATRIX = [
+    ("wan", "none", "none", "blocks", "first_block", True),
+    ("wan", "group", "fp8", "none", "taylorseer", True),
+    ("wan", "model", "none", "blocks", "mag", False),
+    ("wan", "model", "fp8", "none", "none", False),
+    ("hunyuan_video", "none", "fp8", "none", "pab", True),
+    ("hunyuan_video", "group", "none", "blocks", "first_block", False),
+    ("hunyuan_video", "model", "fp8", "none", "mag", True),
+    ("hunyuan_video", "model", "none", "blocks", "taylorseer", False),
+    ("mochi", "none", "fp8", "none", "first_block", False),
+    ("mochi", "group", "none", "none", "pab", True),
+    ("mochi", "group", "none", "blocks", "mag", False),
+    ("mochi", "model", "none", "blocks", "none", True),
+    ("mochi", "none", "none", "blocks", "taylorseer", False),
+    ("mochi", "none", "none", "none", "mag", False),
+    ("mochi", "model", "none", "none", "pab", False),
+    ("wan", "model", "none", "none", "first_block", False),
+    ("hunyuan_video", "none", "none", "blocks", "none", False),
+    ("hunyuan_video", "group", "fp8", "none", "none", True),
+    *((f, *3 * ["none"], c, False) for f in ("wan_i2v", "hunyuan_video_i2v") for c in CACHES[1:]),
+]
+
+
+def build(family: str, lora: bool = False) -> DiffusionPipeline:
+    """A tiny pipeline, with a LoRA of random weights where asked for."""
+    pipeline = FAMILIES[family][0]()
+    if lora:
+        torch.manual_seed(1)
+        targets = ["to_q", "to_v"]
+        pipeline.transformer.add_adapter(
+            LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+        )
+    return pipeline
+
+
+def run(pipeline: DiffusionPipeline, family: str, cache: str = "none", **options: object) -> tuple:
+    """Latents of a video, the report of the attention, that of the cache."""
+    settings = {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(0)
+    with (
+        apply_radial_attention(pipeline, SPARSE, dense_steps=1, check="nan") as handle,
+        cached(pipeline, cache, STEPS, dense_steps=1, **options) as use,
+    ):
+        latents = pipeline(prompt=["abc"], generator=generator, **settings, **FAMILIES[family][1]).frames
+    return latents, handle.report(), use.report()
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("row", MATRIX, ids=str)
+def test_what_is_said_to_combine_does(row, monkeypatch):
+    """Steps are counted and no output is bad; without a cache only 8 bits change anything."""
+    family, offload, quantization, compile, cache, lora = row
+    torch._dynamo.reset()
+    eager = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", eager)
+    plain, _, _ = run(build(family, lora), family)
+    pipeline = build(family, lora)
+    economize(pipeline, "cpu", torch.float32, offload=offload, quantization=quantization, compile=compile)
+    latents, report, use = run(pipeline, family, cache, **SKIPPING.get(cache, {}))
+    assert (report["videos"], report["steps"], report["dense_steps"]) == (1, STEPS, 1)
+    limit = (0.1 if quantization == "fp8" else 1e-5) + (0.3 if cache != "none" else 0)
+    assert torch.isfinite(latents).all() and error(latents, plain) < limit
+    assert (error(latents, plain) > 1e-6) == (quantization == "fp8" or cache != "none")
+    assert use["computed"] < use["due"] or cache == "none"
+    again, _, _ = run(pipeline, family, cache, **SKIPPING.get(cache, {}))
+    assert torch.equal(again, latents)
+
+
+def test_a_cache_that_skips_nothing_changes_nothing_and_leaves_no_trace():
+    pipeline = build("wan")
+    plain, _, _ = run(pipeline, "wan")
+    latents, report, use = run(pipeline, "wan", "first_block", threshold=0.0)
+    assert torch.equal(latents, plain)
+    assert use["due"] == use["computed"] == sum(report["calls"].values()) == STEPS * 2 * LAYERS
+    assert not pipeline.transformer.is_cache_enabled
+    assert torch.equal(run(pipeline, "wan")[0], plain)
+
+
+def test_a_first_block_that_hardly_changes_saves_the_others():
+    """All but the first block of every step after the first of each guidance half."""
+    _, _, use = run(build("wan"), "wan", "first_block", threshold=1e9)
+    assert use["computed"] == 2 * (LAYERS + STEPS - 1)
+
+
+@pytest.mark.parametrize(("cache", "options"), [("first_block", SKIPPING["first_block"]), ("taylorseer", {})])
+def test_two_experts_have_a_cache_each(cache, options):
+    FAMILIES["two"] = (lambda: wan_pipeline(experts=2), FAMILIES["wan"][1])
+    try:
+        _, report, use = run(build("two"), "two", cache, **options)
+    finally:
+        del FAMILIES["two"]
+    assert report["steps"] == STEPS and use["due"] == STEPS * 2 * LAYERS
+
+
+def test_compiled_blocks_need_no_more_graphs_under_a_cache():
+    graphs = []
+    for cache in ("none", "first_block"):
+        torch._dynamo.reset()
+        pipeline, counter = build("wan"), CompileCounter()
+        compile_blocks(pipeline, backend=counter)
+        run(pipeline, "wan", cache)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] <= 4
+
+
+def test_layer_by_layer_offload_moves_weights_under_the_forks():
+    """By accelerate, as sequential offload does on a GPU."""
+    plain, _, _ = run(build("wan"), "wan")
+    pipeline = build("wan")
+    cpu_offload(pipeline.transformer, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(run(pipeline, "wan")[0], plain)
+
+
+def test_int8_by_torchao(tmp_path):
+    pytest.importorskip("torchao")
+    wan_pipeline(attention_head_dim=64, ffn_dim=256).save_pretrained(tmp_path)
+    paths = [f"model.path={tmp_path}", f"output.path={tmp_path / 'a.mp4'}"]
+    sizes = ["generation.height=64", "generation.width=64", "generation.num_frames=9", "generation.steps=2"]
+    assert main([TINY, *paths, *sizes, "model.quantization=int8", "model.cache=first_block"]) == 0
+
+
+def test_keys_reach_the_pipeline_and_the_record(tmp_path, capsys):
+    wan_pipeline().save_pretrained(tmp_path / "model")
+    paths = [f"model.path={tmp_path / 'model'}", f"output.path={tmp_path / 'a.mp4'}"]
+    sizes = ["height=64", "width=64", "num_frames=9", "steps=6"]
+    keys = ["quantization=fp8", "cache=taylorseer", "vae_tiling=always"]
+    words = [f"generation.{size}" for size in sizes] + [f"model.{key}" for key in keys]
+    assert main([TINY, *paths, *words]) == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["cache"]["kind"] == "taylorseer"
+    assert 0 < record["cache"]["computed"] < record["cache"]["due"] == STEPS * 2 * LAYERS
+    assert "cache      taylorseer: " in capsys.readouterr().out
+
+
+REFUSED = [
+    (["model.cache=pab"], "pab keeps one output a layer"),
+    (["model.cache=pab", "model.compile=blocks", "generation.guidance_scale=1"], "pab counts steps inside"),
+    (["model.cache=mag"], "model.cache_ratios: got None"),
+    (["model.cache=mag", "model.cache_ratios=1,x"], "model.cache_ratios: got '1,x'"),
+    (["model.cache_ratios=1,1"], "allowed with model.cache=none: null"),
+    (["model.cache=first_block", "attention.check=reference"], "attention.check: got 'reference'"),
+    (["model.quantization=int8", "model.loras=a.safetensors"], "allowed with LoRAs: none, fp8"),
+    (["model.quantization=nf4", "model.offload=group"], "move as whole parts only"),
+    (["model.quantization=fp8", "model.offload=sequential"], "both replace a layer's weights"),
+    (["model.quantization=fp8", "model.compile=blocks"], "each cast would break the graph"),
+    (["model.offload=sequential", "model.compile=blocks"], "each layer's move would break the graph"),
+    (["model.offload=group", "model.device=cpu"], "model.offload: got 'group', which needs a GPU"),
+    (["model.quantization=nf4", "model.device=cpu"], "model.quantization: got 'nf4', which needs a GPU"),
+    (["model.cache=fbcache"], "model.cache: got 'fbcache', allowed: none, first_block, taylorseer, mag, pab"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED)
+def test_what_does_not_combine_is_one_line_before_weights_load(words, message, capsys):
+    assert main([TINY, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line and "allowed" in line
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setattr("scripts.run.machine_checks.find_spec", lambda name: None)
+    config = read_config(TINY, ["model.quantization=int8", "model.device=cpu"])
+    with pytest.raises(UsageError, match=r"needs torchao; install it with: pip install .*torchao"):
+        make_plan(config)
+    (line,) = missing_libraries(config.model, "cuda")
+    assert "needs torchao" in line
+
+
+def test_a_plan_for_another_machine_gets_a_note():
+    config = read_config(TINY, ["model.offload=group"])
+    plan = plan_of(config, device="cpu")
+    (problem,) = plan.missing
+    assert problem.startswith("model.offload: got 'group', which needs a GPU")
+    assert f"note          not on this machine: {problem}" in describe_plan(plan)
+    with pytest.raises(UsageError, match=r"model\.offload: got 'group', which needs a GPU"):
+        plan_of(config, device="cpu", dry_run=False)
+    with pytest.raises(UsageError, match=r"model\.offload: got 'group', which needs a GPU"):
+        plan_of(read_config(TINY, ["model.offload=group", "model.device=cpu"]))
+    assert list(missing_libraries(config.model, "cuda")) == []
+
+
+def test_mag_counts_the_steps_of_one_expert():
+    config = read_config(TINY, ["model.cache=mag", "model.cache_ratios=1,1.1"])
+    assert list(refusals(config)) == [] and len(list(refusals(config, experts=2))) == 1
+    assert read_ratios("1,1.1") == [1.0, 1.1]
+
+
+def test_vace_adds_its_control_between_the_blocks():
+    (line,) = refusals(read_config(TINY, ["model.cache=first_block", "model.family=wan_vace"]))
+    assert "allowed with family wan_vace: none" in line
+
+
+def test_other_kinds_of_storage_need_no_library():
+    assert quantization_config("none", torch.float32) is quantization_config("fp8", torch.float32) is None
+
+
+def test_predicted_storage_and_cache_are_those_of_real_tensors():
+    settings = {"attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 20}
+    pipeline = wan_pipeline(**settings)
+    count = sum(p.numel() for p in wan_transformer(**settings).parameters())
+    model = ModelInfo(layers=20, heads=2, head_dim=64, ffn=1024, parameters={"transformer": count})
+    words = ["model.quantization=fp8", "model.cache=first_block", "generation.num_frames=9"]
+    config = read_config(TINY, words)
+    store_in_fp8(pipeline, torch.float32)
+    real = sum(p.numel() * p.element_size() for p in pipeline.transformer.parameters())
+    assert stored_weights(model, config.model)["transformer"] == pytest.approx(real, rel=0.15)
+    kept: list[torch.Tensor] = []
+    with cached(pipeline, "first_block", STEPS):
+        hook = next(iter(pipeline.transformer.blocks[0]._diffusers_hook.hooks.values()))
+
+        def note(pipe: object, step: int, time: object, tensors: dict) -> dict:
+            states = hook.state_manager._state_cache.values()
+            parts = [value for state in states for value in vars(state).values()]
+            flat = [x for part in parts for x in (part if isinstance(part, tuple) else (part,))]
+            kept[:] = [x for x in flat if isinstance(x, torch.Tensor)]
+            return {}
+
+        sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+        pipeline(prompt="a", num_frames=9, callback_on_step_end=note, **sizes)
+    size = sum(x.numel() * x.element_size() for x in kept)
+    plan = plan_of(config, model, "cuda")
+    assert cache_bytes(model, plan.grid, config.model, plan.calls) == pytest.approx(size, rel=0.15)
+
+
+def test_every_choice_of_offload_needs_less_on_a_gpu():
+    plan = plan_of(read_config(FULL, ["model.vae_tiling=always"]), device="cuda")
+    totals = [
+        plan.memory_of(plan.size, offload=name).total for name in ("none", "model", "group", "sequential")
+    ]
+    assert totals == sorted(totals, reverse=True) and totals[2] < totals[0] / 4
+    lines = [line for line in describe_plan(plan).splitlines() if line.startswith("GPU memory")]
+    assert len(lines) == 4 and all("offload none" in line and "sequential" in line for line in lines)
+    unknown = plan_of(read_config(FULL, []), replace(FOURTEEN, parameters={}))
+    assert "GPU memory" not in describe_plan(unknown)
+
+
+def test_the_gain_is_said_before_a_run():
+    (line,) = gain(plan_of(read_config(FULL, [])))
+    assert line == "attention is 70% of the operations: 1.62x fewer in all with this mask"
+    assert gain(plan_of(read_config(TINY, []), TOY)) == []
+
+
+def test_predicted_memory_of_tiles_and_fp8_is_near_the_peak_of_a_run(tmp_path):
+    """Tiles, not the program, take the most; the heap keeps nothing, or its holes vary by a quarter."""
+    wan_pipeline().save_pretrained(tmp_path / "model")
+    words = [f"model.path={tmp_path / 'model'}", f"output.path={tmp_path / 'a.mp4'}"]
+    words += ["model.vae_tiling=always", "model.quantization=fp8", "attention.block_size=128"]
+    sizes = ["num_frames=5", "height=512", "width=512", "steps=1", "guidance_scale=1"]
+    command = [sys.executable, "-P", "-m", "scripts.generate", TINY, *words]
+    command += [f"generation.{size}" for size in sizes]
+    own = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "131072"}
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | own, timeout=280)
+    record = json.loads((tmp_path / "a.json").read_text())
+    whole = plan_of(read_config(TINY, [words[0], *command[-5:]])).memory.total
+    peak = record["peak_memory"]["host_bytes"]
+    assert peak == pytest.approx(sum(record["predicted_memory"].values()), rel=0.15)
+    assert peak < 0.75 * whole

@@ -1,0 +1,70 @@
+"""HunyuanVideo, Mochi and Wan2.2 through the command: presets, tiny random pipelines, refused keys."""
+
+import json
+
+import pytest
+import torch
+
+from scripts.generate import main
+from tests.support.script_cases import SMALL
+from tests.support.tiny import wan_pipeline
+from tests.support.tiny_hunyuan import hunyuan_pipeline
+from tests.support.tiny_mochi import mochi_pipeline
+
+RUNS = {
+    "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
+    "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
+    "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
+}
+
+
+@pytest.mark.parametrize("preset", RUNS)
+def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path):
+    build, options = RUNS[preset]
+    build().save_pretrained(tmp_path / "model")
+    paths = [f"model.path={tmp_path / 'model'}", f"output.path={tmp_path / 'out.mp4'}"]
+    assert main([f"configs/{preset}.yaml", *SMALL, *options, *paths]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
+    assert record["attention"]["check"]["compared"] > 0
+    assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+
+
+@pytest.mark.parametrize("preset", [*RUNS, "hunyuan_t2v_4x", "mochi_t2v_4x", "wan2.1_t2v_14b_2x"])
+def test_presets_are_planned_without_weights(preset, capsys):
+    assert main([f"configs/{preset}.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"tokens", "density", "transformer", "memory"} <= {line.split()[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "message"),
+    [
+        (
+            "hunyuan_t2v",
+            "generation.negative_prompt=ugly",
+            "got 'ugly', allowed with family hunyuan_video: ''",
+        ),
+        ("hunyuan_t2v", "generation.guidance_scale_2=3", "got 3.0, allowed with family hunyuan_video: null"),
+        ("mochi_t2v", "generation.flow_shift=5", "got 5.0, allowed with family mochi: null"),
+        ("wan_tiny", "generation.prompt_template=plain", "got 'plain', allowed with family wan: default"),
+        ("wan_tiny", "generation.guidance_scale_2=3", "got 3, allowed: null, the model has one expert"),
+        ("wan_tiny", "generation.guidance_scale_2=x", "got 'x', allowed: number of at least 1, or null"),
+        ("wan_tiny", "generation.flow_shift=0", "got 0.0, allowed: number above 0, or null"),
+        ("mochi_t2v", "generation.num_frames=8", "got 8, allowed: 6k + 1, nearest: 7"),
+        ("wan_tiny", "model.family=hunyuan_video", "must hold a HunyuanVideoPipeline"),
+    ],
+)
+def test_a_key_that_a_family_would_ignore_is_refused(preset, override, message, capsys):
+    assert main([f"configs/{preset}.yaml", override, "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_wan22_script_stands_in_with_its_schedule(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--preset=configs/wan2.2_t2v_a14b.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "configs/wan_tiny.yaml" in out and "stands in for configs/wan2.2_t2v_a14b.yaml" in out
+    assert "steps         40, guidance 4, flow shift of the model" in out

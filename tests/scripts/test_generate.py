@@ -1,0 +1,168 @@
+"""The command on a tiny random model: files, record, determinism, prompt files."""
+
+import gc
+import io
+import json
+import sys
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+
+from scripts.generate import main
+from scripts.run.errors import UsageError
+from tests.support.auto_backend import AUTO, AUTO_BFLOAT16
+from tests.support.plans import TINY
+
+
+def run(model: Path, output: Path, *overrides: str) -> int:
+    short = ["generation.steps=3", "generation.num_frames=9", "generation.height=32", "generation.width=48"]
+    return main([TINY, f"model.path={model}", f"output.path={output}", *short, *overrides])
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (file,) = folder.glob(pattern)
+    return file
+
+
+def test_a_video_and_its_record(tiny_model, tmp_path, capsys):
+    overrides = ["attention.dense_steps=1", "attention.dense_layers=2", "generation.prompt=a b"]
+    assert run(tiny_model, tmp_path, *overrides) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-b_seed1.json", "a-b_seed1.mp4"]
+    assert np.stack(imageio.mimread(tmp_path / "a-b_seed1.mp4", memtest=False)).shape == (9, 32, 48, 3)
+    record = json.loads((tmp_path / "a-b_seed1.json").read_text())
+    assert (record["prompt"], record["seed"], record["tokens"]) == ("a b", 1, 3 * 4 * 6)
+    assert record["config"]["generation"]["num_frames"] == 9
+    assert record["config"]["model"]["path"] == str(tiny_model)
+    assert set(record["seconds"]) == {"load", "encode_text", "denoise", "decode", "write"}
+    assert all(value >= 0 for value in record["seconds"].values())
+    assert len(record["step_seconds"]) == 3 and record["dense_steps"] == [0]
+    # one dense step of 4 layers, two steps with 2 layers dense and 2 radial; two guidance halves
+    assert record["attention"]["calls"] == {"dense": 2 * (4 + 2 * 2), AUTO: 2 * 2 * 2}
+    assert 0 < record["density"] <= 1
+    assert record["peak_memory"]["host_bytes"] > 2**27
+    assert {"python", "torch", "diffusers", "transformers", "radial-attention"} <= set(record["versions"])
+    assert {"device", "cpu", "cores", "threads", "memory_bytes"} <= set(record["hardware"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"config: {TINY} (named on the command line)\n")
+    assert f"backend {AUTO} for" in printed.out
+    assert all(f"\n{word} " in printed.out for word in ("video", "seconds", "a step", "attention", "memory"))
+    assert "denoising: 100%" in printed.err and "radial" in printed.err
+
+
+def test_the_same_seed_gives_the_same_video_and_another_does_not(tiny_model, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(tiny_model, tmp_path / f"{name}.mp4", f"generation.seed={seed}") == 0
+    first, second, other = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
+    assert first == second
+    assert first != other
+
+
+def test_patterns_steps_and_layers_change_the_video_only_where_they_should(tiny_model, tmp_path):
+    """All steps dense, all layers dense, and the dense pattern are the same video; radial is another."""
+    variants = {
+        "pattern": ["attention.pattern=dense"],
+        "steps": ["attention.dense_steps=3"],
+        "layers": ["attention.dense_layers=4"],
+        "last": ["attention.dense_last_steps=3"],
+        "radial": ["attention.decay_factor=0.2", "attention.sink=false"],
+    }
+    size = ["generation.num_frames=33", "generation.height=64", "generation.width=64"]
+    for name, overrides in variants.items():
+        assert run(tiny_model, tmp_path / f"{name}.mp4", *size, *overrides) == 0
+    videos = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in variants}
+    assert videos["pattern"] == videos["steps"] == videos["layers"] == videos["last"]
+    assert videos["pattern"] != videos["radial"]
+
+
+@pytest.mark.parametrize("overrides", [["model.dtype=bfloat16"], ["generation.guidance_scale=1"]])
+def test_other_dtype_and_no_guidance(overrides, tiny_model, tmp_path):
+    assert run(tiny_model, tmp_path, *overrides) == 0
+    record = json.loads(only(tmp_path, "*.json").read_text())
+    halves = 1 if "guidance" in overrides[0] else 2
+    assert record["attention"]["calls"][AUTO if halves == 1 else AUTO_BFLOAT16] == 3 * 4 * halves
+
+
+def test_a_wanted_density_is_solved_printed_and_recorded(tiny_model, tmp_path, capsys):
+    size = ["generation.num_frames=33", "generation.height=64", "generation.width=64"]
+    assert run(tiny_model, tmp_path, *size, "attention.density=0.5") == 0
+    record = json.loads(only(tmp_path, "*.json").read_text())
+    assert record["density"] == pytest.approx(0.5, rel=0.02)
+    assert (record["config"]["attention"]["density"], record["mask"]["density"]) == (0.5, None)
+    assert f"density 0.5: decay_factor {record['mask']['decay_factor']:g}" in capsys.readouterr().out
+    solved = [f"attention.{name}={str(value).lower()}" for name, value in record["mask"].items() if value]
+    assert run(tiny_model, tmp_path / "again", *size, *solved) == 0
+    assert json.loads(only(tmp_path / "again", "*.json").read_text())["density"] == record["density"]
+
+
+def test_a_prompt_file_goes_on_where_it_stopped(tiny_model, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a cat\n\n  a dog\na cat\n")
+    overrides = [f"generation.prompt_file={prompts}"]
+    assert run(tiny_model, out, *overrides) == 0
+    names = ["0001_a-cat_seed1", "0003_a-dog_seed1", "0004_a-cat_seed1"]
+    assert sorted(file.name for file in out.iterdir()) == [f"{n}.{s}" for n in names for s in ("json", "mp4")]
+    assert json.loads((out / "0003_a-dog_seed1.json").read_text())["prompt"] == "a dog"
+    times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    (out / "0003_a-dog_seed1.mp4").unlink()
+    capsys.readouterr()
+    assert run(tiny_model, out, *overrides) == 0
+    assert "1 of 3 videos to make" in capsys.readouterr().out
+    kept = [file for file in times if "dog" not in file.name]
+    assert all(file.stat().st_mtime_ns == times[file] for file in kept)
+    assert (out / "0003_a-dog_seed1.mp4").is_file()
+    assert run(tiny_model, out, *overrides) == 0
+    assert "0 of 3 videos to make" in capsys.readouterr().out
+    assert run(tiny_model, out, *overrides, "generation.steps=2") == 0
+    assert "made with other settings (generation.steps): made again" in capsys.readouterr().out
+
+
+def test_a_failing_prompt_loses_none_of_the_others(tiny_model, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("one\ntwo\nthree\n")
+    (out / "0002_two_seed1.mp4").mkdir(parents=True)
+    assert run(tiny_model, out, f"generation.prompt_file={prompts}") == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "line 2" in errors[0] and "0002_two_seed1.mp4" in errors[0]
+    videos = sorted(file.name for file in out.iterdir() if file.is_file())
+    assert videos == [f"{name}_seed1.{s}" for name in ("0001_one", "0003_three") for s in ("json", "mp4")]
+
+
+class ErrorCounter(io.StringIO):
+    """A stream that counts the UsageErrors alive at each error line written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[int] = []
+
+    def write(self, text: str) -> int:
+        if text.startswith("error"):
+            gc.collect()
+            self.alive.append(sum(type(thing) is UsageError for thing in gc.get_objects()))
+        return super().write(text)
+
+
+def test_failures_keep_no_exception_and_so_no_tensors(tiny_model, tmp_path, monkeypatch):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("one\ntwo\n")
+    for name in ("0001_one", "0002_two"):
+        (out / f"{name}_seed1.mp4").mkdir(parents=True)
+    gc.collect()
+    before = sum(type(thing) is UsageError for thing in gc.get_objects())
+    stream = ErrorCounter()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run(tiny_model, out, f"generation.prompt_file={prompts}", "generation.steps=1") == 1
+    assert stream.alive == [before, before]
+
+
+def test_a_video_that_is_there_is_replaced(tiny_model, tmp_path):
+    file = tmp_path / "a.mp4"
+    file.write_bytes(b"before")
+    assert run(tiny_model, file) == 0
+    assert file.stat().st_size > 1000 and (tmp_path / "a.json").is_file()
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "usage: bash scripts/wan_t2v_inference.sh" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Helpers of the tests: tiny models, cases, workers of several processes."""

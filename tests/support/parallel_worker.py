@@ -1,0 +1,169 @@
+"""In several processes: tiny transformers of every family, one's output beside that of all together.
+
+`run_ranks(N, "tests.support.parallel_worker", OUT.json, CFG, RING)` writes the difference of each case.
+A ring of 2 of 4 processes is joined with Ulysses; all 4 in one ring, and two rings of 2, come beside it.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import MochiPipeline
+
+from radial_attn import RadialConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
+from radial_attn.models.parallel.guidance import GuidanceParallel
+from radial_attn.models.parallel.ring import RingParallel, share_sequence
+from radial_attn.models.parallel.ulysses import SequenceParallel
+from tests.support.families import SPARSE
+from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.support.tiny_hunyuan import (
+    hunyuan15_inputs,
+    hunyuan15_transformer,
+    hunyuan_inputs,
+    hunyuan_transformer,
+)
+from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
+from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
+from tests.support.tiny_wan import vace_inputs, vace_transformer
+
+RADIAL = {"config": SPARSE}
+DENSE = {"config": RadialConfig(block_size=16, pattern="dense")}
+MIXED = {"config": SPARSE, "dense_layers": 2}
+Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], dict]
+
+
+def token_times(inputs: dict) -> dict:
+    """One timestep a token, as Wan2.2 TI2V-5B has it: the first frame is there already."""
+    frames, height, width = inputs["hidden_states"].shape[2:]
+    times = torch.full((1, frames, height // 2, width // 2), 500.0)
+    times[:, 0] = 0
+    return inputs | {"timestep": times.flatten(1)}
+
+
+def cases(ring: int, processes: int) -> Iterator[Case]:
+    """Every family, radial and dense, with tokens that 2 and 4 divide and that they do not, batch 1 and 2.
+
+    A ring has no 8-bit products; it takes tokens that nothing divides. Four processes without a ring take
+    both kinds of layer in one model.
+    """
+    replaced = partial(hunyuan_transformer, image_condition_type="token_replace")
+    families = {
+        "wan": (wan_transformer, lambda *sizes: wan_inputs(*sizes, batch=2), 2),
+        "wan, a time a token": (wan_transformer, lambda *sizes: token_times(wan_inputs(*sizes)), 2),
+        "wan_vace": (vace_transformer, vace_inputs, 2),
+        "hunyuan_video": (hunyuan_transformer, lambda *sizes: hunyuan_inputs(*sizes, lengths=(4, 11)), 2),
+        "hunyuan_video, first frame given": (replaced, hunyuan_inputs, 2),
+        "hunyuan_video15": (hunyuan15_transformer, lambda *s: hunyuan15_inputs(*s, lengths=(3, 9)), 1),
+        "mochi": (mochi_transformer, lambda *sizes: mochi_inputs(*sizes, batch=2, lengths=(3, 7)), 2),
+        "ltx": (ltx_transformer, ltx_inputs, 1),
+    }
+    for name, (transformer, inputs, patch) in families.items():
+        for sizes in ((6, 6, 8), (5, 3, 7)):
+            scaled = sizes[0], sizes[1] * patch, sizes[2] * patch
+            for kind, options in (("radial", RADIAL), ("dense", DENSE), ("mixed", MIXED)):
+                if ring > 1 and (sizes[0] == 6 or kind == "mixed"):
+                    continue
+                if ring == 1 and processes == 4 and kind != "mixed":
+                    continue
+                yield f"{name}, {sizes}, {kind}", transformer, partial(inputs, *scaled), options
+    for quantize in ("int8", "fp8") if ring == 1 else ():
+        rounded = {"config": SPARSE, "backend": "reference", "quantize": quantize}
+        yield f"wan, {quantize}", wan_transformer, partial(wan_inputs, 6, 12, 16), rounded
+        yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
+    yield "wan, few blocks", wan_transformer, partial(wan_inputs, 2, 6, 14), RADIAL | {"check": "nan"}
+    for heads in (3, 5):
+        few = partial(wan_transformer, num_attention_heads=heads)
+        yield f"wan, {heads} heads", few, partial(wan_inputs, 6, 12, 16), RADIAL
+
+
+@torch.no_grad()
+def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tuple[str, float]]:
+    """Largest difference of the outputs for each way to share, relative to the largest value."""
+    name, make, inputs, options = case
+    transformer, given = make(), inputs()
+    outputs = []
+    for shared in (None, *shares.values()):
+        with apply_radial_attention(transformer, **options, parallel=shared):
+            outputs.append(transformer(**given).sample)
+    for how, output in zip(shares, outputs[1:], strict=True):
+        yield name + how, ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
+
+
+def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
+    """Final latents of a pipeline with radial attention; `guided`: its two halves on two processes."""
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
+    sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
+    parts = [part for part in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if part]
+    batched = type(pipeline) is MochiPipeline
+    with ExitStack() as stack:
+        stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared))
+        if guided:
+            group = import_xfuser("cpu").get_cfg_group().device_group
+            stack.enter_context(GuidanceParallel(parts, group, batched=batched))
+        return pipeline(prompts * ["a cat"], generator=generators, **sizes, **options).frames
+
+
+def pipelines() -> dict[str, Callable[[], Any]]:
+    """Pipelines whose steps have two halves: two calls, two calls of one of two experts, one batch."""
+    return {"wan": wan_pipeline, "wan2.2": partial(wan_pipeline, experts=2), "mochi": mochi_pipeline}
+
+
+@torch.no_grad()
+def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceParallel | None) -> float:
+    """Largest difference of the final latents from those of one process, relative to the largest value."""
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    alone = latents(pipeline, prompts, None, False)
+    together = latents(pipeline, prompts, shared, import_xfuser("cpu").get_cfg_group().world_size == 2)
+    return ((together - alone).abs().max() / alone.abs().max()).item()
+
+
+def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
+    """xDiT's groups first, and with a ring others of the same processes."""
+    shares = {"": share_sequence(import_xfuser("cpu").get_sp_group())}
+    if degrees.ring > 1 and degrees.cfg == 1:
+        rank, everyone = torch.distributed.get_rank(), torch.distributed.group.WORLD
+        alone = [torch.distributed.new_group([place]) for place in range(degrees.processes)][rank]
+        pairs = [torch.distributed.new_group([2 * i, 2 * i + 1]) for i in range(degrees.processes // 2)]
+        shares[", all in a ring"] = RingParallel(alone, everyone, everyone)
+        shares[", rings of two"] = RingParallel(alone, pairs[rank // 2], pairs[rank // 2])
+    return shares
+
+
+def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
+    """Each case by name with its difference: transformers where all share the sequence, else pipelines."""
+    shares = all_shares(degrees)
+    if degrees.cfg == 1:
+        for case in cases(degrees.ring, degrees.processes):
+            yield from differences(case, shares)
+    for name, make in pipelines().items():
+        for prompts in (1, 2) if degrees.ring == 1 else (2,):
+            yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])
+
+
+def main(words: list[str]) -> None:
+    """All cases on all processes; the first writes the worst of all of them."""
+    out, cfg, ring = Path(words[0]), *map(int, words[1:])
+    degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // (cfg * ring), ring=ring, cfg=cfg)
+    start(degrees, "cpu")
+    results = {}
+    for name, found in measure(degrees):
+        worst = torch.tensor(found)
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        results[name] = worst.item()
+    if torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(results, indent=1))
+    stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

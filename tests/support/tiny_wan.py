@@ -1,0 +1,118 @@
+"""Tiny random relatives of Wan: image to video, Wan2.2 A14B and TI2V-5B, VACE."""
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+)
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from tests.support.tiny import (
+    CHANNELS,
+    TEXT_DIM,
+    wan_inputs,
+    wan_text_encoder,
+    wan_tokenizer,
+    wan_transformer,
+    wan_vae,
+)
+
+CONTROL = 2 * CHANNELS + 64  # channels: inactive, reactive, and the mask's 8 x 8 pixels
+IMAGE_DIM = 16
+
+
+def vace_transformer(seed: int = 0, **changes: object) -> WanVACETransformer3DModel:
+    """A random Wan-VACE transformer in eval mode: 4 layers, control at 0 and 2, 2 heads of 12."""
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 4,
+        "rope_max_seq_len": 64,
+        "vace_layers": [0, 2],
+        "vace_in_channels": CONTROL,
+    }
+    torch.manual_seed(seed)
+    return WanVACETransformer3DModel(**(settings | changes)).eval()
+
+
+def vace_inputs(
+    frames: int = 6, height: int = 12, width: int = 16, *, batch: int = 1, seed: int = 0, **more: float
+) -> dict[str, torch.Tensor]:
+    """Those of `wan_inputs`, and control latents."""
+    control = torch.randn(
+        batch, CONTROL, frames, height, width, generator=torch.Generator().manual_seed(seed)
+    )
+    inputs = wan_inputs(frames, height, width, batch=batch, seed=seed, **more)
+    return inputs | {"control_hidden_states": control}
+
+
+def image_encoder(seed: int = 0) -> CLIPVisionModel:
+    """A random CLIP of width 16 on 16 x 16 images in eval mode."""
+    torch.manual_seed(seed)
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=IMAGE_DIM,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    ).eval()
+
+
+def assemble(cls: type[DiffusionPipeline], seed: int, **parts: object) -> DiffusionPipeline:
+    """A pipeline of the class with Wan's text encoder, VAE and scheduler."""
+    pipeline = cls(
+        tokenizer=wan_tokenizer(),
+        text_encoder=wan_text_encoder(seed),
+        vae=wan_vae(seed),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        **parts,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """As Wan2.1 I2V: image embeddings in cross-attention."""
+    channels = {"in_channels": 2 * CHANNELS + 4, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 24}
+    return assemble(
+        WanImageToVideoPipeline,
+        seed,
+        transformer=wan_transformer(seed, **channels),
+        image_encoder=image_encoder(seed),
+        image_processor=CLIPImageProcessor(crop_size=16, size=16),
+    )
+
+
+def a14b_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
+    """As Wan2.2 I2V-A14B: two experts, no image embeddings."""
+    experts = [wan_transformer(seed + i, in_channels=2 * CHANNELS + 4) for i in range(2)]
+    parts = {"transformer": experts[0], "transformer_2": experts[1], "boundary_ratio": 0.9}
+    return assemble(WanImageToVideoPipeline, seed, **parts)
+
+
+def ti2v_pipeline(seed: int = 0, image: bool = False) -> DiffusionPipeline:
+    """As Wan2.2 TI2V-5B: one timestep for each token."""
+    cls = WanImageToVideoPipeline if image else WanPipeline
+    return assemble(cls, seed, transformer=wan_transformer(seed), expand_timesteps=True)
+
+
+def vace_pipeline(seed: int = 0, experts: int = 1) -> WanVACEPipeline:
+    """As Wan2.1 VACE, or with two experts as Wan2.2 VACE."""
+    parts = {"transformer": vace_transformer(seed)}
+    if experts == 2:
+        parts |= {"transformer_2": vace_transformer(seed + 1), "boundary_ratio": 0.8}
+    return assemble(WanVACEPipeline, seed, **parts)

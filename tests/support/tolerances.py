@@ -1,0 +1,3 @@
+"""Tolerances that several tests share."""
+
+MOST = 1e-5  # float32; relative to the largest value
