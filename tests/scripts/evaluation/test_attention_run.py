@@ -21,7 +21,7 @@ from scripts.evaluation.files import write_json
 from scripts.run.config import LoraConfig, read_config
 from scripts.run.plan import attention_arguments
 from scripts.run.sampler import Sampler, sample
-from tests.test_analysis import CONFIG, GRIDS, tensors
+from tests.support.map_cases import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
 SHORT = ["generation.num_frames=9", "generation.steps=2", "model.device=cpu"]
