@@ -24,12 +24,3 @@ def test_shows_first_and_last_frame_of_a_video(tmp_path):
     picture = imageio.imread(tmp_path / "sheet.png").astype(int)
     means = [picture[:, start : start + 32].mean() for start in (0, 32 + GAP, 2 * (32 + GAP))]
     assert means == pytest.approx([0, 96, 192], abs=4)
-
-
-def test_a_file_that_is_no_video_gives_one_line(tmp_path, capsys):
-    (tmp_path / "no.mp4").write_text("no video")
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "no.mp4"), "--out", str(tmp_path / "sheet.png")])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: cannot read frames of")
-    assert not (tmp_path / "sheet.png").exists()
