@@ -139,8 +139,8 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
         raise UsageError(f"attention.{refused.option}: got {got!r}, but {refused.reason}")
     if model.compile != "none":
         raise UsageError(
-            f"model.compile: got {model.compile!r}, but a ring does not support it: keys are passed on inside "
-            "the blocks; allowed: none"
+            f"model.compile: got {model.compile!r}, but a ring does not support it: keys are passed on "
+            "inside the blocks; allowed: none"
         )
     served = [name for name in BACKENDS if name == "auto" or kernel(name).NEEDS.partial]
     if attention.backend not in served:
