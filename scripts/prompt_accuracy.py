@@ -3,10 +3,12 @@
 `python -m scripts.prompt_accuracy [CONFIG.yaml ...] [key=value ...] [--every N ...] [--batch B] [--out MD]`.
 It makes all captions of the toy world (or every N-th), one seed each, and reads them back by `toyworld.read`.
 Readings are kept in outputs/prompt_accuracy/ as they come, and the same command resumes. Image to video
-starts from the first frame of a scene of the caption, so only the motion is left to the model.
+starts from the first frame of a scene of the caption, so only the motion is left to the model. With
+`--prompt CAPTION ... --seeds N` it makes only these prompts with N seeds each, for one configuration.
 """
 
 import argparse
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 
 from radial_attn.models.runtime.output_check import CheckError
+from scripts.evaluation.files import write_text
+from scripts.length.seeds import seed_records, seed_table
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
@@ -26,7 +30,7 @@ from scripts.run.sampler import Sampler, sample
 from scripts.run.system import hardware, pairs, versions
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import attention, first_frame, readings, whole_run_seconds, with_pattern
-from scripts.toyworld.render import VOCABULARY, Attributes
+from scripts.toyworld.render import VOCABULARY, Attributes, parse_caption
 
 PATTERNS = ("dense", "radial")
 LEAST_STEPS = 2  # Mochi's noise levels need two
@@ -109,8 +113,33 @@ def measure(plan: RunPlan, every: int, batch: int) -> list[str]:
     return rows
 
 
+def run_seeds(options: argparse.Namespace) -> None:
+    """Measures the prompts of `--prompt` and writes their table."""
+    plan = make_plan(read_config(options.configs[0], options.overrides))
+    config, first = plan.config, plan.config.generation.seed
+    seeds = range(first, first + options.seeds)
+    records = seed_records(plan, options.prompt, seeds, work_folder(plan) / "seeds.json")
+    given = [*options.configs, *options.overrides, "--prompt", *map(shlex.quote, options.prompt)]
+    loras = "".join(f", LoRA {entry.path}" for entry in config.model.loras)
+    text = [
+        "# Prompts over several seeds",
+        "",
+        f"    bash scripts/prompt_accuracy.sh {' '.join(given)} --seeds {options.seeds}",
+        "",
+        *seed_table(records, options.prompt, seeds),
+        "",
+        describe_settings(config) + loras,
+        "",
+        pairs(versions(), hardware(plan.device)),
+    ]
+    print("\n".join(text[4 : 6 + 2 * len(options.prompt)]))
+    print(f"written {write_text(options.out, chr(10).join(text) + chr(10))}")
+
+
 def run(options: argparse.Namespace) -> None:
     """Measures all configurations and writes the table."""
+    if options.prompt:
+        return run_seeds(options)
     configs = [read_config(name, options.overrides) for name in options.configs]
     plans = [make_plan(config) for config in configs]
     pairs_of = zip(plans, options.every, strict=True)
@@ -130,6 +159,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--every", type=positive, nargs="+", default=[1], help="take every N-th caption, of each config"
     )
     parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
+    parser.add_argument(
+        "--prompt", nargs="+", default=[], metavar="CAPTION", help="measure only these captions"
+    )
+    parser.add_argument("--seeds", type=positive, default=10, help="number of seeds of each --prompt")
     name = f"prompt_accuracy_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
     options = parser.parse_args(argv)
@@ -139,6 +172,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.every *= len(options.configs)
     if len(options.every) != len(options.configs):
         parser.error(f"--every: got {len(options.every)} numbers, must be 1 or {len(options.configs)}")
+    if options.prompt and len(options.configs) > 1:
+        parser.error(f"--prompt: got {len(options.configs)} configurations; name one")
+    for prompt in options.prompt:
+        try:
+            parse_caption(prompt)
+        except ValueError as error:
+            parser.error(f"--prompt: {error}")
     return options
 
 

@@ -249,8 +249,7 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid) -> RadialConfig:
             radial_mask(grid, solved)  # raises if there is none; the mask is cached
     except ValueError as error:
         raise UsageError(
-            f"attention.pattern: got {solved.pattern!r}, which has no mask about as dense: {error}; change "
-            "attention.density, attention.block_size or the size of the video"
+            f"attention.pattern: got {solved.pattern!r}, which has no mask about as dense: {error}"
         ) from error
     return solved
 

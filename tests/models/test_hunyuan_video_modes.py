@@ -82,7 +82,7 @@ def test_compiled_blocks_need_few_graphs(family, graphs):
         expected = video(family, transformer)
         transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
         assert_near(video(family, transformer), expected)
-        assert counter.frame_count <= graphs
+        assert counter.frame_count <= graphs + (torch.__version__ < "2.9")  # torch 2.8 makes one more
         before = counter.frame_count
         assert_near(video(family, transformer), expected)
         assert counter.frame_count == before

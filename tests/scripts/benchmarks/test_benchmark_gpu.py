@@ -92,24 +92,6 @@ def test_without_time_all_is_left_out_and_listed(tmp_path):
     assert len(run.data["left_out"]) > 40 and not [row for row in run.data["rows"] if "ms" in row]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--only", "wan-70"], "wan-70"),
-        (["--backends", "cuda"], "cuda"),
-        (["--minutes", "0"], "must be a number above 0"),
-        (["--device", "cpu"], "needs --tiny"),
-        (["--out", "README.md", "--tiny"], "must be a folder, got README.md"),
-        (["--nothing"], "--nothing"),
-    ],
-)
-def test_wrong_options_are_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(words)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ") and message in line
-
-
 def test_results_and_rehearsals_go_to_different_folders():
     assert parse([]).out.name == "results" and parse(["--tiny"]).out.name == "outputs"
 

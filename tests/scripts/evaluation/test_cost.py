@@ -127,29 +127,3 @@ def test_a_short_measurement_and_none(monkeypatch):
     rates = cost.rates_of(cost.parse([]), "cpu")
     assert rates.dense > 1e8 and rates.radial > 1e8 and rates.source.startswith("measured here on cpu")
     assert cost.rates_of(cost.parse(["--rate", "400"]), "cpu")[:2] == (4e14, 4e14)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--models", "wam"], "--models: got 'wam', allowed: wan_tiny, wan, hunyuan, mochi, or a file"),
-        (["--size", "64"], "must be height x width"),
-        (["--rate", "1", "2", "3"], "--rate: got 3 numbers"),
-        (
-            ["--models", "wan", "--frames", "70"],
-            "generation.num_frames: got 70, allowed: 4k + 1, nearest: 69",
-        ),
-        (["--models", "wan", "--size", "100x64"], "generation.height: got 100"),
-        (["generation.hight=3"], "did you mean 'generation.height'"),
-        (["--models", "no.yaml"], "config file 'no.yaml' not found"),
-    ],
-)
-def test_bad_input_is_one_line(words, said, tmp_path, capsys):
-    folder = ["--no-times", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "cost.md")]
-    try:
-        code = main([*words, *folder])
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and said in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())

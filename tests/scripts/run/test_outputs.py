@@ -86,7 +86,7 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from scripts.outputs import write_pair
+from scripts.run.outputs import write_pair
 path, end, renames = Path(sys.argv[1]), getattr(signal, sys.argv[2]), []
 def stop(event, arguments):
     if event == "os.rename" and Path(arguments[1]).parent == path.parent:

@@ -171,11 +171,7 @@ def test_what_several_processes_refuse(monkeypatch):
     assert re.match("several processes need xfuser .*install it with", refused())
 
 
-def test_one_process_and_bad_counts(capsys, monkeypatch):
-    assert main([TINY, "parallel.ulysses_degree=2"]) == 2
-    assert "allowed in one process: 1; start several with torchrun" in capsys.readouterr().err
-    assert main([TINY, "parallel.ring_degree=0"]) == 2
-    assert "parallel.ring_degree: got 0, allowed" in capsys.readouterr().err
+def test_bad_counts(monkeypatch):
     for text in ("0", "two", "-1"):
         monkeypatch.setenv("NPROC", text)
         with pytest.raises(UsageError, match="NPROC: got"):
@@ -290,12 +286,6 @@ def test_what_differs_between_machines_is_told(monkeypatch):
     monkeypatch.setattr(Groups, "agree", lambda self, value: ["another"])
     with pytest.raises(UsageError, match="differ from those of rank 0"):
         Groups(everyone="all").compare(["mine"])
-
-
-def test_torchrun_by_hand_needs_a_configuration(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([]) == 2
-    assert "several processes need a configuration by name" in capsys.readouterr().err
 
 
 def wait_for_steps(process: subprocess.Popen) -> list[int]:
