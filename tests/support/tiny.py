@@ -3,29 +3,35 @@
 import string
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 TEXT_DIM = 16
 CHANNELS = 4
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 4,
+    "rope_max_seq_len": 64,
+}
+T5 = {"vocab_size": 32, "d_model": TEXT_DIM, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 
 
 def wan_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
     """A random Wan transformer in eval mode: 4 layers, 2 heads of 12, patch (1, 2, 2), unless changed."""
-    settings = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 4,
-        "rope_max_seq_len": 64,
-    }
     torch.manual_seed(seed)
-    return WanTransformer3DModel(**(settings | changes)).eval()
+    return WanTransformer3DModel(**(WAN | {"patch_size": (1, 2, 2)} | changes)).eval()
 
 
 def wan_inputs(
@@ -55,8 +61,13 @@ def wan_tokenizer() -> T5Tokenizer:
 def wan_text_encoder(seed: int = 0) -> UMT5EncoderModel:
     """A random one-layer UMT5 encoder of width 16 in eval mode."""
     torch.manual_seed(seed)
-    config = UMT5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return UMT5EncoderModel(config).eval()
+    return UMT5EncoderModel(UMT5Config(**T5)).eval()
+
+
+def t5_encoder(seed: int = 0) -> T5EncoderModel:
+    """The same of T5, as Mochi and LTX have it."""
+    torch.manual_seed(seed)
+    return T5EncoderModel(T5Config(**T5)).eval()
 
 
 def wan_vae(seed: int = 0) -> AutoencoderKLWan:
@@ -73,16 +84,16 @@ def wan_vae(seed: int = 0) -> AutoencoderKLWan:
 
 def wan_pipeline(seed: int = 0, experts: int = 1, **changes: object) -> WanPipeline:
     """A random WanPipeline with all parts; `experts=2` as Wan2.2 A14B; `changes` go to its transformers."""
-    pipeline = WanPipeline(
-        tokenizer=wan_tokenizer(),
-        text_encoder=wan_text_encoder(seed),
-        vae=wan_vae(seed),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        transformer=wan_transformer(seed, **changes),
-        transformer_2=wan_transformer(seed + 1, **changes) if experts == 2 else None,
-        boundary_ratio=0.8 if experts == 2 else None,
-    )
+    parts = {"transformer": wan_transformer(seed, **changes)}
+    if experts == 2:
+        parts |= {"transformer_2": wan_transformer(seed + 1, **changes), "boundary_ratio": 0.8}
+    return assemble(WanPipeline, seed, **parts)
+
+
+def assemble(cls: type[DiffusionPipeline], seed: int, **parts: object) -> DiffusionPipeline:
+    """A pipeline of the class, with Wan's tokenizer, text encoder, VAE and scheduler unless among `parts`."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    wan = {"tokenizer": wan_tokenizer(), "text_encoder": wan_text_encoder(seed), "vae": wan_vae(seed)}
+    pipeline = cls(**(wan | {"scheduler": UniPCMultistepScheduler(**flow)} | parts))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,12 +1,15 @@
 """Random LoRAs of tiny transformers, as files in every format that users bring."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from radial_attn.models.lora.keys import match_keys
+from radial_attn.models.lora.load import Lora, load_loras
 from tests.support.tiny import wan_inputs, wan_transformer
 
 RANK = 3
@@ -160,3 +163,53 @@ def add_fused(
         for weight, change in zip(weights, changes, strict=True):
             weight.add_(change.view_as(weight))
     return transformer
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model that LoRA files of its family are loaded into."""
+
+    make: Callable[..., torch.nn.Module]
+    inputs: Callable[[], dict]
+
+    @torch.no_grad()
+    def run(self, transformer: torch.nn.Module) -> torch.Tensor:
+        return transformer(**self.inputs()).sample
+
+    def loaded(self, file: Path, scale: float = 1.0, **options) -> torch.Tensor:
+        """The output with a file loaded."""
+        transformer = self.make()
+        load_loras(transformer, [Lora(file, scale)], **options)
+        return self.run(transformer)
+
+    def expected(self, names: dict[str, Iterable[str]], pairs: Pairs, scale: float = 1.0) -> torch.Tensor:
+        """The output with the pairs added by hand."""
+        output = self.run(add_fused(self.make(), names, pairs, scale))
+        assert (output - self.run(self.make())).abs().max() > 1e-3
+        return output
+
+
+def check_converted(
+    model: torch.nn.Module, names: dict[str, tuple[str, ...]], convert: Callable[[dict], dict], *left: str
+) -> None:
+    """Every parameter but those `left` has the name and the rows that diffusers' converter gives it.
+
+    `names`: the authors' name of a layer -> the layers whose rows it holds.
+    """
+    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    shapes, tags = {}, {name: torch.zeros(1) for name in left}
+    for stem, layers in names.items():
+        for kind, ending in (("weight", "diff"), ("bias", "diff_b")):
+            parts = [parameters.get(f"{layer}.{kind}") for layer in layers]
+            if parts[0]:
+                rows = sum(shape[0] for shape in parts)
+                shapes[f"{stem}.{ending}"] = (rows, *parts[0][1:])
+                tags[f"{stem}.{kind}"] = torch.arange(rows)
+    match = match_keys(shapes, parameters)
+    assert not match.unmatched and not match.misfits
+    assert match.deltas.keys() == parameters.keys() - set(left)
+    theirs = convert(dict(tags))
+    for name, part in match.deltas.items():
+        tag = tags[part.key.replace(".diff_b", ".bias").replace(".diff", ".weight")]
+        ours = torch.cat([tag[start:end] for start, end in part.rows]) if part.rows else tag
+        assert torch.equal(ours, theirs[name]), name

@@ -7,9 +7,8 @@ from diffusers import (
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel
 
-from tests.support.tiny import TEXT_DIM, wan_tokenizer
+from tests.support.tiny import TEXT_DIM, assemble, t5_encoder
 
 CHANNELS = 8
 
@@ -70,14 +69,11 @@ def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
 
 def ltx_pipeline(seed: int = 0, **changes: object) -> LTXPipeline:
     """A random LTXPipeline with all parts; `changes` go to its transformer."""
-    torch.manual_seed(seed)
-    settings = T5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    pipeline = LTXPipeline(
-        tokenizer=wan_tokenizer(),
-        text_encoder=T5EncoderModel(settings).eval(),
+    return assemble(
+        LTXPipeline,
+        seed,
+        text_encoder=t5_encoder(seed),
         vae=ltx_vae(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=ltx_transformer(seed, **changes),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

@@ -7,9 +7,8 @@ from diffusers import (
     MochiPipeline,
     MochiTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel
 
-from tests.support.tiny import TEXT_DIM, wan_tokenizer
+from tests.support.tiny import TEXT_DIM, assemble, t5_encoder
 
 CHANNELS = 12  # the pipeline's statistics of the latents are for 12
 
@@ -66,14 +65,11 @@ def mochi_vae(seed: int = 0) -> AutoencoderKLMochi:
 
 def mochi_pipeline(seed: int = 0, **changes: object) -> MochiPipeline:
     """A random MochiPipeline with all parts; `changes` go to its transformer."""
-    torch.manual_seed(seed)
-    settings = T5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    pipeline = MochiPipeline(
-        tokenizer=wan_tokenizer(),
-        text_encoder=T5EncoderModel(settings).eval(),
+    return assemble(
+        MochiPipeline,
+        seed,
+        text_encoder=t5_encoder(seed),
         vae=mochi_vae(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         transformer=mochi_transformer(seed, **changes),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

@@ -3,7 +3,6 @@
 import torch
 from diffusers import (
     DiffusionPipeline,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanVACEPipeline,
@@ -11,15 +10,7 @@ from diffusers import (
 )
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.support.tiny import (
-    CHANNELS,
-    TEXT_DIM,
-    wan_inputs,
-    wan_text_encoder,
-    wan_tokenizer,
-    wan_transformer,
-    wan_vae,
-)
+from tests.support.tiny import CHANNELS, WAN, assemble, wan_inputs, wan_transformer
 
 CONTROL = 2 * CHANNELS + 64  # channels: inactive, reactive, and the mask's 8 x 8 pixels
 IMAGE_DIM = 16
@@ -27,19 +18,7 @@ IMAGE_DIM = 16
 
 def vace_transformer(seed: int = 0, **changes: object) -> WanVACETransformer3DModel:
     """A random Wan-VACE transformer in eval mode: 4 layers, control at 0 and 2, 2 heads of 12."""
-    settings = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 4,
-        "rope_max_seq_len": 64,
-        "vace_layers": [0, 2],
-        "vace_in_channels": CONTROL,
-    }
+    settings = WAN | {"vace_layers": [0, 2], "vace_in_channels": CONTROL}
     torch.manual_seed(seed)
     return WanVACETransformer3DModel(**(settings | changes)).eval()
 
@@ -68,21 +47,6 @@ def image_encoder(seed: int = 0) -> CLIPVisionModel:
             patch_size=8,
         )
     ).eval()
-
-
-def assemble(cls: type[DiffusionPipeline], seed: int, **parts: object) -> DiffusionPipeline:
-    """A pipeline of the class with Wan's text encoder, VAE and scheduler."""
-    pipeline = cls(
-        tokenizer=wan_tokenizer(),
-        text_encoder=wan_text_encoder(seed),
-        vae=wan_vae(seed),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        **parts,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:

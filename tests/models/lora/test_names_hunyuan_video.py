@@ -18,9 +18,10 @@ from tests.support.tiny_hunyuan import (
     hunyuan_pipeline,
     hunyuan_transformer,
 )
-from tests.support.tiny_lora import add_fused, fused_pairs, write
+from tests.support.tiny_lora import Tiny, check_converted, fused_pairs, write
 
 CLOSE = {"atol": 5e-5, "rtol": 0}
+TINY = Tiny(hunyuan_transformer, hunyuan_inputs)
 DOUBLE = {  # of a block: the authors' name, diffusers' layers
     "img_mod.linear": ("norm1.linear",),
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -93,50 +94,16 @@ def spell(pairs, form: str, alpha: float | None = None) -> dict[str, torch.Tenso
     return state
 
 
-@torch.no_grad()
-def run(transformer: torch.nn.Module) -> torch.Tensor:
-    return transformer(**hunyuan_inputs()).sample
-
-
-def expected(names, pairs, scale: float = 1.0) -> torch.Tensor:
-    plain, changed = hunyuan_transformer(), add_fused(hunyuan_transformer(), names, pairs, scale)
-    assert (run(plain) - run(changed)).abs().max() > 1e-2
-    return run(changed)
-
-
-def loaded(file, scale: float = 1.0, **options) -> torch.Tensor:
-    transformer = hunyuan_transformer()
-    load_loras(transformer, [Lora(file, scale)], **options)
-    return run(transformer)
-
-
 def test_the_names_and_rows_are_those_that_diffusers_converts():
     """Every parameter of the full width, its rows among those of the authors' file."""
+    width = {"num_attention_heads": 24, "attention_head_dim": 128, "guidance_embeds": True}
     with torch.device("meta"):
-        model = hunyuan_transformer(
-            num_attention_heads=24,
-            attention_head_dim=128,
-            num_layers=1,
-            num_single_layers=1,
-            guidance_embeds=True,
-        )
-    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    shapes, tags = {}, {}
-    for name, layers in NAMES.items():
-        stem = name.replace("#", "0")
-        for kind, ending in (("weight", "diff"), ("bias", "diff_b")):
-            found = [parameters.get(f"{layer.replace('#', '0')}.{kind}") for layer in layers]
-            if found[0]:
-                rows = sum(shape[0] for shape in found)
-                shapes[f"{stem}.{ending}"] = (rows, *found[0][1:])
-                tags[f"{stem}.{kind}"] = torch.arange(rows)
-    match = match_keys(shapes, parameters)
-    assert not match.unmatched and not match.misfits and match.deltas.keys() == parameters.keys()
-    theirs = convert_hunyuan_video_transformer_to_diffusers(dict(tags))
-    for name, part in match.deltas.items():
-        tag = tags[part.key.replace(".diff_b", ".bias").replace(".diff", ".weight")]
-        ours = torch.cat([tag[start:end] for start, end in part.rows]) if part.rows else tag
-        assert torch.equal(ours, theirs[name]), name
+        model = hunyuan_transformer(num_layers=1, num_single_layers=1, **width)
+    names = {
+        name.replace("#", "0"): tuple(layer.replace("#", "0") for layer in layers)
+        for name, layers in NAMES.items()
+    }
+    check_converted(model, names, convert_hunyuan_video_transformer_to_diffusers)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -144,7 +111,7 @@ def test_a_format_is_what_is_added_by_hand(form, tmp_path):
     names = blocks() | OUTSIDE
     pairs = fused_pairs(hunyuan_transformer(), names)
     file = write(tmp_path / "a.safetensors", spell(pairs, form))
-    torch.testing.assert_close(loaded(file), expected(names, pairs), **CLOSE)
+    torch.testing.assert_close(TINY.loaded(file), TINY.expected(names, pairs), **CLOSE)
 
 
 @pytest.mark.parametrize("mode", ["separate", "fused"])
@@ -153,7 +120,9 @@ def test_alpha_scale_and_mode(form, mode, tmp_path):
     names = blocks()
     pairs = fused_pairs(hunyuan_transformer(), names)
     file = write(tmp_path / "a.safetensors", spell(pairs, form, 1.0))
-    torch.testing.assert_close(loaded(file, 0.6, mode=mode), expected(names, pairs, 0.6 / 3), **CLOSE)
+    torch.testing.assert_close(
+        TINY.loaded(file, 0.6, mode=mode), TINY.expected(names, pairs, 0.6 / 3), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("name", ["single_blocks.1.linear1", *OUTSIDE])
@@ -164,11 +133,9 @@ def test_a_file_of_one_layer(name, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, "diffusion_model"))
     transformer = hunyuan_transformer()
     handle = load_loras(transformer, [Lora(file)])
-    torch.testing.assert_close(
-        run(transformer), run(add_fused(hunyuan_transformer(), {name: names}, pairs)), **CLOSE
-    )
+    torch.testing.assert_close(TINY.run(transformer), TINY.expected({name: names}, pairs), **CLOSE)
     handle.remove()
-    assert torch.equal(run(transformer), run(hunyuan_transformer()))
+    assert torch.equal(TINY.run(transformer), TINY.run(hunyuan_transformer()))
 
 
 def test_ranks_differ_where_a_name_ends_others(tmp_path):
@@ -178,7 +145,7 @@ def test_ranks_differ_where_a_name_ends_others(tmp_path):
     pairs |= fused_pairs(hunyuan_transformer(), narrow, rank=2, seed=1)
     for part in (pairs, dict(reversed(pairs.items()))):
         file = write(tmp_path / "a.safetensors", spell(part, "none"))
-        torch.testing.assert_close(loaded(file), expected(wide | narrow, pairs), **CLOSE)
+        torch.testing.assert_close(TINY.loaded(file), TINY.expected(wide | narrow, pairs), **CLOSE)
 
 
 def test_two_blocks_are_what_diffusers_makes_of_them(tmp_path):
@@ -187,7 +154,7 @@ def test_two_blocks_are_what_diffusers_makes_of_them(tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, "transformer"))
     pipeline = hunyuan_pipeline()
     pipeline.load_lora_weights(file)
-    torch.testing.assert_close(loaded(file), run(pipeline.transformer), **CLOSE)
+    torch.testing.assert_close(TINY.loaded(file), TINY.run(pipeline.transformer), **CLOSE)
 
 
 @torch.no_grad()
@@ -203,7 +170,7 @@ def test_full_changes_of_fused_layers_and_of_the_swapped_one(tmp_path):
         "diffusion_model.final_layer.adaLN_modulation.1.lora_A.weight": down,
         "diffusion_model.final_layer.adaLN_modulation.1.lora_B.weight": up,
     }
-    found = loaded(write(tmp_path / "a.safetensors", state))
+    found = TINY.loaded(write(tmp_path / "a.safetensors", state))
     text = transformer.transformer_blocks[1].attn
     for layer, rows in zip((text.add_q_proj, text.add_k_proj, text.add_v_proj), weight.chunk(3), strict=True):
         layer.weight.add_(rows)
@@ -214,7 +181,7 @@ def test_full_changes_of_fused_layers_and_of_the_swapped_one(tmp_path):
     transformer.transformer_blocks[0].attn.norm_k.weight.add_(0.5)
     norm = up @ down
     transformer.norm_out.linear.weight.add_(torch.cat([norm[24:], norm[:24]]))
-    torch.testing.assert_close(found, run(transformer), **CLOSE)
+    torch.testing.assert_close(found, TINY.run(transformer), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
@@ -242,9 +209,9 @@ def test_unmatched_keys_are_listed(tmp_path, caplog):
     file = write(tmp_path / "a.safetensors", spell(pairs, "kohya") | stray)
     words = r"3 of 81 keys match nothing.*text_model.*double_blocks_2_img_attn_qkv.*single_blocks_0_linear3"
     with pytest.raises(ValueError, match=words):
-        loaded(file)
+        TINY.loaded(file)
     with caplog.at_level(logging.WARNING, "radial_attn"):
-        torch.testing.assert_close(loaded(file, unmatched="warn"), expected(names, pairs), **CLOSE)
+        torch.testing.assert_close(TINY.loaded(file, unmatched="warn"), TINY.expected(names, pairs), **CLOSE)
     assert "3 of 81 keys match nothing" in caplog.text
 
 
@@ -270,10 +237,10 @@ def test_files_are_checked_against_models_on_the_hub_before_these_are_loaded(tmp
     state = {f"{stem}.lora_down.weight": torch.ones(1, 3072), f"{stem}.lora_up.weight": torch.ones(21504, 1)}
     file = write(tmp_path / "a.safetensors", state)
     config = read_config("configs/hunyuan_t2v.yaml", [f"model.loras={file}"])
-    (found,) = find_loras(config, hub)
+    (found,) = find_loras(config.model, hub)
     assert len(found.match.pairs) == 4
     file = write(
         tmp_path / "a.safetensors", state | {"lora_unet_single_blocks_40_linear2.alpha": torch.ones(())}
     )
     with pytest.raises(UsageError, match=r"1 of 3 keys match nothing.*single_blocks_40.*lora_unmatched=warn"):
-        find_loras(config, hub)
+        find_loras(config.model, hub)

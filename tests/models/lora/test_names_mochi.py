@@ -6,13 +6,12 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
 
-from radial_attn.models.lora.keys import match_keys
-from radial_attn.models.lora.load import Lora, load_loras
 from radial_attn.models.lora.names_mochi import LAST_BLOCK, NAMES
-from tests.support.tiny_lora import add_fused, fused_pairs, write
+from tests.support.tiny_lora import Tiny, add_fused, check_converted, fused_pairs, write
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 
 CLOSE = {"atol": 5e-5, "rtol": 0}
+TINY = Tiny(mochi_transformer, mochi_inputs)
 QKV = {
     "attn.qkv_x": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.qkv_y": ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
@@ -48,37 +47,14 @@ def spell(pairs, prefix: str = "", ending: str = "") -> dict[str, torch.Tensor]:
     return state
 
 
-@torch.no_grad()
-def run(transformer: torch.nn.Module) -> torch.Tensor:
-    return transformer(**mochi_inputs()).sample
-
-
-def loaded(file, scale: float = 1.0, **options) -> torch.Tensor:
-    transformer = mochi_transformer()
-    load_loras(transformer, [Lora(file, scale)], **options)
-    return run(transformer)
-
-
 def test_the_names_and_rows_are_those_that_diffusers_converts():
-    model = mochi_transformer(num_layers=48)
-    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    shapes, tags = {}, {"pos_frequencies": torch.zeros(1)}
-    for name, layers in [*NAMES.items(), *LAST_BLOCK.items()]:
-        for i in range(48 if "#" in name else 1):
-            stem, layer = name.replace("#", str(i)), layers[0].replace("#", str(i))
-            for kind, ending in (("weight", "diff"), ("bias", "diff_b")):
-                if shape := parameters.get(f"{layer}.{kind}"):
-                    rows = len(layers) * shape[0]
-                    shapes[f"{stem}.{ending}"] = (rows, *shape[1:])
-                    tags[f"{stem}.{kind}"] = torch.arange(rows)
-    match = match_keys(shapes, parameters)
-    assert not match.unmatched and not match.misfits
-    assert match.deltas.keys() == parameters.keys() - {"pos_frequencies"}
-    theirs = convert_mochi_transformer_checkpoint_to_diffusers(dict(tags))
-    for name, part in match.deltas.items():
-        tag = tags[part.key.replace(".diff_b", ".bias").replace(".diff", ".weight")]
-        ours = torch.cat([tag[start:end] for start, end in part.rows]) if part.rows else tag
-        assert torch.equal(ours, theirs[name]), name
+    names = {
+        name.replace("#", str(i)): tuple(layer.replace("#", str(i)) for layer in layers)
+        for name, layers in [*NAMES.items(), *LAST_BLOCK.items()]
+        for i in range(48 if "#" in name else 1)
+    }
+    convert = convert_mochi_transformer_checkpoint_to_diffusers
+    check_converted(mochi_transformer(num_layers=48), names, convert, "pos_frequencies")
 
 
 @pytest.mark.parametrize("mode", ["separate", "fused"])
@@ -89,8 +65,8 @@ def test_a_file_of_the_fine_tuner(mode, tmp_path):
     file = write(tmp_path / "model_2000.lora.safetensors", spell(pairs), kwargs=json.dumps(SETTINGS))
     changed = add_fused(mochi_transformer(), qkv, {name: pairs[name] for name in qkv}, 0.7 * 6 / 3)
     changed = add_fused(changed, proj, {name: pairs[name] for name in proj}, 0.7 * 1 / 3)
-    assert (run(changed) - run(mochi_transformer())).abs().max() > 1e-2
-    torch.testing.assert_close(loaded(file, 0.7, mode=mode), run(changed), **CLOSE)
+    assert (TINY.run(changed) - TINY.run(mochi_transformer())).abs().max() > 1e-2
+    torch.testing.assert_close(TINY.loaded(file, 0.7, mode=mode), TINY.run(changed), **CLOSE)
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
@@ -99,7 +75,7 @@ def test_other_prefixes_and_endings(prefix, ending, tmp_path):
     names = blocks(QKV | PROJ)
     pairs = fused_pairs(mochi_transformer(), names)
     file = write(tmp_path / "a.safetensors", spell(pairs, prefix, ending), kwargs="of another program")
-    torch.testing.assert_close(loaded(file), run(add_fused(mochi_transformer(), names, pairs)), **CLOSE)
+    torch.testing.assert_close(TINY.loaded(file), TINY.expected(names, pairs), **CLOSE)
 
 
 @torch.no_grad()
@@ -107,10 +83,10 @@ def test_halves_of_the_gated_layer_change_places(tmp_path):
     transformer = mochi_transformer()
     down, up = torch.randn(2, 24), torch.randn(128, 2)
     pairs = {"blocks.1.mlp_x.w1": (down, up)}
-    found = loaded(write(tmp_path / "a.safetensors", spell(pairs)))
+    found = TINY.loaded(write(tmp_path / "a.safetensors", spell(pairs)))
     change = up @ down
     transformer.transformer_blocks[1].ff.net[0].proj.weight.add_(torch.cat([change[64:], change[:64]]))
-    torch.testing.assert_close(found, run(transformer), **CLOSE)
+    torch.testing.assert_close(found, TINY.run(transformer), **CLOSE)
 
 
 def test_unmatched_keys_are_listed_and_settings_must_be_json(tmp_path):
@@ -122,7 +98,7 @@ def test_unmatched_keys_are_listed_and_settings_must_be_json(tmp_path):
     file = write(tmp_path / "a.safetensors", state)
     words = r"2 of 32 keys match nothing.*blocks.0.attn.qkv_z.lora_B.*blocks.3.attn.proj_y.lora_A"
     with pytest.raises(ValueError, match=words):
-        loaded(file)
+        TINY.loaded(file)
     file = write(tmp_path / "b.safetensors", state, kwargs="{'qkv_proj_lora_alpha': 6}")
     with pytest.raises(ValueError, match="settings that are not a JSON object"):
-        loaded(file)
+        TINY.loaded(file)
