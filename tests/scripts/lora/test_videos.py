@@ -7,7 +7,7 @@ import imageio
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from scripts import prepare_latents
+from scripts.lora import prepare as prepare_latents
 from scripts.lora.config import DataConfig
 from scripts.lora.videos import Video, plan_clips, read_clips, read_videos, too_short
 from tests.support.latent_cases import run, table, write_video
