@@ -150,7 +150,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path,
 
     monkeypatch.setattr(Sampler, "sample_video", stops)
     assert evaluated(tmp_path, *COMPARE) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; run the same command to resume"
     assert not (tmp_path / "work" / "evaluation.json").exists() and not (tmp_path / "table.md").exists()
     monkeypatch.setattr(Sampler, "sample_video", counts)
     assert evaluated(tmp_path, *COMPARE) == 0

@@ -167,12 +167,12 @@ def test_room_is_checked_for_shared_weights(lora_config, monkeypatch, capsys):
     monkeypatch.setattr(planning, "room", lambda device: 3 * 2**30)
     monkeypatch.setenv("WORLD_SIZE", "8")
     planning.check_room(plan)
-    with pytest.raises(UsageError, match=r"needs about 4\.5 GiB, 3\.0 GiB are free .* parallel\.shard=fsdp"):
+    with pytest.raises(UsageError, match=r"about 4\.5 GiB, .*3\.0 GiB are free .* parallel\.shard=fsdp"):
         planning.check_room(whole_of(plan))
     capsys.readouterr()
     planning.check_room(replace(whole_of(plan), device="cuda"))  # there the prediction was never measured
     out = capsys.readouterr().out
-    assert out.startswith("note: memory may be short: training needs about 4.0 GiB, 3.0 GiB are free")
+    assert out.startswith("note: memory may be short: ") and "4.0 GiB" in out and "3.0 GiB are free" in out
 
 
 def whole_of(plan: TrainPlan) -> TrainPlan:

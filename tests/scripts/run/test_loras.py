@@ -155,7 +155,7 @@ def _other(folder: Path) -> str:
 BAD = {
     "several": (
         _several,
-        ["model.loras[0].path", "weight_name must name one", "a.safetensors, b.safetensors"],
+        ["model.loras[0].path", "set weight_name", "a.safetensors, b.safetensors"],
     ),
     "other name": (
         lambda folder: f"{{path: {_several(folder)}, weight_name: c}}",
@@ -204,7 +204,7 @@ def test_a_hub_id_out_of_reach(capsys, tiny_model, monkeypatch):
         line = refused(capsys, argv)
         assert "model.loras[0].path" in line and "'nobody/nothing'" in line and "hub" in line
         assert main([*argv, "--dry-run"]) == 0
-        assert "not checked (the file is not here yet)" in capsys.readouterr().out
+        assert "not checked (the file is not downloaded yet)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "schedule"), [("fusionx", (8, 1, 2, 2)), ("lightx2v", (4, 1, 8, 1))])

@@ -224,7 +224,7 @@ def test_mag_counts_the_steps_of_one_expert():
 
 def test_vace_adds_its_control_between_the_blocks():
     (line,) = refusals(read_config(TINY, ["model.cache=first_block", "model.family=wan_vace"]))
-    assert "allowed with family wan_vace: none" in line
+    assert "got 'first_block'" in line and "family wan_vace" in line and line.endswith("allowed: none")
 
 
 def test_other_kinds_of_storage_need_no_library():
