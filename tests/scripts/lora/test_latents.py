@@ -144,7 +144,7 @@ def test_the_order_follows_from_seed_and_step_alone():
 
 @pytest.mark.parametrize(("buckets", "batch"), [({}, 1), ({(1, 1, 1): []}, 1), (BUCKETS, 0)])
 def test_a_sampler_without_samples_is_refused(buckets, batch):
-    with pytest.raises(ValueError, match="batch must be at least 1 .* sample, got"):
+    with pytest.raises(ValueError, match=r"batch must be at least 1 .* sample, got"):
         BucketSampler(buckets, batch, seed=0)
 
 
