@@ -81,9 +81,12 @@ def change(folder: Path, **content: object) -> None:
 
 
 BROKEN = {
-    "no index": (lambda f: (f / "index.json").unlink(), "has no index.json; bash scripts/prepare_latents.sh"),
-    "no JSON": (lambda f: (f / "index.json").write_text('{"latents": {'), "is no index of latents"),
-    "a list": (lambda f: (f / "index.json").write_text("[]"), "is no index of latents"),
+    "no index": (
+        lambda f: (f / "index.json").unlink(),
+        "has no index.json; .*bash scripts/prepare_latents.sh",
+    ),
+    "no JSON": (lambda f: (f / "index.json").write_text('{"latents": {'), "index.json is not an index"),
+    "a list": (lambda f: (f / "index.json").write_text("[]"), "index.json is not an index"),
     "no samples": (
         lambda f: (f / "index.json").write_text('{"fingerprint": {"format": "1"}}'),
         "lacks latents",
