@@ -197,7 +197,7 @@ def check_converted(
 ) -> None:
     """Every parameter but those `left` has the name and the rows that diffusers' converter gives it.
 
-    `names`: the authors' name of a layer, and the layers whose rows it holds; names of no layer are passed over.
+    `names`: the authors' name of a layer, and the layers whose rows it holds.
     """
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
     shapes, tags = {}, {name: torch.zeros(1) for name in left}
