@@ -99,10 +99,10 @@ def test_the_names_and_rows_are_those_that_diffusers_converts():
     width = {"num_attention_heads": 24, "attention_head_dim": 128, "guidance_embeds": True}
     with torch.device("meta"):
         model = hunyuan_transformer(num_layers=1, num_single_layers=1, **width)
-    names = {
-        name.replace("#", "0"): tuple(layer.replace("#", "0") for layer in layers)
+    names = [
+        (name.replace("#", "0"), tuple(layer.replace("#", "0") for layer in layers))
         for name, layers in NAMES.items()
-    }
+    ]
     check_converted(model, names, convert_hunyuan_video_transformer_to_diffusers)
 
 
