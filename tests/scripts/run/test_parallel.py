@@ -1,5 +1,6 @@
 """What each of several processes has to do, against arithmetic by hand and the plan of one process."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -169,4 +170,4 @@ def test_a_dry_run_of_several_processes_says_what_each_does(capsys):
     assert line.startswith("ring          0.00 GB of that; kept blocks of the busiest rank 1.")
     words = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
     assert generate(words) == 0
-    assert "74.45 GB sent, 20.377 PFLOP dense, 3.660 radial" in capsys.readouterr().out
+    assert re.search(r"74\.45 GB sent .*20\.377 PFLOP in a dense step, 3\.660 ", capsys.readouterr().out)
