@@ -190,15 +190,18 @@ class Tiny:
 
 
 def check_converted(
-    model: torch.nn.Module, names: dict[str, tuple[str, ...]], convert: Callable[[dict], dict], *left: str
+    model: torch.nn.Module,
+    names: Iterable[tuple[str, tuple[str, ...]]],
+    convert: Callable[[dict], dict],
+    *left: str,
 ) -> None:
     """Every parameter but those `left` has the name and the rows that diffusers' converter gives it.
 
-    `names`: the authors' name of a layer -> the layers whose rows it holds.
+    `names`: the authors' name of a layer, and the layers whose rows it holds.
     """
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
     shapes, tags = {}, {name: torch.zeros(1) for name in left}
-    for stem, layers in names.items():
+    for stem, layers in names:
         for kind, ending in (("weight", "diff"), ("bias", "diff_b")):
             parts = [parameters.get(f"{layer}.{kind}") for layer in layers]
             if parts[0]:

@@ -103,7 +103,7 @@ def test_the_names_and_rows_are_those_that_diffusers_converts():
         name.replace("#", "0"): tuple(layer.replace("#", "0") for layer in layers)
         for name, layers in NAMES.items()
     }
-    check_converted(model, names, convert_hunyuan_video_transformer_to_diffusers)
+    check_converted(model, names.items(), convert_hunyuan_video_transformer_to_diffusers)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -48,11 +48,11 @@ def spell(pairs, prefix: str = "", ending: str = "") -> dict[str, torch.Tensor]:
 
 
 def test_the_names_and_rows_are_those_that_diffusers_converts():
-    names = {
-        name.replace("#", str(i)): tuple(layer.replace("#", str(i)) for layer in layers)
+    names = [
+        (name.replace("#", str(i)), tuple(layer.replace("#", str(i)) for layer in layers))
         for name, layers in [*NAMES.items(), *LAST_BLOCK.items()]
         for i in range(48 if "#" in name else 1)
-    }
+    ]
     convert = convert_mochi_transformer_checkpoint_to_diffusers
     check_converted(mochi_transformer(num_layers=48), names, convert, "pos_frequencies")
 

@@ -7,7 +7,7 @@ import imageio
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from scripts import prepare_latents
+from scripts.lora import prepare as prepare_latents
 from scripts.lora.config import DataConfig
 from scripts.lora.videos import Video, plan_clips, read_clips, read_videos, too_short
 from tests.support.latent_cases import run, table, write_video
@@ -35,8 +35,11 @@ def vary_rate(path: Path) -> None:
 BAD = {
     "no folder": (lambda f: ["data.folder=nope"], ["data.folder", "'nope'", "is no folder"]),
     "empty folder": (lambda f: [(f / "a.mp4").unlink()][1:], ["data.folder", "has no videos", ".mp4"]),
-    "neither": (lambda f: ["data.folder=null"], ["data.folder None and data.table None", "one of them"]),
-    "both": (lambda f: ["data.table=x.csv"], ["data.table 'x.csv'", "one of them"]),
+    "neither": (
+        lambda f: ["data.folder=null"],
+        ["data.folder: got None", "data.table: got None", "one of them"],
+    ),
+    "both": (lambda f: ["data.table=x.csv"], ["data.table: got 'x.csv'", "one of them"]),
     "no caption": (
         lambda f: [(f / "a.txt").unlink()][1:],
         ["1 of 1 videos have no caption", "a.mp4 (a.txt: No such"],

@@ -1,6 +1,5 @@
 """What each of several processes has to do, against arithmetic by hand and the plan of one process."""
 
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,4 +169,5 @@ def test_a_dry_run_of_several_processes_says_what_each_does(capsys):
     assert line.startswith("ring          0.00 GB of that; kept blocks of the busiest rank 1.")
     words = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
     assert generate(words) == 0
-    assert re.search(r"74\.45 GB sent .*20\.377 PFLOP in a dense step, 3\.660 ", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "74.45 GB sent" in printed and "20.377 PFLOP in a dense" in printed and " 3.660 " in printed
