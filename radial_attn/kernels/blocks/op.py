@@ -5,7 +5,6 @@ by pattern and samples by text length, and leaves the rest to plan.py and rectan
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -53,13 +52,12 @@ def partial_attention(
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
     """
-    (batch, rows, heads, width), keys, size = query.shape, key.shape[1], part.block_size
+    rows, keys, size = query.shape[1], key.shape[1], part.block_size
     on_cpu = query.device.type == "cpu"
     layout = Layout(
         size,
         tail=_tail(rows, rows - part.row_text, size),
-        features=batch * heads * width,
-        key_bytes=2 * width * query.element_size(),
+        key_bytes=2 * query.shape[3] * query.element_size(),
         merge=on_cpu,
         key_tail=_tail(keys, keys - part.key_text, size),
     )
@@ -172,8 +170,7 @@ def _make_plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
     plans = []
     for index, pattern in enumerate(patterns):
         heads = (owner == index).nonzero().flatten()
-        share = replace(layout, features=layout.features * len(heads) // len(blocks))
-        plans.append((heads.to(device), to_device(plan_attention(pattern, share), device)))
+        plans.append((heads.to(device), to_device(plan_attention(pattern, layout), device)))
     return tuple(plans)
 
 
@@ -187,15 +184,13 @@ def _split(
     valid: Tensor | None,
 ) -> Tensors:
     """Calls `run` for every group of samples with equally much text and heads with one pattern."""
-    batch, length, heads, width = tensors[0].shape
+    length, device = tensors[0].shape[1], tensors[0].device
     layout = Layout(
         block_size,
         tail=_tail(length, video_tokens, block_size),
-        features=batch * heads * width,
-        key_bytes=2 * width * tensors[0].element_size(),
-        merge=tensors[0].device.type == "cpu",
+        key_bytes=2 * tensors[0].shape[3] * tensors[0].element_size(),
+        merge=device.type == "cpu",
     )
-    device = tensors[0].device
     return _over_both(run, tensors, _plans(blocks, layout, device), _sample_groups(valid, length, device))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.kernels.blocks import rectangles
-from radial_attn.kernels.blocks.plan import Layout, candidate_plans, plan_attention
+from radial_attn.kernels.blocks.plan import Layout, plan_attention
 from tests.support.attention_cases import (
     GRIDS,
     assert_as_good_as,
@@ -144,23 +144,23 @@ def test_path_of_other_devices(lengths):
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("grid, block_size", [(TokenGrid(16, 12, 12), 16), (TokenGrid(32, 8, 16, 50), 64)])
-def test_every_plan_covers_each_kept_block_once(grid, block_size, merge):
+def test_a_plan_covers_each_kept_block_once(grid, block_size, merge):
     config = RadialConfig(block_size=block_size, decimation_width="block")
     wanted = radial_mask(grid, config).blocks
-    plans = candidate_plans(wanted, Layout(block_size, tail=len(wanted) - 1, merge=merge))
-    for plan in plans.values():
-        covered = torch.zeros_like(wanted, dtype=torch.int64)
-        for group in plan:
-            assert merge or not group.merge
-            for piece in group.pieces:
-                assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
-                for index, (rows, keys) in enumerate(zip(piece.rows.blocks, piece.keys.blocks, strict=True)):
-                    covered[rows.unsqueeze(1), keys] += 1 if piece.cells is None else piece.cells[index]
-        assert torch.equal(covered, wanted.long())
+    wanted[5] = False  # as in a part of a mask
+    covered = torch.zeros_like(wanted, dtype=torch.int64)
+    plan = plan_attention(wanted, Layout(block_size, tail=len(wanted) - 1, merge=merge))
+    assert any(group.merge for group in plan) == merge
+    for group in plan:
+        for piece in group.pieces:
+            assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
+            for rows, keys in zip(piece.rows.blocks, piece.keys.blocks, strict=True):
+                covered[rows.unsqueeze(1), keys] += 1
+    assert torch.equal(covered, wanted.long())
 
 
 @pytest.mark.parametrize("block_size, heads", [(16, None), (64, None), (128, 3)])
-def test_every_plan_computes_the_same(block_size, heads, poison):
+def test_merged_parts_of_few_keys(block_size, heads, poison):
     grid = TokenGrid(9, 10, 11, text=10)
     mask = make_mask(grid, block_size, heads)
     inputs = make_inputs(grid, 2, 1, 16)
@@ -171,13 +171,13 @@ def test_every_plan_computes_the_same(block_size, heads, poison):
     layout = Layout(block_size, tail=grid.video_tokens // block_size, key_bytes=4096)
     truth = exact(inputs, mask, torch.float32, text_lengths=lengths)
     reference = run("reference", inputs, mask, torch.float32, text_lengths=lengths)
-    for plan in candidate_plans(mask.blocks, layout).values():
-        dense = partial(rectangles.dense_cpu, scale=0.25)
-        out, lse = rectangles.forward_plan(inputs[:3], plan, block_size, limit, dense)
-        backward = partial(rectangles.dense_cpu_backward, scale=0.25)
-        tensors = grad, query, key, value, out, lse
-        grads = rectangles.backward_plan(tensors, plan, block_size, limit, backward)
-        assert_as_good_as([out, *grads], reference, truth)
+    plan = plan_attention(mask.blocks, layout)
+    assert all(group.merge for group in plan)
+    dense = partial(rectangles.dense_cpu, scale=0.25)
+    out, lse = rectangles.forward_plan(inputs[:3], plan, block_size, limit, dense)
+    backward = partial(rectangles.dense_cpu_backward, scale=0.25)
+    grads = rectangles.backward_plan((grad, query, key, value, out, lse), plan, block_size, limit, backward)
+    assert_as_good_as([out, *grads], reference, truth)
 
 
 def test_neighbours_with_equal_key_sets_are_one_call():
