@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...block_mask import BlockMask, Part
 from ..contract import Needs
+from ..operator import register
 from .plan import Group, Layout, plan_attention, to_device
 from .rectangles import (
     Tensors,
@@ -123,31 +124,7 @@ def block_attention_backward(  # noqa: PLR0917
     return tuple(_split(run, (grad, query, key, value, out, lse), **shape))
 
 
-@block_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    out = query.new_empty(query.shape)
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@block_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(query.new_empty(query.shape) for _ in range(3))
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    *tensors, blocks, block_size, video_tokens, valid, scale = inputs
-    ctx.save_for_backward(*tensors, *output, blocks, valid)
-    ctx.numbers = block_size, video_tokens, scale
-
-
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    *tensors, blocks, valid = ctx.saved_tensors
-    block_size, video_tokens, scale = ctx.numbers
-    grads = block_attention_backward(grad, *tensors, blocks, block_size, video_tokens, valid, scale)
-    return *grads, None, None, None, None, None
-
-
-block_attention.register_autograd(_gradients, setup_context=_setup_context)
+register(block_attention, block_attention_backward)
 
 
 Plans = tuple[tuple[Tensor | None, tuple[Group, ...]], ...]

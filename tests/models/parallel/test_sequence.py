@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.ring import Ring
 from tests.support.families import SPARSE
 from tests.support.multi_process import run_ranks
 from tests.support.tiny import wan_inputs, wan_transformer
@@ -36,6 +37,6 @@ def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
 def test_what_a_ring_refuses(options, message):
     transformer = wan_transformer()
     with pytest.raises(ValueError, match=message):
-        apply_radial_attention(transformer, SPARSE, parallel=SimpleNamespace(ring=object()), **options)
+        apply_radial_attention(transformer, SPARSE, parallel=SimpleNamespace(ring=Ring), **options)
     with apply_radial_attention(transformer, SPARSE):
         transformer(**wan_inputs())

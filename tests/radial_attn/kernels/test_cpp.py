@@ -154,6 +154,22 @@ def test_it_is_compiled_once_and_a_folder_with_a_space_will_do(monkeypatch, tmp_
     assert load_library.__wrapped__(source).one() == 2 and len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda x: b"", lambda x: x[: len(x) // 2], lambda x: x[:99] + bytes([x[99] ^ 1]) + x[100:]]
+)
+def test_a_damaged_library_is_built_again(damage, monkeypatch, tmp_path):
+    monkeypatch.setenv("RADIAL_ATTN_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }', encoding="utf-8")
+    load_library.__wrapped__(source)
+    (kept,) = (tmp_path / "cache").iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # the one that is loaded stays as it is
+    kept.write_bytes(damage(whole))
+    assert load_library.__wrapped__(source).one() == 1
+    assert kept.read_bytes() == whole
+
+
 def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / "spare").mkdir()
