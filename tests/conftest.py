@@ -47,8 +47,9 @@ def interruptible() -> None:
 
 
 @pytest.fixture(autouse=True)
-def native_attention() -> Iterator[None]:
-    """Attention of diffusers as it is at first: `set_attention_backend` of one model changes it for all."""
+def fresh_state() -> Iterator[None]:
+    """Equal random numbers, and attention of diffusers as it is at first, which one model changes for all."""
+    torch.manual_seed(0)
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     yield
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)

@@ -11,11 +11,6 @@ from tests.support.partial_cases import agree, make, some_blocks
 SIZES = [(40, 70), (64, 32), (5, 100), (97, 16)]  # rows and keys, last blocks short or whole
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("backend", ["blocks", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [None, 3])

@@ -1,9 +1,12 @@
 """Shared by the tests of the attention backends: inputs, masks, and tolerances derived from data."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
+from radial_attn.kernels import reference
 
 GRIDS = {63: TokenGrid(7, 3, 3), 111: TokenGrid(4, 5, 5, text=11), 1000: TokenGrid(9, 10, 11, text=10)}
 
@@ -66,7 +69,31 @@ def compare(
 ) -> None:
     """Forward and backward of a backend against `reference`, both judged by float64."""
     there = [x.to(device) for x in inputs]
-    found, reference = (
+    found, plain = (
         [x.cpu() for x in run(name, there, mask, dtype, **options)] for name in (backend, "reference")
     )
-    assert_as_good_as(found, reference, exact(inputs, mask, dtype, **options))
+    assert_as_good_as(found, plain, exact(inputs, mask, dtype, **options))
+
+
+def fresh_mask(*args, **options) -> BlockMask:
+    """A mask that holds nothing of another test: radial masks of one shape are one object."""
+    mask = make_mask(*args, **options)
+    return BlockMask(mask.grid, mask.block_size, mask.blocks)
+
+
+def attend(kernel: ModuleType, inputs, mask, dtype, lengths=None, *, scale: float = 0.125) -> Tensor:
+    """Output of a kernel's module, which nothing has validated; `scale` is that of heads of 64."""
+    counts = None if lengths is None else torch.tensor(lengths)
+    return kernel.attention(*(x.to(dtype) for x in inputs[:3]), mask, text_lengths=counts, scale=scale)
+
+
+def compare_forward(kernel: ModuleType, inputs, mask, dtype=torch.float16, lengths=None) -> None:
+    """The output of a kernel's module against that of `reference`, both judged by float64."""
+    found, plain = (attend(module, inputs, mask, dtype, lengths) for module in (kernel, reference))
+    assert found.dtype == dtype
+    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, lengths))
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    """Equal up to a few roundings of float16."""
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)

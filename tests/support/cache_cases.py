@@ -12,16 +12,10 @@ from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.caches import cached
 from scripts.run.process_groups import Groups, shared_guidance, whole_tokens
 from tests.support.families import SPARSE
-from tests.support.tiny import wan_pipeline
-from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline
-from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.pipelines import KINDS
 
 STEPS = 6
-PIPELINES = {
-    "wan": (wan_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
-    "hunyuan_video": (hunyuan_pipeline, {"num_frames": 9, "prompt_template": TEMPLATE}),
-    "mochi": (mochi_pipeline, {"num_frames": 13, "guidance_scale": 3.0}),
-}
+FRAMES = {"wan": 9, "hunyuan_video": 9, "mochi": 13}
 CACHES = {
     "first_block": {},
     "taylorseer": {},
@@ -36,21 +30,20 @@ CASES = (
     *(("guidance", "wan", cache) for cache in ("first_block", "taylorseer", "mag")),
     *(("guidance", "mochi", cache) for cache in ("first_block", "pab")),
 )
-SIZES = {"height": 48, "width": 80, "num_inference_steps": STEPS, "output_type": "latent"}
+CALL = {"prompt": "abc", "negative_prompt": "", "height": 48, "width": 80}
 
 
 def latents(family: str, cache: str, shared: Groups) -> tuple[torch.Tensor, dict[str, Any]]:
     """Final latents of a new pipeline, and what the cache says."""
-    make, options = PIPELINES[family]
-    pipeline = make()
+    kind = KINDS[family]
+    pipeline = kind.make()
     settings = {"threshold": THRESHOLDS[family]} | CACHES[cache]
-    options = {**SIZES, **options, "generator": torch.Generator().manual_seed(0)}
     with ExitStack() as stack:
         stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared.sequence))
         stack.enter_context(shared_guidance(pipeline, family, shared))
         gather = whole_tokens(family, shared)
         use = stack.enter_context(cached(pipeline, cache, STEPS, **settings, gather=gather))
-        return pipeline(prompt=["abc"], **options).frames, use.report()
+        return kind.generate(pipeline, STEPS, num_frames=FRAMES[family], **CALL), use.report()
 
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLWan
 
 from radial_attn.models.parallel.decoding import ParallelDecode
-from tests.support.tiny import CHANNELS, wan_vae
+from tests.support.tiny import CHANNELS, seeded, wan_vae
 from tests.support.tiny_hunyuan import hunyuan_vae
 from tests.support.tiny_ltx import ltx_vae
 from tests.support.tiny_mochi import mochi_vae
@@ -17,21 +17,14 @@ SIDE, STRIDE = 64, 48  # pixels of a tile, and from one to the next
 
 def patched_wan_vae() -> AutoencoderKLWan:
     """A random one that decodes patches of 2 x 2 pixels, as that of Wan2.2 TI2V-5B."""
-    torch.manual_seed(0)
-    sizes = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
-    return AutoencoderKLWan(base_dim=4, z_dim=CHANNELS, num_res_blocks=1, **sizes).eval()
+    return wan_vae(in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
 
 
 def hunyuan15_vae() -> AutoencoderKLHunyuanVideo15:
     """A random one, 4 times smaller in space."""
-    torch.manual_seed(0)
-    return AutoencoderKLHunyuanVideo15(
-        latent_channels=32,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-    ).eval()
+    ratios = {"spatial_compression_ratio": 4, "temporal_compression_ratio": 2}
+    blocks = {"block_out_channels": (32, 64, 64), "layers_per_block": 1}
+    return seeded(0, AutoencoderKLHunyuanVideo15, latent_channels=32, **blocks, **ratios)
 
 
 def whole_frames(make: Callable[[], Any]) -> Any:
@@ -86,14 +79,8 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
             together = vae.decode(latents).sample
             as_tuple = vae.decode(latents, return_dict=False)[0]
         leads = torch.distributed.get_rank(group) == 0
-        yield (
-            f"decode: {name}",
-            {
-                "owners": shared.owners,
-                "tiles": tiles,
-                "equal": not leads or (torch.equal(together, alone) and torch.equal(as_tuple, alone)),
-                "after": torch.equal(vae.decode(latents).sample, alone)
-                and not {"decode"} & set(vars(vae))
-                and "forward" not in vars(vae.decoder),
-            },
-        )
+        equal = not leads or (torch.equal(together, alone) and torch.equal(as_tuple, alone))
+        restored = "decode" not in vars(vae) and "forward" not in vars(vae.decoder)
+        after = restored and torch.equal(vae.decode(latents).sample, alone)
+        found = {"owners": shared.owners, "tiles": tiles, "equal": equal, "after": after}
+        yield f"decode: {name}", found

@@ -6,7 +6,7 @@ under the name of each case.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,22 @@ from torch.distributed.tensor import DTensor
 from radial_attn.models.apply import apply_radial_attention, family_of
 from radial_attn.models.parallel.fsdp import shared_weights
 from radial_attn.models.training.adapter import add_adapter
-from tests.support.families import SPARSE
-from tests.support.tiny import wan_inputs, wan_transformer
-from tests.support.tiny_hunyuan import hunyuan_inputs, hunyuan_transformer
-from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
-from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
-from tests.support.tiny_wan import vace_inputs, vace_transformer
+from tests.support.families import BY_NAME, SPARSE, Family
 
-Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], torch.dtype, bool]
+Case = tuple[str, Family, torch.dtype, bool]
 
 
 def cases() -> Iterator[Case]:
-    """Name, transformer, its inputs, data type, and whether blocks are computed again in the backward."""
-    families = {
-        "wan": (wan_transformer, wan_inputs),
-        "wan_vace": (vace_transformer, vace_inputs),
-        "hunyuan_video": (hunyuan_transformer, hunyuan_inputs),
-        "mochi": (mochi_transformer, mochi_inputs),
-        "ltx": (ltx_transformer, ltx_inputs),
-    }
-    for name, (make, inputs) in families.items():
-        yield name, make, inputs, torch.float32, False
-        yield f"{name}, checkpointing", make, inputs, torch.float32, True
-    yield "wan, bfloat16", wan_transformer, wan_inputs, torch.bfloat16, True
+    """Name, family, data type, and whether blocks are computed again in the backward."""
+    for name in ("wan", "wan_vace", "hunyuan_video", "mochi", "ltx"):
+        yield name, BY_NAME[name], torch.float32, False
+        yield f"{name}, checkpointing", BY_NAME[name], torch.float32, True
+    yield "wan, bfloat16", BY_NAME["wan"], torch.bfloat16, True
 
 
-def prepared(make: Callable, dtype: torch.dtype, again: bool) -> tuple[torch.nn.Module, dict]:
+def prepared(family: Family, dtype: torch.dtype, again: bool) -> tuple[torch.nn.Module, dict]:
     """A transformer with radial attention and an adapter whose two matrices are random."""
-    transformer = make().to(dtype)
+    transformer = family.transformer().to(dtype)
     trained = add_adapter(transformer, rank=2, alpha=2, targets=("to_q", "to_v"))
     random = torch.Generator().manual_seed(1)
     for value in trained.values():
@@ -94,11 +82,11 @@ def count_whole(transformer: torch.nn.Module) -> list[int]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Equality with the whole transformer, blocks and bytes of weights, names and adapter kept or not."""
-    _, make, inputs, dtype, again = case
-    given = inputs(3, 6, 8)
-    whole, trained = prepared(make, dtype, again)
+    _, family, dtype, again = case
+    given = family.inputs(3, 6, 8)
+    whole, trained = prepared(family, dtype, again)
     expected = measured(whole, trained, given, dtype)
-    shared, trained = prepared(make, dtype, again)
+    shared, trained = prepared(family, dtype, again)
     with shared_weights(shared, trained.values(), torch.device("cpu")) as wrapped:
         counts = count_whole(shared)
         found = measured(wrapped, trained, given, dtype)

@@ -16,13 +16,13 @@ from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, st
 
 
 def main(words: list[str]) -> None:
-    """All cases of the parts, modules `tests.PART_cases` with a `measure` that takes the group of all."""
+    """All cases of the parts: PART_cases beside this file has a `measure` that takes the group of all."""
     out, *parts = words
     start(Degrees(ulysses=int(os.environ["WORLD_SIZE"])), "cpu")
     group = import_xfuser("cpu").get_model_replica_group().device_group
     results = {}
     for part in parts:
-        for name, found in importlib.import_module(f"tests.{part}_cases").measure(group):
+        for name, found in importlib.import_module(f"tests.support.{part}_cases").measure(group):
             results[name] = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(results[name], found, group=group)
     if torch.distributed.get_rank() == 0:

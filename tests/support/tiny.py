@@ -1,31 +1,61 @@
 """Tiny random models with all parts, built offline in under a second: for tests of any file."""
 
 import string
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 TEXT_DIM = 16
 CHANNELS = 4
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}
+WAN = {
+    **HEADS,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 4,
+    "rope_max_seq_len": 64,
+}
+T5 = {"vocab_size": 32, "d_model": TEXT_DIM, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+
+
+def seeded(seed: int, make: Callable[..., Any], *args: object, **settings: object) -> Any:
+    """A random model in eval mode, always the same for a seed."""
+    torch.manual_seed(seed)
+    return make(*args, **settings).eval()
+
+
+def randoms(seed: int) -> Callable[..., torch.Tensor]:
+    """Normal tensors, always the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def first(lengths: Sequence[int], tokens: int) -> torch.Tensor:
+    """bool `[B, tokens]`: the first tokens of each sample."""
+    return torch.arange(tokens) < torch.tensor(lengths).unsqueeze(1)
+
+
+def quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, without its bar of progress."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def wan_transformer(seed: int = 0, **changes: object) -> WanTransformer3DModel:
     """A random Wan transformer in eval mode: 4 layers, 2 heads of 12, patch (1, 2, 2), unless changed."""
-    settings = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 4,
-        "rope_max_seq_len": 64,
-    }
-    torch.manual_seed(seed)
-    return WanTransformer3DModel(**(settings | changes)).eval()
+    return seeded(seed, WanTransformer3DModel, **{**WAN, "patch_size": (1, 2, 2)} | changes)
 
 
 def wan_inputs(
@@ -38,11 +68,11 @@ def wan_inputs(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Arguments of a Wan transformer call: latents `[batch, 4, frames, height, width]`, 7 text tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    make = randoms(seed)
     return {
-        "hidden_states": torch.randn(batch, CHANNELS, frames, height, width, generator=generator),
+        "hidden_states": make(batch, CHANNELS, frames, height, width),
         "timestep": torch.full((batch,), timestep),
-        "encoder_hidden_states": torch.randn(batch, 7, TEXT_DIM, generator=generator),
+        "encoder_hidden_states": make(batch, 7, TEXT_DIM),
     }
 
 
@@ -54,35 +84,30 @@ def wan_tokenizer() -> T5Tokenizer:
 
 def wan_text_encoder(seed: int = 0) -> UMT5EncoderModel:
     """A random one-layer UMT5 encoder of width 16 in eval mode."""
-    torch.manual_seed(seed)
-    config = UMT5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return UMT5EncoderModel(config).eval()
+    return seeded(seed, UMT5EncoderModel, UMT5Config(**T5))
 
 
-def wan_vae(seed: int = 0) -> AutoencoderKLWan:
+def t5_pipeline(cls: type[DiffusionPipeline], seed: int, **parts: object) -> DiffusionPipeline:
+    """A pipeline of the class with a random one-layer T5 encoder, as Mochi and LTX-Video have it."""
+    encoder = seeded(seed, T5EncoderModel, T5Config(**T5))
+    return quiet(cls(tokenizer=wan_tokenizer(), text_encoder=encoder, **parts))
+
+
+def wan_vae(seed: int = 0, **changes: object) -> AutoencoderKLWan:
     """A random Wan VAE with 4 latent channels, 8 times smaller in space, 4 times in time, in eval mode."""
-    torch.manual_seed(seed)
-    return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=CHANNELS,
-        num_res_blocks=1,
-        latents_mean=[0.0] * CHANNELS,
-        latents_std=[1.0] * CHANNELS,
-    ).eval()
+    latents = {"z_dim": CHANNELS, "latents_mean": [0.0] * CHANNELS, "latents_std": [1.0] * CHANNELS}
+    return seeded(seed, AutoencoderKLWan, **{"base_dim": 4, "num_res_blocks": 1, **latents} | changes)
+
+
+def assemble(cls: type[DiffusionPipeline], seed: int, **parts: object) -> DiffusionPipeline:
+    """A pipeline of the class with Wan's text encoder, VAE and scheduler."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    parts |= {"tokenizer": wan_tokenizer(), "text_encoder": wan_text_encoder(seed), "vae": wan_vae(seed)}
+    return quiet(cls(scheduler=UniPCMultistepScheduler(**flow), **parts))
 
 
 def wan_pipeline(seed: int = 0, experts: int = 1, **changes: object) -> WanPipeline:
     """A random WanPipeline with all parts; `experts=2` as Wan2.2 A14B; `changes` go to its transformers."""
-    pipeline = WanPipeline(
-        tokenizer=wan_tokenizer(),
-        text_encoder=wan_text_encoder(seed),
-        vae=wan_vae(seed),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        transformer=wan_transformer(seed, **changes),
-        transformer_2=wan_transformer(seed + 1, **changes) if experts == 2 else None,
-        boundary_ratio=0.8 if experts == 2 else None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    two = {"transformer_2": wan_transformer(seed + 1, **changes), "boundary_ratio": 0.8}
+    parts = two if experts == 2 else {"transformer_2": None}
+    return assemble(WanPipeline, seed, transformer=wan_transformer(seed, **changes), **parts)

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.support.tiny import wan_inputs, wan_transformer
+from radial_attn.models.lora.load import Lora, load_loras
+from tests.support.families import run
+from tests.support.tiny import wan_transformer
 
 RANK = 3
 PARTS = {  # of a block: diffusers, original
@@ -117,9 +119,11 @@ def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = No
     return file
 
 
-@torch.no_grad()
-def run(transformer: torch.nn.Module) -> torch.Tensor:
-    return transformer(**wan_inputs()).sample
+def loaded(file: Path, scale: float = 1.0, **options: str) -> torch.Tensor:
+    """Output of the transformer with a LoRA."""
+    transformer = wan_transformer()
+    load_loras(transformer, [Lora(file, scale)], **options)
+    return run(transformer)
 
 
 @torch.no_grad()

@@ -7,26 +7,23 @@ from diffusers import (
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel
 
-from tests.support.tiny import TEXT_DIM, wan_tokenizer
+from tests.support.tiny import HEADS, TEXT_DIM, first, randoms, seeded, t5_pipeline
 
 CHANNELS = 8
+SETTINGS = {
+    **HEADS,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "cross_attention_dim": 24,
+    "num_layers": 4,
+    "caption_channels": TEXT_DIM,
+}
 
 
 def ltx_transformer(seed: int = 0, **changes: object) -> LTXVideoTransformer3DModel:
     """A random LTX transformer in eval mode: 4 layers, 2 heads of 12, unless changed."""
-    settings = {
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "cross_attention_dim": 24,
-        "num_layers": 4,
-        "caption_channels": TEXT_DIM,
-    }
-    torch.manual_seed(seed)
-    return LTXVideoTransformer3DModel(**(settings | changes)).eval()
+    return seeded(seed, LTXVideoTransformer3DModel, **SETTINGS | changes)
 
 
 def ltx_inputs(
@@ -39,12 +36,12 @@ def ltx_inputs(
     seed: int = 0,
 ) -> dict[str, object]:
     """Arguments of a call: packed latents `[batch, frames * height * width, 8]`, 7 text tokens, 5 valid."""
-    generator = torch.Generator().manual_seed(seed)
+    make = randoms(seed)
     return {
-        "hidden_states": torch.randn(batch, frames * height * width, CHANNELS, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, TEXT_DIM, generator=generator),
+        "hidden_states": make(batch, frames * height * width, CHANNELS),
+        "encoder_hidden_states": make(batch, 7, TEXT_DIM),
         "timestep": torch.full((batch,), timestep),
-        "encoder_attention_mask": (torch.arange(7) < 5).expand(batch, 7).float(),
+        "encoder_attention_mask": first(batch * [5], 7).float(),
         "num_frames": frames,
         "height": height,
         "width": width,
@@ -54,30 +51,16 @@ def ltx_inputs(
 
 def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
     """A random LTX VAE, 4 times smaller in space and time, in eval mode."""
-    torch.manual_seed(seed)
-    scaling = (True, True, False, False)
-    return AutoencoderKLLTXVideo(
-        latent_channels=CHANNELS,
-        block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 4,
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-        spatio_temporal_scaling=scaling,
-        decoder_spatio_temporal_scaling=scaling,
-        patch_size=1,
-    ).eval()
+    coder = {
+        "block_out_channels": (8,) * 4,
+        "layers_per_block": (1,) * 5,
+        "spatio_temporal_scaling": (True, True, False, False),
+    }
+    coder |= {f"decoder_{name}": value for name, value in coder.items()}
+    return seeded(seed, AutoencoderKLLTXVideo, latent_channels=CHANNELS, patch_size=1, **coder)
 
 
 def ltx_pipeline(seed: int = 0, **changes: object) -> LTXPipeline:
     """A random LTXPipeline with all parts; `changes` go to its transformer."""
-    torch.manual_seed(seed)
-    settings = T5Config(vocab_size=32, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    pipeline = LTXPipeline(
-        tokenizer=wan_tokenizer(),
-        text_encoder=T5EncoderModel(settings).eval(),
-        vae=ltx_vae(seed),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=ltx_transformer(seed, **changes),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    parts = {"vae": ltx_vae(seed), "transformer": ltx_transformer(seed, **changes)}
+    return t5_pipeline(LTXPipeline, seed, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)

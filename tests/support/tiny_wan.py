@@ -3,7 +3,6 @@
 import torch
 from diffusers import (
     DiffusionPipeline,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanVACEPipeline,
@@ -11,15 +10,7 @@ from diffusers import (
 )
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.support.tiny import (
-    CHANNELS,
-    TEXT_DIM,
-    wan_inputs,
-    wan_text_encoder,
-    wan_tokenizer,
-    wan_transformer,
-    wan_vae,
-)
+from tests.support.tiny import CHANNELS, WAN, assemble, randoms, seeded, wan_inputs, wan_transformer
 
 CONTROL = 2 * CHANNELS + 64  # channels: inactive, reactive, and the mask's 8 x 8 pixels
 IMAGE_DIM = 16
@@ -27,62 +18,24 @@ IMAGE_DIM = 16
 
 def vace_transformer(seed: int = 0, **changes: object) -> WanVACETransformer3DModel:
     """A random Wan-VACE transformer in eval mode: 4 layers, control at 0 and 2, 2 heads of 12."""
-    settings = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 4,
-        "rope_max_seq_len": 64,
-        "vace_layers": [0, 2],
-        "vace_in_channels": CONTROL,
-    }
-    torch.manual_seed(seed)
-    return WanVACETransformer3DModel(**(settings | changes)).eval()
+    control = {"vace_layers": [0, 2], "vace_in_channels": CONTROL}
+    return seeded(seed, WanVACETransformer3DModel, **WAN | control | changes)
 
 
 def vace_inputs(
     frames: int = 6, height: int = 12, width: int = 16, *, batch: int = 1, seed: int = 0, **more: float
 ) -> dict[str, torch.Tensor]:
     """Those of `wan_inputs`, and control latents."""
-    control = torch.randn(
-        batch, CONTROL, frames, height, width, generator=torch.Generator().manual_seed(seed)
-    )
+    control = randoms(seed)(batch, CONTROL, frames, height, width)
     inputs = wan_inputs(frames, height, width, batch=batch, seed=seed, **more)
     return inputs | {"control_hidden_states": control}
 
 
 def image_encoder(seed: int = 0) -> CLIPVisionModel:
     """A random CLIP of width 16 on 16 x 16 images in eval mode."""
-    torch.manual_seed(seed)
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=IMAGE_DIM,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-    ).eval()
-
-
-def assemble(cls: type[DiffusionPipeline], seed: int, **parts: object) -> DiffusionPipeline:
-    """A pipeline of the class with Wan's text encoder, VAE and scheduler."""
-    pipeline = cls(
-        tokenizer=wan_tokenizer(),
-        text_encoder=wan_text_encoder(seed),
-        vae=wan_vae(seed),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        **parts,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    layers = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(hidden_size=IMAGE_DIM, image_size=16, patch_size=8, **layers)
+    return seeded(seed, CLIPVisionModel, config)
 
 
 def i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:

@@ -1,11 +1,11 @@
 """The sage backend against emulations of its libraries, and against the libraries themselves on a GPU."""
 
 import inspect
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import Tensor
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
 from radial_attn.analysis.sampled_error import output_error
@@ -13,7 +13,15 @@ from radial_attn.dispatch import missing
 from radial_attn.kernels import reference
 from radial_attn.kernels import sage as kernel
 from tests.support import kernel_emulations
-from tests.support.attention_cases import GRIDS, assert_as_good_as, exact, make_inputs, make_mask
+from tests.support.attention_cases import (
+    GRIDS,
+    assert_near,
+    attend,
+    compare_forward,
+    fresh_mask,
+    make_inputs,
+    make_mask,
+)
 from tests.support.kernel_emulations import install
 
 WIDTH = 64
@@ -23,32 +31,12 @@ DTYPES = (torch.float16, torch.bfloat16)
 HOPPER = (64, 128)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-def new_mask(grid: TokenGrid, block_size: int = 128, heads: int | None = None) -> BlockMask:
-    """A mask that has chosen no library yet: radial masks of one shape are one object."""
-    mask = make_mask(grid, block_size, heads)
-    return BlockMask(grid, block_size, mask.blocks)
+new_mask = partial(fresh_mask, block_size=128)
 
 
 def dense_mask(grid: TokenGrid, block_size: int = 128) -> BlockMask:
     count = grid.num_blocks(block_size)
     return BlockMask(grid, block_size, torch.ones(count, count, dtype=torch.bool))
-
-
-def attend(backend, inputs, mask, dtype, lengths=None, *, scale=WIDTH**-0.5) -> Tensor:
-    tensors = [x.to(dtype) for x in inputs[:3]]
-    counts = None if lengths is None else torch.tensor(lengths)
-    return backend.attention(*tensors, mask, text_lengths=counts, scale=scale)
-
-
-def check(inputs, mask, dtype=torch.float16, lengths=None) -> None:
-    found, plain = (attend(backend, inputs, mask, dtype, lengths) for backend in (kernel, reference))
-    assert found.dtype == dtype
-    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, lengths))
 
 
 def on_hopper(monkeypatch) -> None:
@@ -65,8 +53,8 @@ def test_spas_odd_sizes(monkeypatch, hopper, block_size, heads, dtype):
     install(monkeypatch, library)
     if hopper:
         on_hopper(monkeypatch)
-    mask = new_mask(GRIDS[1000], block_size, heads)
-    check(make_inputs(mask.grid, 2, 3, WIDTH), mask, dtype)
+    mask = new_mask(GRIDS[1000], block_size=block_size, heads=heads)
+    compare_forward(kernel, make_inputs(mask.grid, 2, 3, WIDTH), mask, dtype)
     assert len(library.calls) == 1 and library.calls[0][1] == 1e6
 
 
@@ -76,7 +64,7 @@ def test_spas_padded_text(monkeypatch, heads, lengths):
     install(monkeypatch, kernel_emulations.spas_sage_attn())
     mask = new_mask(GRIDS[1000], heads=heads)
     inputs = make_inputs(mask.grid, 2, 2, WIDTH)
-    check(inputs, mask, lengths=lengths)
+    compare_forward(kernel, inputs, mask, lengths=lengths)
     for tensor in inputs[1:3]:
         tensor[0, 990 + lengths[0] :] = torch.nan
     found = attend(kernel, inputs, mask, torch.float16, lengths)
@@ -87,18 +75,14 @@ def test_spas_padded_text(monkeypatch, heads, lengths):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [None, 3])
 def test_sparse_sageattn(monkeypatch, heads, dtype):
+    """It takes no scale: that comes through the query."""
     install(monkeypatch, kernel_emulations.sparse_sageattn())
     mask = new_mask(ALIGNED, heads=heads)
     inputs = make_inputs(mask.grid, 2, 3, WIDTH)
-    check(inputs, mask, dtype)
-    check(inputs, mask, dtype, [0, 64])
-
-
-def test_sparse_sageattn_takes_the_scale_through_the_query(monkeypatch):
-    install(monkeypatch, kernel_emulations.sparse_sageattn())
-    mask, inputs = new_mask(ALIGNED), make_inputs(ALIGNED, 1, 2, WIDTH)
+    compare_forward(kernel, inputs, mask, dtype)
+    compare_forward(kernel, inputs, mask, dtype, [0, 64])
     found, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
-    torch.testing.assert_close(found, plain, rtol=2e-3, atol=2e-3)
+    assert_near(found, plain)
 
 
 def test_the_first_library_that_takes_the_mask_is_used(monkeypatch):
@@ -107,7 +91,7 @@ def test_the_first_library_that_takes_the_mask_is_used(monkeypatch):
     attend(kernel, make_inputs(ALIGNED, 1, 1, WIDTH), new_mask(ALIGNED), torch.float16)
     assert len(spas.calls) == 1 and not other.calls
     small = TokenGrid(1, 8, 8)
-    check(make_inputs(small, 1, 1, WIDTH), new_mask(small))
+    compare_forward(kernel, make_inputs(small, 1, 1, WIDTH), new_mask(small))
     assert len(spas.calls) == len(other.calls) == 1
 
 
@@ -156,7 +140,7 @@ def test_rows_without_keys_are_zeros(monkeypatch):
         mask, inputs = BlockMask(grid, 128, patterns), make_inputs(grid, 1, 2, WIDTH)
         found, plain = (attend(x, inputs, mask, torch.float16, [0]) for x in (kernel, reference))
         assert not found[:, 128:, 0].any()
-        torch.testing.assert_close(found, plain, rtol=2e-3, atol=2e-3)
+        assert_near(found, plain)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +154,7 @@ def test_rows_without_keys_are_zeros(monkeypatch):
 )
 def test_what_cannot_be_exact_is_refused(monkeypatch, libraries, grid, size, message):
     install(monkeypatch, *(getattr(kernel_emulations, name)() for name in libraries))
-    mask = new_mask(grid, size, heads=1)
+    mask = new_mask(grid, block_size=size, heads=1)
     if mask.is_dense:
         mask = BlockMask(grid, size, torch.zeros_like(mask.blocks))
     assert message in kernel.choose(mask, CPU)[1]
@@ -204,9 +188,9 @@ def test_dense_masks(monkeypatch, version, tokens, dtype):
     mask = dense_mask(GRIDS[tokens])
     inputs = make_inputs(mask.grid, 2, 2, WIDTH)
     inputs[1] += 3 * torch.randn(WIDTH)  # what smoothing is for
-    check(inputs, mask, dtype)
+    compare_forward(kernel, inputs, mask, dtype)
     if mask.grid.text:
-        check(inputs, mask, dtype, [0, mask.grid.text])
+        compare_forward(kernel, inputs, mask, dtype, [0, mask.grid.text])
 
 
 def test_keys_that_fill_up_a_block_take_little_whatever_the_scores(monkeypatch):
@@ -216,12 +200,12 @@ def test_keys_that_fill_up_a_block_take_little_whatever_the_scores(monkeypatch):
     key = (-4 * query.mean(dim=1, keepdim=True).sign() + 0.1 * torch.randn(1, 65, 1, WIDTH)).half()
     query = (query * 0.1 + 4 * query.mean(dim=1, keepdim=True).sign()).half()
     mask = dense_mask(TokenGrid(1, 5, 13))
-    check([query, key, value, value], mask)
+    compare_forward(kernel, [query, key, value, value], mask)
 
 
 def test_dense_of_an_older_second_version(monkeypatch):
     install(monkeypatch, kernel_emulations.sageattention_2(masks_the_tail=False))
-    check(make_inputs(ALIGNED, 1, 1, WIDTH), dense_mask(ALIGNED))
+    compare_forward(kernel, make_inputs(ALIGNED, 1, 1, WIDTH), dense_mask(ALIGNED))
     message = "takes multiples of 64 tokens, got 111: install 2.2"
     assert message in kernel.choose(dense_mask(GRIDS[111]), CPU)[1]
     with pytest.raises(ValueError, match=message):
@@ -231,7 +215,7 @@ def test_dense_of_an_older_second_version(monkeypatch):
 @pytest.mark.parametrize("name", ["spas_sage_attn", "sparse_sageattn"])
 def test_dense_masks_without_the_dense_library(monkeypatch, name):
     install(monkeypatch, getattr(kernel_emulations, name)())
-    check(make_inputs(ALIGNED, 1, 2, WIDTH), dense_mask(ALIGNED, 16))
+    compare_forward(kernel, make_inputs(ALIGNED, 1, 2, WIDTH), dense_mask(ALIGNED, 16))
 
 
 @pytest.mark.parametrize("tokens", [111, 1000, 384])
@@ -245,7 +229,7 @@ def test_dense_function_and_inputs_left_alone(monkeypatch, tokens):
         *tensors, dense_mask(TokenGrid(1, tokens, 1)), text_lengths=None, scale=WIDTH**-0.5
     )
     for inputs in (tensors, plain_tensors):
-        torch.testing.assert_close(kernel.dense(*inputs), wanted, rtol=2e-3, atol=2e-3)
+        assert_near(kernel.dense(*inputs), wanted)
     assert torch.equal(packed, before)
     assert all(torch.equal(x, y) for x, y in zip(tensors, plain_tensors, strict=True))
 

@@ -14,17 +14,8 @@ SHAPE = ["--frames", "12", "--height", "6", "--width", "10", "--block-size", "16
 
 def test_command_draws_a_picture_and_names_the_density(tmp_path):
     picture = tmp_path / "mask.png"
-    command = [
-        sys.executable,
-        "-m",
-        "radial_attn",
-        "draw",
-        *SHAPE,
-        "--text",
-        "20",
-        "--out",
-        str(picture),
-    ]
+    words = [*SHAPE, "--text", "20", "--out", str(picture)]
+    command = [sys.executable, "-m", "radial_attn", "draw", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     density = radial_mask(TokenGrid(12, 6, 10, text=20), RadialConfig(block_size=16)).density
     assert f"density {density:.4f}" in done.stdout
@@ -40,12 +31,7 @@ def test_every_kept_block_has_one_colour(text):
     count = sum(layer.member.astype(int) for layer in found)
     assert (count == 1).all()
     names = [layer.label for layer in found]
-    assert names[:4] == [
-        "0 or 1 frames apart",
-        "2 or 3 frames apart",
-        "4 to 7 frames apart",
-        "8 frames apart",
-    ]
+    assert names[:4] == [f"{band} frames apart" for band in ("0 or 1", "2 or 3", "4 to 7", "8")]
     assert ("text" in names) == bool(text)
 
 

@@ -5,6 +5,8 @@ interpreter's bfloat16 products are wrong.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,11 +22,6 @@ from tests.support.partial_cases import agree, make, some_blocks
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/radial_attn/kernels/triton/test_op.py"
 )
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -80,16 +77,10 @@ def test_strided_inputs_and_scale():
     assert torch.allclose(found, plain, atol=2e-3)
 
 
-def test_uninitialised_memory_is_never_read():
-    """Poisoned outputs: `new_empty` full of NaN must be overwritten everywhere."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    try:
-        grid = GRIDS[111]
-        for tensor in run("triton", make_inputs(grid, 2, 1, 64), make_mask(grid), torch.float16):
-            assert tensor.isfinite().all()
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_uninitialised_memory_is_never_read(poison):
+    grid = GRIDS[111]
+    for tensor in run("triton", make_inputs(grid, 2, 1, 64), make_mask(grid), torch.float16):
+        assert tensor.isfinite().all()
 
 
 def test_second_call_makes_no_lists(monkeypatch):
@@ -134,19 +125,26 @@ def test_operator_contract(bits):
         torch.library.opcheck(kernel.triton_attention, arguments)
 
 
+@contextmanager
+def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
+    """Another way of reading keys and values."""
+    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_configs, "INTERPRETED", launches)
+        triton_configs.launch.cache_clear()
+        yield
+    triton_configs.launch.cache_clear()
+
+
 @pytest.mark.parametrize("chosen", [("whole", False), ("head", True)], ids=["host", "kernel"])
 @pytest.mark.parametrize("text", [0, 11], ids=["video", "text"])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
+def test_tensor_descriptors(block_size, text, chosen):
     """Keys and values through descriptors, made by the host, or in the kernel with one loop for all tiles."""
-    descriptors, specialize = chosen
-    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, descriptors, specialize)}
-    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
-    triton_configs.launch.cache_clear()
     grid = TokenGrid(4, 8, 8, text)
     tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
-    compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
-    triton_configs.launch.cache_clear()
+    with reading_keys(chosen):
+        compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +152,10 @@ def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
 )
 @pytest.mark.parametrize("lengths", [None, [0, 7], [3, 7]], ids=str)
 @pytest.mark.parametrize(("sizes", "texts"), [((45, 87), (7, 7)), ((96, 40), (0, 7)), ((40, 64), (7, 0))])
-def test_a_part_of_the_keys(monkeypatch, sizes, texts, lengths, chosen):
+def test_a_part_of_the_keys(sizes, texts, lengths, chosen):
     """Rows and keys of their own lengths and text, under every way of reading keys."""
-    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
-    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
-    triton_configs.launch.cache_clear()
-    agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
-    triton_configs.launch.cache_clear()
+    with reading_keys(chosen):
+        agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
 
 
 @pytest.mark.parametrize("size", [16, 64, 128])

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def right_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter loses the carry when fp8 rounds up to the next power of two: torch rounds instead."""
