@@ -122,10 +122,15 @@ def report_choice(backend: str, tensor: Tensor, mask: BlockMask) -> None:
     mask.cached(("reported", backend, *call), log)
 
 
+@torch.compiler.assume_constant_result  # torch 2.8 cannot trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """Casts the tensors to autocast's dtype, if it is on for the device of the first."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]

@@ -48,7 +48,9 @@ def missing(needs: Needs) -> str | None:
 
 def unsuited(needs: Needs, call: Call) -> str | None:
     """Says why a backend with its libraries installed does not serve this call; None if it does."""
-    return next(_objections(needs, call), None)
+    for objection in _objections(needs, call):  # torch.compile of torch 2.8 has no next() with a default
+        return objection
+    return None
 
 
 def _objections(needs: Needs, call: Call) -> Iterator[str]:

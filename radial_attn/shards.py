@@ -97,7 +97,7 @@ class Shards:
 def deal(grid: TokenGrid, block_size: int, degree: int) -> Shards:
     """Deals shares to `degree` ranks, each of equally many whole video blocks or one less."""
     whole = grid.video_tokens // block_size
-    # in rounds of runs, two rounds to a frame
+    # deal blocks in rounds of runs, two rounds to a frame
     run = max(1, grid.tokens_per_frame // block_size // (2 * degree))
     rounds = max(1, round(whole / (run * degree)))
     quotas = np.array([whole // degree + (rank < whole % degree) for rank in range(degree)])

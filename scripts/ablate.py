@@ -1,9 +1,9 @@
-"""What each option of the mask does to a bundled model's video: `python -m scripts.ablate`.
+"""Measures what each option of the mask does to a bundled model's video: `python -m scripts.ablate`.
 
-`[CONFIG.yaml] [key=value ...] [--only TABLE ...] [--captions N]`. Every value of a table, listed in
-configs/ablation, generates the same captions from the same seeds and is compared with the dense run. All that
-is made is kept in --work, and the same command goes on where it stopped; ablation.json and --out hold the
-tables of the last call alone. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
+`[CONFIG.yaml] [key=value ...] [--only TABLE ...] [--captions N]`. The tables are lists of values in
+configs/ablation. Each value generates the same captions from the same seeds and is compared with the dense
+run. Results are kept in --work, and the same command resumes; ablation.json and --out hold the tables of the
+last call alone. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import mean_step
 from scripts.toyworld.render import VOCABULARY
 
-NEEDED = {  # what a table varies, hides attention from the observer, or is left out of these videos
+NEEDED = {  # keys that a table varies, that hide attention from the observer, or that these videos lack
     ("attention", "pattern"): "radial",
     ("attention", "density"): None,
     ("model", "compile"): "none",
@@ -76,7 +76,7 @@ def ablate(ablation: Ablation, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def row(run: Run, entries: list[Entry], attention: dict[str, Any], seconds: dict[str, float]) -> list[Any]:
-    """Returns one line of a table, as `COLUMNS`; None if there is no number."""
+    """Returns one line of a table, in the order of `COLUMNS`; None if there is no number."""
     flops, config = run.plan.flops, run.plan.config
     near = [entry["psnr"] for entry in entries if entry["psnr"] is not None]
     return [
@@ -97,7 +97,7 @@ def accuracy(entries: list[Entry]) -> float:
 
 
 def equal(runs: Sequence[Run], entries: dict[Any, list[Entry]]) -> list[str]:
-    """Says which values have how many videos that equal the dense ones; nothing if none has."""
+    """Says how many videos of which values equal the dense ones; empty if none does."""
     psnr = {run.value: [entry["psnr"] for entry in entries[run.identity]] for run in runs}
     counts = [f"{value} {of.count(None)} of {len(of)}" for value, of in psnr.items() if None in of]
     start = "equal videos, whose PSNR is infinite and not in the mean: "
@@ -114,20 +114,20 @@ def prepare(options: argparse.Namespace) -> Ablation:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line: of the words the one without `=` is the config."""
+    """Parses the command line: the one word without `=` is the config."""
     parser = OneLineParser(prog="scripts/ablate.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
     parser.add_argument(
         "--only", nargs="+", choices=TABLES, default=TABLES, metavar="TABLE", help=", ".join(TABLES)
     )
-    parser.add_argument("--captions", type=positive, default=12, help="generated with each run, up to 180")
+    parser.add_argument("--captions", type=positive, default=12, help="captions of each run, up to 180")
     parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
-    parser.add_argument("--rows", type=positive, default=32, help="query rows whose attention is looked at")
-    parser.add_argument("--work", type=Path, help="of all that is kept: outputs/ablation/CONFIG")
-    parser.add_argument("--out", type=Path, help="of the tables of this call: results/ablation_CONFIG_...md")
+    parser.add_argument("--rows", type=positive, default=32, help="query rows whose attention is observed")
+    parser.add_argument("--work", type=Path, help="folder of results (outputs/ablation/CONFIG)")
+    parser.add_argument("--out", type=Path, help="file of the tables (results/ablation_CONFIG_...md)")
     options = parser.parse_args(argv)
     if options.captions > len(all_attributes()):
-        parser.error(f"--captions: got {options.captions}, allowed: 1 to {len(all_attributes())}")
+        parser.error(f"--captions: got {options.captions}, must be 1 to {len(all_attributes())}")
     options.config, options.words = parser.divided(options.words, "configs/wan_tiny.yaml")
     stem, kind = Path(options.config).stem, "gpu" if torch.cuda.is_available() else "cpu"
     options.work = options.work or Path("outputs/ablation") / stem
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parse(argv)
     command = shlex.join(["bash", "scripts/ablate.sh", *(sys.argv[1:] if argv is None else argv)])
-    return exit_code(lambda: run(options, command), "the same command goes on", CheckError)
+    return exit_code(lambda: run(options, command), "run the same command to resume", CheckError)
 
 
 if __name__ == "__main__":

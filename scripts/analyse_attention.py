@@ -1,10 +1,11 @@
-"""Where the attention of a model lies: `python -m scripts.analyse_attention [CONFIG.yaml] [key=value ...]`.
+"""Measures where attention lies: `python -m scripts.analyse_attention [CONFIG.yaml] [key=value ...]`.
 
-`[--steps N ... | --timestep T] [--rows R] [--layers L ...] [--tail-rows R] [--work DIR] [--out MD]`. Runs the
-model dense on its prompts, looks at sampled query rows at some steps, or at one call on noise, and writes the
-curves over temporal and spatial distance, their exponential fits, classes of heads, what each band of the
-configuration's mask holds and keeps, and a bound on what it drops. Readings are kept prompt by prompt, and a
-second run goes on. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
+`[--steps N ... | --timestep T] [--rows R] [--layers L ...] [--tail-rows R] [--work DIR] [--out MD]`. It runs
+the model dense on its prompts and observes sampled query rows at some steps, or at one call on noise. It
+writes the curves over temporal and spatial distance, their exponential fits, classes of heads, the attention
+that each band of the configuration's mask holds and keeps, and a bound on the attention that the mask drops.
+Readings are kept prompt by prompt, and the same command resumes. Exit codes: 0 done; 2 with one line on
+stderr; 130 interrupted.
 """
 
 import argparse
@@ -28,13 +29,13 @@ from scripts.run.sampler import Sampler
 
 TINY = "configs/wan_tiny.yaml"
 KEY = re.compile(r"[a-z]+\.\w+=")
-HIGHEST = 1000.0  # timestep of these models
+HIGHEST = 1000.0  # the highest timestep of these models
 
 
 def run(options: argparse.Namespace) -> None:
-    """Looks, and writes JSON, table and picture."""
+    """Observes the attention, and writes JSON, table and picture."""
     if processes() > 1:
-        raise UsageError(f"several processes cannot be observed: got {processes()}, allowed: 1")
+        raise UsageError(f"got {processes()} processes, but only one can be observed; run without torchrun")
     config = read_config(options.config, options.overrides)
     plan = planned(config)
     looks = looks_of(options, config, plan.model.attention_layers())
@@ -52,19 +53,21 @@ def planned(config: Config) -> RunPlan:
     for name in ("compile", "cache"):
         value = getattr(config.model, name)
         if value != "none":
-            raise UsageError(f"model.{name}: got {value!r}, allowed where attention is observed: none")
+            raise UsageError(
+                f"model.{name}: got {value!r}, which hides attention from the observer; allowed: none"
+            )
     return make_plan(config)
 
 
 def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:
-    """What to look at; UsageError for steps or layers that there are not."""
+    """Returns which calls to observe; UsageError for steps or layers that do not exist."""
     last = config.generation.steps
     steps = tuple(sorted(set(options.steps or (1, (last + 1) // 2, last))))
     if steps[-1] > last:
-        raise UsageError(f"--steps: got {steps[-1]}, allowed: 1 to {last} (generation.steps)")
+        raise UsageError(f"--steps: got {steps[-1]}, must be 1 to {last} (generation.steps)")
     chosen = tuple(sorted(set(options.layers)))
     if chosen and chosen[-1] >= layers:
-        raise UsageError(f"--layers: got {chosen[-1]}, allowed: 0 to {layers - 1}, the layers of this model")
+        raise UsageError(f"--layers: got {chosen[-1]}, must be 0 to {layers - 1}, the layers of this model")
     return Looks(
         () if options.timestep is not None else steps,
         options.timestep,
@@ -75,23 +78,23 @@ def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line: the one word without `=` is the configuration."""
+    """Parses the command line: the one word without `=` is the configuration."""
     parser = OneLineParser(prog="scripts/analyse_attention.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--steps", type=positive, nargs="+", help="denoising steps from 1; else first, middle, last"
+    calls = parser.add_mutually_exclusive_group()
+    calls.add_argument(
+        "--steps", type=positive, nargs="+", help="denoising steps, from 1 (first, middle, last)"
     )
-    where.add_argument("--timestep", type=_timestep, help="one call on noise, 0 to 1000 in the model's units")
+    calls.add_argument("--timestep", type=_timestep, help="one call on noise, 0 to 1000 in the model's units")
     parser.add_argument("--rows", type=positive, default=64, help="query tokens of each call")
-    parser.add_argument("--tail-rows", type=positive, default=4, help="of these, how many get a bound")
-    parser.add_argument("--layers", type=_layer, nargs="+", default=[], help="from 0; else all")
+    parser.add_argument("--tail-rows", type=positive, default=4, help="number of these rows that get a bound")
+    parser.add_argument("--layers", type=_layer, nargs="+", default=[], help="layers, from 0 (all)")
     parser.add_argument("--work", type=Path, help="folder of readings and analysis.json")
     parser.add_argument(
         "--out", type=Path, help="file of the tables (results/attention_decay_CONFIG_HARDWARE_DATE.md)"
     )
     given = sys.argv[1:] if argv is None else argv
-    # keys first, so that an option of several numbers before them does not take them for its own
+    # keys go first, or an option of several numbers before them would take them as its own
     options = parser.parse_intermixed_args(sorted(given, key=lambda word: not KEY.match(word)))
     options.given = given
     options.config, options.overrides = parser.divided(options.words, TINY)
@@ -114,13 +117,13 @@ def _timestep(text: str) -> float:
 
 def _layer(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    return exit_code(lambda: run(parse(argv)), "the same command goes on", CheckError)
+    return exit_code(lambda: run(parse(argv)), "run the same command to resume", CheckError)
 
 
 if __name__ == "__main__":

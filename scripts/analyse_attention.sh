@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Where a model's attention lies: curves over temporal and spatial distance with exponential fits, classes of
-# heads, what each band of the mask holds and keeps, a bound on what it drops; tables and a picture in results/.
+# Measures where a model's attention lies: curves over temporal and spatial distance with exponential fits, classes
+# of heads, the attention in each band of the mask, a bound on the dropped part. Writes tables and a picture to results/.
 #   bash scripts/analyse_attention.sh                                             the bundled Wan, a minute
 #   bash scripts/analyse_attention.sh configs/wan2.1_t2v_14b.yaml --steps 1 13 50
 #   bash scripts/analyse_attention.sh configs/mochi_tiny.yaml --timestep 500      one call on noise

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Times dense SDPA, cpp, blocks and flex side by side on radial masks of growing length; writes table and plot.
+# Times dense SDPA, cpp, blocks and flex on radial masks of growing length; writes a table and a plot.
 #   bash scripts/benchmark.sh            2k to 32k tokens, 5 to 14 minutes on two quiet cores
 #   bash scripts/benchmark.sh --quick    2k to 8k tokens
 #   bash scripts/benchmark.sh --mask     instead: the time to build the mask, and its growth with the video

@@ -8,6 +8,7 @@ what crashes, hangs or runs out of memory becomes a line of the table. What does
 libraries that are missing, are listed; the exit code is 0 all the same.
 """
 
+import argparse
 import datetime
 import signal
 import sys
@@ -18,14 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scripts.benchmarks.cases import CASES, DENSE, STEPS, Case, Task, shrink, tasks
-from scripts.benchmarks.goals import Findings, goals
-from scripts.benchmarks.machine import QUERY, flashinfer_obstacle, run_tests, short_name, smi
-from scripts.benchmarks.options import Options, parse
+from scripts.benchmarks.cases import CASES, DENSE, MEASURED, SPARSE, STEPS, Case, Task, shrink, tasks
+from scripts.benchmarks.findings import Findings
+from scripts.benchmarks.machine import QUERY, Session, flashinfer_obstacle, run_tests, short_name, smi
 from scripts.benchmarks.report import write
-from scripts.benchmarks.session import Session, Settings
 from scripts.benchmarks.worker import Answer, Worker
-from scripts.run.errors import one_line
+from scripts.run.errors import OneLineParser, one_line, positive_number
 
 TEST_SECONDS, START_SECONDS, RESERVE_SECONDS = 90.0, 120.0, 8.0
 BUILD_SECONDS = 480.0
@@ -40,10 +39,10 @@ class NoDeviceError(RuntimeError):
 class Run:
     """One benchmark: what was found so far, what time is left, where it goes."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.options, self._start = options, time.monotonic()
         self._deadline = self._start + 60 * options.minutes - RESERVE_SECONDS
-        self._worker = Worker(Session, Settings(options.device, options.tiny, options.profile))
+        self._worker = Worker(Session, options.device, options.tiny, options.profile)
         self._lost = 0
         self.data: dict[str, Any] = {
             "command": options.command,
@@ -81,7 +80,10 @@ class Run:
             self.data["machine"] = answer.result
             self.data["cases"] = {name: _about(self._case(name)) for name in CASES}
             self.save()
-            self._tests()
+            if not self.options.skip_tests and self.options.device == "cuda":
+                self.data["tests"] = run_tests(min(TEST_SECONDS, self._left()))
+                print(f"kernel tests: {self.data['tests']}", flush=True)
+                self.save()
             self._measure()
             self.data["finished"] = True
         finally:
@@ -101,15 +103,9 @@ class Run:
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _tests(self) -> None:
-        if self.options.tests and self.options.device == "cuda":
-            self.data["tests"] = run_tests(min(TEST_SECONDS, self._left()))
-            print(f"kernel tests: {self.data['tests']}", flush=True)
-            self.save()
-
     def _measure(self) -> None:
         chosen = self.options
-        for task in tasks(chosen.only, chosen.backends, tiny=chosen.tiny, steps=chosen.steps):
+        for task in tasks(chosen.only, chosen.backends, tiny=chosen.tiny, steps=not chosen.skip_steps):
             if self._lost > MOST_LOST:
                 self._leave_out(task, "too many processes were lost")
             elif task.kind == "check":
@@ -246,10 +242,31 @@ def _about(case: Case) -> dict[str, Any]:
     }
 
 
-def _stop(reason: str) -> int:
-    """Says why nothing can be measured; the exit code."""
-    print(f"error: {reason}", file=sys.stderr)
-    return 2
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line; a wrong option ends the program with one line."""
+    about = "Attention and denoising steps on one GPU, correctness first, within a few minutes."
+    parser = OneLineParser(prog="scripts/benchmark_gpu.sh", description=about)
+    parser.add_argument(
+        "--minutes", type=positive_number, default=8.0, help="time for all of it (default: 8)"
+    )
+    parser.add_argument("--out", type=Path, help="folder (default: results, of a rehearsal outputs)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--backends", nargs="+", choices=SPARSE, metavar="BACKEND")
+    parser.add_argument("--skip-steps", action="store_true", help="attention alone")
+    parser.add_argument("--skip-tests", action="store_true", help="without the kernel tests")
+    parser.add_argument("--profile", action="store_true", help="lists the kernels of every call")
+    parser.add_argument("--build-flashinfer", action="store_true", help="builds its kernels: minutes of nvcc")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: a rehearsal, no measurement")
+    options = parser.parse_args(argv)
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu only rehearses: it needs --tiny")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, got {options.out}")
+    options.out = options.out or Path("outputs" if options.tiny else "results")
+    options.backends = options.backends or (("blocks",) if options.device == "cpu" else MEASURED)
+    options.command = " ".join(["bash scripts/benchmark_gpu.sh", *argv])
+    return options
 
 
 def _cut_off(number: int, _: FrameType | None) -> None:
@@ -263,15 +280,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(options)
     try:
         run.go()
-    except NoDeviceError as error:
-        return _stop(f"{error}; --device cpu --tiny rehearses without a GPU")
+    except (NoDeviceError, OSError) as error:
+        missing = isinstance(error, NoDeviceError)
+        why = f"{error}; --device cpu --tiny rehearses without a GPU" if missing else one_line(error)
+        print(f"error: {why}" if missing else f"error: --out {options.out}: {why}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("cut off", file=sys.stderr)
-    except OSError as error:
-        return _stop(f"--out {options.out}: {one_line(error)}")
     if run.data["cases"]:
-        for goal in goals(run.data):
-            print(f"{goal.name}: {goal.verdict}")
         print(run.path)
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# diffusers' own model tests, as they are and through a fork of ours at density 1.0; writes results/.
+# Runs diffusers' own model tests, unchanged and through a fork of ours at density 1.0; writes to results/.
 #   git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers /tmp/diffusers
 #   bash scripts/check_upstream.sh --source /tmp/diffusers                    Wan
 #   bash scripts/check_upstream.sh --source /tmp/diffusers --family framepack another, see --help

@@ -1,27 +1,35 @@
-"""Frames of videos as one picture: `python -m scripts.contact_sheet VIDEO.mp4 ... --out FILE.png`."""
+"""Puts frames of videos into one picture: `python -m scripts.contact_sheet VIDEO.mp4 ... --out FILE.png`.
+
+With `--out FILE.gif` the videos play side by side, each below a label from its record.
+"""
 
 import sys
 from pathlib import Path
 
-from scripts.evaluation.frame_sheet import read_frames, sheet
+from scripts.evaluation.frame_sheet import read_frames, sheet, write_gif
 from scripts.run.errors import OneLineParser, UsageError, one_line, positive
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command; exits with code 2 after an error."""
     import imageio
 
-    parser = OneLineParser(prog="contact_sheet", description=__doc__)
+    parser = OneLineParser(prog="contact_sheet", description=__doc__.splitlines()[0])
     parser.add_argument("videos", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--frames", type=positive, default=9, help="frames of each video")
+    parser.add_argument("--frames", type=positive, help="frames of each video (9; in a GIF all)")
     parser.add_argument("--scale", type=positive, default=1, help="enlargement")
     options = parser.parse_args(argv)
+    is_gif = options.out.suffix.lower() == ".gif"
     try:
-        rows = [read_frames(video, options.frames) for video in options.videos]
+        rows = [read_frames(video, options.frames or (None if is_gif else 9)) for video in options.videos]
         if len({row.shape for row in rows}) > 1:
-            raise UsageError(f"videos must have one size, got {sorted({row.shape[1:3] for row in rows})}")
-        imageio.imwrite(options.out, sheet(rows, options.scale))
+            sizes = sorted({row.shape[:3] for row in rows})
+            raise UsageError(f"got videos of several sizes, {sizes}; use videos of one size")
+        if is_gif:
+            write_gif(options.videos, rows, options.scale, options.out)
+        else:
+            imageio.imwrite(options.out, sheet(rows, options.scale))
     except (OSError, UsageError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,8 @@
-"""What attention costs over length and resolution, dense and radial: `python -m scripts.cost`.
+"""Computes the cost of attention over length and resolution, dense and radial: `python -m scripts.cost`.
 
 `[--models NAME|PRESET.yaml ...] [--frames N ...] [--size HxW ...] [--rate TFLOPS [TFLOPS]] [key=value ...]`.
-FLOPs are those of self-attention in all layers of one call of the transformer, 4 n^2 d a layer if dense, with
-the preset's mask and without warm-up. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
+FLOPs count self-attention in all layers of one call of the transformer, 4 n^2 d a layer if dense, with the
+preset's mask and without warm-up. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
 """
 
 import argparse
@@ -33,13 +33,13 @@ PRESETS = {
     "hunyuan": "configs/hunyuan_t2v.yaml",
     "mochi": "configs/mochi_t2v.yaml",
 }
-LENGTHS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # of the preset's
+LENGTHS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # times the preset's length
 SIDES = (0.5, 0.75, 1, 1.25, 1.5)
 REPEATS = 3
 
 
 class Published(NamedTuple):
-    """A sparsity of the paper (percent), and the preset and words that have its rule and size."""
+    """Holds a sparsity of the paper (percent), and the preset and overrides with its rule and size."""
 
     model: str
     preset: str
@@ -57,7 +57,7 @@ PAPER = (
 
 
 class Rates(NamedTuple):
-    """Operations a second of dense and of radial attention, and where they are from."""
+    """Holds the operations a second of dense and of radial attention, and their source."""
 
     dense: float
     radial: float
@@ -65,14 +65,14 @@ class Rates(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model under its name, its preset, and the rates that times are predicted with."""
+    """Holds a model's name, its planned preset, and the rates that predict times."""
 
     name: str
     plan: RunPlan
     rates: Rates | None = None
 
     def row(self, frames: int, size: tuple[int, int]) -> dict[str, Any]:
-        """One line of the table; `n_log_n`, which other lines decide, is None.
+        """Returns one line of the table; `n_log_n`, which depends on other lines, is None.
 
         Raises UsageError for a size that the model does not take.
         """
@@ -100,7 +100,7 @@ class Case(NamedTuple):
 
 
 def bound(grid: TokenGrid) -> float:
-    """The paper's bound on kept pairs, 4 s^2 f log2 f."""
+    """Returns the paper's bound on kept pairs, 4 s^2 f log2 f."""
     return 4.0 * grid.tokens_per_frame**2 * grid.frames * math.log2(grid.frames)
 
 
@@ -109,7 +109,7 @@ def n_log_n(tokens: float) -> float:
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
-    """`c` of `c n log2 n` by least squares on the radial FLOPs, and its R^2, None for a single length."""
+    """Fits `c` of `c n log2 n` to the radial FLOPs by least squares; also R^2, None for a single length."""
     x = np.array([n_log_n(row["tokens"]) for row in rows])
     y = np.array([row["radial_flops"] for row in rows])
     factor = float(x @ y / (x @ x))
@@ -118,7 +118,7 @@ def fit(rows: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """`p` of `y ~ x^p` by least squares of the logarithms; None where x does not vary."""
+    """Fits `p` of `y ~ x^p` by least squares of the logarithms; None if x does not vary."""
     across, up = np.log(np.array(x, dtype=float)), np.log(np.array(y, dtype=float))
     across -= across.mean()
     return float(across @ up / (across @ across)) if len(set(x)) > 1 else None
@@ -127,13 +127,19 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
 def curves(
     case: Case, frames: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of one model, over length and then over resolution, and what was fitted to them.
+    """Returns the rows of one model, over length and then over resolution, and the fits to them.
 
-    Without `frames` or `sizes` they are parts and multiples of the preset's. The other curve is at the first
-    of those given, else at the preset's.
+    Without `frames` or `sizes` the lengths or sizes are parts and multiples of the preset's. The curve over
+    length is at the first of `sizes`, and the curve over resolution at the first of `frames`; else both are
+    at the preset's.
     """
-    usual = case.plan.size
-    lengths, sides = _lengths(case, frames), _sides(case, sizes)
+    usual, model = case.plan.size, case.plan.model
+    step = model.vae_frames
+    chunks = (usual.frames - 1) // step
+    lengths = sorted(set(frames)) or sorted({round(chunks * part) * step + 1 for part in LENGTHS})
+    factors = list(zip(usual[1:], [model.size_factor(axis) for axis in (1, 2)], strict=True))
+    scaled = [tuple(max(1, round(side * part / by)) * by for side, by in factors) for part in SIDES]
+    sides = list(dict.fromkeys(sizes or scaled))
     middle, size = [*frames, usual.frames][0], [*sizes, (usual.height, usual.width)][0]
     along = [case.row(length, size) for length in lengths]
     across = [case.row(middle, side) for side in sides]
@@ -141,41 +147,28 @@ def curves(
     rows = list({(row["frames"], row["height"], row["width"]): row for row in [*along, *across]}.values())
     for row in rows:
         row["n_log_n"] = factor * n_log_n(row["tokens"])
-    found: dict[str, Any] = {"c": factor, "r2": r2, "frames": middle, "size": list(size)}
+    fits: dict[str, Any] = {"c": factor, "r2": r2, "frames": middle, "size": list(size)}
     pixels = [height * width for height, width in sides]
     for kind in ("dense", "radial"):
-        found[f"{kind}_exponent_length"] = exponent(lengths, [row[f"{kind}_flops"] for row in along])
-        found[f"{kind}_exponent_pixels"] = exponent(pixels, [row[f"{kind}_flops"] for row in across])
-    return rows, found
-
-
-def _lengths(case: Case, given: Sequence[int]) -> list[int]:
-    step = case.plan.model.vae_frames
-    chunks = (case.plan.size.frames - 1) // step
-    return sorted(set(given)) or sorted({round(chunks * part) * step + 1 for part in LENGTHS})
-
-
-def _sides(case: Case, given: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    factors = [case.plan.model.size_factor(axis) for axis in (1, 2)]
-    pairs = list(zip(case.plan.size[1:], factors, strict=True))
-    usual = [tuple(max(1, round(side * part / by)) * by for side, by in pairs) for part in SIDES]
-    return list(dict.fromkeys(given or usual))
+        fits[f"{kind}_exponent_length"] = exponent(lengths, [row[f"{kind}_flops"] for row in along])
+        fits[f"{kind}_exponent_pixels"] = exponent(pixels, [row[f"{kind}_flops"] for row in across])
+    return rows, fits
 
 
 def sparsities() -> list[dict[str, Any]]:
-    """The paper's sparsities and ours, percent of the pairs of video tokens; `preset`: as it stands."""
-    return [_sparsity(*published) for published in PAPER]
-
-
-def _sparsity(name: str, preset: str, percent: float, words: Sequence[str]) -> dict[str, Any]:
-    plan, usual = (make_plan(read_config(preset, own), dry_run=True) for own in (list(words), []))
-    video = radial_mask(replace(plan.grid, text=0), radial_config(plan.config.attention))
-    ours, as_it_is = (100 * (1 - mask.density) for mask in (video, usual.block_mask))
-    return {"model": name, "frames": plan.size.frames, "paper": percent, "ours": ours, "preset": as_it_is}
+    """Returns the paper's sparsities and ours, percent of the pairs of video tokens; `preset`: unchanged."""
+    rows = []
+    for name, preset, percent, words in PAPER:
+        plan, usual = (make_plan(read_config(preset, more), dry_run=True) for more in (list(words), []))
+        video = radial_mask(replace(plan.grid, text=0), radial_config(plan.config.attention))
+        ours, unchanged = (100 * (1 - mask.density) for mask in (video, usual.block_mask))
+        numbers = {"paper": percent, "ours": ours, "preset": unchanged}
+        rows.append({"model": name, "frames": plan.size.frames, **numbers})
+    return rows
 
 
 def measured_rates(device: str) -> Rates:
-    """A short dense and radial attention call on this machine."""
+    """Measures the rates of a short dense and radial attention call on this machine."""
     large = device == "cuda"
     grid, heads, width = TokenGrid(16, 32, 64) if large else TokenGrid(16, 16, 16), 4, 128 if large else 64
     dtype = torch.bfloat16 if large else torch.float32
@@ -194,7 +187,7 @@ def measured_rates(device: str) -> Rates:
 
 
 def rates_of(options: argparse.Namespace, device: str) -> Rates | None:
-    """Those of the command line, or measured; None where no times are wanted."""
+    """Returns the rates of the command line, or measures them; None if no times are wanted."""
     if options.no_times:
         return None
     if not options.rate:
@@ -204,13 +197,13 @@ def rates_of(options: argparse.Namespace, device: str) -> Rates | None:
 
 
 def run(options: argparse.Namespace, command: str) -> None:
-    """Works everything out and writes it."""
+    """Computes everything and writes it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases, rows, fits = [read(name, options.words) for name in dict.fromkeys(options.models)], [], {}
     rates = rates_of(options, device)
     for case in cases:
-        found, fits[case.name] = curves(case._replace(rates=rates), options.frames, options.size)
-        rows += found
+        case_rows, fits[case.name] = curves(case._replace(rates=rates), options.frames, options.size)
+        rows += case_rows
     data = head("cost", command, device) | {"rows": rows, "paper": sparsities(), "fits": fits}
     data["rates"] = rates and rates._asdict()
     data["masks"] = {case.name: asdict(radial_config(case.plan.config.attention)) for case in cases}
@@ -219,12 +212,12 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 
 def read(name: str, words: Sequence[str]) -> Case:
-    """A name of `PRESETS` or a preset's file, checked; UsageError for what there is not."""
+    """Plans a name of `PRESETS` or a preset's file; UsageError if there is none or it cannot run."""
     return Case(name, make_plan(read_config(PRESETS.get(name, name), list(words)), dry_run=True))
 
 
 def size(text: str) -> tuple[int, int]:
-    """`HxW` of an argument, pixels."""
+    """Reads an argument `HxW`, in pixels."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"must be height x width as in 480x832, got {text!r}")
@@ -232,30 +225,30 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = OneLineParser(prog="scripts/cost.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys of generation, for every model")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="keys of generation, for all models")
     names = f"{', '.join(PRESETS)}, or a file ending in .yaml"
     parser.add_argument("--models", nargs="+", default=list(PRESETS), metavar="NAME", help=names)
     parser.add_argument(
-        "--frames", type=positive, nargs="+", default=[], help="the first also for the resolutions"
+        "--frames", type=positive, nargs="+", default=[], help="lengths; resolutions use the first"
     )
     parser.add_argument(
-        "--size", type=size, nargs="+", default=[], metavar="HxW", help="the first also for the lengths"
+        "--size", type=size, nargs="+", default=[], metavar="HxW", help="resolutions; lengths use the first"
     )
     parser.add_argument(
         "--rate", type=positive_number, nargs="+", default=[], metavar="TFLOPS", help="dense, then radial"
     )
     parser.add_argument("--no-times", action="store_true", help="neither measure nor predict")
-    parser.add_argument("--work", type=Path, help="of cost.json: outputs/cost, with --models NAMES below it")
-    parser.add_argument("--out", type=Path, help="of the tables: results/cost_NAMES_...md")
+    parser.add_argument("--work", type=Path, help="folder of cost.json (outputs/cost, or outputs/cost/NAMES)")
+    parser.add_argument("--out", type=Path, help="file of the tables (results/cost_NAMES_...md)")
     options = parser.parse_args(argv)
     chosen = [] if options.models == list(PRESETS) else [Path(name).stem for name in options.models]
     options.work = options.work or Path("outputs/cost", "_".join(chosen))
     words = ["cost", *chosen, "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")]
     options.out = options.out or ROOT / "results" / f"{'_'.join(words)}.md"
     if len(options.rate) > 2:
-        parser.error(f"--rate: got {len(options.rate)} numbers, allowed: 1 or 2 (dense, radial)")
+        parser.error(f"--rate: got {len(options.rate)} numbers, must be 1 or 2 (dense, radial)")
     unknown = [name for name in options.models if name not in PRESETS and not name.endswith(".yaml")]
     if unknown:
         parser.error(f"--models: got {unknown[0]!r}, allowed: {names}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text to video with HunyuanVideo on all GPUs of this machine; without any, the bundled HunyuanVideo in two processes.
+# Makes videos with HunyuanVideo on all GPUs of this machine; without a GPU, with the bundled HunyuanVideo in two processes.
 #   bash scripts/dist_hunyuan_t2v_inference.sh
 #   NPROC=4 bash scripts/dist_hunyuan_t2v_inference.sh configs/hunyuan_t2v.yaml parallel.cfg_degree=1 generation.seed=1
 #   bash scripts/dist_hunyuan_t2v_inference.sh configs/hunyuan_t2v.yaml --dry-run parallel.ulysses_degree=8

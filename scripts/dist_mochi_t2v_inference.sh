@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text to video with Mochi 1 on all GPUs of this machine; without any, the bundled model in two processes.
+# Makes videos with Mochi 1 on all GPUs of this machine; without a GPU, with the bundled model in two processes.
 #   bash scripts/dist_mochi_t2v_inference.sh
 #   NPROC=4 bash scripts/dist_mochi_t2v_inference.sh configs/mochi_t2v.yaml parallel.cfg_degree=1 generation.seed=1
 #   bash scripts/dist_mochi_t2v_inference.sh configs/mochi_t2v.yaml --dry-run parallel.ulysses_degree=8

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text to video with Wan2.2-A14B on all GPUs of this machine; without any, the bundled model in two processes.
+# Makes videos with Wan2.2-A14B on all GPUs of this machine; without a GPU, with the bundled model in two processes.
 #   bash scripts/dist_wan22_t2v_inference.sh
 #   NPROC=4 bash scripts/dist_wan22_t2v_inference.sh configs/wan2.2_t2v_a14b.yaml parallel.cfg_degree=1 generation.seed=1
 #   bash scripts/dist_wan22_t2v_inference.sh configs/wan2.2_t2v_a14b.yaml --dry-run parallel.ulysses_degree=8

@@ -1,9 +1,9 @@
-"""How near sparse videos are to dense ones: `bash scripts/evaluate.sh [CONFIG.yaml] [key=value ...]`.
+"""Compares sparse videos with dense ones: `bash scripts/evaluate.sh [CONFIG.yaml] [key=value ...]`.
 
-The same prompts and seeds with dense attention and with each setting of `evaluate.compare`: PSNR, SSIM,
-LPIPS, recall and output error of the attention, seconds, operations, density. Or, with --folders, finished
-videos against those of the first folder. All that is made is kept in --work, and a second call goes on where
-the first stopped. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130 interrupted.
+It runs the same prompts and seeds with dense attention and with each setting of `evaluate.compare`, and
+reports PSNR, SSIM, LPIPS, recall and output error of the attention, seconds, operations, density. With
+--folders it compares finished videos with those of the first folder. Results are kept in --work, and the same
+command resumes. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130 interrupted.
 """
 
 import argparse
@@ -45,9 +45,9 @@ SCORE_WORD = f"{SCORES}="
 def evaluate(options: argparse.Namespace, command: str) -> None:
     """Makes what is missing, measures it and writes evaluation.json and the table."""
     if processes() > 1:
-        raise UsageError(f"the evaluation runs in one process, got {processes()}")
+        raise UsageError(f"got {processes()} processes, but the evaluation needs one; run without torchrun")
     config, settings = settings_of(options.config, options.words)
-    evaluation = examined(config, {name: own for name, (_, own) in settings.items()}, options.work)
+    evaluation = examined(config, {name: setting for name, (_, setting) in settings.items()}, options.work)
     scores = read_all(config.evaluate.scores, list(settings))
     if options.dry_run:
         print("\n".join(table({"settings": [planned(evaluation, name) for name in settings], "means": {}})))
@@ -58,13 +58,13 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     if config.evaluate.vbench != "off":
         name_for_vbench(evaluation)
     device = evaluation.plans[DENSE].device
-    found = content(evaluation, {name: words for name, (words, _) in settings.items()})
-    data = head("evaluation", command, device, plain(config)) | found | {"scores": scores}
+    results = content(evaluation, {name: words for name, (words, _) in settings.items()})
+    data = head("evaluation", command, device, plain(config)) | results | {"scores": scores}
     publish(data, options, markdown(data, evaluation))
 
 
 def score_folders(options: argparse.Namespace, command: str) -> None:
-    """Writes the same of finished videos, as far as they tell."""
+    """Writes the same files for finished videos, with all that can be measured on them."""
     named = SCHEMA.read(PRESET, options.words).evaluate.scores
     scores = read_all(named, [word.partition("=")[0] for word in options.folders])
     data = head("evaluation", command, "cpu") | folders.scored(options.folders, options.work)
@@ -73,14 +73,14 @@ def score_folders(options: argparse.Namespace, command: str) -> None:
 
 
 def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) -> Evaluation:
-    """The evaluation, of which all was checked that can be without weights; UsageError where it was not."""
-    plans = {name: planned_setting(name, own) for name, own in settings.items()}
+    """Plans the evaluation; UsageError for all that can be refused without weights."""
+    plans = {name: planned_setting(name, setting) for name, setting in settings.items()}
     steps = observed_steps(config)
     masks = {name: plan.mask for name, plan in plans.items() if name != DENSE}
     if config.evaluate.rows and config.model.compile != "none":
         raise UsageError(
-            f"model.compile: got {config.model.compile!r}, allowed: none, or evaluate.rows=0, since a "
-            "compiled model shows no attention"
+            f"model.compile: got {config.model.compile!r}, but a compiled model shows no attention; set "
+            "model.compile=none or evaluate.rows=0"
         )
     return Evaluation(work, plans, takes_of(config), masks, config.evaluate.rows, steps)
 
@@ -94,41 +94,41 @@ def planned_setting(name: str, config: Config) -> RunPlan:
 
 
 def takes_of(config: EvaluationConfig) -> list[Take]:
-    """Every prompt with every seed; UsageError for prompts that cannot be read or named."""
-    own = config.evaluate
-    if own.prompts is None:
+    """Lists every prompt with every seed; UsageError for prompts that cannot be read or named."""
+    wanted = config.evaluate
+    if wanted.prompts is None:
         prompts = read_prompts(config.generation)
     else:
-        prompts = dict(enumerate(listed_prompts(own.prompts, own.dimensions), 1))
-    seeds = own.seeds or [config.generation.seed]
+        prompts = dict(enumerate(listed_prompts(wanted.prompts, wanted.dimensions), 1))
+    seeds = wanted.seeds or [config.generation.seed]
     takes = [
         Take(text, seed, number, index)
         for number, text in prompts.items()
         for index, seed in enumerate(seeds)
     ]
-    if own.vbench != "off":
+    if wanted.vbench != "off":
         for take in takes:
             video_name(take.prompt, take.index)
     return takes
 
 
 def read_all(entries: list[NamedWords], names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """The scores by setting; UsageError for a name that is no setting and for files that hold none."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    """Reads the scores by setting; UsageError for a name that is no setting, and for files without scores."""
+    scores: dict[str, dict[str, dict[str, float]]] = {}
     for entry in entries:
         if entry.name not in names or not entry.words:
             raise UsageError(
-                f"evaluate.scores: got '{entry.name}: {' '.join(entry.words)}', allowed: a name of "
-                f"{', '.join(names)} and its files"
+                f"evaluate.scores: got '{entry.name}: {' '.join(entry.words)}', must be a setting and its "
+                f"files; settings: {', '.join(names)}"
             )
         for file in entry.words:
             for judge, values in read_scores(file).items():
-                found.setdefault(entry.name, {}).setdefault(judge, {}).update(values)
-    return found
+                scores.setdefault(entry.name, {}).setdefault(judge, {}).update(values)
+    return scores
 
 
 def name_for_vbench(evaluation: Evaluation) -> None:
-    """The folder `vbench` of `--work` has these videos and no others, under the names that VBench expects."""
+    """Fills the folder `vbench` of `--work` with these videos and no others, under VBench's names."""
     for name in evaluation.plans:
         folder = evaluation.work / "vbench" / name
         for video in folder.glob("*.mp4"):
@@ -138,14 +138,14 @@ def name_for_vbench(evaluation: Evaluation) -> None:
 
 
 def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:
-    """Writes the JSON and the table, and prints the latter."""
+    """Writes the JSON and the table, and prints the table."""
     print("\n".join(table(data)))
     print(f"written    {write_json(options.work / FILE, data)}")
     print(f"written    {write_text(options.out, text)}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line: `config`, `words`, and the options."""
+    """Parses the command line: `config`, `words`, and the options."""
     parser = OneLineParser(
         prog="scripts/evaluate.sh",
         description=__doc__.splitlines()[0],
@@ -156,11 +156,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--folders", nargs="+", metavar="NAME=DIR", help="finished videos; the first is the reference"
     )
-    parser.add_argument("--work", type=Path, help="folder of all that is made (outputs/evaluation/CONFIG)")
+    parser.add_argument("--work", type=Path, help="folder of videos and results (outputs/evaluation/CONFIG)")
     parser.add_argument(
         "--out", type=Path, help="file of the table (results/evaluation_CONFIG_HARDWARE_DATE.md)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="densities and operations only")
+    parser.add_argument("--dry-run", action="store_true", help="print only densities and operations")
     options = parser.parse_intermixed_args(argv)
     options.config, options.words = parser.divided(options.given, PRESET)
     if options.folders:
@@ -172,9 +172,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     device, day = "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")
     options.out = options.out or ROOT / "results" / f"evaluation_{kind}_{device}_{day}.md"
     if options.out.is_dir():
-        parser.error(f"--out: got {str(options.out)!r}, which is a folder; allowed: a file's name")
+        parser.error(f"--out: got {str(options.out)!r}, which is a folder; name a file")
     if options.work.is_file():
-        parser.error(f"--work: got {str(options.work)!r}, which is a file; allowed: a folder")
+        parser.error(f"--work: got {str(options.work)!r}, which is a file; name a folder")
     return options
 
 
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     command = f"bash scripts/evaluate.sh {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
     work = score_folders if options.folders else evaluate
-    return exit_code(lambda: work(options, command), "the same command goes on")
+    return exit_code(lambda: work(options, command), "run the same command to resume")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How near radial videos are to dense ones of the same prompts and seeds: PSNR, SSIM, LPIPS, attention recall and
-# output error, seconds, operations, density; writes videos, evaluation.json and a table. Goes on where it stopped.
+# Compares radial videos with dense ones of the same prompts and seeds: PSNR, SSIM, LPIPS, attention recall and output
+# error, seconds, operations, density. Writes videos, evaluation.json and a table. The same command resumes.
 #   bash scripts/evaluate.sh                                        the bundled Wan against itself with dense attention
 #   bash scripts/evaluate.sh configs/wan_tiny.yaml evaluate.prompts=prompts.txt evaluate.seeds=1,2,3
 #   bash scripts/evaluate.sh configs/wan_tiny.yaml evaluate.compare="warm: attention.dense_steps=4; thin: attention.density=0.45"

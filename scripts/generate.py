@@ -1,4 +1,4 @@
-"""A prompt to a video: `python -m scripts.generate [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`.
+"""Makes videos of prompts: `python -m scripts.generate [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`.
 
 Exit codes: 0 done; 1 some prompts of a prompt file failed, the others are done; 2 stopped, one line on stderr
 says why; 130 interrupted.
@@ -52,12 +52,13 @@ def run(argv: list[str]) -> int:
         return 0
     if processes() > 1 and command.config_file is None:
         raise UsageError(
-            f"several processes need a configuration by name, as {FULL_PRESET}; scripts/dist_*.sh choose one"
+            f"several processes need a configuration by name; name one, such as {FULL_PRESET}, or run a "
+            "scripts/dist_*.sh, which chooses one"
         )
     config_file, overrides, reason = choose_config(command)
     config = read_config(config_file, overrides)
     print(f"config: {config_file} ({reason})", flush=True)
-    from scripts.run.describe import describe_plan, describe_start  # with torch, which --help does without
+    from scripts.run.describe import describe_plan, describe_start  # imports torch, which --help must not
     from scripts.run.plan import make_plan
 
     plan = make_plan(config, processes=processes(), dry_run=command.dry_run)
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> int:
 
 
 def generate(plan: "RunPlan") -> int:
-    """Makes the videos of all prompts; those of a prompt file that are there already are left alone."""
+    """Makes the videos of all prompts; with a prompt file, skips videos that are there already."""
     from scripts.run.outputs import resolved, video_path, writable_folder
     from scripts.run.process_groups import process_groups
     from scripts.run.sampler import Sampler
@@ -93,15 +94,16 @@ def generate(plan: "RunPlan") -> int:
 
 
 def generate_missing(sampler: "Sampler", pipeline: Any, paths: dict[int, Path]) -> int:
-    """Makes the videos of these lines of the prompt file; 1 if any failed. Only a full disk stops the rest.
+    """Makes the videos of these lines of the prompt file; returns 1 if any failed, else 0.
 
-    With several processes any failure ends them all: what one lacks, the others would wait for.
+    Only a full disk stops the rest. With several processes any failure ends them all: the others would wait
+    for the one that failed.
     """
     failures: dict[int, str] = {}
     full = False
     for number, path in paths.items():
         if full:
-            failures[number] = "not tried, the disk is full; the same command goes on from here"
+            failures[number] = "not tried, the disk is full; make room, then run the same command to resume"
             continue
         prompt = sampler.plan.prompts[number]
         print(f"line {number}: {prompt}", flush=True)
@@ -128,7 +130,7 @@ def make_one(sampler: "Sampler", pipeline: Any, prompt: str, path: Path) -> None
 
 
 def is_there(plan: "RunPlan", number: int, path: Path) -> bool:
-    """Whether the video was made with these settings; prints that, or which settings differ."""
+    """Returns whether the video was made with these settings; prints that, or which settings differ."""
     from scripts.run.outputs import finished
 
     done, changed = finished(path, plan.config, plan.prompts[number], plan.inputs.files)

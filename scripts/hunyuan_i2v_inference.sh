@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Image to video with HunyuanVideo-I2V. Without a GPU that has room: the bundled Wan image to video.
-# Sets itself up on the first call; works from any directory.
+# Makes videos from images with HunyuanVideo-I2V; with the bundled Wan image to video if no GPU has room.
+# The first call sets up .venv. Works from any directory.
 #   bash scripts/hunyuan_i2v_inference.sh
 #   bash scripts/hunyuan_i2v_inference.sh generation.image=cat.jpg generation.prompt="the cat walks away"
-#   bash scripts/hunyuan_i2v_inference.sh configs/hunyuan_i2v.yaml --dry-run    what it would cost
+#   bash scripts/hunyuan_i2v_inference.sh configs/hunyuan_i2v.yaml --dry-run    what it would need
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"

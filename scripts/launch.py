@@ -1,8 +1,8 @@
-"""Several processes on this machine, by torchrun: `python -m scripts.launch [words of scripts.generate]`.
+"""Starts several processes on this machine by torchrun: `python -m scripts.launch [arguments of generate]`.
 
-NPROC says how many; left out, one a GPU, or 2 without any. For several machines see the README.
-`--module=scripts.train_lora` as the first word trains instead, without a GPU in one process.
-The first failure is told in one line; then all processes are stopped.
+NPROC sets their number; the default is one a GPU, or 2 without a GPU. docs/multi-gpu.md has several machines.
+`--module=scripts.train_lora` as the first argument trains instead, without a GPU in one process. The first
+failure is reported in one line; then all processes are stopped.
 """
 
 import logging
@@ -21,18 +21,18 @@ from scripts.run.command_line import choose_config, parse
 from scripts.run.errors import UsageError
 from scripts.run.processes import say
 
-WITHOUT_GPU = {"scripts.generate": 2, "scripts.train_lora": 1}  # processes
+WITHOUT_GPU = {"scripts.generate": 2, "scripts.train_lora": 1}  # module -> processes
 MODULE = "--module="
-SPOKEN = (1, 2, 130)  # exit codes of processes that have said what was wrong
+SPOKEN = (1, 2, 130)  # exit codes of processes that have reported their failure
 
 
 def count(module: str = "scripts.generate") -> int:
-    """Processes to start; UsageError where NPROC is no number of them."""
+    """Returns the number of processes to start; UsageError if NPROC is not a number of processes."""
     text = os.environ.get("NPROC", "")
     if not text:
         return torch.cuda.device_count() or WITHOUT_GPU[module]
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"NPROC: got {text!r}, allowed: a whole number from 1 on")
+        raise UsageError(f"NPROC: got {text!r}, must be a whole number of at least 1")
     return int(text)
 
 
@@ -67,12 +67,12 @@ def launch(words: list[str], processes: int, module: str = "scripts.generate") -
 def _end(code: int) -> str:
     if code >= 0:
         return f"ended with code {code}"
-    hint = " (memory of the machine used up?)" if -code == signal.SIGKILL else ""
+    hint = " (is the machine out of memory?)" if -code == signal.SIGKILL else ""
     return f"was ended by {signal.Signals(-code).name}{hint}"
 
 
 def chosen(words: list[str]) -> list[str]:
-    """The words with the configuration by name: one process chooses for all, by the memory that it finds."""
+    """Returns the words with a configuration by name: one process chooses for all, by the memory it has."""
     command = parse(words)
     if command.help or command.config_file is not None:
         return words
@@ -82,7 +82,7 @@ def chosen(words: list[str]) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    """Starts what the words ask for; one process of training needs no launcher."""
+    """Starts the processes and returns their exit code; one process of training needs no launcher."""
     if not words or not words[0].startswith(MODULE):
         return launch(chosen(words), count())
     module = words.pop(0).removeprefix(MODULE)

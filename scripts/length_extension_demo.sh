@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Longer video with the bundled model, from training data to pictures: a LoRA for four times its length, with radial
-# attention, on two CPU cores. A second call goes on where the first stopped.
+# Shows longer video with the bundled model, from training data to pictures: a LoRA for four times its length, with
+# radial attention, on two CPU cores. After a stop the same command resumes.
 #   bash scripts/length_extension_demo.sh
 #   STEPS=600 CAPTIONS=12 bash scripts/length_extension_demo.sh
 set -euo pipefail
@@ -11,27 +11,27 @@ size="generation.num_frames=$frames generation.height=$side generation.width=$si
 data="data.latents=$work/latents_$videos data.sizes=${frames}x${side}x${side}"
 bash scripts/setup.sh
 
-# videos of four times the trained length, each with its caption
+# render videos of four times the trained length, each with its caption
 .venv/bin/python -m scripts.render_toyworld "$work/videos_$videos" --videos "$videos" --frames "$frames" --size "$side"
 
-# their latents and text embeddings, once
+# encode their latents and text embeddings, once
 bash scripts/prepare_latents.sh configs/train/wan_tiny_4x.yaml $data "data.folder=$work/videos_$videos"
 
-# the adapter
+# train the adapter
 bash scripts/wan_lora_train.sh configs/train/wan_tiny_4x.yaml $data $train_keys "train.steps=$steps" \
     "output.path=$work/radial_lora"
 
-# one prompt without it and with it
+# make one prompt without it and with it
 bash scripts/wan_t2v_inference.sh configs/wan_tiny_4x.yaml $size $keys "output.path=$work/without.mp4" \
     "model.loras=null"
 bash scripts/wan_t2v_inference.sh configs/wan_tiny_4x.yaml $size $keys "output.path=$work/with.mp4" \
     "model.loras=$work/radial_lora"
 
-# what the videos of a few captions show, without it and with it
+# score videos of a few captions, without it and with it
 bash scripts/length_study.sh $size $keys $train_keys --videos "$videos" --steps "$steps" --captions "$captions" \
     --only radial radial_lora --work "$work" --out "$work/scores.md"
 
-# the two videos of the prompt side by side
+# put the two videos of the prompt into one picture
 .venv/bin/python -m scripts.contact_sheet "$work/without.mp4" "$work/with.mp4" --scale 2 --out "$work/frames.png"
 
 echo "scores     $work/scores.md"

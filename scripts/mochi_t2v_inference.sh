@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Text to video with Mochi 1. Without a GPU that has room: the bundled Mochi.
-# Sets itself up on the first call; works from any directory.
+# Makes videos with Mochi 1; with the bundled Mochi if no GPU has room.
+# The first call sets up .venv. Works from any directory.
 #   bash scripts/mochi_t2v_inference.sh
 #   bash scripts/mochi_t2v_inference.sh generation.prompt="a cat walks on the grass" generation.seed=1
-#   bash scripts/mochi_t2v_inference.sh configs/mochi_t2v.yaml --dry-run    what it would cost
+#   bash scripts/mochi_t2v_inference.sh configs/mochi_t2v.yaml --dry-run    what it would need
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"

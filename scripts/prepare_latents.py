@@ -1,8 +1,8 @@
-"""Videos and captions to what LoRA training reads: `python -m scripts.prepare_latents CONFIG [key=...]`.
+"""Encodes videos and captions for LoRA training: `python -m scripts.prepare_latents CONFIG [key=value ...]`.
 
-With `--dry-run` it checks the videos and says what it would make of them. A run that was stopped, however,
-goes on by the same command and ends with the same files. Exit codes: 0 done; 2 stopped, one line on stderr
-says why; 130 interrupted.
+With `--dry-run` it only checks the videos and prints the clips that it would make. After any stop the same
+command resumes, and ends with the same files. Exit codes: 0 done; 2 stopped, one line on stderr says why;
+130 interrupted.
 """
 
 import sys
@@ -26,14 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return no_reader()
     except KeyboardInterrupt:
-        return interrupted("the files that were written are whole, the same command goes on")
+        return interrupted("the files that were written are whole; run the same command to resume")
 
 
 def run(argv: list[str]) -> int:
-    """Prints the help, or reads the configuration and carries it out."""
+    """Prints the help, or prepares the latents of a configuration."""
     command = parse(argv, CALL, stands_in=False)
     if command.help:
-        presets = ["configurations that come with it:", *SCHEMA.preset_lines()]
+        presets = ["presets:", *SCHEMA.preset_lines()]
         print("\n".join([f"usage: {CALL}", "", *presets, "", *SCHEMA.help_lines()]))
         return 0
     if command.config_file is None:

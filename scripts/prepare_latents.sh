@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Videos and captions to the latents and text embeddings that LoRA training reads; a second call goes on.
-#   bash scripts/prepare_latents.sh configs/train/wan_2x.yaml data.folder=videos/             mp4 files, a .txt beside each
+# Encodes videos and captions as the latents and text embeddings that LoRA training reads. The same command resumes.
+#   bash scripts/prepare_latents.sh configs/train/wan_2x.yaml data.folder=videos/             mp4 files, each with a .txt
 #   bash scripts/prepare_latents.sh configs/train/wan_2x.yaml data.table=videos.csv           columns video and caption; or a .jsonl
 #   bash scripts/prepare_latents.sh configs/train/wan_2x.yaml data.folder=videos/ --dry-run   checks the videos, loads no model
 #   bash scripts/prepare_latents.sh --help                                                    every key

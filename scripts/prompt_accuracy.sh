@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# How often a bundled model shows what the caption says, dense and radial; writes a table into results/.
+# Measures how often a bundled model shows what the caption says, dense and radial; writes a table to results/.
 #   bash scripts/prompt_accuracy.sh                                     all captions, 33 frames
-#   bash scripts/prompt_accuracy.sh configs/wan_tiny.yaml configs/wan_tiny_4x.yaml --every 1 9     and every ninth, 129 frames
+#   bash scripts/prompt_accuracy.sh configs/wan_tiny.yaml configs/wan_tiny_4x.yaml --every 1 9     also every ninth, 129 frames
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

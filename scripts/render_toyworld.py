@@ -1,9 +1,8 @@
-"""Captioned videos of the toy world, to train on: `python -m scripts.render_toyworld OUT [--videos N] ...`.
+"""Renders captioned toy world videos to train on: `python -m scripts.render_toyworld OUT [--videos N] ...`.
 
 The captions take turns. A shape needs 28 to 44 frames for its path, whatever the length of the video: 33
-frames show it about once, 129 frames, four times as long, three to four and a half times at the same speed.
-So a longer video goes on evenly instead of slowing down. Beside each mp4 lie its caption (.txt) and its scene
-(.json). A second call goes on where the first was stopped.
+frames show it about once, and 129 frames three to four and a half times at the same speed. So a longer video
+keeps its speed. Each mp4 has its caption (.txt) and its scene (.json) next to it. The same command resumes.
 """
 
 import argparse
@@ -15,16 +14,16 @@ from scripts.toyworld.files import render_videos
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = OneLineParser(prog="render_toyworld", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the videos")
     parser.add_argument("--videos", type=positive, default=180, help="how many (180 is every caption once)")
-    parser.add_argument("--frames", type=positive, default=129, help="of each")
+    parser.add_argument("--frames", type=positive, default=129, help="frames of each video")
     parser.add_argument("--size", type=positive, default=64, help="pixels a side, even")
-    parser.add_argument("--seed", type=int, default=0, help="from 0; another gives other videos")
+    parser.add_argument("--seed", type=int, default=0, help="at least 0; another seed gives other videos")
     options = parser.parse_args(argv)
     if options.size % 2 or not 0 <= options.seed < 2**32:
-        parser.error(f"size must be even and seed from 0 on, got {options.size} and {options.seed}")
+        parser.error(f"size must be even and seed 0 to 2^32 - 1, got {options.size} and {options.seed}")
     return options
 
 
@@ -40,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: cannot write into {options.out} ({reason})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
-    print(f"{options.out}: {made} of {options.videos} videos made, the others were there")
+    print(f"{options.out}: {made} of {options.videos} videos made, the others were there already")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""One page of what runs have measured: `python -m scripts.report RUN ... [--out FILE.html]`.
+"""Writes one page of the measurements of runs: `python -m scripts.report RUN ... [--out FILE.html]`.
 
 A RUN is the output folder, or a JSON file in it, of evaluate, analyse_attention, cost or ablate, or a folder
-of generated videos with their JSON. The page holds everything that it shows and needs no network.
+of generated videos with their JSON. The page contains everything that it shows and needs no network.
 Exit codes: 0 done; 2 bad input, one line on stderr says which; 130 interrupted.
 """
 
@@ -17,7 +17,7 @@ from scripts.run.errors import OneLineParser, UsageError, exit_code, one_line, p
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = OneLineParser(prog="scripts/report.sh", description=__doc__.splitlines()[0])
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="an output folder or a JSON file of a run"
@@ -25,10 +25,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/report.html"), help="the page to write")
     parser.add_argument("--videos", type=positive, default=8, help="prompts and seeds whose videos are shown")
     parser.add_argument("--amplify", type=positive, default=4, help="brightness of the difference")
-    parser.add_argument("--limit", type=positive, default=200, help="MiB of videos that the page may hold")
+    parser.add_argument("--limit", type=positive, default=200, help="maximum MiB of videos in the page")
     options = parser.parse_args(argv)
     if options.out.suffix.lower() not in (".html", ".htm"):
-        parser.error(f"--out: got {options.out}, allowed: a name ending in .html")
+        parser.error(f"--out: got {options.out}, must be a name ending in .html")
     if options.out.is_dir():
         parser.error(f"--out: got {options.out}, which is a folder; name a file")
     return options

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs requirements.txt into it. Every other script calls this first.
 #   bash scripts/setup.sh                          or: source scripts/setup.sh
-#   PYTHON=/usr/bin/python3.12 bash scripts/setup.sh   chooses the interpreter .venv is made with
-# Run it as often as you like: where nothing changed it only compares a checksum. An interrupted run is taken up
-# by the next one, and of several at once one works while the others wait.
+#   PYTHON=/usr/bin/python3.12 bash scripts/setup.sh   chooses the interpreter that makes .venv
+# Run it as often as you like: if nothing changed, it only compares a checksum. After an interruption the next run
+# resumes. If several run at once, one works and the others wait.
 
 radial_setup() (
     set -euo pipefail

@@ -1,8 +1,8 @@
-"""LoRA training on longer video: `python -m scripts.train_lora CONFIG [key=value ...] [--dry-run] [--help]`.
+"""Trains a LoRA for longer video: `python -m scripts.train_lora CONFIG [key=value ...] [--dry-run] [--help]`.
 
-On latents of scripts/prepare_latents.sh, with radial attention forward and backward. A run that was stopped,
-however, goes on from its last checkpoint by the same command, to the same losses. Exit codes: 0 done; 2
-stopped, one line on stderr says why; 130 interrupted.
+It trains on latents of scripts/prepare_latents.sh, with radial attention forward and backward. After any stop
+the same command resumes from the last checkpoint, with the same losses. Exit codes: 0 done; 2 stopped, one
+line on stderr says why; 130 interrupted.
 """
 
 import sys
@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return no_reader()
     except KeyboardInterrupt:
-        return interrupted("the same command goes on from the last checkpoint")
+        return interrupted("run the same command to resume from the last checkpoint")
     except Exception as error:
-        if processes() > 1:  # whatever it is, the others must not wait for this process
+        if processes() > 1:  # of any kind: the others must not wait for this process
             end_all(error if isinstance(error, UsageError) else GenerationError(as_line(error) or error))
         line = as_line(error)
         if line is None:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def as_line(error: Exception) -> str | None:
-    """What went wrong, in one line; None for what is no user's fault."""
+    """Returns the error message in one line; None for an error that no user can put right."""
     if is_out_of_memory(error):
         return f"out of memory while training ({one_line(error)}); the last checkpoint is whole"
     if isinstance(error, OSError):
@@ -60,7 +60,7 @@ def carry_out(argv: list[str]) -> int:
 
 
 def announced(run: Run) -> list[str]:
-    """What begins: samples, adapter, processes."""
+    """Returns the lines at the start: samples, adapter, processes."""
     buckets = {bucket: len(members) for bucket, members in run.sampler.buckets.items()}
     sizes = ", ".join(f"{count} of {'x'.join(map(str, bucket))}" for bucket, count in buckets.items())
     left = len(run.store.samples) - sum(buckets.values()) - len(run.held_out)

@@ -1,6 +1,6 @@
 """Trains a bundled model of one family: VAE, then text encoder and transformer together.
 
-Every batch is drawn from a generator seeded by the step, so that a run which was stopped continues exactly.
+Every batch is drawn from a generator seeded by the step, so a run that was stopped resumes exactly.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from scripts.toyworld.train.model import TinyDenoiser, check_target, save_pipeli
 from scripts.toyworld.train.options import FAMILIES, Options, draw_video, generator, mixed_precision, run
 from scripts.toyworld.train.vae import train_vae
 
-FREE = ("out", "work", "device", "save_every", "compile")  # may differ when a run is continued
+FREE = ("out", "work", "device", "save_every", "compile")  # may differ when a run is resumed
 
 
 def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attributes]]:
-    """Latents `[videos, C, F, H, W]` and attributes of random scenes, kept in the work folder."""
+    """Returns latents `[videos, C, F, H, W]` and attributes of random scenes, kept in the work folder."""
     path = options.work / "latents.safetensors"
     combinations = all_attributes()
     if path.exists():
@@ -52,7 +52,7 @@ def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attrib
 
 
 def write_caption(attributes: Attributes, random: torch.Generator) -> str:
-    """The full caption mostly; else a shorter one, or none (for guidance)."""
+    """Returns the full caption mostly; else a shorter one, or none (for guidance)."""
     a = attributes
     draw = torch.rand((), generator=random).item()
     if draw < 0.1:
@@ -72,9 +72,10 @@ def write_caption(attributes: Attributes, random: torch.Generator) -> str:
 def flow_loss(
     denoiser: TinyDenoiser, latents: Tensor, attributes: list[Attributes], options: Options
 ) -> Callable[[int], Tensor]:
-    """Rectified flow; noise levels logit-normal, shifted, one from each eighth (of a batch of eight).
+    """Makes the rectified-flow loss of a step, with shifted logit-normal noise levels.
 
-    Channels that `latents` have beyond those of a video are given, without noise.
+    A batch of eight has one level from each eighth. Channels of `latents` beyond a video's are passed without
+    noise.
     """
     channels = denoiser.transformer.config.out_channels
 
@@ -100,7 +101,7 @@ def flow_loss(
 def train_denoiser(
     denoiser: TinyDenoiser, latents: Tensor, attributes: list[Attributes], options: Options
 ) -> nn.Module:
-    """Text encoder and transformer on normalised latents, with dense attention."""
+    """Trains text encoder and transformer on normalised latents, with dense attention."""
     denoiser.to(options.device)
     if options.compile:
         for block in denoiser.blocks():
@@ -120,7 +121,7 @@ def train_denoiser(
 
 
 def prepare(options: Options) -> None:
-    """Makes the work folder. Raises ValueError where it holds a run with other options, naming them."""
+    """Makes the work folder; ValueError if it holds a run with other options, which it names."""
     check_target(options.out)
     check_start(options)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -137,27 +138,27 @@ def prepare(options: Options) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{options.work} holds a run with other options ({', '.join(changed)}): give another --work"
+            f"{options.work} holds a run with other options ({', '.join(changed)}); give another --work"
         )
     file.write_text(json.dumps(now))
 
 
 def check_start(options: Options) -> None:
-    """Raises ValueError unless `start` is a model of the family, or the one that the family begins from."""
+    """Raises ValueError unless `start` is a model of the family, or one that the family may start from."""
     family = FAMILIES[options.family]
     if options.start is None and family.start is None:
         return
     index = None if options.start is None else options.start / "model_index.json"
     if index is None or not index.is_file():
         raise ValueError(f"start must be the folder of a model, got {options.start}")
-    found = json.loads(index.read_text()).get("_class_name")
+    kind = json.loads(index.read_text()).get("_class_name")
     known = {family.denoiser.PIPELINE.__name__} | ({"WanPipeline"} if family.start else set())
-    if found not in known:
-        raise ValueError(f"start must hold a {' or '.join(sorted(known))}, got {options.start}, a {found}")
+    if kind not in known:
+        raise ValueError(f"start must hold a {' or '.join(sorted(known))}, got {options.start}, a {kind}")
 
 
 def digest(folder: Path) -> str:
-    """Sixteen digits that stand for the weights of a model."""
+    """Returns sixteen hex digits that identify the weights of a model."""
     whole = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         whole.update(file.read_bytes())
@@ -165,7 +166,7 @@ def digest(folder: Path) -> str:
 
 
 def begin(options: Options) -> tuple[nn.Module, TinyDenoiser]:
-    """A trained VAE and a new denoiser, or both from the model to go on from."""
+    """Returns a trained VAE and a new denoiser, or both from the model to start from."""
     family = FAMILIES[options.family]
     vae = train_vae(options) if options.start is None else None
     torch.manual_seed(options.seed)
@@ -178,7 +179,7 @@ def begin(options: Options) -> tuple[nn.Module, TinyDenoiser]:
 
 
 def train(options: Options) -> None:
-    """All stages; writes the pipeline folder."""
+    """Runs all stages and writes the pipeline folder."""
     prepare(options)
     vae, denoiser = begin(options)
     latents, attributes = encode_videos(vae, options)
@@ -191,7 +192,7 @@ def train(options: Options) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Options from the command line; folders and frames left out are the family's."""
+    """Parses the command line; the family sets the default folders and frames."""
     parser = OneLineParser(prog="scripts/train_tiny.sh", description=__doc__.splitlines()[0])
     for name, field in Options.__dataclass_fields__.items():
         flag = f"--{name.replace('_', '-')}"
@@ -210,7 +211,7 @@ def parse(argv: list[str] | None = None) -> Options:
     options = Options(**vars(parser.parse_args(argv)))
     device = options.device.split(":")[0]
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        parser.error(f"--device: got {options.device!r}, allowed: cpu, and cuda where there is a GPU")
+        parser.error(f"--device: got {options.device!r}, must be cpu, or cuda if there is a GPU")
     problem = compiler_problem(device)
     if options.compile and problem:
         parser.error(f"--compile needs {problem}")
@@ -223,5 +224,5 @@ def parse(argv: list[str] | None = None) -> Options:
 
 if __name__ == "__main__":
     options = parse()
-    stopped = "the same command continues from the last checkpoint"
+    stopped = "run the same command to resume from the last checkpoint"
     sys.exit(exit_code(lambda: train(options), stopped, ValueError))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Image to video with Wan2.1-I2V-14B. Without a GPU that has room: the bundled Wan image to video.
-# Sets itself up on the first call; works from any directory.
+# Makes videos from images with Wan2.1-I2V-14B; with the bundled Wan image to video if no GPU has room.
+# The first call sets up .venv. Works from any directory.
 #   bash scripts/wan_i2v_inference.sh
 #   bash scripts/wan_i2v_inference.sh generation.image=cat.jpg generation.prompt="the cat walks away"
-#   bash scripts/wan_i2v_inference.sh configs/wan2.1_i2v_14b_480p.yaml --dry-run    what it would cost
+#   bash scripts/wan_i2v_inference.sh configs/wan2.1_i2v_14b_480p.yaml --dry-run    what it would need
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a LoRA for longer video with Wan, on latents that scripts/prepare_latents.sh made; on all GPUs of this machine.
-# The same command goes on with a run that was stopped.
+# Trains a LoRA for longer video with Wan, on latents of scripts/prepare_latents.sh and all GPUs of this machine.
+# After a stop the same command resumes.
 #   bash scripts/prepare_latents.sh configs/train/wan_2x.yaml data.folder=videos/
 #   bash scripts/wan_lora_train.sh configs/train/wan_2x.yaml
 #   NPROC=8 bash scripts/wan_lora_train.sh configs/train/wan_2x.yaml parallel.ulysses_degree=4 train.rate=5e-5

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Text to video with Wan2.1-14B in 8 steps, by the FusionX LoRA. Without a GPU that has room: the bundled model
-# with the same schedule and without the LoRA, which is for the 14B model. Works from any directory.
+# Makes videos with Wan2.1-14B in 8 steps, by the FusionX LoRA. If no GPU has room, it uses the bundled model with the
+# same schedule and without the LoRA, which is for the 14B model. Works from any directory.
 #   bash scripts/wan_t2v_fusionx.sh
 #   bash scripts/wan_t2v_fusionx.sh generation.prompt="a cat walks on the grass" generation.seed=1
-#   bash scripts/wan_t2v_fusionx.sh configs/wan2.1_t2v_14b_fusionx.yaml --dry-run    what it would cost
+#   bash scripts/wan_t2v_fusionx.sh configs/wan2.1_t2v_14b_fusionx.yaml --dry-run    what it would need
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"

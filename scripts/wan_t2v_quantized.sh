@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Text to video with Wan2.1-14B, attention by int8 products. Without a GPU that has room: the bundled Wan, likewise.
-# Sets itself up on the first call; works from any directory.
+# Makes videos with Wan2.1-14B and int8 products in attention; likewise with the bundled Wan if no GPU has room.
+# The first call sets up .venv. Works from any directory.
 #   bash scripts/wan_t2v_quantized.sh
 #   bash scripts/wan_t2v_quantized.sh generation.prompt="a cat walks on the grass" generation.seed=1
-#   bash scripts/wan_t2v_quantized.sh configs/wan2.1_t2v_14b_quantized.yaml --dry-run    what it would cost
+#   bash scripts/wan_t2v_quantized.sh configs/wan2.1_t2v_14b_quantized.yaml --dry-run    what it would need
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"

@@ -12,7 +12,7 @@ import pytest
 from scripts.run.config import ROOT
 from tests.support import golden
 
-BAD = golden.table("bad_input.txt")
+BAD, BOTH = golden.table("bad_input.txt"), "[--dry-run]"
 
 
 def check(kind: str, name: str, folder: Path) -> None:
@@ -67,10 +67,16 @@ def test_every_bundled_preset_has_its_frames():
 @pytest.fixture
 def bad_files(tmp_path: Path) -> Path:
     """Makes a folder of files that are not what their names say."""
-    for name in ("void", "folder.mp4"):
+    for name in ("void", "folder.mp4", "folder.png"):
         (tmp_path / name).mkdir()
     texts = {"text.png": "no image", "text.mp4": "no video", "blank.txt": "\n \n", "list.yaml": "- 1\n"}
-    texts |= {"broken.yaml": "a: [", "broken.json": '{"kind": ', "list.json": "[]", "a.gif": "GIF89a"}
+    texts |= {
+        "empty.txt": "",
+        "broken.yaml": "a: [",
+        "broken.json": '{"kind": ',
+        "list.json": "[]",
+        "a.gif": "GIF89a",
+    }
     texts |= {"sinks.yaml": "attention: {sinks: true}\n", "broken.safetensors": "?"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -80,15 +86,19 @@ def bad_files(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("code", "named", "line"), BAD, ids=[golden.replaced(row[2]) for row in BAD])
 def test_bad_input(code, named, line, bad_files):
-    words = shlex.split(line)
-    count = next(number for number, word in enumerate(words) if word in golden.COMMANDS)
-    environment = dict(word.split("=", 1) for word in words[:count])
+    key, *others = named.split(" & ")
     before = {folder: sorted(folder.rglob("*")) for folder in (bad_files, ROOT / "results")}
-    said = golden.call(bad_files, *words[count:], **environment)
-    assert said.code == int(code)
-    (error,) = said.err.splitlines()
-    assert re.search(rf"(?<![\w.]){re.escape(named)}(?!\w)", error), error
-    assert {folder: sorted(folder.rglob("*")) for folder in before} == before
+    for option in ("", "--dry-run") if BOTH in line else ("",):
+        words = shlex.split(line.replace(BOTH, option))
+        count = next(number for number, word in enumerate(words) if word in golden.COMMANDS)
+        environment = dict(word.split("=", 1) for word in words[:count])
+        said = golden.call(bad_files, *words[count:], **environment)
+        assert said.code == int(code)
+        (error,) = said.err.splitlines()
+        assert "error: " in error
+        assert re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", error), error
+        assert not [word for word in others if word not in error], error
+        assert {folder: sorted(folder.rglob("*")) for folder in before} == before
 
 
 def test_every_command_and_every_group_has_bad_input():
@@ -97,5 +107,5 @@ def test_every_command_and_every_group_has_bad_input():
     for command in ("generate", "train_lora"):
         file = golden.DATA / f"help/{command}.txt"
         keys = re.findall(r"^  (\w+\.\w+)=", file.read_text(encoding="utf-8"), re.MULTILINE)
-        named = {key for _, key, line in BAD if command in line.split()}
+        named = {key.split(" & ")[0] for _, key, line in BAD if command in line.split()}
         assert {key.split(".")[0] for key in keys} <= {key.split(".")[0] for key in named}

@@ -1,6 +1,7 @@
 """Arrows of import point one way, and the house rules that a program can check."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ ALLOWED = {
 }
 FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts": set()}
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
+PLANNERS = {"scripts.run.plan", "scripts.lora.plan"}  # derive from a configuration and a model
 LAYERS = (  # of radial_attn, lowest first: a module imports from its own row and those before it
     "grid block_mask",
     "masks.radial",
@@ -106,6 +108,14 @@ def code_lines(function: ast.AST) -> int:
     return function.end_lineno - function.lineno + 1 - (len(docstring.split("\n")) if docstring else 0)
 
 
+def parameter_types(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Names in the annotations of the parameters."""
+    given = function.args
+    everything = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    annotations = [entry.annotation for entry in everything if entry is not None and entry.annotation]
+    return {name for annotation in annotations for name in re.findall(r"\w+", ast.unparse(annotation))}
+
+
 def test_there_is_something_to_check():
     assert len(SOURCES) > 100 and {"scripts.generate", "scripts.train_lora"} <= COMMANDS
 
@@ -168,6 +178,24 @@ def test_tests_are_not_imported_by_tests(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     names = {name for node in ast.walk(tree) for name in modules_of(node, package)}
     assert not [name for name in names if name.startswith("tests.") and ".test_" in name]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=short)
+def test_only_the_plans_take_a_configuration_and_a_model(file):
+    """What follows from both is derived once, and read from the plan by all others."""
+    if module_of(file) in PLANNERS:
+        return
+    configurations = {"Config", "LoraTrainConfig", "EvaluationConfig"}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            named = parameter_types(node)
+            assert not (named & configurations and "ModelInfo" in named), f"{short(file)}: {node.name}"
+
+
+def test_the_walk_sees_the_types_of_all_parameters():
+    source = "def f(a: Config, /, b: 'ModelInfo | None', *c: x.Y, d: list[int] = [], **e: Z) -> Plan: pass"
+    (function,) = ast.parse(source).body
+    assert parameter_types(function) == {"Config", "ModelInfo", "None", "x", "Y", "list", "int", "Z"}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=short)

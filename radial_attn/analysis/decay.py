@@ -1,6 +1,7 @@
-"""Measures energy decay: where in time and space attention lies on sampled rows, and how an exponential fits.
+"""Measures energy decay: where attention lies in time and space, and how well an exponential fits.
 
-Covers the paper's figures 4 and 8 and its eq. 3, with sums that never hold more than a few rows of attention.
+Covers the paper's figures 4 and 8 and its eq. 3, on sampled rows, with sums that never hold more than a few
+rows of the attention.
 """
 
 from dataclasses import dataclass, fields
@@ -76,7 +77,7 @@ class Profile:
 
     @property
     def is_temporal(self) -> Tensor:
-        """Marks heads with more attention on the query's position in all frames than on its frame, `[H]`.
+        """Marks heads, bool `[H]`, with more attention on the query's position in all frames than its frame.
 
         Both have about equally many keys: a frame `s`, the column `2 column_reach + 1` of each frame.
         """
@@ -229,7 +230,7 @@ def _least_squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def _guess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Guesses rate and height: the best of some hundred rates on some hundred points, denser at first."""
+    """Guesses rate and height: best of a few hundred rates on a few hundred points, dense at first."""
     chosen = np.unique(np.geomspace(1, len(x), 256).astype(int)) - 1
     falling = np.geomspace(*STEEPNESS, 300)
     rates = np.concatenate([-falling[falling < STEEPEST_RISE], [0.0], falling])

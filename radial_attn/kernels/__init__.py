@@ -1,1 +1,1 @@
-"""Holds a file or folder a backend, each with `attention(query, key, value, mask, text_lengths, scale)`."""
+"""Holds a file or folder per backend, with `attention(query, key, value, mask, text_lengths, scale)`."""

@@ -29,7 +29,7 @@ def compiler_problem(device_type: str) -> str | None:
 
 
 def find_program(variable: str, names: Iterable[str]) -> str | None:
-    """Returns the path of the program in an environment variable, else of the first name found; or None."""
+    """Returns the path of the program that `variable` names, else of the first of `names`; or None."""
     paths = (shutil.which(name) for name in (os.environ.get(variable), *names) if name)
     return next(filter(None, paths), None)
 

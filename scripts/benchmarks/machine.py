@@ -1,4 +1,4 @@
-"""What a GPU machine is, and what its own kernel tests say, for the head of a report."""
+"""The machine of a GPU benchmark: what it is, what its kernel tests say, and what measures on it."""
 
 import os
 import re
@@ -9,12 +9,16 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scripts.benchmarks.attention import AttentionBench
+from scripts.benchmarks.cases import Task
+from scripts.benchmarks.steps import StepBench
 from scripts.run.system import hardware, installed, versions
 
 PACKAGES = (
@@ -31,6 +35,34 @@ NO_NAME |= {"pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm
 TESTS = ("tests/radial_attn/kernels/triton/test_op.py", "tests/radial_attn/kernels/test_flex.py")
 TEST_PROCESSES = 6
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
+
+
+class Session:
+    """Measures in the child process. `profile`: whether each call's kernels are listed."""
+
+    def __init__(self, device: str, tiny: bool, profile: bool) -> None:
+        self._device, self._tiny, self._profile = device, tiny, profile
+        self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    @cached_property
+    def _attention(self) -> AttentionBench:
+        return AttentionBench(self._device, self._dtype, self._profile)
+
+    @cached_property
+    def _steps(self) -> StepBench:
+        return StepBench(self._device, self._dtype, self._tiny)
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """Returns the result of one task; tensors of the other kind of task are let go first."""
+        if task.kind == "machine":
+            if self._device == "cuda" and not torch.cuda.is_available():
+                raise ValueError("torch finds no CUDA device here")
+            return machine(self._device)
+        bench, other = self._attention, self._steps
+        if task.kind == "step":
+            bench, other = other, bench
+        other.forget()
+        return bench.run(task)
 
 
 def short_name(gpu: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmarks.cases import BACKWARD_CASES, CASES, DENSE, SPARSE, STEPS
-from scripts.benchmarks.goals import STEPS_OF_A_VIDEO, EndToEnd, Findings, data_steps, goals
+from scripts.benchmarks.findings import STEPS_OF_A_VIDEO, EndToEnd, Findings
+from scripts.evaluation.files import number, table
 from scripts.run.files import write_text
 
 GIB = 2**30
@@ -34,7 +35,7 @@ def write(path: Path, data: dict[str, Any], *, picture: bool) -> None:
 def report(data: dict[str, Any], picture: Path) -> str:
     """The results file."""
     found = Findings(data)
-    lines = [*head(data), *goal_section(data), *test_section(data), *check_section(data)]
+    lines = [*head(data), *test_section(data), *check_section(data)]
     if picture.exists():
         lines += ["", f"![efficiency and rate]({picture.name})"]
     lines += ["", "## Attention", "", NOTES]
@@ -62,27 +63,6 @@ def head(data: dict[str, Any]) -> list[str]:
         lines.append(f"{', '.join(found)}.")
     smi = data["smi"]
     return [*lines, "", f"nvidia-smi ({smi['query']}): before {smi['before']}; after {smi['after']}"]
-
-
-def table(titles: str, rows: Iterable[Iterable[object]]) -> list[str]:
-    """A table in Markdown; `titles` are separated by bars. None becomes a dash."""
-    names = titles.split("|")
-    lines = ["", f"| {' | '.join(name.strip() for name in names)} |", "|" + "---|" * len(names)]
-    for row in rows:
-        lines.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |")
-    return lines
-
-
-def number(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
-
-
-def goal_section(data: dict[str, Any]) -> list[str]:
-    rows = [(g.name, g.wanted, number(g.found, ".2f"), g.verdict, g.note) for g in goals(data)]
-    lines = ["", "## Goals"]
-    if data["rehearsal"]:
-        lines += ["", "A rehearsal: the figures mean nothing."]
-    return lines + table("goal | wanted | found | verdict | note", rows)
 
 
 def test_section(data: dict[str, Any]) -> list[str]:
@@ -124,13 +104,20 @@ def attention_section(found: Findings, title: str, stage: str, cases: Iterable[s
     return ["", f"### {title}", *table(ATTENTION, rows)]
 
 
+def reason(row: dict[str, Any]) -> str:
+    """Why there is no time."""
+    if row.get("wrong"):
+        return f"wrong output, relative L2 {row['relative_l2']:.1e}"
+    return row.get("failure", "left out")
+
+
 def attention_row(found: Findings, stage: str, case: str, variant: str) -> list[object]:
     row, about = found.row(stage, case, variant), found.data["cases"][case]
     dense = variant in DENSE
     density = 1.0 if dense else about["density"]
     start = [case, f"dense {variant}" if dense else variant, format(density, ".3f")]
     if "ms" not in row:
-        return [*start, found.reason(stage, case, variant), *[""] * 7]
+        return [*start, reason(row), *[""] * 7]
     peak = row.get("peak_bytes")
     return [
         *start,
@@ -149,7 +136,7 @@ def step_section(found: Findings) -> list[str]:
     """Calls of the denoisers."""
     rows = []
     for case in STEPS:
-        for step in data_steps(found, case):
+        for step in found.steps(case):
             if "failure" in step:
                 rows.append((case, step["variant"], step["failure"], *[""] * 6))
             else:

@@ -1,4 +1,4 @@
-"""The keys of the evaluation, group `evaluate`, and the settings that are compared with dense."""
+"""Defines the keys of the evaluation, group `evaluate`, and reads the settings to compare with dense."""
 
 import re
 import shlex
@@ -13,41 +13,41 @@ from scripts.run.errors import UsageError
 from scripts.run.schema import Schema, key, listing
 
 DENSE = "dense"
-GROUPS = ("attention.", "model.")  # of the keys that a setting may change
+GROUPS = ("attention.", "model.")  # a setting may change keys of these groups
 COMPARE, SCORES, SEEDS, STEPS = (f"evaluate.{name}" for name in ("compare", "scores", "seeds", "steps"))
-SETTINGS_FORM = "settings with ; between them, or a list: NAME, or NAME: attention.key=value ..."
-SCORES_FORM = "score files with ; between them, or a list: NAME: FILE ..."
-NUMBERS_FORM = "whole numbers with commas"
+SETTINGS_FORM = "settings separated by ; or a list: NAME, or NAME: attention.key=value ..."
+SCORES_FORM = "score files separated by ; or a list: NAME: FILE ..."
+NUMBERS_FORM = "whole numbers separated by commas"
 
 
 @dataclass
 class NamedWords:
-    """A setting and its words, or a name and its files."""
+    """Holds a setting and its overrides, or a name and its files."""
 
     name: str
     words: list[str] = field(default_factory=list)
 
 
-def named(place: str, form: str) -> Callable[[Any], list[dict[str, Any]]]:
-    """A parser of entries `name: words`: text, a list of such texts and mappings, or one mapping.
+def named(key_name: str, form: str) -> Callable[[Any], list[dict[str, Any]]]:
+    """Makes a parser of entries `name: words`: text, a list of such texts and mappings, or one mapping.
 
-    It raises UsageError for another form, a name with other signs, and a name that comes twice.
+    The parser raises UsageError for another form, a name with other characters, and a repeated name.
     """
 
     def parse(value: Any) -> list[dict[str, Any]]:
-        found = [_entry(place, form, name, words) for name, words in _pairs(place, form, value)]
-        names = [entry["name"] for entry in found]
+        entries = [_entry(key_name, form, name, words) for name, words in _pairs(key_name, form, value)]
+        names = [entry["name"] for entry in entries]
         for name in names:
             if names.count(name) > 1:
-                raise UsageError(f"{place}: got {name!r} twice, allowed: names that differ")
-        return found
+                raise UsageError(f"{key_name}: got {name!r} twice; give each a name of its own")
+        return entries
 
     return parse
 
 
-def _pairs(place: str, form: str, value: Any) -> list[tuple[Any, Any]]:
+def _pairs(key_name: str, form: str, value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, str):
-        value = _from_text(place, form, value)
+        value = _from_text(key_name, form, value)
     pairs: list[tuple[Any, Any]] = []
     for entry in value if isinstance(value, list) else [] if value is None else [value]:
         if isinstance(entry, Mapping):
@@ -56,39 +56,39 @@ def _pairs(place: str, form: str, value: Any) -> list[tuple[Any, Any]]:
             name, _, words = entry.partition(":")
             pairs.append((name.strip(), words))
         else:
-            raise UsageError(f"{place}: got {entry!r}, allowed: {form}")
+            raise UsageError(f"{key_name}: got {entry!r}, must be {form}")
     return pairs
 
 
-def _from_text(place: str, form: str, text: str) -> Any:
-    """YAML where it begins with a bracket, else its parts between semicolons."""
+def _from_text(key_name: str, form: str, text: str) -> Any:
+    """Reads text as YAML if it begins with a bracket, else splits it at semicolons."""
     if text.lstrip()[:1] not in ("[", "{"):
         return [part for part in text.split(";") if part.strip() not in ("", "null")]
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{place}: got {text!r}, allowed: {form}") from error
+        raise UsageError(f"{key_name}: got {text!r}, must be {form}") from error
 
 
-def _entry(place: str, form: str, name: Any, words: Any) -> dict[str, Any]:
+def _entry(key_name: str, form: str, name: Any, text: Any) -> dict[str, Any]:
     try:
-        words = shlex.split(words or "") if isinstance(words, str | None) else [str(word) for word in words]
+        parts = shlex.split(text or "") if isinstance(text, str | None) else [str(part) for part in text]
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{place}: got {name}: {words!r}, allowed: {form}") from error
+        raise UsageError(f"{key_name}: got {name}: {text!r}, must be {form}") from error
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UsageError(f"{place}: got the name {name!r}, allowed: letters, digits and _ . + -; {form}")
-    return {"name": name, "words": [word.replace("${", "\\${") for word in words]}
+        raise UsageError(f"{key_name}: got the name {name!r}; use letters, digits and _ . + - in names")
+    return {"name": name, "words": [part.replace("${", "\\${") for part in parts]}
 
 
-def numbers(place: str) -> Callable[[Any], list[int]]:
-    """A parser of whole numbers from 0 on, each once; UsageError for others."""
+def numbers(key_name: str) -> Callable[[Any], list[int]]:
+    """Makes a parser of whole numbers of at least 0, each once; the parser raises UsageError for others."""
 
     def parse(value: Any) -> list[int]:
         text = str(value).strip().strip("[]")
-        found = [part.strip() for part in text.split(",")] if text not in ("", "null", "None") else []
-        if not all(part.isdecimal() for part in found) or len(set(found)) < len(found):
-            raise UsageError(f"{place}: got {value!r}, allowed: {NUMBERS_FORM}, each once")
-        return [int(part) for part in found]
+        parts = [part.strip() for part in text.split(",")] if text not in ("", "null", "None") else []
+        if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+            raise UsageError(f"{key_name}: got {value!r}, must be {NUMBERS_FORM}, each once")
+        return [int(part) for part in parts]
 
     return parse
 
@@ -96,12 +96,14 @@ def numbers(place: str) -> Callable[[Any], list[int]]:
 @dataclass
 class EvaluateConfig:
     prompts: str | None = key(
-        None, "text file, one prompt a line, or VBench's JSON; null: the prompts of generation"
+        None, "text file with one prompt per line, or VBench's JSON; null: the prompts of generation"
     )
-    dimensions: str | None = key(None, "of VBench's JSON, with commas: prompts of these only; null: all")
+    dimensions: str | None = key(
+        None, "take only prompts of these dimensions of VBench's JSON, separated by commas; null: all"
+    )
     seeds: list[int] = field(
         default_factory=list,
-        metadata=listing("of each prompt; none: generation.seed", NUMBERS_FORM, numbers(SEEDS)),
+        metadata=listing("seeds of each prompt; none: generation.seed", NUMBERS_FORM, numbers(SEEDS)),
     )
     compare: list[NamedWords] = field(
         default_factory=list,
@@ -111,14 +113,14 @@ class EvaluateConfig:
             named(COMPARE, SETTINGS_FORM),
         ),
     )
-    rows: int = key(64, "query tokens whose attention is looked at in the dense run; 0: none", low=0)
+    rows: int = key(64, "query tokens whose attention is observed in the dense run; 0: none", low=0)
     steps: list[int] = field(
         default_factory=list,
         metadata=listing(
-            "denoising steps, from 1, to look at; none: five from first to last", NUMBERS_FORM, numbers(STEPS)
+            "denoising steps to observe, from 1; none: five from first to last", NUMBERS_FORM, numbers(STEPS)
         ),
     )
-    vbench: str = key("off", "names: also under the names that VBench expects", ("off", "names"))
+    vbench: str = key("off", "names: also save videos under the names that VBench expects", ("off", "names"))
     scores: list[NamedWords] = field(
         default_factory=list,
         metadata=listing(
@@ -138,43 +140,43 @@ SCHEMA = Schema(EvaluationConfig)
 
 
 def plain(config: EvaluationConfig) -> Config:
-    """The configuration of generation in it."""
+    """Returns the configuration of generation in it."""
     return Config(**{group.name: getattr(config, group.name) for group in fields(Config)})
 
 
 def settings_of(file: str, words: list[str]) -> tuple[EvaluationConfig, dict[str, tuple[list[str], Config]]]:
-    """The whole configuration, and each setting's own words and configuration by name, dense first.
+    """Returns the whole configuration, and each setting's words and configuration by name, dense first.
 
-    Raises UsageError for what the schema does not take, a setting called dense or equal to dense in
-    everything, and other keys than those of a model and of attention.
+    Raises UsageError for a value that the schema does not take, for a setting that is called dense or equals
+    it in everything, and for keys of other groups than model and attention.
     """
     config = SCHEMA.read(file, words)
     SCHEMA.check(config)
     compared = config.evaluate.compare or [NamedWords(config.attention.pattern)]
     dense = plain(config)
     dense.attention = replace(dense.attention, pattern=DENSE)
-    found = {DENSE: ([f"attention.pattern={DENSE}"], dense)}
+    settings = {DENSE: ([f"attention.pattern={DENSE}"], dense)}
     for setting in compared:
         if setting.name == DENSE:
-            raise UsageError(f"{COMPARE}: got {DENSE!r}, which is there anyway; allowed: {SETTINGS_FORM}")
+            raise UsageError(f"{COMPARE}: got {DENSE!r}, which is always there; remove it or rename it")
         for word in setting.words:
             if "=" not in word or not word.startswith(GROUPS):
                 keys = "attention.key=value or model.key=value"
-                raise UsageError(f"{COMPARE}: {setting.name} has {word!r}, allowed: {keys}")
-        own = SCHEMA.read(file, [*words, *setting.words])
-        SCHEMA.check(own)
-        if plain(own) == dense:
+                raise UsageError(f"{COMPARE}: got {word!r} in {setting.name}, must be {keys}")
+        changed = SCHEMA.read(file, [*words, *setting.words])
+        SCHEMA.check(changed)
+        if plain(changed) == dense:
             raise UsageError(
-                f"{COMPARE}: {setting.name} is equal to dense in everything; allowed: {SETTINGS_FORM}"
+                f"{COMPARE}: {setting.name} equals dense in everything; change a key of attention or model"
             )
-        found[setting.name] = (setting.words, plain(own))
-    return config, found
+        settings[setting.name] = (setting.words, plain(changed))
+    return config, settings
 
 
 def observed_steps(config: EvaluationConfig) -> list[int]:
-    """Denoising steps, from 1, whose attention is looked at; UsageError for those that there are not."""
+    """Returns the denoising steps to observe, from 1; UsageError for steps that do not exist."""
     last = config.generation.steps
     wanted = sorted(config.evaluate.steps) or sorted({1 + round(i * (last - 1) / 4) for i in range(5)})
     if wanted[0] < 1 or wanted[-1] > last:
-        raise UsageError(f"{STEPS}: got {config.evaluate.steps}, allowed: 1 to {last} (generation.steps)")
+        raise UsageError(f"{STEPS}: got {config.evaluate.steps}, must be 1 to {last} (generation.steps)")
     return wanted

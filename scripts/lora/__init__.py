@@ -1,1 +1,1 @@
-"""LoRA training, used by scripts/train_lora.py and scripts/prepare_latents.py."""
+"""Holds LoRA training, which scripts/train_lora.py and scripts/prepare_latents.py run."""

@@ -1,4 +1,4 @@
-"""The command line of LoRA training: what the words mean, and what `--dry-run` prints."""
+"""Parses the command line of LoRA training, and writes the text of `--help` and `--dry-run`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +12,31 @@ CALL = "bash scripts/wan_lora_train.sh CONFIG.yaml [key=value ...] [--dry-run] [
 
 @dataclass
 class Command:
-    """What was asked for; `text` where it is only to be printed."""
+    """Holds the configuration to train with, or the `text` to print instead."""
 
     config: LoraTrainConfig | None = None
     text: str | None = None
 
 
 def parse(argv: list[str]) -> Command:
-    """Raises UsageError for anything that is no configuration, `key=value`, --dry-run or --help."""
-    words = command.parse(argv, CALL, stands_in=False)
-    if words.help:
+    """Parses arguments; UsageError for others than one configuration, `key=value`, --dry-run and --help."""
+    parsed = command.parse(argv, CALL, stands_in=False)
+    if parsed.help:
         lines = [f"usage: {CALL}", "", "presets:", *SCHEMA.preset_lines(), "", *SCHEMA.help_lines()]
         return Command(text="\n".join(lines))
-    if words.config_file is None:
-        raise UsageError(f"one configuration, got none; usage: {CALL}")
-    config = SCHEMA.read(words.config_file, words.overrides)
+    if parsed.config_file is None:
+        raise UsageError(f"a configuration is missing; usage: {CALL}")
+    config = SCHEMA.read(parsed.config_file, parsed.overrides)
     SCHEMA.check(config)
-    return Command(config, text=dry_run(config) if words.dry_run else None)
+    return Command(config, text=dry_run(config) if parsed.dry_run else None)
 
 
 def dry_run(config: LoraTrainConfig) -> str:
-    """What the run would take; no weights are read, and the latents need not be there yet."""
+    """Describes what the run would take; reads no weights, and the latents need not be there yet."""
     from scripts.lora.plan import describe_training, plan_training
 
     lines = describe_training(plan_training(config))
     data = Path(config.data.latents).expanduser()
-    return lines if data.is_dir() else f"{lines}\n{'note':<10} {data} is not there yet: prepare_latents.sh"
+    if not data.is_dir():
+        lines += f"\n{'note':<10} {data} is not there yet; run prepare_latents.sh"
+    return lines

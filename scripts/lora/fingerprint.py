@@ -1,4 +1,4 @@
-"""Which model latents and text embeddings were made with, as digests that are cheap to take."""
+"""Identifies the model that made latents and text embeddings, by digests that are cheap to compute."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from radial_attn.models.pipeline.load import is_local
 from scripts.run.errors import UsageError, one_line
 from scripts.run.hub_models import hub_unreachable
 
-FORMAT = 1  # of the folder of latents, and of how a video becomes one
+FORMAT = 1  # version of the folder of latents, and of how a video becomes latents
 PATTERNS = ("model_index.json", "scheduler/*", "vae/*", "text_encoder*/*", "tokenizer*/*")
 UNUSED = ("*.bin", "*.fp16.safetensors", "*.msgpack", "*.onnx")
 TEXT = ("text_encoder", "tokenizer")
@@ -29,16 +29,16 @@ Fingerprint = dict[str, str]  # part -> what it is: "format", "family", "vae", "
 
 
 def fingerprint(path: str, family: str) -> Fingerprint:
-    """What latents depend on: the VAE's weights and scaling, text encoders and tokenizers, family, format.
+    """Digests all that latents depend on: VAE weights and scaling, text encoders, tokenizers, family, format.
 
-    Of a text encoder configuration, names and sizes of the weight files and their headers count, not the
-    weights, which are tens of gigabytes.
+    A text encoder counts by its configuration, and by names, sizes and headers of its weight files. The
+    weights themselves do not count, as they are tens of gigabytes.
 
     Args:
-        path: folder in diffusers format, or hub id; of that, what is missing here is fetched.
+        path: folder in diffusers format, or hub id; files of a hub id that are missing here are fetched.
 
     Raises:
-        UsageError: a hub id out of reach, a file that is missing or broken.
+        UsageError: a hub id is out of reach, or a file is missing or broken.
     """
     folder = parts_folder(path)
     try:
@@ -55,7 +55,10 @@ def fingerprint(path: str, family: str) -> Fingerprint:
 
 
 def parts_folder(path: str) -> Path:
-    """The folder of VAE, text encoders and tokenizers: `path`, or the hub's copy here, fetched if need be."""
+    """Returns the folder of VAE, text encoders and tokenizers: `path`, or the local copy of the hub's model.
+
+    Fetches the copy if it is missing or incomplete; UsageError if the hub cannot be read.
+    """
     if is_local(path):
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -63,19 +66,19 @@ def parts_folder(path: str) -> Path:
     failure: Exception = FileNotFoundError("not all of it is there")
     for here in (True, False):
         try:
-            found = snapshot_download(
+            copy = snapshot_download(
                 path, allow_patterns=list(PATTERNS), ignore_patterns=list(UNUSED), local_files_only=here
             )
         except (OSError, ValueError) as error:
             failure = error
             continue
-        if is_complete(Path(found)):
-            return Path(found)
+        if is_complete(Path(copy)):
+            return Path(copy)
     raise UsageError(hub_unreachable(path, failure)) from failure
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the weights and tokenizers that the index names are there."""
+    """Returns whether the weights and tokenizers that the index names are there."""
     if not (folder / "model_index.json").is_file():
         return False
     parts = [folder / name for name in ("vae", *text_parts(folder))]
@@ -84,18 +87,18 @@ def is_complete(folder: Path) -> bool:
 
 
 def text_parts(folder: Path) -> list[str]:
-    """Text encoders and tokenizers of the pipeline's index, in order of their names."""
+    """Lists text encoders and tokenizers of the pipeline's index, in order of their names."""
     return [name for name in parts(folder) if name.startswith(TEXT)]
 
 
 def parts(folder: Path) -> list[str]:
-    """All that the pipeline's index names and has, in order of their names."""
+    """Lists the parts that the pipeline's index has, in order of their names."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return sorted(name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None)
 
 
 def _has_weights(part: Path) -> bool:
-    """All files of the list of shards, where there is one, else any."""
+    """Returns whether all files of the shard list are there; without a list, whether any weights are."""
     lists = list(part.glob("*.safetensors.index.json"))
     if not lists:
         return bool(_weights(part))
@@ -115,14 +118,14 @@ def _text_part(part: Path) -> str:
 
 
 def _config(part: Path, entries: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> str:
-    """These entries of config.json, or all but some, as text."""
+    """Returns these entries of config.json, or all but some, as text."""
     content: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
     kept = {name: content.get(name) for name in entries or content if name not in without}
     return json.dumps(kept, sort_keys=True)
 
 
 def _outline(file: Path) -> str:
-    """Name, size and header of a safetensors file."""
+    """Returns name, size and header digest of a safetensors file."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = stream.read(min(length, file.stat().st_size))

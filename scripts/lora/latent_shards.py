@@ -1,4 +1,4 @@
-"""The folder of prepared latents as it is written: shard after shard, each whole or not at all."""
+"""Writes the folder of prepared latents shard by shard, each whole or not at all."""
 
 import errno
 import fcntl
@@ -20,34 +20,34 @@ from scripts.run.files import replacing
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK = ".lock"
 
-Item = tuple[str, dict[str, Tensor]]  # key and the tensors of a clip or caption, by their names in the shard
+Item = tuple[str, dict[str, Tensor]]  # key of a clip or caption, and its tensors by their names in the shard
 
 
 class LatentShards:
-    """What a folder's whole shards hold, and how more come to it.
+    """Lists the contents of a folder's shards, and adds more shards.
 
     Attributes:
-        latents: key of a clip -> its shard and shape; also those of clips that are not asked for any more.
+        latents: key of a clip -> its shard and shape; also clips that are no longer wanted.
         texts: key of a caption -> its shard.
     """
 
     def __init__(self, folder: Path, dtype: str, shard_bytes: int) -> None:
-        """Raises UsageError for a folder that holds something broken, or embeddings in another data type."""
+        """Reads the index; UsageError if it is broken or its embeddings have another dtype."""
         self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
         self.content = read_index(folder) or {"fingerprint": {}, "dtype": dtype, "latents": {}, "texts": {}}
         self.latents: dict[str, dict[str, Any]] = self.content["latents"]
         self.texts: dict[str, str] = self.content["texts"]
-        if self and (found := self.content.get("dtype")) != dtype:
+        if self and (before := self.content.get("dtype")) != dtype:
             raise UsageError(
-                f"data.latents: got {str(folder)!r}, which was made with model.dtype={found}; allowed: that, "
-                "or another folder"
+                f"data.latents: got {str(folder)!r}, which was made with model.dtype={before}; use that "
+                "dtype, or another folder"
             )
 
     def __bool__(self) -> bool:
         return bool(self.latents or self.texts)
 
     def begin(self, fingerprint: Fingerprint, samples: list[dict[str, Any]]) -> None:
-        """Writes down what is to be made; UsageError where the folder holds latents of another model."""
+        """Writes the wanted samples to the index; UsageError if the folder holds another model's latents."""
         if self:
             check_fingerprint(self.folder, self.content["fingerprint"], fingerprint)
         self.content |= {"fingerprint": fingerprint, "dtype": self.dtype, "samples": samples}
@@ -64,7 +64,7 @@ class LatentShards:
         self._add("latents", used, ((key, {key: x}) for key, x in items), note)
 
     def add_texts(self, items: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-        """Writes the tensors of captions, likewise."""
+        """Writes the tensors of captions by key, in shards likewise."""
 
         def note(shard: str, part: list[Item]) -> None:
             self.texts |= dict.fromkeys((key for key, _ in part), shard)
@@ -75,7 +75,7 @@ class LatentShards:
     def _add(
         self, kind: str, used: list[str], items: Iterable[Item], note: Callable[[str, list[Item]], None]
     ) -> None:
-        number = 1 + max((_number(shard) for shard in used), default=-1)
+        number = 1 + max((int(Path(shard).stem.rpartition("-")[2]) for shard in used), default=-1)
         for part in self._parts(items):
             shard = f"{kind}-{number:05d}.safetensors"
             self._write(shard, lambda file, part=part: _save(part, file))
@@ -99,19 +99,15 @@ class LatentShards:
         self._write(INDEX, lambda file: file.write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Under a temporary name first; UsageError, or DiskFullError, where that fails."""
+        """Writes a file under a temporary name first; UsageError, or DiskFullError, if that fails."""
         try:
             with replacing(self.folder / name) as file:
                 write(file)
         except OSError as error:
             raise (DiskFullError if error.errno in FULL else UsageError)(
-                f"data.latents: cannot write {str(self.folder / name)!r} ({error.strerror}); allowed: a "
-                "folder with room; what was written before is whole, and the same command goes on from there"
+                f"data.latents: cannot write {str(self.folder / name)!r} ({error.strerror}); make room, then "
+                "run the same command to resume: files that were written are whole"
             ) from error
-
-
-def _number(shard: str) -> int:
-    return int(Path(shard).stem.rpartition("-")[2])
 
 
 def _save(part: list[Item], file: Path) -> None:
@@ -124,25 +120,25 @@ def _save(part: list[Item], file: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, key: str = "data.latents") -> Iterator[None]:
-    """The folder, made where it is missing, for this process alone.
+    """Locks the folder for this process alone while the block runs; makes it if it is missing.
 
     Raises:
-        UsageError: it cannot be made or written, or another process has it.
+        UsageError: it cannot be made or written, or another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
     except OSError as error:
         raise UsageError(
-            f"{key}: got {str(folder)!r}, which cannot be written ({error.strerror}); allowed: a folder you "
-            "may write to"
+            f"{key}: got {str(folder)!r}, which cannot be written ({error.strerror}); name a folder you may "
+            "write to"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"{key}: got {str(folder)!r}, into which another process is writing; allowed: another "
-                "folder, or the same when that has ended"
+                f"{key}: got {str(folder)!r}, but another process is writing to it; use another folder, or "
+                "wait until that process ends"
             ) from error
         yield

@@ -1,4 +1,4 @@
-"""Prepared latents as the trainer reads them, and the order in which it does.
+"""Reads prepared latents for training, and orders them in batches.
 
 A folder holds `index.json` and shards: `latents-00000.safetensors` with a tensor a clip, and
 `text-00000.safetensors` with the tensors of the captions, each caption once.
@@ -23,17 +23,17 @@ from scripts.run.errors import UsageError, one_line
 __all__ = ["BucketSampler", "Fingerprint", "LatentStore", "Sample", "fingerprint"]
 INDEX = "index.json"
 OPEN_FILES = 16
-AGAIN = "bash scripts/prepare_latents.sh makes one"
+AGAIN = "make one with bash scripts/prepare_latents.sh"
 
 Bucket = tuple[int, int, int]  # latent frames, rows and columns
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip with its caption.
+    """Holds one clip with its caption.
 
     Attributes:
-        name: of the video, with the number of the clip's first frame where it gave several.
+        name: of the video; with the number of the clip's first frame if the video has several clips.
         frames, height, width: of the clip.
         latent_shape: `(C, F, h, w)`.
         shard, key: the file and the tensor in it.
@@ -54,16 +54,16 @@ class Sample:
 
 
 def text_key(caption: str) -> str:
-    """Under which a caption's tensors are kept."""
+    """Returns the key of a caption's tensors."""
     return hashlib.sha256(caption.encode()).hexdigest()[:24]
 
 
 class LatentStore:
-    """The samples of a folder, read as they are asked for.
+    """Reads the samples of a folder, each when it is asked for.
 
     Attributes:
         samples: in the order of the videos.
-        fingerprint: of the model that they were made with.
+        fingerprint: of the model that made them.
     """
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class LatentStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "LatentStore":
-        """Raises UsageError for a folder without an index, one not finished, one with broken files."""
+        """Opens a folder; UsageError if it has no index, is not finished, or has broken files."""
         folder = Path(folder).expanduser()
         content = read_index(folder)
         if content is None:
@@ -86,7 +86,7 @@ class LatentStore:
         if not wanted or done < len(wanted) or captions - content["texts"].keys():
             raise UsageError(
                 f"data.latents: got {str(folder)!r}, which is not finished ({done} of {len(wanted)} clips); "
-                "the same call of scripts/prepare_latents.sh goes on"
+                "run the same scripts/prepare_latents.sh command to resume"
             )
         store = cls(folder, content)
         for shard in {sample.shard for sample in store.samples} | set(content["texts"].values()):
@@ -95,21 +95,21 @@ class LatentStore:
 
     @property
     def empty_text(self) -> Text:
-        """Of the prompt '', for captions that are dropped."""
+        """Returns the text of the prompt '', which replaces captions that are left out."""
         return self._text("")
 
     def load(self, i: int) -> tuple[Tensor, Text]:
-        """Latents `[C, F, h, w]` of sample `i`, and its caption as the pipeline's call takes it."""
+        """Returns latents `[C, F, h, w]` of sample `i`, and its caption as the pipeline's call takes it."""
         sample = self.samples[i]
         return self._file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
 
     def digest(self, numbers: Sequence[int]) -> str:
-        """Sixteen digits that stand for these samples in this order."""
+        """Returns sixteen hex digits that identify these samples in this order."""
         keys = [(i, self.samples[i].key, self.samples[i].caption) for i in numbers]
         return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
     def check(self, wanted: Fingerprint) -> None:
-        """Raises UsageError where the latents are those of another model; it names what differs."""
+        """Raises UsageError if another model made the latents; names the parts that differ."""
         check_fingerprint(self.folder, self.fingerprint, wanted)
 
     def _text(self, caption: str) -> Text:
@@ -128,7 +128,7 @@ class LatentStore:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The content of the index, None where there is none; UsageError for one that is broken or foreign."""
+    """Returns the content of the index, None if there is none; UsageError if it is broken or foreign."""
     file = folder / INDEX
     if not file.exists():
         return None
@@ -138,7 +138,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         lacking = {"latents", "samples", "texts"} - content.keys()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"data.latents: {file} is no index of latents ({one_line(error)}); {AGAIN}"
+            f"data.latents: {file} is not an index of latents ({one_line(error)}); {AGAIN}"
         ) from error
     if version != str(FORMAT):
         raise UsageError(f"data.latents: {file} has format {version}, allowed: {FORMAT}; {AGAIN}")
@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def open_shard(file: Path) -> Any:
-    """A safetensors file, its tensors still on the disk; UsageError for one that is missing or not whole."""
+    """Opens a safetensors file without reading its tensors; UsageError if it is missing or not whole."""
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -156,44 +156,44 @@ def open_shard(file: Path) -> Any:
 
 
 def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
-    """Raises UsageError that names the parts which differ."""
+    """Raises UsageError if fingerprints differ; names the parts that differ."""
     other = [part for part, value in wanted.items() if found.get(part) != value]
     if other:
         raise UsageError(
             f"data.latents: got {str(folder)!r}, whose latents were made with another {' and '.join(other)} "
-            "than model.path and model.family name; allowed: the model they were made with, or another folder"
+            "than model.path and model.family name; use the model they were made with, or another folder"
         )
 
 
 def _sample(entry: Mapping[str, Any], latents: Mapping[str, Mapping[str, Any]]) -> Sample:
-    place = latents[entry["key"]]
-    return Sample(**entry, latent_shape=tuple(place["shape"]), shard=place["shard"])
+    stored = latents[entry["key"]]
+    return Sample(**entry, latent_shape=tuple(stored["shape"]), shard=stored["shard"])
 
 
 class BucketSampler:
-    """Batches of samples of one bucket, in an order that follows from seed and step alone.
+    """Makes batches of samples of one bucket, in an order that depends on seed and step alone.
 
-    An epoch goes through every bucket in an order of its own. Where a bucket's number is no multiple of the
-    batch, its last batch is filled from the beginning of that order.
+    An epoch takes every bucket in a shuffled order. If a bucket's size is no multiple of the batch, its last
+    batch is filled from the beginning of that order.
     """
 
     def __init__(self, buckets: Mapping[Bucket, Sequence[int]], batch: int, seed: int) -> None:
-        """Raises ValueError for no samples or a batch below 1."""
+        """Sets buckets, batch and seed; ValueError for no samples or a batch below 1."""
         if batch < 1 or not any(buckets.values()):
-            raise ValueError(f"batch must be at least 1 and a sample be there, got {batch} and {buckets}")
+            raise ValueError(f"batch must be at least 1 with at least one sample, got {batch} and {buckets}")
         self.buckets = {bucket: list(members) for bucket, members in sorted(buckets.items()) if members}
         self.batch, self.seed = batch, seed
         self._epoch = lru_cache(maxsize=2)(self._batches)
 
     @property
     def batches(self) -> int:
-        """Of an epoch."""
+        """Counts the batches of an epoch."""
         return sum(-(-len(members) // self.batch) for members in self.buckets.values())
 
     def batch_at(self, step: int) -> list[int]:
-        """The samples of a step, counted from 0: a batch of one bucket."""
-        epoch, place = divmod(step, self.batches)
-        return self._epoch(epoch)[place]
+        """Returns the samples of a step, counted from 0: a batch of one bucket."""
+        epoch, index = divmod(step, self.batches)
+        return self._epoch(epoch)[index]
 
     def _batches(self, epoch: int) -> list[list[int]]:
         batches = []
@@ -201,11 +201,10 @@ class BucketSampler:
             order = self._shuffled(members, f"{epoch}")
             for start in range(0, len(order), self.batch):
                 batches.append([order[(start + i) % len(order)] for i in range(self.batch)])
-        places = self._shuffled(range(len(batches)), f"{epoch} batches")
-        return [batches[place] for place in places]
+        return [batches[index] for index in self._shuffled(range(len(batches)), f"{epoch} batches")]
 
     def _shuffled(self, numbers: Sequence[int], purpose: str) -> list[int]:
-        """The same order with every version of every library: by digests."""
+        """Shuffles numbers by digests, so the order is the same with every version of every library."""
 
         def digest(number: int) -> bytes:
             return hashlib.sha256(f"{self.seed} {purpose} {number}".encode()).digest()

@@ -1,4 +1,4 @@
-"""A LoRA training, planned once: what it takes is worked out and checked before any weight is loaded."""
+"""Plans a LoRA training once: checks it and predicts its needs before any weight is loaded."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,8 +28,8 @@ from scripts.run.plan import radial_config, solve_mask
 from scripts.run.processes import local_processes, processes
 from scripts.run.system import room
 
-GRADIENT = 2.5  # of attention: five products against two
-AGAIN = 1.0  # of all: what checkpointing computes twice
+GRADIENT = 2.5  # backward over forward in attention: five products against two
+AGAIN = 1.0  # share of the forward that checkpointing computes twice
 ADAPTER_BYTES = 16  # a parameter in float32, its gradient and the two means of AdamW
 SAVED_WIDTHS = 17  # activations of a block kept for the backward, in widths of a token; and
 SAVED_HIDDEN = 3  # in hidden widths of its feed-forward; counted on Wan
@@ -37,7 +37,7 @@ SAVED_HIDDEN = 3  # in hidden widths of its feed-forward; counted on Wan
 
 @dataclass(frozen=True)
 class SizePlan:
-    """One of `data.sizes`: its tokens and its mask, density solved."""
+    """Holds one of `data.sizes`: its tokens and its mask, density solved."""
 
     size: VideoSize
     grid: TokenGrid
@@ -50,12 +50,12 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Everything that a training needs to know before weights are loaded.
+    """Holds all that a training must know before weights are loaded.
 
     Attributes:
         model: numbers of the model; path: its folder, or its hub id; device: "cpu" or "cuda".
         sizes: in the order of `data.sizes`.
-        adapter: numbers in the adapter; None if only loading the model will tell.
+        adapter: count of the adapter's parameters; None if only loading the model shows it.
     """
 
     config: LoraTrainConfig
@@ -66,9 +66,9 @@ class TrainPlan:
     adapter: int | None
 
     def flops(self, size: SizePlan, density: float | None = None) -> Flops:
-        """Operations of one video forward and backward, at the density of its mask or at another.
+        """Counts the operations of one video forward and backward, at its mask's density or another.
 
-        Frozen matrices have no gradient of their own: backward costs them as much as forward.
+        Frozen matrices have no gradient of their own: their backward costs as much as their forward.
         """
         density = size.density if density is None else density
         layers = self.config.attention.dense_layers
@@ -82,7 +82,11 @@ class TrainPlan:
         config, model = self.config, self.model
         element = DTYPE_BYTES[config.model.dtype]
         part = "transformer_2" if config.model.expert == 2 else "transformer"
-        weights = self._shared(element * model.parameters.get(part, 0))
+        weights = element * model.parameters.get(part, 0)
+        # A part of the weights, and the blocks that are gathered at a time. Loading takes no more if the file
+        # has the dtype of the run: pages are divided as they are read.
+        if self.sharers > 1:
+            weights = weights / self.sharers + BLOCKS_AT_ONCE * weights / model.layers
         tokens = size.grid.tokens * config.train.batch / config.parallel.ulysses_degree
         stream = element * tokens * model.width
         block = element * tokens * (SAVED_WIDTHS * model.width + SAVED_HIDDEN * model.ffn)
@@ -94,23 +98,14 @@ class TrainPlan:
 
     @property
     def sharers(self) -> int:
-        """Processes that the weights are divided over; a dry run in one counts at least those of a video."""
+        """Counts the processes that share the weights; a dry run in one process counts at least a video's."""
         parallel = self.config.parallel
         return 1 if parallel.shard == "none" else max(processes(), parallel.ulysses_degree)
-
-    def _shared(self, whole: float) -> float:
-        """Bytes of weights in a process: its part, and the blocks that are gathered at a time.
-
-        Loading takes no more if the file has the data type of the run: pages are divided as they are read.
-        """
-        if self.sharers == 1:
-            return whole
-        return whole / self.sharers + BLOCKS_AT_ONCE * whole / self.model.layers
 
     def attention_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `apply_radial_attention`."""
         attention = self.config.attention
-        backend = attention.dense_backend  # what "auto" times need not take what autocast makes of the norms
+        backend = attention.dense_backend  # a backend that "auto" times may not take the dtypes of autocast
         return {
             "config": radial_config(attention),
             "dense_layers": attention.dense_layers,
@@ -123,7 +118,7 @@ class TrainPlan:
         return position_arguments(self.config.model, max(size.size.frames for size in self.sizes), self.model)
 
     def about(self) -> dict[str, Any]:
-        """What the adapter's header says it was trained for, as JSON can hold it."""
+        """Returns the content of the adapter's header, which says what it was trained for."""
         model, attention = self.config.model, self.config.attention
         names = ("path", "family", "expert", "positions", "positions_frames")
         sizes = [
@@ -148,18 +143,19 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
     """Plans a training: checks all that can be checked without weights and latents.
 
     Raises:
-        UsageError: sizes, targets, dense layers, backends or anything else that training cannot take.
+        UsageError: training does not support sizes, targets, dense layers, backends or other values.
     """
     device, path = find_device(config.model.device), find_model(config.model)
     model = read_model_info(path)
     check_data_sizes(config.data, model)
-    for name, wrong, allowed in _refused(config, model):
-        raise UsageError(f"{name}: got {wrong!r}, allowed: {allowed}")
+    for name, wrong, remedy in _refused(config, model):
+        raise UsageError(f"{name}: got {wrong!r}, {remedy}")
     if config.model.positions_frames is not None:
         check_frames("model.positions_frames", config.model.positions_frames, model)
     check_layers(config.attention, model)
-    if config.train.optimizer == "adamw8bit":
-        _check_8bit(device)
+    if config.train.optimizer == "adamw8bit" and (device != "cuda" or find_spec("bitsandbytes") is None):
+        lack = "a GPU" if device != "cuda" else "bitsandbytes: pip install bitsandbytes"
+        raise UsageError(f"train.optimizer: got 'adamw8bit', which needs {lack}; allowed here: adamw")
     sizes = []
     for entry in config.data.sizes:
         size = VideoSize(*entry)
@@ -171,35 +167,38 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
     try:
         check_dense_backend(config.attention.dense_backend)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"attention.dense_backend: {one_line(error)}") from error
+        raise UsageError(
+            f"attention.dense_backend: got {config.attention.dense_backend!r}, which cannot be used here: "
+            f"{one_line(error)}"
+        ) from error
     return TrainPlan(config, model, path, device, tuple(sizes), adapter)
 
 
 def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
     """Raises UsageError for no sizes, or one that the model does not take."""
     if not data.sizes:
-        raise UsageError(f"data.sizes: got [], allowed: {SCHEMA.allowed('data.sizes')}")
+        raise UsageError(f"data.sizes: got [], must be {SCHEMA.allowed('data.sizes')}")
     for size in data.sizes:
         for axis, step in enumerate((model.vae_frames, model.size_factor(1), model.size_factor(2))):
             value, offset = size[axis], int(axis == 0)
             if value % step != offset % step:
                 name = ("frames", "height", "width")[axis]
                 near = " or ".join(map(str, sorted(set(multiples_around(value, step, offset)))))
-                rule = f"{step}k + 1" if axis == 0 else f"multiples of {step}"
+                rule = f"{step}k + 1" if axis == 0 else f"a multiple of {step}"
                 given = f"{name} {value} in {'x'.join(map(str, size))}"
-                raise UsageError(f"data.sizes: got {given}, allowed: {rule}, nearest: {near}")
+                raise UsageError(f"data.sizes: got {given}, must be {rule}; nearest: {near}")
 
 
 def check_room(plan: TrainPlan) -> None:
-    """Raises UsageError if the CPU has less memory free than predicted; on a GPU, not measured yet, warns."""
+    """Raises UsageError if the CPU has less memory free than predicted; warns on a GPU, not measured yet."""
     need, free = max(map(plan.memory, plan.sizes)), room(plan.device)
     here = local_processes() if plan.device == "cpu" else 1
     if need * here <= free:
         return
     short = (
-        f"training needs about {need * here / GIB:.1f} GiB, {free / GIB:.1f} GiB are free on the device; "
-        "allowed: train.checkpointing=true, train.batch=1, a larger parallel.ulysses_degree, "
-        "parallel.shard=fsdp, smaller data.sizes"
+        f"training needs about {need * here / GIB:.1f} GiB, but {free / GIB:.1f} GiB are free on the device; "
+        "set train.checkpointing=true, train.batch=1, a larger parallel.ulysses_degree, "
+        "parallel.shard=fsdp, or smaller data.sizes"
     )
     if plan.device == "cpu":
         raise UsageError(f"out of memory: {short}")
@@ -207,37 +206,31 @@ def check_room(plan: TrainPlan) -> None:
 
 
 def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, Any, str]]:
-    """Keys, their values, and what is allowed instead."""
+    """Yields key, value and remedy of each value that training does not support."""
     for name in ("lora.dropout", "train.ema"):
         group, _, key = name.partition(".")
         value = getattr(getattr(config, group), key)
         if value >= 1:
-            yield name, value, "a number from 0 to below 1"
+            yield name, value, "must be a number from 0 to below 1"
     if config.model.expert == 2 and "transformer_2" not in model.parameters:
-        yield "model.expert", 2, "1, the model has one transformer"
+        yield "model.expert", 2, "must be 1: the model has one transformer"
     if config.model.dtype == "float16":
-        yield "model.dtype", "float16", "bfloat16, float32; gradients of float16 would need scaling"
+        yield "model.dtype", "float16", "whose gradients would need scaling; allowed: bfloat16, float32"
     if config.train.seed >= 2**63:
-        yield "train.seed", config.train.seed, "0 to 2^63 - 1"
+        yield "train.seed", config.train.seed, "must be 0 to 2^63 - 1"
     if not config.output.path.strip():
-        yield "output.path", config.output.path, "a folder"
+        yield "output.path", config.output.path, "must be a folder"
     if config.validation.videos and "transformer_2" in model.parameters:
-        yield "validation.videos", config.validation.videos, "0 with two experts, of which one is here"
+        yield "validation.videos", config.validation.videos, "must be 0 with two experts: only one is loaded"
     if config.model.positions != "plain" and len({size[0] for size in config.data.sizes}) > 1:
-        yield "model.positions", config.model.positions, "plain with sizes of several lengths"
+        yield "model.positions", config.model.positions, "must be plain with sizes of several lengths"
     name = config.attention.dense_backend
     if "sage" in name:
-        yield "attention.dense_backend", name, "kernels with gradients: auto, native, flash and others"
-
-
-def _check_8bit(device: str) -> None:
-    if device != "cuda" or find_spec("bitsandbytes") is None:
-        lack = "needs a GPU" if device != "cuda" else "needs bitsandbytes: pip install bitsandbytes"
-        raise UsageError(f"train.optimizer: got 'adamw8bit', which {lack}; allowed here: adamw")
+        yield "attention.dense_backend", name, "which has no gradients; use auto, native, flash or others"
 
 
 def _check_backend(config: LoraTrainConfig, model: ModelInfo, size: SizePlan, device: str) -> None:
-    """A backend without a backward pass is refused, with those that have one."""
+    """Raises UsageError for a backend without a backward pass; the message lists those that have one."""
     name, kind = config.attention.backend, torch.device(device)
     if config.attention.pattern == "dense":
         return
@@ -251,15 +244,15 @@ def _check_backend(config: LoraTrainConfig, model: ModelInfo, size: SizePlan, de
     except (ValueError, ImportError) as error:
         served = [other for other in BACKENDS if other != "auto" and obstacle(other, call) is None]
         raise UsageError(
-            f"attention.backend: got {name!r}: {one_line(error)}; allowed here, with gradients: "
-            f"{', '.join(served)}"
+            f"attention.backend: got {name!r}, which cannot train here: {one_line(error)}; "
+            f"allowed: {', '.join(served)}"
         ) from error
 
 
 def _adapter_numbers(config: LoraTrainConfig, path: str) -> int | None:
-    """Numbers in the adapter; None if only loading the model will tell.
+    """Counts the adapter's parameters; None if only loading the model shows them.
 
-    Raises UsageError for a target that the model's self-attention has not.
+    Raises UsageError for a target that the model's self-attention does not have.
     """
     transformer = meta_transformer(path, config.model.family)
     if transformer is None:
@@ -267,12 +260,17 @@ def _adapter_numbers(config: LoraTrainConfig, path: str) -> int | None:
     try:
         names = target_names(transformer, config.lora.targets)
     except ValueError as error:
-        raise UsageError(f"lora.targets: {one_line(error)}") from error
+        raise UsageError(unknown_targets(config, error)) from error
     return sum(config.lora.rank * sum(transformer.get_submodule(name).weight.shape) for name in names)
 
 
+def unknown_targets(config: LoraTrainConfig, error: ValueError) -> str:
+    """Returns the error message for `lora.targets` that the model does not have."""
+    return f"lora.targets: got {', '.join(config.lora.targets)!r}, which the model lacks: {one_line(error)}"
+
+
 def describe_training(plan: TrainPlan) -> str:
-    """The table that `--dry-run` prints: a line for the run, two for each size."""
+    """Returns the table that `--dry-run` prints: a line for the run, two for each size."""
     config = plan.config
     train, lora = config.train, config.lora
     numbers = "unknown before loading" if plan.adapter is None else f"{plan.adapter:,}"

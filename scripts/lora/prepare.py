@@ -1,4 +1,4 @@
-"""Videos and captions to latents and encoded text, the input of LoRA training."""
+"""Encodes videos and captions as latents and text embeddings, the input of LoRA training."""
 
 import logging
 import warnings
@@ -40,7 +40,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Job:
-    """A checked configuration, the model's folder or hub id, device, and the clips to encode."""
+    """Holds a checked configuration, the model's folder or hub id, device, and the clips to encode."""
 
     config: LoraTrainConfig
     path: str
@@ -53,16 +53,16 @@ class Job:
 
     @property
     def captions(self) -> dict[str, str]:
-        """Each once by its key, the empty prompt first."""
+        """Maps keys to captions, each once, the empty prompt first."""
         texts = ["", *(clip.video.caption for clip in self.clips)]
         return {text_key(caption): caption for caption in texts}
 
     def shards(self) -> LatentShards:
-        """What of it there is."""
+        """Opens the shards that are there."""
         return LatentShards(self.folder, self.config.model.dtype, self.config.data.shard_mb * MIB)
 
     def load(self, *, text: bool) -> Any:
-        """The pipeline with nothing but text encoders, or nothing but the VAE."""
+        """Loads the pipeline with nothing but text encoders, or nothing but the VAE."""
         import diffusers
 
         quiet_libraries()
@@ -71,12 +71,12 @@ class Job:
         kept = ("text_encoder", "tokenizer", "scheduler") if text else ("vae", "scheduler")
         without = dict.fromkeys(name for name in parts(folder) if not name.startswith(kept))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
+            warnings.simplefilter("ignore")  # deprecations of one library in another
             try:
                 pipeline = getattr(diffusers, FAMILIES[model.family].pipeline).from_pretrained(
                     folder, dtype=dtype, use_safetensors=True, **without
                 )
-            except Exception as error:  # the libraries have no common one for a folder that they cannot load
+            except Exception as error:  # the libraries share no class for a folder that they cannot load
                 if is_out_of_memory(error):
                     raise
                 raise UsageError(
@@ -88,21 +88,21 @@ class Job:
 
 
 def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
-    """Checks the videos of a configuration, prints what becomes of them, and encodes what is missing.
+    """Checks the videos of a configuration, prints a summary, and encodes what is missing.
 
     Raises:
-        UsageError: a model, video or caption that cannot be used.
-        GenerationError: a clip or caption that cannot be encoded.
+        UsageError: a model, video or caption cannot be used.
+        GenerationError: a clip or caption cannot be encoded.
     """
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every video that is turned
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every rotated video
     device, path = find_device(config.model.device), find_model(config.model)
     check_data_sizes(config.data, read_model_info(path))
     videos = read_videos(config.data)
     job = Job(config, path, device, plan_clips(videos, config.data))
     if not job.clips:
         raise UsageError(
-            f"data.sizes: {len(videos)} videos, none with the frames of any size; the longest has "
-            f"{max(video.frames for video in videos)}"
+            f"data.sizes: none of {len(videos)} videos has enough frames for any size; add a size of at most "
+            f"{max(video.frames for video in videos)} frames, as many as the longest video has"
         )
     for line in [*summary(videos, job), *progress(job)]:
         print(line, flush=True)
@@ -111,12 +111,12 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
 
 
 def shape(size: list[int] | tuple[int, int, int]) -> str:
-    """As sizes are written."""
+    """Writes a size as `129x64x64`."""
     return "x".join(map(str, size))
 
 
 def summary(videos: list[Video], job: Job) -> list[str]:
-    """What was found, what becomes of it, and what is left out."""
+    """Summarizes the videos, the clips made of them, and those that are left out or enlarged."""
     data, clips = job.config.data, job.clips
     rates = sorted({f"{video.fps:g}" for video in videos}, key=float)
     taken = "" if data.fps is None else f", taken at {data.fps:g}"
@@ -134,7 +134,7 @@ def summary(videos: list[Video], job: Job) -> list[str]:
 
 
 def progress(job: Job) -> list[str]:
-    """What of the clips and captions is there already."""
+    """Returns a line on the clips and captions that are there already."""
     shards, keys, captions = job.shards(), {clip.key for clip in job.clips}, job.captions
     done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
     return [
@@ -206,8 +206,8 @@ def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
     pipeline = job.load(text=False)
     dtype = torch.float32 if job.config.model.dtype == "float32" else torch.bfloat16
     with tqdm(total=len(clips), desc="clips", unit="clip", dynamic_ncols=True) as bar:
-        for video, own in groupby(clips, key=lambda clip: clip.video):
-            for clip, frames in read_clips(video, list(own)):
+        for video, of_video in groupby(clips, key=lambda clip: clip.video):
+            for clip, frames in read_clips(video, list(of_video)):
                 with _reporting(f"{clip.name} as {shape(_size(clip))}"):
                     pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
                     latents = encode_video(pipeline, pixels)[0]
@@ -219,11 +219,11 @@ def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _reporting(what: str) -> Iterator[None]:
-    """A shortage of memory, or a failure of the model, in one line."""
+    """Turns a shortage of memory, or a failure of the model, into one line."""
     try:
         yield
     except (MemoryError, RuntimeError, IndexError, ValueError) as error:
         reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
         raise GenerationError(
-            f"{what} cannot be encoded: {reason}; what was written before is whole"
+            f"{what} cannot be encoded: {reason}; files that were written are whole"
         ) from error

@@ -1,4 +1,4 @@
-"""A run of LoRA training made from its configuration: processes, model, adapter, optimizer, samples."""
+"""Sets up a run of LoRA training from its configuration: processes, model, adapter, optimizer, samples."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,12 +21,12 @@ from scripts.lora.checkpoint import Checkpoints, check_config
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import BucketSampler, LatentStore, fingerprint
-from scripts.lora.plan import check_room, plan_training
+from scripts.lora.plan import check_room, plan_training, unknown_targets
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
 from scripts.run.processes import processes
 
-FREE = (  # keys that change nothing of what is learnt
+FREE = (  # beginnings of keys that do not change what is learnt
     "output.",
     "validation.videos",
     "validation.steps",
@@ -40,16 +40,16 @@ FREE = (  # keys that change nothing of what is learnt
     "data.shard_mb",
     "parallel.shard",
 )
-NEVER = ("model.", "lora.rank", "lora.targets")  # that no run can go on with
+NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no resumed run may change
 
 
 @contextmanager
 def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
-    """The run, its model on its device and its samples found, for as long as the block runs.
+    """Yields the run, with its model on its device and its samples, while the block runs.
 
     Raises:
-        UsageError: latents that are missing, unfinished or of another model, a folder that holds another run,
-            weights that cannot be loaded.
+        UsageError: latents are missing, unfinished or of another model, the folder holds another run, or
+            weights cannot be loaded.
     """
     plan = plan_training(config)
     store = LatentStore.open(config.data.latents)
@@ -100,21 +100,21 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
 
 
 def check_processes(config: LoraTrainConfig, world: int) -> None:
-    """Raises UsageError for what this number of processes cannot share."""
+    """Raises UsageError for options that do not work with this number of processes."""
     ulysses, shard = config.parallel.ulysses_degree, config.parallel.shard
     if world % ulysses:
-        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, allowed: what divides {world} processes")
+        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, must divide the {world} processes")
     if shard != "none" and world == 1:
         raise UsageError(
-            f"parallel.shard: got {shard!r}, allowed in one process: none; weights are shared from NPROC=2 on"
+            f"parallel.shard: got {shard!r}, must be none in one process; start several with NPROC=2 or more"
         )
 
 
 def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, SequenceParallel | None]:
-    """The accelerator, and who shares the tokens of a video, None where nobody does."""
+    """Returns the accelerator, and the group that shares the tokens of a video; None if no others do."""
     if ulysses > 1:
         start(Degrees(ulysses=ulysses, data=world // ulysses), device)
-    # a process may have no clip to validate on, and would not broadcast buffers then
+    # a process without a clip to validate on would not take part in broadcasting buffers
     wrapper = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[wrapper])
     if ulysses == 1:
@@ -123,9 +123,9 @@ def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, Sequence
 
 
 def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, list[int]], list[int]]:
-    """Samples of the sizes of the run: those to learn from, by bucket, and those held out, spread evenly.
+    """Divides the samples of the run's sizes: some to train on, by bucket, and some held out, spread evenly.
 
-    Raises UsageError where none are left to learn from.
+    Raises UsageError if none are left to train on.
     """
     sizes = [tuple(size) for size in config.data.sizes]
     fitting = [
@@ -134,8 +134,8 @@ def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, li
     count = config.validation.samples if config.validation.every else 0
     if len(fitting) <= count:
         raise UsageError(
-            f"data.latents: {store.folder} has {len(fitting)} clips of data.sizes, of which "
-            f"validation.samples={count} are held out; allowed: more clips, or fewer held out"
+            f"data.latents: {store.folder} has {len(fitting)} clips of data.sizes, but "
+            f"validation.samples={count} holds out {count}; add clips, or hold out fewer"
         )
     held_out = [fitting[(2 * n + 1) * len(fitting) // (2 * count)] for n in range(count)]
     trains: dict[tuple, list[int]] = {}
@@ -146,27 +146,27 @@ def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, li
 
 
 def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:
-    """The transformer that is trained; UsageError where it cannot be loaded."""
+    """Loads the transformer to train; UsageError if it cannot be loaded."""
     from diffusers import AutoModel
 
     part = "transformer" if config.model.expert == 1 else "transformer_2"
     try:
         dtype = getattr(torch, config.model.dtype)
         return AutoModel.from_pretrained(path, subfolder=part, dtype=dtype, use_safetensors=True)
-    except Exception as error:  # the libraries have no common one for a folder that they cannot load
+    except Exception as error:  # the libraries share no class for a folder that they cannot load
         raise UsageError(
             f"model.path: got {config.model.path!r}, whose {part} cannot be loaded: {one_line(error)}"
         ) from error
 
 
 def with_adapter(config: LoraTrainConfig, transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Adds the adapter to the transformer, in training mode; its parameters by name."""
+    """Adds the adapter to the transformer, in training mode, and returns its parameters by name."""
     lora, seed = config.lora, config.train.seed
     alpha, options = lora.rank if lora.alpha is None else lora.alpha, {"dropout": lora.dropout, "seed": seed}
     try:
         trained = add_adapter(transformer, rank=lora.rank, alpha=alpha, targets=lora.targets, **options)
     except ValueError as error:
-        raise UsageError(f"lora.targets: {one_line(error)}") from error
+        raise UsageError(unknown_targets(config, error)) from error
     if config.train.checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
@@ -174,7 +174,7 @@ def with_adapter(config: LoraTrainConfig, transformer: torch.nn.Module) -> dict[
 
 
 def build_optimizer(config: LoraTrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW of torch, or that of bitsandbytes with states of 8 bits."""
+    """Makes AdamW: torch's, or the 8-bit one of bitsandbytes."""
     train = config.train
     options = {"lr": train.rate, "betas": (0.9, 0.99), "weight_decay": train.weight_decay}
     if train.optimizer == "adamw8bit":
@@ -185,5 +185,5 @@ def build_optimizer(config: LoraTrainConfig, parameters: list[torch.nn.Parameter
 
 
 def flat(config: LoraTrainConfig) -> dict[str, Any]:
-    """Dotted keys and their values."""
+    """Maps dotted keys to their values."""
     return {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}

@@ -1,4 +1,4 @@
-"""What a checkpoint of LoRA training holds, how a run goes on from it, and the adapter that users load."""
+"""Saves checkpoints of LoRA training, resumes from them, and writes the adapter that users load."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ BEST = "best"
 
 
 def keep(run: Run, checkpoints: Checkpoints, step: int) -> None:
-    """Writes a checkpoint after `step` steps, and the adapter as it is then beside it."""
+    """Writes a checkpoint after `step` steps, and the adapter as it is then."""
     optimizer = get_optimizer_state_dict(run.transformer, run.optimizer.optimizer, options=WHOLE)
     values = {name: value.detach().cpu() for name, value in run.trained.items()}
     if run.accelerator.is_main_process:
@@ -34,7 +34,7 @@ def keep(run: Run, checkpoints: Checkpoints, step: int) -> None:
 
 
 def restore(run: Run, checkpoints: Checkpoints) -> int:
-    """The step that the run goes on with: 0, or that of the newest checkpoint, which is put in."""
+    """Loads the newest checkpoint into the run, and returns the step to resume with, 0 without one."""
     state = checkpoints.load("cpu")
     if state is None:
         _write_config(run, checkpoints)
@@ -43,19 +43,17 @@ def restore(run: Run, checkpoints: Checkpoints) -> int:
         for name, value in run.trained.items():
             value.copy_(state["trained"][name])
     set_optimizer_state_dict(run.transformer, run.optimizer.optimizer, state["optimizer"], options=WHOLE)
-    if run.average is not None:  # begins with the adapter where the run had none before
+    if run.average is not None:  # begins with the adapter if the run had no mean before
         mean = state["average"] or state["trained"]
         run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
     run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
     _write_config(run, checkpoints)
-    if run.accelerator.is_main_process and _adapter_step(checkpoints.folder / FILE) != state["step"]:
-        write_adapter(run, checkpoints.folder, state["step"])  # a stop came between it and its checkpoint
+    file = checkpoints.folder / FILE
+    if run.accelerator.is_main_process:
+        written = read_header(file).trained.get("step") if file.is_file() else None
+        if written != state["step"]:  # a stop came between checkpoint and adapter
+            write_adapter(run, checkpoints.folder, state["step"])
     return state["step"]
-
-
-def _adapter_step(file: Path) -> int | None:
-    """The step of an adapter by its header; None where there is none."""
-    return read_header(file).trained.get("step") if file.is_file() else None
 
 
 def _write_config(run: Run, checkpoints: Checkpoints) -> None:
@@ -65,7 +63,7 @@ def _write_config(run: Run, checkpoints: Checkpoints) -> None:
 
 def save_best(run: Run, folder: Path, loss: float, step: int) -> None:
     """Keeps the adapter whose validation loss is the lowest so far, in the folder `best`."""
-    if not loss < run.best:  # nor where it is not finite
+    if not loss < run.best:  # true also if the loss is not finite
         return
     run.best = loss
     if run.accelerator.is_main_process:
@@ -74,14 +72,14 @@ def save_best(run: Run, folder: Path, loss: float, step: int) -> None:
 
 
 def write_adapter(run: Run, folder: Path, step: int) -> None:
-    """The adapter as users load it: the mean, where one is kept."""
+    """Writes the adapter that users load: the mean, if one is kept."""
     values = run.trained if run.average is None else run.average
     save_adapter(folder / FILE, values, adapter_settings(run.plain), run.about | {"step": step})
 
 
 @contextmanager
 def mean_adapter(run: Run) -> Iterator[None]:
-    """The mean in the place of the adapter, where one is kept."""
+    """Replaces the adapter by its mean while the block runs, if one is kept."""
     if run.average is None:
         yield
         return

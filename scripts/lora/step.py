@@ -1,4 +1,4 @@
-"""One run of LoRA training: what a step needs, its noise levels, loss and learning rate."""
+"""Computes a step of LoRA training: noise levels, loss and learning rate of a run."""
 
 import math
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from scripts.lora.latents import BucketSampler, LatentStore
 
 @dataclass
 class Run:
-    """What a step needs.
+    """Holds all that a step needs.
 
     Attributes:
         transformer: as `accelerate` wraps it; plain: the same without its wrapper.
         trained: the adapter's parameters by name; average: their exponential mean, None without one.
         held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
-        place, world: this process's number among those that take other samples than it, and their number.
-        skipped, in_a_row: steps whose numbers were not finite, in all and up to now without a break.
-        best: the lowest loss of validation so far.
-        leads: whether this process writes for those that share its videos.
-        boundary: noise level from which on the first of two experts serves; None where there is one.
+        place, world: the number of this process among those with different samples, and their count.
+        skipped, in_a_row: steps with non-finite numbers, in all and in a row up to now.
+        best: the lowest validation loss so far.
+        leads: whether this process writes for all that share its videos.
+        boundary: the lowest noise level of the first of two experts; None if there is one expert.
     """
 
     config: LoraTrainConfig
@@ -52,47 +52,47 @@ class Run:
     leads: bool = True
 
     def tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these samples' latents in the transformer."""
+        """Counts the tokens of these samples' latents in the transformer."""
         sizes = (self.store.samples[index].latent_shape[1:] for index in indices)
         return sum(
             math.prod(size // side for size, side in zip(shape, self.patch, strict=True)) for shape in sizes
         )
 
     def span(self) -> tuple[float, float]:
-        """Noise levels of the transformer that is trained: all, or those of one of two experts."""
+        """Returns the range of noise levels of the trained transformer: all, or one expert's."""
         if self.boundary is None:
             return 0.0, 1.0
         return (self.boundary, 1.0) if self.config.model.expert == 1 else (0.0, self.boundary)
 
     def placed(self, texts: Sequence[Text]) -> Text:
-        """The prompts of a batch on the device, in the data type of the transformer."""
+        """Moves the prompts of a batch to the device, in the transformer's dtype."""
         device, dtype = self.accelerator.device, self.plain.dtype
         stacked = stack_text(texts).items()
         return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in stacked}
 
     def waiting(self, last: bool) -> AbstractContextManager:
-        """Gradients are shared between processes in the last part of a batch only."""
+        """Delays sharing gradients between processes until the last part of a batch."""
         return nullcontext() if last else self.accelerator.no_sync(self.transformer)
 
     def all_finite(self, value: Tensor) -> bool:
-        """Whether a number is finite in every process."""
+        """Returns whether a number is finite in every process."""
         bad = (~torch.isfinite(value.detach())).float().to(self.accelerator.device)
         return self.accelerator.reduce(bad, "sum").item() == 0
 
     def mean(self, value: Tensor) -> float:
-        """Of a number over all processes."""
+        """Returns the mean of a number over all processes."""
         return self.accelerator.reduce(value.detach(), "mean").item()
 
 
 def noise_levels(
     count: int, random: torch.Generator, *, kind: str, shift: float, span: tuple[float, float] = (0.0, 1.0)
 ) -> Tensor:
-    """Noise levels sigma, float32 `[count]`.
+    """Draws noise levels sigma, float32 `[count]`.
 
     Args:
         kind: "uniform" or "logit_normal", the distribution before the shift.
-        shift: sigma = shift t / (1 + (shift - 1) t), towards noise where above 1.
-        span: the part of 0 ... 1 that sigma lies in, for one of two experts.
+        shift: sigma = shift t / (1 + (shift - 1) t), towards noise if above 1.
+        span: the range of sigma within 0 ... 1, for one of two experts.
     """
     least, most = (_quantile(edge / (shift - (shift - 1) * edge), kind) for edge in span)
     share = least + (most - least) * torch.rand(count, generator=random)
@@ -101,14 +101,14 @@ def noise_levels(
 
 
 def _quantile(level: float, kind: str) -> float:
-    """Share of the distribution that lies below a level."""
+    """Returns the share of the distribution below a level."""
     if kind == "uniform" or level in (0.0, 1.0):
         return level
     return torch.special.ndtr(torch.logit(torch.tensor(level))).item()
 
 
 def generator(seed: int, *numbers: int) -> torch.Generator:
-    """Random numbers that follow from the seed and these numbers alone."""
+    """Makes a generator whose random numbers depend on the seed and these numbers alone."""
     mixed = seed
     for number in numbers:
         mixed = (mixed * 1_000_003 + number + 1) % 2**62
@@ -124,9 +124,9 @@ def flow_loss(
     random: torch.Generator,
     drop: float,
 ) -> Tensor:
-    """Mean squared error of the transformer's velocity for these samples at noise levels `[B]`.
+    """Returns the mean squared error of the transformer's velocity for these samples at noise levels `[B]`.
 
-    `drop`: how often a caption gives way to the empty one, which guidance needs.
+    `drop`: the probability that the empty caption replaces a caption, which guidance needs.
     """
     loaded = [run.store.load(index) for index in indices]
     dropped = torch.rand(len(loaded), generator=random) < drop
@@ -147,7 +147,7 @@ def flow_loss(
 
 
 def learning_rate(config: LoraTrainConfig, step: int) -> float:
-    """Of step `step` from 0: warm-up, then constant or a cosine to zero."""
+    """Returns the learning rate of step `step`, from 0: warm-up, then constant or a cosine to zero."""
     train = config.train
     warm = min(1.0, (step + 1) / max(1, train.warmup))
     if train.schedule == "constant":

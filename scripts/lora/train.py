@@ -1,4 +1,4 @@
-"""The training loop: steps, validation and checkpoints of one run."""
+"""Runs the training loop: steps, validation and checkpoints of one run."""
 
 import time
 
@@ -12,7 +12,7 @@ from scripts.run.errors import GenerationError
 
 
 def train(run: Run, checkpoints: Checkpoints) -> None:
-    """All steps that are left; the adapter of the last one stands in the run's folder."""
+    """Runs all remaining steps; the last one's adapter is then in the run's folder."""
     from scripts.lora.validation import validate
 
     config, main = run.config, run.accelerator.is_main_process
@@ -35,10 +35,10 @@ def train(run: Run, checkpoints: Checkpoints) -> None:
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One update; its loss, gradient norm, learning rate, seconds and tokens a second.
+    """Makes one update; returns its loss, gradient norm, learning rate, seconds and tokens a second.
 
-    A loss or gradient that is not finite changes nothing and is counted; more than `train.most_skipped` such
-    steps in a row end the run with GenerationError.
+    A non-finite loss or gradient changes nothing and is counted. More than `train.most_skipped` such steps in
+    a row end the run with GenerationError.
     """
     start, train = time.perf_counter(), run.config.train
     rate = learning_rate(run.config, step)
@@ -73,23 +73,23 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
-    """Loss of one batch, and its tokens.
+    """Returns the loss of one batch, and its tokens.
 
-    What is drawn follows from the number of the batch alone: two processes draw what one does that
-    accumulates two.
+    Random numbers depend on the number of the batch alone: two processes draw the same as one process that
+    accumulates two batches.
     """
     train = run.config.train
     number = (step * train.accumulate + part) * run.world + run.place
     indices = run.sampler.batch_at(number)
     random = generator(train.seed, number)
-    torch.manual_seed(random.initial_seed())  # of the adapter's dropout
+    torch.manual_seed(random.initial_seed())  # for the adapter's dropout
     sigma = noise_levels(len(indices), random, kind=train.timesteps, shift=train.flow_shift, span=run.span())
     loss = flow_loss(run, run.transformer, indices, sigma, random=random, drop=train.caption_dropout)
     return loss, run.tokens(indices)
 
 
 def update_average(run: Run) -> None:
-    """Exponential mean of the adapter's parameters, where one is kept."""
+    """Updates the exponential mean of the adapter's parameters, if one is kept."""
     if run.average is None:
         return
     with torch.no_grad():
@@ -98,16 +98,16 @@ def update_average(run: Run) -> None:
 
 
 def count_skipped(run: Run, finite: bool) -> None:
-    """GenerationError after `train.most_skipped` steps in a row whose numbers were not finite."""
+    """Counts non-finite steps; raises GenerationError after more than `train.most_skipped` in a row."""
     run.skipped, run.in_a_row = run.skipped + (not finite), 0 if finite else run.in_a_row + 1
     if run.in_a_row > run.config.train.most_skipped:
         raise GenerationError(
             f"loss or gradient not finite in {run.in_a_row} steps in a row (train.most_skipped="
-            f"{run.config.train.most_skipped}); the last checkpoint is as it was"
+            f"{run.config.train.most_skipped}); the last checkpoint is unchanged"
         )
 
 
 def progress(values: dict[str, float]) -> str:
-    """What the progress bar says beside the time that is left."""
+    """Returns the numbers that the progress bar shows next to the time."""
     skipped = f", {values['skipped']:.0f} skipped" if values["skipped"] else ""
     return f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s{skipped}"

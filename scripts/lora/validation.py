@@ -1,4 +1,4 @@
-"""Validation of LoRA training: the loss on samples held out, at fixed noise, and videos of their captions."""
+"""Validates LoRA training: the loss on held-out samples at fixed noise, and videos of their captions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,13 @@ from scripts.run.families import pipeline_arguments
 from scripts.run.outputs import encode
 from scripts.run.sampler import to_bytes
 
-PURPOSE = 1  # a number of its own, so that no noise of a training step comes again
+PURPOSE = 1  # keeps the noise apart from that of training steps
 FPS = 16
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def validate(run: Run, folder: Path, step: int) -> dict[str, float]:
-    """`validation_loss`, and the videos, where any are asked for, in `folder/videos/<step>`."""
+    """Returns `validation_loss`; writes videos, if any are wanted, to `folder/videos/<step>`."""
     run.plain.eval()
     with mean_adapter(run), torch.no_grad():
         loss = validation_loss(run)
@@ -32,22 +32,22 @@ def validate(run: Run, folder: Path, step: int) -> dict[str, float]:
 
 
 def validation_loss(run: Run) -> float:
-    """Mean over the samples held out and evenly spread noise levels, the same noise at every validation."""
+    """Returns the mean over held-out samples and evenly spread noise levels; the noise is always the same."""
     levels, total = run.config.validation.levels, torch.zeros((), device=run.accelerator.device)
     least, most = run.span()
-    for number, own in shares(run, len(run.held_out)):
-        for place in range(levels):
-            sigma = torch.full((1,), least + (most - least) * (place + 0.5) / levels)
-            random = generator(run.config.train.seed, PURPOSE, number, place)
+    for number, counts in shares(run, len(run.held_out)):
+        for level in range(levels):
+            sigma = torch.full((1,), least + (most - least) * (level + 0.5) / levels)
+            random = generator(run.config.train.seed, PURPOSE, number, level)
             loss = flow_loss(run, run.plain, [run.held_out[number]], sigma, random=random, drop=0.0)
-            total += loss if own else 0
+            total += loss if counts else 0
     return run.mean(total) * run.world / (levels * len(run.held_out))
 
 
 def shares(run: Run, count: int) -> Iterator[tuple[int, bool]]:
-    """Numbers below `count` that this process takes, and whether it is the one whose result counts.
+    """Yields the numbers below `count` that this process takes, and whether its result counts.
 
-    Processes that share weights call the transformer equally often: where none is left, the last once more.
+    Processes that share weights must call the transformer equally often: one without work repeats the last.
     """
     for number in range(run.place, count + run.place, run.world):
         if number < count or run.config.parallel.shard != "none":
@@ -55,21 +55,21 @@ def shares(run: Run, count: int) -> Iterator[tuple[int, bool]]:
 
 
 def make_videos(run: Run, folder: Path) -> None:
-    """A video for each of the first captions held out, at the size of its sample; seeded by its number."""
+    """Writes a video for each of the first held-out captions, at its sample's size, seeded by its number."""
     pipeline = sampling_pipeline(run)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = run.held_out[: run.config.validation.videos]
-    for place, own in shares(run, len(chosen)):
-        number = chosen[place]
+    for index, counts in shares(run, len(chosen)):
+        number = chosen[index]
         sample = run.store.samples[number]
         frames = to_bytes(sampled(run, pipeline, number))
-        if run.leads and own:
+        if run.leads and counts:
             encode(folder / f"{number:05d}.mp4", frames, round(run.config.data.fps or FPS))
             (folder / f"{number:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
 
 
 def sampling_pipeline(run: Run) -> Any:
-    """The model's pipeline around the transformer that is trained, without its text encoders."""
+    """Loads the model's pipeline around the trained transformer, without its text encoders."""
     parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}
     device = str(run.accelerator.device)
     pipeline = load_pipeline(run.path, run.config.model.family, run.plain.dtype, device, parts=parts)
@@ -78,7 +78,7 @@ def sampling_pipeline(run: Run) -> Any:
 
 
 def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:
-    """Frames `[T, H, W, 3]` of 0 .. 1 for the caption of a sample."""
+    """Samples frames `[T, H, W, 3]` in 0 .. 1 for the caption of a sample."""
     sample, validation = run.store.samples[number], run.config.validation
     generation = GenerationConfig(
         num_frames=sample.frames,

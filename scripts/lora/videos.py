@@ -1,4 +1,4 @@
-"""Videos with captions for training: found, checked, and cut into clips of the sizes that are trained on."""
+"""Finds and checks videos with captions for training, and cuts them into clips of the training sizes."""
 
 import csv
 import hashlib
@@ -7,7 +7,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from scripts.run.inputs import BROKEN, fit, read_frames, video_reader
 from scripts.run.schema import find_path
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-SHOWN = 3  # names of a list
-SAME_RATE = 0.01  # by which a rate may be missed: 24 is that of films at 23.976
-UNEVEN = 0.02  # of the frames that may be more or fewer than rate and seconds say
-SAME_SHAPE = 0.1  # of the logarithms of width / height: 480 x 832 is as 720 x 1280
+SHOWN = 3  # names shown of a list
+SAME_RATE = 0.01  # share by which a rate may be missed: 24 includes films at 23.976
+UNEVEN = 0.02  # share of the frames that may be more or fewer than rate and seconds give
+SAME_SHAPE = 0.1  # between logarithms of width / height: 480 x 832 counts as 720 x 1280
 
 Size = tuple[int, int, int]  # frames, height, width
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A video's name, file, and caption, or where that is read from."""
+    """Holds a video's name and file, and its caption or the caption's file."""
 
     name: str
     path: Path
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Video:
-    """A video that can be read; `digest`: sha256 of its file."""
+    """Holds a video that can be read; `digest`: sha256 of its file."""
 
     name: str
     path: Path
@@ -57,7 +57,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of a video, by number, and the size that they are fitted to."""
+    """Holds frames of a video, by number, and the size that they are fitted to."""
 
     name: str
     video: Video
@@ -67,53 +67,56 @@ class Clip:
 
     @property
     def key(self) -> str:
-        """Follows from the file's content and what is taken of it, not from names."""
+        """Returns a key that depends on the file's content, the frames and the size, not on names."""
         taken = [self.video.digest, self.frames, self.height, self.width]
         return hashlib.sha256(json.dumps(taken).encode()).hexdigest()[:24]
 
 
 def read_videos(data: DataConfig) -> list[Video]:
-    """All videos of `data.folder` or `data.table`, each read to its end once.
+    """Reads all videos of `data.folder` or `data.table`, each to its end once.
 
     Raises:
-        UsageError: no videos, a video that is missing or unreadable, a caption that is missing, empty or not
-            UTF-8, a table that cannot be read, different frame rates without `data.fps`, or lower ones.
+        UsageError: there are no videos, a video is missing or unreadable, a caption is missing, empty or not
+            UTF-8, a table cannot be read, frame rates differ without `data.fps`, or are lower than that.
     """
     key, entries = _find(data)
-    captions = _each(key, entries, _caption, "have no caption that can be read")
+    captions = [_caption(entry) for entry in entries]
+    _refuse(key, entries, captions, "have no caption that can be read")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         probed = pool.map(_probe, entries)
-        found = list(tqdm(probed, total=len(entries), desc="checking", unit="video", disable=None))
-    _refuse(key, entries, found, "cannot be read")
-    videos = [Video(e.name, e.path, c, *about) for e, c, about in zip(entries, captions, found, strict=True)]
+        probes = list(tqdm(probed, total=len(entries), desc="checking", unit="video", disable=None))
+    _refuse(key, entries, probes, "cannot be read")
+    videos = [Video(e.name, e.path, c, *about) for e, c, about in zip(entries, captions, probes, strict=True)]
     _check_rates(videos, data.fps)
     return videos
 
 
 def _find(data: DataConfig) -> tuple[str, list[Entry]]:
     if (data.folder is None) == (data.table is None):
-        got = f"data.folder {data.folder!r} and data.table {data.table!r}"
-        raise UsageError(f"{got}; allowed: one of them, the other null")
+        got = f"data.folder: got {data.folder!r}, and data.table: got {data.table!r}"
+        raise UsageError(f"{got}; set one of them, and the other to null")
     if data.table is not None:
         return "data.table", _in_table(data.table)
     folder = find_path(data.folder)
-    files = [file for file in sorted(folder.rglob("*")) if _is_video(file)]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
     if not files:
         kind = "has no videos" if folder.is_dir() else "is no folder"
-        raise UsageError(f"data.folder: got {data.folder!r}, which {kind}; allowed: {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"data.folder: got {data.folder!r}, which {kind}; name a folder of videos ({', '.join(SUFFIXES)})"
+        )
     entries = [Entry(file.relative_to(folder).as_posix(), file, file.with_suffix(".txt")) for file in files]
     return "data.folder", entries
-
-
-def _is_video(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def _in_table(name: str) -> list[Entry]:
     path = find_path(name)
     readers = {".jsonl": _json_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
-        raise UsageError(f"data.table: got {name!r}, allowed: a file ending in .jsonl or .csv")
+        raise UsageError(f"data.table: got {name!r}, must be a file ending in .jsonl or .csv")
     try:
         rows = list(readers[path.suffix.lower()](path))
     except (OSError, ValueError, csv.Error) as error:
@@ -126,11 +129,11 @@ def _in_table(name: str) -> list[Entry]:
         )
         if not isinstance(video, str) or not video.strip() or not isinstance(caption, str):
             raise UsageError(
-                f"data.table: got {name!r} with line {number}, allowed: text `video` and `caption`"
+                f"data.table: got {name!r}, whose line {number} lacks a text; give `video` and `caption`"
             )
         entries.append(Entry(video, path.parent / Path(video).expanduser(), caption))
     if not entries:
-        raise UsageError(f"data.table: got {name!r}, which is empty; allowed: a line for each video")
+        raise UsageError(f"data.table: got {name!r}, which is empty; write a line for each video")
     return entries
 
 
@@ -157,7 +160,7 @@ def _caption(entry: Entry) -> str | ValueError:
 
 
 def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
-    """Digest, frames, frames a second, height and width; ffmpeg decodes the whole video to count."""
+    """Returns digest, frames, frames a second, height and width; ffmpeg decodes the whole video to count."""
     try:
         with entry.path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -168,41 +171,35 @@ def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
         return ValueError(getattr(error, "strerror", None) or one_line(error))
     if abs(frames - fps * seconds) > max(1.5, UNEVEN * frames):
         return ValueError(
-            f"a frame rate that varies, {fps:g} on average; `ffmpeg -i IN -vf fps={fps:.0f} OUT` ends that"
+            f"its frame rate varies, {fps:g} on average; `ffmpeg -i IN -vf fps={fps:.0f} OUT` mends that"
         )
     return digest, frames, fps, height, width
 
 
 def _count(path: Path) -> tuple[int, float]:
-    """Frames and seconds at a constant rate, as reading has it; ValueError where there are none."""
+    """Counts frames and seconds at a constant rate, as a reader gets them; ValueError if there are none."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     output = ["-map", "0:v:0", "-f", "image2pipe", "-c:v", "rawvideo", "-y", os.devnull]
     command = [get_ffmpeg_exe(), "-nostdin", "-i", str(path), *output]
     log = subprocess.run(command, capture_output=True, check=False).stderr.decode(errors="replace")
-    found = re.findall(r"frame=\s*(\d+).*?time=(\d+):(\d+):([\d.]+)", log)
-    if not found or not int(found[-1][0]):
+    progress = re.findall(r"frame=\s*(\d+).*?time=(\d+):(\d+):([\d.]+)", log)
+    if not progress or not int(progress[-1][0]):
         raise ValueError("no frames")
-    frames, hours, minutes, seconds = found[-1]
+    frames, hours, minutes, seconds = progress[-1]
     return int(frames), 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
-def _each(key: str, entries: list[Entry], read: Callable[[Entry], object], failing: str) -> list:
-    found = [read(entry) for entry in entries]
-    _refuse(key, entries, found, failing)
-    return found
-
-
-def _refuse(key: str, entries: list[Entry], found: list, failing: str) -> None:
-    """UsageError where something found is one."""
-    pairs = zip(entries, found, strict=True)
+def _refuse(key: str, entries: list[Entry], results: list, failing: str) -> None:
+    """Raises UsageError if a result is a ValueError; names the entries."""
+    pairs = zip(entries, results, strict=True)
     bad = [f"{entry.name} ({error})" for entry, error in pairs if isinstance(error, ValueError)]
     if bad:
         raise UsageError(f"{key}: {len(bad)} of {len(entries)} videos {failing}: {listed(bad)}")
 
 
 def listed(names: list[str]) -> str:
-    """The first few, and how many more."""
+    """Lists the first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -214,38 +211,38 @@ def _check_rates(videos: list[Video], fps: float | None) -> None:
     if fps is None and len(rates) > 1:
         texts = [f"{rate:g} ({len(names)}, as {names[0]})" for rate, names in sorted(rates.items())]
         raise UsageError(
-            f"data.fps: got null, but frames a second are {', '.join(texts)}; allowed: one rate for all, or "
-            f"a number up to {min(rates):g}, at which frames are taken"
+            f"data.fps: got null, but the videos' rates are {', '.join(texts)} frames a second; set data.fps "
+            f"to a number up to {min(rates):g}, or use videos of one rate"
         )
     slow = [video.name for video in videos if fps is not None and video.fps < fps * (1 - SAME_RATE)]
     if slow:
         raise UsageError(
             f"data.fps: got {fps:g}, but {len(slow)} of {len(videos)} videos have fewer frames a second: "
-            f"{listed(slow)}; allowed: at most {min(rates):g}"
+            f"{listed(slow)}; set it to at most {min(rates):g}"
         )
 
 
 def plan_clips(videos: list[Video], data: DataConfig) -> list[Clip]:
-    """The clips of all videos that have the frames of any size, in order."""
+    """Plans the clips of all videos that have enough frames for any size, in order."""
     sizes = [tuple(size) for size in data.sizes]
     return [clip for video in videos for clip in _clips(video, sizes, data)]
 
 
 def too_short(videos: list[Video], data: DataConfig) -> list[str]:
-    """Names of the videos that have the frames of no size."""
+    """Lists the names of the videos that have too few frames for every size."""
     least = min(frames for frames, _, _ in data.sizes)
     return [video.name for video in videos if len(_taken(video, data.fps)) < least]
 
 
 def _taken(video: Video, fps: float | None) -> list[int]:
-    """Numbers of the frames at a rate, the nearest in time of each."""
+    """Returns the numbers of the frames to take at a rate, the nearest in time of each."""
     ratio = 1.0 if fps is None else max(1.0, video.fps / fps)
     count = math.floor((video.frames - 0.5) / ratio) + 1
     return [number for i in range(count) if (number := math.floor(i * ratio + 0.5)) < video.frames]
 
 
 def _clips(video: Video, sizes: list[Size], data: DataConfig) -> list[Clip]:
-    """Each in the middle of an equal part of the video."""
+    """Plans clips, each in the middle of an equal part of the video."""
     taken = _taken(video, data.fps)
     fitting = [size for size in sizes if size[0] <= len(taken)]
     if not fitting:
@@ -262,7 +259,7 @@ def _clips(video: Video, sizes: list[Size], data: DataConfig) -> list[Clip]:
 
 
 def _nearest(video: Video, sizes: list[Size]) -> Size:
-    """Of the sizes of about the nearest shape the largest that needs no enlarging, else the smallest."""
+    """Chooses among sizes of about the nearest shape: the largest without enlarging, else the smallest."""
     shapes = [abs(math.log(video.height * width / (video.width * height))) for _, height, width in sizes]
     near = [size for size, shape in zip(sizes, shapes, strict=True) if shape <= min(shapes) + SAME_SHAPE]
     near = sorted(near, key=lambda size: size[1] * size[2])
@@ -271,12 +268,12 @@ def _nearest(video: Video, sizes: list[Size]) -> Size:
 
 
 def is_enlarged(video: Video, height: int, width: int) -> bool:
-    """Whether covering height x width takes more pixels than the video has."""
+    """Returns whether covering height x width takes more pixels than the video has."""
     return video.height < height or video.width < width
 
 
 def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]:
-    """Each clip of a video with its frames, uint8 `[F, height, width, 3]`; decodes the video once.
+    """Yields each clip of a video with its frames, uint8 `[F, height, width, 3]`; decodes the video once.
 
     Raises:
         UsageError: the video breaks off before a clip ends.
@@ -285,13 +282,13 @@ def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]
     with closing(read_frames("data", str(video.path))) as frames:
         for clip in clips:
             picked = np.empty((len(clip.frames), clip.height, clip.width, 3), dtype=np.uint8)
-            for place, wanted in enumerate(clip.frames):
+            for index, wanted in enumerate(clip.frames):
                 while number < wanted:
                     frame, number = next(frames, None), number + 1
                 if frame is None:
                     raise UsageError(
-                        f"data: {video.name} breaks off at frame {number} of {video.frames}; take it out, "
-                        "and the same command goes on from here"
+                        f"data: {video.name} breaks off at frame {number} of {video.frames}; remove it, and "
+                        "run the same command to resume"
                     )
-                picked[place] = fit(frame, clip.height, clip.width)
+                picked[index] = fit(frame, clip.height, clip.width)
             yield clip, torch.from_numpy(picked)

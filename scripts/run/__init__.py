@@ -1,1 +1,1 @@
-"""From the words of a command line to a finished video."""
+"""Takes a run from the arguments of a command line to a finished video."""

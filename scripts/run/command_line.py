@@ -1,4 +1,4 @@
-"""The command line of generation: what the words mean, and which preset stands in where none is named."""
+"""Parses the command line of generation, and chooses a preset if it names none."""
 
 from dataclasses import dataclass, field
 from os.path import isfile
@@ -12,8 +12,8 @@ TINY_PRESET = "configs/wan_tiny.yaml"
 FIRST_PRESET = "configs/wan_tiny_4x.yaml"  # without a GPU, if no preset is named: its length shows a gain
 SAVING = ("model.offload=group", "model.quantization=fp8", "model.vae_tiling=always")
 OF_A_MODEL = ("model.path=", "model.family=", "model.loras=")
-MARGIN = 1.05  # of free memory over the predicted peak
-# What the bundled model takes over from a preset that has none of its own; its LoRA would not fit.
+MARGIN = 1.05  # times the predicted peak must be free
+# The bundled model takes over these keys of the preset that it replaces. The preset's LoRA would not fit it.
 SCHEDULE = (
     "generation.steps",
     "generation.guidance_scale",
@@ -26,9 +26,9 @@ SCHEDULE = (
 
 @dataclass
 class Command:
-    """`config_file` is None where the command line names none.
+    """Holds a parsed command line.
 
-    Then `preset` is taken where a GPU has room for it, else `bundled`.
+    `config_file` is None if none is named. Then `preset` is used if a GPU has room for it, else `bundled`.
     """
 
     config_file: str | None = None
@@ -40,9 +40,9 @@ class Command:
 
 
 def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Command:
-    """Raises UsageError for an unknown option, a second config file, a key without a value.
+    """Parses arguments; UsageError for an unknown option, a second config file, a key without a value.
 
-    `call`: how the program is called; `stands_in`: whether it takes --preset= and --bundled=.
+    `call`: the call form of the program; `stands_in`: whether it takes --preset= and --bundled=.
     """
     command = Command()
     for word in argv:
@@ -57,20 +57,23 @@ def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Comma
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
             raise UsageError(f"unknown option {word!r}; {hint}")
-        elif "=" in word and not isfile(word):  # which takes a prompt of any length
+        elif "=" in word and not isfile(word):  # isfile takes a prompt of any length
             command.overrides.append(word)
         elif command.config_file is None:
             command.config_file = word
         else:
             both = f"{command.config_file!r} and {word!r}"
-            raise UsageError(f"one config file at most, got {both}; usage: {call}")
+            raise UsageError(f"got {both}; name one config file at most, usage: {call}")
     return command
 
 
 def choose_config(command: Command) -> tuple[str, list[str], str]:
-    """(config file, overrides, why): the one that is named, else `choose_preset`'s.
+    """Returns (config file, overrides, reason): the file that is named, else the choice of `choose_preset`.
 
-    Where no preset of its own stands in for `--preset=`, the bundled Wan takes over its schedule.
+    If `--preset=` comes without a `--bundled=`, the bundled Wan takes over its schedule.
+
+    Raises:
+        UsageError: an override names a model, which a bundled model's sizes would not suit.
     """
     if command.config_file is not None:
         return command.config_file, command.overrides, "named on the command line"
@@ -81,7 +84,12 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     config_file, overrides, reason = choose_preset(command.overrides, full, bundled)
     if config_file != bundled or command.preset is None:
         return config_file, overrides, reason
-    _check_stand_in(command)
+    model_keys = [word.partition("=")[0] for word in command.overrides if word.startswith(OF_A_MODEL)]
+    if model_keys:
+        raise UsageError(
+            f"{model_keys[0]}: a bundled model would replace {command.preset} here; name a configuration "
+            f"for your model, such as {command.preset}"
+        )
     if command.bundled is not None:
         return config_file, command.overrides, f"{reason}; stands in for {command.preset}"
     without = " and without its LoRA" if read_config(command.preset, []).model.loras else ""
@@ -89,18 +97,8 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
     return config_file, [*schedule_of(command.preset), *command.overrides], f"{reason}; {stands_in}"
 
 
-def _check_stand_in(command: Command) -> None:
-    """Raises UsageError where a model of the user's meets the sizes of the bundled one."""
-    own = [word.partition("=")[0] for word in command.overrides if word.startswith(OF_A_MODEL)]
-    if own:
-        raise UsageError(
-            f"{own[0]}: a bundled model would stand in for {command.preset} here; name a configuration that "
-            f"suits yours, as {command.preset}"
-        )
-
-
 def schedule_of(preset: str) -> list[str]:
-    """The schedule of a preset as overrides for the bundled model, and a folder of its own for the videos."""
+    """Returns the schedule of a preset as overrides for the bundled model, with a separate video folder."""
     config = read_config(preset, [])
     schedule = []
     for key in SCHEDULE:
@@ -113,13 +111,13 @@ def schedule_of(preset: str) -> list[str]:
 def choose_preset(
     overrides: list[str], full: str = FULL_PRESET, bundled: str = TINY_PRESET
 ) -> tuple[str, list[str], str]:
-    """(preset, overrides, why): the first step of a ladder that GPU and host have room for.
+    """Returns (preset, overrides, reason) of the first step of a ladder that GPU and host have room for.
 
     The steps are `full` as it is; `full` with group offload, fp8 weights and a tiled VAE; for Wan 14B, the
     1.3B model in the same two ways; the bundled model.
 
     Raises:
-        UsageError: if there is a GPU, an override that no preset takes.
+        UsageError: there is a GPU, and no preset takes an override.
     """
     import torch
 
@@ -146,10 +144,10 @@ def choose_preset(
 
 
 def ladder(full: str, overrides: list[str]) -> list[tuple[str, list[str], str]]:
-    """(preset, further overrides, title) of each step.
+    """Returns (preset, further overrides, title) of each step.
 
-    Keys that the user gives stay the user's: those that do not go together with them are left out, and a
-    model of the user's has no smaller one.
+    Keys that the user gives are left alone, saving keys that do not go together with them are left out, and
+    a model that the user names has no smaller one.
     """
     from scripts.run.option_checks import refusals
 

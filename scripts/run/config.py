@@ -1,4 +1,4 @@
-"""The configuration of a run: its keys and its help text. Defaults are those of the 14B preset."""
+"""Defines the configuration of a run: its keys and its help text. The defaults match the 14B preset."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,12 @@ EXPERTS = ("both", "1", "2")
 
 @dataclass
 class LoraConfig:
-    """`weight_name`: the file in a folder or on the hub; `transformer`: which of two, for Wan2.2 A14B."""
+    """Holds one LoRA.
+
+    Attributes:
+        weight_name: the file in a folder or on the hub.
+        transformer: which of the two transformers of Wan2.2 A14B.
+    """
 
     path: str
     weight_name: str | None = None
@@ -33,10 +38,10 @@ class LoraConfig:
 
 
 def parse_loras(value: Any) -> list[dict[str, Any]]:
-    """The entries of `model.loras`: nothing, one path or mapping, or a list of them, or one of these as text.
+    """Returns the entries of `model.loras`: none, one path or mapping, a list of them, or these as text.
 
     Raises:
-        UsageError: no such form, an unknown key, a value that is not allowed.
+        UsageError: another form, an unknown key, a value that is not allowed.
     """
     if isinstance(value, str):
         value = _from_text(value)
@@ -46,7 +51,7 @@ def parse_loras(value: Any) -> list[dict[str, Any]]:
 
 
 def _from_text(text: str) -> Any:
-    """YAML where it begins with a bracket, else a path as it stands."""
+    """Reads text as YAML if it begins with a bracket, else as a path."""
     if text.strip() in ("", "null"):
         return None
     if text.lstrip()[:1] not in ("[", "{"):
@@ -54,55 +59,52 @@ def _from_text(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{LORAS}: got {text!r}, allowed: {LORA_FORM}") from error
+        raise UsageError(f"{LORAS}: got {text!r}, must be {LORA_FORM}") from error
 
 
-def _entry(place: str, entry: Any) -> dict[str, Any]:
+def _entry(entry_key: str, entry: Any) -> dict[str, Any]:
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, Mapping):
-        raise UsageError(f"{place}: got {entry!r}, allowed: {LORA_FORM}")
+        raise UsageError(f"{entry_key}: got {entry!r}, must be {LORA_FORM}")
     known = [key.name for key in fields(LoraConfig)]
     for name in entry:
         if name not in known:
-            nearest = nearest_key(f"{place}.{name}", [f"{place}.{key}" for key in known])
-            raise UsageError(f"unknown key '{place}.{name}'; did you mean {nearest!r}?")
+            nearest = nearest_key(f"{entry_key}.{name}", [f"{entry_key}.{key}" for key in known])
+            raise UsageError(f"unknown key '{entry_key}.{name}'; did you mean {nearest!r}?")
     path, weight_name = entry.get("path"), entry.get("weight_name")
     if not isinstance(path, str) or not path.strip():
-        raise UsageError(f"{place}.path: got {path!r}, allowed: a file, a folder, or a hub id owner/name")
+        raise UsageError(f"{entry_key}.path: got {path!r}, must be a file, a folder, or a hub id owner/name")
     if weight_name is not None and (not isinstance(weight_name, str) or not weight_name.strip()):
-        raise UsageError(f"{place}.weight_name: got {weight_name!r}, allowed: a file name, or null")
+        raise UsageError(f"{entry_key}.weight_name: got {weight_name!r}, must be a file name, or null")
+    expert = entry.get("transformer", "both")
+    if isinstance(expert, bool) or str(expert) not in EXPERTS:
+        raise UsageError(f"{entry_key}.transformer: got {expert!r}, allowed: {', '.join(EXPERTS)}")
     return {
         "path": _literal(path),
         "weight_name": weight_name and _literal(weight_name),
-        "scale": _scale(f"{place}.scale", entry.get("scale", 1.0)),
-        "transformer": _expert(f"{place}.transformer", entry.get("transformer", "both")),
+        "scale": _scale(f"{entry_key}.scale", entry.get("scale", 1.0)),
+        "transformer": str(expert),
     }
 
 
 def _literal(text: str) -> str:
-    """No interpolation in a file's name."""
+    """Escapes a file's name, so no interpolation applies to it."""
     return text.replace("${", "\\${")
 
 
-def _scale(place: str, value: Any) -> float:
+def _scale(scale_key: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"{place}: got {value!r}, allowed: a number")
+        raise UsageError(f"{scale_key}: got {value!r}, must be a number")
     return number
 
 
-def _expert(place: str, value: Any) -> str:
-    if isinstance(value, bool) or str(value) not in EXPERTS:
-        raise UsageError(f"{place}: got {value!r}, allowed: {', '.join(EXPERTS)}")
-    return str(value)
-
-
 class VideoSize(NamedTuple):
-    """Frames, height and width of a video, in pixels."""
+    """Holds frames, height and width of a video; height and width in pixels."""
 
     frames: int
     height: int
@@ -111,79 +113,89 @@ class VideoSize(NamedTuple):
 
 @dataclass
 class AnyModelConfig:
-    """What generation and training ask of a model."""
+    """Holds the options of a model that generation and training share."""
 
     path: str = key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
     family: str = key("wan", "model family", FAMILIES)
     dtype: str = key(
-        "bfloat16", "of all but the VAE, which stays float32", ("bfloat16", "float16", "float32")
+        "bfloat16",
+        "data type of all parts but the VAE, which stays float32",
+        ("bfloat16", "float16", "float32"),
     )
-    device: str = key("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
+    device: str = key("auto", "auto: CUDA if there is a GPU, else the CPU", ("auto", "cpu", "cuda"))
     positions: str = key(
         "plain",
-        "frequencies in time of a video longer than those of the training",
+        "scaling of the rotary frequencies in time, for a video longer than the training videos",
         ("plain", "riflex", "interpolate", "ntk", "yarn"),
     )
     positions_frames: int | None = key(
-        None, "video frames of the training; null: Wan 81, HunyuanVideo 129, Mochi 163", low=1
+        None, "frames of a training video; null: Wan 81, HunyuanVideo 129, Mochi 163", low=1
     )
 
 
 @dataclass
 class ModelConfig(AnyModelConfig):
-    """What generation asks beside."""
+    """Adds the options of a model that only generation has."""
 
     loras: list[LoraConfig] = field(
         default_factory=list,
-        metadata=listing("LoRAs of any usual key format, which add up", LORA_FORM, parse_loras),
+        metadata=listing("LoRAs to add up, in any usual key format", LORA_FORM, parse_loras),
     )
-    lora_mode: str = key("separate", "apart from the weights, or added to them", ("separate", "fused"))
-    lora_unmatched: str = key("error", "keys of a LoRA that the model has no place for", ("error", "warn"))
+    lora_mode: str = key(
+        "separate", "keep LoRAs separate from the weights, or add them to the weights", ("separate", "fused")
+    )
+    lora_unmatched: str = key(
+        "error", "reaction to LoRA keys that match nothing in the model", ("error", "warn")
+    )
     offload: str = key(
         "none",
-        "weights wait in host memory and come part by part, block by block, or layer by layer",
+        "keep weights in host memory; load them part by part, block by block, or layer by layer",
         ("none", "model", "group", "sequential"),
     )
     quantization: str = key(
         "none",
-        "how the transformer's weights are kept; int8 needs torchao, nf4 bitsandbytes",
+        "storage of the transformer's weights; int8 needs torchao, nf4 needs bitsandbytes",
         ("none", "fp8", "int8", "nf4"),
     )
     vae_tiling: str = key(
-        "auto", "decode tile by tile; auto: HunyuanVideo and Mochi do", ("auto", "always", "never")
+        "auto",
+        "decode tile by tile; auto: only for HunyuanVideo and Mochi",
+        ("auto", "always", "never"),
     )
-    compile: str = key("none", "torch.compile of the transformer's blocks", ("none", "blocks"))
+    compile: str = key("none", "compile the transformer's blocks with torch.compile", ("none", "blocks"))
     cache: str = key(
-        "none", "take over from earlier steps", ("none", "first_block", "taylorseer", "mag", "pab")
+        "none", "reuse results of earlier steps", ("none", "first_block", "taylorseer", "mag", "pab")
     )
-    cache_threshold: float = key(0.05, "change below which first_block and mag skip", low=0.0)
-    cache_ratios: str | None = key(None, "of mag: numbers with commas, or calibrate, which prints them")
+    cache_threshold: float = key(0.05, "first_block and mag skip changes below this", low=0.0)
+    cache_ratios: str | None = key(
+        None, "ratios for mag, separated by commas, or calibrate, which measures and prints them"
+    )
 
 
 @dataclass
 class MaskConfig:
-    """What a mask is made of, and the kernels of sparse and of dense layers."""
+    """Holds the options of a mask, and the kernels of sparse and dense layers."""
 
     pattern: str = key(
         "radial",
-        "which key blocks each query block sees; those after dense are to compare with, as dense as radial",
+        "which key blocks each query block sees; those after dense are for comparison, as dense as radial",
         ("radial", "dense", "spatial", "temporal", "sliding_tile", "strided", "harmonic", "power", "random"),
     )
     backend: str = key(
         "auto",
-        "kernel of the sparse attention",
+        "kernel of sparse attention",
         ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage"),
     )
     block_size: int = key(128, "tokens per block", (16, 32, 64, 128, 256))
     density: float | None = key(
         None,
-        "share of the token pairs; solves for decay_factor, then neighbour, decimation_width, sink",
+        "share of token pairs to keep; solves for decay_factor, then neighbour, decimation_width, sink",
         share="null",
     )
-    decay_factor: float = key(0.2, "scales the window's width from frame distance 2 on", low=0.0)
+    decay_factor: float = key(0.2, "scales the window's width at frame distances of 2 or more", low=0.0)
     neighbour: int | float | str = key(
         "half",
-        "window at frame distance 1, each way: whole frame, half or another share",
+        "window at frame distance 1, each way: the full frame, half, or another share",
         words=("full", "half"),
         share="full, half",
     )
@@ -191,57 +203,65 @@ class MaskConfig:
     decimation_width: int | str = key(
         128, "windows narrower than this skip frames; 'block': block_size", words=("block",)
     )
-    dense_layers: int = key(1, "transformer layers at the start with dense attention", low=0)
+    dense_layers: int = key(1, "number of first layers with dense attention", low=0)
     dense_backend: str = key(
-        "auto", "kernel of dense attention: auto, native, sage, or one of diffusers, as flash, _native_cudnn"
+        "auto",
+        "kernel of dense attention: auto, native, sage, or one of diffusers such as flash or _native_cudnn",
     )
 
 
 @dataclass
 class AttentionConfig(MaskConfig):
-    """The same in a run of denoising steps."""
+    """Adds the options of a run of denoising steps."""
 
-    quantize: str = key("none", "8-bit products where the backend has them", ("none", "int8", "fp8"))
-    dense_steps: int = key(12, "denoising steps at the start with dense attention", low=0)
-    dense_last_steps: int = key(0, "denoising steps at the end with dense attention", low=0)
+    quantize: str = key("none", "8-bit products, for backends that have them", ("none", "int8", "fp8"))
+    dense_steps: int = key(12, "number of first denoising steps with dense attention", low=0)
+    dense_last_steps: int = key(0, "number of last denoising steps with dense attention", low=0)
     check: str = key(
         "auto",
-        "stop at attention that is not finite (nan) or also compare it (reference); auto: nan if quantised",
+        "nan: stop at non-finite attention; reference: also compare with it; auto: nan if quantised",
         ("auto", "off", "nan", "reference"),
     )
 
 
 @dataclass
 class GenerationConfig:
-    prompt: str = key("A cat walks on the grass, realistic", "what the video shows")
-    prompt_file: str | None = key(None, "text file, one video a line; takes the place of prompt")
+    prompt: str = key("A cat walks on the grass, realistic", "text that the video shows")
+    prompt_file: str | None = key(None, "text file with one prompt per line; replaces prompt")
     image: str | None = key(
         None,
-        "jpg or png that image to video starts from, for all prompts; turned by EXIF, over black where "
-        "transparent, scaled to cover height x width (Lanczos), cropped at the centre",
+        "JPEG or PNG that image to video starts from, one for all prompts; rotated by EXIF, composited on "
+        "black, resized to cover height x width (Lanczos), centre-cropped",
     )
     video: str | None = key(
-        None, "VACE: mp4, gif or folder of images to go by; its first num_frames frames, each fitted as image"
+        None,
+        "VACE: mp4, gif or folder of images that controls the video; the first num_frames frames, each "
+        "resized and cropped like image",
     )
     mask: str | None = key(
-        None, "VACE: what of video is made anew (white) or kept (black), as many frames; null: all anew"
+        None,
+        "VACE: parts of video to generate (white) or keep (black), with as many frames; null: generate all",
     )
-    negative_prompt: str = key("", "what guidance moves away from")
+    negative_prompt: str = key("", "text that guidance moves away from")
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
-    num_frames: int = key(69, "video frames: 4k + 1, of Mochi 6k + 1", low=1)
+    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1", low=1)
     steps: int = key(50, "denoising steps", low=1)
     guidance_scale: float = key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
-    guidance_scale_2: float | None = key(None, "of Wan2.2's second expert; null: the same", low=1.0)
-    flow_shift: float | None = key(
-        5.0, "shift of the flow schedule towards noise; null: the model's", low=0.0
+    guidance_scale_2: float | None = key(
+        None, "guidance of Wan2.2's second expert; null: same as guidance_scale", low=1.0
     )
-    prompt_template: str = key("default", "plain: HunyuanVideo's prompt as it stands", ("default", "plain"))
-    seed: int = key(0, "of the initial noise", low=0)
+    flow_shift: float | None = key(
+        5.0, "shift of the flow schedule towards noise; null: the model's own", low=0.0
+    )
+    prompt_template: str = key(
+        "default", "plain: HunyuanVideo's prompt without a template", ("default", "plain")
+    )
+    seed: int = key(0, "seed of the initial noise", low=0)
 
     @property
     def size(self) -> VideoSize:
-        """Frames, height and width of the video."""
+        """Returns frames, height and width of the video."""
         return VideoSize(self.num_frames, self.height, self.width)
 
 
@@ -257,10 +277,10 @@ class ParallelConfig:
         None, "processes that share tokens and heads; null: as many as fit", low=1
     )
     ring_degree: int | None = key(
-        None, "processes that share tokens beyond the heads; null: 1 unless only it makes degrees fit", low=1
+        None, "processes that share tokens beyond the heads; null: 1, or more if nothing else fits", low=1
     )
     cfg_degree: int | None = key(
-        None, "processes that share the halves of guidance; null: 2 if it can", low=1
+        None, "processes that share the halves of guidance; null: 2 if possible", low=1
     )
     data_degree: int | None = key(None, "processes that share the prompts of a file; null: the rest", low=1)
 
@@ -278,22 +298,22 @@ SCHEMA = Schema(Config)
 
 
 def keys() -> dict[str, Any]:
-    """Dotted key -> dataclass field, in the order of the schema."""
+    """Maps each dotted key to its dataclass field, in the order of the schema."""
     return SCHEMA.keys()
 
 
 def allowed(name: str) -> str:
-    """What a key takes, in words."""
+    """Describes the values that a key takes."""
     return SCHEMA.allowed(name)
 
 
 def read_config(config_file: str, overrides: list[str]) -> Config:
-    """The resolved configuration; arguments and errors as of `Schema.read`."""
+    """Returns the resolved configuration; arguments and errors are the same as for `Schema.read`."""
     return SCHEMA.read(config_file, overrides)
 
 
 def help_text() -> str:
-    """Call form, presets, and every key with its default and meaning."""
-    presets = "presets (without one: the script's own where a GPU has room for it, else a bundled model's):"
-    usage = f"usage: {CALL}, and likewise every scripts/*_inference.sh"
+    """Returns the call form, the presets, and every key with its default and meaning."""
+    presets = "presets (default: the script's own if a GPU has room for it, else that of a bundled model):"
+    usage = f"usage: {CALL}; every scripts/*_inference.sh takes the same arguments"
     return "\n".join([usage, "", presets, *SCHEMA.preset_lines(), "", *SCHEMA.help_lines()])

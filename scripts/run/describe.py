@@ -1,4 +1,4 @@
-"""What a run prints about itself."""
+"""Describes a run: all the lines that it prints about itself."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,11 +13,11 @@ from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan, radial_config, rank_memory
 
-LITTLE = 0.5  # share of attention below which its cost hardly matters
+LITTLE = 0.5  # below this share of the operations, the cost of attention hardly matters
 
 
 def describe_plan(plan: RunPlan) -> str:
-    """The table that `--dry-run` prints."""
+    """Returns the table that `--dry-run` prints."""
     generation, attention, model = plan.config.generation, plan.config.attention, plan.config.model
     grid, flops = plan.grid, plan.flops
     blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
@@ -48,7 +48,7 @@ def describe_plan(plan: RunPlan) -> str:
 
 
 def describe_start(plan: RunPlan) -> list[str]:
-    """The lines before a run: who shares it, its density, what to know, what is gained."""
+    """Returns the lines before a run: its processes, its density, warnings, notes, and the gain."""
     several = plan.degrees.processes > 1
     remarks = [*plan.warnings, *notes(plan), *gain(plan)]
     return [
@@ -60,12 +60,12 @@ def describe_start(plan: RunPlan) -> list[str]:
 
 
 def describe_further(plan: RunPlan) -> list[str]:
-    """Positions and LoRAs, if there are any."""
+    """Returns the lines on positions and LoRAs, if there are any."""
     return [*describe_positions(plan), *describe_loras(plan), *training_notes(plan)]
 
 
 def describe_density(plan: RunPlan) -> list[str]:
-    """What `attention.density` became, if it was given: `density 0.25: decay_factor 0.125, ...`."""
+    """Returns how `attention.density` was solved, if given: `density 0.25: decay_factor 0.125, ...`."""
     wanted = radial_config(plan.config.attention)
     if wanted.density is None or wanted.pattern == "dense":
         return []
@@ -73,7 +73,7 @@ def describe_density(plan: RunPlan) -> list[str]:
 
 
 def _memory_choices(plan: RunPlan) -> list[str]:
-    """The predicted peak on a GPU for each quantization and offload."""
+    """Returns lines with the predicted peak on a GPU for each quantization and offload."""
     if not sum(plan.model.parameters.values()):
         return []
     offloads, kinds = (keys()[f"model.{name}"].metadata["choices"] for name in ("offload", "quantization"))
@@ -88,7 +88,7 @@ def _memory_choices(plan: RunPlan) -> list[str]:
 
 
 def gain(plan: RunPlan) -> list[str]:
-    """The share of attention and what the mask saves of it, if that is much; `notes` says if it is little."""
+    """Returns the share of attention and what the mask saves, if it is much; `notes` says if it is little."""
     if plan.flops.share < LITTLE and plan.config.attention.pattern != "dense":
         return []
     return [
@@ -98,11 +98,11 @@ def gain(plan: RunPlan) -> list[str]:
 
 
 def notes(plan: RunPlan) -> list[str]:
-    """What a user should know first: unknown weights, little to gain, a mask that keeps too little."""
+    """Warns of unknown weights, little to gain, and a mask that keeps too little."""
     lines, attention = [], plan.config.attention
     if not sum(plan.model.parameters.values()):
         path = plan.config.model.path
-        lines.append(f"memory: the weights of {path} are unknown before loading and not checked")
+        lines.append(f"memory: not checked, the size of the weights of {path} is unknown before loading")
     if attention.pattern == "dense":
         return lines
     frame = plan.grid.tokens_per_frame
@@ -121,12 +121,12 @@ def notes(plan: RunPlan) -> list[str]:
 
 
 def describe_degrees(plan: RunPlan) -> str:
-    """One line: who shares what, and why."""
+    """Returns one line on the degrees: what processes share, and why."""
     degrees, given = plan.degrees, vars(plan.config.parallel)
     because = {
         "cfg": "the halves of guidance",
         "ulysses": f"{plan.model.heads} heads",
-        "ring": f"keys, where {degrees.ulysses * degrees.ring} do not divide the {plan.model.heads} heads",
+        "ring": f"keys, as {degrees.ulysses * degrees.ring} does not divide {plan.model.heads} heads",
         "data": "the prompts",
     }
     parts = [
@@ -138,7 +138,7 @@ def describe_degrees(plan: RunPlan) -> str:
 
 
 def describe_decoding(plan: RunPlan) -> list[str]:
-    """One line if several processes make a video: who decodes it."""
+    """Returns one line on who decodes a video, if several processes make it."""
     count = plan.degrees.processes // plan.degrees.data
     if count == 1:
         return []
@@ -146,19 +146,19 @@ def describe_decoding(plan: RunPlan) -> list[str]:
     if pieces > 1:
         return [f"decoding: {pieces} tiles shared by {min(count, pieces)} processes"]
     tiled = is_tiled(plan.config.model)
-    hint = "" if tiled else "; model.vae_tiling=always cuts a video into tiles that are shared"
+    hint = "" if tiled else "; set model.vae_tiling=always to share it as tiles"
     return [f"decoding: by one process, as one tile{hint}"]
 
 
 def _rank_lines(plan: RunPlan) -> list[str]:
-    """What each of several processes has to do."""
+    """Returns lines on the work of each process, if there are several."""
     if plan.degrees.processes == 1:
         return []
     work = plan.rank_work
     dense, sparse = (f"{(work.other + flops) / 1e15:.3f}" for flops in (work.dense, work.sparse))
     lines = [
-        f"each a step   {work.sent.total / 1e9:.2f} GB sent, {dense} PFLOP dense, {sparse} radial, "
-        f"{work.kept_blocks} kept blocks a layer"
+        f"each rank     {work.sent.total / 1e9:.2f} GB sent a step, {dense} PFLOP in a dense step, {sparse} "
+        f"in a radial one, {work.kept_blocks} kept blocks a layer"
     ]
     if plan.degrees.ring > 1:
         lines.append(
@@ -166,11 +166,11 @@ def _rank_lines(plan: RunPlan) -> list[str]:
             f"{work.busiest:.3f} of the mean, {work.waiting:.3f} with waiting at each of {plan.degrees.ring} "
             "steps"
         )
-    return [*lines, f"each          {gib(rank_memory(plan).total)} of memory"]
+    return [*lines, f"each rank     {gib(rank_memory(plan).total)} of memory"]
 
 
 def describe_positions(plan: RunPlan) -> list[str]:
-    """What is changed, if not plain: `positions: riflex, component 4 of 22 lowered to ...`."""
+    """Returns how positions are scaled, if not plain: `positions: riflex, component 4 of 22 lowered ...`."""
     if plan.config.model.positions == "plain":
         return []
     time = plan.model.rope_time
@@ -180,7 +180,7 @@ def describe_positions(plan: RunPlan) -> list[str]:
 
 
 def describe_loras(plan: RunPlan) -> list[str]:
-    """A line for each LoRA."""
+    """Returns a line for each LoRA."""
     return [_row("lora", f"{_lora(lora)}, {plan.config.model.lora_mode}") for lora in plan.loras]
 
 
@@ -190,14 +190,14 @@ def _lora(lora: FoundLora) -> str:
     if entry.transformer != "both":
         text += f", transformer {entry.transformer}"
     if lora.match is None:
-        return f"{text}, not checked ({'the model' if lora.file else 'the file'} is not here yet)"
+        return f"{text}, not checked ({'the model' if lora.file else 'the file'} is not downloaded yet)"
     left_out = len(lora.match.unmatched) + len(lora.match.misfits)
     lost = f", {left_out} left out" if left_out else ""
     return f"{text}, {len(lora.match.pairs)} layers, {len(lora.match.deltas)} other changes{lost}"
 
 
 def training_notes(plan: RunPlan) -> list[str]:
-    """Says where the run differs from what an adapter of scripts/train_lora.py was trained for."""
+    """Returns a note for each adapter of scripts/train_lora.py that was trained for other settings."""
     lines = []
     for lora in plan.loras:
         trained = lora.header.trained if lora.header else {}
@@ -207,7 +207,7 @@ def training_notes(plan: RunPlan) -> list[str]:
 
 
 def _differences(plan: RunPlan, lora: FoundLora, trained: dict[str, Any]) -> Iterator[str]:
-    """`key=value (here value)` for what the file's header says and the run has otherwise."""
+    """Yields `key=value (here value)` for each setting in the file's header that differs from the run's."""
     model = plan.config.model
     sizes = {name: getattr(plan.config.generation, name) for name in ("num_frames", "height", "width")}
     fitting = [size for size in trained["sizes"] if all(size[name] == x for name, x in sizes.items())]
@@ -231,7 +231,7 @@ def _differences(plan: RunPlan, lora: FoundLora, trained: dict[str, Any]) -> Ite
 
 
 def describe_settings(config: Config) -> str:
-    """The settings of one configuration, as a list item."""
+    """Returns the settings of one configuration as a list item in Markdown."""
     sizes = config.generation
     numbers = f"guidance {sizes.guidance_scale}, shift {sizes.flow_shift}, seeds from {sizes.seed}"
     options = ", ".join(f"{k} {v}" for k, v in asdict(config.attention).items() if k != "pattern")
@@ -239,21 +239,21 @@ def describe_settings(config: Config) -> str:
 
 
 def describe_video(record: dict[str, Any], path: object) -> list[str]:
-    """The run's own benchmark, in a few lines."""
+    """Returns the summary of a video: seconds, attention, checks, gain and memory."""
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
     calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
     check = record["attention"]["check"]
     peak = {kind.split("_")[0]: f"{size / GIB:.2f} GiB" for kind, size in record["peak_memory"].items()}
     predicted = sum(record["predicted_memory"].values()) / GIB
     lines = [
-        f"video      {path} (its record beside it, .json)",
+        f"video      {path} (record: the .json of the same name)",
         f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
         f"a step     {_pairs(seconds_per_step(record))}",
         f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
     ]
     if (cache := record["cache"])["kind"] != "none":
         lines.append(
-            f"cache      {cache['kind']}: {cache['computed']} of {cache['due']} of these calls were made"
+            f"cache      {cache['kind']}: {cache['computed']} of {cache['due']} of these calls were computed"
         )
     if "worst" in check:
         worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
@@ -263,7 +263,7 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
 
 
 def _measured_gain(record: dict[str, Any]) -> list[str]:
-    """How long denoising would have taken with every step dense, by the median of those that were."""
+    """Estimates how long denoising would take with every step dense, from the median dense step."""
     groups = _step_groups(record)
     if len(groups) < 2 or record["cache"]["kind"] != "none":
         return []
@@ -276,13 +276,13 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
 
 
 def seconds_per_step(record: dict[str, Any]) -> dict[str, str]:
-    """Median seconds of the steps of each pattern."""
+    """Returns the median seconds of the steps of each pattern, as text."""
     groups = _step_groups(record)
     return {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups.items()}
 
 
 def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of the dense steps, and of the others, if there are any."""
+    """Groups the seconds of steps by "dense" and the run's pattern, whichever occur."""
     dense, pattern = set(record["dense_steps"]), record["config"]["attention"]["pattern"]
     groups: dict[str, list[float]] = {}
     for step, seconds in enumerate(record["step_seconds"]):
@@ -299,7 +299,7 @@ def _pairs(values: dict[str, str]) -> str:
 
 
 def _ranges(numbers: range | tuple[int, ...], total: int) -> str:
-    """'14 of 50 (0-11, 48-49)' for sorted numbers, counted from 0."""
+    """Writes sorted numbers, counted from 0, as '14 of 50 (0-11, 48-49)'."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -1,4 +1,4 @@
-"""One exception for everything the user can put right, and the one-line texts it carries."""
+"""Defines the errors that a user can put right, and helpers that make their one-line messages."""
 
 import argparse
 import difflib
@@ -10,21 +10,22 @@ from typing import NoReturn
 
 
 class UsageError(ValueError):
-    """Bad input: the message is one line that names the key, the value and what is allowed."""
+    """Reports bad input in one line that names the key, the value and the remedy."""
 
 
 class DiskFullError(UsageError):
-    """There is no room for the output: no further video can be written either."""
+    """Reports that there is no room for the output; no further video can be written either."""
 
 
 class GenerationError(RuntimeError):
-    """A run that started and could not finish: non-finite values, a backend that failed."""
+    """Reports a run that started and could not finish: non-finite values, a backend that failed."""
 
 
 def exit_code(work: Callable[[], object], stopped: str, *also: type[Exception]) -> int:
-    """Carries out a command of one process. 0: done; 130: interrupted, `stopped` says what is left of it.
+    """Runs a command of one process and returns its exit code; a failure is one line on stderr.
 
-    2: bad input, a run that failed, a file that cannot be written, or an error of `also`, in one line.
+    0: done. 2: bad input, a failed run, a file that cannot be written, or an error of `also`.
+    130: interrupted; the line then ends with `stopped`, which says what remains or how to resume.
     """
     try:
         work()
@@ -38,29 +39,29 @@ def exit_code(work: Callable[[], object], stopped: str, *also: type[Exception]) 
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose error is one line, with exit code 2."""
+    """Parses arguments; an error is one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
     def divided(self, words: Iterable[str], default: str) -> tuple[str, list[str]]:
-        """The one word without `=`, else the default, and the words `key=value`; an error for two."""
-        words = list(words)
-        configs = [word for word in words if "=" not in word] or [default]
+        """Returns the one word without `=`, or the default, and the words `key=value`; two are an error."""
+        arguments = list(words)
+        configs = [argument for argument in arguments if "=" not in argument] or [default]
         if len(configs) > 1:
-            self.error(f"one configuration at most, got {' and '.join(map(repr, configs))}")
-        return configs[0], [word for word in words if "=" in word]
+            self.error(f"got {' and '.join(map(repr, configs))}; name one configuration at most")
+        return configs[0], [argument for argument in arguments if "=" in argument]
 
 
 def positive(text: str) -> int:
-    """An argument's whole number from 1 on."""
+    """Reads an argument that is a whole number of at least 1; raises ArgumentTypeError for others."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def positive_number(text: str) -> float:
-    """An argument's number above 0."""
+    """Reads an argument that is a number above 0; raises ArgumentTypeError for others."""
     try:
         value = float(text)
     except ValueError:
@@ -71,19 +72,19 @@ def positive_number(text: str) -> float:
 
 
 def one_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's message, or the exception's name."""
+    """Returns the first non-empty line of an exception's message, or the exception's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def raised_in(error: BaseException, *modules: str) -> bool:
-    """Whether the error came up through one of these modules or a module below it."""
+    """Returns whether the error passed through one of these modules or a module below one."""
     names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(f"{name}.".startswith(f"{module}.") for name in names for module in modules)
 
 
 def nearest_key(unknown: str, known: Iterable[str]) -> str:
-    """The known dotted key most like `unknown`; the last component counts when the whole does not match."""
+    """Returns the known dotted key most like `unknown`, by the last component if the whole matches none."""
     known = list(known)
     leaf = unknown.rsplit(".", 1)[-1]
     same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
@@ -97,7 +98,7 @@ def nearest_key(unknown: str, known: Iterable[str]) -> str:
 
 
 def multiples_around(value: int, step: int, offset: int = 0) -> tuple[int, int]:
-    """The nearest allowed numbers `offset + k * step`, both positive, below and above `value`."""
+    """Returns the nearest allowed numbers `offset + k * step` below and above `value`, both positive."""
     below = (value - offset) // step * step + offset
     smallest = offset if offset > 0 else step
     return max(below, smallest), max(below + step, smallest)

@@ -1,4 +1,4 @@
-"""What each model family takes: the arguments of its pipeline, and the keys that mean something to it."""
+"""Maps each model family to the arguments of its pipeline and to the keys that it uses."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from scripts.run.model_info import ModelInfo
 
 WAN, HUNYUAN = ("wan", "wan_i2v", "wan_vace"), ("hunyuan_video", "hunyuan_video_i2v")
 ONE_CALL = (*HUNYUAN, "mochi")  # a step calls the transformer once
-ONLY_WITH = {  # families that a key means something to, and its value with the others
+ONLY_WITH = {  # key -> the families that use it, and its value with all others
     "negative_prompt": ((*WAN, "mochi"), ""),  # HunyuanVideo has its guidance built in
     "guidance_scale_2": (WAN, None),
     "flow_shift": ((*WAN, *HUNYUAN), None),  # Mochi has noise levels of its own
-    "prompt_template": (("hunyuan_video",), "default"),  # that of image to video holds the image
+    "prompt_template": (("hunyuan_video",), "default"),  # the template of image to video holds the image
     "image": (("wan_i2v", "hunyuan_video_i2v"), None),
     "video": (("wan_vace",), None),
     "mask": (("wan_vace",), None),
 }
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
-USUAL_FRAMES = {"wan": 81, "hunyuan_video": 129, "mochi": 163}  # of a video in training, by family
+USUAL_FRAMES = {"wan": 81, "hunyuan_video": 129, "mochi": 163}  # family -> frames of a training video
 
 
 def pipeline_arguments(family: str, generation: GenerationConfig) -> dict[str, Any]:
@@ -62,13 +62,16 @@ def check_family(config: Config) -> None:
         value = getattr(config.generation, name)
         if family not in families and value != needed:
             shown = {None: "null", "": "''"}.get(needed, needed)
-            raise UsageError(f"generation.{name}: got {value!r}, allowed with family {family}: {shown}")
+            raise UsageError(
+                f"generation.{name}: got {value!r}, which family {family} does not use; "
+                f"set generation.{name}={shown}"
+            )
     if family == "mochi" and config.generation.steps < 2:
-        raise UsageError("generation.steps: got 1, allowed with family mochi: whole number of at least 2")
+        raise UsageError("generation.steps: got 1, must be at least 2 with family mochi")
 
 
 def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -> dict[str, Any]:
-    """Returns the keyword arguments of `extend_positions` for a video of so many frames."""
+    """Returns the keyword arguments of `extend_positions` for a video of `frames` frames."""
     trained = options.positions_frames
     if trained is None:
         (trained,) = (usual for family, usual in USUAL_FRAMES.items() if options.family.startswith(family))

@@ -1,4 +1,4 @@
-"""Files that are never half written."""
+"""Writes files whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block ends without an error, else it is removed.
+    """Yields a file next to `path`. It replaces `path` if the block ends without an error, else is removed.
 
-    `suffix`: of its name, for programs that go by it.
+    `suffix`: the end of its name, for programs that infer the format from it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part{suffix}")
     try:
@@ -21,6 +21,6 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or what was there before; OSError where it cannot be written."""
+    """Writes the whole text, or leaves the file as it was and raises OSError."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Published models whose numbers are known without a download, and how those of any model are found."""
+"""Knows the numbers of published models without a download, and reads those of any other model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -108,12 +108,12 @@ HUB_MODELS = {
 
 
 def read_model_info(path: str) -> ModelInfo:
-    """ModelInfo of a folder in diffusers format or of a hub id.
+    """Returns the ModelInfo of a folder in diffusers format or of a hub id.
 
-    Known hub ids need no network; of others the two config.json files are fetched.
+    Known hub ids need no network. For others the two config.json files are fetched.
 
     Raises:
-        UsageError: a config.json that is missing, unreadable, out of reach or of no family that is known.
+        UsageError: a config.json is missing, unreadable, out of reach or of an unknown family.
     """
     if Path(path).is_dir():
         folder = Path(path)
@@ -136,28 +136,28 @@ def _fetch(path: str, file: str) -> dict:
 
 
 def hub_unreachable(path: str, error: BaseException) -> str:
-    """The line for a hub id that cannot be read, with the remedy."""
+    """Returns the error message for a hub id that cannot be read, with the remedy."""
     reason = one_line(error.__cause__ or error)
     return (
         f"model.path: got {path!r}, which is no folder here and cannot be read from the Hugging Face hub "
-        f"({reason}); allowed: a folder in diffusers format, or a hub id within reach; "
-        "configs/wan_tiny.yaml needs no download"
+        f"({reason}); name a folder in diffusers format or a hub id within reach, or use "
+        "configs/wan_tiny.yaml, which needs no download"
     )
 
 
 def find_model(options: AnyModelConfig) -> str:
-    """Returns `model.path` as a folder that was checked (index, parts, safetensors headers), or as a hub id.
+    """Returns `model.path` as a checked folder (index, parts, safetensors headers), or as a hub id.
 
     Raises:
-        UsageError: missing, empty or foreign folder, broken file, hub id that cannot be read.
+        UsageError: the folder is missing, empty or not a model of the family, or a file in it is broken.
     """
     path = str(find_path(options.path)) if options.path else ""
-    local = is_local(path) or (ROOT / path).parent.is_dir()
-    if not path or (local and not Path(path).is_dir()) or _is_empty(Path(path)):
-        kind = "is an empty folder" if path and Path(path).is_dir() else "is no folder"
+    local, folder = is_local(path) or (ROOT / path).parent.is_dir(), Path(path)
+    empty = bool(path) and folder.is_dir() and not any(folder.iterdir())
+    if not path or empty or (local and not folder.is_dir()):
         raise UsageError(
-            f"model.path: got {options.path!r}, which {kind}; allowed: a folder in diffusers format "
-            "(with model_index.json), or a hub id owner/name"
+            f"model.path: got {options.path!r}, which is {'an empty' if empty else 'no'} folder; name a "
+            "folder in diffusers format (with model_index.json), or a hub id owner/name"
         )
     if not local:
         return path
@@ -166,7 +166,3 @@ def find_model(options: AnyModelConfig) -> str:
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"model.path: got {options.path!r}: {one_line(error)}") from error
     return path
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

@@ -1,4 +1,4 @@
-"""Prompts, image, video and mask that a run starts from, read and checked before any weight is loaded."""
+"""Reads and checks the prompts, image, video and mask of a run before any weight is loaded."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ FORMATS = ("JPEG", "PNG")
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 IMAGE = "a JPEG or PNG file of 8 bits a channel"
 VIDEO = "an mp4 or gif file, or a folder of JPEG or PNG files"
-# What Pillow and ffmpeg raise for a file that is broken or something else.
+# Pillow and ffmpeg raise these for a file that is broken or of another kind.
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the pipeline is given besides the prompt.
+    """Holds the inputs of the pipeline besides the prompt.
 
     Attributes:
         arguments: `image`, or lists `video` and `mask`, as Pillow images of `generation.height` x `width`.
@@ -38,10 +38,10 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     name = generation.prompt_file
     if name is None:
         if not generation.prompt.strip():
-            raise UsageError("generation.prompt: got '', allowed: text that is not empty")
+            raise UsageError("generation.prompt: got '', must be text that is not empty")
         return {0: generation.prompt}
     if not name.strip():
-        raise UsageError(f"generation.prompt_file: got {name!r}, allowed: a text file, or null")
+        raise UsageError(f"generation.prompt_file: got {name!r}, must be a text file, or null")
     try:
         lines = Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -49,7 +49,7 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
         raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
     prompts = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
-        raise UsageError(f"generation.prompt_file: got {name!r}, which is empty; allowed: one prompt a line")
+        raise UsageError(f"generation.prompt_file: got {name!r}, which is empty; write one prompt a line")
     return prompts
 
 
@@ -57,13 +57,16 @@ def read_inputs(generation: GenerationConfig, family: str, dry_run: bool = False
     """Reads the files that the configuration names; a dry run may leave out the image that a run needs.
 
     Raises:
-        UsageError: a file that is missing, broken or of another kind, an image that is needed, a mask without
-            a video, a video of too few frames, a mask of another number of frames than its video.
+        UsageError: a file is missing, broken or of another kind; the family needs an image; a mask has no
+            video, or more or fewer frames than its video; a video has too few frames.
     """
     if generation.image is None and family in NEED_IMAGE and not dry_run:
-        raise UsageError(f"generation.image: got null, allowed with family {family}: {IMAGE}")
+        raise UsageError(f"generation.image: got null, but family {family} needs an image; name {IMAGE}")
     if generation.mask is not None and generation.video is None:
-        raise UsageError(f"generation.mask: got {generation.mask!r}, allowed without generation.video: null")
+        raise UsageError(
+            f"generation.mask: got {generation.mask!r} without generation.video; set generation.video, or "
+            "generation.mask=null"
+        )
     arguments: dict[str, Any] = {}
     if generation.image is not None:
         image = open_image("generation.image", generation.image)
@@ -74,26 +77,26 @@ def read_inputs(generation: GenerationConfig, family: str, dry_run: bool = False
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scaled (Lanczos) so that it just covers height x width, then cropped at the centre."""
+    """Resizes an image (Lanczos) to just cover height x width, and crops it at the centre."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def open_image(key: str, name: str) -> Image.Image:
-    """A file as 8-bit RGB, upright by its EXIF tag, over black where it is transparent; else UsageError."""
+    """Reads a file as 8-bit RGB, rotated by its EXIF tag and composited on black; else raises UsageError."""
     path = _existing(key, name, IMAGE)
     if path.is_dir():
-        raise UsageError(f"{key}: got {name!r}, which is a folder; allowed: {IMAGE}")
+        raise UsageError(f"{key}: got {name!r}, which is a folder; name {IMAGE}")
     try:
         with Image.open(path, formats=FORMATS) as image:
             return upright(image)
     except UnidentifiedImageError as error:
-        raise UsageError(f"{key}: got {name!r}, which is no JPEG or PNG; allowed: {IMAGE}") from error
+        raise UsageError(f"{key}: got {name!r}, which is no JPEG or PNG; name {IMAGE}") from error
     except BROKEN as error:
         raise _unreadable(key, name, error, IMAGE) from error
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """8-bit RGB, turned as EXIF says, over black; ValueError for more than 8 bits a channel."""
+    """Makes 8-bit RGB, rotated by EXIF and composited on black; ValueError for more than 8 bits a channel."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
     image = ImageOps.exif_transpose(image)
@@ -104,7 +107,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _read_video(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
-    """`video`, and `mask` where there is one: white from half brightness on."""
+    """Returns `video`, and `mask` if there is one: white from half brightness on."""
     video, count = _fitted_frames("generation.video", generation.video, generation)
     if generation.mask is None:
         return {"video": video}
@@ -115,7 +118,7 @@ def _read_video(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
 def _fitted_frames(
     key: str, name: str, generation: GenerationConfig, video_frames: int | None = None
 ) -> tuple[list[Image.Image], int]:
-    """The first `num_frames` frames, fitted, and how many there are in all."""
+    """Returns the first `num_frames` frames, fitted, and the number of all frames."""
     frames, count = [], 0
     for frame in read_frames(key, name):
         count += 1
@@ -123,38 +126,37 @@ def _fitted_frames(
             frames.append(fit(frame, generation.height, generation.width))
     if video_frames not in (None, count):
         raise UsageError(
-            f"{key}: got {name!r} with {count} frames, allowed: {video_frames}, those of the video"
+            f"{key}: got {name!r} with {count} frames, must have {video_frames}, as many as the video"
         )
     if count < generation.num_frames:
         least = f"at least {generation.num_frames} (generation.num_frames)"
-        raise UsageError(f"{key}: got {name!r} with {count} frames, allowed: {least}")
+        raise UsageError(f"{key}: got {name!r} with {count} frames, must have {least}")
     return frames, count
 
 
 def read_frames(key: str, name: str) -> Iterator[Image.Image]:
-    """The frames of a video file, a gif, or a folder of images in the order of their names, as 8-bit RGB."""
+    """Yields the frames, 8-bit RGB, of a video file, a gif, or a folder of images in order of their names."""
     path = _existing(key, name, VIDEO)
     if path.is_dir():
         for file in _images_in(key, path):
             yield open_image(key, str(file))
         return
     try:
-        yield from _gif_frames(path) if path.suffix.lower() == ".gif" else _video_frames(path)
+        if path.suffix.lower() == ".gif":
+            with Image.open(path, formats=("GIF",)) as image:
+                yield from map(upright, ImageSequence.Iterator(image))
+        else:
+            with video_reader(path) as reader:
+                yield from map(Image.fromarray, reader.iter_data())
     except BROKEN as error:
         raise _unreadable(key, name, error, VIDEO) from error
 
 
-def _gif_frames(path: Path) -> Iterator[Image.Image]:
-    with Image.open(path, formats=("GIF",)) as image:
-        for frame in ImageSequence.Iterator(image):
-            yield upright(frame)
-
-
 def video_reader(path: Path) -> Any:
-    """imageio's reader of a video file, a context manager; one of BROKEN where it cannot be read.
+    """Returns imageio's reader of a video file, a context manager; raises one of BROKEN if it cannot be read.
 
-    imageio fails once in some hundred files to catch what ffmpeg says of a good one
-    (https://github.com/imageio/imageio/issues/273), so that a file is refused at the second try only.
+    About once in a hundred files, imageio misses ffmpeg's answer on a good file
+    (https://github.com/imageio/imageio/issues/273). So a file is refused only at the second try.
     """
     import imageio
 
@@ -164,20 +166,14 @@ def video_reader(path: Path) -> Any:
         return imageio.get_reader(path, format="FFMPEG")
 
 
-def _video_frames(path: Path) -> Iterator[Image.Image]:
-    with video_reader(path) as reader:
-        for frame in reader.iter_data():
-            yield Image.fromarray(frame)
-
-
-def _existing(key: str, name: str, allowed: str) -> Path:
+def _existing(key: str, name: str, wanted: str) -> Path:
     try:
         path = find_path(name)
-        found = bool(name.strip()) and (path.is_file() or path.is_dir())
+        exists = bool(name.strip()) and (path.is_file() or path.is_dir())
     except BROKEN as error:
-        raise _unreadable(key, name, error, allowed) from error
-    if not found:
-        raise UsageError(f"{key}: got {name!r}, which is no file or folder; allowed: {allowed}")
+        raise _unreadable(key, name, error, wanted) from error
+    if not exists:
+        raise UsageError(f"{key}: got {name!r}, which is no file or folder; name {wanted}")
     return path
 
 
@@ -187,17 +183,17 @@ def _images_in(key: str, folder: Path) -> list[Path]:
     except OSError as error:
         raise _unreadable(key, str(folder), error, VIDEO) from error
     if not files:
-        raise UsageError(f"{key}: got {str(folder)!r}, a folder without images; allowed: {VIDEO}")
+        raise UsageError(f"{key}: got {str(folder)!r}, a folder without images; name {VIDEO}")
     return files
 
 
-def _unreadable(key: str, name: str, error: BaseException, allowed: str) -> UsageError:
+def _unreadable(key: str, name: str, error: BaseException, wanted: str) -> UsageError:
     reason = getattr(error, "strerror", None) or one_line(error)
-    return UsageError(f"{key}: got {name!r}, which cannot be read ({reason}); allowed: {allowed}")
+    return UsageError(f"{key}: got {name!r}, which cannot be read ({reason}); name {wanted}")
 
 
 def _identity(name: str) -> dict[str, str]:
-    """File name and sha256; of a folder, the sha256 of its images' digests in the order of their names."""
+    """Returns file name and sha256; for a folder, the sha256 of its images' digests, ordered by name."""
     path = find_path(name)
     if path.is_dir():
         digests = b"".join(_digest(file).digest() for file in _images_in(name, path))

@@ -1,4 +1,4 @@
-"""The LoRAs of a run: found, checked by their headers before any weight is loaded, put in, and recorded."""
+"""Finds the LoRAs of a run, checks their headers before any weight is loaded, loads and records them."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from scripts.run.hub_models import HUB_MODELS
 from scripts.run.model_info import ModelInfo
 
 MOST_NAMES = 5
-# Of the hub ids in HUB_MODELS: the classes' defaults have the shapes of their parameters.
+# For the hub ids in HUB_MODELS, the classes' defaults have the shapes of their parameters.
 HUB_CLASSES = {
     "hunyuan_video": "HunyuanVideoTransformer3DModel",
     "hunyuan_video_i2v": "HunyuanVideoTransformer3DModel",
@@ -30,7 +30,7 @@ HUB_CLASSES = {
 
 @dataclass(frozen=True)
 class FoundLora:
-    """An entry of `model.loras`, its file (None: on the hub, not here yet), and what its header says."""
+    """Holds an entry of `model.loras`, its file (None: not downloaded yet), and the content of its header."""
 
     entry: LoraConfig
     file: Path | None
@@ -39,75 +39,85 @@ class FoundLora:
 
 
 def find_loras(options: ModelConfig, path: str, fetch: bool = True) -> list[FoundLora]:
-    """Every LoRA of the run, checked against the model at `path` as far as headers tell.
+    """Returns every LoRA of the run, checked against the model at `path` as far as the headers allow.
 
     Args:
-        fetch: downloads what is on the hub; without it a file that is not in the cache stays unchecked.
+        fetch: downloads files from the hub; without it a file that is not in the cache stays unchecked.
 
     Raises:
-        UsageError: a file that is missing, ambiguous, out of reach, broken, or made for another model.
+        UsageError: a file is missing, ambiguous, out of reach, broken, or made for another model.
     """
     if not options.loras:
         return []
-    parameters, experts = _shapes(path, options.family), _experts(path)
-    found = []
+    transformer, experts = meta_transformer(path, options.family), _experts(path)
+    parameters: dict[str, Shape] | None = None
+    if transformer is not None:
+        parameters = {name: tuple(value.shape) for name, value in transformer.named_parameters()}
+    loras = []
     for number, entry in enumerate(options.loras):
-        place = f"model.loras[{number}]"
+        key = f"model.loras[{number}]"
         if experts == 1 and entry.transformer == "2":
-            raise UsageError(f"{place}.transformer: got '2', allowed: both, 1; the model has one transformer")
-        file = find_file(place, entry, fetch)
+            raise UsageError(
+                f"{key}.transformer: got '2', but the model has one transformer; allowed: both, 1"
+            )
+        file = find_file(key, entry, fetch)
         if file is None:
-            found.append(FoundLora(entry, None))
+            loras.append(FoundLora(entry, None))
             continue
-        found.append(_check(place, entry, file, parameters, options.lora_unmatched))
-    return found
+        loras.append(_check(key, entry, file, parameters, options.lora_unmatched))
+    return loras
 
 
 def _check(
-    place: str, entry: LoraConfig, file: Path, parameters: dict[str, Shape] | None, unmatched: str
+    key: str, entry: LoraConfig, file: Path, parameters: dict[str, Shape] | None, unmatched: str
 ) -> FoundLora:
     try:
         header = read_header(file)
         match = None if parameters is None else match_lora(file, header, parameters, unmatched)
     except (ValueError, FileNotFoundError) as error:
-        raise UsageError(f"{place}: {_hinted(one_line(error), unmatched)}") from error
+        raise UsageError(f"{key}: {_hinted(one_line(error))}") from error
     return FoundLora(entry, file, header, match)
 
 
-def _hinted(reason: str, unmatched: str) -> str:
-    return f"{reason}; allowed with model.lora_unmatched=warn" if "match nothing" in reason else reason
+def _hinted(reason: str) -> str:
+    hint = "; set model.lora_unmatched=warn to leave them out" if "match nothing" in reason else ""
+    return f"{reason}{hint}"
 
 
-def find_file(place: str, entry: LoraConfig, fetch: bool = True) -> Path | None:
-    """The safetensors file of an entry; None where it is on the hub, not cached, and not to be fetched."""
+def find_file(key: str, entry: LoraConfig, fetch: bool = True) -> Path | None:
+    """Returns the safetensors file of an entry; None if only the hub has it and it must not be fetched.
+
+    `key`: the entry's key, for messages.
+    """
     path = find_path(entry.path)
     if path.is_file():
         if entry.weight_name:
             raise UsageError(
-                f"{place}.weight_name: got {entry.weight_name!r}, but {entry.path!r} is a file; "
-                "allowed: null, or a folder or hub id as path"
+                f"{key}.weight_name: got {entry.weight_name!r}, but {entry.path!r} is a file; set it to "
+                "null, or name a folder or hub id as path"
             )
         return path
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.safetensors"))
-        name = entry.weight_name or _only(place, entry, names)
+        name = entry.weight_name or _only(key, entry, names)
         if not (path / name).is_file():
             raise UsageError(
-                f"{place}.weight_name: got {name!r}, which {entry.path!r} does not hold{_few(names)}"
+                f"{key}.weight_name: got {name!r}, which {entry.path!r} does not hold; name one of its "
+                f"files{_few(names)}"
             )
         return path / name
     if is_local(entry.path) or (ROOT / entry.path).parent.is_dir():
         raise UsageError(
-            f"{place}.path: got {entry.path!r}, which is no file or folder here; "
-            "allowed: a safetensors file, a folder with one, or a hub id owner/name"
+            f"{key}.path: got {entry.path!r}, which is no file or folder here; name a safetensors file, a "
+            "folder with one, or a hub id owner/name"
         )
-    return _on_hub(place, entry, fetch)
+    return _on_hub(key, entry, fetch)
 
 
-def _only(place: str, entry: LoraConfig, names: Sequence[str]) -> str:
+def _only(key: str, entry: LoraConfig, names: Sequence[str]) -> str:
     if len(names) != 1:
-        many = "several safetensors files, so weight_name must name one" if names else "no safetensors file"
-        raise UsageError(f"{place}.path: got {entry.path!r}, which holds {many}{_few(names)}")
+        remedy = "several safetensors files; set weight_name to one" if names else "no safetensors file"
+        raise UsageError(f"{key}.path: got {entry.path!r}, which holds {remedy}{_few(names)}")
     return names[0]
 
 
@@ -116,50 +126,42 @@ def _few(names: Sequence[str]) -> str:
     return f": {', '.join(names[:MOST_NAMES])}{more}" if names else ""
 
 
-def _on_hub(place: str, entry: LoraConfig, fetch: bool) -> Path | None:
+def _on_hub(key: str, entry: LoraConfig, fetch: bool) -> Path | None:
     import huggingface_hub
 
     huggingface_hub.utils.logging.set_verbosity_error()  # the retries are many lines, the failure is one
     if not fetch and not entry.weight_name:
         return None
-    name = entry.weight_name or _only(place, entry, _names_on_hub(place, entry))
+    name = entry.weight_name or _only(key, entry, _names_on_hub(key, entry))
     try:
         return Path(huggingface_hub.hf_hub_download(entry.path, name, local_files_only=not fetch))
     except (OSError, ValueError) as error:
         if not fetch:
             return None
-        raise UsageError(_unreachable(place, entry, error)) from error
+        raise UsageError(_unreachable(key, entry, error)) from error
 
 
-def _names_on_hub(place: str, entry: LoraConfig) -> list[str]:
+def _names_on_hub(key: str, entry: LoraConfig) -> list[str]:
     import huggingface_hub
 
     try:
         names = huggingface_hub.list_repo_files(entry.path)
-    except Exception as error:  # an error of the connection comes as the library below raises it
-        raise UsageError(_unreachable(place, entry, error)) from error
+    except Exception as error:  # connection errors have no common class
+        raise UsageError(_unreachable(key, entry, error)) from error
     return sorted(name for name in names if name.endswith(".safetensors"))
 
 
-def _unreachable(place: str, entry: LoraConfig, error: BaseException) -> str:
+def _unreachable(key: str, entry: LoraConfig, error: BaseException) -> str:
     named = f" with the file {entry.weight_name!r}" if entry.weight_name else ""
     return (
-        f"{place}.path: got {entry.path!r}, which is no file or folder here and cannot be read from the "
+        f"{key}.path: got {entry.path!r}, which is no file or folder here and cannot be read from the "
         f"Hugging Face hub{named} ({one_line(error.__cause__ or error)}); "
-        "allowed: a safetensors file, a folder with one, or a hub id within reach"
+        "name a safetensors file, a folder with one, or a hub id within reach"
     )
 
 
-def _shapes(path: str, family: str) -> dict[str, Shape] | None:
-    """Shapes of the transformer's parameters by name; None where only loading will tell."""
-    transformer = meta_transformer(path, family)
-    if transformer is None:
-        return None
-    return {name: tuple(value.shape) for name, value in transformer.named_parameters()}
-
-
 def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
-    """The transformer without its weights; None where only loading will tell what it is."""
+    """Returns the transformer without its weights; None if only loading can show its shapes."""
     settings = Path(path) / "transformer" / "config.json"
     if path in HUB_MODELS and family == "wan" and "T2V" in path:
         build = _wan(HUB_MODELS[path])
@@ -172,11 +174,7 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
     try:
         with torch.device("meta"):
             return build()
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-    ):  # loading the model says what is wrong with its config.json
+    except (AttributeError, TypeError, ValueError):  # loading the model reports the fault in its config.json
         return None
 
 
@@ -200,14 +198,14 @@ def _from_settings(settings: dict[str, Any]) -> Callable[[], torch.nn.Module]:
 
 
 def _experts(path: str) -> int | None:
-    """Transformers of the model's folder or known hub id, None where unknown."""
+    """Counts the transformers of the model's folder or known hub id; None if unknown."""
     if path in HUB_MODELS:
         return 1 + ("transformer_2" in HUB_MODELS[path].parameters)
     return 1 + (Path(path) / "transformer_2").is_dir() if Path(path).is_dir() else None
 
 
 def with_loras(model: ModelInfo, loras: Sequence[FoundLora]) -> ModelInfo:
-    """The model with the weights of its LoRAs among its parts, where both are known."""
+    """Returns the model with the weights of its LoRAs among its parts, if both are known."""
     headers = [lora.header for lora in loras if lora.header]
     if not headers or not model.parameters:
         return model
@@ -216,10 +214,10 @@ def with_loras(model: ModelInfo, loras: Sequence[FoundLora]) -> ModelInfo:
 
 
 def put_in(pipeline: Any, options: ModelConfig, loras: Sequence[FoundLora]) -> list[dict[str, Any]]:
-    """Loads the LoRAs into the pipeline; what the record says of each, with size and sha256 of its file.
+    """Loads the LoRAs into the pipeline; returns a record of each, with size and sha256 of its file.
 
     Raises:
-        UsageError: what the headers could not tell, such as values that are not finite.
+        UsageError: a fault that headers do not show, such as values that are not finite.
     """
     if not loras:
         return []
@@ -228,7 +226,7 @@ def put_in(pipeline: Any, options: ModelConfig, loras: Sequence[FoundLora]) -> l
     try:
         report = load_loras(pipeline, wanted, **how).report()
     except (ValueError, OSError) as error:
-        raise UsageError(f"model.loras: {_hinted(one_line(error), options.lora_unmatched)}") from error
+        raise UsageError(f"model.loras: {_hinted(one_line(error))}") from error
     files = {str(lora.file): _identity(lora.file) for lora in loras}
     return [entry | files[entry["file"]] | {"mode": options.lora_mode} for entry in report]
 

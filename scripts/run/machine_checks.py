@@ -1,4 +1,4 @@
-"""Whether this machine can run a plan: device, libraries, kernels, compiler and memory."""
+"""Checks whether this machine can run a plan: device, libraries, kernels, compiler and memory."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +20,7 @@ from scripts.run.processes import local_processes
 from scripts.run.system import available_memory
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
-LIBRARIES = {  # value of a key -> module, and what installs it
+LIBRARIES = {  # value of a key -> module, and the command that installs it
     "int8": ("torchao", "pip install --no-deps 'torchao>=0.15'"),
     "nf4": ("bitsandbytes", "pip install --no-deps 'bitsandbytes>=0.46'"),
     "model": ("accelerate", "pip install 'accelerate>=1.10,<2'"),
@@ -39,7 +39,7 @@ def find_device(wanted: str) -> str:
 
 
 def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
-    """What device and installed libraries do not serve, a line each."""
+    """Yields a line for each option that the device or the installed libraries do not support."""
     if model.offload != "none" and device == "cpu":
         yield f"model.offload: got {model.offload!r}, which needs a GPU; allowed on the CPU: none"
     if model.quantization == "nf4" and device == "cpu":
@@ -52,25 +52,26 @@ def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
 
 
 def missing_kernels(attention: MaskConfig, call: Call, compiled: str, *, radial: bool) -> Iterator[str]:
-    """What keeps the kernels of a run, and torch.compile if it is asked for, from this machine, a line each.
+    """Yields a line for each kernel of a run, or torch.compile, that this machine cannot use.
 
     Args:
-        call: of the sparse attention; radial: whether any layer is sparse at all.
+        call: the call of sparse attention; radial: whether any layer is sparse at all.
         compiled: `model.compile`.
 
     Raises:
-        UsageError: a `dense_backend` that no machine knows.
+        UsageError: no machine knows the `dense_backend`.
     """
     problems = (
         _radial_problem(attention.backend, call) if radial else None,
         _dense_problem(attention.dense_backend, call),
-        _compile_problem(compiled, call.device.type),
     )
     yield from filter(None, problems)
+    if compiled != "none" and (problem := compiler_problem(call.device.type)):
+        yield f"model.compile: got {compiled!r}, which needs {problem}; allowed here: none"
 
 
 def _radial_problem(backend: str, call: Call) -> str | None:
-    """What is wrong with backend or quantize."""
+    """Returns the error message for `backend` or `quantize`; None if they can serve the call."""
     reason = _reason(backend, call)
     if reason is None:
         return None
@@ -88,13 +89,13 @@ def _radial_problem(backend: str, call: Call) -> str | None:
 
 
 def _dense_problem(backend: str, call: Call) -> str | None:
-    """What is wrong with dense_backend."""
+    """Returns the error message for `dense_backend`; None if it can serve the call."""
     try:
         check_dense_backend(backend)
     except ValueError as error:
-        raise UsageError(f"attention.dense_backend: {error}") from error
+        raise UsageError(f"attention.dense_backend: got {backend!r}, which is unknown: {error}") from error
     except ImportError as error:
-        return f"attention.dense_backend: {error}"
+        return f"attention.dense_backend: got {backend!r}, which cannot be used here: {error}"
     if backend != "sage":
         return None
     whole = radial_mask(call.mask.grid, RadialConfig(block_size=call.mask.block_size, pattern="dense"))
@@ -102,13 +103,8 @@ def _dense_problem(backend: str, call: Call) -> str | None:
     return reason and f"attention.dense_backend: got 'sage', which {reason}; allowed here: auto, native"
 
 
-def _compile_problem(compiled: str, device: str) -> str | None:
-    problem = compiler_problem(device) if compiled != "none" else None
-    return problem and f"model.compile: got {compiled!r}, which needs {problem}; allowed here: none"
-
-
 def _reason(backend: str, call: Call) -> str | None:
-    """Why a backend, or each that "auto" looks at, does not serve a call."""
+    """Says why a backend, or each backend that "auto" tries, cannot serve a call; None if it can."""
     if backend != "auto":
         return obstacle(backend, call)
     try:
@@ -127,8 +123,8 @@ def check_processes(device: str, degrees: Degrees) -> None:
     local = local_processes()
     if device == "cuda" and local > torch.cuda.device_count():
         raise UsageError(
-            f"torchrun --nproc_per_node: got {local}, allowed on this machine: at most "
-            f"{torch.cuda.device_count()}, one process a GPU"
+            f"torchrun --nproc_per_node: got {local}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "start at most one process a GPU"
         )
     try:
         import_xfuser(device)
@@ -142,7 +138,7 @@ def check_mask_memory(need: float, tokens: int, attention: AttentionConfig) -> N
     if need > free:
         raise UsageError(
             f"out of memory: attention.block_size={attention.block_size} on {tokens} tokens makes a mask of "
-            f"{gib(need)}, {gib(free)} are free; allowed: a larger block_size, up to 256, or a smaller video"
+            f"{gib(need)}, but {gib(free)} are free; use a larger block_size, up to 256, or a smaller video"
         )
 
 

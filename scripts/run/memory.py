@@ -1,4 +1,4 @@
-"""The predicted peak of memory, stage by stage: reading text, denoising, decoding."""
+"""Predicts the peak of memory, stage by stage: encoding text, denoising, decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,17 +10,17 @@ from scripts.run.model_info import ModelInfo
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-HOST_BYTES = 0.5 * GIB  # of Python with torch and diffusers, measured; when the model is on the CPU
+HOST_BYTES = 0.5 * GIB  # Python with torch and diffusers, measured with the model on the CPU
 STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # an element; nf4: with a float32 scale for each 64
-WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embeddings, counted; of Wan 0.016
+WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embeddings, counted; Wan 0.016
 ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
-LARGEST_LAYER = 0.2  # of a text encoder: its table of words, 18 % of UMT5-XXL
-BLOCKS_AT_ONCE = 2  # of group offload: the one that runs and the one that comes
+LARGEST_LAYER = 0.2  # share of a text encoder in its embedding table; 18 % in UMT5-XXL
+BLOCKS_AT_ONCE = 2  # with group offload: the block that runs and the next one
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted bytes: weights of all components, activations at the peak, the program itself."""
+    """Holds predicted bytes: weights of all components, activations at the peak, the program itself."""
 
     weights: float
     activations: float
@@ -41,14 +41,14 @@ def peak_memory(
     device: str,
     grid: TokenGrid | None = None,
 ) -> Memory:
-    """Predicts the peak of a run on `device`, that of the stage which needs the most.
+    """Predicts the peak of a run on `device`: the peak of the stage that needs the most.
 
-    Without offload all weights stay, and `weights` are those of all parts. On the CPU weights that are
-    stored in fewer bits are read whole first.
+    Without offload the weights of all parts stay, and `weights` counts them all. On the CPU, weights that are
+    stored in fewer bits are first read whole.
 
     Args:
         calls: passes through the transformer in a step.
-        grid: tokens of this process, those of the whole video by default.
+        grid: tokens of this process; by default the whole video's.
     """
     grid = grid or model.grid(size)
     if device == "cpu":
@@ -81,7 +81,7 @@ def mask_bytes(grid: TokenGrid, block_size: int) -> int:
 
 
 def stored_weights(model: ModelInfo, options: ModelConfig) -> dict[str, float]:
-    """Returns the bytes of each part as it is kept: transformers may be in fewer bits."""
+    """Returns the bytes of each part as it is stored: transformers may use fewer bits."""
     kind, family = options.quantization, options.family.removesuffix("_i2v")
     whole = whole_weights(model, options)
     if kind == "none":
@@ -116,7 +116,7 @@ def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig
 
 
 def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: int) -> float:
-    """Predicts what a cache keeps of the steps before, in copies of the residual stream."""
+    """Predicts the bytes that a cache keeps of earlier steps, in copies of the residual stream."""
     copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(options.cache, 0)
     return copies * calls * DTYPE_BYTES[options.dtype] * grid.tokens * model.width
 
@@ -131,8 +131,8 @@ def is_tiled(options: ModelConfig) -> bool:
 def decoder_bytes(model: ModelInfo, size: VideoSize, options: ModelConfig) -> float:
     """Predicts decoding one chunk of frames, or one tile of it if the VAE is tiled, and the decoded video.
 
-    Tiles stay until they are put together, first into rows, then into the video. Latents, of which a video
-    has a sixteenth or less as many bytes, are left out.
+    Tiles stay until they are joined, first into rows, then into the video. Latents are left out: they have at
+    most a sixteenth of the video's bytes.
     """
     tiled = is_tiled(options)
     sides = [min(side, model.vae_tile) if tiled else side for side in (size.height, size.width)]
@@ -145,7 +145,7 @@ def decoder_bytes(model: ModelInfo, size: VideoSize, options: ModelConfig) -> fl
 
 
 def decoded_tiles(model: ModelInfo, size: VideoSize, options: ModelConfig) -> int:
-    """Returns the pieces that the VAE decodes one by one: in space, and in time if they overlap there."""
+    """Counts the pieces that the VAE decodes one by one: in space, and in time if they overlap in time."""
     step, latents, count = model.vae_tile * 3 // 4, (size.frames - 1) // model.vae_frames + 1, 1
     if is_tiled(options) and max(size.height, size.width) > model.vae_tile:
         count = len(range(0, size.height, step)) * len(range(0, size.width, step))
@@ -155,7 +155,7 @@ def decoded_tiles(model: ModelInfo, size: VideoSize, options: ModelConfig) -> in
 
 
 def chunk_frames(model: ModelInfo, size: VideoSize) -> int:
-    """Returns the frames that the VAE decodes at once, with those that it drops when it takes all."""
+    """Counts the frames that the VAE decodes at once, and those that it drops if it decodes all at once."""
     whole = ((size.frames - 1) // model.vae_frames + 1) * model.vae_frames
     return whole if model.vae_chunk is None else min(model.vae_chunk, size.frames)
 
@@ -171,7 +171,7 @@ def kept_videos(model: ModelInfo, size: VideoSize) -> float:
 
 
 def covered(length: int, piece: int, stride: int) -> float:
-    """Sums the pieces that start every `stride` along `length`, over it: above 1 if they overlap."""
+    """Sums the pieces that start every `stride`, and divides by `length`: above 1 if they overlap."""
     return sum(min(piece, length - start) for start in range(0, length, stride)) / length
 
 
@@ -190,7 +190,7 @@ def nearest_fit(model: ModelInfo, size: VideoSize, fits: Callable[[VideoSize], b
 
 
 def _scaled(model: ModelInfo, size: VideoSize, sixty_fourths: int) -> VideoSize:
-    """Shrinks height and width alike, to multiples of what the model takes."""
+    """Shrinks height and width alike, to multiples that the model takes."""
     factors = {"height": model.size_factor(1), "width": model.size_factor(2)}
     shrunk = {name: getattr(size, name) * sixty_fourths // 64 // factor for name, factor in factors.items()}
     return size._replace(**{name: factors[name] * max(1, count) for name, count in shrunk.items()})
@@ -201,7 +201,7 @@ def _sides(size: VideoSize) -> str:
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
-    """Returns the largest k in 0 .. limit that fits, for a predicate that is true up to some k only."""
+    """Returns the largest k in 0 .. limit that fits; `fits` must be true up to some k and false above it."""
     low, high = -1, limit
     while low < high:
         middle = (low + high + 1) // 2

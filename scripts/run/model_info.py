@@ -1,4 +1,4 @@
-"""The numbers of a model that sizes, FLOPs and memory follow from, read without loading a weight."""
+"""Reads the numbers of a model that decide sizes, FLOPs and memory, without loading a weight."""
 
 import json
 import math
@@ -15,35 +15,37 @@ from scripts.run.errors import UsageError, one_line
 PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
 CONFIGURED = ("transformer", "vae")
 MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
-# By the kind of condition: 256 tokens of text, or 252 after every second or fourth of the image's 576.
+# Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
 HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
 
-# Float32 tensors of the VAE's last layers that decoding on the CPU holds at once, measured: of Wan 13 to 16,
-# where torch unfolds a convolution's input, as of fewer than 32 channels, 39 to 43; of HunyuanVideo, which
-# upsamples twice as many channels, 11.8; of Mochi 6.4, with one resnet a block 5.3.
+# Float32 tensors of the VAE's last layers that decoding on the CPU holds at once, measured. Wan: 13 to 16, or
+# 39 to 43 if torch unfolds a convolution's input, as it does below 32 channels. HunyuanVideo, which upsamples
+# twice as many channels: 11.8. Mochi: 6.4, or 5.3 with one resnet a block.
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A video pipeline's shape; `parameters` counts each component's weights, empty where unknown.
+    """Holds the shape of a video pipeline.
 
     Attributes:
-        layers: with self-attention over the video, but for `control_layers`, those of VACE, each by the
-            number of the layer that it feeds.
+        layers: with self-attention over the video, without `control_layers`.
         ffn: hidden width of a feed-forward.
         patch: latent frames, rows and columns of a token.
         text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
         token_macs: multiply-adds of a token in the matrices of a layer.
-        rope_length: positions along an axis, None where any number will do.
-        rope_time: channels and base of the rotary embedding in time, None where it is learned.
+        rope_length: positions along an axis, None for any number.
+        rope_time: channels and base of the rotary embedding in time, None if it is learned.
         vae_base: channels of the VAE's last layers a pixel; `vae_frames`, `vae_pixels`: its compression.
         vae_copies: float32 tensors of `vae_base` channels that decoding holds at once, measured.
-        vae_chunk: frames that it decodes at once, None for all; `vae_stride`: from one to the next where
-            they overlap and tiles are joined chunk by chunk; `vae_tile`: pixels a side, a quarter overlaps.
-        pixel_factor: what the pipeline wants height and width to be multiples of.
-        takes_guidance: False for a HunyuanVideo whose transformer has none built in.
+        vae_chunk: frames that it decodes at once, None for all; `vae_stride`: frames from one chunk to the
+            next, if they overlap and tiles are joined chunk by chunk; `vae_tile`: pixels of a tile's side, a
+            quarter of which overlaps.
+        pixel_factor: the pipeline takes multiples of it as height and width.
+        takes_guidance: False for a HunyuanVideo whose transformer has no guidance built in.
+        parameters: the number of weights of each component, empty if unknown.
+        control_layers: for each control layer of VACE, the number of the layer that it feeds.
     """
 
     layers: int
@@ -70,28 +72,28 @@ class ModelInfo:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """Counts the channels of a token."""
         return self.heads * self.head_dim
 
     @property
     def macs(self) -> int:
-        """Of a token in a layer: `token_macs`, or those of a Wan block."""
+        """Counts the multiply-adds of a token in a layer: `token_macs`, or a Wan block's if that is 0."""
         return self.token_macs or 6 * self.width**2 + 2 * self.width * self.ffn
 
     def attention_layers(self, first: int = 0) -> int:
-        """Self-attentions of the layers from `first` on, a control layer being the one that it feeds."""
+        """Counts the self-attentions from layer `first` on; a control layer counts as the one it feeds."""
         return self.layers - first + sum(layer >= first for layer in self.control_layers)
 
     def size_factor(self, axis: int) -> int:
-        """Pixels that height (axis 1) or width (axis 2) must be a multiple of."""
+        """Returns the pixels that height (axis 1) or width (axis 2) must be a multiple of."""
         return math.lcm(self.pixel_factor, self.vae_pixels * self.patch[axis])
 
     def latent_frames(self, frames: int) -> int:
-        """Tokens in time of so many video frames."""
+        """Returns the tokens in time for this number of video frames."""
         return ((frames - 1) // self.vae_frames + 1) // self.patch[0]
 
     def grid(self, size: VideoSize) -> TokenGrid:
-        """Tokens of the transformer: latent frames and pixels over the patch size."""
+        """Returns the tokens of the transformer: latent frames and pixels over the patch size."""
         return TokenGrid(
             self.latent_frames(size.frames),
             size.height // self.vae_pixels // self.patch[1],
@@ -101,14 +103,14 @@ class ModelInfo:
 
 
 def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> ModelInfo:
-    """ModelInfo from the two config.json files.
+    """Makes a ModelInfo from the two config.json files.
 
     Raises:
-        UsageError: a class of transformer that is not known, or an entry that is missing or misshapen.
+        UsageError: the transformer's class is unknown, or an entry is missing or misshapen.
     """
     name = transformer.get("_class_name", "WanTransformer3DModel")
     if name not in READERS:
-        raise UsageError(f"model.path: transformer is a {name}; known: {', '.join(READERS)}")
+        raise UsageError(f"model.path: the transformer is a {name}; allowed: {', '.join(READERS)}")
     try:
         return READERS[name](transformer, vae, parameters)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -137,7 +139,7 @@ def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str,
 
 
 def wan_time(head_dim: int) -> tuple[int, float]:
-    """Channels of a head that height and width, an even third each, leave to time; base."""
+    """Returns a head's channels for time (height and width take an even third each), and the base."""
     return head_dim - 4 * (head_dim // 6), 10000.0
 
 
@@ -199,7 +201,7 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
 
 
 def read_json(file: Path) -> dict:
-    """Reads a configuration file; UsageError if it is missing or is no JSON."""
+    """Reads a configuration file; UsageError if it is missing or not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -212,7 +214,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def _count_file(file: Path) -> int:
-    """Elements in a safetensors file, from its header: 8 bytes of length, then JSON."""
+    """Counts the elements of a safetensors file from its header: 8 bytes of length, then JSON."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

@@ -1,4 +1,4 @@
-"""Floating-point operations of a run."""
+"""Counts the floating-point operations of a run."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from scripts.run.model_info import ModelInfo
 
 
 class Flops(NamedTuple):
-    """Operations of a run: self-attention all dense, self-attention as configured, and all else."""
+    """Holds the operations of a run: self-attention all dense, self-attention as configured, all else."""
 
     dense: float
     sparse: float
@@ -15,12 +15,12 @@ class Flops(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share of attention in a dense run."""
+        """Returns the share of attention in a dense run."""
         return self.dense / (self.dense + self.other)
 
     @property
     def fewer(self) -> float:
-        """How many times fewer operations the configured run has in all."""
+        """Returns how many times fewer operations the configured run has in all."""
         return (self.dense + self.other) / (self.sparse + self.other)
 
 
@@ -36,8 +36,8 @@ def count_flops(
 ) -> Flops:
     """Counts the transformer's operations in `steps` steps of `calls` passes each.
 
-    Self-attention: 4 n^2 d for one layer's scores and weighted sum. All else: projections, feed-forward and
-    cross-attention.
+    Self-attention takes 4 n^2 d for a layer's scores and weighted sum. All else is projections, feed-forward
+    and cross-attention.
     """
     one = 4.0 * grid.tokens**2 * model.width * calls
     everything = steps * model.attention_layers()

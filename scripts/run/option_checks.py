@@ -1,4 +1,4 @@
-"""Which keys go together. What no machine can run is refused before anything is read."""
+"""Checks which keys work together, and refuses what no machine can run before any file is read."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,22 +16,22 @@ LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
 
 
 def check_options(config: Config) -> None:
-    """Raises UsageError for a value outside its choices or below its smallest, whatever the model."""
+    """Raises UsageError for a value that no model takes: outside its choices, too small or too large."""
     SCHEMA.check(config)
     attention, steps = config.attention, config.generation.steps
     width = attention.decimation_width
     if width != "block" and (isinstance(width, str) or width < 1):
         key = "attention.decimation_width"
-        raise UsageError(f"{key}: got {width!r}, allowed: {allowed(key)}")
+        raise UsageError(f"{key}: got {width!r}, must be {allowed(key)}")
     for name in ("dense_steps", "dense_last_steps"):
         value = getattr(attention, name)
         if value > steps:
-            raise UsageError(f"attention.{name}: got {value}, allowed: 0 to {steps} (generation.steps)")
+            raise UsageError(f"attention.{name}: got {value}, must be 0 to {steps} (generation.steps)")
     check_family(config)
     if config.generation.seed >= 2**63:
-        raise UsageError(f"generation.seed: got {config.generation.seed}, allowed: 0 to 2^63 - 1")
+        raise UsageError(f"generation.seed: got {config.generation.seed}, must be 0 to 2^63 - 1")
     if not config.output.path.strip():
-        raise UsageError("output.path: got '', allowed: a folder, or a file name ending in .mp4")
+        raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
 
 
 def check_combinations(config: Config, experts: int = 1) -> None:
@@ -41,7 +41,7 @@ def check_combinations(config: Config, experts: int = 1) -> None:
 
 
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:
-    """A line for each pair of keys that does not work together on any machine, with the reason."""
+    """Yields a line for each pair of keys that does not work together on any machine, with the reason."""
     yield from _cache_refusals(config, experts)
     yield from _storage_refusals(config.model)
 
@@ -51,23 +51,29 @@ def _cache_refusals(config: Config, experts: int) -> Iterator[str]:
     got = f"model.cache: got {cache!r}"
     if cache == "pab" and model.compile == "blocks":
         yield (
-            f"{got}, allowed with model.compile=blocks: none, first_block, taylorseer, mag; pab counts steps "
-            "inside the blocks, which would be compiled anew for each"
+            f"{got}, which does not work with model.compile=blocks: pab counts steps inside the blocks, and "
+            "each step would compile them again; allowed: none, first_block, taylorseer, mag"
         )
     if cache == "pab" and model.family not in ONE_CALL and config.generation.guidance_scale > 1:
         yield (
-            f"{got}, allowed with family {model.family} and guidance: none, first_block, taylorseer, mag; "
-            "pab keeps one output a layer and would mix the two calls of a step (or set "
-            "generation.guidance_scale=1)"
+            f"{got}, which does not work with family {model.family} and guidance: pab keeps one output a "
+            "layer and would mix the two calls of a step; set generation.guidance_scale=1, or another cache; "
+            "allowed: none, first_block, taylorseer, mag"
         )
     if cache != "none" and model.family == "wan_vace":
-        yield f"{got}, allowed with family wan_vace: none; its control is added between the blocks"
+        yield (
+            f"{got}, which does not work with family wan_vace: its control is added between the blocks; "
+            "allowed: none"
+        )
     if cache == "mag" and experts > 1:
-        yield f"{got}, allowed with two experts: none, first_block, taylorseer; mag counts one's steps"
+        yield (
+            f"{got}, which does not work with two experts: mag counts the steps of one; "
+            "allowed: none, first_block, taylorseer"
+        )
     if cache != "none" and config.attention.check == "reference":
         yield (
-            f"attention.check: got 'reference', allowed with model.cache={cache}: auto, off, nan; "
-            "a layer that is skipped has nothing to compare"
+            f"attention.check: got 'reference', which does not work with model.cache={cache}: a skipped "
+            "layer has nothing to compare; allowed: auto, off, nan"
         )
     yield from _ratio_refusals(model)
 
@@ -75,11 +81,14 @@ def _cache_refusals(config: Config, experts: int) -> Iterator[str]:
 def _ratio_refusals(model: ModelConfig) -> Iterator[str]:
     ratios, wanted = model.cache_ratios, model.cache == "mag"
     if not wanted and ratios is not None:
-        yield f"model.cache_ratios: got {ratios!r}, allowed with model.cache={model.cache}: null"
+        yield (
+            f"model.cache_ratios: got {ratios!r}, but model.cache={model.cache} has no ratios; set "
+            "model.cache=mag, or model.cache_ratios=null"
+        )
     if wanted and not _are_ratios(ratios):
         yield (
-            f"model.cache_ratios: got {ratios!r}, allowed with model.cache=mag: the model's own ratios with "
-            "commas between them, or calibrate, which prints them after a run that skips nothing"
+            f"model.cache_ratios: got {ratios!r}, but model.cache=mag needs the model's own ratios, "
+            "separated by commas; set it to calibrate, which prints them after a run that skips nothing"
         )
 
 
@@ -95,50 +104,63 @@ def _are_ratios(text: str | None) -> bool:
 def _storage_refusals(model: ModelConfig) -> Iterator[str]:
     got = f"model.quantization: got {model.quantization!r}"
     if model.quantization in LOADED and model.loras:
-        yield f"{got}, allowed with LoRAs: none, fp8; they are checked against and added to whole weights"
+        yield (
+            f"{got}, which does not work with model.loras: LoRAs are checked against and added to whole "
+            "weights; allowed: none, fp8"
+        )
     if model.quantization in LOADED and model.offload == "group":
-        yield f"{got}, allowed with model.offload=group: none, fp8; such weights move as whole parts only"
+        yield (
+            f"{got}, which does not work with model.offload=group: such weights only move as whole parts; "
+            "allowed: none, fp8"
+        )
     if model.quantization != "none" and model.offload == "sequential":
-        yield f"{got}, allowed with model.offload=sequential: none; both replace a layer's weights as it runs"
+        yield (
+            f"{got}, which does not work with model.offload=sequential: both replace a layer's weights as it "
+            "runs; allowed: none"
+        )
     if model.quantization == "fp8" and model.compile == "blocks":
-        yield f"{got}, allowed with model.compile=blocks: none, int8, nf4; each cast would break the graph"
+        yield (
+            f"{got}, which does not work with model.compile=blocks: each cast would break the graph; "
+            "allowed: none, int8, nf4"
+        )
     if model.offload == "sequential" and model.compile == "blocks":
         yield (
-            "model.offload: got 'sequential', allowed with model.compile=blocks: none, model, group; "
-            "each layer's move would break the graph"
+            "model.offload: got 'sequential', which does not work with model.compile=blocks: moving a layer "
+            "would break the graph; allowed: none, model, group"
         )
 
 
 def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
-    """Raises UsageError for options that a ring of processes does not serve."""
+    """Raises UsageError for options that a ring of processes does not support."""
     quantize = None if attention.quantize == "none" else attention.quantize
     refused = ring_refusal(quantize, attention.check, attention.dense_backend)
     if refused is not None:
-        raise UsageError(f"attention.{refused.option}: {refused.reason}")
+        got = getattr(attention, refused.option)
+        raise UsageError(f"attention.{refused.option}: got {got!r}, but {refused.reason}")
     if model.compile != "none":
         raise UsageError(
-            f"model.compile: got {model.compile!r}, allowed in a ring: none; keys are passed on inside the "
-            "blocks"
+            f"model.compile: got {model.compile!r}, but a ring does not support it: keys are passed on "
+            "inside the blocks; allowed: none"
         )
     served = [name for name in BACKENDS if name == "auto" or kernel(name).NEEDS.partial]
     if attention.backend not in served:
         raise UsageError(
-            f"attention.backend: got {attention.backend!r}, allowed in a ring: {', '.join(served)}; "
-            "the others give no log-sum-exp of a part of the keys"
+            f"attention.backend: got {attention.backend!r}, but a ring does not support it: it gives no "
+            f"log-sum-exp of a part of the keys; allowed: {', '.join(served)}"
         )
 
 
 def check_shared(config: Config, halves: int) -> None:
-    """Raises UsageError for options that several processes do not serve; `halves`: degree of guidance."""
+    """Raises UsageError for options that several processes do not support; `halves`: degree of guidance."""
     if config.model.cache_ratios == "calibrate":
         raise UsageError(
-            "model.cache_ratios: got 'calibrate', allowed in several processes: numbers with commas between "
-            "them; each process would measure its own tokens only"
+            "model.cache_ratios: got 'calibrate', which does not work with several processes: each would "
+            "measure its own tokens only; give numbers separated by commas"
         )
     if config.attention.check == "reference" and halves > 1:
         raise UsageError(
-            "attention.check: got 'reference', allowed with parallel.cfg_degree=2: auto, off, nan; each "
-            "process would compare one half only"
+            "attention.check: got 'reference', which does not work with parallel.cfg_degree=2: each process "
+            "would compare one half only; allowed: auto, off, nan"
         )
 
 
@@ -146,8 +168,8 @@ def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
     """Raises UsageError for more dense layers than the model has."""
     if attention.dense_layers > model.layers:
         raise UsageError(
-            f"attention.dense_layers: got {attention.dense_layers}, allowed: 0 to {model.layers}, "
-            "the model's layers"
+            f"attention.dense_layers: got {attention.dense_layers}, must be 0 to {model.layers}, the number "
+            "of the model's layers"
         )
 
 
@@ -159,7 +181,7 @@ def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = G
             below, above = multiples_around(size[axis], factor)
             nearest = f"{below} or {above}" if below != above else str(above)
             raise UsageError(
-                f"{keys[axis]}: got {size[axis]}, allowed: multiples of {factor}, nearest: {nearest}"
+                f"{keys[axis]}: got {size[axis]}, must be a multiple of {factor}; nearest: {nearest}"
             )
     check_frames(keys[0], size.frames, model)
     if model.rope_length is None:
@@ -171,7 +193,7 @@ def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = G
     )
     for key, value, limit in zip(keys, size, most, strict=True):
         if value > limit:
-            raise UsageError(f"{key}: got {value}, allowed: at most {limit}, the model's last position")
+            raise UsageError(f"{key}: got {value}, must be at most {limit}, the model's last position")
 
 
 def check_frames(key: str, frames: int, model: ModelInfo) -> None:
@@ -180,7 +202,7 @@ def check_frames(key: str, frames: int, model: ModelInfo) -> None:
     if frames % step != 1:
         below, above = multiples_around(frames, step, offset=1)
         nearest = below if frames - below <= above - frames else above
-        raise UsageError(f"{key}: got {frames}, allowed: {step}k + 1, nearest: {nearest}")
+        raise UsageError(f"{key}: got {frames}, must be {step}k + 1; nearest: {nearest}")
 
 
 def efficiency_arguments(model: ModelConfig) -> dict[str, Any]:

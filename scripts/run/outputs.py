@@ -1,4 +1,4 @@
-"""Files of a run: their names, written whole or not at all, and found again when a run goes on."""
+"""Names the files of a run, writes them whole or not at all, and finds them when a run resumes."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,15 +19,15 @@ from scripts.run.errors import UsageError
 from scripts.run.system import timed
 
 SLUG_LENGTH = 60
-CRF = 10  # of libx264: visually lossless, so that small videos stay crisp
+CRF = 10  # for libx264: visually lossless, small videos stay crisp
 PROBE_BYTES = 2**20
-INPUTS = ("generation.image", "generation.video", "generation.mask")  # not the name counts, but the content
+INPUTS = ("generation.image", "generation.video", "generation.mask")  # content counts, the name does not
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
 NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check", *INPUTS, *DEGREES)
 
 
 def video_path(config: Config, prompt: str, number: int = 0) -> Path:
-    """`output.path` itself where it ends in .mp4, else `[<number>_]<prompt's words>_seed<seed>.mp4` in it.
+    """Returns `output.path` if it ends in .mp4, else `[<number>_]<prompt's words>_seed<seed>.mp4` in it.
 
     `number` is the line of the prompt file, 0 without one. Words beyond 60 characters become a hash.
     """
@@ -39,15 +39,15 @@ def video_path(config: Config, prompt: str, number: int = 0) -> Path:
 
 
 def _slug(prompt: str) -> str:
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_") or "video"
-    if len(words.encode()) <= SLUG_LENGTH:
-        return words
-    short = words.encode()[:SLUG_LENGTH].decode(errors="ignore").rstrip("-_")
+    slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_") or "video"
+    if len(slug.encode()) <= SLUG_LENGTH:
+        return slug
+    short = slug.encode()[:SLUG_LENGTH].decode(errors="ignore").rstrip("-_")
     return f"{short}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
 
 
 def resolved(config: Config, prompt: str) -> dict[str, Any]:
-    """The configuration as the JSON holds it, with the prompt of this video."""
+    """Returns the configuration as the JSON holds it, with the prompt of this video."""
     content = asdict(config)
     content["generation"]["prompt"] = prompt
     return content
@@ -56,10 +56,10 @@ def resolved(config: Config, prompt: str) -> dict[str, Any]:
 def finished(
     path: Path, config: Config, prompt: str, inputs: dict[str, dict[str, str]] | None = None
 ) -> tuple[bool, list[str]]:
-    """Whether `path` and its JSON were made with this configuration, and else the keys that differ.
+    """Returns whether `path` and its JSON were made with this configuration, and the keys that differ.
 
-    Output path, name of the prompt file, check and processes do not count: they change no frame. Of the
-    `inputs` (image, video, mask), file name and sha256 as the record holds them, only the sha256 counts.
+    Output path, name of the prompt file, check and processes do not count: they change no frame. `inputs`
+    (image, video, mask) has file names and sha256 like the record; only the sha256 counts.
     """
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
@@ -82,17 +82,19 @@ def _comparable(content: dict[str, dict], inputs: dict[str, dict]) -> dict[str, 
 
 @contextmanager
 def writable_folder(config: Config, prompt_file: bool) -> Iterator[Path]:
-    """The folder of the run's videos, made and tried out; folders made here and left empty are removed again.
+    """Makes the folder of the run's videos and tests that it can be written.
+
+    At the end, folders that were made here and are still empty are removed.
 
     Raises:
-        UsageError: a folder that cannot be made or written, or one file for a whole prompt file.
+        UsageError: the folder cannot be made or written, or one file is named for a whole prompt file.
     """
     target = Path(config.output.path).expanduser()
     if target.suffix == ".mp4" and prompt_file:
-        raise UsageError(f"output.path: got {config.output.path!r}, allowed with a prompt file: a folder")
+        raise UsageError(f"output.path: got {config.output.path!r}, must be a folder with a prompt file")
     if target.suffix == ".mp4" and target.is_dir():
         raise UsageError(
-            f"output.path: got {config.output.path!r}, which is a folder; allowed: a file ending in .mp4"
+            f"output.path: got {config.output.path!r}, which is a folder; name a file ending in .mp4"
         )
     folder = target.parent if target.suffix == ".mp4" else target
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -104,12 +106,13 @@ def writable_folder(config: Config, prompt_file: bool) -> Iterator[Path]:
             reason = error.strerror or error
             raise UsageError(
                 f"output.path: got {config.output.path!r}, which cannot be written ({reason}); "
-                "allowed: a folder you may write to"
+                "name a folder you may write to"
             ) from error
         yield folder
     finally:
         for parent in made:
-            _remove_if_empty(parent)
+            with suppress(OSError):  # not empty, or never made
+                parent.rmdir()
 
 
 def _try_out(folder: Path) -> None:
@@ -120,19 +123,12 @@ def _try_out(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _remove_if_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:  # not empty, or never made
-        return
-
-
 def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
-    """Writes the video and its JSON under temporary names and renames both; on an error no new one appears.
+    """Writes the video and its JSON under temporary names and renames both; after an error no new one exists.
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
-        record: what the JSON holds; its `seconds` get the time of encoding as `write`.
+        record: the content of the JSON; its `seconds` get the time of encoding as `write`.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -152,12 +148,12 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
 
 
 def _leave(number: int, frame: Any) -> NoReturn:
-    """Ends the process as a signal would, but through every `finally`."""
+    """Ends the process with a signal's exit code, but through every `finally`."""
     sys.exit(128 + number)
 
 
 def _publish(video: Path, text: Path, path: Path) -> None:
-    """Renames both: the old record goes first, the new one comes last, so none is beside another video."""
+    """Renames both. The old record goes first and the new one comes last, so no record has a wrong video."""
     record = path.with_suffix(".json")
     record.unlink(missing_ok=True)
     try:
@@ -170,9 +166,9 @@ def _publish(video: Path, text: Path, path: Path) -> None:
 
 
 def encode(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 `[T, H, W, 3]` as H.264 in mp4; OSError where that fails.
+    """Writes uint8 `[T, H, W, 3]` as H.264 in mp4; OSError if that fails.
 
-    The file is read back to count its frames, since the encoder's own exit status is not handed on.
+    The file is read back to count its frames, because imageio hides the encoder's exit status.
     """
     import imageio
 
@@ -206,7 +202,7 @@ def _count_frames(path: Path) -> int:
 
 
 def _raise_reason(path: Path) -> None:
-    """Writes on where the encoder could not, which raises its OSError."""
+    """Writes more to the file, which raises the OSError that the encoder had; else raises one of its own."""
     with path.open("ab") as stream:
         stream.write(bytes(PROBE_BYTES))
         stream.flush()

@@ -1,4 +1,4 @@
-"""How the processes of a run share its work: their degrees, and what each has to do in a step."""
+"""Chooses how the processes of a run share its work, and predicts the work of each in a step."""
 
 import itertools
 import math
@@ -20,37 +20,34 @@ STREAMS = 4  # query, key and value to the processes that have the heads, the ou
 def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: int, prompts: int) -> Degrees:
     """Chooses the degrees: guidance first, the largest Ulysses degree, prompts, then a ring.
 
-    A Ulysses degree that is left out divides the heads; one that is given need not, heads of zeros fill up.
-    If neither is given and nothing else fits, a ring takes what the heads leave.
+    A Ulysses degree that is chosen here divides the heads. A given one need not: heads of zeros are added. If
+    neither Ulysses nor ring is given and nothing else fits, a ring shares the rest.
 
     Args:
         heads: of the model; calls: passes through the transformer in a step, 2 with guidance.
 
     Raises:
-        UsageError: degrees that do not make up the processes, or that the run has no use for.
+        UsageError: the degrees do not make up the processes, or the run has no use for them.
     """
-    for name, most, reason in _uses(calls, prompts):
+    halves = "there are no two halves of guidance" if calls == 1 else "guidance has two halves"
+    limits = {
+        "cfg_degree": (min(calls, 2), halves),
+        "data_degree": (prompts, "there are no more prompts to share (generation.prompt_file)"),
+    }
+    for name, (most, reason) in limits.items():
         got = getattr(wanted, name)
         if got is not None and got > most:
-            raise UsageError(f"parallel.{name}: got {got}, allowed {reason}: {most}")
+            raise UsageError(f"parallel.{name}: got {got}, must be at most {most}: {reason}")
     fitting = list(_fitting(wanted, heads, calls, processes, prompts))
     if not fitting:
         raise UsageError(_nothing_fits(wanted, heads, calls, processes, prompts))
     return max(fitting, key=lambda degrees: (degrees.cfg, -degrees.ring, degrees.ulysses))
 
 
-def _uses(calls: int, prompts: int) -> Iterator[tuple[str, int, str]]:
-    """The most that a degree can be, and why."""
-    if calls == 1:
-        yield "cfg_degree", 1, "without two halves of guidance to share"
-    yield "cfg_degree", 2, "for the two halves of guidance"
-    yield "data_degree", prompts, "with this many prompts to share (generation.prompt_file)"
-
-
 def _fitting(
     wanted: ParallelConfig, heads: int, calls: int, processes: int, prompts: int
 ) -> Iterator[Degrees]:
-    """All degrees that make up the processes and agree with the configuration."""
+    """Yields all degrees that make up the processes and agree with the configuration."""
     cfgs = [wanted.cfg_degree] if wanted.cfg_degree else range(1, calls + 1)
     shares = [wanted.data_degree] if wanted.data_degree else range(1, prompts + 1)
     for cfg, data in itertools.product(cfgs, shares):
@@ -62,7 +59,7 @@ def _fitting(
 
 
 def _agrees(wanted: ParallelConfig, heads: int, ulysses: int, ring: int) -> bool:
-    """Whether a split of a sequence is the one that is given, or one to choose."""
+    """Returns whether a split of a sequence is the given one, or one that may be chosen."""
     if wanted.ulysses_degree is not None:
         return (ulysses, ring) == (wanted.ulysses_degree, wanted.ring_degree or 1)
     return heads % ulysses == 0 and ring == (wanted.ring_degree or ring)
@@ -73,10 +70,10 @@ def _nothing_fits(wanted: ParallelConfig, heads: int, calls: int, processes: int
     if processes == 1:
         name, value = next(iter(given.items()))
         launch = f"torchrun --nproc_per_node={math.prod(given.values())} -m scripts.generate"
-        return f"parallel.{name}: got {value}, allowed in one process: 1; start several with {launch}"
+        return f"parallel.{name}: got {value}, must be 1 in one process; start several with {launch}"
     most = 2 * max(processes, math.prod(given.values()))
     works = [n for n in range(1, most + 1) if any(_fitting(wanted, heads, calls, n, prompts))]
-    shown = ", ".join(f"{name} {value}" for name, value in given.items()) or "all to be chosen"
+    shown = ", ".join(f"{name} {value}" for name, value in given.items()) or "all free"
     return (
         f"parallel: got {processes} processes, but no degrees ({shown}) share {heads} heads and {prompts} "
         f"prompts among them; numbers of processes that work: {', '.join(map(str, works)) or 'none'}"
@@ -84,18 +81,18 @@ def _nothing_fits(wanted: ParallelConfig, heads: int, calls: int, processes: int
 
 
 def planned_processes(wanted: ParallelConfig, started: int) -> int:
-    """Processes that a dry run plans for: the degrees that are given, or those that torchrun started."""
+    """Counts the processes that a dry run plans for: by the given degrees, or those that torchrun started."""
     return max(math.prod(value or 1 for value in vars(wanted).values()), started)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bytes that a process sends in a step.
+    """Holds the bytes that a process sends in a step.
 
     Attributes:
         streams: query, key, value and output of the video tokens, by all-to-all; text: the output's heads.
-        tokens: all of them, after the last projection; guidance: the model's output, to the other half.
-        ring: keys and values that are passed on, and what the text finds among own keys, in float32.
+        tokens: all tokens, after the last projection; guidance: the model's output, to the other half.
+        ring: keys and values that are passed on, and the text's output over a rank's own keys, in float32.
     """
 
     streams: float
@@ -111,15 +108,15 @@ class Exchange:
 
 @dataclass(frozen=True)
 class RankWork:
-    """What one process has to do in a step.
+    """Holds the work of one process in a step.
 
     Attributes:
-        tokens: its video tokens, filled up to a whole share; sent: bytes.
-        dense, sparse: operations of self-attention in a dense step, and in one that is not.
-        other: all other operations; repeated: of these, what exceeds an equal part (text, filled-up tokens).
-        kept_blocks: of a sparse layer and a call, over the heads of the process, the busiest one of a ring.
-        busiest, waiting: kept blocks of the busiest rank of a ring over the mean, and of the busiest one of
-            each step, for whom the others wait.
+        tokens: its video tokens, padded to a whole share; sent: bytes.
+        dense, sparse: operations of self-attention in a dense step, and in a sparse one.
+        other: all other operations; repeated: their excess over an equal part (text, padding).
+        kept_blocks: in a call of a sparse layer, over the heads of the process; the busiest rank in a ring.
+        busiest, waiting: kept blocks of a ring's busiest rank over the mean, and the same if each step of the
+            ring waits for its busiest rank.
     """
 
     tokens: int
@@ -154,7 +151,7 @@ def rank_work(
     of_text = 4.0 * model.text_tokens * model.width**2 * model.attention_layers() * calls
     by_token = (one.other - of_text) * ((tokens + grid.text) / grid.tokens)
     other = (by_token + of_text) / degrees.cfg
-    # of a sparse step, the layers that are not dense
+    # operations of the sparse layers in a sparse step
     sparse = (one.dense - one.sparse) / (1 / mask.density - 1) if mask.density < 1 else 0.0
     return RankWork(
         tokens,
@@ -172,11 +169,11 @@ def rank_work(
 def _exchange(
     model: ModelInfo, shards: Shards, options: AnyModelConfig, *, calls: float, heads: int, degrees: Degrees
 ) -> Exchange:
-    """Bytes that a process sends in a step of one prompt; nothing if it is alone."""
+    """Counts the bytes that a process sends in a step of one prompt; none if it is alone."""
     grid, others, around = shards.grid, degrees.ulysses - 1, degrees.ring - 1
     tokens, size = -(-shards.most_tokens // degrees.ulysses), DTYPE_BYTES[options.dtype]
     latents = 12 if options.family == "mochi" else 48 if model.vae_pixels == 16 else 16
-    output = latents * math.prod(model.patch) * size  # what the model gives a token
+    output = latents * math.prod(model.patch) * size  # bytes of the model's output for a token
     passed = 2 * size * model.head_dim * (around * shards.most_tokens + grid.text)
     of_text = around * grid.text * 4 * (model.head_dim + 1)
     layers, head_bytes = calls * model.attention_layers(), heads * model.head_dim * size
@@ -191,7 +188,7 @@ def _exchange(
 
 @dataclass(frozen=True)
 class _RingShare:
-    """Of the busiest process of a ring: its share of a dense and of a sparse layer, and its kept blocks."""
+    """Holds the share of a ring's busiest process in a dense and in a sparse layer, and its kept blocks."""
 
     dense: float
     sparse: float

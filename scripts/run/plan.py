@@ -1,4 +1,4 @@
-"""A run, planned once: `make_plan` is the only function that checks a configuration and derives from it."""
+"""Plans a run once: `make_plan` is the only function that checks a configuration and derives from it."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,10 +46,10 @@ MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_w
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that a run of generation needs to know before weights are loaded. Read it, do not re-derive.
+    """Holds all that a generation run must know before weights are loaded. Read it, do not re-derive.
 
     Attributes:
-        model: numbers of the model, its LoRAs among them; path: its folder, or its hub id.
+        model: numbers of the model, with its LoRAs; path: its folder, or its hub id.
         device: "cpu" or "cuda".
         prompts: by the line of the prompt file, from 1; by 0 without one.
         mask: the options of the mask, its density solved for this video.
@@ -57,8 +57,8 @@ class RunPlan:
         dense_layers: how many layers, from the first, are dense at every step.
         degrees: how the processes share the run.
         memory: predicted peak of one process on the device.
-        missing: what keeps the run from this machine; empty but in a dry run that may be for another.
-        warnings: what a user should know before the run.
+        missing: what this machine lacks; empty except in a dry run that may be for another machine.
+        warnings: lines for the user before the run.
     """
 
     config: Config
@@ -82,12 +82,12 @@ class RunPlan:
 
     @property
     def calls(self) -> int:
-        """Passes of a sample through the transformer in a step."""
+        """Counts a sample's passes through the transformer in a step."""
         return calls_per_step(self.config.model.family, self.config.generation.guidance_scale)
 
     @cached_property
     def grid(self) -> TokenGrid:
-        """Tokens of the transformer."""
+        """Returns the tokens of the transformer."""
         return self.model.grid(self.size)
 
     @property
@@ -96,11 +96,11 @@ class RunPlan:
 
     @cached_property
     def flops(self) -> Flops:
-        """Operations of the whole run."""
+        """Counts the operations of the whole run."""
         return self.flops_at(self.block_mask.density)
 
     def flops_at(self, density: float) -> Flops:
-        """Operations of the whole run with a mask of another density."""
+        """Counts the operations of the whole run with a mask of another density."""
         return count_flops(
             self.model,
             self.grid,
@@ -113,7 +113,7 @@ class RunPlan:
 
     @cached_property
     def rank_work(self) -> RankWork:
-        """What one process has to do in a step."""
+        """Predicts the work of one process in a step."""
         return rank_work(
             self.model,
             self.grid,
@@ -125,7 +125,7 @@ class RunPlan:
         )
 
     def pattern(self, step: int) -> str:
-        """'dense', or the pattern of the layers that are not dense at every step."""
+        """Returns "dense", or the pattern of the layers that are not dense at every step."""
         return "dense" if step in self.dense_steps else self.config.attention.pattern
 
     def memory_of(self, size: VideoSize, device: str | None = None, **options: str) -> Memory:
@@ -141,16 +141,16 @@ class RunPlan:
         )
 
     def nearest_fit(self, budget: float) -> str:
-        """Says which video would need at most `budget` bytes."""
+        """Names the nearest video that would need at most `budget` bytes."""
         fit = nearest_fit(self.model, self.size, lambda size: self.memory_of(size).total <= budget)
         return f"would fit: {fit}" if fit else "no size of this model would fit; try configs/wan_tiny.yaml"
 
     def shortage(self, free: float, budget: float) -> str:
-        """One line: what was asked for, what it needs, and the nearest that needs at most `budget` bytes."""
+        """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
         return (
             f"out of memory: generation.height={self.size.height} generation.width={self.size.width} "
             f"generation.num_frames={self.size.frames} need about {gib(self.memory.total)} on {self.device}, "
-            f"{gib(free)} are free; {self.nearest_fit(budget)}"
+            f"but {gib(free)} are free; {self.nearest_fit(budget)}"
         )
 
 
@@ -159,12 +159,12 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
 
     Args:
         processes: how many were started.
-        dry_run: fetches nothing, plans for the processes that the degrees name, and leaves the memory of this
-            machine alone. Without a GPU, and if none is asked for, what this machine lacks is kept in
-            `missing` instead of raised: the run may be for another machine.
+        dry_run: fetches nothing, plans for the processes that the degrees name, and ignores the memory of
+            this machine. Without a GPU, and if none is asked for, problems of this machine go into `missing`
+            and are not raised: the run may be for another machine.
 
     Raises:
-        UsageError: the first thing that is wrong, as one line with key, value and remedy.
+        UsageError: something is wrong; one line with key, value and remedy.
     """
     check_options(config)
     prompts = read_prompts(config.generation)
@@ -207,7 +207,9 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     )
     warnings = () if dry_run else _memory_warnings(plan)
     radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
-    call = _attention_call(plan)
+    quantize = None if attention.quantize == "none" else attention.quantize
+    dtype = getattr(torch, config.model.dtype)
+    call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
     missing += _lacking(
         list(missing_kernels(attention, call, config.model.compile, radial=radial)), elsewhere
     )
@@ -215,17 +217,10 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
 
 
 def _lacking(problems: list[str], elsewhere: bool) -> tuple[str, ...]:
-    """The problems, if the run may be for another machine; else UsageError with the first."""
+    """Returns the problems if the run may be for another machine; else raises UsageError with the first."""
     if problems and not elsewhere:
         raise UsageError(problems[0])
     return tuple(problems)
-
-
-def _attention_call(plan: RunPlan) -> Call:
-    """What decides which kernel serves the sparse layers."""
-    attention, dtype = plan.config.attention, getattr(torch, plan.config.model.dtype)
-    quantize = None if attention.quantize == "none" else attention.quantize
-    return Call(torch.device(plan.device), dtype, plan.model.head_dim, False, plan.block_mask, quantize)
 
 
 def dense_steps(attention: AttentionConfig, steps: int) -> tuple[int, ...]:
@@ -242,18 +237,20 @@ def radial_config(attention: MaskConfig) -> RadialConfig:
 def solve_mask(attention: MaskConfig, grid: TokenGrid) -> RadialConfig:
     """Returns the options of the mask with `attention.density` solved for this grid.
 
-    Raises UsageError if the grid has no mask of that density, or none of another pattern about as dense.
+    Raises UsageError if the grid has no mask of that density, or if another pattern has none about as dense.
     """
     wanted = radial_config(attention)
     try:
         solved = resolve_density(grid, wanted)
     except ValueError as error:
-        raise UsageError(f"attention.density: {error}") from error
+        raise UsageError(f"attention.density: got {wanted.density:g}, which no mask has: {error}") from error
     try:
         if solved.pattern in COMPARED:
-            radial_mask(grid, solved)  # says whether there is one; it is kept
+            radial_mask(grid, solved)  # raises if there is none; the mask is cached
     except ValueError as error:
-        raise UsageError(f"attention.pattern: {error}") from error
+        raise UsageError(
+            f"attention.pattern: got {solved.pattern!r}, which has no mask about as dense: {error}"
+        ) from error
     return solved
 
 
@@ -285,10 +282,10 @@ def predict_memory(
 
 
 def memory_needs(config: Config) -> tuple[float, float]:
-    """Predicts the bytes of GPU and host that a configuration needs on a GPU; reads no weights.
+    """Predicts the bytes of GPU and host memory that a configuration needs on a GPU; reads no weights.
 
-    Raises UsageError for values, sizes and models that no machine takes. Dense steps and layers take no
-    memory and are left unchecked.
+    Raises UsageError for values, sizes and models that no machine takes. Dense steps and layers are not
+    checked, as they take no memory.
     """
     attention = replace(config.attention, dense_steps=0, dense_layers=0, dense_last_steps=0)
     config = replace(config, attention=attention)
@@ -307,20 +304,20 @@ def check_model_options(config: Config, model: ModelInfo) -> None:
         check_frames("model.positions_frames", config.model.positions_frames, model)
     if generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
         got = generation.guidance_scale_2
-        raise UsageError(f"generation.guidance_scale_2: got {got:g}, allowed: null, the model has one expert")
+        raise UsageError(f"generation.guidance_scale_2: got {got:g}, must be null: the model has one expert")
     if config.model.family == "hunyuan_video" and generation.guidance_scale != 1 and not model.takes_guidance:
         got = generation.guidance_scale
         raise UsageError(
-            f"generation.guidance_scale: got {got:g}, allowed: 1, the model has no guidance in it"
+            f"generation.guidance_scale: got {got:g}, must be 1: the model has no guidance built in"
         )
     check_layers(config.attention, model)
 
 
 def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
-    """What the predicted peak says of this machine.
+    """Compares the predicted peak with the memory of this machine, and returns warnings.
 
-    On the CPU, where the prediction is measured, a run that does not fit is refused. On a GPU it only warns,
-    unless the weights alone are larger than the card.
+    On the CPU the prediction was measured, and a run that does not fit raises UsageError. On a GPU it only
+    warns, unless the weights alone are larger than the card or the host's memory.
     """
     free, need, device = room(plan.device), rank_memory(plan).total, plan.device
     shared = plan.degrees.processes > 1
@@ -328,8 +325,8 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
         need *= local_processes() if shared else 1
         if need > free and shared:
             raise UsageError(
-                f"out of memory: the processes of this machine need about {gib(need)} of what the cpu has "
-                f"free, {gib(free)}; allowed: more processes on more GPUs, or a smaller or shorter video"
+                f"out of memory: the processes of this machine need about {gib(need)}, but the cpu has "
+                f"{gib(free)} free; use more GPUs, or a smaller or shorter video"
             )
         if need > free:
             raise UsageError(plan.shortage(free, free))
@@ -338,13 +335,13 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
     if weights > card:
         raise UsageError(
             f"out of memory: the weights of model.path={plan.config.model.path} take {gib(weights)} on the "
-            f"GPU, which has {gib(card)}; set model.offload=group, or use a smaller model"
+            f"GPU, but it has {gib(card)}; set model.offload=group, or use a smaller model"
         )
     host, host_free = host_bytes(plan.model, plan.config.model), room("cpu") / local_processes()
     if host > total_memory("cpu"):
         raise UsageError(
             f"out of memory: model.path={plan.config.model.path} is read into host memory before it moves to "
-            f"the GPU and takes {gib(host)} there, which has {gib(total_memory('cpu'))}; use a smaller "
+            f"the GPU; this takes {gib(host)}, but the host has {gib(total_memory('cpu'))}; use a smaller "
             "model, such as configs/wan_tiny.yaml"
         )
     warnings = []
@@ -353,12 +350,14 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
             f"memory may be short: {gib(need)} predicted, {gib(free)} free; {plan.nearest_fit(free)}"
         )
     if host > host_free:
-        warnings.append(f"host memory may be short: the weights take {gib(host)}, {gib(host_free)} are free")
+        warnings.append(
+            f"host memory may be short: the weights take {gib(host)}, but {gib(host_free)} are free"
+        )
     return tuple(warnings)
 
 
 def rank_memory(plan: RunPlan) -> Memory:
-    """Predicts the peak of one of the processes: weights whole, tokens by share."""
+    """Predicts the peak of one process: all weights, and its share of the tokens."""
     if plan.degrees.processes == 1:
         return plan.memory
     return peak_memory(

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who shares what with whom."""
+"""Groups the processes under torchrun by the work that they share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,20 +13,21 @@ from scripts.run.errors import UsageError
 from scripts.run.processes import end_all
 
 ALONE = Degrees()
-BATCHED = ("mochi",)  # families whose one call a step has both halves of guidance
+BATCHED = ("mochi",)  # families that batch both halves of guidance in one call
 
 
 @dataclass(frozen=True)
 class Groups:
-    """What this process shares with which others.
+    """Holds the groups of processes that share work with this one.
 
     Attributes:
-        degrees: of the whole run; everyone, replica: gloo groups of all processes, of those of one video.
-        sequence: a `radial_attn.models.parallel.ulysses.SequenceParallel`, None where alone.
-        guidance: the group of the other half of guidance, None where alone.
-        decoding: the group of all processes of one video, over NCCL on GPUs, None where alone.
-        leads: whether this process puts the video together and writes it; share: its number among those of
-            `degrees.data`.
+        degrees: of the whole run.
+        everyone: the gloo group of all processes; replica: of the processes of one video.
+        sequence: a `radial_attn.models.parallel.ulysses.SequenceParallel`, None if alone.
+        guidance: the group of the other half of guidance, None if alone.
+        decoding: the group of all processes of one video, over NCCL on GPUs, None if alone.
+        leads: whether this process puts the video together and writes it.
+        share: the number of this process in the `degrees.data` processes that share the prompts.
     """
 
     degrees: Degrees = ALONE
@@ -39,26 +40,29 @@ class Groups:
     share: int = 0
 
     def agree(self, value: Any) -> Any:
-        """What the first process has for `value`."""
+        """Returns the first process's `value`."""
         return _of_first(value, self.everyone)
 
     def agree_on_video(self, value: Any) -> Any:
-        """What the first process of this video has for `value`."""
+        """Returns the `value` of the first process of this video."""
         return _of_first(value, self.replica)
 
     def compare(self, value: Any) -> None:
-        """Raises UsageError where another process has another `value`: files differ between machines."""
+        """Raises UsageError if the first process has another `value`: files may differ between machines."""
         if self.agree(value) != value:
-            raise UsageError("configuration, prompts or input files differ from those of rank 0")
+            raise UsageError(
+                "configuration, prompts or input files differ from those of rank 0; give every machine the "
+                "same files"
+            )
 
     def wait(self) -> None:
-        """For the one that writes; in the next video's exchanges there is less patience."""
+        """Waits for the process that writes the file; later collectives have a shorter timeout."""
         if self.replica is not None:
             torch.distributed.barrier(group=self.replica)
 
 
 def _of_first(value: Any, group: Any) -> Any:
-    """What the first process of a group has, the value itself without one."""
+    """Returns the value of the first process in a group, or the value itself without a group."""
     values = [value]
     if group is not None:
         torch.distributed.broadcast_object_list(values, group_src=0, group=group)
@@ -67,9 +71,9 @@ def _of_first(value: Any, group: Any) -> Any:
 
 @contextmanager
 def process_groups(degrees: Degrees, device: str) -> Iterator[Groups]:
-    """The groups of this process, connected for as long as the block runs; the process alone where it is so.
+    """Connects this process to its groups while the block runs; a single process has none.
 
-    A failure in the block ends the process at once, with one line: torchrun then stops the others, which may
+    A failure in the block ends the process at once, with one line. torchrun then stops the others, which may
     be waiting for it.
     """
     if degrees.processes == 1:
@@ -80,7 +84,7 @@ def process_groups(degrees: Degrees, device: str) -> Iterator[Groups]:
         yield _join(degrees, device)
     except KeyboardInterrupt:
         raise
-    except Exception as error:  # whatever it is, the others must not wait for this process
+    except Exception as error:  # of any kind: the others must not wait for this process
         end_all(error)
     stop()
 
@@ -104,7 +108,7 @@ def _join(degrees: Degrees, device: str) -> Groups:
 
 
 def shared_guidance(pipeline: Any, family: str, groups: Groups) -> AbstractContextManager:
-    """Guidance shared with the other half's process, where there is one."""
+    """Shares guidance with the process of the other half, if there is one."""
     if groups.guidance is None:
         return nullcontext()
     from radial_attn.models.parallel.guidance import GuidanceParallel
@@ -115,16 +119,16 @@ def shared_guidance(pipeline: Any, family: str, groups: Groups) -> AbstractConte
 
 
 def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | None:
-    """What gathers `[B, N, C]`, the video tokens of one call, from those of the processes that share it.
+    """Returns a function that gathers one call's video tokens `[B, N, C]` from the processes that share it.
 
-    None where no others do: halves of guidance that are calls of their own are not shared.
+    Returns None if no other process shares it. Halves of guidance in separate calls are not gathered.
     """
     halves = groups.guidance if family in BATCHED else None
     if groups.sequence is None and halves is None:
         return None
 
-    def gather(own: Tensor) -> Tensor:
-        tokens = own if groups.sequence is None else groups.sequence.gather(own)
+    def gather(part: Tensor) -> Tensor:
+        tokens = part if groups.sequence is None else groups.sequence.gather(part)
         if halves is None:
             return tokens
         parts = [torch.empty_like(tokens) for _ in range(2)]
@@ -135,7 +139,7 @@ def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | No
 
 
 def shared_decoding(pipeline: Any, groups: Groups) -> AbstractContextManager:
-    """The tiles of the VAE shared with the other processes of the video, where there are any."""
+    """Shares the tiles of the VAE with the other processes of the video, if there are any."""
     if groups.decoding is None:
         return nullcontext()
     from radial_attn.models.parallel.decoding import ParallelDecode

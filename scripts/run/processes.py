@@ -1,4 +1,4 @@
-"""Which of torchrun's processes this is, what it prints, and how it ends without keeping others waiting."""
+"""Numbers this process among torchrun's, silences all but the first, and ends it so no other must wait."""
 
 import os
 import sys
@@ -9,26 +9,26 @@ from typing import NoReturn
 from scripts.run.errors import UsageError, one_line
 
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "process group")
-PATIENCE = {"first": 0.0, "other": 2.0, "lost": 10.0}  # seconds before a process speaks of its failure
+PATIENCE = {"first": 0.0, "other": 2.0, "lost": 10.0}  # seconds before a process reports its failure
 
 
 def processes() -> int:
-    """How many torchrun started; 1 without it."""
+    """Returns how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_processes() -> int:
-    """How many of them run on this machine."""
+    """Returns how many of the processes run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """Returns the number of this process among all."""
     return int(os.environ.get("RANK", "0"))
 
 
 def prepare() -> None:
-    """Of several processes only the first prints, since all would say the same, and each has its own GPU."""
+    """Silences every process but the first, as all would print the same, and gives each its own GPU."""
     if processes() == 1:
         return
     import torch
@@ -43,8 +43,8 @@ def prepare() -> None:
 def end_all(error: Exception) -> NoReturn:
     """Ends this process with one line and exit code 2; torchrun stops the others.
 
-    What all find at once the first one says: the others wait, and are stopped before they speak. So does one
-    that only lost its connection to a process which failed.
+    If every rank has the same error, only rank 0 reports it: the others wait, and are stopped before they
+    report. A rank that only lost its connection to a failed one waits too.
     """
     text = " ".join(str(error).split()) or one_line(error)
     lost = any(word in text.lower() for word in LOST)
@@ -52,7 +52,7 @@ def end_all(error: Exception) -> NoReturn:
     if not first_to_speak():
         leave(2)
     line = f"error: rank {rank()}: {text}"
-    if rank() == 0 and isinstance(error, UsageError):  # found before there is a progress bar
+    if rank() == 0 and isinstance(error, UsageError):  # raised before there is a progress bar
         print(line, file=sys.stderr, flush=True)
     else:
         say(line)
@@ -60,24 +60,24 @@ def end_all(error: Exception) -> NoReturn:
 
 
 def first_to_speak() -> bool:
-    """Whether no process has told of its failure so far, by the store of torchrun's agent; now one has.
+    """Returns whether this process is the first to report a failure, by the store of torchrun's agent.
 
-    Where there is no such store, waiting has to do.
+    Returns True if there is no such store; the waiting in `end_all` must do then.
     """
     if processes() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import TCPStore
 
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
         return store.add("radial_attn/told", 1) == 1
-    except RuntimeError:  # the agent is gone, and all with it
+    except RuntimeError:  # the agent is gone, and all processes with it
         return rank() == 0
 
 
 def interrupted(text: str) -> int:
-    """Exit code after Ctrl-C; says `text`, but of several processes each ends at once without a word."""
+    """Prints `text` and returns the exit code after Ctrl-C; one of several processes just ends silently."""
     if processes() > 1:
         leave(130)
     print(f"interrupted; {text}", file=sys.stderr)
@@ -85,7 +85,7 @@ def interrupted(text: str) -> int:
 
 
 def no_reader() -> int:
-    """Exit code where nobody reads what is printed, as in `--help | head`."""
+    """Returns the exit code if nobody reads the output, as in `--help | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -96,6 +96,6 @@ def say(line: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends at once, without the libraries' farewells, which wait for processes that may be gone."""
+    """Ends at once, without the libraries' exit handlers, which wait for processes that may be gone."""
     sys.stdout.flush()
     os._exit(code)

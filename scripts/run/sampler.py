@@ -1,4 +1,4 @@
-"""The pipeline of a plan, and the videos that it makes."""
+"""Loads the pipeline of a plan, and samples its videos."""
 
 import errno
 import logging
@@ -33,13 +33,13 @@ from scripts.run.plan import RunPlan, attention_arguments
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
 from scripts.run.system import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
 
-SHRINK = 0.8  # what would fit after a real shortage needs at most this part of what did not
+SHRINK = 0.8  # after a real shortage, a video that fits needs at most this share of the prediction
 DISPATCH = "diffusers.models.attention_dispatch"
 OP = ("radial_attn.attention", "radial_attn.kernels")
 
 
 class Observer(Protocol):
-    """Looks at each call of the attention, and says how long it took since it was last asked."""
+    """Observes each call of the attention, and returns the seconds that this took since the last question."""
 
     def see(self, seen: Seen) -> None: ...
 
@@ -48,7 +48,7 @@ class Observer(Protocol):
 
 @dataclass
 class Sampler:
-    """Makes the videos of a plan, one by one; `groups`: who shares this process's work."""
+    """Makes the videos of a plan, one by one; `groups`: the processes that share the work."""
 
     plan: RunPlan
     groups: Groups = field(default_factory=Groups)
@@ -56,12 +56,12 @@ class Sampler:
     loras_in: list[dict[str, Any]] = field(default_factory=list)
 
     def load(self) -> Any:
-        """The diffusers pipeline; UsageError where weights are missing, broken, misshapen or out of reach."""
+        """Loads the pipeline; UsageError if weights are missing, broken, misshapen or out of reach."""
         quiet_libraries()
         model = self.plan.config.model
         dtype = getattr(torch, model.dtype)
         with timed(self.seconds, "load"), self.reporting_memory(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the libraries say of their calls of one another
+            warnings.simplefilter("ignore")  # deprecations of one library in another
             try:
                 pipeline = load_pipeline(
                     self.plan.path,
@@ -71,7 +71,7 @@ class Sampler:
                     flow_shift=self.plan.config.generation.flow_shift,
                     quantization_config=quantization_config(model.quantization, dtype),
                 )
-            except Exception as error:  # the libraries have no common one for a folder that they cannot load
+            except Exception as error:  # the libraries share no class for a folder that they cannot load
                 if is_out_of_memory(error):
                     raise
                 raise UsageError(self._load_failure(error)) from error
@@ -91,14 +91,14 @@ class Sampler:
         return hub_unreachable(self.plan.path, error)
 
     def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any] | None:
-        """Generates one video and writes it with its JSON, whose content is returned.
+        """Generates one video, writes it with its JSON and returns the JSON's content.
 
-        Of several processes, which share the tiles of the decoder, only the one that leads puts them together
-        and writes; the others return None.
+        If several processes share the video, only the one that leads joins the tiles and writes; the others
+        return None.
 
         Raises:
             GenerationError: non-finite or wrong values, out of memory, or any failure of the pipeline.
-            UsageError: a backend that is missing or refuses these shapes, a file that cannot be written.
+            UsageError: a backend is missing or refuses these shapes, or a file cannot be written.
         """
         seconds = dict(self.seconds)
         reset_peak(self.plan.device)
@@ -119,10 +119,10 @@ class Sampler:
         bar: tqdm | None = None,
         observer: Observer | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Frames uint8 `[T, H, W, 3]`, and what attention and clock have to say.
+        """Returns frames uint8 `[T, H, W, 3]`, and the reports of attention, cache and clock.
 
-        Adds its stages to `seconds`, without the time that the observer of the attention takes. `bar` counts
-        the steps of several videos; errors are those of `make_video`, memory shortage as it is raised.
+        Adds its stages to `seconds`, without the time of the attention's observer. `bar` counts the steps of
+        several videos. Raises the errors of `make_video`, but leaves a shortage of memory as it is.
         """
         groups = self.groups
         whole = whole_tokens(self.plan.config.model.family, groups)
@@ -156,23 +156,27 @@ class Sampler:
             raise
         except CheckError as error:
             raise GenerationError(f"{error}; no video written") from error
-        except Exception as error:  # of whatever kind, it must not lose the other prompts of a file
+        except Exception as error:  # of any kind: the other prompts of a file must not be lost
             if is_out_of_memory(error):
                 raise
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> Exception:
-        """A backend is to blame only where its op raised."""
+        """Returns the error to raise; it names a backend only if the backend's op raised."""
         attention = self.plan.config.attention
         named = attention.dense_backend not in ("auto", "native")
         if named and raised_in(error, DISPATCH):
-            return UsageError(f"attention.dense_backend: got {attention.dense_backend!r}: {one_line(error)}")
+            return UsageError(
+                f"attention.dense_backend: got {attention.dense_backend!r}, which failed: {one_line(error)}"
+            )
         if raised_in(error, *OP):
-            return UsageError(f"attention.backend: got {attention.backend!r}: {one_line(error)}")
+            return UsageError(
+                f"attention.backend: got {attention.backend!r}, which failed: {one_line(error)}"
+            )
         return GenerationError(f"the pipeline failed with {type(error).__name__}: {one_line(error)}")
 
     def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any, observer: Observer | None) -> Callable:
-        """The pipeline's callback: clock, progress bar, a stop at the first latents that are not finite."""
+        """Makes the pipeline's callback: clock, progress bar, a stop at the first non-finite latents."""
 
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
             if observer is not None:
@@ -217,7 +221,7 @@ class Sampler:
 
     @contextmanager
     def reporting_memory(self) -> Iterator[None]:
-        """Turns every kind of memory shortage into one line that says what would fit."""
+        """Turns every kind of memory shortage into one line that names a video that would fit."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
@@ -229,10 +233,10 @@ class Sampler:
 
 
 def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> np.ndarray:
-    """A batch of videos, with whatever attention the pipeline has: float `[B, T, H, W, 3]` of 0 .. 1.
+    """Samples a batch of videos with the pipeline's own attention: float `[B, T, H, W, 3]` in 0 .. 1.
 
-    The noise is drawn on the CPU, one seed a prompt, so that it depends neither on device nor batch.
-    The options go to the pipeline; `output_type="latent"` gives latents `[B, C, frames, height, width]`.
+    The noise is drawn on the CPU, one seed a prompt, so it does not depend on device or batch. The options
+    go to the pipeline; `output_type="latent"` returns latents `[B, C, frames, height, width]`.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     family = config.model.family
@@ -241,7 +245,7 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
 
 
 class LineHandler(logging.Handler):
-    """Log records as lines on stdout, above a progress bar where there is one."""
+    """Writes log records as lines to stdout, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(record.getMessage(), file=sys.stdout)
@@ -249,7 +253,7 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def reported_choices() -> Iterator[None]:
-    """Prints what is chosen where `auto` is, and what a check finds."""
+    """Prints the choices that `auto` makes, and the results of checks."""
     logger, handler = logging.getLogger("radial_attn"), LineHandler()
     level = logger.level
     logger.addHandler(handler)
@@ -262,13 +266,14 @@ def reported_choices() -> Iterator[None]:
 
 
 def shown_steps(steps: int, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
-    """A progress bar of one video, or the one that there is, which stays open."""
-    own = tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True) if bar is None else None
-    return nullcontext(bar) if own is None else own
+    """Returns a progress bar of one video, or `bar`, which stays open at the end."""
+    if bar is not None:
+        return nullcontext(bar)
+    return tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True)
 
 
 def to_bytes(frames: np.ndarray) -> np.ndarray:
-    """`[T, H, W, 3]` of 0 .. 1 as uint8; GenerationError where the decoder gave non-finite values."""
+    """Converts `[T, H, W, 3]` in 0 .. 1 to uint8; GenerationError if the decoder gave non-finite values."""
     if not np.isfinite(frames).all():
         raise GenerationError("non-finite values in the decoded frames (VAE, float32); no video written")
     return (frames * 255).round().astype(np.uint8)
@@ -281,12 +286,12 @@ def _write(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> 
         reason = error.strerror or one_line(error)
         full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         raise (DiskFullError if full else UsageError)(
-            f"output.path: cannot write {str(path)!r} ({reason}); allowed: a folder with room for the video"
+            f"output.path: cannot write {str(path)!r} ({reason}); name a folder with room for the video"
         ) from error
 
 
 def quiet_libraries() -> None:
-    """No warnings and loading bars of diffusers and transformers between our own lines."""
+    """Turns off warnings and loading bars of diffusers and transformers, which would mix with our lines."""
     import diffusers
     import huggingface_hub
     import transformers

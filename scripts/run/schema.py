@@ -1,4 +1,4 @@
-"""A configuration's schema of dataclasses: its keys, what they take, and reading it.
+"""Reads, checks and documents a configuration whose schema is dataclasses.
 
 Precedence, lowest first: the defaults of the dataclasses, the YAML file, `key=value` on the command line.
 """
@@ -17,13 +17,13 @@ from scripts.run.errors import UsageError, nearest_key, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
-    int: "whole number",
-    int | None: "whole number",
-    float: "number",
-    float | None: "number",
-    int | str: "positive whole number or 'block'",
+    int: "a whole number",
+    int | None: "a whole number",
+    float: "a number",
+    float | None: "a number",
+    int | str: "a positive whole number or 'block'",
 }
-ZERO = "0"  # as `share`: a share that may be none
+ZERO = "0"  # as `share`: the share may be 0
 NUMBERS = (float, float | None, int | float | str)
 
 
@@ -36,17 +36,20 @@ def key(
     words: tuple[str, ...] = (),
     share: str | None = None,
 ) -> Any:
-    """A configuration key: default, one-line meaning, allowed values or smallest allowed number.
+    """Makes the field of a configuration key.
 
-    `words`: texts that a key of numbers takes as they are. `share`: what it takes beside a number above 0 up
-    to 1, in words.
+    Args:
+        help: the meaning, in one line.
+        choices: the allowed values; low: the smallest allowed number.
+        words: texts that a key of numbers also takes.
+        share: for a number above 0 up to 1, says which other values the key takes.
     """
     meta = {"help": help, "choices": choices, "low": low, "words": words, "share": share, "parse": None}
     return field(default=default, metadata=meta)
 
 
 def listing(help: str, form: str, parse: Callable[[Any], list]) -> dict[str, Any]:
-    """The metadata of a key that holds a list: what it takes in words; `parse` makes its entries of that."""
+    """Makes the metadata of a key that holds a list; `form` says what it takes, `parse` makes the entries."""
     return {
         "help": help,
         "choices": (),
@@ -59,38 +62,38 @@ def listing(help: str, form: str, parse: Callable[[Any], list]) -> dict[str, Any
 
 
 def find_path(name: str) -> Path:
-    """`name` from the current directory, or from the repository root where it is not found there."""
+    """Returns `name` from the current directory, or from the repository root if only that has it."""
     path = Path(name).expanduser()
     return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A dataclass of groups, each a dataclass of keys made by `key` and `listing`.
+    """Reads and checks a dataclass of groups; each group is a dataclass of keys made by `key` or `listing`.
 
     Attributes:
-        root: the dataclass.
-        presets: pattern of the YAML files that come with the project, from its root.
+        root: the dataclass of groups.
+        presets: glob pattern of the bundled YAML files, from the repository root.
     """
 
     root: type
     presets: str = "configs/*.yaml"
 
     def keys(self) -> dict[str, Any]:
-        """Dotted key -> dataclass field, in order."""
+        """Maps each dotted key to its dataclass field, in order."""
         groups = ((group.name, group.default_factory) for group in fields(self.root))
         return {f"{name}.{entry.name}": entry for name, group in groups for entry in fields(group)}
 
     def read(self, config_file: str, overrides: Sequence[str]) -> Any:
-        """The resolved configuration, an instance of `root`.
+        """Returns the resolved configuration, an instance of `root`.
 
         Args:
             config_file: YAML file, relative to the current directory or the repository root.
-            overrides: `group.key=value` strings; text is taken as it stands, but `null` is none where it may
-                be.
+            overrides: `group.key=value` strings. Text is taken literally, but `null` is None if the key may
+                be None.
 
         Raises:
-            UsageError: file missing or unreadable, unknown key, value of the wrong type.
+            UsageError: the file is missing or unreadable, a key is unknown, a value has the wrong type.
         """
         config = OmegaConf.structured(self.root)
         self._update(config, self._read_yaml(config_file), source=config_file)
@@ -101,7 +104,7 @@ class Schema:
             raise UsageError(f"{config_file}: {one_line(error)}") from error
 
     def allowed(self, name: str) -> str:
-        """What a key takes, in words."""
+        """Describes the values that a key takes."""
         entry = self.keys()[name]
         meta = entry.metadata
         if meta["choices"]:
@@ -118,28 +121,34 @@ class Schema:
         return f"{text}, or null" if entry.type in (float | None, int | None) else text
 
     def check(self, config: Any) -> None:
-        """Raises UsageError for a value outside its choices, its share or below its smallest."""
+        """Raises UsageError for a value outside its choices or its share, or below its smallest number."""
         for name, entry in self.keys().items():
-            group, own = name.split(".")
-            value = getattr(getattr(config, group), own)
+            group, leaf = name.split(".")
+            value = getattr(getattr(config, group), leaf)
             if isinstance(value, str) and not _is_unicode(value):
-                raise UsageError(f"{name}: got {value!r}, allowed: text that UTF-8 can hold")
+                raise UsageError(f"{name}: got {value!r}, must be text that UTF-8 can encode")
             if not _fits(value, entry):
-                raise UsageError(f"{name}: got {value!r}, allowed: {self.allowed(name)}")
+                raise self._refusal(name, value)
+
+    def _refusal(self, name: str, value: Any) -> UsageError:
+        """Returns the error for a value that a key does not take."""
+        verb = "allowed:" if self.keys()[name].metadata["choices"] else "must be"
+        return UsageError(f"{name}: got {value!r}, {verb} {self.allowed(name)}")
 
     def help_lines(self) -> list[str]:
-        """A line for each key: default, meaning, what is allowed."""
-        lines = ["keys (default; what it means; what is allowed):"]
+        """Returns a line for each key: default, meaning, allowed values."""
+        lines = ["keys (default; meaning; allowed values):"]
         for name, entry in self.keys().items():
             detail = f"{entry.metadata['help']} [{self.allowed(name)}]"
-            default = (
-                shown(entry.default) if entry.default is not MISSING else _listed(entry.default_factory())
-            )
+            if entry.default is MISSING:
+                default = ",".join(entry.default_factory()) or "[]"
+            else:
+                default = shown(entry.default)
             lines.append(f"  {f'{name}={default}':<45} {detail}")
         return lines
 
     def preset_lines(self) -> list[str]:
-        """A line for each file that comes with the project: name and what to expect of it."""
+        """Returns a line for each bundled file: its name and its first comment, which says what to expect."""
         lines = []
         for preset in sorted(ROOT.glob(self.presets)):
             expectation = preset.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -152,7 +161,7 @@ class Schema:
             names = ", ".join(
                 preset.relative_to(ROOT).as_posix() for preset in sorted(ROOT.glob(self.presets))
             )
-            raise UsageError(f"config file {config_file!r} not found; bundled ones: {names}")
+            raise UsageError(f"config file {config_file!r} not found; bundled files: {names}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -164,7 +173,7 @@ class Schema:
                 groups = ", ".join(group.name for group in fields(self.root))
                 nearest = nearest_key(str(group), self.keys())
                 raise UsageError(
-                    f"config file {config_file!r}: {group!r} is no group with keys; allowed: {groups}; "
+                    f"config file {config_file!r}: {group!r} is not a group of keys; allowed: {groups}; "
                     f"did you mean {nearest!r}?"
                 )
         return content
@@ -173,12 +182,12 @@ class Schema:
         content: dict[str, dict] = {}
         for override in overrides:
             name, _, value = override.partition("=")
-            group, _, own = name.partition(".")
-            content.setdefault(group, {})[own] = self._parse_value(name, value)
+            group, _, leaf = name.partition(".")
+            content.setdefault(group, {})[leaf] = self._parse_value(name, value)
         return content
 
     def _parse_value(self, name: str, value: str) -> Any:
-        """The value by its key's type: text as it stands (no YAML, no interpolation), numbers in decimal."""
+        """Parses a value by its key's type: text literally (no YAML or interpolation), numbers in decimal."""
         entry = self.keys().get(name)
         kind, meta = (str, {}) if entry is None else (entry.type, entry.metadata)
         if kind in (str | None, float | None, int | None) and value == "null":
@@ -191,13 +200,13 @@ class Schema:
             numbers = dict.fromkeys(NUMBERS, float)
             return {bool: yaml.safe_load, **numbers}.get(kind, int)(value)
         except (ValueError, yaml.YAMLError) as error:
-            raise UsageError(f"{name}: got {value!r}, allowed: {self.allowed(name)}") from error
+            raise self._refusal(name, value) from error
 
     def _update(self, config: DictConfig, content: dict[str, dict], source: str) -> None:
         known = self.keys()
         for group, values in content.items():
-            for own, value in values.items():
-                name = f"{group}.{own}" if own else str(group)
+            for leaf, value in values.items():
+                name = f"{group}.{leaf}" if leaf else str(group)
                 if name not in known:
                     nearest = nearest_key(name, known)
                     raise UsageError(f"unknown key {name!r} ({source}); did you mean {nearest!r}?")
@@ -205,26 +214,25 @@ class Schema:
                 try:
                     OmegaConf.update(config, name, parse(value) if parse else value)
                 except OmegaConfBaseException as error:
-                    raise UsageError(f"{name}: got {value!r}, allowed: {self.allowed(name)}") from error
+                    raise self._refusal(name, value) from error
 
 
 def _fits(value: Any, entry: Any) -> bool:
+    """Returns whether a value is one of the key's choices, in its share, or not below its smallest number."""
     meta = entry.metadata
     if meta["choices"] and value not in meta["choices"]:
         return False
     if meta["share"] and value not in (None, *meta["words"]):
         return isinstance(value, int | float) and (0 < value <= 1 or (meta["share"] == ZERO and value == 0))
-    return meta["low"] is None or value is None or _in_range(value, entry.type, meta["low"])
-
-
-def _in_range(value: float, kind: type, low: float) -> bool:
-    """At least `low`; above it for a float whose limit is 0."""
-    above = low == 0 and kind in (float, float | None)
+    low = meta["low"]
+    if low is None or value is None:
+        return True
+    above = low == 0 and entry.type in (float, float | None)  # 0 is no value of such a key
     return math.isfinite(value) and (value > low if above else value >= low)
 
 
 def _is_unicode(text: str) -> bool:
-    """False for the lone surrogates that stand for bytes which are no UTF-8."""
+    """Returns whether UTF-8 can encode a text; lone surrogates stand for bytes that were not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -233,11 +241,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A default as it is written on the command line."""
+    """Returns a default as it is written on the command line."""
     if isinstance(value, bool) or value is None:
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or "''"
-
-
-def _listed(values: Sequence[str]) -> str:
-    return ",".join(values) or "[]"

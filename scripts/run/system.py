@@ -1,4 +1,4 @@
-"""What a run's JSON says about program, machine and time."""
+"""Reads program versions, machine, memory and time for a run's JSON."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ CGROUP_FILES = (  # limit, use, and the entry of memory.stat that can be dropped
 
 
 class Clock:
-    """Seconds of each stage of one video and of each denoising step.
+    """Measures the seconds of each stage of one video and of each denoising step.
 
     Text encoding ends at the transformer's first call, denoising at the last step, decoding when the pipeline
     returns.
@@ -36,7 +36,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def first_call(self, *_: Any) -> None:
-        """Forward pre-hook of the transformer: closes the text stage once."""
+        """Ends the text stage, once; a forward pre-hook of the transformer."""
         if "encode_text" not in self.seconds:
             self.seconds["encode_text"] = self.lap()
 
@@ -45,11 +45,11 @@ class Clock:
         self.seconds["denoise"] = round(sum(self.steps), 4)
 
     def leave_out(self, seconds: float) -> None:
-        """Takes time that was spent on something else out of the current lap."""
+        """Excludes time that was spent on something else from the current lap."""
         self._mark += seconds
 
     def lap(self) -> float:
-        """Seconds since the last mark."""
+        """Returns the seconds since the last mark, and sets a new one."""
         self._synchronize()
         before, self._mark = self._mark, time.perf_counter()
         return round(self._mark - before, 4)
@@ -66,12 +66,12 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def synchronizer(device: str) -> Callable[[], None]:
-    """Waits for the device's work, so that a lap means what it says."""
+    """Returns a function that waits for the device's work, so a lap contains all of it."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def versions() -> dict[str, str]:
-    """Versions of this project, of Python and of the packages that a video depends on."""
+    """Returns the versions of this project, of Python and of the packages that a video depends on."""
     return {
         "radial-attention": __version__,
         "python": platform.python_version(),
@@ -81,23 +81,23 @@ def versions() -> dict[str, str]:
 
 
 def pairs(*groups: Mapping[str, Any]) -> str:
-    """`name value` of all entries, in one line."""
+    """Writes all entries as `name value` in one line."""
     return ", ".join(f"{name} {value}" for group in groups for name, value in group.items())
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Version of each package, or 'absent'."""
-    found = {}
+    """Returns the version of each package, or "absent"."""
+    installed_versions = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            installed_versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            installed_versions[name] = "absent"
+    return installed_versions
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """Names and sizes of processor and, where the run is on one, of the GPU."""
+    """Returns names and sizes of the processor and, if the run is on one, the GPU."""
     import psutil
 
     about = {
@@ -123,7 +123,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory(device: str) -> dict[str, int]:
-    """Highest resident memory of the process so far (bytes), and of the GPU since its last reset."""
+    """Returns the peak bytes of the process's resident memory so far, and of the GPU since its last reset."""
     peak = {"host_bytes": _host_peak()}
     if device == "cuda":
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
@@ -131,7 +131,7 @@ def peak_memory(device: str) -> dict[str, int]:
 
 
 def _host_peak() -> int:
-    """VmHWM of /proc, which begins anew with a program; else ru_maxrss, which a child inherits."""
+    """Returns VmHWM of /proc, which restarts with a program; else ru_maxrss, which a child inherits."""
     try:
         with open("/proc/self/status", encoding="utf-8") as stream:
             return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
@@ -140,18 +140,18 @@ def _host_peak() -> int:
 
 
 def reset_peak(device: str) -> None:
-    """Starts the GPU's peak anew; the host's cannot be."""
+    """Resets the GPU's peak; the host's cannot be reset."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def room(device: str) -> int:
-    """Bytes that a run of this process may take in all: what is free and what the process holds already."""
+    """Returns the bytes that a run of this process may take in all: free bytes and those that it holds."""
     return available_memory(device) + own_memory(device)
 
 
 def available_memory(device: str) -> int:
-    """Bytes still free: of the GPU, or of the host within the limits of its control group."""
+    """Returns the free bytes of the GPU, or of the host within the limits of its control group."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     import psutil
@@ -160,7 +160,7 @@ def available_memory(device: str) -> int:
 
 
 def total_memory(device: str) -> int:
-    """Bytes of the GPU, or of the host."""
+    """Returns all bytes of the GPU, or of the host."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     import psutil
@@ -169,7 +169,7 @@ def total_memory(device: str) -> int:
 
 
 def own_memory(device: str) -> int:
-    """Bytes that this process holds: reserved by torch on the GPU, or host memory that no file backs."""
+    """Returns the bytes of this process: reserved by torch on the GPU, or host memory that no file backs."""
     if device == "cuda":
         return torch.cuda.memory_reserved()
     import psutil
@@ -179,7 +179,7 @@ def own_memory(device: str) -> int:
 
 
 def cgroup_free(root: Path) -> list[int]:
-    """What the memory limit of the control group at `root` leaves, where there is one."""
+    """Returns the bytes that the memory limits of the control group at `root` leave; empty if it has none."""
     free = []
     for limit, use, droppable in CGROUP_FILES:
         try:

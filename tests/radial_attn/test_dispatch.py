@@ -53,13 +53,3 @@ def test_the_table(capsys):
     assert [row.split()[0] for row in rows] == list(BACKENDS[1:])
     assert "runs on cuda, got a tensor on cpu" in next(row for row in rows if row.startswith("triton"))
     assert order == "auto tries: cpp, blocks"
-
-
-@pytest.mark.parametrize("device", ["nonsense", "cuda"])
-def test_a_device_that_is_not_there_is_one_line(device, capsys):
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit) as stop:
-        main(["backends", "--device", device])
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and ": error: --device: " in lines[0]

@@ -37,30 +37,6 @@ def test_presets_are_planned_without_weights(preset, capsys):
     assert {"tokens", "density", "transformer", "memory"} <= {line.split()[0] for line in lines}
 
 
-@pytest.mark.parametrize(
-    ("preset", "override", "message"),
-    [
-        (
-            "hunyuan_t2v",
-            "generation.negative_prompt=ugly",
-            "got 'ugly', allowed with family hunyuan_video: ''",
-        ),
-        ("hunyuan_t2v", "generation.guidance_scale_2=3", "got 3.0, allowed with family hunyuan_video: null"),
-        ("mochi_t2v", "generation.flow_shift=5", "got 5.0, allowed with family mochi: null"),
-        ("wan_tiny", "generation.prompt_template=plain", "got 'plain', allowed with family wan: default"),
-        ("wan_tiny", "generation.guidance_scale_2=3", "got 3, allowed: null, the model has one expert"),
-        ("wan_tiny", "generation.guidance_scale_2=x", "got 'x', allowed: number of at least 1, or null"),
-        ("wan_tiny", "generation.flow_shift=0", "got 0.0, allowed: number above 0, or null"),
-        ("mochi_t2v", "generation.num_frames=8", "got 8, allowed: 6k + 1, nearest: 7"),
-        ("wan_tiny", "model.family=hunyuan_video", "must hold a HunyuanVideoPipeline"),
-    ],
-)
-def test_a_key_that_a_family_would_ignore_is_refused(preset, override, message, capsys):
-    assert main([f"configs/{preset}.yaml", override, "--dry-run"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-
-
 def test_wan22_script_stands_in_with_its_schedule(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from scripts.length.seeds import seed_records, seed_row, seed_table
 from scripts.prompt_accuracy import density, parse, report, row, step_seconds
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.digest import digest
+from scripts.run.plan import make_plan
 from scripts.toyworld import all_attributes, read
 from scripts.toyworld.accuracy import first_frame, readings, with_pattern
 from scripts.toyworld.render import VOCABULARY
@@ -117,13 +119,10 @@ def test_report_holds_command_table_and_settings(config):
     assert text.count(", LoRA assets/wan-tiny-4x-lora") == 1
 
 
-def test_command_line(capsys):
+def test_command_line():
     options = parse(["configs/wan_tiny.yaml", "configs/wan_tiny_4x.yaml", *SHORT, "--every", "1", "3"])
     assert options.configs == ["configs/wan_tiny.yaml", "configs/wan_tiny_4x.yaml"]
     assert options.overrides == SHORT and options.every == [1, 3]
-    with pytest.raises(SystemExit) as stop:
-        parse(["configs/wan_tiny.yaml", "--every", "1", "3"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_image_to_video_starts_from_a_scene_of_the_caption(config):
@@ -136,3 +135,50 @@ def test_image_to_video_starts_from_a_scene_of_the_caption(config):
     assert (seen.colour, seen.background) == (CAPTIONS[0].colour, CAPTIONS[0].background)
     assert image.size == (64, 64) and image == first_frame(longer, CAPTIONS[0], 3)["image"]
     assert image != first_frame(longer, CAPTIONS[0], 4)["image"]
+
+
+def test_seeds_of_a_prompt_are_made_dense_and_radial_and_only_once(tmp_path: Path, config):
+    plan, prompt, file = make_plan(config), CAPTIONS[0].caption, tmp_path / "seeds.json"
+    first = seed_records(plan, [prompt], [3], file)
+    assert [(one["seed"], one["pattern"]) for one in first] == [(3, "dense"), (3, "radial")]
+    assert first[0]["density"] == 1 and min(one["denoise"] for one in first) > 0
+    both = seed_records(plan, [prompt], [3, 4], file)
+    assert both[:2] == first and [one["seed"] for one in both[2:]] == [4, 4]
+    assert json.loads(file.read_text()) == both
+
+
+def seed_record(seed: int, motion: bool = True, part: str = "around") -> dict:
+    """The record of a video of 129 frames whose last part moves as `part` says."""
+    asked = {"colour": "red", "shape": "circle", "motion": "around", "background": "navy"}
+    return {
+        **entry("a red circle", "colour", "shape", "background", *(["motion"] if motion else [])),
+        **{"asked": asked, "frames": 129, "radius": 0.15, "period": 36.0},
+        **{"parts": [asked, asked | {"motion": part}], "ends": [{"colour": "red", "shape": "circle"}] * 2},
+        **{"pattern": "radial", "seed": seed, "density": 0.2333, "denoise": float(seed)},
+    }
+
+
+def test_row_of_seeds_names_those_that_fail():
+    records = [seed_record(0), seed_record(1, motion=False), seed_record(2, part="diagonally")]
+    cells = [cell.strip() for cell in seed_row(records).strip("|").split("|")]
+    assert cells[:3] == ["a red circle", "radial", "0.233"]
+    assert cells[3:] == ["2 of 3", "2 of 3", "3 of 3", "1 of 3", "1, 2", "1.00"]
+    short = [one | {"frames": 33} for one in records]
+    assert seed_row(short).split("|")[6].strip() == ""
+    both = [*records, *(one | {"pattern": "dense"} for one in records)]
+    table = [line for line in seed_table(both, ["a red circle"], range(3)) if line.startswith("|")]
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("prompt", ["a pink circle moving around on a navy background", "a cat"])
+def test_a_prompt_outside_the_toy_world_is_refused(prompt, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["configs/wan_tiny.yaml", "--prompt", prompt])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--prompt" in error and error.count("\n") == 1
+
+
+def test_prompts_take_one_configuration(capsys):
+    with pytest.raises(SystemExit):
+        parse(["configs/wan_tiny.yaml", "configs/wan_tiny_4x.yaml", "--prompt", CAPTIONS[0].caption])
+    assert "give one" in capsys.readouterr().err

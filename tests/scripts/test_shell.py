@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_upstream import main as check_upstream
 from scripts.run.config import ROOT
 
 SETUP = ROOT / "scripts/setup.sh"
@@ -90,14 +89,6 @@ def test_setup_refuses_an_old_or_missing_python(copy, tmp_path):
             result.stderr == f"error: no Python 3.11 or newer among: {python}; set PYTHON=/path/to/python\n"
         )
     assert not (copy / ".venv").exists()
-
-
-def test_the_upstream_check_refuses_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        check_upstream(["--source", str(tmp_path)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --source must be a source tree of diffusers") and str(tmp_path) in line
 
 
 def test_the_inference_script_from_another_directory(tmp_path):

@@ -28,13 +28,6 @@ def test_the_launch_table_is_put_back():
     assert launch(kind, device, 64) == before
 
 
-def test_the_tuner_says_that_there_is_no_gpu(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert tune_triton.main([]) == 2
-    assert capsys.readouterr().err.startswith("error: torch finds no CUDA device here")
-
-
 def test_the_best_row_of_each_kind_is_shown(capsys):
     rows = [
         {"kind": "forward", "row": "a,", "ms": 2.0},

@@ -157,7 +157,7 @@ Groups = tuple[tuple[Tensor | None, int], ...]
 
 
 def _plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
-    """Calls `_make_plans` once a mask; caches the plans on its tensor, all that an operator receives."""
+    """Calls `_make_plans` once per mask; caches the plans on its tensor, all that an operator is given."""
     kept = blocks.__dict__.setdefault("plans", {})
     if (layout, device) not in kept:
         kept[layout, device] = _make_plans(blocks, layout, device)

@@ -167,7 +167,7 @@ extern "C" {
 // All functions take sizes batch, tokens, heads, width, block size, lists of blocks (1 or heads), threads;
 // inputs [B, S, H, D] with a stride in numbers for sample, token and head each. Results are contiguous.
 
-// returns the float32 numbers of working memory that a call needs
+// returns how many float32 values of working memory a call needs
 std::int64_t radial_workspace(const std::int64_t* sizes, int backward) {
     Problem is(sizes, nullptr, nullptr, nullptr);
     return is.batch * is.heads * is.per_head() * (backward ? 3 + 2 * parts_of(is) : 2);

@@ -38,7 +38,7 @@ def load_library(source: Path) -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        return f"{source.name} compiled by {compiler}, which failed: {reason}"
+        return f"{source.name} compiled by {compiler}, which failed: {reason}; set CXX to another compiler"
 
 
 def cache_folder() -> Path:

@@ -88,7 +88,7 @@ struct Strided {
     const float* at(Index b, Index t, Index h) const { return data + b * sample + t * token + h * head; }
 };
 
-// copies rows `first` to `stop` of one head, [stop - first][wide], times `factor`; zeros if they do not count
+// copies rows `first` to `stop` of one head, [stop - first][wide], times `factor`; zeros if not counted
 inline void pack_rows(float* __restrict to, const Strided& from, const Problem& is, Index b, Index h,
                       Index first, Index stop, float factor) {
     for (Index t = first; t < stop; ++t, to += is.wide()) {

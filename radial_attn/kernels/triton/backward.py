@@ -71,7 +71,10 @@ def query_gradient_kernel(
     SIZE: tl.constexpr, PER_HEAD: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
     LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Computes one query tile's gradient in one head; `scale` is `factor`, of the scores, times log2(e)."""
+    """Computes the gradient of one query tile of one head.
+
+    `factor` is the scale of the scores; `scale` is `factor` times log2(e).
+    """
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
     pair = tl.program_id(1)
     first = tl.program_id(0) * ROWS

@@ -25,7 +25,7 @@ class Launch:
     columns: int
     warps: int
     stages: int
-    descriptors: str = ""  # TMA: "whole": host, whole tensors; "head": in the kernel, one head
+    descriptors: str = ""  # TMA: "whole" tensors, made on the host; one "head", in the kernel
     specialize: bool = False  # warp specialisation
     fp8_values: bool = False  # in the quantised forward: weights x values in fp8
 
@@ -82,7 +82,7 @@ GEFORCE_BLACKWELL = {
     ("query gradient", 128): Launch(128, 32, 8, 2),
     ("key gradients", 64): Launch(64, 32, 8, 2),
 }
-SPECIALIZED = {  # for sm90, tuned by scripts/tune_triton.py: try first, once a GPU has proved them right
+SPECIALIZED = {  # for sm90, in scripts/tune_triton.py: the first to try once a GPU has proved them right
     ("forward", 64): Launch(128, 128, 4, 3, "head", specialize=True),
     ("forward", 128): Launch(128, 128, 4, 2, "head", specialize=True),
 }

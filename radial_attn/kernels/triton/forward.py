@@ -61,7 +61,7 @@ def store_tile(
 
 @triton.jit
 def find_work(offsets, lengths, tokens, heads, PER_HEAD: tl.constexpr, LENGTHS: tl.constexpr):
-    """Returns this program's sample, head, tokens that count, and both ends of the lists of its tiles.
+    """Returns this program's sample, head, tokens that count, and the bounds of its lists of tiles.
 
     Sample and head are int64, because a stride times either may exceed 2^31.
     """

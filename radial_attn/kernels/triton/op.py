@@ -27,7 +27,7 @@ def no_tensor_cores(call: Call) -> str | None:
     return None if (call.quantize, 64) in LAUNCHES[arch] else f"has no quantize={call.quantize!r} on {arch}"
 
 
-ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's own interpreter
+ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # runs in Triton's interpreter
 NEEDS = Needs(
     devices=("cpu",) if ON_CPU else ("cuda",),
     dtypes=DTYPES if ON_CPU else HALF,
@@ -90,7 +90,7 @@ def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.dev
 def partial_attention(
     query: Tensor, key: Tensor, value: Tensor, part: Part, *, text_lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns output `[B, Q, H, D]` and log-sum-exp, float32 `[B, Q, H]`, over `[B, K, H, D]` on one GPU.
+    """Returns output `[B, Q, H, D]` and float32 log-sum-exp `[B, Q, H]`, over keys `[B, K, H, D]` on one GPU.
 
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
@@ -148,7 +148,7 @@ def triton_attention_backward(
     counts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns gradients of query, key and value, `[B, S, H, D]`, from output and log-sum-exp gradients.
+    """Returns gradients of query, key and value, `[B, S, H, D]`, from gradients of output and log-sum-exp.
 
     `lse_grad` may be None. Further arguments are as in `triton_attention`.
     """

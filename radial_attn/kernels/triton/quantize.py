@@ -36,9 +36,10 @@ def quantize_queries_kernel(
     query, mean, out, scales, shifts, batch_stride, token_stride, head_stride, tokens, room, heads, scale,
     TOP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Writes `out` `[B, H, room, PADDED]`, float32 `scales` and `shifts` `[B, H, room]` of scaled query.
+    """Writes `out` `[B, H, room, PADDED]`, float32 `scales` and `shifts` `[B, H, room]` of query.
 
-    A shift is what the mean key, float32 `[B, H, WIDTH]`, adds to all scores of the row.
+    The query is first multiplied by `scale`. A shift is what the mean key, float32 `[B, H, WIDTH]`, adds to
+    all scores of the row.
     """
     pair = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS

@@ -24,10 +24,10 @@ def quantized_attention(
     scale: float,
     bits: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`, with scores in "int8" or "fp8".
+    """Returns output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`, with quantised scores.
 
-    Further arguments are as in `triton_attention`. Besides the results a call allocates the 8-bit copies of
-    its inputs and their scales.
+    `bits`: "int8" or "fp8". Further arguments are as in `triton_attention`. Besides the results a call
+    allocates the 8-bit copies of its inputs and their scales.
     """
     from .quantized_forward import quantized_forward_kernel
 

@@ -326,13 +326,13 @@ def test_files_are_checked_against_models_on_the_hub_before_these_are_loaded(tmp
     state = {f"{stem}.lora_down.weight": torch.ones(1, 3072), f"{stem}.lora_up.weight": torch.ones(21504, 1)}
     file = write(tmp_path / "a.safetensors", state)
     config = read_config("configs/hunyuan_t2v.yaml", [f"model.loras={file}"])
-    (found,) = find_loras(config, hub)
+    (found,) = find_loras(config.model, hub)
     assert len(found.match.pairs) == 4
     file = write(
         tmp_path / "a.safetensors", state | {"lora_unet_single_blocks_40_linear2.alpha": torch.ones(())}
     )
     with pytest.raises(UsageError, match=r"1 of 3 keys match nothing.*single_blocks_40.*lora_unmatched=warn"):
-        find_loras(config, hub)
+        find_loras(config.model, hub)
 
 
 @pytest.mark.parametrize("mode", ["separate", "fused"])

@@ -43,7 +43,7 @@ def test_the_first_output_that_is_not_finite_stops_the_call(prepare, monkeypatch
     with apply_radial_attention(transformer, SPARSE, check="nan", **OPTIONS) as handle:
         with pytest.raises(CheckError) as raised:
             video(transformer)
-        assert str(raised.value) == message
+        assert str(raised.value).startswith(message) and "try another backend" in str(raised.value)
         assert handle.report()["steps"] == 4
         assert torch.isfinite(video(transformer)).all()  # the kernel fails once
 

@@ -206,10 +206,10 @@ def test_the_bound_holds_on_attention(grid):
 LONG = """
 import psutil, torch
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.analysis import kept_by, recall, sample_rows
-from radial_attn.decay import measure
-from radial_attn.tail import measure_tails
-from scripts.record import peak_memory
+from radial_attn.analysis.recall import kept_by, recall, sample_rows
+from radial_attn.analysis.decay import measure
+from radial_attn.analysis.bound import measure_tails
+from scripts.run.system import peak_memory
 
 grid = TokenGrid(18, 48, 80, text=512)
 mask, rows = radial_mask(grid, RadialConfig(decay_factor=0.2)), sample_rows(grid, 300)

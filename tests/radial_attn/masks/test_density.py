@@ -222,13 +222,3 @@ def test_the_command_prints_curve_or_table(capsys):
     assert table[2] == "| 0.2 | 0.2016 | 0.125 | 0.061 | 128 | true |"
     assert table[3].startswith("| 0.01 | density must be 0.09117 to 1 for ")
     assert len({line.count("|") for line in table}) == 1
-    for wrong in (
-        ["--pattern", "dense"],
-        ["--neighbour", "wide"],
-        ["--neighbour", "2"],
-        ["--target", "much"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(["density", *shape, *wrong])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and wrong[1] in error

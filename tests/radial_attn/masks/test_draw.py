@@ -6,7 +6,6 @@ import pytest
 from matplotlib.image import imread
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.__main__ import main
 from radial_attn.masks.draw import draw_mask, frame_distance, layers
 
 SHAPE = ["--frames", "12", "--height", "6", "--width", "10", "--block-size", "16"]
@@ -50,30 +49,3 @@ def test_title_and_legend_tell_density_and_options():
     assert "decay factor 0.5, no sink, neighbour half" in title
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sum(int(label.split(": ")[1].split(" ")[0]) for label in labels[:-1]) == pytest.approx(100, abs=2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["--frames", "0"], "frames must be an integer >= 1, got 0"),
-        (["--width", "wide"], "argument --width: invalid int value: 'wide'"),
-        (["--block-size", "100"], "block_size must be one of (16, 32, 64, 128, 256), got 100"),
-        (["--decay-factor", "-1"], "decay_factor must be a finite number above 0, got -1.0"),
-        (["--decimation-width", "x"], "must be an integer >= 1 or 'block', got 'x'"),
-        (["--frames", "9999"], "8192 blocks a side can be drawn, got 37497: use a larger block_size"),
-        (["--out", "mask.bmp"], "must end in one of ('.png', '.svg', '.pdf'), got 'mask.bmp'"),
-        (["--out", "missing/mask.png"], "cannot write --out missing/mask.png: No such file or directory"),
-        (["--out", "folder.png"], "cannot write --out folder.png: Is a directory"),
-        (["--colour", "red"], "unrecognized arguments: --colour red"),
-    ],
-)
-def test_bad_input_ends_in_one_line(changes, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        main(["draw", *SHAPE, "--out", "mask.png", *changes])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error
-    assert error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]

@@ -51,27 +51,3 @@ def test_bounds_are_of_the_mask_that_is_timed():
     )
     for kind, fewer in {"training": 2.13, "inference": 1.76}.items():
         assert every[kind] == pytest.approx(fewer, abs=0.005) and 1 < half[kind] < every[kind]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--mask", "--frames", "1", "16"], "--frames: got 1, "),
-        (["--quantized", "--frames", "16"], "--frames"),
-        (["--length", "attention.dense_steps=2"], "attention.dense_steps: got 2, allowed here: 0"),
-        (["--length", "attention.dense_last_steps=1"], "attention.dense_last_steps: got 1, allowed here: 0"),
-        (["--length", "attention.pattern=dense"], "attention.pattern: got 'dense', allowed here: radial"),
-        (["--length", "--sides", "33", "--frames", "9"], "generation.height: got 33"),
-        (["--length", "generation.steps=9"], "'generation.steps=9'"),
-        (["--length", "--device", "cuda"], "--device: got cuda"),
-    ],
-)
-def test_wrong_options_are_refused_in_one_line(words, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    try:
-        code = benchmark.main([*words, "--out", str(tmp_path)])
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())

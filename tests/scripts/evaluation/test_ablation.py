@@ -191,7 +191,7 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):
 
     words = [*SHORT, *ONLY, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "ablation.md")]
     monkeypatch.setattr(accuracy, "sample", counted)
-    assert main(words) == 130 and capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
+    assert main(words) == 130 and "interrupted; run the same command" in capsys.readouterr().err
     assert len(made) == 3 and not (tmp_path / "ablation.md").exists()
     made[:] = [None] * 10
     assert main(words) == 0
@@ -210,26 +210,3 @@ def test_files(whole):
     assert whole["command"] in text and text.count("| attention.") == 2 and "| false |" in text
     titles = [table["title"] for table in whole["tables"]]
     assert [line.get_label() for line in draw(whole).axes[0].lines] == titles
-
-
-@pytest.mark.parametrize(
-    ("words", "key", "remedy"),
-    [
-        (["--only", "sinks"], "--only", "'sinks'"),
-        (["--captions", "181"], "--captions: got 181", "1 to 180"),
-        (["a.yaml", "b.yaml"], "'a.yaml'", "'b.yaml'"),
-        (["attention.pattern=power"], "attention.pattern: got 'power'", "radial"),
-        (["attention.density=0.5"], "attention.density: got 0.5", "null"),
-        (["model.compile=blocks"], "model.compile: got 'blocks'", "none"),
-        (["attention.backend=flashinfer"], "attention.backend: got 'flashinfer'", "allowed"),
-        (["attention.sinks=true"], "attention.sinks", "'attention.sink'"),
-    ],
-)
-def test_bad_input_is_one_line(words, key, remedy, tmp_path, capsys):
-    try:
-        code = main([*words, "--work", str(tmp_path / "w"), "--out", str(tmp_path / "a.md")])
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and key in error and remedy in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())

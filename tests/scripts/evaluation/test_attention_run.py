@@ -21,7 +21,7 @@ from scripts.evaluation.files import write_json
 from scripts.run.config import LoraConfig, read_config
 from scripts.run.plan import attention_arguments
 from scripts.run.sampler import Sampler, sample
-from tests.test_analysis import CONFIG, GRIDS, tensors
+from tests.support.map_cases import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
 SHORT = ["generation.num_frames=9", "generation.steps=2", "model.device=cpu"]
@@ -231,47 +231,3 @@ def test_layers_are_stacked_head_by_head():
     assert isinstance(whole, Profile) and whole.rows == one.rows
     assert torch.equal(whole.temporal_curve, torch.cat([one.temporal_curve, two.temporal_curve]))
     assert torch.equal(whole.column, torch.cat([one.column, two.column]))
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--steps", "3"], "--steps: got 3, allowed: 1 to 2 (generation.steps)"),
-        (["--layers", "6"], "--layers: got 6, allowed: 0 to 5, the layers of this model"),
-        (["model.compile=blocks"], "model.compile: got 'blocks', allowed where attention is observed: none"),
-        (["model.cache=pab"], "model.cache: got 'pab', allowed where attention is observed: none"),
-        (["parallel.cfg_degree=2"], "parallel.cfg_degree: got 2, allowed in one process: 1"),
-        (["attention.rows=3"], "unknown key 'attention.rows' (command line); did you mean"),
-        (["attention.density=0.0001"], "attention.density: density must be 0.75 to 1 for 3 x 8 x 8 tokens"),
-        (["configs/none.yaml"], "config file 'configs/none.yaml' not found; bundled ones: "),
-    ],
-)
-def test_bad_input_is_one_line(words, line, tmp_path, capsys):
-    assert main([*words, *SHORT, "--work", str(tmp_path / "w"), "--out", str(tmp_path / "a.md")]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(f"error: {line}") and printed.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--timestep", "1001"], "argument --timestep: must be a number from 0 to 1000, got '1001'"),
-        (["--timestep", "x"], "argument --timestep: must be a number from 0 to 1000, got 'x'"),
-        (["--timestep", "5", "--steps", "1"], "argument --steps: not allowed with argument --timestep"),
-        (["--rows", "0"], "argument --rows: must be a whole number from 1 on, got '0'"),
-        (["--layers", "-1"], "argument --layers: "),
-        ([WAN, MOCHI], f"one configuration at most, got '{WAN}' and '{MOCHI}'"),
-    ],
-)
-def test_a_bad_command_line_is_one_line(words, line, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2 and printed.startswith(f"error: {line}") and printed.count("\n") == 1
-
-
-def test_several_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([]) == 2
-    assert capsys.readouterr().err == "error: several processes cannot be observed: got 2, allowed: 1\n"

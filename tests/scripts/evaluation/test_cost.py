@@ -9,9 +9,12 @@ import pytest
 from scripts import cost
 from scripts.cost import Case, Rates, curves, exponent, fit, main, n_log_n, sparsities
 from scripts.run.config import AttentionConfig, Config, GenerationConfig, ModelConfig
+from scripts.run.errors import UsageError
 from scripts.run.model_info import ModelInfo
+from tests.support.plans import plan_of
 
 RATES = Rates(dense=2e9, radial=1e9, source="given")
+USUAL = 13, (32, 128)
 
 
 def case(**attention: object) -> Case:
@@ -25,23 +28,25 @@ def case(**attention: object) -> Case:
     }
     sizes = GenerationConfig(height=32, width=128, num_frames=13)
     model = ModelInfo(3, 2, 8, 64, rope_length=None)
-    return Case("tiny", Config(ModelConfig(), AttentionConfig(**options), sizes), model, RATES)
+    return Case("tiny", plan_of(Config(ModelConfig(), AttentionConfig(**options), sizes), model), RATES)
 
 
 def test_row_by_hand():
     """Distances 1 and 2 are kept whole, 3 is skipped but for the sink: 15 of 16 blocks."""
-    row = case().row()
+    row = case().row(*USUAL)
     assert (row["model"], row["frames"], row["height"], row["width"]) == ("tiny", 13, 32, 128)
     assert (row["tokens"], row["kept_blocks"], row["density"]) == (64, 15, 15 / 16)
     assert row["dense_flops"] == 4 * 64**2 * 16 * 3 == 786432
     assert row["radial_flops"] == 786432 * 15 / 16
     assert row["seconds_dense"] == 786432 / 2e9 and row["seconds_radial"] == 737280 / 1e9
     assert row["of_bound"] == 15 * 256 / (4 * 16**2 * 4 * 2)
-    assert case(sink=False).row()["kept_blocks"] == 14
+    assert case(sink=False).row(*USUAL)["kept_blocks"] == 14
+    with pytest.raises(UsageError, match=r"generation\.num_frames: got 14.* nearest: 13"):
+        case().row(14, (32, 128))
 
 
 def test_no_rate_means_no_times():
-    row = case()._replace(rates=None).row()
+    row = case()._replace(rates=None).row(*USUAL)
     assert row["seconds_dense"] is None and row["seconds_radial"] is None
 
 
@@ -127,29 +132,3 @@ def test_a_short_measurement_and_none(monkeypatch):
     rates = cost.rates_of(cost.parse([]), "cpu")
     assert rates.dense > 1e8 and rates.radial > 1e8 and rates.source.startswith("measured here on cpu")
     assert cost.rates_of(cost.parse(["--rate", "400"]), "cpu")[:2] == (4e14, 4e14)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--models", "wam"], "--models: got 'wam', allowed: wan_tiny, wan, hunyuan, mochi, or a file"),
-        (["--size", "64"], "must be height x width"),
-        (["--rate", "1", "2", "3"], "--rate: got 3 numbers"),
-        (
-            ["--models", "wan", "--frames", "70"],
-            "generation.num_frames: got 70, allowed: 4k + 1, nearest: 69",
-        ),
-        (["--models", "wan", "--size", "100x64"], "generation.height: got 100"),
-        (["generation.hight=3"], "did you mean 'generation.height'"),
-        (["--models", "no.yaml"], "config file 'no.yaml' not found"),
-    ],
-)
-def test_bad_input_is_one_line(words, said, tmp_path, capsys):
-    folder = ["--no-times", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "cost.md")]
-    try:
-        code = main([*words, *folder])
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and said in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())

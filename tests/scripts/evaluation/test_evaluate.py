@@ -150,7 +150,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path,
 
     monkeypatch.setattr(Sampler, "sample_video", stops)
     assert evaluated(tmp_path, *COMPARE) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; run the same command to resume"
     assert not (tmp_path / "work" / "evaluation.json").exists() and not (tmp_path / "table.md").exists()
     monkeypatch.setattr(Sampler, "sample_video", counts)
     assert evaluated(tmp_path, *COMPARE) == 0
@@ -227,44 +227,6 @@ def test_frames_are_kept_without_loss(tmp_path: Path):
     write_frames(tmp_path / "a.mkv", frames, 16)
     np.testing.assert_array_equal(read_video(tmp_path / "a.mkv"), frames)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
-
-
-REFUSED = {
-    "setting": (["evaluate.compare=a: generation.steps=3"], "evaluate.compare: a has 'generation.steps=3'"),
-    "dense": (["evaluate.compare=dense"], "evaluate.compare: got 'dense'"),
-    "twice": (["evaluate.compare=a; a"], "evaluate.compare: got 'a' twice"),
-    "name": (["evaluate.compare=../a"], "evaluate.compare: got the name '../a'"),
-    "key": (
-        ["evaluate.sedes=1"],
-        "unknown key 'evaluate.sedes' (command line); did you mean 'evaluate.seeds'",
-    ),
-    "of a setting": (["evaluate.compare=a: attention.block_size=7"], "attention.block_size: got 7"),
-    "equal to dense": (
-        ["evaluate.compare=b: attention.pattern=dense"],
-        "evaluate.compare: b is equal to dense in everything",
-    ),
-    "processes": (
-        ["parallel.ulysses_degree=2"],
-        "dense: parallel.ulysses_degree: got 2, allowed in one process: 1",
-    ),
-    "against itself": (["attention.pattern=dense"], "evaluate.compare: got 'dense'"),
-    "step": (["evaluate.steps=3"], "evaluate.steps: got [3], allowed: 1 to 2 (generation.steps)"),
-    "prompts": (["evaluate.prompts=absent.txt"], "evaluate.prompts: got 'absent.txt', which cannot be read"),
-    "scores": (
-        ["evaluate.scores=other: x.json"],
-        "evaluate.scores: got 'other: x.json', allowed: a name of dense",
-    ),
-    "compiled": (["model.compile=blocks"], "model.compile: got 'blocks', allowed: none, or evaluate.rows=0"),
-    "size": (["generation.height=50"], "dense: generation.height: got 50"),
-}
-
-
-@pytest.mark.parametrize(("words", "line"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_is_one_line_and_leaves_nothing(words, line, tmp_path: Path, capsys):
-    assert evaluated(tmp_path, *words) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"error: {line}"), lines
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_shell_script_plans_without_making_anything(tmp_path: Path):

@@ -81,9 +81,12 @@ def change(folder: Path, **content: object) -> None:
 
 
 BROKEN = {
-    "no index": (lambda f: (f / "index.json").unlink(), "has no index.json; bash scripts/prepare_latents.sh"),
-    "no JSON": (lambda f: (f / "index.json").write_text('{"latents": {'), "is no index of latents"),
-    "a list": (lambda f: (f / "index.json").write_text("[]"), "is no index of latents"),
+    "no index": (
+        lambda f: (f / "index.json").unlink(),
+        "has no index.json; .*bash scripts/prepare_latents.sh",
+    ),
+    "no JSON": (lambda f: (f / "index.json").write_text('{"latents": {'), "index.json is not an index"),
+    "a list": (lambda f: (f / "index.json").write_text("[]"), "index.json is not an index"),
     "no samples": (
         lambda f: (f / "index.json").write_text('{"fingerprint": {"format": "1"}}'),
         "lacks latents",
@@ -144,7 +147,7 @@ def test_the_order_follows_from_seed_and_step_alone():
 
 @pytest.mark.parametrize(("buckets", "batch"), [({}, 1), ({(1, 1, 1): []}, 1), (BUCKETS, 0)])
 def test_a_sampler_without_samples_is_refused(buckets, batch):
-    with pytest.raises(ValueError, match="batch must be at least 1 and a sample be there"):
+    with pytest.raises(ValueError, match=r"batch must be at least 1 .* sample, got"):
         BucketSampler(buckets, batch, seed=0)
 
 

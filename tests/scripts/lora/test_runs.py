@@ -20,7 +20,6 @@ from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.latents import LatentStore
 from scripts.run.config import ROOT
 from scripts.train_lora import main
-from tests.support.auto_backend import AUTO
 from tests.support.lora_cases import FILE, adapter, launch_training, losses, same, train
 
 
@@ -123,7 +122,7 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
     assert "holds a run with other settings (lora.rank 4 -> 8, train.rate 0.01 -> 0.001)" in line
     assert train(lora_config, lora_run, "train.rate=1e-3", "lora.rank=8", "output.accept_changes=true") == 2
     line = capsys.readouterr().err
-    assert "other settings (lora.rank 4 -> 8); allowed: the same settings, another folder\n" in line
+    assert "output.path" in line and "(lora.rank 4 -> 8)" in line and "another folder\n" in line
     assert train(lora_config, lora_run, "validation.every=2") == 2  # other samples to learn from
     assert "samples" in capsys.readouterr().err
     assert train(lora_config, lora_run, "output.keep=9") == 0  # nothing that changes what is learnt
@@ -132,30 +131,13 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("data.sizes=[]", "data.sizes: got [], allowed: FRAMESxHEIGHTxWIDTH"),
-        ("data.sizes=10x48x64", "data.sizes: got frames 10 in 10x48x64, allowed: 4k + 1"),
         ("data.sizes=13x48x64", "has 0 clips of data.sizes"),
-        ("data.latents=/nowhere", "has no index.json"),
-        ("lora.targets=to_z", "lora.targets: got 'to_z', allowed in WanTransformer3DModel: "),
-        ("lora.dropout=1", "lora.dropout: got 1, allowed: a number from 0 to below 1"),
-        ("lora.rank=0", "lora.rank: got 0, allowed: whole number of at least 1"),
-        ("train.ema=1", "train.ema: got 1, allowed: a number from 0 to below 1"),
-        ("train.rat=1", "unknown key 'train.rat'"),
-        ("train.optimizer=adamw8bit", "which needs a GPU; allowed here: adamw"),
-        ("model.expert=2", "model.expert: got 2, allowed: 1, the model has one transformer"),
-        ("attention.backend=flex", f"allowed here, with gradients: reference, {AUTO}"),
-        ("attention.dense_layers=9", "attention.dense_layers: got 9, allowed: 0 to 4"),
-        ("model.dtype=float16", "model.dtype: got 'float16', allowed: bfloat16, float32; gradients"),
-        ("train.seed=9223372036854775808", "allowed: 0 to 2^63 - 1"),
-        ("attention.dense_backend=sage", "allowed: kernels with gradients: auto, native"),
-        ("attention.dense_backend=nativ", "did you mean 'native'?"),
-        ("output.path=", "output.path: got '', allowed: a folder"),
-        ("output.path=README.md", "output.path: got 'README.md', which cannot be written (File exists)"),
-        ("parallel.ulysses_degree=2", "allowed: what divides 1 processes"),
-        ("model.path=assets/wan-tiny", "latents were made with another vae"),
+        ("output.path=README.md", "output.path: got 'README.md'"),
+        ("parallel.ulysses_degree=2", "parallel.ulysses_degree: got 2, must divide"),
+        ("model.path=assets/wan-tiny", "another vae"),
     ],
 )
-def test_bad_input_is_one_line(lora_config, tmp_path, word, message, capsys):
+def test_what_does_not_go_with_the_latents_is_one_line(lora_config, tmp_path, word, message, capsys):
     assert train(lora_config, tmp_path / "out", word) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
@@ -163,8 +145,6 @@ def test_bad_input_is_one_line(lora_config, tmp_path, word, message, capsys):
 
 
 def test_command_line(lora_config, capsys):
-    assert main([]) == 2 and "one configuration, got none" in capsys.readouterr().err
-    assert main([str(lora_config), "--quick"]) == 2 and "unknown option '--quick'" in capsys.readouterr().err
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "configs/train/hunyuan_4x.yaml" in text and "lora.targets=to_q,to_k,to_v,to_out.0" in text

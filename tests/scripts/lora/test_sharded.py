@@ -135,16 +135,11 @@ def test_processes_that_share_weights_take_equally_many_samples():
     assert [list(shares(run, 4)) for run in places] == [[(0, True), (3, True)], [(1, True)], [(2, True)]]
 
 
-def test_bad_input_is_one_line(lora_config, tmp_path, capsys):
-    for word, message in (
-        (
-            "fsdp",
-            "parallel.shard: got 'fsdp', allowed in one process: none; weights are shared from NPROC=2 on",
-        ),
-        ("zero", "parallel.shard: got 'zero', allowed: none, fsdp"),
-    ):
-        assert train(lora_config, tmp_path / "out", f"parallel.shard={word}") == 2
-        assert capsys.readouterr().err == f"error: {message}\n" and not (tmp_path / "out").exists()
+def test_sharding_in_one_process_is_refused(lora_config, tmp_path, capsys):
+    assert train(lora_config, tmp_path / "out", "parallel.shard=fsdp") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: parallel.shard: got 'fsdp'") and "NPROC=2" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_counts_weights_as_shared(lora_config, monkeypatch, capsys):
@@ -172,12 +167,12 @@ def test_room_is_checked_for_shared_weights(lora_config, monkeypatch, capsys):
     monkeypatch.setattr(planning, "room", lambda device: 3 * 2**30)
     monkeypatch.setenv("WORLD_SIZE", "8")
     planning.check_room(plan)
-    with pytest.raises(UsageError, match=r"needs about 4\.5 GiB, 3\.0 GiB are free .* parallel\.shard=fsdp"):
+    with pytest.raises(UsageError, match=r"about 4\.5 GiB, .*3\.0 GiB are free .* parallel\.shard=fsdp"):
         planning.check_room(whole_of(plan))
     capsys.readouterr()
     planning.check_room(replace(whole_of(plan), device="cuda"))  # there the prediction was never measured
     out = capsys.readouterr().out
-    assert out.startswith("note: memory may be short: training needs about 4.0 GiB, 3.0 GiB are free")
+    assert out.startswith("note: memory may be short: ") and "4.0 GiB" in out and "3.0 GiB are free" in out
 
 
 def whole_of(plan: TrainPlan) -> TrainPlan:

@@ -48,7 +48,7 @@ def test_words():
     assert parse([longest]) == Command(None, [longest])
     with pytest.raises(UsageError, match="unknown option '--sed'"):
         parse(["--sed"])
-    with pytest.raises(UsageError, match=r"one config file at most, got 'a\.yaml' and 'b\.yaml'"):
+    with pytest.raises(UsageError, match=r"got 'a\.yaml' and 'b\.yaml'"):
         parse(["a.yaml", "b.yaml"])
 
 
@@ -159,7 +159,7 @@ def test_a_model_of_the_user_has_no_smaller_one(machine, tiny_model):
     word = "model.path=Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     preset, overrides, reason = choose_preset([word])
     assert (preset, overrides) == (TINY_PRESET, [word]) and "1.3B" not in reason
-    with pytest.raises(UsageError, match=r"model\.path: a bundled model would stand in for .*hunyuan"):
+    with pytest.raises(UsageError, match=r"model\.path: .*hunyuan"):
         choose_config(parse([f"--preset={HUNYUAN}", word]))
     assert choose_preset([f"model.path={tiny_model}", "generation.height=64", "generation.width=64"])[:2] == (
         FULL_PRESET,

@@ -158,7 +158,7 @@ def test_a_failure_of_the_op_names_the_backend(tiny_model, tmp_path, capsys, mon
     monkeypatch.delenv("CXX", raising=False)
     assert main(arguments(tiny_model, tmp_path / "out", "attention.backend=flex")) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: attention.backend: got 'flex': ") and "compiler" in line
+    assert line.startswith("error: attention.backend: got 'flex', which failed: ") and "compiler" in line
 
 
 def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny_model):

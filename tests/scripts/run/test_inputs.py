@@ -184,33 +184,15 @@ def test_more_than_eight_bits_are_refused(tmp_path):
 
 
 BAD = {
-    "no image": ([WAN], ["generation.image", "got null", "allowed with family wan_i2v", "JPEG or PNG"]),
-    "no image, hunyuan": ([HUNYUAN], ["generation.image", "got null", "family hunyuan_video_i2v"]),
-    "missing": ([WAN, "generation.image=nope.png"], ["generation.image", "'nope.png'", "no file"]),
-    "empty": ([WAN, "generation.image="], ["generation.image", "''", "no file"]),
     "too long": ([WAN, f"generation.image={300 * 'x'}"], ["cannot be read", "too long"]),
-    "unknown home": ([WAN, "generation.image=~nobody-here/a.png"], ["cannot be read", "home"]),
-    "folder": ([WAN, "generation.image={here}"], ["generation.image", "is a folder"]),
-    "text": ([WAN, "generation.image={here}/text.png"], ["text.png", "no JPEG or PNG"]),
-    "nothing in it": ([WAN, "generation.image={here}/empty.jpg"], ["empty.jpg", "no JPEG or PNG"]),
     "gif": ([WAN, "generation.image={here}/short.gif"], ["short.gif", "no JPEG or PNG"]),
     "truncated": ([WAN, "generation.image={here}/cut.png"], ["cut.png", "cannot be read", "truncated"]),
     "truncated jpg": ([HUNYUAN, "generation.image={here}/cut.jpg"], ["cut.jpg", "truncated"]),
-    "image, text to video": ([TEXT, "generation.image=a.png"], ["'a.png'", "with family wan: null"]),
-    "image, VACE": ([*VACE, "generation.image=a.png"], ["'a.png'", "with family wan_vace: null"]),
-    "video, image to video": ([WAN, "generation.video=a.mp4"], ["'a.mp4'", "with family wan_i2v: null"]),
-    "text to video model": ([TEXT, "model.family=wan_i2v"], ["must hold a WanImageToVideoPipeline"]),
-    "plain": ([HUNYUAN, "generation.prompt_template=plain"], ["'plain'", "hunyuan_video_i2v: default"]),
-    "mask alone": ([*VACE, "generation.mask={here}/short.gif"], ["generation.mask", "without", "null"]),
-    "no video": ([*VACE, "generation.video=nope.mp4"], ["generation.video", "'nope.mp4'", "mp4 or gif"]),
     "truncated video": ([*VACE, "generation.video={here}/cut.mp4"], ["cut.mp4", "cannot be read"]),
-    "text as video": ([*VACE, "generation.video={here}/text.mp4"], ["text.mp4", "cannot be read"]),
-    "text as gif": ([*VACE, "generation.video={here}/text.gif"], ["text.gif", "cannot be read"]),
-    "folder without images": ([*VACE, "generation.video={here}/void"], ["void", "without images"]),
     "short video": ([*VACE, "generation.video={here}/short.gif"], ["with 5 frames", "at least 69"]),
     "other count": (
         [*VACE, *FRAMES, "generation.video={here}/long.gif", "generation.mask={here}/short.gif"],
-        ["generation.mask", "with 5 frames", "allowed: 9, those of the video"],
+        ["generation.mask", "with 5 frames", "9"],
     ),
 }
 
@@ -219,10 +201,6 @@ BAD = {
 def here(tmp_path_factory) -> Path:
     """A folder of files that are not what they should be."""
     folder = tmp_path_factory.mktemp("inputs")
-    (folder / "void").mkdir()
-    for name in ("text.png", "text.mp4", "text.gif"):
-        (folder / name).write_text("not an image at all\n")
-    (folder / "empty.jpg").touch()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ("cut.png", "cut.jpg"):
         Image.fromarray(noise).save(folder / name)
@@ -235,7 +213,7 @@ def here(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_before_the_weights(case, here, capsys):
+def test_broken_inputs_are_one_line_before_the_weights(case, here, capsys):
     """The models are hub ids, so that an attempt to load one would say something else."""
     argv, words = BAD[case]
     assert main([word.format(here=here) for word in argv]) == 2

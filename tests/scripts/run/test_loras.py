@@ -12,7 +12,6 @@ from scripts.generate import main
 from scripts.run.command_line import FULL_PRESET, TINY_PRESET, Command, choose_config, parse, schedule_of
 from scripts.run.config import EXPERTS as NAMED_EXPERTS
 from scripts.run.config import ROOT, LoraConfig, keys, read_config
-from scripts.run.errors import UsageError
 from scripts.run.loras import find_loras
 from tests.support.tiny import wan_transformer
 from tests.support.tiny_lora import random_distilled, random_pairs, spell, write
@@ -76,26 +75,6 @@ def test_forms_in_a_file_and_precedence(tmp_path):
         assert read_config(str(file), ["model.loras="]).model.loras == []
     file.write_text("model:\n  loras:\n")
     assert read_config(str(file), []).model.loras == []
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[a", ["model.loras", "'[a'", "{path: ..."]),
-        ("[3]", ["model.loras[0]", "got 3"]),
-        ("[a, {scale: 1}]", ["model.loras[1].path", "None"]),
-        ("{path: a, weigth_name: b}", ["model.loras[0].weigth_name", "'model.loras[0].weight_name'"]),
-        ("{path: a, scale: much}", ["model.loras[0].scale", "'much'", "a number"]),
-        ("{path: a, scale: .inf}", ["model.loras[0].scale", "inf"]),
-        ("{path: a, scale: true}", ["model.loras[0].scale", "True"]),
-        ("{path: a, transformer: 3}", ["model.loras[0].transformer", "3", "both, 1, 2"]),
-        ("{path: a, weight_name: 3}", ["model.loras[0].weight_name", "3"]),
-    ],
-)
-def test_bad_forms_are_one_line(text, words):
-    with pytest.raises(UsageError) as raised:
-        read_config(TINY, [f"model.loras={text}"])
-    assert "\n" not in str(raised.value) and not [word for word in words if word not in str(raised.value)]
 
 
 def test_a_video_with_loras_and_its_record(lora, tiny_model, tmp_path, capsys):
@@ -173,24 +152,11 @@ def _other(folder: Path) -> str:
     return str(write(folder / "a.safetensors", spell(pairs, "kohya")))
 
 
-def _pickle(folder: Path) -> str:
-    torch.save({"a": torch.ones(1)}, folder / "a.safetensors")
-    return str(folder / "a.safetensors")
-
-
-def _cut(folder: Path) -> str:
-    file = write(folder / "a.safetensors", {"x.diff": torch.ones(100)})
-    file.write_bytes(file.read_bytes()[:-50])
-    return str(file)
-
-
 BAD = {
-    "missing": (lambda folder: str(folder / "no.safetensors"), ["model.loras[0].path", "no file or folder"]),
     "several": (
         _several,
-        ["model.loras[0].path", "weight_name must name one", "a.safetensors, b.safetensors"],
+        ["model.loras[0].path", "set weight_name", "a.safetensors, b.safetensors"],
     ),
-    "none there": (str, ["model.loras[0].path", "holds no safetensors file"]),
     "other name": (
         lambda folder: f"{{path: {_several(folder)}, weight_name: c}}",
         ["weight_name", "'c'", "a.saf"],
@@ -200,12 +166,6 @@ BAD = {
         ["weight_name", "is a file"],
     ),
     "other sizes": (_other, ["model.loras[0]", "a model of other sizes", "48x3 times 3x48", "24x24"]),
-    "a pickle": (_pickle, ["model.loras[0]", "not a whole safetensors file"]),
-    "cut": (_cut, ["model.loras[0]", "not a whole safetensors file"]),
-    "second": (
-        lambda folder: f"{{path: {_other(folder)}, transformer: 2}}",
-        ["transformer", "allowed: both, 1"],
-    ),
 }
 
 
@@ -244,7 +204,7 @@ def test_a_hub_id_out_of_reach(capsys, tiny_model, monkeypatch):
         line = refused(capsys, argv)
         assert "model.loras[0].path" in line and "'nobody/nothing'" in line and "hub" in line
         assert main([*argv, "--dry-run"]) == 0
-        assert "not checked (the file is not here yet)" in capsys.readouterr().out
+        assert "not checked (the file is not downloaded yet)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "schedule"), [("fusionx", (8, 1, 2, 2)), ("lightx2v", (4, 1, 8, 1))])

@@ -30,9 +30,9 @@ REFUSED = {
     "bits": (["attention.quantize=fp8"], "attention.quantize: got 'fp8': no backend serves this call: "),
     "dense library": (
         ["attention.dense_backend=flash"],
-        "attention.dense_backend: dense_backend 'flash' cannot be used here: ",
+        "attention.dense_backend: got 'flash', which cannot be used here: ",
     ),
-    "dense": (["attention.dense_backend=sage"], "attention.dense_backend: dense_backend 'sage' needs "),
+    "dense": (["attention.dense_backend=sage"], "attention.dense_backend: got 'sage', which "),
 }
 
 
@@ -148,5 +148,5 @@ def test_a_dense_backend_that_fails_is_named(tiny_model, tmp_path, capsys):
     overrides = ["attention.dense_backend=_native_cudnn", "attention.dense_layers=1"]
     assert main(arguments(tiny_model, tmp_path / "out", *overrides)) == 2
     (line,) = error_lines(capsys)
-    assert line.startswith("error: attention.dense_backend: got '_native_cudnn': ")
+    assert line.startswith("error: attention.dense_backend: got '_native_cudnn', which failed: ")
     assert not (tmp_path / "out").exists()

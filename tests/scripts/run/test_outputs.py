@@ -5,13 +5,13 @@ import json
 import mmap
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import imageio
 import numpy as np
 import pytest
 
+import radial_attn
 from scripts.run.config import ROOT, read_config
 from scripts.run.errors import UsageError
 from scripts.run.outputs import _raise_reason, finished, resolved, video_path, writable_folder, write_pair
@@ -86,7 +86,7 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from scripts.outputs import write_pair
+from scripts.run.outputs import write_pair
 path, end, renames = Path(sys.argv[1]), getattr(signal, sys.argv[2]), []
 def stop(event, arguments):
     if event == "os.rename" and Path(arguments[1]).parent == path.parent:
@@ -128,8 +128,7 @@ def test_folders_made_for_nothing_are_removed(tmp_path):
 
 
 def test_the_version_in_records_is_the_projects():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert versions()["radial-attention"] == project["version"]
+    assert versions()["radial-attention"] == radial_attn.__version__
     assert installed(("pytest", "no-such-package")) == {
         "pytest": pytest.__version__,
         "no-such-package": "absent",

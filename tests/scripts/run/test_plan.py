@@ -184,7 +184,7 @@ def test_weights_that_are_unknown_are_said_to_be():
     assert notes(plan_of(config)) == []
     unknown = plan_of(config, replace(FOURTEEN, parameters={}), "cuda")
     (note,) = notes(unknown)
-    assert "weights of Wan-AI/Wan2.1-T2V-14B-Diffusers are unknown" in note
+    assert "weights of Wan-AI/Wan2.1-T2V-14B-Diffusers is unknown" in note
     assert "an unknown amount for weights" in describe_plan(unknown)
 
 

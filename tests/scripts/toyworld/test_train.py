@@ -232,27 +232,6 @@ def test_a_work_folder_of_another_run_is_refused(tmp_path):
         prepare(Options(out=tmp_path / "model", work=tmp_path, seed=2, steps=5))
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--steps", "0"], "error: argument --steps: must be a whole number from 1 on, got '0'"),
-        (["--shift", "-2"], "error: argument --shift: must be a number above 0, got '-2'"),
-        (["--rate", "fast"], "error: argument --rate: must be a number above 0, got 'fast'"),
-        (["--frames", "32"], "error: size must be 8k and frames 4k + 1, got 64 and 32"),
-        (
-            ["--family", "mochi", "--frames", "33"],
-            "error: size must be 8k and frames 6k + 1, got 64 and 33",
-        ),
-        (["--stps", "5"], "error: unrecognized arguments: --stps 5"),
-    ],
-)
-def test_bad_options_give_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(words)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == message + "\n"
-
-
 def test_what_is_left_out_is_the_familys():
     options = parse(["--family", "hunyuan_video"])
     assert (options.out, options.frames, options.start) == (Path("assets/hunyuan-tiny"), 33, None)
