@@ -27,13 +27,16 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts long files first, the others in their order; skips the tests of GPUs if there is none."""
+    """Sorts long files first, with more time for a busy machine; skips the tests of GPUs if there is none."""
 
     def place(item: pytest.Item) -> int:
         path = item.path.with_suffix("").as_posix()
         return next((number for number, name in enumerate(LONG) if path.endswith(name)), len(LONG))
 
     items.sort(key=place)
+    for item in items:
+        if place(item) < len(LONG) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

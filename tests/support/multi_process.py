@@ -33,7 +33,7 @@ def torchrun(processes: int, module: str, *words: object) -> list[str]:
     return [*launch, "-m", module, *map(str, words)]
 
 
-def run_ranks(processes: int, module: str, *words: object, timeout: float = 280) -> None:
+def run_ranks(processes: int, module: str, *words: object, timeout: float = 880) -> None:
     """`main` of a module, which takes a list of words, in each process; AssertionError with what was said."""
     if can_copy():
         _run_copies(partial(import_module(module).main, list(map(str, words))), processes, timeout)

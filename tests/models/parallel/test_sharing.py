@@ -98,7 +98,7 @@ def test_all_take_the_dense_backend_of_the_first():
 def test_a_failure_in_decoding_ends_all_in_one_line(tiny_model: Path, tmp_path: Path):
     words = [TINY, f"model.path={tiny_model}", "generation.steps=1", "generation.num_frames=5"]
     words += ["generation.height=272", "model.vae_tiling=always", f"output.path={tmp_path / 'out'}"]
-    options = {"capture_output": True, "text": True, "timeout": 250, "env": environment()}
+    options = {"capture_output": True, "text": True, "timeout": 850, "env": environment()}
     result = subprocess.run(
         torchrun(2, "tests.support.failing_decoder", *words), cwd=ROOT, check=False, **options
     )
