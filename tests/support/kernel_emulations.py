@@ -10,6 +10,7 @@ sparse_sageattn 0.1.0 (jt-zhang/Sparse_SageAttention_API f8c55eb): sparse_sageat
 sageattention 1.0.6, 2.0.1 and 2.2.0: sageattention/core.py and its Triton kernels.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -50,6 +51,12 @@ def softmax_attention(  # noqa: PLR0917
     top = torch.where(torch.as_tensor(zeros) > 0, top.clamp(min=0), top)
     weights = (scores - top).exp()
     return weights @ value.float() / (weights.sum(dim=-1, keepdim=True) + zeros * (-top).exp())
+
+
+def assert_promised(real: Callable, emulated: Callable) -> None:
+    """Every parameter of the emulation is one of the library's."""
+    kept, promised = (set(inspect.signature(function).parameters) for function in (real, emulated))
+    assert promised <= kept, real
 
 
 def require(condition: bool, reason: str) -> None:
