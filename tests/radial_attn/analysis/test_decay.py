@@ -14,7 +14,7 @@ from radial_attn.analysis import recall as analysis
 from radial_attn.analysis.bound import first_dropped, fit_tail, measure_tails, paper_bound, tail_bound
 from radial_attn.analysis.decay import bands, column_reach, fit_exponential, measure
 from radial_attn.analysis.recall import sample_rows
-from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
+from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, grids, masks, tensors, whole_softmax
 from tests.support.mask_oracle import equation_four
 
 ROOT = Path(__file__).parents[3]
@@ -48,8 +48,8 @@ def naive_profile(query, key, mask, rows, lengths) -> dict[str, torch.Tensor]:
     return sums
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [lambda grid: radial_mask(grid, CONFIG), head_masks], ids=["one", "heads"])
+@grids
+@masks
 @pytest.mark.parametrize("chunk", [700, 1 << 23])
 def test_streamed_sums_equal_the_whole_softmax(grid, make, chunk, monkeypatch):
     monkeypatch.setattr(analysis, "CHUNK", chunk)
@@ -187,7 +187,7 @@ def test_the_papers_bound_fails_where_ours_holds():
     assert fitted.mask_l1 == fitted.mask_bound == 0
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@grids
 def test_the_bound_holds_on_attention(grid):
     query, key, _ = tensors(grid)
     mask, rows, lengths = radial_mask(grid, CONFIG), sample_rows(grid, 9), LENGTHS[grid.text]

@@ -7,7 +7,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.analysis import recall as analysis
 from radial_attn.analysis.recall import attention_rows, kept_by, recall, sample_rows
 from radial_attn.kernels import reference
-from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
+from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, grids, head_masks, masks, tensors, whole_softmax
 
 
 @pytest.mark.parametrize(("frames", "count"), [(6, 20), (6, 4), (6, 1), (6, 60), (7, 999)])
@@ -29,7 +29,7 @@ def test_rows_depend_on_the_seed_and_few_rows_leave_no_end_out():
         sample_rows(grid, 0)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@grids
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 23])
 def test_rows_equal_the_whole_softmax(grid, chunk, monkeypatch):
     monkeypatch.setattr(analysis, "CHUNK", chunk)
@@ -40,8 +40,8 @@ def test_rows_equal_the_whole_softmax(grid, chunk, monkeypatch):
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [lambda grid: radial_mask(grid, CONFIG), head_masks], ids=["one", "heads"])
+@grids
+@masks
 def test_recall_is_the_share_of_the_kept_keys(grid, make):
     query, key, _ = tensors(grid)
     rows, lengths, mask = sample_rows(grid, 12), LENGTHS[grid.text], make(grid)
@@ -62,8 +62,8 @@ def test_a_mask_of_everything_recalls_all_and_changes_no_output():
     assert kept.recall.min() > 1 - 1e-6 and kept.mse.max() < 1e-12
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [lambda grid: radial_mask(grid, CONFIG), head_masks], ids=["one", "heads"])
+@grids
+@masks
 def test_output_error_is_that_of_the_reference(grid, make):
     query, key, value = tensors(grid)
     rows, lengths, mask = sample_rows(grid, 12), LENGTHS[grid.text], make(grid)

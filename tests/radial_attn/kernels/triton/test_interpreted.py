@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.block_mask import Part
 from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton import tiles
@@ -46,22 +46,25 @@ def test_rows_of_padded_text_are_zero():
         assert not tensor[0, 104:].any() and tensor[1, 104:].any()
 
 
-@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
-def test_mask_per_head_and_block_sizes(block_size):
-    side = 5 if block_size == 16 else 9  # more than one block of each size
-    grid = TokenGrid(4, side, side, text=5)
-    compare("triton", make_inputs(grid, 1, 3, 64), make_mask(grid, block_size, heads=3), torch.float16)
-
-
-def test_half_a_thousand_tokens():
-    grid = TokenGrid(6, 9, 9, text=10)
-    compare("triton", make_inputs(grid, 1, 1, 64), make_mask(grid, 64), torch.float16)
+@pytest.mark.parametrize(
+    ("grid", "block_size", "heads"),
+    [
+        (TokenGrid(4, 5, 5, text=5), 16, 3),  # a pattern for each head, more than one block of each size
+        (TokenGrid(4, 9, 9, text=5), 64, 3),
+        (TokenGrid(4, 9, 9, text=5), 128, 3),
+        (TokenGrid(4, 9, 9, text=5), 256, 3),
+        (TokenGrid(6, 9, 9, text=10), 64, None),
+    ],
+    ids=str,
+)
+def test_block_sizes_and_a_mask_per_head(grid, block_size, heads):
+    mask = make_mask(grid, block_size, heads=heads)
+    compare("triton", make_inputs(grid, 1, heads or 1, 64), mask, torch.float16)
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(1, 3, 4), TokenGrid(2, 16, 16)], ids=["one block", "dense"])
 def test_dense_masks(grid):
-    count = grid.num_blocks(64)
-    mask = BlockMask.from_blocks(grid, torch.ones(count, count, dtype=torch.bool), 64)
+    mask = radial_mask(grid, RadialConfig(block_size=64, pattern="dense"))
     compare("triton", make_inputs(grid, 1, 2, 64), mask, torch.float32)
 
 
