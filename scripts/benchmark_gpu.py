@@ -78,7 +78,8 @@ class Run:
             if answer.result is None:
                 raise NoDeviceError(answer.failure)
             self.data["machine"] = answer.result
-            self.data["cases"] = {name: _about(self._case(name)) for name in CASES}
+            cases = {name: shrink(case) if self.options.tiny else case for name, case in CASES.items()}
+            self.data["cases"] = {name: _about(case) for name, case in cases.items()}
             self.save()
             if not self.options.skip_tests and self.options.device == "cuda":
                 self.data["tests"] = run_tests(min(TEST_SECONDS, self._left()))
@@ -96,9 +97,6 @@ class Run:
         """Writes what there is so far."""
         self.data["minutes"] = (time.monotonic() - self._start) / 60
         write(self.path, self.data, picture=picture)
-
-    def _case(self, name: str) -> Case:
-        return shrink(CASES[name]) if self.options.tiny else CASES[name]
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from radial_attn import __version__ as VERSION
+
 ROOT = Path(__file__).parent.parent
 SHIPPED = {"radial_attn": "radial_attn", "radial_attn.models": "models"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -30,14 +32,6 @@ PIPELINE = f"""
 from diffusers import WanPipeline
 pipe = WanPipeline.from_pretrained({str(ROOT / "assets" / "wan-tiny")!r})
 pipe.set_progress_bar_config(disable=True)
-"""
-BY_HAND = """
-from radial_attn.models import apply_radial_attention
-from radial_attn import RadialConfig
-handle = apply_radial_attention(pipe, RadialConfig(block_size=16), dense_steps=1, dense_layers=1)
-video = pipe("a red circle", height=64, width=64, num_frames=17).frames
-print(handle.report())
-handle.remove()
 """
 SEARCH = """
 from importlib.util import find_spec
@@ -141,7 +135,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def readme_example() -> str:
     """README's lines for a user of diffusers, with sizes that suit the bundled model."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    block = next((block for block in blocks if "radial_attn.enable(pipe" in block), BY_HAND)
+    block = next(block for block in blocks if "radial_attn.enable(pipe" in block)
     for name, size in {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 2}.items():
         block = re.sub(rf"\b{name}=\d+", f"{name}={size}", block)
     return PIPELINE + block.replace("num_frames=17)", "num_frames=17, num_inference_steps=2)")
@@ -156,6 +150,11 @@ def test_the_packages_listed_are_the_folders_that_exist():
     setuptools = PROJECT["tool"]["setuptools"]
     assert setuptools["package-dir"] == SHIPPED
     assert sorted(setuptools["packages"]) == sorted(folders) and len(folders) > 10
+
+
+def test_the_citation_names_the_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {VERSION}\n" in citation
 
 
 def test_the_pinned_versions_lie_within_the_ranges_of_the_package():
@@ -192,9 +191,7 @@ def test_sdist_keeps_the_folders_and_makes_the_same_wheel(sdist, wheel, tmp_path
 def test_nothing_else_lands_on_the_path(installed, tmp_path):
     origin, others, number, paths = output(installed, "-c", SEARCH, cwd=tmp_path).splitlines()
     assert Path(origin).is_relative_to(installed.parents[1])
-    assert others == "None None" and paths == "1"
-    front_door = (ROOT / "radial_attn" / "__init__.py").read_text(encoding="utf-8")
-    assert f'__version__ = "{number}"\n' in front_door
+    assert others == "None None" and paths == "1" and number == VERSION
 
 
 def test_readme_example_beside_models_and_scripts_of_the_user(installed, elsewhere):
@@ -202,8 +199,8 @@ def test_readme_example_beside_models_and_scripts_of_the_user(installed, elsewhe
         readme_example() + "print(pipe.transformer.device, len(video[0]))\n"
     )
     lines = output(installed, "example.py", cwd=elsewhere).splitlines()
-    assert lines[-1] == "cpu 17"
-    assert any("density" in line for line in lines[:-1])
+    assert lines[0].startswith("Radial attention for ") and lines[-1] == "cpu 17"
+    assert any("density" in line for line in lines[2:-1])
 
 
 def test_commands_of_the_package(installed, elsewhere):

@@ -83,11 +83,12 @@ class StepBench:
         apply = nullcontext if task.variant == "dense" else self._radial(spec, task)
         model, reduced = self._take(spec, task)
         inputs = self._inputs(task.case, model)
+        short = inputs | {"hidden_states": inputs["hidden_states"][:, :, :WARM_FRAMES].contiguous()}
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with torch.no_grad(), apply(model):
             # kernels are loaded and compiled on a short video; its frames are too few to cost anything
-            self._call(spec, model, self._shortened(inputs), task, WARM_FRAMES)
+            self._call(spec, model, short, task, WARM_FRAMES)
             if reduced:  # its blocks stand for many: what a new mask costs once must not be in them
                 self._call(spec, model, inputs, task, task.case.grid.frames)
             watch = self._call(spec, model, inputs, task, task.case.grid.frames)
@@ -154,9 +155,6 @@ class StepBench:
             "pooled_projections": make(1, config.pooled_projection_dim),
             "guidance": full((1,), 6000.0, dtype=self.dtype),
         }
-
-    def _shortened(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return inputs | {"hidden_states": inputs["hidden_states"][:, :, :WARM_FRAMES].contiguous()}
 
     def _call(
         self, spec: StepModel, model: torch.nn.Module, inputs: dict[str, Tensor], task: Task, frames: int

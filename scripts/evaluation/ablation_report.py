@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from scripts.evaluation.files import number, style, table
+from scripts.run.schema import shown
 from scripts.run.system import pairs
 
 if TYPE_CHECKING:
@@ -55,15 +56,11 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
 def _section(found: dict[str, Any]) -> list[str]:
     forms = FORMS.values()
     rows = (
-        (_shown(first), *(number(value, form) for value, form in zip(rest, forms, strict=True)))
+        (shown(first), *(number(value, form) for value, form in zip(rest, forms, strict=True)))
         for first, *rest in found["rows"]
     )
     titles = " | ".join(found["columns"])
     return ["", f"## {found['title']}", "", found["note"], *table(titles, rows)]
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def draw(data: dict[str, Any]) -> "Figure":
@@ -80,7 +77,7 @@ def draw(data: dict[str, Any]) -> "Figure":
         points = sorted((row[place], row[height]) for row in rows)
         axes.plot([x for x, _ in points], [y for _, y in points], markersize=5, **look)
         for row in rows if apart else []:
-            axes.annotate(_shown(row[0]), (row[place], row[height]), fontsize=7)
+            axes.annotate(shown(row[0]), (row[place], row[height]), fontsize=7)
     axes.set(xlabel="density of the run", ylabel="PSNR to the dense video, dB")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -181,4 +181,5 @@ def test_a_prompt_outside_the_toy_world_is_refused(prompt, capsys):
 def test_prompts_take_one_configuration(capsys):
     with pytest.raises(SystemExit):
         parse(["configs/wan_tiny.yaml", "configs/wan_tiny_4x.yaml", "--prompt", CAPTIONS[0].caption])
-    assert "give one" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--prompt" in error and "name one" in error

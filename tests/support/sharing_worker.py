@@ -16,7 +16,7 @@ from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, st
 
 
 def main(words: list[str]) -> None:
-    """All cases of the parts: PART_cases beside this file has a `measure` that takes the group of all."""
+    """Runs the cases of the parts, modules `tests.support.PART_cases`: `measure` takes the group of all."""
     out, *parts = words
     start(Degrees(ulysses=int(os.environ["WORLD_SIZE"])), "cpu")
     group = import_xfuser("cpu").get_model_replica_group().device_group

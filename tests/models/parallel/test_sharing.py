@@ -131,5 +131,5 @@ def test_who_decodes_is_told():
         "decoding: 15 tiles shared by 15 processes"
     ]
     (line,) = planned(FULL, 4, *small)
-    assert line.startswith("decoding: by one process, as one tile; model.vae_tiling=always cuts")
+    assert line.startswith("decoding: by one process, as one tile; set model.vae_tiling=always")
     assert planned(TINY, 2, "model.vae_tiling=always") == ["decoding: by one process, as one tile"]

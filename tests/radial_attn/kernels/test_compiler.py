@@ -83,4 +83,4 @@ def test_the_small_models_refuse_a_device_that_is_not_here(device, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         train_tiny.parse(["--device", device])
     assert stop.value.code == 2
-    assert f"--device: got {device!r}, allowed: cpu" in capsys.readouterr().err
+    assert f"--device: got {device!r}, must be cpu" in capsys.readouterr().err

@@ -65,10 +65,10 @@ def test_a_mask_that_the_grid_lacks_is_left_out_and_named(tiny):
     words = ["generation.height=48", "generation.width=48"]
     kept, (why,) = runs_of(read_table("pattern"), make_plan(read_config("configs/wan_tiny.yaml", words)))
     assert {run.value for run in kept} == {"radial", *COMPARED} - {"power"}
-    assert why.startswith("attention.pattern") and why.endswith("got 'power'")
+    assert why.startswith("attention.pattern") and "got 'power'" in why
     kept, (why,) = runs_of({"key": "attention.density", "values": [0.1, 0.5]}, tiny)
     assert [run.value for run in kept] == [0.5]
-    assert why.startswith("attention.density") and why.endswith("got 0.1")
+    assert why.startswith("attention.density") and "got 0.1" in why
 
 
 def test_runs_with_the_same_videos_are_one(tiny):

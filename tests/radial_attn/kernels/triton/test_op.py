@@ -13,14 +13,13 @@ from radial_attn import radial_attention
 from radial_attn.analysis.sampled_error import output_error
 from radial_attn.dispatch import obstacle
 from radial_attn.kernels.contract import Call
-from scripts.kernel_report import LAUNCHES, main
+from scripts.kernel_report import main
 from tests.support.attention_cases import GRIDS, compare, make_inputs, make_mask
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["interpreted", "quantized"])
 def test_interpreted(name):
     file = f"tests/radial_attn/kernels/triton/test_{name}.py"
@@ -31,15 +30,14 @@ def test_interpreted(name):
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", LAUNCHES)
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
 def test_every_kernel_compiles_without_spills(arch, tmp_path, capsys):
-    """For an architecture of the launch table: registers, shared memory, tensor cores."""
-    assert main(["--out", str(tmp_path / "report.md"), "--arch", arch]) == 0, capsys.readouterr().err
+    """The oldest architecture and the first with TMA; results/kernels_compiled.md has all of them."""
+    assert main(["--arch", arch, "--out", str(tmp_path / "report.md")]) == 0, capsys.readouterr().err
     rows = (tmp_path / "report.md").read_text().splitlines()
     kinds = {row.split(" | ")[1] for row in rows if row.startswith(f"| {arch} |")}
     assert kinds >= {"forward", "query gradient", "key gradients", "int8", "row products"}
-    assert ("fp8" in kinds) == (arch not in {"sm80", "sm86", "gfx942"})
+    assert ("fp8" in kinds) == (arch != "sm80")
 
 
 CALL = Call(torch.device("cuda"), torch.float16, 64, gradients=False)
