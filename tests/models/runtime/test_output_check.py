@@ -28,7 +28,7 @@ def compile_blocks(transformer):
 
 def compile_whole(transformer):
     torch._dynamo.reset()
-    return torch.compile(transformer, backend="aot_eager")
+    return torch.compile(transformer, backend="eager")
 
 
 ways = pytest.mark.parametrize("prepare", [lambda x: x, compile_blocks, compile_whole])
@@ -50,7 +50,7 @@ def test_the_first_output_that_is_not_finite_stops_the_call(prepare, monkeypatch
 
 @ways
 def test_the_guard_changes_nothing_and_leaves_no_trace(prepare):
-    transformer = wan_transformer()
+    transformer = wan_transformer(num_layers=3)
     with apply_radial_attention(transformer, SPARSE, **OPTIONS):
         expected = video(transformer)
     for check in ("nan", "reference"):

@@ -1,25 +1,20 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.__main__ import main
 from radial_attn.masks.draw import draw_mask, frame_distance, layers
 
-SHAPE = ["--frames", "12", "--height", "6", "--width", "10", "--block-size", "16"]
+SHAPE = ["--frames=12", "--height=6", "--width=10", "--block-size=16"]
 
 
-def test_command_draws_a_picture_and_names_the_density(tmp_path):
-    picture = tmp_path / "mask.png"
-    words = [*SHAPE, "--text", "20", "--out", str(picture)]
-    command = [sys.executable, "-m", "radial_attn", "draw", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_command_draws_a_picture_and_names_the_density(tmp_path, capsys):
+    main(["draw", *SHAPE, "--text=20", f"--out={tmp_path / 'mask.png'}"])
     density = radial_mask(TokenGrid(12, 6, 10, text=20), RadialConfig(block_size=16)).density
-    assert f"density {density:.4f}" in done.stdout
-    assert not done.stderr
-    assert imread(picture).std() > 0.1
+    said = capsys.readouterr()
+    assert f"density {density:.4f}" in said.out and not said.err
+    assert imread(tmp_path / "mask.png").std() > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
 
 
