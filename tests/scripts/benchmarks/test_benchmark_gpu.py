@@ -23,7 +23,7 @@ SCRIPT = "scripts/benchmark_gpu.sh"
 
 
 def bash(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 120}
+    options = {"env": os.environ | environment, "capture_output": True, "text": True}
     return subprocess.run(["bash", SCRIPT, *words], check=False, cwd=ROOT, **options)
 
 
