@@ -29,7 +29,7 @@ CASES = [(family, samples) for family in FAMILIES for samples in family.samples]
 
 @pytest.mark.parametrize(("family", "samples"), CASES, ids=lambda value: getattr(value, "name", str(value)))
 def test_dense_is_upstream_and_density_one_is_dense(family, samples):
-    """Also in batches, and with padded text of another length in each sample."""
+    """Includes batches, and padded text whose length differs between samples."""
     transformer, inputs = family.transformer(), family.sized(**samples)
     expected = run(transformer, inputs)
     for options in (
@@ -39,7 +39,9 @@ def test_dense_is_upstream_and_density_one_is_dense(family, samples):
     ):
         with apply_radial_attention(transformer, **options) as handle:
             assert torch.equal(run(transformer, inputs), expected)
-            assert handle.report()["calls"] == {"dense": family.layers}
+            report = handle.report()
+        assert report["calls"] == {"dense": family.layers}
+        assert (report["density"] == 1.0) is (options["config"] is DENSE)
     for backend in ("blocks", "reference"):
         with apply_radial_attention(transformer, FULL, backend=backend) as handle:
             assert_near(run(transformer, inputs), expected)
@@ -51,7 +53,7 @@ def test_dense_is_upstream_and_density_one_is_dense(family, samples):
 @families
 @pytest.mark.parametrize("backend", ["reference", "blocks"])
 def test_sparse_is_upstream_under_the_token_mask(family, backend):
-    """Sizes that follow one another, token counts that no block divides, batches and padded text."""
+    """Changes the size between calls; includes token counts that no block divides, batches, padded text."""
     transformer, samples = family.transformer(), itertools.cycle(family.samples)
     calls = [(size, family.sized(*size, **next(samples))) for size in SIZES]
     expected = [masked_upstream(family, transformer, inputs, size) for size, inputs in calls]
@@ -76,10 +78,10 @@ def test_padding_has_no_say(family):
         alone[name] = alone[name][:, :4]
     for config in (FULL, SPARSE):
         with apply_radial_attention(transformer, config, backend="blocks"):
-            found = run(transformer, inputs)
-            assert_near(run(transformer, changed), found)
+            actual = run(transformer, inputs)
+            assert_near(run(transformer, changed), actual)
             if config is FULL:  # text that is shorter moves the blocks of a mask
-                assert_near(run(transformer, alone), found[:1])
+                assert_near(run(transformer, alone), actual[:1])
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "mochi"])
@@ -106,9 +108,9 @@ def test_bfloat16(family, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = masked_upstream(family, transformer, inputs)
         with apply_radial_attention(transformer, SPARSE):
-            found = run(transformer, inputs)
-    assert found.dtype == expected.dtype and (autocast or found.dtype == torch.bfloat16)
-    assert (found - expected).abs().max() / expected.abs().max() < 4 * torch.finfo(torch.bfloat16).eps
+            actual = run(transformer, inputs)
+    assert actual.dtype == expected.dtype and (autocast or actual.dtype == torch.bfloat16)
+    assert (actual - expected).abs().max() / expected.abs().max() < 4 * torch.finfo(torch.bfloat16).eps
 
 
 @families
@@ -142,7 +144,7 @@ def test_remove_restores_objects_and_hooks(family, option):
 @families
 @pytest.mark.parametrize("dense_layers", [1, 3])
 def test_schedule_in_the_outputs(family, dense_layers):
-    """A timestep further on is a step, an equal one the other guidance half, one back the next video."""
+    """A later timestep is the next step, an equal one the other guidance half, an earlier one a new video."""
     transformer, times = family.transformer(), [1000, 1000, 900, 900, 500, 100]
     if family.name == "mochi":
         times = [0, 0, 100, 100, 500, 900]
@@ -177,16 +179,19 @@ def test_reference_check_finds_no_error(family):
 
 @families
 @pytest.mark.parametrize(
-    ("check", "how", "fault"), [("nan", one_nan, "non-finite"), ("reference", twice, "wrong")]
+    ("check", "how", "fault", "dense_layers"),
+    [("nan", one_nan, "non-finite", 0), ("reference", twice, "wrong", 1)],
 )
-def test_the_check_names_each_layer(family, check, how, fault):
-    """In the order of their calls: control layers run first, single blocks count on from the double ones."""
+def test_the_check_names_each_layer(family, check, how, fault, dense_layers):
+    """Control layers run first, and the single blocks follow the double ones; dense layers count too."""
     control = family.layers - 4
-    names = [f"control layer {number}" for number in range(control)] + [f"layer {n}" for n in range(4)]
-    transformer, inputs = family.transformer(), family.sized()
+    layers = [f"control layer {number}" for number in range(control)] + [f"layer {n}" for n in range(4)]
+    names = [name for name, feeds in zip(layers, family.feeds, strict=True) if feeds >= dense_layers]
+    transformer, inputs = family.transformer(), family.sized(**family.samples[-1])
+    options = {"check": check, "dense_layers": dense_layers}
     for call, name in enumerate(names):
         message = f"^{fault} attention output in {name} at step 1, float32, backend {AUTO}"
-        with pytest.MonkeyPatch.context() as patch, apply_radial_attention(transformer, SPARSE, check=check):
+        with pytest.MonkeyPatch.context() as patch, apply_radial_attention(transformer, SPARSE, **options):
             fail(patch, call, how)
             with pytest.raises(CheckError, match=message):
                 run(transformer, inputs)

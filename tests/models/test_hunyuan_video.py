@@ -47,7 +47,7 @@ def test_layers_are_numbered_in_the_order_of_their_call():
 
 
 def test_text_is_read_once_for_each_prompt(monkeypatch):
-    """In a loop with guidance; another prompt in the same place is another tensor."""
+    """Runs a loop with guidance; another prompt at the same index is another tensor."""
     transformer, reads = hunyuan_transformer(), []
     halves = [hunyuan_inputs(lengths=(length,), seed=length) for length in (4, 9)]
     cpu = torch.Tensor.cpu

@@ -9,7 +9,7 @@ from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 
 
 def coordinates(frames: int, height: int, width: int) -> torch.Tensor:
-    """`[1, 3, tokens]` of pixels, as LTXConditionPipeline gives them."""
+    """Returns `[1, 3, tokens]` in pixels, as LTXConditionPipeline passes them."""
     times = (torch.arange(frames) * 8 - 7).clamp(min=0) / 25
     axes = times, 32.0 * torch.arange(height), 32.0 * torch.arange(width)
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]

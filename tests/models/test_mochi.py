@@ -10,16 +10,16 @@ from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 
 
 def streams(transformer, inputs):
-    """Video and text as each block returns them."""
-    found = []
+    """Returns video and text as each block returns them."""
+    outputs = []
     hooks = [
-        block.register_forward_hook(lambda block, args, output: found.extend(output))
+        block.register_forward_hook(lambda block, args, output: outputs.extend(output))
         for block in transformer.transformer_blocks
     ]
     run(transformer, inputs)
     for hook in hooks:
         hook.remove()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -27,9 +27,9 @@ def test_both_streams_are_those_of_upstream_padding_too(lengths):
     transformer, inputs = mochi_transformer(), mochi_inputs(lengths=lengths)
     expected = streams(transformer, inputs)
     with apply_radial_attention(transformer, FULL, backend="blocks"):
-        found = streams(transformer, inputs)
-    assert len(found) == len(expected) == 2 * 4
-    for one, other in zip(found, expected, strict=True):
+        outputs = streams(transformer, inputs)
+    assert len(outputs) == len(expected) == 2 * 4
+    for one, other in zip(outputs, expected, strict=True):
         assert_near(one, other)
 
 

@@ -32,7 +32,7 @@ def test_rows_are_the_presets(row):
 
 
 def test_densities_of_the_rows_are_the_published_ones():
-    """1 - sparsity of the paper's Wan row at half neighbour; those of the bundled models as measured."""
+    """Compares with the paper's Wan row at half neighbour, and with the bundled models as measured."""
     density = {row.preset: radial_mask(row.grid, row.config).density for row in PUBLISHED if row.grid}
     assert density["wan2.1_t2v_14b"] == pytest.approx(1 - 0.7366, abs=5e-4)
     assert density["wan_tiny"] == pytest.approx(0.573, abs=5e-4)
@@ -63,7 +63,7 @@ BUNDLED = {
 
 
 def full_size(name, **changes):
-    """A transformer of a published size without memory for its weights."""
+    """Makes a transformer of a published size without memory for its weights."""
     with torch.device("meta"):
         return getattr(diffusers, f"{name}Transformer3DModel")(**changes)
 
@@ -120,8 +120,8 @@ def test_two_lines(capsys):
     "options, of_mask, of_dense",
     [
         ({}, "(arXiv 2506.19852, default length)", "first 24 % of the steps (12 of 50), layer 0. Mask"),
-        ({"num_steps": 20}, "block_size=128", "first 5 of 20 steps, layer 0. Mask density: 0.263 at 69 "),
-        ({"dense_steps": 3, "dense_layers": 2}, "changed: dense_steps, dense_layers)", "3 steps, layers 0 "),
+        ({"num_steps": 20}, "block_size=128", "first 5 of 20 steps, layer 0. Mask density: 0.263"),
+        ({"dense_steps": 3, "dense_layers": 2}, "dense_steps, dense_layers)", "3 steps, layers 0 to 1"),
         ({"dense_steps": 0, "dense_last_steps": 2}, "changed: dense_steps)", "layer 0, the last 2 steps."),
         ({"dense_steps": 1, "dense_last_steps": 1}, "dense_steps)", "first step, layer 0, the last step."),
         ({"dense_steps": 0.1}, "changed: dense_steps)", "the first 10 % of the steps, layer 0."),

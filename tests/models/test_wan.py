@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from radial_attn import radial_mask
 from radial_attn.models import apply_radial_attention
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, masked_upstream, run
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
@@ -16,16 +17,22 @@ def test_fused_projections():
     transformer = wan_transformer()
     transformer.fuse_qkv_projections()
     expected = run(transformer)
-    with apply_radial_attention(transformer, FULL, backend="blocks"):
+    with apply_radial_attention(transformer, FULL, backend="blocks") as handle:
         assert_near(run(transformer), expected)
+        assert handle.report()["calls"] == {"blocks": 4}
 
 
-def test_report_before_the_first_call():
-    with apply_radial_attention(wan_transformer(), SPARSE) as handle:
+def test_report_before_and_after_the_first_call():
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, SPARSE) as handle:
         report = handle.report()
+        run(transformer)
+        after = handle.report()
     nothing = {"grid": None, "density": None, "grids": [], "videos": 0, "steps": 0, "dense_steps": 0}
     options = {"layers": 4, "dense_layers": 0, "quantize": None, "check": {"mode": "off"}}
     assert report == nothing | options | {name: report[name] for name in ("calls", "dense_backend")}
+    assert (after["grid"], after["density"]) == ([6, 6, 8], radial_mask(WAN.grid(), SPARSE).density)
+    assert (after["videos"], after["steps"], after["dense_steps"]) == (1, 1, 0)
 
 
 def test_positional_arguments():
@@ -57,7 +64,7 @@ def test_failed_application_changes_nothing():
     ],
 )
 def test_refusals(options, message):
-    """Those of the options that `enable` takes too are in test_enable.py."""
+    """Checks what test_enable.py does not: models, and options that only `apply_radial_attention` checks."""
     transformer = wan_transformer()
     with pytest.raises(ValueError, match=message):
         apply_radial_attention(**{"model": transformer, "config": SPARSE} | options)

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Uninitialised memory reads as NaN."""
+    """Fills uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(2).isnan().all()
     yield
@@ -17,7 +17,7 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For calls so small that they only wait for a second one."""
+    """Sets one thread, for calls so small that they only wait for a second one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -98,7 +98,7 @@ def test_dense_mask_is_sdpa(backend):
 
 
 class Layer(torch.nn.Module):
-    """A residual attention layer, 2 heads of 16, around a mask that it is given."""
+    """Adds attention of 2 heads of 16 under a given mask to its input."""
 
     def __init__(self, mask, **options):
         super().__init__()
@@ -131,8 +131,8 @@ def test_compiles_without_graph_breaks_and_once_for_all_layers(pattern):
 
     for layer in layers:
         layer.compile(fullgraph=True, backend=count)
-    for found in (gradient(), gradient()):
-        torch.testing.assert_close(found, expected)
+    for actual in (gradient(), gradient()):
+        torch.testing.assert_close(actual, expected)
     assert len(graphs) == 2  # the first layer's input needs no gradient
 
 
@@ -148,7 +148,7 @@ def test_compiles_with_text_lengths():
 
 
 def test_operator_contract():
-    """Schema, fake tensors and autograd registration of the operator, by torch's own checker."""
+    """Checks schema, fake tensors and autograd registration with torch's checker."""
     from radial_attn.kernels.blocks.op import block_attention
 
     mask = make_mask(GRIDS[63])

@@ -11,7 +11,7 @@ backends = pytest.mark.parametrize("backend", ["reference", "blocks"])
 
 
 def fresh_mask(pattern: str = "radial") -> BlockMask:
-    """A mask that no other test has used, built past the cache."""
+    """Builds a mask past the cache, so that no other test has used it."""
     config = RadialConfig(block_size=16, decimation_width="block", pattern=pattern)
     return radial_mask.__wrapped__(GRID, config)
 
@@ -43,9 +43,9 @@ def test_autocast_gradients_have_the_type_of_the_inputs(backend):
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     with autocast():
         out = radial_attention(*leaves, mask, backend=backend)
-    found = torch.autograd.grad(out, leaves, inputs[3].bfloat16())
-    assert all(x.dtype == torch.float32 for x in found)
-    assert all(torch.equal(x, y.float()) for x, y in zip([out, *found], expected, strict=True))
+    actual = torch.autograd.grad(out, leaves, inputs[3].bfloat16())
+    assert all(x.dtype == torch.float32 for x in actual)
+    assert all(torch.equal(x, y.float()) for x, y in zip([out, *actual], expected, strict=True))
 
 
 def test_autocast_compiles():
@@ -62,7 +62,7 @@ def test_autocast_compiles():
 
 @backends
 def test_masks_made_under_inference_mode_train(backend):
-    """Also after a call under inference mode, which leaves plans and copies on the mask."""
+    """Includes a call under inference mode, which leaves plans and copies on the mask."""
     inputs = make_inputs(GRID, 1, 2, 16)
     expected = run(backend, inputs, fresh_mask(), torch.float32)
     with torch.inference_mode():

@@ -34,7 +34,7 @@ CALL = {"prompt": "abc", "negative_prompt": "", "height": 48, "width": 80}
 
 
 def latents(family: str, cache: str, shared: Groups) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Final latents of a new pipeline, and what the cache says."""
+    """Returns the final latents of a new pipeline, and the report of the cache."""
     kind = KINDS[family]
     pipeline = kind.make()
     settings = {"threshold": THRESHOLDS[family]} | CACHES[cache]
@@ -47,7 +47,7 @@ def latents(family: str, cache: str, shared: Groups) -> tuple[torch.Tensor, dict
 
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Relative difference from one process with the same cache, and the calls that each made."""
+    """Yields the relative difference from one process with the same cache, and the calls of each."""
     groups = {
         "sequence": Groups(Degrees(ulysses=2), sequence=SequenceParallel(group)),
         "guidance": Groups(Degrees(cfg=2), guidance=group),
@@ -56,5 +56,5 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
         alone, use = latents(family, cache, Groups())
         together, used = latents(family, cache, groups[shared])
         worst = (together - alone).abs().max() / alone.abs().max()
-        found = {"difference": worst.item(), "alone": use, "together": used}
-        yield f"cache, shared {shared}: {family}, {cache}", found
+        results = {"difference": worst.item(), "alone": use, "together": used}
+        yield f"cache, shared {shared}: {family}, {cache}", results

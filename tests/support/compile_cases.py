@@ -15,7 +15,7 @@ STEPS = 3
 
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, float]]]:
-    """Relative difference from one process, not compiled, and graphs after each step of two videos."""
+    """Yields the relative difference from one uncompiled process, and graphs after each step."""
     parallel, wan = SequenceParallel(group), BY_NAME["wan"]
     torch._dynamo.reset()
     transformer, counter, differences, graphs = wan.transformer(), CompileCounter(), [], []
@@ -26,7 +26,7 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
     compile_blocks(SimpleNamespace(transformer=transformer), backend=counter)
     with apply_radial_attention(transformer, **options, parallel=parallel):
         for inputs, output in zip(2 * calls, 2 * expected, strict=True):
-            found = run(transformer, inputs)
+            actual = run(transformer, inputs)
             graphs.append(counter.frame_count)
-            differences.append(((found - output).abs().max() / output.abs().max()).item())
+            differences.append(((actual - output).abs().max() / output.abs().max()).item())
     yield "compile: wan", {"difference": max(differences), "graphs": graphs}

@@ -55,7 +55,7 @@ class Family:
         return len(self.feeds)
 
     def sized(self, frames: int = 6, height: int = 6, width: int = 8, **more: object) -> dict:
-        """Arguments of a call whose grid has these sizes."""
+        """Returns the arguments of a call whose grid has these sizes."""
         return self.inputs(frames, height * self.patch, width * self.patch, **more)
 
     def grid(self, *size: int) -> TokenGrid:
@@ -92,19 +92,19 @@ with_text = pytest.mark.parametrize("family", [x for x in FAMILIES if x.text], i
 
 
 class TokenMask(TorchFunctionMode):
-    """torch's SDPA over a video, and the text that upstream leaves, under the token mask of SPARSE."""
+    """Puts torch's SDPA under the token mask of SPARSE while `on`; upstream may have cut padded text off."""
 
     def __init__(self, grid: TokenGrid) -> None:
         super().__init__()
-        self.grid, self.mask, self.on = grid, radial_mask(grid, SPARSE).token_mask(), True
+        self.mask, self.on = radial_mask(grid, SPARSE).token_mask(), False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is scaled_dot_product_attention:
             kwargs |= dict(zip(("query", "key", "value"), args, strict=False))
-            queries, keys = kwargs["query"].shape[-2], kwargs["key"].shape[-2]
-            if self.on and queries == keys >= self.grid.video_tokens:
-                mask, padding = self.mask[:keys, :keys], kwargs.get("attn_mask")
+            if self.on:
+                keys, padding = kwargs["key"].shape[-2], kwargs.get("attn_mask")
+                mask = self.mask[:keys, :keys]
                 kwargs["attn_mask"] = mask if padding is None else mask & padding
             args = ()
         return func(*args, **kwargs)
@@ -117,11 +117,12 @@ def masked_upstream(
     size: tuple[int, ...] = SIZE,
     dense_layers: int = 0,
 ) -> torch.Tensor:
-    """Upstream's output with the token mask of SPARSE from layer `dense_layers` on."""
+    """Returns upstream's output under the token mask of SPARSE from layer `dense_layers` on."""
     mode, hooks = TokenMask(family.grid(*size)), []
     for number, attention in zip(family.feeds, family.fork.attention_layers(transformer), strict=True):
         on = number >= dense_layers
         hooks.append(attention.register_forward_pre_hook(lambda *_, on=on: setattr(mode, "on", on)))
+        hooks.append(attention.register_forward_hook(lambda *_: setattr(mode, "on", False)))
     with mode:
         output = run(transformer, inputs)
     for hook in hooks:
@@ -131,14 +132,14 @@ def masked_upstream(
 
 @torch.no_grad()
 def run(transformer: torch.nn.Module, inputs: dict | None = None) -> torch.Tensor:
-    """The output of a call, of Wan's unless arguments are given."""
+    """Runs a transformer, with Wan's arguments by default."""
     return transformer(**(wan_inputs() if inputs is None else inputs)).sample
 
 
 def video(
     family: Family, transformer: torch.nn.Module, steps: int = 4, halves: int = 2, **more: object
 ) -> torch.Tensor:
-    """Outputs of a denoising loop of guidance halves, whose texts have other lengths; the last is full."""
+    """Runs a denoising loop of guidance halves, whose texts differ in length; that of the last is full."""
     times = torch.linspace(100, 1000, steps) if family.name == "mochi" else torch.linspace(1000, 100, steps)
     texts = [{"lengths": (4,)}, {}] if family.text else [{}, {}]
     calls = [
@@ -150,17 +151,17 @@ def video(
 
 
 def gradients(transformer: torch.nn.Module, *calls: dict) -> dict[str, torch.Tensor]:
-    """Gradient of the sum of the mean square outputs of calls for every trainable parameter."""
+    """Returns the gradients of all trainable parameters for the sum of the calls' mean square outputs."""
     transformer.zero_grad()
     sum(transformer(**inputs).sample.square().mean() for inputs in calls or [wan_inputs()]).backward()
     return {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys() and expected
+def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys() and expected
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)

@@ -22,7 +22,7 @@ LEARNT = ("hidden_states", "encoder_hidden_states")
 
 
 def with_lora(family: str) -> torch.nn.Module:
-    """A random transformer in training, with a LoRA whose weights are all random."""
+    """Makes a random transformer in training, with a LoRA whose weights are all random."""
     transformer = BY_NAME[family].transformer().train()
     torch.manual_seed(1)
     targets = TARGETS[family].split()
@@ -32,14 +32,14 @@ def with_lora(family: str) -> torch.nn.Module:
 
 
 def gradients_of_all(transformer: torch.nn.Module, family: str) -> dict[str, Tensor]:
-    """Of the LoRA and of the inputs, for the mean square of the output."""
+    """Returns the gradients of the LoRA and of the inputs, for the mean square of the output."""
     inputs = BY_NAME[family].inputs(5, 6, 14, **CALLS[family])
     learnt = {name: inputs[name].requires_grad_() for name in LEARNT}
     return gradients(transformer, inputs) | {name: x.grad.clone() for name, x in learnt.items()}
 
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, float]]]:
-    """The worst relative error of a tensor, among parameters and among inputs, averaged over the group."""
+    """Yields the worst relative error among parameters and among inputs, averaged over the group."""
     parallel = SequenceParallel(group)
     for family, (pattern, checkpointed) in itertools.product(CALLS, WAYS):
         transformer = with_lora(family)
@@ -49,22 +49,22 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
         if checkpointed:
             transformer.enable_gradient_checkpointing()
         with apply_radial_attention(transformer, **options, parallel=parallel):
-            found = gradients_of_all(transformer, family)
-        errors = {name: error(found[name], expected[name], group) for name in expected}
+            actual = gradients_of_all(transformer, family)
+        errors = {name: error(actual[name], expected[name], group) for name in expected}
         how = "checkpointed" if checkpointed else "kept"
         learnt = worst(errors.pop(name) for name in LEARNT)
-        count = len(expected) if found.keys() == expected.keys() else 0
+        count = len(expected) if actual.keys() == expected.keys() else 0
         results = {"parameters": worst(errors.values()), "inputs": learnt, "count": count}
         yield f"gradients: {family}, {pattern}, {how}", results
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest; NaN where one is."""
+    """Returns the largest; NaN if there is one."""
     return torch.tensor(list(errors)).max().item()
 
 
-def error(found: Tensor, expected: Tensor, group: torch.distributed.ProcessGroup) -> float:
-    """Norm of the difference of the average over the group, over the norm of what is expected."""
-    torch.distributed.all_reduce(found, group=group)
-    average = found / torch.distributed.get_world_size(group)
+def error(actual: Tensor, expected: Tensor, group: torch.distributed.ProcessGroup) -> float:
+    """Returns the relative error in the L2 norm, after averaging over the group."""
+    torch.distributed.all_reduce(actual, group=group)
+    average = actual / torch.distributed.get_world_size(group)
     return float((average - expected).norm() / expected.norm())

@@ -1,7 +1,7 @@
 """What optional CUDA libraries promise, in plain torch on the CPU: their signatures and their restrictions.
 
 Each function below has the signature of the real one, with all defaults, and computes in float32 what its
-source says. It raises where the library raises or would compute nonsense; rows that the library leaves
+source says. It raises if the library raises or would compute nonsense; rows that the library leaves
 unwritten are NaN. The sources:
 
 flashinfer-python 0.7.2.post1: flashinfer/sparse.py.
@@ -26,9 +26,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 def install(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
     """Makes exactly these libraries importable, whatever is installed."""
-    found = {module.__name__: module for module in modules}
+    output = {module.__name__: module for module in modules}
     for name in LIBRARIES:
-        monkeypatch.setitem(sys.modules, name, found.get(name))
+        monkeypatch.setitem(sys.modules, name, output.get(name))
 
 
 def module(name: str, **contents: object) -> ModuleType:
@@ -54,7 +54,7 @@ def softmax_attention(  # noqa: PLR0917
 
 
 def assert_promised(real: Callable, emulated: Callable) -> None:
-    """Every parameter of the emulation is one of the library's."""
+    """Checks that every parameter of the emulation is one of the library's."""
     kept, promised = (set(inspect.signature(function).parameters) for function in (real, emulated))
     assert promised <= kept, real
 
@@ -65,7 +65,7 @@ def require(condition: bool, reason: str) -> None:
 
 
 def flashinfer() -> ModuleType:
-    """FlashInfer's two block-sparse wrappers; `.workspaces` and `.plans` list what was made."""
+    """Emulates FlashInfer's two block-sparse wrappers; `.workspaces` and `.plans` list what was made."""
     workspaces, plans = [], []
 
     class Wrapper:
@@ -102,8 +102,8 @@ def flashinfer() -> ModuleType:
             require(q.shape == (len(self.keep), *self.shape), "(M, heads, head_dim)")
             require(k.shape == v.shape == (self.keep.shape[1], *self.shape), "(N, heads, head_dim)")
             heads = (x.transpose(0, 1) for x in (q, k, v))
-            found = softmax_attention(*heads, self.keep, self.scale).transpose(0, 1)
-            return found.to(self.dtypes[2] if self.dtypes[2] != "float16" else torch.float16).contiguous()
+            output = softmax_attention(*heads, self.keep, self.scale).transpose(0, 1)
+            return output.to(self.dtypes[2] if self.dtypes[2] != "float16" else torch.float16).contiguous()
 
     class VariableBlockSparseAttentionWrapper(Wrapper):
         def plan(  # noqa: PLR0917
@@ -140,18 +140,18 @@ def to_heads(tensor_layout: str, *tensors: Tensor) -> list[Tensor]:
 
 
 def dense(qkv: tuple[Tensor, ...], tensor_layout: str, scale: float, *, zeros: bool, smooth: bool) -> Tensor:
-    """Attention over all keys, smoothed or not, and over as many `zeros` as fill up the last block of 64."""
+    """Attends to all keys, smoothed or not, and to as many `zeros` as fill up the last block of 64."""
     require(len({x.dtype for x in qkv}) == 1, "data types")
     require(all(x.stride(-1) == 1 for x in qkv), "Last dim of qkv must be contiguous.")
     query, key, value = to_heads(tensor_layout, *qkv)
     keep = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
     key = key.float() - smooth * key.float().mean(dim=2, keepdim=True)
-    found = softmax_attention(query, key, value, keep, scale, zeros * (-key.shape[-2] % 64)).to(query.dtype)
-    return to_heads(tensor_layout, found)[0]
+    output = softmax_attention(query, key, value, keep, scale, zeros * (-key.shape[-2] % 64)).to(query.dtype)
+    return to_heads(tensor_layout, output)[0]
 
 
 def spread(mask_id: Tensor, query: Tensor, key: Tensor, rows: int, columns: int) -> Tensor:
-    """A mask `[B, H, Q, K]` of kernel blocks on the tokens that exist."""
+    """Expands a mask `[B, H, Q, K]` of kernel blocks to the tokens that exist."""
     (*pair, tokens, _), keys = query.shape, key.shape[2]
     require(mask_id.shape == (*pair, -(-tokens // rows), -(-keys // columns)), "shape of mask_id")
     require(mask_id.is_contiguous() and mask_id.dtype == torch.int8, "contiguous int8")
@@ -160,7 +160,7 @@ def spread(mask_id: Tensor, query: Tensor, key: Tensor, rows: int, columns: int)
 
 
 def spas_sage_attn(rows: int = 128, columns: int = 64) -> ModuleType:
-    """SpargeAttn with the kernel blocks of an architecture; `.calls` lists (mask_id, pvthreshd)."""
+    """Emulates SpargeAttn with the kernel blocks of an architecture; `.calls` lists (mask_id, pvthreshd)."""
     calls = []
 
     def block_sparse_sage2_attn_cuda(  # noqa: PLR0917
@@ -174,14 +174,14 @@ def spas_sage_attn(rows: int = 128, columns: int = 64) -> ModuleType:
         require(q.dtype == k.dtype == v.dtype and q.dtype in HALF and smooth_k, "data types")
         require(isinstance(pvthreshd, float) and pvthreshd > 0 and scale > 0, "the running maximum")
         keep = spread(mask_id, query, key, rows, columns)
-        found = softmax_attention(query, key, value.to(torch.float16), keep, scale).to(q.dtype)
-        return to_heads(tensor_layout, found)[0]
+        output = softmax_attention(query, key, value.to(torch.float16), keep, scale).to(q.dtype)
+        return to_heads(tensor_layout, output)[0]
 
     return module("spas_sage_attn", block_sparse_sage2_attn_cuda=block_sparse_sage2_attn_cuda, calls=calls)
 
 
 def sparse_sageattn() -> ModuleType:
-    """The library that the authors of Radial Attention use; `.calls` lists mask_id."""
+    """Emulates the library that the authors of Radial Attention use; `.calls` lists mask_id."""
     calls = []
 
     def sparse_sageattn(  # noqa: PLR0917
@@ -194,14 +194,14 @@ def sparse_sageattn() -> ModuleType:
         keep = spread(mask_id, query, key, 128, 64)
         zeros = keep[..., -1:] * (-key.shape[2] % 64)  # the tail of the last block is not masked
         scale = query.shape[-1] ** -0.5
-        found = softmax_attention(query, key, value.to(torch.float16), keep, scale, zeros).to(q.dtype)
-        return to_heads(tensor_layout, found)[0]
+        output = softmax_attention(query, key, value.to(torch.float16), keep, scale, zeros).to(q.dtype)
+        return to_heads(tensor_layout, output)[0]
 
     return module("sparse_sageattn", sparse_sageattn=sparse_sageattn, calls=calls)
 
 
 def sageattention_1() -> ModuleType:
-    """Version 1.0.6, which smooths K in place and does not mask the tail of the last block of 64 keys."""
+    """Emulates 1.0.6, which smooths K in place and does not mask the tail of the last block of 64 keys."""
 
     def sageattn(  # noqa: PLR0917
         q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs
@@ -216,7 +216,7 @@ def sageattention_1() -> ModuleType:
 
 
 def sageattention_2(masks_the_tail: bool = True) -> ModuleType:
-    """Version 2.2.0; or 2.0.1, whose Triton kernel (sm86) has neither attn_mask nor a masked tail."""
+    """Emulates 2.2.0; or 2.0.1, whose Triton kernel (sm86) has neither attn_mask nor a masked tail."""
 
     def sageattn(  # noqa: PLR0917
         q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs

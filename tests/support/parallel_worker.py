@@ -39,7 +39,7 @@ Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict]
 
 
 def token_times(inputs: dict) -> dict:
-    """One timestep a token, as Wan2.2 TI2V-5B has it: the first frame is there already."""
+    """Sets one timestep a token, as Wan2.2 TI2V-5B has it: the first frame is given."""
     frames, height, width = inputs["hidden_states"].shape[2:]
     times = torch.full((1, frames, height // 2, width // 2), 500.0)
     times[:, 0] = 0
@@ -84,7 +84,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
 
 @torch.no_grad()
 def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tuple[str, float]]:
-    """Largest difference of the outputs for each way to share, relative to the largest value."""
+    """Yields the largest difference of the outputs for each way to share, relative to the largest value."""
     name, make, inputs, options = case
     transformer, given = make(), inputs()
     outputs = []
@@ -96,7 +96,7 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
 
 
 def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
-    """Final latents of a pipeline with radial attention; `guided`: its two halves on two processes."""
+    """Returns the final latents with radial attention; `guided`: with its two halves on two processes."""
     options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
     sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
     generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
@@ -112,7 +112,7 @@ def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided
 
 @torch.no_grad()
 def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceParallel | None) -> float:
-    """Largest difference of the final latents from those of one process, relative to the largest value."""
+    """Returns the largest difference of the latents from one process's, relative to the largest value."""
     pipeline = make()
     alone = latents(pipeline, prompts, None, False)
     together = latents(pipeline, prompts, shared, import_xfuser("cpu").get_cfg_group().world_size == 2)
@@ -120,11 +120,11 @@ def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceP
 
 
 def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
-    """xDiT's groups first, and with a ring others of the same processes."""
+    """Makes xDiT's groups first, and with a ring others of the same processes."""
     shares = {"": share_sequence(import_xfuser("cpu").get_sp_group())}
     if degrees.ring > 1 and degrees.cfg == 1:
         rank, everyone = torch.distributed.get_rank(), torch.distributed.group.WORLD
-        alone = [torch.distributed.new_group([place]) for place in range(degrees.processes)][rank]
+        alone = [torch.distributed.new_group([index]) for index in range(degrees.processes)][rank]
         pairs = [torch.distributed.new_group([2 * i, 2 * i + 1]) for i in range(degrees.processes // 2)]
         shares[", all in a ring"] = RingParallel(alone, everyone, everyone)
         shares[", rings of two"] = RingParallel(alone, pairs[rank // 2], pairs[rank // 2])
@@ -132,7 +132,7 @@ def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
 
 
 def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
-    """Each case by name with its difference: transformers where all share the sequence, else pipelines."""
+    """Yields each case with its difference: transformers if all share the sequence, else pipelines."""
     shares = all_shares(degrees)
     if degrees.cfg == 1:
         for case in cases(degrees.ring, degrees.processes):
@@ -142,14 +142,14 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
             yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])
 
 
-def main(words: list[str]) -> None:
-    """All cases on all processes; the first writes the worst of all of them."""
-    out, cfg, ring = Path(words[0]), *map(int, words[1:])
+def main(arguments: list[str]) -> None:
+    """Runs all cases in all processes; the first one writes the worst of all of them."""
+    out, cfg, ring = Path(arguments[0]), *map(int, arguments[1:])
     degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // (cfg * ring), ring=ring, cfg=cfg)
     start(degrees, "cpu")
     results = {}
-    for name, found in measure(degrees):
-        worst = torch.tensor(found)
+    for name, value in measure(degrees):
+        worst = torch.tensor(value)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         results[name] = worst.item()
     if torch.distributed.get_rank() == 0:

@@ -29,7 +29,7 @@ class Kind:
     halves: int = 1
 
     def generate(self, pipeline: Any, steps: int = 3, **more: object) -> torch.Tensor:
-        """Frames, of latents unless told; the same noise each time."""
+        """Makes a video, by default its latents, from the same noise each time."""
         return generate(pipeline, steps, **self.options | more)
 
 
@@ -55,7 +55,7 @@ KINDS = {
 
 
 def generate(pipeline: Any, steps: int = 3, **more: object) -> torch.Tensor:
-    """Frames of a run without guidance unless told, of latents unless told; the same noise each time."""
+    """Makes a video without guidance, by default its latents, from the same noise each time."""
     options = CALL | {"guidance_scale": 1.0, "output_type": "latent"} | more
     noise = {"generator": torch.Generator().manual_seed(0)}
     return pipeline(num_inference_steps=steps, **noise | options).frames

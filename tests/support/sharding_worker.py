@@ -23,7 +23,7 @@ Case = tuple[str, Family, torch.dtype, bool]
 
 
 def cases() -> Iterator[Case]:
-    """Name, family, data type, and whether blocks are computed again in the backward."""
+    """Yields name, family, dtype, and whether the backward pass reruns the blocks."""
     for name in ("wan", "wan_vace", "hunyuan_video", "mochi", "ltx"):
         yield name, BY_NAME[name], torch.float32, False
         yield f"{name}, checkpointing", BY_NAME[name], torch.float32, True
@@ -31,7 +31,7 @@ def cases() -> Iterator[Case]:
 
 
 def prepared(family: Family, dtype: torch.dtype, again: bool) -> tuple[torch.nn.Module, dict]:
-    """A transformer with radial attention and an adapter whose two matrices are random."""
+    """Makes a transformer with radial attention and an adapter whose two matrices are random."""
     transformer = family.transformer().to(dtype)
     trained = add_adapter(transformer, rank=2, alpha=2, targets=("to_q", "to_v"))
     random = torch.Generator().manual_seed(1)
@@ -46,7 +46,7 @@ def prepared(family: Family, dtype: torch.dtype, again: bool) -> tuple[torch.nn.
 def measured(
     transformer: torch.nn.Module, trained: dict[str, Tensor], inputs: dict, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, the same without gradients, and the gradients of the adapter in one row."""
+    """Returns the output, that without gradients, and the gradients of the adapter in one row."""
     inputs = {
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in inputs.items()
@@ -60,15 +60,15 @@ def measured(
 
 
 def local_bytes(transformer: torch.nn.Module) -> tuple[int, int]:
-    """Of the frozen weights: what this process holds, and what all hold together."""
+    """Returns the bytes of frozen weights in this process, and in all of them."""
     frozen = [value for value in transformer.parameters() if not value.requires_grad]
-    own = [value.to_local() if isinstance(value, DTensor) else value for value in frozen]
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in own if x.numel()}
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in frozen]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in local if x.numel()}
     return sum(held.values()), sum(value.numel() * value.element_size() for value in frozen)
 
 
 def count_whole(transformer: torch.nn.Module) -> list[int]:
-    """Filled with how many blocks are whole whenever one begins, in the backward of checkpointing too."""
+    """Returns a list that gets the count of whole blocks whenever a block begins, also in the backward."""
     blocks = [block for stack in family_of(transformer).stacks(transformer) for block in stack]
     counts = []
 
@@ -81,7 +81,7 @@ def count_whole(transformer: torch.nn.Module) -> list[int]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Equality with the whole transformer, blocks and bytes of weights, names and adapter kept or not."""
+    """Compares with the whole transformer; counts blocks and bytes, and checks names and adapter."""
     _, family, dtype, again = case
     given = family.inputs(3, 6, 8)
     whole, trained = prepared(family, dtype, again)
@@ -89,10 +89,10 @@ def measure(case: Case) -> dict[str, Any]:
     shared, trained = prepared(family, dtype, again)
     with shared_weights(shared, trained.values(), torch.device("cpu")) as wrapped:
         counts = count_whole(shared)
-        found = measured(wrapped, trained, given, dtype)
+        actual = measured(wrapped, trained, given, dtype)
     held, total = local_bytes(shared)
     return {
-        "equal": [torch.equal(one, other) for one, other in zip(expected, found, strict=True)],
+        "equal": [torch.equal(one, other) for one, other in zip(expected, actual, strict=True)],
         "blocks": max(counts),
         "held": held,
         "total": total,
@@ -101,15 +101,15 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def main(words: list[str]) -> None:
-    """All cases, in all processes."""
+def main(arguments: list[str]) -> None:
+    """Runs all cases in all processes."""
     torch.distributed.init_process_group("gloo")
     results = {}
     for case in cases():
         results[case[0]] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(results[case[0]], measure(case))
     if torch.distributed.get_rank() == 0:
-        Path(words[0]).write_text(json.dumps(results, indent=1))
+        Path(arguments[0]).write_text(json.dumps(results, indent=1))
     torch.distributed.destroy_process_group()
 
 

@@ -37,20 +37,20 @@ TEMPLATE = {"template": "{}", "crop_start": 0, "image_emb_len": 4, "image_emb_st
 
 
 def hunyuan_transformer(seed: int = 0, **changes: object) -> HunyuanVideoTransformer3DModel:
-    """A random HunyuanVideo transformer in eval mode: 2 double, 2 single layers, 2 heads of 12, patch 2."""
+    """Makes a random transformer in eval mode: 2 double, 2 single layers, 2 heads of 12, patch 2."""
     blocks = {"num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": POOLED_DIM}
     settings = SHAPE | LAYERS | blocks | changes
     return with_own_norms(seeded(seed, HunyuanVideoTransformer3DModel, **settings))
 
 
 def hunyuan15_transformer(seed: int = 0, **changes: object) -> HunyuanVideo15Transformer3DModel:
-    """A random HunyuanVideo 1.5 transformer in eval mode: 4 layers, 2 heads of 12, patch 1."""
+    """Makes a random HunyuanVideo 1.5 transformer in eval mode: 4 layers, 2 heads of 12, patch 1."""
     more = {"num_layers": 4, "text_embed_2_dim": GLYPH_DIM, "image_embed_dim": IMAGE_DIM}
     return with_own_norms(seeded(seed, HunyuanVideo15Transformer3DModel, **SHAPE | LAYERS | more | changes))
 
 
 def with_own_norms(transformer: torch.nn.Module) -> torch.nn.Module:
-    """Norms of query and key that differ: all are ones when made."""
+    """Makes the norms of query and key differ: at first all are ones."""
     for name, parameter in transformer.named_parameters():
         if "attn.norm_" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -67,7 +67,7 @@ def hunyuan_inputs(
     seed: int = 0,
     channels: int = CHANNELS,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a HunyuanVideo transformer call, a sample for each of `lengths`, its valid text tokens."""
+    """Returns arguments of a call, a sample for each of `lengths`, its number of valid text tokens."""
     batch, make = len(lengths), randoms(seed)
     return {
         "hidden_states": make(batch, channels, frames, height, width),
@@ -88,7 +88,7 @@ def hunyuan15_inputs(
     image: bool = True,
     **more: float,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a HunyuanVideo 1.5 transformer call; all but 2 glyph tokens are valid, and an `image`."""
+    """Returns arguments of a call; all but 2 glyph tokens are valid, and an `image`."""
     inputs = hunyuan_inputs(frames, height, width, lengths=lengths, **more)
     make, batch = randoms(1), len(lengths)
     del inputs["pooled_projections"], inputs["guidance"]
@@ -100,28 +100,28 @@ def hunyuan15_inputs(
 
 
 def llama_tokenizer() -> LlamaTokenizer:
-    """A Llama tokenizer of single letters, which pads at the end."""
+    """Makes a Llama tokenizer of single letters, which pads at the end."""
     pieces = ["<pad>", "<s>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     return LlamaTokenizer(vocab=vocab, merges=[], pad_token="<pad>", padding_side="right")
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer of single letters."""
+    """Makes a CLIP tokenizer of single letters."""
     letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
     vocab = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
 def hunyuan_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo:
-    """A random VAE with 4 latent channels, 8 times smaller in space, 4 times in time, in eval mode."""
+    """Makes a random VAE with 4 latent channels, 8 times smaller in space, 4 times in time, in eval mode."""
     blocks = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
     attention = {"mid_block_add_attention": False}
     return seeded(seed, AutoencoderKLHunyuanVideo, latent_channels=CHANNELS, **blocks, **attention)
 
 
 def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
-    """A random HunyuanVideoPipeline with all parts; `changes` go to its transformer."""
+    """Makes a random HunyuanVideoPipeline with all parts; `changes` go to its transformer."""
     llama = LlamaConfig(vocab_size=64, hidden_size=TEXT_DIM, num_hidden_layers=4, pad_token_id=0, **ENCODER)
     ends = {"eos_token_id": 1, "bos_token_id": 0}
     clip = CLIPTextConfig(vocab_size=64, hidden_size=POOLED_DIM, num_hidden_layers=1, **ends, **ENCODER)
@@ -140,7 +140,7 @@ def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
 def hunyuan_image_pipeline(
     kind: str, seed: int = 0, image_size: int = 28
 ) -> HunyuanVideoImageToVideoPipeline:
-    """A random HunyuanVideoImageToVideoPipeline; `kind` of condition: "latent_concat" or "token_replace".
+    """Makes a random image-to-video pipeline; `kind` of condition: "latent_concat" or "token_replace".
 
     With images of 336 it takes upstream's own prompt template, whose special tokens its tokenizer knows.
     """

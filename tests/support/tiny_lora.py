@@ -46,7 +46,7 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def original_names(layers: int = 4) -> dict[str, str]:
-    """Layers with a low rank, diffusers -> original."""
+    """Returns the layers with a low rank, diffusers -> original."""
     blocks = {
         f"blocks.{i}.{ours}": f"blocks.{i}.{theirs}" for i in range(layers) for ours, theirs in PARTS.items()
     }
@@ -56,7 +56,7 @@ def original_names(layers: int = 4) -> dict[str, str]:
 def random_pairs(
     transformer: torch.nn.Module, seed: int = 0, rank: int = RANK, only: str = "blocks."
 ) -> Pairs:
-    """(down `[rank, in]`, up `[out, rank]`) of each layer whose name begins with `only`."""
+    """Returns (down `[rank, in]`, up `[out, rank]`) of each layer whose name begins with `only`."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for layer in original_names(len(transformer.blocks)):
@@ -68,7 +68,7 @@ def random_pairs(
 
 
 def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torch.Tensor]:
-    """The pairs under the names of a format; kohya's has an alpha for each layer, its rank unless given."""
+    """Names the pairs as a format does; kohya's has an alpha for each layer, by default its rank."""
     names = original_names(40)
     state = {}
     for layer, (down, up) in pairs.items():
@@ -111,7 +111,7 @@ def random_distilled(
 
 
 def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = None, **metadata: str) -> Path:
-    """The file, with peft's settings in its header as diffusers writes them, and other metadata."""
+    """Writes the file, with peft's settings in its header as diffusers does, and other metadata."""
     metadata["format"] = "pt"
     if settings is not None:
         metadata["lora_adapter_metadata"] = json.dumps(settings)
@@ -120,7 +120,7 @@ def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = No
 
 
 def loaded(file: Path, scale: float = 1.0, **options: str) -> torch.Tensor:
-    """Output of the transformer with a LoRA."""
+    """Returns the output of the transformer with a LoRA."""
     transformer = wan_transformer()
     load_loras(transformer, [Lora(file, scale)], **options)
     return run(transformer)
@@ -128,7 +128,7 @@ def loaded(file: Path, scale: float = 1.0, **options: str) -> torch.Tensor:
 
 @torch.no_grad()
 def changed(change: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
-    """Output of the transformer with its parameters changed by hand."""
+    """Returns the output of the transformer with its parameters changed by hand."""
     transformer = wan_transformer()
     for name, delta in change.items():
         transformer.get_parameter(name).add_(scale * delta)
@@ -136,14 +136,14 @@ def changed(change: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor
 
 
 def product(pairs: Pairs) -> dict[str, torch.Tensor]:
-    """The change of each weight."""
+    """Returns the change of each weight."""
     return {f"{layer}.weight": up @ down for layer, (down, up) in pairs.items()}
 
 
 def fused_pairs(
     transformer: torch.nn.Module, names: dict[str, Iterable[str]], rank: int = RANK, seed: int = 0
 ) -> Pairs:
-    """A pair for each of the authors' names, for the layers whose rows it holds one after another."""
+    """Makes a pair for each of the authors' names, which holds the rows of its layers one after another."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for name, layers in names.items():
@@ -157,7 +157,7 @@ def fused_pairs(
 def add_fused(
     transformer: torch.nn.Module, names: dict[str, Iterable[str]], pairs: Pairs, scale: float = 1.0
 ) -> torch.nn.Module:
-    """The transformer with `scale` times the product of each pair added by hand, cut row by row."""
+    """Adds `scale` times the product of each pair to the transformer by hand, cut row by row."""
     for name, (down, up) in pairs.items():
         weights = [transformer.get_submodule(layer).weight for layer in names[name]]
         changes = (scale * up @ down).split([len(weight) for weight in weights])

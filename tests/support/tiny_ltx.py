@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def ltx_transformer(seed: int = 0, **changes: object) -> LTXVideoTransformer3DModel:
-    """A random LTX transformer in eval mode: 4 layers, 2 heads of 12, unless changed."""
+    """Makes a random LTX transformer in eval mode: 4 layers, 2 heads of 12, unless changed."""
     return seeded(seed, LTXVideoTransformer3DModel, **SETTINGS | changes)
 
 
@@ -35,7 +35,7 @@ def ltx_inputs(
     timestep: float = 500.0,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Arguments of a call: packed latents `[batch, frames * height * width, 8]`, 7 text tokens, 5 valid."""
+    """Returns arguments of a call: latents `[batch, frames * height * width, 8]`, 7 text tokens, 5 valid."""
     make = randoms(seed)
     return {
         "hidden_states": make(batch, frames * height * width, CHANNELS),
@@ -50,7 +50,7 @@ def ltx_inputs(
 
 
 def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
-    """A random LTX VAE, 4 times smaller in space and time, in eval mode."""
+    """Makes a random LTX VAE, 4 times smaller in space and time, in eval mode."""
     coder = {
         "block_out_channels": (8,) * 4,
         "layers_per_block": (1,) * 5,
@@ -61,6 +61,6 @@ def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
 
 
 def ltx_pipeline(seed: int = 0, **changes: object) -> LTXPipeline:
-    """A random LTXPipeline with all parts; `changes` go to its transformer."""
+    """Makes a random LTXPipeline with all parts; `changes` go to its transformer."""
     parts = {"vae": ltx_vae(seed), "transformer": ltx_transformer(seed, **changes)}
     return t5_pipeline(LTXPipeline, seed, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)

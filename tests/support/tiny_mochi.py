@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def mochi_transformer(seed: int = 0, **changes: object) -> MochiTransformer3DModel:
-    """A random Mochi transformer in eval mode: 4 layers, 2 heads of 12, patch 2, unless changed."""
+    """Makes a random Mochi transformer in eval mode: 4 layers, 2 heads of 12, patch 2, unless changed."""
     transformer = seeded(seed, MochiTransformer3DModel, **SETTINGS | changes)
     torch.nn.init.normal_(transformer.pos_frequencies)  # zeros, which turn nothing, when made
     return transformer
@@ -41,7 +41,7 @@ def mochi_inputs(
     timestep: float = 500.0,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a call with 7 text tokens, a sample for each of `lengths`, its valid ones."""
+    """Returns arguments of a call with 7 text tokens, a sample for each of `lengths`, its valid ones."""
     make, batch = randoms(seed), len(lengths)
     return {
         "hidden_states": make(batch, CHANNELS, frames, height, width),
@@ -52,13 +52,13 @@ def mochi_inputs(
 
 
 def mochi_vae(seed: int = 0) -> AutoencoderKLMochi:
-    """A random Mochi VAE, 8 times smaller in space, 6 times in time, in eval mode."""
+    """Makes a random Mochi VAE, 8 times smaller in space, 6 times in time, in eval mode."""
     sizes = {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4}
     return seeded(seed, AutoencoderKLMochi, latent_channels=CHANNELS, layers_per_block=(1,) * 5, **sizes)
 
 
 def mochi_pipeline(seed: int = 0, **changes: object) -> MochiPipeline:
-    """A random MochiPipeline with all parts; `changes` go to its transformer."""
+    """Makes a random MochiPipeline with all parts; `changes` go to its transformer."""
     parts = {"vae": mochi_vae(seed), "transformer": mochi_transformer(seed, **changes)}
     scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     return t5_pipeline(MochiPipeline, seed, scheduler=scheduler, **parts)

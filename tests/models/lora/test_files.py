@@ -22,7 +22,7 @@ def pairs():
 
 
 def test_names_of_the_original_are_those_that_diffusers_converts():
-    """Every parameter, those of image-to-video models among them."""
+    """Checks every parameter, also those that only image-to-video models have."""
     names = [name for name, _ in wan_transformer(image_dim=16, added_kv_proj_dim=24).named_parameters()]
     layers = [re.sub(r"\.(weight|bias)$", "", name) for name in names]
     theirs = [original_name(layer) + name[len(layer) :] for layer, name in zip(layers, names, strict=True)]
@@ -50,23 +50,23 @@ def test_names_of_the_original_are_those_that_diffusers_converts():
     ],
 )
 def test_real_keys(key, layer, kind):
-    stem, found = split_key(key)
+    stem, actual = split_key(key)
     names = {original_name(layer), original_name(layer).replace(".", "_"), layer}
-    assert stem in names and found == kind
+    assert stem in names and actual == kind
 
 
 def test_an_image_to_video_lora_needs_the_option_on_a_text_to_video_model(pairs, tmp_path, caplog):
     strays = "blocks.0.cross_attn.k_img.lora_down.weight", "img_emb.proj.0.diff"
     state = spell(pairs, "original down") | {f"diffusion_model.{key}": torch.ones(3, 24) for key in strays}
     lora, transformer = Lora(write(tmp_path / "a.safetensors", state)), wan_transformer()
-    words = (
+    message = (
         r"LoRA a.safetensors: 2 of 82 keys match nothing.*k_img.lora_down.weight \(no such layer\), .*img_emb"
     )
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_loras(transformer, [lora])
     with caplog.at_level(logging.WARNING, "radial_attn"):
         handle = load_loras(transformer, [lora], unmatched="warn")
-    assert re.search(words, caplog.text) and handle.report()[0]["left_out"] == 2
+    assert re.search(message, caplog.text) and handle.report()[0]["left_out"] == 2
     torch.testing.assert_close(run(transformer), changed(product(pairs)), **CLOSE)
 
 
@@ -90,7 +90,7 @@ def test_what_keys_are_unmatched_for():
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "words"),
+    ("content", "error", "message"),
     [
         (lambda whole: None, FileNotFoundError, "does not exist"),
         (lambda whole: whole[:-100], ValueError, "not a whole safetensors file"),
@@ -98,11 +98,11 @@ def test_what_keys_are_unmatched_for():
         (lambda whole: b"", ValueError, "not a whole safetensors file"),
     ],
 )
-def test_broken_files(content, error, words, pairs, tmp_path):
+def test_broken_files(content, error, message, pairs, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
     left = content(file.read_bytes())
     file.unlink() if left is None else file.write_bytes(left)
-    with pytest.raises(error, match=f"a.safetensors.*{words}") as raised:
+    with pytest.raises(error, match=f"a.safetensors.*{message}") as raised:
         load_loras(wan_transformer(), [Lora(file)])
     assert "\n" not in str(raised.value)
 
@@ -136,7 +136,7 @@ def test_loras_of_other_models(heads, change, message, tmp_path):
 
 
 def test_with_the_option_a_shape_that_does_not_fit_is_left_out_but_not_most_of_them(pairs, tmp_path):
-    """As the patch embedding of an image-to-video LoRA in a text-to-video model."""
+    """Loads an image-to-video LoRA, whose patch embedding does not fit, into a text-to-video model."""
     stray = {"diffusion_model.patch_embedding.diff": torch.ones(24, 9, 1, 2, 2)}
     file = write(tmp_path / "a.safetensors", spell(pairs, "original") | stray)
     transformer = wan_transformer()
@@ -167,7 +167,7 @@ def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "lora", "words"),
+    ("options", "lora", "message"),
     [
         ({"mode": "merged"}, {}, "mode must be one of separate, fused, got 'merged'"),
         ({"unmatched": "ignore"}, {}, "unmatched must be one of error, warn, got 'ignore'"),
@@ -175,9 +175,9 @@ def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
         ({}, {"transformer": "2"}, "a.safetensors is for transformer 2, but the model has only one"),
     ],
 )
-def test_bad_options(options, lora, words, pairs, tmp_path):
+def test_bad_options(options, lora, message, pairs, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_loras(wan_transformer(), [Lora(file, **lora)], **options)
 
 

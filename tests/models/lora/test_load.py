@@ -44,15 +44,15 @@ def test_alpha_is_what_diffusers_makes_of_it(form, alpha, pairs, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, form, alpha))
     pipeline = wan_pipeline()
     pipeline.load_lora_weights(file)
-    found = loaded(file)
-    torch.testing.assert_close(found, run(pipeline.transformer), **CLOSE)
-    torch.testing.assert_close(found, changed(product(pairs), alpha / 3), **CLOSE)
+    actual = loaded(file)
+    torch.testing.assert_close(actual, run(pipeline.transformer), **CLOSE)
+    torch.testing.assert_close(actual, changed(product(pairs), alpha / 3), **CLOSE)
 
 
 @pytest.mark.parametrize("mode", ["separate", "fused"])
 @pytest.mark.parametrize("scale", [1.0, -0.4])
 def test_a_distilled_lora_changes_every_parameter_that_it_names(mode, scale, tmp_path):
-    """Norms, biases, modulation and the patch embedding too, which diffusers' loading leaves out."""
+    """Checks norms, biases, modulation and patch embedding too, which diffusers does not load."""
     transformer = wan_transformer()
     state, change = random_distilled(transformer)
     assert change.keys() == dict(transformer.named_parameters()).keys()
@@ -135,13 +135,13 @@ def test_bfloat16(mode, pairs, tmp_path):
     transformer = wan_transformer().to(torch.bfloat16)
     load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, "kohya", 1.0)))], mode=mode)
     assert {value.dtype for value in transformer.parameters()} == {torch.bfloat16}
-    found = run(transformer, {name: value.bfloat16() for name, value in wan_inputs().items()})
+    actual = run(transformer, {name: value.bfloat16() for name, value in wan_inputs().items()})
     expected = changed(product(pairs), 1 / 3)
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_settings_of_peft_scale_a_lora(pairs, tmp_path):
-    """Those beside peft's own file, and those that diffusers writes into the header."""
+    """Reads them beside peft's file, and from the header that diffusers writes."""
     settings = {"r": 3, "lora_alpha": 6, "alpha_pattern": {"ffn.net.2": 12}, "use_rslora": False}
     prefixed = {f"transformer.{key}": value for key, value in settings.items()}
     change = product(pairs)
@@ -169,15 +169,15 @@ def test_what_is_trained_and_saved_here_loads_the_same_way(tmp_path):
                 value.normal_(std=0.3)
     trained.save_lora_adapter(tmp_path, adapter_name="longer")
     for mode in ("separate", "fused"):
-        found = loaded(tmp_path / "pytorch_lora_weights.safetensors", mode=mode)
-        torch.testing.assert_close(found, run(trained), **CLOSE)
+        actual = loaded(tmp_path / "pytorch_lora_weights.safetensors", mode=mode)
+        torch.testing.assert_close(actual, run(trained), **CLOSE)
 
 
 def test_a_kohya_file_of_some_layers_loads(tmp_path):
     """diffusers' own conversion wants all layers of every block."""
     pairs = random_pairs(wan_transformer(), only="blocks.2.attn1")
-    found = loaded(write(tmp_path / "a.safetensors", spell(pairs, "kohya")))
-    torch.testing.assert_close(found, changed(product(pairs)), **CLOSE)
+    actual = loaded(write(tmp_path / "a.safetensors", spell(pairs, "kohya")))
+    torch.testing.assert_close(actual, changed(product(pairs)), **CLOSE)
 
 
 def test_a_low_rank_change_of_a_convolution(tmp_path):

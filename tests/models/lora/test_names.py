@@ -64,7 +64,7 @@ QKV = {
     "attn.qkv_y": ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
 }
 PROJ = {"attn.proj_x": ("attn1.to_out.0",), "attn.proj_y": ("attn1.to_add_out",)}
-FORMATS = {  # prefix, words of the two matrices
+FORMATS = {  # prefix, names of the two matrices
     "diffusion_model": ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
     "transformer": ("transformer.", "lora_A.weight", "lora_B.weight"),
     "none": ("", "lora_A.weight", "lora_B.weight"),
@@ -79,7 +79,7 @@ FORMATS = {  # prefix, words of the two matrices
 
 
 def numbered(table: Names, theirs: str, ours: str, count: int) -> Names:
-    """The names of a table in so many blocks."""
+    """Returns the names of a table for `count` blocks."""
     return {
         f"{theirs}.{i}.{name}": tuple(f"{ours}.{i}.{layer}" for layer in layers)
         for i in range(count)
@@ -88,13 +88,13 @@ def numbered(table: Names, theirs: str, ours: str, count: int) -> Names:
 
 
 def blocks(count: int = 2) -> Names:
-    """Of HunyuanVideo."""
+    """Returns the names in the blocks of HunyuanVideo."""
     single = numbered(SINGLE, "single_blocks", "single_transformer_blocks", count)
     return numbered(DOUBLE, "double_blocks", "transformer_blocks", count) | single
 
 
 def mochi_blocks(table: Names) -> Names:
-    """Of the 4 blocks of Mochi; the last one has no proj_y."""
+    """Returns the names in the 4 blocks of Mochi; the last block has no proj_y."""
     names = numbered(table, "blocks", "transformer_blocks", 4)
     return {name: layers for name, layers in names.items() if name != "blocks.3.attn.proj_y"}
 
@@ -104,27 +104,27 @@ families = pytest.mark.parametrize("family", NAMES)
 
 
 def output(transformer: torch.nn.Module | None = None, family: str = "hunyuan_video") -> torch.Tensor:
-    """Of a transformer, a new one unless given."""
+    """Runs a transformer, or a new one."""
     case = BY_NAME[family]
     return run(transformer or case.transformer(), case.inputs())
 
 
 def loaded(file: Path, scale: float = 1.0, family: str = "hunyuan_video", **options: str) -> torch.Tensor:
-    """Output with a LoRA."""
+    """Returns the output with a LoRA."""
     transformer = BY_NAME[family].transformer()
     load_loras(transformer, [Lora(file, scale)], **options)
     return output(transformer, family)
 
 
 def added(names: Names, pairs: Pairs, scale: float = 1.0, family: str = "hunyuan_video") -> torch.Tensor:
-    """Output with the products added by hand, which is another than without."""
+    """Returns the output with the products added by hand, and checks that it differs from that without."""
     changed = output(add_fused(BY_NAME[family].transformer(), names, pairs, scale), family)
     assert (changed - output(family=family)).abs().max() > 1e-3
     return changed
 
 
 def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torch.Tensor]:
-    """The pairs under the names of a format; kohya's has an alpha for each layer, its rank unless given."""
+    """Names the pairs as a format does; kohya's has an alpha for each layer, by default its rank."""
     prefix, a, b = FORMATS[form]
     state = {}
     for name, (down, up) in pairs.items():
@@ -157,7 +157,7 @@ def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torc
     ids=["hunyuan_video", "mochi"],
 )
 def test_the_names_and_rows_are_those_that_diffusers_converts(family, tables, convert, whole):
-    """Every parameter of the full width or depth, its rows among those of the authors' file."""
+    """Checks each parameter at full width or depth, and its rows among those of the authors' file."""
     with torch.device("meta"):
         model = BY_NAME[family].transformer(**whole)
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -239,7 +239,7 @@ def test_two_blocks_are_what_diffusers_makes_of_them(tmp_path):
 
 @torch.no_grad()
 def test_full_changes_of_fused_layers_and_of_the_swapped_one(tmp_path):
-    """`diff` and `diff_b`, cut like the matrices; shift and scale of the last norm change places."""
+    """Cuts `diff` and `diff_b` like the matrices; shift and scale of the last norm change places."""
     transformer = hunyuan_transformer()
     weight, bias, norm = torch.randn(72, 24), torch.randn(168), torch.randn(48, 24)
     down, up = torch.randn(2, 24), torch.randn(48, 2)
@@ -250,7 +250,7 @@ def test_full_changes_of_fused_layers_and_of_the_swapped_one(tmp_path):
         "diffusion_model.final_layer.adaLN_modulation.1.lora_A.weight": down,
         "diffusion_model.final_layer.adaLN_modulation.1.lora_B.weight": up,
     }
-    found = loaded(write(tmp_path / "a.safetensors", state))
+    actual = loaded(write(tmp_path / "a.safetensors", state))
     text = transformer.transformer_blocks[1].attn
     for layer, rows in zip((text.add_q_proj, text.add_k_proj, text.add_v_proj), weight.chunk(3), strict=True):
         layer.weight.add_(rows)
@@ -261,7 +261,7 @@ def test_full_changes_of_fused_layers_and_of_the_swapped_one(tmp_path):
     transformer.transformer_blocks[0].attn.norm_k.weight.add_(0.5)
     norm = up @ down
     transformer.norm_out.linear.weight.add_(torch.cat([norm[24:], norm[:24]]))
-    torch.testing.assert_close(found, output(transformer), **CLOSE)
+    torch.testing.assert_close(actual, output(transformer), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
@@ -274,8 +274,8 @@ def test_image_to_video_has_the_same_names(kind, tmp_path):
     (entry,) = load_loras(pipeline, [Lora(file)], mode="fused").report()
     assert (entry["pairs"], entry["left_out"], entry["rank"]) == (20, 0, 3)
     down, up = pairs["single_blocks.0.linear1"]
-    found = pipeline.transformer.single_transformer_blocks[0].proj_mlp.weight - weight
-    torch.testing.assert_close(found, (up @ down)[72:], **CLOSE)
+    actual = pipeline.transformer.single_transformer_blocks[0].proj_mlp.weight - weight
+    torch.testing.assert_close(actual, (up @ down)[72:], **CLOSE)
 
 
 STRAYS = {
@@ -295,13 +295,13 @@ def test_unmatched_keys_are_listed_or_left_out(family, tmp_path, caplog):
     pairs = fused_pairs(BY_NAME[family].transformer(), names)
     state = spell(pairs, form) | {key: torch.ones(3, 24) for key in strays}
     file = write(tmp_path / "a.safetensors", state)
-    said = f"{len(strays)} of {len(state)} keys match nothing"
-    with pytest.raises(ValueError, match=".*".join([said, *strays])):
+    message = f"{len(strays)} of {len(state)} keys match nothing"
+    with pytest.raises(ValueError, match=".*".join([message, *strays])):
         loaded(file, family=family)
     with caplog.at_level(logging.WARNING, "radial_attn"):
-        found = loaded(file, family=family, unmatched="warn")
-    torch.testing.assert_close(found, added(names, pairs, family=family), **CLOSE)
-    assert said in caplog.text
+        actual = loaded(file, family=family, unmatched="warn")
+    torch.testing.assert_close(actual, added(names, pairs, family=family), **CLOSE)
+    assert message in caplog.text
 
 
 def test_reasons_and_misfits_of_fused_keys():
@@ -326,8 +326,8 @@ def test_files_are_checked_against_models_on_the_hub_before_these_are_loaded(tmp
     state = {f"{stem}.lora_down.weight": torch.ones(1, 3072), f"{stem}.lora_up.weight": torch.ones(21504, 1)}
     file = write(tmp_path / "a.safetensors", state)
     config = read_config("configs/hunyuan_t2v.yaml", [f"model.loras={file}"])
-    (found,) = find_loras(config.model, hub)
-    assert len(found.match.pairs) == 4
+    (actual,) = find_loras(config.model, hub)
+    assert len(actual.match.pairs) == 4
     file = write(
         tmp_path / "a.safetensors", state | {"lora_unet_single_blocks_40_linear2.alpha": torch.ones(())}
     )
@@ -337,7 +337,7 @@ def test_files_are_checked_against_models_on_the_hub_before_these_are_loaded(tmp
 
 @pytest.mark.parametrize("mode", ["separate", "fused"])
 def test_a_file_of_the_fine_tuner(mode, tmp_path):
-    """Keys that end at lora_A, and alpha for query, key, value and for the output among its settings."""
+    """Reads keys that end at lora_A; the settings hold an alpha for query, key, value, one for the output."""
     settings = {"qkv_proj_lora_rank": 3, "qkv_proj_lora_alpha": 6, "qkv_proj_lora_dropout": 0.0}
     settings |= {"out_proj_lora_rank": 3, "out_proj_lora_alpha": 1, "out_proj_lora_dropout": 0.0}
     qkv, proj = mochi_blocks(QKV), mochi_blocks(PROJ)
@@ -361,7 +361,7 @@ def test_halves_of_the_gated_layer_change_places(tmp_path):
     transformer = mochi_transformer()
     down, up = torch.randn(2, 24), torch.randn(128, 2)
     pairs = {"blocks.1.mlp_x.w1": (down, up)}
-    found = loaded(write(tmp_path / "a.safetensors", spell(pairs, "short")), family="mochi")
+    actual = loaded(write(tmp_path / "a.safetensors", spell(pairs, "short")), family="mochi")
     change = up @ down
     transformer.transformer_blocks[1].ff.net[0].proj.weight.add_(torch.cat([change[64:], change[:64]]))
-    torch.testing.assert_close(found, output(transformer, "mochi"), **CLOSE)
+    torch.testing.assert_close(actual, output(transformer, "mochi"), **CLOSE)

@@ -26,11 +26,11 @@ families = pytest.mark.parametrize(
 
 
 def expected_frequencies(method, case):
-    """The rules of the papers, one component after the other; `case` as in REAL."""
+    """Applies the rules of the papers, one component after the other; `case` is as in REAL."""
     channels, base, train, frames, k = case
     half, stretch = channels // 2, frames / train
     raised = base * stretch ** (half / (half - 1))
-    found = []
+    rates = []
     for i in range(half):
         rate = base ** (-2 * i / channels)
         turns = train * rate / (2 * math.pi)
@@ -43,8 +43,8 @@ def expected_frequencies(method, case):
         elif method == "yarn":
             kept = min(max(turns - 1, 0), 1)
             rate = kept * rate + (1 - kept) * rate * train / frames
-        found.append(rate)
-    return torch.tensor(found, dtype=torch.float64)
+        rates.append(rate)
+    return torch.tensor(rates, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("method", CHANGING)
@@ -74,7 +74,7 @@ def test_frequencies_and_tables_of_the_real_sizes(name, method):
 
 
 def test_the_component_that_riflex_lowers():
-    """The authors' k of HunyuanVideo (4) and CogVideoX (2), and Wan's by where it is said to repeat."""
+    """Compares with the authors' k of HunyuanVideo (4) and CogVideoX (2), and with Wan's known period."""
     for channels, base, train, frames, k in [
         (16, 256.0, 33, 66, 4),
         (16, 10000.0, 13, 25, 2),
@@ -90,7 +90,7 @@ def test_the_component_that_riflex_lowers():
 
 
 def learned(head, method, train, frames):
-    """Learned frequencies of one head after a method, in the words of its docstring."""
+    """Applies a method to the learned frequencies of one head, as its docstring defines it."""
     rates = [abs(rate) for rate in head if rate != 0]
     long = [rate for rate in rates if 2 * math.pi / rate >= train] or [min(rates)]
     changed = []

@@ -99,7 +99,7 @@ def test_the_fork_does_not_keep_its_pipeline_alive():
 
 
 def test_the_blocks_get_the_backend_that_the_report_names(caplog):
-    """Chosen once a call, outside of compiled code, and carried beside the mask; said once for each size."""
+    """The backend is chosen once a call, outside compiled code, and logged once for each size."""
     transformer, carried = wan_pipeline().transformer, []
     config = RadialConfig(decay_factor=0.3, block_size=16)  # of no other test: a mask says its backend once
 

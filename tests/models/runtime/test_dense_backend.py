@@ -20,7 +20,7 @@ OTHERS = ("native", "_native_math")
 
 @pytest.fixture
 def timed_here(monkeypatch):
-    """ "auto" chooses on the CPU too, between two, and the times say that the second is faster."""
+    """Makes "auto" choose between two backends on the CPU too; by their times the second is faster."""
     monkeypatch.setattr(dense, "TIMED_DEVICES", ("cpu",))
     monkeypatch.setattr(dense, "CANDIDATES", OTHERS)
     times = {"native": 2e-3, "_native_math": 1e-3}
@@ -28,7 +28,7 @@ def timed_here(monkeypatch):
 
 
 def chosen(transformer):
-    """Names that the self-attention processors give to the dispatch, and those of cross-attention."""
+    """Returns the backend names of the self-attention processors, and those of cross-attention."""
     processors = [
         [getattr(block, name).processor for block in transformer.blocks] for name in ("attn1", "attn2")
     ]
@@ -36,7 +36,7 @@ def chosen(transformer):
 
 
 def fresh_config() -> RadialConfig:
-    """Of no other test: a mask keeps the times of its shapes."""
+    """Clears the cache of masks, since a mask keeps the times of its shapes."""
     radial_mask.cache_clear()
     return DENSE
 
@@ -170,7 +170,7 @@ def test_unknown_and_missing_backends_are_one_line():
 
 
 def test_sage_serves_dense_layers_through_the_op(monkeypatch):
-    """Its place is taken by the definition, which needs no GPU."""
+    """Replaces it by the definition, which needs no GPU."""
     seen = []
 
     def attention(*args, **options):

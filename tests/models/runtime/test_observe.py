@@ -15,13 +15,13 @@ LENGTHS = {"mochi": [5, 3], "hunyuan_video": [3, 1, 7], "hunyuan_video15": [9, 7
 
 
 def two_steps(family) -> list[dict]:
-    """A call of a batch in each of two steps."""
+    """Returns a call of a batch for each of two steps."""
     times = (200.0, 900.0) if family.name == "mochi" else (900.0, 200.0)
     return [family.sized(timestep=timestep, **family.samples[-1]) for timestep in times]
 
 
 def recorded(monkeypatch) -> list[torch.Tensor]:
-    """The outputs of the attention, as they come."""
+    """Records the outputs of the attention in their order."""
     outputs, attend = [], context._attend
 
     def record(*args, **options):
@@ -40,9 +40,9 @@ def test_every_layer_is_seen_at_every_step_and_nothing_changes(family, dense, mo
         expected = [run(transformer, each) for each in inputs]
     outputs = recorded(monkeypatch)
     with apply_radial_attention(transformer, SPARSE, observe=seen.append, **dense) as handle:
-        found = [run(transformer, each) for each in inputs]
+        actual = [run(transformer, each) for each in inputs]
         layers = handle.report()["layers"]
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
     assert [(each.step, each.layer) for each in seen] == [(s, n) for s in range(2) for n in range(layers)]
     grid = family.grid()
     mask, everything = radial_mask(grid, SPARSE), radial_mask(grid, DENSE)
@@ -68,12 +68,12 @@ def test_both_experts_of_a_pipeline_are_seen_and_a_dense_pattern_has_its_mask():
     assert all(each.mask.is_dense for each in seen)
 
 
-def test_a_dense_run_observed_under_a_guard_is_the_same():
+def test_a_dense_run_observed_under_the_check_is_the_same():
     transformer, seen = wan_transformer(), []
     options = {"dense_steps": 1, "check": "nan", "observe": seen.append}
     with apply_radial_attention(transformer, SPARSE, **options):
-        found = run(transformer, wan_inputs())
-    torch.testing.assert_close(found, run(transformer, wan_inputs()), atol=1e-5, rtol=0)
+        actual = run(transformer, wan_inputs())
+    torch.testing.assert_close(actual, run(transformer, wan_inputs()), atol=1e-5, rtol=0)
     assert len(seen) == 4
 
 

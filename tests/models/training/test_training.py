@@ -38,10 +38,11 @@ def trained(family: Family, lora: bool) -> torch.nn.Module:
 @families
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradients_are_those_of_upstream_checkpointed_or_not(family, lora):
-    """Of padded text too: what upstream computes for it reaches no loss."""
+    """Includes padded text: what upstream computes for it reaches no loss."""
     transformer, inputs = trained(family, lora), family.sized(4, 4, 4, **family.samples[-1])
     expected = gradients(transformer, inputs)
     assert all("lora" in name for name in expected) is lora
+    assert len(expected) >= 2 * 3 * family.layers  # two matrices each for at least query, key and value
     with apply_radial_attention(transformer, FULL, backend="blocks"):
         assert_same_gradients(gradients(transformer, inputs), expected)
         transformer.enable_gradient_checkpointing()
@@ -50,7 +51,7 @@ def test_gradients_are_those_of_upstream_checkpointed_or_not(family, lora):
 
 @families
 def test_checkpointed_blocks_keep_the_mask_and_text_of_their_own_call(family):
-    """Two calls of other grids and steps, then one backward pass that runs the blocks of both again."""
+    """Makes two calls of different grids and steps, then one backward pass that reruns the blocks of both."""
     transformer = trained(family, lora=family.name != "wan")
     times = (400.0, 900.0) if family.name == "mochi" else (900.0, 400.0)
     calls = [
@@ -81,26 +82,28 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "check", "graphs", "schedule"),
+    ("name", "changes", "check", "graphs", "schedule"),
     [
-        ("wan", "off", 4, SCHEDULE),
-        ("wan", "nan", 4, SCHEDULE),
-        ("wan", "reference", 5, SCHEDULE),  # for the calls that are compared
-        ("hunyuan_video", "nan", 9, SCHEDULE),  # two kinds of blocks, and two graphs for the inputs
-        ("hunyuan_video15", "nan", 5, SCHEDULE),
-        ("mochi", "nan", 2, {}),  # whose last block has no text of its own
-        ("wan_vace", "nan", 3, {}),
-        ("ltx", "off", 1, {}),
-        ("ltx", "nan", 1, {}),
+        ("wan", {"num_layers": 10}, "off", 4, SCHEDULE),
+        ("wan", {"num_layers": 10}, "nan", 4, SCHEDULE),
+        ("wan", {"num_layers": 10}, "reference", 5, SCHEDULE),  # one more for the calls that are compared
+        ("hunyuan_video", {}, "nan", 9, SCHEDULE),  # two kinds of blocks, and two graphs for the inputs
+        ("hunyuan_video15", {}, "nan", 5, SCHEDULE),
+        ("mochi", {}, "off", 2, {}),  # the last block has no text
+        ("mochi", {}, "nan", 2, {}),
+        ("wan_vace", {}, "off", 3, {}),
+        ("wan_vace", {}, "nan", 3, {}),
+        ("ltx", {}, "off", 1, {}),
+        ("ltx", {}, "nan", 1, {}),
     ],
 )
-def test_compiled_blocks_need_few_graphs(name, check, graphs, schedule):
-    """For each kind of block a radial and a dense one, another for its dense layers.
+def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule):
+    """Counts a radial and a dense graph for each kind of block, and another for its dense layers.
 
-    Guidance, text lengths, more steps, a second video and the check add none.
+    Guidance, text lengths, more steps or layers, a second video and the check add none.
     """
     family = BY_NAME[name]
-    transformer, counter = family.transformer(), CompileCounter()
+    transformer, counter = family.transformer(**changes), CompileCounter()
     with apply_radial_attention(transformer, SPARSE, check=check, **schedule) as handle:
         expected = video(family, transformer, frames=4, height=4, width=6)
         compile_blocks(transformer, fullgraph=True, backend=counter)
@@ -114,18 +117,22 @@ def test_compiled_blocks_need_few_graphs(name, check, graphs, schedule):
         assert counter.frame_count == before
         report = handle.report()
     if schedule:
-        assert report["calls"] == {"dense": 3 * 2 * (2 * 4 + 2), AUTO: 3 * 2 * 2 * 3}
+        layers = changes.get("num_layers", 4)
+        assert report["calls"] == {"dense": 3 * 2 * (2 * layers + 2), AUTO: 3 * 2 * 2 * (layers - 1)}
 
 
 @families
 def test_compiled_blocks_follow_dense_steps_and_grids(family):
-    """Mochi's own attention takes text out of the padding and breaks the graph, so not as one graph each."""
-    few = {"num_layers": 1, "num_single_layers": 1} if family.name == "hunyuan_video" else {"num_layers": 3}
+    """Mochi's dense attention takes text out of the padding, which breaks the graph."""
+    both_kinds = family.name == "hunyuan_video"  # of blocks, one each and none always dense: they are slow
+    few = {"num_layers": 1, "num_single_layers": 1} if both_kinds else {"num_layers": 3}
     transformer, sizes = family.transformer(**few), [{}, {"frames": 4, "height": 3}, {}]
-    with apply_radial_attention(transformer, SPARSE, dense_steps=1, dense_layers=1):
+    automatic = family.name in ("wan", "hunyuan_video")  # a size is dynamic after its first change
+    dense_layers = 0 if both_kinds else 1
+    with apply_radial_attention(transformer, SPARSE, dense_steps=1, dense_layers=dense_layers):
         expected = [video(family, transformer, 2, 1, **size) for size in sizes]
-        fullgraph = family.name != "mochi"
-        compile_blocks(transformer, fullgraph=fullgraph, dynamic=False, backend="eager")
+        options = {"fullgraph": family.name != "mochi", "dynamic": None if automatic else False}
+        compile_blocks(transformer, **options, backend="eager")
         for size, output in zip(sizes, expected, strict=True):
             assert_near(video(family, transformer, 2, 1, **size), output)
 

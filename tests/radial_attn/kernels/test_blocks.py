@@ -23,7 +23,7 @@ from tests.support.auto_backend import AUTO
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("one_thread")
-kernels = pytest.mark.parametrize("backend", sorted({"blocks", AUTO}))  # with that in C++ where it compiles
+kernels = pytest.mark.parametrize("backend", sorted({"blocks", AUTO}))  # and that in C++ if it compiles
 
 
 needs_cpp = pytest.mark.skipif(isinstance(load_library(SOURCE), str), reason="no C++ compiler")
@@ -34,7 +34,7 @@ typed = pytest.mark.parametrize(  # cpp computes in float32 only; other types ar
 
 
 @typed
-@pytest.mark.parametrize("width", [1, 10, 12, 48, 64, 96, 128])
+@pytest.mark.parametrize("width", [1, 10, 12, 16, 48, 64, 96, 128])
 @pytest.mark.parametrize("tokens", GRIDS)
 def test_equals_definition(tokens, width, backend, dtype, poison):
     grid = GRIDS[tokens]
@@ -113,7 +113,7 @@ def test_scale(backend):
 
 @pytest.mark.parametrize("lengths", [None, [0, 6]])
 def test_path_of_other_devices(lengths):
-    """What a device without SDPA's CPU kernel runs: no merged rows, gradients through SDPA again."""
+    """Runs what a device without SDPA's CPU kernel runs: no merged rows, gradients through SDPA again."""
     grid, mask = GRIDS[111], make_mask(GRIDS[111])
     inputs = make_inputs(grid, 2, 2, 16)
     truth = exact(inputs, mask, torch.float32, text_lengths=lengths)

@@ -61,13 +61,15 @@ def test_log_sum_exp_is_that_of_the_scores():
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
 
 
-def test_no_sum_depends_on_threads():
-    grid = TokenGrid(18, 16, 16)
-    inputs, mask = make_inputs(grid, 1, 3, 16), make_mask(TokenGrid(18, 16, 16), 64)
+@pytest.mark.parametrize(
+    ("grid", "size", "lengths"), [(TokenGrid(18, 16, 16), 64, None), (GRIDS[111], 16, [4])], ids=str
+)
+def test_no_sum_depends_on_threads(grid, size, lengths):
+    inputs, mask = make_inputs(grid, 1, 3, 16), make_mask(grid, size)
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(run("cpp", inputs, mask, torch.float32))
+        results.append(run("cpp", inputs, mask, torch.float32, text_lengths=lengths))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -114,7 +116,7 @@ def test_a_source_that_does_not_compile_is_one_line(monkeypatch, tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    """A function that returns 1."""
+    """Writes a function that returns 1."""
     file = tmp_path / "one.cpp"
     file.write_text('extern "C" int one() { return 1; }', encoding="utf-8")
     return file

@@ -58,10 +58,10 @@ def test_padded_text(library, lengths, heads):
     for tensor in inputs[1:3]:
         tensor[0, 100 + lengths[0] :] = torch.nan
     compare_forward(kernel, [x.nan_to_num() for x in inputs], mask, lengths=lengths)
-    found = attend(kernel, inputs, mask, torch.float16, lengths)
+    actual = attend(kernel, inputs, mask, torch.float16, lengths)
     for sample, length in enumerate(lengths):
-        assert not found[sample, 100 + length :].any()
-    assert found.isfinite().all()
+        assert not actual[sample, 100 + length :].any()
+    assert actual.isfinite().all()
     assert len(library.plans) == 2
 
 
@@ -81,9 +81,9 @@ def test_one_plan_for_each_shape_and_one_workspace(library):
 
 def test_the_scale_is_planned(library):
     mask, inputs = fresh_mask(GRIDS[63]), make_inputs(GRIDS[63], 1, 2, WIDTH)
-    found, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
+    actual, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
     assert library.plans[0]["sm_scale"] == 0.3
-    assert_near(found, plain)
+    assert_near(actual, plain)
     with pytest.raises(ValueError, match="takes a positive scale, got 0"):
         attend(kernel, inputs, mask, torch.float16, scale=0.0)
 
@@ -95,8 +95,8 @@ def test_dense_mask_strided_inputs_and_inputs_left_alone(library):
     packed = torch.randn(2, grid.tokens, WIDTH, 2, 3).half()
     tensors = [x.transpose(2, 3) for x in packed.unbind(-1)]
     before = packed.clone()
-    found, plain = (x.attention(*tensors, mask, text_lengths=None, scale=0.125) for x in (kernel, reference))
-    assert_near(found, plain)
+    actual, plain = (x.attention(*tensors, mask, text_lengths=None, scale=0.125) for x in (kernel, reference))
+    assert_near(actual, plain)
     assert torch.equal(packed, before)
 
 
@@ -109,10 +109,10 @@ def test_rows_without_keys_are_zeros(library, heads):
     blocks[:, 2] = torch.arange(7) == 6
     mask = BlockMask(grid, 16, blocks if heads else blocks[0])
     inputs = make_inputs(grid, 1, 2, WIDTH)
-    found = attend(kernel, inputs, mask, torch.float16, [0])
-    assert not found[:, 16:32].any() and found[:, 96:100].all()
-    assert found[:, 32:48].all()
-    assert_near(found, attend(reference, inputs, mask, torch.float16, [0]))
+    actual = attend(kernel, inputs, mask, torch.float16, [0])
+    assert not actual[:, 16:32].any() and actual[:, 96:100].all()
+    assert actual[:, 32:48].all()
+    assert_near(actual, attend(reference, inputs, mask, torch.float16, [0]))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_column_lists_are_the_mask(size, tokens, columns):
         assert (indices[start:stop].diff() > 0).all()
         table[row, indices[start:stop].long()] = True
     assert indptr.dtype == indices.dtype == torch.int32
-    found = table.repeat_interleave(mask.block_tokens, 0).repeat_interleave(columns, 1)
-    assert torch.equal(found, mask.token_mask()[0])
+    actual = table.repeat_interleave(mask.block_tokens, 0).repeat_interleave(columns, 1)
+    assert torch.equal(actual, mask.token_mask()[0])
 
 
 def test_compiled_code_goes_around_the_library(library):
@@ -165,8 +165,8 @@ def test_on_a_gpu(block_size, heads, dtype, options):
     inputs = make_inputs(mask.grid, 2, 3, WIDTH)
     with torch.no_grad():
         tensors = [x.to("cuda", dtype) for x in inputs[:3]]
-        found, plain = (
+        actual, plain = (
             radial_attention(*tensors, mask, backend=name, **options).cpu()
             for name in ("flashinfer", "reference")
         )
-    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, **options))
+    assert_as_good_as([actual], [plain], exact(inputs, mask, dtype, **options))

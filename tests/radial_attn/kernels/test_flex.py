@@ -18,8 +18,8 @@ def attend(backend, inputs, mask, dtype, **options) -> torch.Tensor:
 
 
 def check(inputs, mask, dtype, **options) -> None:
-    found, plain = (attend(backend, inputs, mask, dtype, **options) for backend in ("flex", "reference"))
-    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, **options))
+    actual, plain = (attend(backend, inputs, mask, dtype, **options) for backend in ("flex", "reference"))
+    assert_as_good_as([actual], [plain], exact(inputs, mask, dtype, **options))
 
 
 @needs_compiler

@@ -65,9 +65,9 @@ def test_spas_padded_text(monkeypatch, heads, lengths):
     compare_forward(kernel, inputs, mask, lengths=lengths)
     for tensor in inputs[1:3]:
         tensor[0, 990 + lengths[0] :] = torch.nan
-    found = attend(kernel, inputs, mask, torch.float16, lengths)
-    assert found.isfinite().all()
-    assert not any(found[sample, 990 + length :].any() for sample, length in enumerate(lengths))
+    actual = attend(kernel, inputs, mask, torch.float16, lengths)
+    assert actual.isfinite().all()
+    assert not any(actual[sample, 990 + length :].any() for sample, length in enumerate(lengths))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,8 +79,8 @@ def test_sparse_sageattn(monkeypatch, heads, dtype):
     inputs = make_inputs(mask.grid, 2, 3, WIDTH)
     compare_forward(kernel, inputs, mask, dtype)
     compare_forward(kernel, inputs, mask, dtype, [0, 64])
-    found, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
-    assert_near(found, plain)
+    actual, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
+    assert_near(actual, plain)
 
 
 def test_the_first_library_that_takes_the_mask_is_used(monkeypatch):
@@ -109,8 +109,8 @@ PAIRED = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]], 
 def test_small_blocks_are_exact_or_refused(blocks, shape, rows):
     """Blocks of 64 and 235 tokens: the last kernel block of 128 holds a short one."""
     mask = BlockMask(TokenGrid(5, 47, 1), 64, blocks)
-    found = kernel.kernel_blocks(mask, *shape)
-    assert (found if rows is None else found[0].int().tolist()) == rows
+    actual = kernel.kernel_blocks(mask, *shape)
+    assert (actual if rows is None else actual[0].int().tolist()) == rows
 
 
 @pytest.mark.parametrize("heads", [None, 3])
@@ -122,8 +122,8 @@ def test_kernel_blocks_are_the_mask(shape, size, heads):
     coarse = make_mask(grid, 256, heads).blocks.repeat_interleave(256 // size, -1)
     blocks = coarse.repeat_interleave(256 // size, -2)[..., : -(-1000 // size), : -(-1000 // size)]
     mask = BlockMask(grid, size, blocks)
-    found = kernel.kernel_blocks(mask, *shape)
-    spread = found.repeat_interleave(shape[0], 1).repeat_interleave(shape[1], 2)[:, :1000, :1000]
+    actual = kernel.kernel_blocks(mask, *shape)
+    spread = actual.repeat_interleave(shape[0], 1).repeat_interleave(shape[1], 2)[:, :1000, :1000]
     assert torch.equal(spread.view_as(mask.token_mask()), mask.token_mask())
     changed = mask.blocks.clone()
     changed[..., 0, 1] = ~changed[..., 0, 1]
@@ -136,9 +136,9 @@ def test_rows_without_keys_are_zeros(monkeypatch):
     for patterns in (blocks, torch.stack([blocks, blocks.T])):
         install(monkeypatch, kernel_emulations.spas_sage_attn())
         mask, inputs = BlockMask(grid, 128, patterns), make_inputs(grid, 1, 2, WIDTH)
-        found, plain = (attend(x, inputs, mask, torch.float16, [0]) for x in (kernel, reference))
-        assert not found[:, 128:, 0].any()
-        assert_near(found, plain)
+        actual, plain = (attend(x, inputs, mask, torch.float16, [0]) for x in (kernel, reference))
+        assert not actual[:, 128:, 0].any()
+        assert_near(actual, plain)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_on_a_gpu(make, dtype, options):
     if kernel.choose(mask, torch.device("cuda"))[0] is None:
         pytest.skip("no library for this mask")
     tensors = [x.to("cuda", dtype) for x in make_inputs(ALIGNED, 2, 3, WIDTH)[:3]]
-    found, wanted = (
+    actual, wanted = (
         radial_attention(*tensors, mask, backend=name, **options) for name in ("sage", "reference")
     )
-    assert output_error(found, wanted).relative_l2 < 0.1  # 8-bit products
+    assert output_error(actual, wanted).relative_l2 < 0.1  # 8-bit products

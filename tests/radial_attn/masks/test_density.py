@@ -51,16 +51,16 @@ def off(grid: TokenGrid, config: RadialConfig, target: float) -> float:
 
 
 def promised(message: str) -> list[float]:
-    """The densities that an error says there are: the range, or the range and the nearest."""
+    """Returns the densities that an error lists: the range, or the range and the nearest."""
     steps = r"density must be within 2% of (\S+) or (\S+), the nearest for .* \((\S+) to (\S+) in steps\)"
-    found = re.match(steps, message) or re.match(r"density must be (\S+)(?: to (\S+))? for ", message)
-    return [float(number) for number in found.groups() if number]
+    match = re.match(steps, message) or re.match(r"density must be (\S+)(?: to (\S+))? for ", message)
+    return [float(number) for number in match.groups() if number]
 
 
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_mask_has_the_density_or_the_error_says_which_there_are(name, target, monkeypatch):
-    """After at most the forty masks that its docstring promises."""
+    """Allows the forty masks that its docstring promises."""
     (grid, config), masks = GRIDS[name], []
     monkeypatch.setattr(density, "density_of", lambda *mask: masks.append(mask) or density_of(*mask))
     try:
@@ -81,7 +81,7 @@ def test_the_mask_has_the_density_or_the_error_says_which_there_are(name, target
 
 @pytest.mark.parametrize("name", [*REAL, "odd, small", "bundled, long"])
 def test_only_the_decay_factor_changes_where_it_suffices(name):
-    """The densities of the authors' family on this grid, from its sparse end to its dense one."""
+    """Takes the densities of the authors' family on this grid, from its sparse end to its dense one."""
     grid, config = GRIDS[name]
     decays = decay_factors(grid, config)
     for part in (0, 0.1, 0.3, 0.5, 0.8, 1):
@@ -96,13 +96,13 @@ def test_below_the_floor_the_options_give_way_in_order():
     """Wan2.1-14B at 69 frames: no decay factor gives less than 26 %."""
     floor = density_of(DEFAULT, replace(WAN, decay_factor=1e-6))
     assert floor == pytest.approx(0.2634, abs=1e-4)
-    found = [solve_density(DEFAULT, WAN, target) for target in (0.26, 0.23, 0.18, 0.15, 0.12, 0.093)]
-    assert {solved.decay_factor for solved in found} == {0.125}
-    assert [solved.neighbour == "half" for solved in found] == [True, False, False, False, False, False]
-    assert [solved.decimation_width == 128 for solved in found[:3]] == [True, True, False]
-    assert [solved.sink for solved in found] == [True, True, True, True, False, False]
-    assert all(0.03 < solved.neighbour < 0.5 for solved in found[1:])
-    assert changes(found[1], WAN) == f"decay_factor 0.125, neighbour {found[1].neighbour:g}"
+    configs = [solve_density(DEFAULT, WAN, target) for target in (0.26, 0.23, 0.18, 0.15, 0.12, 0.093)]
+    assert {solved.decay_factor for solved in configs} == {0.125}
+    assert [solved.neighbour == "half" for solved in configs] == [True, False, False, False, False, False]
+    assert [solved.decimation_width == 128 for solved in configs[:3]] == [True, True, False]
+    assert [solved.sink for solved in configs] == [True, True, True, True, False, False]
+    assert all(0.03 < solved.neighbour < 0.5 for solved in configs[1:])
+    assert changes(configs[1], WAN) == f"decay_factor 0.125, neighbour {configs[1].neighbour:g}"
 
 
 def test_above_the_family_the_neighbour_widens_and_frames_come_back():
@@ -115,7 +115,7 @@ def test_above_the_family_the_neighbour_widens_and_frames_come_back():
     assert density_of(grid, solve_density(grid, config, 1.0)) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.builds(
         TokenGrid, st.integers(1, 20), st.integers(1, 9), st.integers(1, 11), st.sampled_from([0, 0, 17])

@@ -12,8 +12,8 @@ SHAPE = ["--frames=12", "--height=6", "--width=10", "--block-size=16"]
 def test_command_draws_a_picture_and_names_the_density(tmp_path, capsys):
     main(["draw", *SHAPE, "--text=20", f"--out={tmp_path / 'mask.png'}"])
     density = radial_mask(TokenGrid(12, 6, 10, text=20), RadialConfig(block_size=16)).density
-    said = capsys.readouterr()
-    assert f"density {density:.4f}" in said.out and not said.err
+    printed = capsys.readouterr()
+    assert f"density {density:.4f}" in printed.out and not printed.err
     assert imread(tmp_path / "mask.png").std() > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
 
@@ -21,10 +21,10 @@ def test_command_draws_a_picture_and_names_the_density(tmp_path, capsys):
 @pytest.mark.parametrize("text", [0, 5, 90])
 def test_every_kept_block_has_one_colour(text):
     grid, config = TokenGrid(9, 5, 7, text), RadialConfig(block_size=16, decimation_width="block")
-    found = layers(grid, config)
-    count = sum(layer.member.astype(int) for layer in found)
+    drawn = layers(grid, config)
+    count = sum(layer.member.astype(int) for layer in drawn)
     assert (count == 1).all()
-    names = [layer.label for layer in found]
+    names = [layer.label for layer in drawn]
     assert names[:4] == [f"{band} frames apart" for band in ("0 or 1", "2 or 3", "4 to 7", "8")]
     assert ("text" in names) == bool(text)
 

@@ -69,15 +69,15 @@ def test_dense_masks(grid):
 
 
 def test_strided_inputs_and_scale():
-    """Query, key and value cut out of one tensor, as fused projections leave them."""
+    """Cuts query, key and value out of one tensor, as fused projections leave them."""
     grid = GRIDS[63]
     whole = torch.randn(2, grid.tokens, 2, 3 * 64, dtype=torch.float16)
     query, key, value = whole.split(64, dim=-1)
-    found, plain = (
+    actual, plain = (
         radial_attention(query, key, value, make_mask(grid), backend=name, scale=0.3)
         for name in ("triton", "reference")
     )
-    assert torch.allclose(found, plain, atol=2e-3)
+    assert torch.allclose(actual, plain, atol=2e-3)
 
 
 def test_uninitialised_memory_is_never_read(poison):
@@ -108,14 +108,14 @@ def test_compiles_into_one_graph(quantize, lengths):
         return radial_attention(2 * query, key, value, mask, **options) + 1
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    found = compiled(query, key, value, counts)
-    assert torch.allclose(found, attend(query, key, value, counts), atol=1e-3)
+    actual = compiled(query, key, value, counts)
+    assert torch.allclose(actual, attend(query, key, value, counts), atol=1e-3)
     assert len(mask.blocks.__dict__["tiles"]) == 1  # compiled or not, the mask keeps the same lists
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])
 def test_operator_contract(bits):
-    """Schema, fake tensors and autograd registration of the operators, by torch's own checker."""
+    """Checks schema, fake tensors and autograd registration with torch's checker."""
     from radial_attn.kernels.triton import op as kernel
     from radial_attn.kernels.triton.quantized import quantized_attention
 
@@ -130,7 +130,7 @@ def test_operator_contract(bits):
 
 @contextmanager
 def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
-    """Another way of reading keys and values."""
+    """Launches with another way of reading keys and values."""
     launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_configs, "INTERPRETED", launches)
@@ -143,7 +143,7 @@ def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
 @pytest.mark.parametrize("text", [0, 11], ids=["video", "text"])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_tensor_descriptors(block_size, text, chosen):
-    """Keys and values through descriptors, made by the host, or in the kernel with one loop for all tiles."""
+    """Reads keys and values through descriptors of the host, or of the kernel with one loop for all tiles."""
     grid = TokenGrid(4, 8, 8, text)
     tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
     with reading_keys(chosen):
@@ -156,7 +156,7 @@ def test_tensor_descriptors(block_size, text, chosen):
 @pytest.mark.parametrize("lengths", [None, [0, 7], [3, 7]], ids=str)
 @pytest.mark.parametrize(("sizes", "texts"), [((45, 87), (7, 7)), ((96, 40), (0, 7)), ((40, 64), (7, 0))])
 def test_a_part_of_the_keys(sizes, texts, lengths, chosen):
-    """Rows and keys of their own lengths and text, under every way of reading keys."""
+    """Gives rows and keys different lengths and text, under every way of reading keys."""
     with reading_keys(chosen):
         agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
 
@@ -177,23 +177,23 @@ def test_gradient_through_the_log_sum_exp():
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     leaves = [x.requires_grad_() for x in make_inputs(grid, 1, 2, 64)[:3]]
     out, lse = triton_attention(*leaves, mask.blocks, 16, grid.video_tokens, None, 0.125)
-    found = torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+    actual = torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
     scores = torch.einsum("bqhd,bkhd->bhqk", *leaves[:2]) * 0.125
     scores = scores.masked_fill(~mask.token_mask(), -torch.inf)
     plain = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), leaves[2])
     wanted = torch.autograd.grad(plain.square().sum() + scores.logsumexp(-1).sin().sum(), leaves)
-    for got, want in zip(found, wanted, strict=True):
+    for got, want in zip(actual, wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["query", "key", "value"])
-def test_values_that_are_not_finite_come_out(place, quantize):
-    """A guard that looks for them must find them: no row may hide one as zeros."""
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["query", "key", "value"])
+def test_values_that_are_not_finite_come_out(index, quantize):
+    """The output check must find them, so no row may hide one as zeros."""
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     for bad in (torch.nan, torch.inf):
         tensors = make_inputs(grid, 1, 2, 64)[:3]
-        tensors[place][0, 20, 0, 3] = bad
+        tensors[index][0, 20, 0, 3] = bad
         out = radial_attention(*tensors, mask, backend="triton", quantize=quantize)
         assert not out[0, 20, 0].isfinite().all()
         assert out[0, :, 1].isfinite().all()

@@ -92,12 +92,12 @@ def test_cuda_graph(quantize):
 def test_quantized_on_a_gpu(block_size, width, bits, most):
     mask = make_mask(GRIDS[1000], block_size)
     tensors = [x.bfloat16().cuda() for x in make_inputs(mask.grid, 2, 3, width)[:3]]
-    found, defined, exact = (
+    actual, defined, exact = (
         radial_attention(*tensors, mask, backend=name, quantize=quantize, text_lengths=[4, 10])
         for name, quantize in (("triton", bits), ("reference", bits), ("reference", None))
     )
-    assert output_error(found, exact).relative_l2 < most
-    assert output_error(found, defined).relative_l2 < most
+    assert output_error(actual, exact).relative_l2 < most
+    assert output_error(actual, defined).relative_l2 < most
 
 
 @pytest.mark.gpu
