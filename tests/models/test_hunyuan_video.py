@@ -78,7 +78,7 @@ def test_auto_looks_for_a_dense_backend_that_takes_the_mask(family, monkeypatch)
     assert [given[-1] for given in asked] == [True]
 
 
-def test_measure_gives_a_mask_where_one_will_come(monkeypatch):
+def test_measure_gives_a_mask_if_the_calls_will(monkeypatch):
     masks = []
     monkeypatch.setattr(
         "diffusers.models.attention_dispatch.dispatch_attention_fn",

@@ -34,7 +34,7 @@ PADDED = ({}, {"lengths": (4,)}, {"lengths": (4, TEXT)}, {"lengths": (3, 1, 7)})
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny transformer, the arguments of its calls (`frames, height, width` of latents), and its fork.
+    """Holds a tiny transformer, the arguments of its calls (`frames, height, width` of latents), its fork.
 
     `samples`: batches and valid text tokens that calls are made with, a padded batch last; `feeds`: the layer
     as which each attention layer counts; `patch`: latents to a token in height and width; `text`: text tokens

@@ -21,7 +21,7 @@ CALL = {"prompt": "a red dot", "height": 64, "width": 96, "num_frames": 13, "max
 
 @dataclass(frozen=True)
 class Kind:
-    """A pipeline, what its call needs beside `CALL`, its grid then, and the transformer calls of a step."""
+    """Holds a pipeline, further options of its call, its grid, and the transformer calls of a step."""
 
     make: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)

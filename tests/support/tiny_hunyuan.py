@@ -131,7 +131,7 @@ def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
         transformer=hunyuan_transformer(seed, **changes),
         vae=hunyuan_vae(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=seeded(seed, CLIPTextModel, clip),
+        text_encoder_2=CLIPTextModel(clip).eval(),
         tokenizer_2=clip_tokenizer(),
     )
     return quiet(pipeline)
