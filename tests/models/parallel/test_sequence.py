@@ -20,10 +20,10 @@ DEGREES = [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2)]
 def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
     out = tmp_path / "differences.json"
     run_ranks(processes, "tests.support.parallel_worker", out, cfg, ring)
-    found = json.loads(out.read_text())
+    results = json.loads(out.read_text())
     alone = 61 if processes == 2 else 29
-    assert len(found) == (60 if ring > 1 else alone if cfg == 1 else 6)
-    assert {name: worst for name, worst in found.items() if not worst <= MOST} == {}
+    assert len(results) == (60 if ring > 1 else alone if cfg == 1 else 6)
+    assert {name: worst for name, worst in results.items() if not worst <= MOST} == {}
 
 
 @pytest.mark.parametrize(
