@@ -124,7 +124,11 @@ def apply_radial_attention(
 
 
 class RadialAttentionHandle:
-    """Holds one application of radial attention; `remove()`, or leaving its `with` block, undoes it."""
+    """Holds one application of radial attention; `remove()`, or leaving its `with` block, undoes it.
+
+    A copy or a pickle of the model has radial attention too, with a handle of its own, which
+    `radial_attn.disable` finds.
+    """
 
     def __init__(
         self, context: RadialContext, transformers: Sequence[torch.nn.Module], family: ModuleType
@@ -136,6 +140,13 @@ class RadialAttentionHandle:
         for transformer in transformers:
             self._install(transformer, family)
             vars(transformer)[HANDLE] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_transformers": [reference() for reference in self._transformers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        transformers = [weakref.ref(x) for x in state["_transformers"] if x is not None]
+        vars(self).update(state, _transformers=transformers)
 
     def remove(self) -> None:
         """Restores the original processors and removes the hooks; a second call does nothing."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -145,6 +146,13 @@ class RadialContext:
         self._grids: list[TokenGrid] = []
         self._dense_steps = 0
         self._calls: Counter[str] = Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, without the latest calls, whose masks hold kernels."""
+        return {**vars(self), "_family": self._family.__name__, "_radial_call": None, "_dense_call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _family=import_module(state["_family"]))
 
     @torch.compiler.disable
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
