@@ -1,5 +1,6 @@
 """Decides which denoising steps and layers are dense, and to which step a call of a transformer belongs."""
 
+import logging
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,27 @@ class Schedule:
         if isinstance(self.dense_steps, int):
             return self.dense_steps
         return round(self.dense_steps * self._total("dense_steps", planned_steps))
+
+    def check_run(self, planned_steps: int | None) -> None:
+        """Raises ValueError for more dense steps than a run has; warns if that leaves no radial step.
+
+        Nothing is checked if the number of steps is not known.
+        """
+        total = self.num_steps or planned_steps
+        if total is None:
+            return
+        for name in ("dense_steps", "dense_last_steps"):
+            if getattr(self, name) > total:
+                got = getattr(self, name)
+                raise ValueError(
+                    f"{name} must be at most {total}, the steps of this run, got {got}; lower it, or give "
+                    "dense_steps as a share such as 0.24"
+                )
+        if all(self.is_dense(step, planned_steps) for step in range(total)):
+            logging.getLogger("radial_attn").warning(
+                "all %d steps of this run are dense: dense_steps=%s, dense_last_steps=%s",
+                *(total, self.dense_steps, self.dense_last_steps),
+            )
 
     def _total(self, option: str, planned_steps: int | None) -> int:
         """Returns the steps of a video; raises ValueError, which names the option, if they are not known."""

@@ -62,6 +62,20 @@ def test_dense_steps_follow_the_steps_of_each_run(name):
         assert handle.report()["dense_steps"] == 3
 
 
+def test_more_dense_steps_than_the_run_has(caplog):
+    """As many are allowed, with a warning; a run that is dense by its pattern needs none."""
+    pipeline = wan_pipeline()
+    with enable(pipeline, quiet=True, dense_steps=12, **SMALL) as handle:
+        with pytest.raises(ValueError, match="dense_steps must be at most 8, the steps of this run, got 12"):
+            generate(pipeline, 8)
+        assert not caplog.records and not handle.report()["calls"]
+    for options, warned in (({"dense_steps": 2, "dense_last_steps": 1}, 1), ({"pattern": "dense"}, 0)):
+        with enable(pipeline, quiet=True, **options, **SMALL):
+            generate(pipeline, 3)
+        assert sum("all 3 steps of this run are dense" in x.getMessage() for x in caplog.records) == warned
+        caplog.clear()
+
+
 def test_published_share_of_a_family_without_a_small_row():
     pipeline = ltx_pipeline()
     with enable(pipeline, quiet=True) as handle:
