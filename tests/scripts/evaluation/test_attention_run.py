@@ -14,8 +14,8 @@ from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import recall, sample_rows
 from radial_attn.models import apply_radial_attention
 from scripts.analyse_attention import main, parse, planned
-from scripts.evaluation import attention_report as analyse_report
 from scripts.evaluation import attention_run as analyse_run
+from scripts.evaluation.attention_report import stacked, thinned
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.files import write_json
 from scripts.run.config import LoraConfig, read_config
@@ -209,7 +209,7 @@ def test_distances_that_no_row_has_are_null(tmp_path):
     """One row, of the middle frame, meets no frame further than half the video away."""
     query, key, _ = tensors(GRIDS[0])
     profile = measure(query, key, radial_mask(GRIDS[0], CONFIG), sample_rows(GRIDS[0], 1))
-    found = analyse_report._profile(profile.temporal_curve, 1)
+    found = thinned(profile.temporal_curve, 1)
     assert [math.isnan(value) for value in found["mean"]] == [False, False, False, True, True]
     written = json.loads(write_json(tmp_path / "a.json", found).read_text())
     assert written["mean"][3:] == [None, None] and written["heads"][0][2][3:] == [None, None]
@@ -217,7 +217,7 @@ def test_distances_that_no_row_has_are_null(tmp_path):
 
 def test_long_curves_are_thinned_but_for_their_start():
     curve = torch.arange(2.0 * 3600, dtype=torch.float64).view(2, 3600)
-    found = analyse_report._profile(curve, 2)
+    found = thinned(curve, 2)
     distance = found["distance"]
     assert len(distance) <= 256 and distance[:20] == list(range(20)) and distance[-1] == 3599
     assert found["heads"][1][0] == [3600.0 + x for x in distance] and len(found["heads"]) == 2
@@ -227,7 +227,7 @@ def test_layers_are_stacked_head_by_head():
     query, key, _ = tensors(GRIDS[0])
     mask, rows = radial_mask(GRIDS[0], CONFIG), sample_rows(GRIDS[0], 9)
     one, two = measure(query, key, mask, rows), measure(key, query, mask, rows)
-    whole = analyse_report._stacked([one, two])
+    whole = stacked([one, two])
     assert isinstance(whole, Profile) and whole.rows == one.rows
     assert torch.equal(whole.temporal_curve, torch.cat([one.temporal_curve, two.temporal_curve]))
     assert torch.equal(whole.column, torch.cat([one.column, two.column]))

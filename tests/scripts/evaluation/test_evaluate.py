@@ -164,12 +164,12 @@ def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path,
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert evaluated(tmp_path, *COMPARE, "generation.guidance_scale=2") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "made with other settings (generation.guidance_scale); allowed: these, or another --work" in line
+    assert "made with other settings (generation.guidance_scale); use these, or another --work" in line
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("changed", ["version", "weights"])
-def test_videos_of_another_version_or_other_weights_are_made_anew(changed, run: Path, monkeypatch, capsys):
+def test_videos_of_another_version_or_other_weights_are_made_again(changed, run: Path, monkeypatch, capsys):
     assert missing_videos(planned(run, *COMPARE)) == []
     read, other = Path.read_bytes, planned(run, *COMPARE)
     if changed == "version":
@@ -181,7 +181,7 @@ def test_videos_of_another_version_or_other_weights_are_made_anew(changed, run: 
     monkeypatch.setattr(Sampler, "load", lambda sampler: pytest.fail("reached"))
     with pytest.raises(pytest.fail.Exception, match="reached"):
         make_missing(other)
-    line = "note: 8 videos are made anew, since program, weights or device have changed"
+    line = "note: 8 videos are made again, because program, weights or device have changed"
     assert capsys.readouterr().out.splitlines() == [line]
 
 

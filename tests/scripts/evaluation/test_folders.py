@@ -100,12 +100,12 @@ def test_other_sizes_and_lengths_are_one_line(pair: Path, capsys, shape):
 def test_a_broken_video_and_bad_words_are_one_line(pair: Path, capsys):
     (pair / "radial" / "b.mp4").write_bytes(b"nothing")
     assert "cannot read the frames of" in refused(pair, capsys)
-    assert "got 'c', allowed: NAME=DIR" in refused(pair, capsys, "c")
+    assert "got 'c', must be NAME=DIR" in refused(pair, capsys, "c")
     assert "c is 'absent', which is no folder" in refused(pair, capsys, "c=absent")
     (pair / "empty").mkdir()
     assert "which has no videos (.mp4, " in refused(pair, capsys, f"c={pair / 'empty'}")
     assert main(["--folders", f"dense={pair / 'dense'}", "--work", str(pair / "work")]) == 2
-    assert "--folders: got one, allowed: two or more" in capsys.readouterr().err
+    assert "--folders: got one; name two or more" in capsys.readouterr().err
 
 
 def test_scores_of_other_judges_come_back(pair: Path, capsys):

@@ -188,12 +188,12 @@ def failure(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str
     ("change", "expected"),
     [
         (lambda c: c.update(kind="other"), ["'other'", "allowed: evaluation"]),
-        (lambda c: c.update(rows=5), [".rows: got 5, allowed: a list"]),
+        (lambda c: c.update(rows=5), [".rows: got 5, must be a list"]),
         (lambda c: c["rows"][0].pop("frames"), [".rows[0]", "'frames'"]),
-        (lambda c: c["rows"][1].update(density="0.5"), [".rows[1].density: got '0.5', allowed: a number"]),
-        (lambda c: c["rows"][1].update(frames=True), [".rows[1].frames: got True, allowed: a whole number"]),
+        (lambda c: c["rows"][1].update(density="0.5"), [".rows[1].density: got '0.5', must be a number"]),
+        (lambda c: c["rows"][1].update(frames=True), [".rows[1].frames: got True, must be a whole number"]),
         (lambda c: c["rows"][1].pop("of_bound"), ["'of_bound'", "bash scripts/cost.sh"]),
-        (lambda c: c.update(made=3), [".made: got 3, allowed: a text"]),
+        (lambda c: c.update(made=3), [".made: got 3, must be a text"]),
     ],
 )
 def test_a_file_of_another_form_gives_one_line(tmp_path, capsys, change: Callable, expected: list[str]):

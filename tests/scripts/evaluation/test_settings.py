@@ -47,9 +47,9 @@ def test_attention_is_averaged_over_the_steps_that_a_cache_left_in_all_videos():
 def test_a_step_without_all_layers_of_the_model_is_left_out():
     mask = RadialConfig()
     readings = Readings({"a": mask}, 4, [1, 2], 2, lambda: None)
-    readings._found = {(mask, 2, 0): [torch.ones(2, 4)]}
+    readings._calls = {(mask, 2, 0): [torch.ones(2, 4)]}
     assert readings.table()["a"] == {"steps": [], "recall": [], "mse": []}
-    readings._found |= {(mask, 1, layer): [torch.ones(2, 4)] for layer in (0, 1)}
+    readings._calls |= {(mask, 1, layer): [torch.ones(2, 4)] for layer in (0, 1)}
     assert readings.table()["a"]["steps"] == [1]
 
 
@@ -62,7 +62,10 @@ def test_operations_are_not_given_with_a_cache(tmp_path: Path, capsys):
     assert "| density |" in head and "FLOP" not in head and "with warm-up" not in head
     data = {"reference": "dense", "videos": [{"metrics": {}}], "attention": {}, "elsewhere": 0}
     text = explained(data, planned(tmp_path, "model.cache=first_block"))
-    assert "There is no recall: in no step" in text and "Operations are not given with a cache" in text
+    assert (
+        "There is no recall: in every observed step" in text
+        and "Operations are not given with a cache" in text
+    )
 
 
 def test_each_video_has_its_own_file_and_each_configuration_its_own_table(tmp_path: Path):
