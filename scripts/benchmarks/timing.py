@@ -1,4 +1,4 @@
-"""How the benchmarks time a call."""
+"""Times calls for the benchmarks."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from scripts.run.system import synchronizer
 def median_seconds(
     run: Callable[[], object], repeats: int, device: str = "cpu", enough: float = inf
 ) -> float:
-    """Median wall time of `run()` after one uncounted call; stops early once `enough` seconds are spent."""
+    """Returns the median wall time of `run()` after an uncounted call; `enough`: seconds to stop after."""
     wait, seconds = synchronizer(device), []
     run()
     while len(seconds) < repeats and sum(seconds) < enough:
@@ -24,7 +24,7 @@ def median_seconds(
 
 
 def medians_in_turn(runs: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median wall time of each call, the calls taking turns, so that a slow moment hits all of them.
+    """Returns the median wall time of each call. They take turns, so a slow moment hits all of them.
 
     An uncounted turn comes first.
     """

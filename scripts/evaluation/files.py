@@ -12,24 +12,26 @@ import torch
 
 from radial_attn.masks.draw import save_figure
 from scripts.run import files
-from scripts.run.config import ROOT, Config
 from scripts.run.system import hardware, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from scripts.run.config import Config
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 MARKERS = "osD^vP*Xh"  # the colours are those of Okabe and Ito, and a grey
 DIGITS = 6
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def results_file(*words: str) -> Path:
     """Returns results/WORDS_DEVICE_DATE.md, its words joined by `_`."""
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    return ROOT / "results" / f"{'_'.join([*words, device, time.strftime('%Y-%m-%d')])}.md"
+    return RESULTS / f"{'_'.join([*words, device, time.strftime('%Y-%m-%d')])}.md"
 
 
-def head(kind: str, command: str, device: str, config: Config | None = None) -> dict[str, Any]:
+def head(kind: str, command: str, device: str, config: "Config | None" = None) -> dict[str, Any]:
     """Returns the first entries of every JSON."""
     return {
         "kind": kind,
