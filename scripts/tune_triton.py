@@ -35,6 +35,7 @@ from scripts.benchmarks.attention import (
     TOLERANCE,
     Timer,
     fresh,
+    random_inputs,
 )
 from scripts.benchmarks.cases import CASES, Case, Task, shrink
 from scripts.benchmarks.machine import short_name
@@ -126,11 +127,9 @@ class TuneSession:
 
     def __init__(self, setting: Setting) -> None:
         self._setting, self._timer = setting, Timer(setting.device)
-        case, generator = setting.case, torch.Generator(setting.device).manual_seed(0)
-        dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
+        case, dtype = setting.case, torch.bfloat16 if setting.device == "cuda" else torch.float32
         shape = 1, case.grid.tokens, case.heads, setting.width
-        make = partial(torch.randn, shape, generator=generator, device=setting.device, dtype=dtype)
-        self._inputs = [make() for _ in range(4)]
+        self._inputs = random_inputs(shape, setting.device, dtype)
         self._sample = sample_blocks(case.mask, SAMPLED)
         self._truth = sampled_reference(*self._inputs[:3], case.mask, self._sample)
         self._gradients: tuple[Tensor, ...] = ()

@@ -39,11 +39,11 @@ NEEDED = {"pattern": "radial", "dense_steps": 0, "dense_last_steps": 0}  # one s
 
 @dataclass(frozen=True)
 class Point:
-    """One size.
+    """Holds the measurements of one size.
 
     Attributes:
-        seconds: of a step, by kind: dense, radial.
-        bounds: by kind: how many times fewer operations with the mask than dense.
+        seconds: of a dense and a radial step, by kind.
+        bounds: how many times fewer operations a step has with the mask than dense, by kind.
     """
 
     plan: RunPlan
@@ -55,7 +55,7 @@ class Point:
         return dense / radial
 
     def row(self) -> list[object]:
-        """The line of the table."""
+        """Returns the line of the table."""
         size, grid, mask = self.plan.size, self.plan.grid, self.plan.block_mask
         cells = [f"{size.height} x {size.width}", size.frames, grid.tokens, f"{mask.density:.3f}"]
         for kind in KINDS:
@@ -71,7 +71,7 @@ def plan_step(side: int, frames: int, words: list[str]) -> RunPlan:
     config = read_config(PRESET, ["attention.dense_steps=0", "model.loras=null", *words, *sizes])
     for name, needed in NEEDED.items():
         if (got := getattr(config.attention, name)) != needed:
-            raise UsageError(f"attention.{name}: got {got!r}, allowed here: {needed}")
+            raise UsageError(f"attention.{name}: got {got!r}, must be {needed} here")
     return make_plan(config)
 
 
@@ -169,10 +169,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
     """Measures; returns the lines of the table and the picture."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device: got cuda, but torch {torch.__version__} sees no GPU; allowed: cpu")
+        raise UsageError(f"--device: got cuda, but torch {torch.__version__} sees no GPU; use --device cpu")
     for word in options.words:
         if not word.startswith("attention."):
-            raise UsageError(f"got {word!r}, allowed: keys of attention")
+            raise UsageError(f"got {word!r}; only keys of attention can be set")
     plans = [plan_step(side, frames, options.words) for side in options.sides for frames in options.frames]
     points = []
     for plan in plans:

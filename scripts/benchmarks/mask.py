@@ -36,7 +36,7 @@ build = radial_mask.__wrapped__  # without its cache
 
 
 class Point(NamedTuple):
-    """One mask: seconds to build it, kept blocks, density by tokens."""
+    """Holds a mask's frames, seconds to build it, kept blocks, and density by tokens."""
 
     frames: int
     seconds: float
@@ -73,7 +73,7 @@ def report(command: str, points: list[Point], shapes: list[str], picture: str) -
     log = longer * math.log(last.frames) / math.log(first.frames)
     rows = []
     for f, seconds, kept, density in points:
-        ratios = f"{kept / (f * math.log2(f)):.1f}", f"{kept / f**2:.1f}"
+        ratios = (f"{kept / growth:.1f}" for growth in (f * math.log2(f), f**2))
         rows.append((f, f"{kept:,}", f"{density:.4f}", *ratios, f"{1000 * seconds:.2f}"))
     return [
         "# Cost of the radial mask on the CPU",
@@ -102,10 +102,10 @@ def growth_figure(points: list[Point]) -> "Figure":
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     cost, clock = figure.subplots(1, 2)
     frames, seconds, kept, _ = zip(*points, strict=True)
-    square = [kept[0] * (f / frames[0]) ** 2 for f in frames]
-    log = [kept[0] * f * math.log(f) / (frames[0] * math.log(frames[0])) for f in frames]
-    cost.loglog(frames, square, "--", color="#d55e00", label="n², through the first point")
-    cost.loglog(frames, log, "--", color="#009e73", label="n log n, through the first point")
+    curves = (("n²", "#d55e00", lambda f: f**2), ("n log n", "#009e73", lambda f: f * math.log(f)))
+    for name, colour, cost_of in curves:
+        line = [kept[0] * cost_of(f) / cost_of(frames[0]) for f in frames]
+        cost.loglog(frames, line, "--", color=colour, label=f"{name}, through the first point")
     cost.loglog(frames, kept, "o-", color="#0072b2", label="kept blocks")
     cost.set(ylabel="blocks of 128 x 128", title=f"Cost of attention, {HEIGHT} x {WIDTH} tokens a frame")
     clock.loglog(frames, [1000 * s for s in seconds], "o-", color="#0072b2", label="build the mask")
@@ -129,7 +129,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
     """Measures; returns the lines of the table and the picture."""
     if min(options.frames) < 2:
-        raise UsageError(f"--frames: got {min(options.frames)}, allowed: at least 2")
+        raise UsageError(f"--frames: got {min(options.frames)}, must be at least 2")
     torch.set_num_threads(1)
     shapes, points = shape_table(), growth(tuple(sorted(options.frames)))
     return report(command, points, shapes, picture), growth_figure(points)
