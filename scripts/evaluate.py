@@ -47,7 +47,8 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     evaluation = examined(config, {name: setting for name, (_, setting) in settings.items()}, options.work)
     scores = read_all(config.evaluate.scores, list(settings))
     if options.dry_run:
-        print("\n".join(table({"settings": [planned(evaluation, name) for name in settings], "means": {}})))
+        rows = [planned(evaluation, name) for name in settings]
+        print(*table({"settings": rows, "means": {}})[1:], sep="\n")
         return
     if no_lpips():
         print(f"note: {no_lpips()}", flush=True)
@@ -130,7 +131,7 @@ def name_for_vbench(evaluation: Evaluation) -> None:
 
 def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:
     """Writes the JSON and the table, and prints the table."""
-    print("\n".join(table(data)))
+    print(*table(data)[1:], sep="\n")
     print(f"written    {write_json(options.work / FILE, data)}")
     print(f"written    {write_text(options.out, text)}")
 

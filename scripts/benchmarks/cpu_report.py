@@ -12,7 +12,7 @@ from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.draw import save_figure
-from scripts.evaluation.files import number, table, write_text
+from scripts.evaluation.files import number, subplots, table, write_text
 from scripts.run.system import hardware
 
 FRAME = TokenGrid(1, 32, 32)  # 1024 tokens
@@ -158,10 +158,7 @@ def memory_section(peaks: dict, rows: list[Row]) -> list[str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Draws milliseconds and efficiency over tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = subplots((11, 4.5), 1, 2)
     for (dtype, line), (backend, colour) in product(STYLES.items(), COLOURS.items()):
         points = [
             (row.case.grid.tokens, row.seconds * 1e3, efficiency)

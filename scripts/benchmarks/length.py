@@ -18,13 +18,13 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.training.adapter import add_adapter
 from radial_attn.models.training.flow import predict_velocity
 from scripts.benchmarks.timing import medians_in_turn
-from scripts.evaluation.files import table
+from scripts.evaluation.files import document, subplots, table
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import SizePlan, TrainPlan
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError, positive
 from scripts.run.plan import RunPlan, attention_arguments, make_plan
-from scripts.run.system import hardware, pairs, versions
+from scripts.run.system import hardware, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,10 +135,7 @@ def bounds(plan: RunPlan, rank: int) -> dict[str, float]:
 
 def draw(points: list[Point]) -> "Figure":
     """Draws how many times faster radial is, over the length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots((7, 4.5))
     for number, side in enumerate(sorted({point.plan.size.height for point in points})):
         line = [point for point in points if point.plan.size.height == side]
         for kind, style in zip(KINDS, ("-", "--"), strict=True):
@@ -180,19 +177,12 @@ def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[l
         print(*points[-1].row(), sep=" | ", flush=True)
     columns = (f"{kind}, dense, s|radial, s|faster|by operations" for kind in KINDS)
     keys = f" with {' '.join(options.words)}" if options.words else ""
-    return [
-        "# Step times at growing length",
-        "",
-        f"    {command}",
-        *table("|".join(["pixels|frames|tokens|density", *columns]), (point.row() for point in points)),
-        "",
-        f"The bundled Wan's transformer with random weights, batch 1, float32, mask of {PRESET}{keys}. A "
-        f"training step is forward, backward and update of an adapter of rank {options.rank}, without "
-        f"checkpointing; an inference step is one call of the transformer. Medians of {options.repeats} "
-        "turns. By operations: how many times fewer they are in all, which is what the mask could gain if a "
-        "kept block cost what it costs when dense.",
-        "",
-        f"![how many times faster]({picture})",
-        "",
-        pairs(versions(), hardware(options.device)),
-    ], draw(points)
+    data = {"command": command, "versions": versions(), "hardware": hardware(options.device)}
+    meaning = f"""The bundled Wan's transformer with random weights, batch 1, float32, mask of {PRESET}{keys}.
+        A training step is forward, backward and update of an adapter of rank {options.rank}, without
+        checkpointing; an inference step is one call of the transformer. Medians of {options.repeats} turns.
+        By operations: how many times fewer they are in all, which is what the mask could gain if a kept
+        block cost what it costs when dense."""
+    rows = table("|".join(["pixels|frames|tokens|density", *columns]), (point.row() for point in points))
+    picture = f"![how many times faster]({picture})"
+    return document(data, "Step times at growing length", rows, meaning, picture), draw(points)

@@ -13,7 +13,7 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from scripts.benchmarks.timing import median_seconds
-from scripts.evaluation.files import table
+from scripts.evaluation.files import subplots, table
 from scripts.run.errors import UsageError, positive
 from scripts.run.system import hardware
 
@@ -73,7 +73,7 @@ def report(command: str, points: list[Point], shapes: list[str], picture: str) -
     log = longer * math.log(last.frames) / math.log(first.frames)
     rows = []
     for f, seconds, kept, density in points:
-        ratios = (f"{kept / growth:.1f}" for growth in (f * math.log2(f), f**2))
+        ratios = (f"{kept / growing:.1f}" for growing in (f * math.log2(f), f**2))
         rows.append((f, f"{kept:,}", f"{density:.4f}", *ratios, f"{1000 * seconds:.2f}"))
     return [
         "# Cost of the radial mask on the CPU",
@@ -97,10 +97,7 @@ def report(command: str, points: list[Point], shapes: list[str], picture: str) -
 
 def growth_figure(points: list[Point]) -> "Figure":
     """Draws kept blocks against `f log f` and `f^2`, both through the first point; and the time to build."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    cost, clock = figure.subplots(1, 2)
+    figure, (cost, clock) = subplots((10, 4.6), 1, 2)
     frames, seconds, kept, _ = zip(*points, strict=True)
     curves = (("n²", "#d55e00", lambda f: f**2), ("n log n", "#009e73", lambda f: f * math.log(f)))
     for name, colour, cost_of in curves:

@@ -8,7 +8,7 @@ from typing import Any
 from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.cases import BACKWARD_CASES, CASES, DENSE, SPARSE, STEPS
 from scripts.benchmarks.findings import STEPS_OF_A_VIDEO, Findings
-from scripts.evaluation.files import number, table, write_text
+from scripts.evaluation.files import number, subplots, table, write_text
 
 GIB = 2**30
 NOTES = """Inputs are random normal, batch 1; times are medians of up to 10 calls by events, after calls that
@@ -200,12 +200,10 @@ def kernel_section(data: dict[str, Any]) -> list[str]:
 
 def plot(findings: Findings, path: Path) -> None:
     """Draws bars of efficiency and of TFLOP/s for each case."""
-    from matplotlib.figure import Figure
-
     cases = [case for case in CASES if findings.best_dense("forward", case)]
     variants = [name for name in SPARSE if any(findings.ms("forward", case, name) for case in cases)]
-    figure, count = Figure(figsize=(12, 8), layout="constrained"), len(variants) + 1
-    upper, lower = figure.subplots(2, 1)
+    figure, (upper, lower) = subplots((12, 8), 2, 1)
+    count = len(variants) + 1
     for index, name in enumerate(["dense", *variants]):
         at = [x + 0.8 * index / count for x in range(len(cases))]
         names = [findings.best_dense("forward", case)[0] if name == "dense" else name for case in cases]

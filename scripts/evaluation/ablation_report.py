@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from scripts.evaluation.files import number, one_paragraph, style, table
+from scripts.evaluation.files import document, number, style, subplots, table
 from scripts.run.schema import shown
 from scripts.run.system import pairs
 
@@ -36,34 +36,25 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
     """Returns the Markdown."""
     config = data["config"]
     sizes, options = config["generation"], config["attention"]
-    return [
-        f"# Ablation of the mask: {config['model']['path']}, {sizes['num_frames']} frames",
-        "",
-        f"    {data['command']}",
-        "",
-        f"{data['captions']} captions, {sizes['steps']} steps, {data['rows']} query rows. "
-        + one_paragraph(MEANING),
-        "",
+    numbers = f"{data['captions']} captions, {sizes['steps']} steps, {data['rows']} query rows."
+    return document(
+        data,
+        f"Ablation of the mask: {config['model']['path']}, {sizes['num_frames']} frames",
+        f"{numbers} {MEANING}",
         f"![PSNR over density]({picture})",
-        *(line for entry in data["tables"] for line in _section(entry)),
-        "",
+        *(part for entry in data["tables"] for part in _section(entry)),
         f"- what is not varied: {pairs(options)}",
-        "",
-        pairs(data["versions"], data["hardware"]),
-    ]
+    )
 
 
-def _section(entry: dict[str, Any]) -> list[str]:
+def _section(entry: dict[str, Any]) -> tuple[str | list[str], ...]:
     rows = ((shown(first), *map(number, rest, FORMS.values())) for first, *rest in entry["rows"])
-    return ["", f"## {entry['title']}", "", entry["note"], *table(" | ".join(entry["columns"]), rows)]
+    return f"## {entry['title']}", entry["note"], table(" | ".join(entry["columns"]), rows)
 
 
 def draw(data: dict[str, Any]) -> "Figure":
     """Draws PSNR over the density of the run: a curve for each table, named points for other patterns."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots((9, 5.5))
     across, up = (1 + COLUMNS.index(name) for name in ("density of the run", "PSNR"))
     for order, entry in enumerate(data["tables"]):
         points = [(row[across], row[up], row[0]) for row in entry["rows"] if row[up] is not None]

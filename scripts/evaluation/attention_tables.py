@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scripts.evaluation.files import number, one_paragraph, options_text, table
-from scripts.run.system import pairs
+from scripts.evaluation.files import document, number, options_text, subplots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,29 +31,20 @@ error exceeds 2, so a bound of 2 or more says nothing. Eq. 7 is the paper's boun
 def lines(data: dict[str, Any], picture: str) -> list[str]:
     """Returns the Markdown."""
     density = f"density {data['density']:.4f}; {options_text(data['mask'])}"
-    return [
-        "# Energy decay of attention",
-        "",
-        f"    {data['command']}",
-        "",
+    return document(
+        data,
+        "Energy decay of attention",
         _setting(data),
-        "",
-        one_paragraph(MEANING),
-        *_fits(data),
-        "",
+        MEANING,
+        _fits(data),
         f"![attention over temporal and spatial distance]({picture})",
-        "",
-        one_paragraph(CLASSES).format(reach=data["column_reach"]),
-        *_classes(data),
-        "",
+        CLASSES.format(reach=data["column_reach"]),
+        _classes(data),
         f"What the mask ({density}) keeps of it:",
-        *_bands(data["bands"]),
-        "",
-        one_paragraph(TAIL),
+        _bands(data["bands"]),
+        TAIL,
         *_tail(data["tail"]),
-        "",
-        pairs(data["versions"], data["hardware"]),
-    ]
+    )
 
 
 def fit_lines(data: dict[str, Any]) -> list[str]:
@@ -112,7 +102,7 @@ def _bands(bands: list[dict[str, Any]]) -> list[str]:
     return table("frames apart | mass, % | of it kept, %", rows)
 
 
-def _tail(tail: dict[str, Any]) -> list[str]:
+def _tail(tail: dict[str, Any]) -> tuple[list[str], str]:
     middle = tail["median"]
     rows = []
     for mask, start in (("eq. 4", ""), ("the one in use", "mask_")):
@@ -121,23 +111,19 @@ def _tail(tail: dict[str, Any]) -> list[str]:
         rows.append([mask, *errors, f"{100 * tail[f'{start}vacuous']:.1f} %"])
     titles = "mask | L1, mean | L1, median | bound, mean | bound, median | rows with a bound of 2 or more"
     fitted = ", ".join(f"{name} {middle[name]:.3g}" for name in ("alpha", "beta", "c_rel"))
-    return [
-        *table(titles, rows),
-        "",
+    return (
+        table(titles, rows),
         f"Medians over {tail['rows']} rows: {fitted}. The error exceeds the bound in {tail['exceeded']} "
         f"rows, and eq. 7 in {100 * tail['paper_exceeded']:.1f} %.",
-    ]
+    )
 
 
 def draw(data: dict[str, Any]) -> "Figure":
     """Draws the curves with heads and fits, and the mass by frame distance with what the mask keeps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    for axes, name in zip(panels, data["profiles"], strict=False):
+    figure, panels = subplots((12, 8.4), 2, 2)
+    for axes, name in zip(panels.flat, data["profiles"], strict=False):
         _draw_curve(axes, name, data["profiles"][name], data["fits"][name])
-    frames, axes = data["frames"], panels[3]
+    frames, axes = data["frames"], panels[1, 1]
     x, dropped = frames["distance"], {"color": ORANGE, "hatch": "///", "edgecolor": "white"}
     axes.bar(x, frames["mass"], label="dropped", **dropped)
     axes.bar(x, frames["kept"], color=BLUE, label="kept by the mask")

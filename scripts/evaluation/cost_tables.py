@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.evaluation.files import number, one_paragraph, options_text, style, table
-from scripts.run.system import pairs
+from scripts.evaluation.files import document, number, options_text, style, subplots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,28 +13,29 @@ NAME = "cost.json"
 WAN = """Sparsity counts pairs of video tokens alone. The paper's 73.6 % of Wan2.1-14B at 161 frames is that
 of 768 x 1280, and its preset is of 720 x 1280; the last column has the presets as they stand, with their
 text, whose rows and columns are kept."""
+FITS = """`c` by least squares on the radial FLOPs over length at one resolution; exponents by least squares
+of logarithms over the lengths and over the resolutions of the table. In frames the method is n log n; in
+resolution its bound stays quadratic (2 in pixels) if bands are wider than a block."""
 
 
 def lines(data: dict[str, Any], picture: str) -> list[str]:
     """Returns the Markdown."""
     masks = data["masks"].items()
-    return [
-        "# What attention costs over length and resolution",
-        "",
-        f"    {data['command']}",
-        "",
+    return document(
+        data,
+        "What attention costs over length and resolution",
         "FLOPs of self-attention in all layers of one call of the transformer: 4 n^2 d a layer if dense, "
         "times the mask's density if radial, no warm-up. " + _times(data["rates"]),
-        *_rows(data["rows"]),
-        "",
+        _rows(data["rows"]),
         f"![FLOPs over length and resolution]({picture})",
-        *_fits(data["fits"]),
-        *_paper(data["paper"]),
-        "",
-        *(f"- mask of {name}: {options_text(mask)}" for name, mask in masks),
-        "",
-        pairs(data["versions"], data["hardware"]),
-    ]
+        "## n log n",
+        FITS,
+        _fits(data["fits"]),
+        "## Sparsity, the paper's and ours",
+        WAN,
+        _paper(data["paper"]),
+        ["", *(f"- mask of {name}: {options_text(mask)}" for name, mask in masks)],
+    )
 
 
 def _times(rates: dict[str, Any] | None) -> str:
@@ -71,12 +71,7 @@ def _fits(fits: dict[str, dict[str, Any]]) -> list[str]:
         (name, f"{fit['c']:.4g}", number(fit["r2"], ".4f"), *(number(fit[key], ".2f") for key in names))
         for name, fit in fits.items()
     )
-    meaning = (
-        "`c` by least squares on the radial FLOPs over length at one resolution; exponents by least squares "
-        "of logarithms over the lengths and over the resolutions of the table. In frames the method is "
-        "n log n; in resolution its bound stays quadratic (2 in pixels) if bands are wider than a block."
-    )
-    return ["", "## n log n", "", meaning, *table(titles, rows)]
+    return table(titles, rows)
 
 
 def _paper(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -85,15 +80,12 @@ def _paper(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         ours, difference = f"{row['ours']:.2f}", f"{row['ours'] - row['paper']:+.2f}"
         cells.append((row["model"], row["frames"], row["paper"], ours, difference, f"{row['preset']:.2f}"))
-    return ["", "## Sparsity, the paper's and ours", "", one_paragraph(WAN), *table(titles, cells)]
+    return table(titles, cells)
 
 
 def draw(data: dict[str, Any]) -> "Figure":
     """Draws FLOPs over frames and over pixels, all axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    along, across = figure.subplots(1, 2)
+    figure, (along, across) = subplots((11, 5), 1, 2)
     for order, (name, fit) in enumerate(data["fits"].items()):
         rows = [
             row | {"pixels": row["height"] * row["width"]} for row in data["rows"] if row["model"] == name

@@ -12,7 +12,7 @@ import torch
 
 from radial_attn.masks.draw import save_figure
 from scripts.run import files
-from scripts.run.system import hardware, versions
+from scripts.run.system import hardware, pairs, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,9 +63,15 @@ def rounded(values: Any) -> Any:
     return float(f"{values:.{DIGITS}g}")
 
 
-def one_paragraph(text: str) -> str:
-    """Joins the lines of a text."""
-    return " ".join(text.split())
+def document(data: dict[str, Any], title: str, *parts: str | list[str]) -> list[str]:
+    """Returns Markdown lines: title, command, parts, then versions and hardware.
+
+    A text becomes one paragraph. A list of lines, which begins with an empty one, stays as it is.
+    """
+    lines = [f"# {title}", "", f"    {data['command']}"]
+    for part in parts:
+        lines += part if isinstance(part, list) else ["", " ".join(part.split())]
+    return [*lines, "", pairs(data["versions"], data["hardware"])]
 
 
 def options_text(mask: dict[str, Any]) -> str:
@@ -93,6 +99,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def style(index: int) -> dict[str, str]:
     """Returns colour and marker of a curve."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def subplots(size: tuple[float, float], *shape: int) -> tuple["Figure", Any]:
+    """Makes a figure of this size in inches, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(*shape)
 
 
 def publish(

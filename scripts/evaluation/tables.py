@@ -14,7 +14,6 @@ from scripts.evaluation.recall import averaged
 from scripts.evaluation.settings import DENSE
 from scripts.evaluation.videos import Evaluation, Take, machine
 from scripts.run.describe import describe_settings
-from scripts.run.system import pairs
 
 METRICS = ("psnr", "ssim", "lpips")
 COLUMNS = {
@@ -120,14 +119,14 @@ def _video(evaluation: Evaluation, take: Take, metrics: dict[str, Any]) -> dict[
 
 
 def table(data: dict[str, Any]) -> list[str]:
-    """Returns a line for each setting; columns that no setting has are left out."""
+    """Returns an empty line and a line for each setting; columns that no setting has are left out."""
     rows = [setting | data["means"].get(setting["name"], {}) for setting in data["settings"]]
     columns = {key: value for key, value in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     titles = ["setting", *(title for title, _ in columns.values())]
     cells = (
         [row["name"], *(_cell(row.get(key), form) for key, (_, form) in columns.items())] for row in rows
     )
-    return files.table("|".join(titles), cells)[1:]
+    return files.table("|".join(titles), cells)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -136,21 +135,10 @@ def _cell(value: float | None, form: str) -> str:
 
 def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
     """Returns the results file; `evaluation` is None for folders of videos."""
-    text = [
-        "# Fidelity to dense attention" if evaluation else f"# Fidelity to the videos of {data['reference']}",
-        "",
-        f"    {data['command']}",
-        "",
-        *table(data),
-        "",
-        explained(data, evaluation),
-        "",
-        *scores(data.get("scores", {})),
-        *([] if evaluation is None else [*settings(data, evaluation), ""]),
-        pairs(data["versions"], data["hardware"]),
-        "",
-    ]
-    return "\n".join(text)
+    title = "Fidelity to dense attention" if evaluation else f"Fidelity to the videos of {data['reference']}"
+    made = settings(data, evaluation) if evaluation else []
+    lines = table(data), explained(data, evaluation), scores(data.get("scores", {})), made
+    return "\n".join(files.document(data, title, *lines)) + "\n"
 
 
 def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
@@ -203,13 +191,13 @@ def scores(by_setting: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         [f"{judge} {name}", *(_cell(x.get(judge, {}).get(name), "{:.4f}") for x in by_setting.values())]
         for judge, name in sorted(kinds)
     )
-    return [*files.table("|".join(["score", *by_setting]), rows)[1:], ""]
+    return files.table("|".join(["score", *by_setting]), rows)
 
 
 def settings(data: dict[str, Any], evaluation: Evaluation) -> list[str]:
     """Lists how the videos were made."""
-    return [
-        f"- {entry['name']} ({' '.join(entry['words']) or 'as configured'}): "
-        + describe_settings(evaluation.plans[entry["name"]].config).removeprefix("- ")
-        for entry in data["settings"]
-    ]
+    lines = [""]
+    for entry in data["settings"]:
+        described = describe_settings(evaluation.plans[entry["name"]].config).removeprefix("- ")
+        lines.append(f"- {entry['name']} ({' '.join(entry['words']) or 'as configured'}): {described}")
+    return lines
