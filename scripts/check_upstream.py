@@ -134,7 +134,7 @@ def report(
 ) -> str:
     """Returns the results page: command, versions, counts, differing tests."""
     kinds, family = ("passed", "failed", "error", "skipped"), FAMILIES[options.family]
-    how = "through the fork at density 1.0" if family.forked else "beside the fork of HunyuanVideo"
+    how = "through the fork at density 1.0" if family.forked else "next to the fork of HunyuanVideo"
     second = "fork at density 1.0" if family.forked else "fork of HunyuanVideo at hand"
     counts = {name: Counter(run.values()) for name, run in (("upstream", plain), (second, fork))}
     rows = ([name, *(count[kind] for kind in kinds)] for name, count in counts.items())
@@ -142,12 +142,12 @@ def report(
     file = options.source / "src" / "diffusers" / "__init__.py"
     version = re.match(r'__version__ = "(.*?)"', file.read_text(encoding="utf-8") if file.is_file() else "")
     tested = f"diffusers {version[1]}" if version else "an unknown version"
-    own = " --own-package" if options.own_package else ""
+    package = " --own-package" if options.own_package else ""
     lines = [
         f"# diffusers' model tests for {family.title}, {how}",
         "",
-        f"`bash scripts/check_upstream.sh --source DIR --family {options.family}{own}`; tests of {tested}, "
-        f"file `{family.file}`.",
+        f"`bash scripts/check_upstream.sh --source DIR --family {options.family}{package}`; tests of "
+        f"{tested}, file `{family.file}`.",
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
         f"{pairs(installed(PACKAGES))}.",
         *table(" | ".join(["run", *kinds]), rows),

@@ -81,11 +81,10 @@ class Case(NamedTuple):
         mask = radial_mask.__wrapped__(grid, solve_mask(self.plan.config.attention, grid))  # not cached
         dense = 4.0 * grid.tokens**2 * model.width * model.attention_layers()
         radial = dense * mask.density
+        bound = 4.0 * grid.tokens_per_frame**2 * grid.frames * math.log2(grid.frames)  # the paper's, of pairs
         return {
             "model": self.name,
-            "frames": video.frames,
-            "height": video.height,
-            "width": video.width,
+            **video._asdict(),
             "tokens": grid.tokens,
             "density": mask.density,
             "dense_flops": dense,
@@ -94,13 +93,8 @@ class Case(NamedTuple):
             "n_log_n": None,
             "seconds_dense": self.rates and dense / self.rates.dense,
             "seconds_radial": self.rates and radial / self.rates.radial,
-            "of_bound": mask.kept_pairs / bound(grid) if grid.frames > 1 else None,
+            "of_bound": mask.kept_pairs / bound if bound else None,
         }
-
-
-def bound(grid: TokenGrid) -> float:
-    """Returns the paper's bound on kept pairs, 4 s^2 f log2 f."""
-    return 4.0 * grid.tokens_per_frame**2 * grid.frames * math.log2(grid.frames)
 
 
 def n_log_n(tokens: float) -> float:
@@ -131,13 +125,12 @@ def curves(
     at the preset's.
     """
     usual, model = case.plan.size, case.plan.model
-    step = model.vae_frames
-    chunks = (usual.frames - 1) // step
-    lengths = sorted(set(frames)) or sorted({round(chunks * part) * step + 1 for part in LENGTHS})
-    factors = list(zip(usual[1:], [model.size_factor(axis) for axis in (1, 2)], strict=True))
+    step, chunks = model.vae_frames, (usual.frames - 1) // model.vae_frames
+    lengths = sorted(set(frames or (round(chunks * part) * step + 1 for part in LENGTHS)))
+    factors = [(side, model.size_factor(axis)) for axis, side in enumerate(usual[1:], 1)]
     scaled = [tuple(max(1, round(side * part / by)) * by for side, by in factors) for part in SIDES]
     sides = list(dict.fromkeys(sizes or scaled))
-    middle, size = [*frames, usual.frames][0], [*sizes, (usual.height, usual.width)][0]
+    middle, size = [*frames, usual.frames][0], [*sizes, usual[1:]][0]
     along = [case.row(length, size) for length in lengths]
     across = [case.row(middle, side) for side in sides]
     factor, r2 = fit(along)

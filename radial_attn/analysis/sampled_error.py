@@ -57,9 +57,9 @@ def sampled_rows(tensor: Tensor, mask: BlockMask, blocks: Sequence[int]) -> Tens
     return torch.cat([tensor[:, _tokens(mask, block)] for block in blocks], dim=1)
 
 
-def output_error(found: Tensor, wanted: Tensor) -> OutputError:
-    """Measures the error of `found`; NaN if `found` holds values that are not finite."""
-    got, want = found.flatten().double(), wanted.flatten().double()
+def output_error(output: Tensor, exact: Tensor) -> OutputError:
+    """Measures the error of `output`; NaN if it has values that are not finite."""
+    got, want = output.flatten().double(), exact.flatten().double()
     norms = got.norm().item(), want.norm().item()
     if min(norms) == 0.0:
         return OutputError(0.0 if norms[0] == norms[1] else math.inf, 1.0 if norms[0] == norms[1] else 0.0)

@@ -79,7 +79,7 @@ def write(
         f"\n`{command}`, {date}, {about}.",
         f"{machine(device)}; torch {torch.__version__}.",
         "Radial masks, decay factor 1, with sink, frames of 32 x 32 tokens, blocks of 128, 8 heads of 64,",
-        "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 where every kept",
+        "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 if every kept",
         "block costs what it costs in dense attention. Medians of up to 5 calls.",
         f"\n![times and efficiency]({path.with_suffix('.png').name})",
         *section("Forward, growing length", parts["growing"]),

@@ -164,7 +164,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
-    """Measures; returns the lines of the table and the picture."""
+    """Measures, and returns the lines of the table and the picture."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device: got cuda, but torch {torch.__version__} sees no GPU; use --device cpu")
     for word in options.words:

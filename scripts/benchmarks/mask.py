@@ -124,7 +124,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
-    """Measures; returns the lines of the table and the picture."""
+    """Measures, and returns the lines of the table and the picture."""
     if min(options.frames) < 2:
         raise UsageError(f"--frames: got {min(options.frames)}, must be at least 2")
     torch.set_num_threads(1)

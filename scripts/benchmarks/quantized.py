@@ -104,7 +104,7 @@ def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
 
 
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], None]:
-    """Measures; returns the lines of the table."""
+    """Measures, and returns the lines of the table."""
     density = radial_mask(GRID, RadialConfig()).density
     rows = (
         (*case, f"{error.relative_l2:.4f}", f"{error.cosine:.5f}")

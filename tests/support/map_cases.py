@@ -1,4 +1,4 @@
-"""Grids, masks and tensors whose whole attention maps are small enough to hold."""
+"""Makes grids, masks and tensors whose whole attention maps fit in memory."""
 
 import math
 
@@ -8,22 +8,20 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid
 
 CONFIG = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=16)
 
-
 GRIDS = [TokenGrid(5, 4, 7), TokenGrid(6, 5, 5, text=9)]
-
 
 LENGTHS = {0: None, 9: torch.tensor([9, 4])}
 
 
 def tensors(grid: TokenGrid, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Query, key and value of two samples and three heads with steep attention."""
+    """Returns query, key and value of two samples and three heads with steep attention."""
     generator = torch.Generator().manual_seed(0)
     shape = 2, grid.tokens, 3, 8
     return [(2 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(3)]
 
 
 def whole_softmax(query, key, grid, lengths) -> torch.Tensor:
-    """`[B, H, S, S]` in float64."""
+    """Returns attention after the softmax, `[B, H, S, S]` in float64."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * query.shape[-1] ** -0.5
     if lengths is not None:
         beyond = torch.arange(grid.tokens) >= grid.video_tokens + lengths[:, None]
@@ -32,7 +30,7 @@ def whole_softmax(query, key, grid, lengths) -> torch.Tensor:
 
 
 def head_masks(grid: TokenGrid) -> BlockMask:
-    """A mask with a random pattern for each of three heads."""
+    """Returns a mask with a random pattern for each of three heads."""
     count = grid.num_blocks(16)
     blocks = torch.rand(3, count, count, generator=torch.Generator().manual_seed(1)) < 0.4
     return BlockMask.from_blocks(grid, blocks | torch.eye(count, dtype=torch.bool), 16)

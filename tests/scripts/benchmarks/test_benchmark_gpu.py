@@ -1,4 +1,4 @@
-"""The GPU benchmark: rehearsed on the CPU, its worker, its arithmetic, its command line, the tuner."""
+"""Tests the GPU benchmark on the CPU: a rehearsal, its worker, its arithmetic, its command line."""
 
 import json
 import os
@@ -61,15 +61,15 @@ def test_a_rehearsal_writes_what_a_run_writes(tmp_path):
     )
     assert done.stdout.splitlines()[-1] == str(text)
     assert picture.stat().st_size > 1000 and len(list((tmp_path / "new").iterdir())) == 3
-    found = json.loads(data.read_text())
-    assert found["rehearsal"] and found["finished"] and not found["left_out"]
-    assert found["checks"]["blocks"]["right"] and found["checks"]["blocks"]["gradients"] < 1e-5
-    rows = {(row["stage"], row["variant"]): row for row in found["rows"]}
+    result = json.loads(data.read_text())
+    assert result["rehearsal"] and result["finished"] and not result["left_out"]
+    assert result["checks"]["blocks"]["right"] and result["checks"]["blocks"]["gradients"] < 1e-5
+    rows = {(row["stage"], row["variant"]): row for row in result["rows"]}
     assert rows["forward", "flash-attn"]["failure"].startswith("needs flash_attn")
     for stage in ("forward", "backward"):
         assert rows[stage, "blocks"]["ms"] > 0 and rows[stage, "blocks"]["relative_l2"] < 1e-5
         assert rows[stage, "sdpa"]["ms"] > 0 and "kernels_ms" not in rows[stage, "sdpa"]
-    assert found["steps"] == []
+    assert result["steps"] == []
     lines = text.read_text().splitlines()
     assert lines[0] == "# Rehearsal on the CPU: tiny shapes, no measurement of a GPU"
     assert any(line.startswith("| wan-69 | blocks | ") for line in lines)
@@ -77,8 +77,8 @@ def test_a_rehearsal_writes_what_a_run_writes(tmp_path):
 
 def test_the_kernels_of_a_call_are_listed():
     bench = AttentionBench("cpu", torch.float32, profile=True)
-    found = bench.run(Task("forward", shrink(CASES["wan-69"]), "sdpa"))
-    assert any("attention" in name for name in found["kernels_ms"])
+    result = bench.run(Task("forward", shrink(CASES["wan-69"]), "sdpa"))
+    assert any("attention" in name for name in result["kernels_ms"])
 
 
 def test_without_time_all_is_left_out_and_listed(tmp_path):
@@ -130,17 +130,17 @@ def test_failures_are_one_short_line():
 def test_no_speed_for_what_is_wrong(spoil, monkeypatch):
     right = gpu_attention.attention
     monkeypatch.setattr(gpu_attention, "attention", lambda *a, **o: lambda *x: spoil(right(*a, **o)(*x)))
-    found = AttentionBench("cpu", torch.float32, False).run(
+    result = AttentionBench("cpu", torch.float32, False).run(
         Task("forward", shrink(CASES["wan-69"]), "blocks")
     )
-    assert found["wrong"] and not [name for name in found if "ms" in name]
+    assert result["wrong"] and not [name for name in result if "ms" in name]
 
 
 def test_a_check_tells_refusal_from_error():
     case = next(tasks([], ["triton"], tiny=True, steps=False)).case
     bench = AttentionBench("cpu", torch.float32, False)
-    found = bench.run(Task("check", case, "blocks"))
-    assert found["right"] and found["gradients_right"] and case.mask.density < 0.8
+    result = bench.run(Task("check", case, "blocks"))
+    assert result["right"] and result["gradients_right"] and case.mask.density < 0.8
     with pytest.raises((ValueError, ImportError), match="backend 'sage' "):
         bench.run(Task("check", case, "sage"))
 
@@ -158,7 +158,7 @@ def test_the_whole_model_from_a_few_blocks():
 
 
 def results(rows: list[tuple], steps: list[dict] = ()) -> dict:
-    """What a run on a GPU would write, with made-up numbers."""
+    """Returns what a run on a GPU would write, with made-up numbers."""
     about = {"title": "t", "heads": 2, "width": 64, "tokens": 9, "mask": "m", "density": 0.25}
     about |= {"paper_sparsity": None, "mask_ms": 1.0, "mask_again_ms": 0.0}
     names = ("stage", "case", "variant", "ms")
@@ -189,15 +189,15 @@ def test_what_the_numbers_amount_to(tmp_path):
     whole = [dense | step(100.0) | {"reduced": False}, radial | step(40.0) | {"reduced": False}]
     for row_ in whole:
         row_ |= {"using": "x", "attention_ms": 1.0, "attention_calls": 1, "blocks_ms": {"blocks": [1.0]}}
-    found = Findings(results(rows, whole))
-    assert found.best_dense("forward", "wan-69") == ("cudnn", 10.0)
-    assert found.efficiency("forward", "wan-69", "triton") == 1
-    assert found.speedup("backward", "wan-69", "triton") == 2
-    assert found.efficiency("forward", "mochi-667", "triton") is None
-    video = found.end_to_end("wan-69")
+    findings = Findings(results(rows, whole))
+    assert findings.best_dense("forward", "wan-69") == ("cudnn", 10.0)
+    assert findings.efficiency("forward", "wan-69", "triton") == 1
+    assert findings.speedup("backward", "wan-69", "triton") == 2
+    assert findings.efficiency("forward", "mochi-667", "triton") is None
+    video = findings.end_to_end("wan-69")
     assert video.dense_seconds == pytest.approx(10) and video.radial_seconds == pytest.approx(5.44)
-    assert not video.extrapolated and found.end_to_end("hunyuan-117") is None
-    text = report(found.data, tmp_path / "none.png")
+    assert not video.extrapolated and findings.end_to_end("hunyuan-117") is None
+    text = report(findings.data, tmp_path / "none.png")
     assert "| wan-69 | triton | 0.250 | 2.50 | 1.000 | 4.00 | 1.00 |" in text and "3 passed" in text
     assert (
         "| wan-69 | radial | 12 of 50 | 1 | 2 | 100.0 | 40.0 | 10 | 5 | 1.84 | 1.77 | whole model |" in text

@@ -1,4 +1,4 @@
-"""The evaluation from end to end on the bundled model: what it measures, going on, and what it refuses."""
+"""Tests the evaluation from end to end on the bundled model: what it measures, resumes and refuses."""
 
 import json
 import subprocess
@@ -38,13 +38,13 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def planned(folder: Path, *words: str) -> Evaluation:
-    """The evaluation of these words, of which nothing is made."""
+    """Plans the evaluation of these words."""
     config, settings = settings_of(TINY, [*SHORT, *words])
-    return examined(config, {name: own for name, (_, own) in settings.items()}, folder / "work")
+    return examined(config, {name: setting for name, (_, setting) in settings.items()}, folder / "work")
 
 
 def timeless(data: dict[str, Any]) -> dict[str, Any]:
-    """Without the times, and what else differs between two calls."""
+    """Leaves out times, and what else differs between two calls."""
     settings = [
         {key: value for key, value in setting.items() if not key.startswith("seconds")}
         for setting in data["settings"]
@@ -110,9 +110,9 @@ def test_means_are_over_videos(run: Path):
 
 def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pipeline: Any):
     data = content(run)
-    found = data["attention"]["thin"]
-    assert found["steps"] == [2] and found == data["attention"]["warm"]
-    assert np.shape(found["recall"]) == np.shape(found["mse"]) == (1, 6, 4)
+    attention = data["attention"]["thin"]
+    assert attention["steps"] == [2] and attention == data["attention"]["warm"]
+    assert np.shape(attention["recall"]) == np.shape(attention["mse"]) == (1, 6, 4)
     np.testing.assert_allclose(data["attention"]["all"]["recall"], 1, atol=1e-6)
     assert np.max(data["attention"]["all"]["mse"]) < 1e-10
     config = read_config(TINY, [*SHORT, "attention.pattern=dense"])
@@ -132,7 +132,7 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
     assert {len(of_layer) for of_layer in calls.values()} == {4}  # two seeds, both halves of guidance
     for place, kind in enumerate(("recall", "mse")):
         expected = [np.mean([call[place] for call in calls[layer]], axis=0) for layer in range(6)]
-        np.testing.assert_allclose(found[kind][0], expected, rtol=1e-4)
+        np.testing.assert_allclose(attention[kind][0], expected, rtol=1e-4)
         assert data["means"]["thin"][kind] == pytest.approx(np.mean(expected), rel=1e-4)
 
 

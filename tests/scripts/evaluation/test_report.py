@@ -1,4 +1,4 @@
-"""The report page: what it holds, what it escapes, and what the command says of bad input."""
+"""Tests the report page: its content, escapes, and the messages for bad input."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from tests.support import report_cases as cases
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it: tags, addresses, rows of its tables, text, and the player's JSON."""
+    """Reads a page as a browser does: tags, addresses, rows of tables, text, and the player's JSON."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 
 def made(out: Path, *arguments: object) -> Page:
-    """The page of a command that is expected to work."""
+    """Runs a command that succeeds, and reads its page."""
     assert report.main([*map(str, arguments), "--out", str(out)]) == 0
     assert [file.name for file in out.parent.iterdir() if file.is_file()] == [out.name]
     return Page(out.read_text(encoding="utf-8"))
@@ -173,7 +173,7 @@ def test_parts_of_markdown():
 
 
 def failure(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str:
-    """The one line of a command that ends with 2 and leaves nothing beside `out`."""
+    """Returns the line of a command that exits with 2 and leaves nothing next to `out`."""
     try:
         code = report.main([*map(str, arguments), "--out", str(out)])
     except SystemExit as stop:
