@@ -69,11 +69,7 @@ class Run:
         return self.options.out / f"{start}_{name}_{self.data['date']}.md"
 
     def go(self) -> None:
-        """Measures everything in order.
-
-        Raises:
-            NoDeviceError: nothing can be measured here; OSError: the results cannot be written.
-        """
+        """Measures all in order; NoDeviceError without a device, OSError if results cannot be saved."""
         try:
             answer = self._worker.ask(Task("machine"), START_SECONDS)
             if answer.result is None:

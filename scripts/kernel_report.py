@@ -82,17 +82,16 @@ def moves_rows_twice(code: str) -> bool:
     If warps specialise, the compiler gives each group half of the rows. It moves ranges, and the coordinates
     at which descriptors are read, whatever else they are used for: rows made of both would move twice.
     """
-    return any(_moved_twice(part) for part in re.split(r"partition\d+\(", code)[1:])
-
-
-def _moved_twice(part: str) -> bool:
     attributes = r"(?: \{[^}]*\})?"
-    halves = set(re.findall(r"(%\S+) = tt\.make_range \{[^}]*\bstart = [1-9]\d* : i32\}", part))
-    starts = set(re.findall(rf"(%\S+) = arith\.addi %\S+, %c\d+_i32\S*{attributes} : i32", part))
-    splats = re.findall(rf"(%\S+) = tt\.splat (%\S+){attributes} : i32", part)
-    moved = {name for name, start in splats if start in starts}
-    sums = re.findall(rf"= arith\.addi (%\S+), (%\S+){attributes} : tensor", part)
-    return any({*pair} & halves and {*pair} & moved for pair in sums)
+    for part in re.split(r"partition\d+\(", code)[1:]:
+        halves = set(re.findall(r"(%\S+) = tt\.make_range \{[^}]*\bstart = [1-9]\d* : i32\}", part))
+        starts = set(re.findall(rf"(%\S+) = arith\.addi %\S+, %c\d+_i32\S*{attributes} : i32", part))
+        splats = re.findall(rf"(%\S+) = tt\.splat (%\S+){attributes} : i32", part)
+        moved = {name for name, start in splats if start in starts}
+        sums = re.findall(rf"= arith\.addi (%\S+), (%\S+){attributes} : tensor", part)
+        if any({*pair} & halves and {*pair} & moved for pair in sums):
+            return True
+    return False
 
 
 def cuda_usage(cubin: bytes) -> tuple[int, int]:

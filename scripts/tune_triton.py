@@ -33,12 +33,12 @@ from scripts.benchmarks.attention import (
     QUANTIZED_TOLERANCE,
     SAMPLED,
     TOLERANCE,
-    Timer,
     fresh,
     random_inputs,
 )
 from scripts.benchmarks.cases import CASES, Case, Task, shrink
 from scripts.benchmarks.machine import short_name
+from scripts.benchmarks.timing import Timer
 from scripts.benchmarks.worker import Worker
 from scripts.evaluation.files import write_text
 from scripts.run.errors import OneLineParser, positive, positive_number

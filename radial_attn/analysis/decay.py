@@ -108,8 +108,7 @@ def measure(
         rows: video tokens, int64 `[R]`, as from `radial_attn.analysis.recall.sample_rows`.
         text_lengths: valid text tokens of each sample, integers `[B]`, or None for all.
 
-    Raises:
-        ValueError: tensors, rows and mask that do not fit together.
+    Raises ValueError if tensors, rows and mask do not fit together.
     """
     grid, heads = mask.grid, query.shape[2]
     frames, frame, most = grid.frames, grid.tokens_per_frame, _farthest(grid)

@@ -4,7 +4,6 @@ Runs in the child process of the GPU benchmark. Inputs are random normal, the sa
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -26,52 +25,17 @@ from radial_attn.analysis.sampled_error import (
     sampled_rows,
 )
 from scripts.benchmarks.cases import DENSE, QUANTIZED, SPARSE, Case, Task
+from scripts.benchmarks.timing import Timer
 from scripts.run.errors import one_line
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "sdpa": None}
 PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
 SAMPLED = 4  # query blocks whose outputs are compared
 TOLERANCE, QUANTIZED_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 2e-2  # relative L2 norms
-REPEATS, ENOUGH_MS, SHORT_MS = 10, 1500.0, 500.0
+SHORT_MS = 500.0  # a first call under this time is repeated before calls are timed
 TEXT_LENGTHS = 0.3, 1.0  # of the two samples of a check, as shares of the text
 NAMES = ("dq", "dk", "dv")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Timer:
-    """Measures milliseconds of calls on a device: by events on a GPU, by the clock on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def once(self, run: Callable[[], Any]) -> tuple[Any, float]:
-        """Returns the result of `run()` and its wall milliseconds, from an idle device to an idle device."""
-        self.wait()
-        start = time.perf_counter()
-        result = run()
-        self.wait()
-        return result, (time.perf_counter() - start) * 1e3
-
-    def repeated(self, run: Callable[[], Any]) -> list[float]:
-        """Times up to `REPEATS` calls, fewer once `ENOUGH_MS` are spent; call `run` once before."""
-        times: list[float] = []
-        while len(times) < REPEATS and sum(times) < ENOUGH_MS:
-            times.append(self._one(run))
-        return times
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def _one(self, run: Callable[[], Any]) -> float:
-        if not self.cuda:
-            return self.once(run)[1]
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
 
 
 def dense_attention(name: str) -> Attend:
@@ -128,7 +92,7 @@ class AttentionBench:
         if task.kind == "check":
             return self.check(task)
         self._take(task.case)
-        before = self._allocated()
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         # a new object, so that no variant finds lists or tables made by another
         mask = fresh(task.case.mask)
         attend, backward = attention(task.variant, mask), task.kind == "backward"
@@ -218,9 +182,6 @@ class AttentionBench:
                 result["clock_mhz"] = torch.cuda.clock_rate()
         self._latest = ()
         return result
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
     def _extras(self, task: Task, run: Callable[[], Any]) -> dict[str, Any]:
         """Returns what a new mask costs at its first call, and with `profile` the time of each kernel."""

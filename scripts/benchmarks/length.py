@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.training.adapter import add_adapter
@@ -103,25 +102,20 @@ def step_call(plan: RunPlan, rank: int | None, device: str) -> Callable[[Callabl
     text = {"prompt_embeds": torch.randn(1, model.text_tokens, transformer.config.text_dim, device=device)}
     sigma, arguments = torch.full((1,), 0.5, device=device), attention_arguments(plan.config.attention)
 
-    def velocity(apply: Callable) -> Tensor:
-        with apply(transformer, **arguments):
-            return predict_velocity(transformer, plan.config.model.family, noisy, sigma, text)
+    trained = [] if rank is None else list(add_adapter(transformer, rank=rank, alpha=rank).values())
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    transformer.train(bool(trained))
 
-    if rank is None:
-        transformer.eval()
-        return torch.no_grad()(velocity)
-    trained = list(add_adapter(transformer, rank=rank, alpha=rank).values())
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    transformer.train()
-
-    def train(apply: Callable) -> None:
-        with apply(transformer, **arguments):
+    def step(apply: Callable) -> None:
+        with torch.set_grad_enabled(bool(trained)), apply(transformer, **arguments):
             velocity = predict_velocity(transformer, plan.config.model.family, noisy, sigma, text)
-            (velocity - noisy).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            if optimizer:
+                (velocity - noisy).square().mean().backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    return train
+    return step
 
 
 def bounds(plan: RunPlan, rank: int) -> dict[str, float]:

@@ -5,7 +5,6 @@ machine in both runs, without upstream's mask, which is true everywhere here: no
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 import radial_attn
 from scripts.benchmarks.attention import dense_attention
 from scripts.benchmarks.cases import SPARSE, STEPS, Case, StepModel, Task
+from scripts.benchmarks.timing import Stopwatch
 
 WAN = "WanTransformer3DModel"
 CHANNELS, WARM_FRAMES = 16, 2
@@ -31,35 +31,6 @@ TINY = {
     },
 }
 TINY_BLOCKS = 3
-
-
-class Stopwatch:
-    """Measures milliseconds of named spans on a device; read it once, after the work is done."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        self._spans: dict[str, list[tuple[Any, Any]]] = {}
-        self._open: dict[str, Any] = {}
-
-    def start(self, name: str) -> None:
-        self._open[name] = self._mark()
-
-    def stop(self, name: str) -> None:
-        self._spans.setdefault(name, []).append((self._open.pop(name), self._mark()))
-
-    def read(self, name: str) -> list[float]:
-        """Returns the spans of a name, in their order."""
-        if not self._cuda:
-            return [(end - start) * 1e3 for start, end in self._spans.get(name, [])]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in self._spans.get(name, [])]
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class StepBench:

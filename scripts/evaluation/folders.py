@@ -7,9 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts.evaluation.files import read_json, write_json
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare, no_lpips
 from scripts.evaluation.tables import COSTS, means
-from scripts.evaluation.videos import read_video
 from scripts.run.errors import UsageError
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif")
@@ -22,9 +22,8 @@ def scored(words: list[str], work: Path) -> dict[str, Any]:
 
     Metrics are kept in `work`, and computed again if a file has changed.
 
-    Raises:
-        UsageError: fewer than two folders, other videos in one than in the reference, videos of another size
-            or length, files that cannot be read.
+    Raises UsageError for fewer than two folders, for a folder with other videos than the reference, and for
+    videos of another size or length, or that cannot be read.
     """
     listed = {name: videos_in(name, folder) for name, folder in _folders(words).items()}
     reference, *others = listed

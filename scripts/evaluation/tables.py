@@ -16,6 +16,7 @@ from scripts.evaluation.videos import Evaluation, Take, machine
 from scripts.run.describe import describe_settings
 
 METRICS = ("psnr", "ssim", "lpips")
+STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, without loading and saving
 COLUMNS = {
     "psnr": ("PSNR, dB", "{:.2f}"),
     "ssim": ("SSIM", "{:.4f}"),
@@ -105,10 +106,9 @@ def _seconds(evaluation: Evaluation, name: str, records: list[dict[str, Any]]) -
     plan = evaluation.plans[name]
     dense = set(plan.dense_steps)
     chosen = [step for step in range(plan.config.generation.steps) if step not in dense] or sorted(dense)
-    stages = ("encode_text", "denoise", "decode")
     return {
         "seconds_step": median(record["step_seconds"][step] for record in records for step in chosen),
-        "seconds_video": median(sum(record["seconds"][x] for x in stages) for record in records),
+        "seconds_video": median(sum(record["seconds"][x] for x in STAGES) for record in records),
     }
 
 

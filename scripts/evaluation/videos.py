@@ -5,7 +5,6 @@ one is saved a second time without loss, for the settings that are compared late
 """
 
 import json
-import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from radial_attn import RadialConfig
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.recall import Readings
 from scripts.evaluation.settings import DENSE
@@ -22,7 +22,6 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.files import replacing
-from scripts.run.inputs import video_reader
 from scripts.run.outputs import finished, resolved, video_path, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
@@ -82,9 +81,8 @@ def make_missing(evaluation: Evaluation) -> None:
 
     Videos of another program, other weights or another device are made again, and a note says so.
 
-    Raises:
-        UsageError: a video in the folder was made with other settings, or cannot be written.
-        GenerationError: a pipeline failed.
+    Raises UsageError if a video was made with other settings or cannot be written, GenerationError if a
+    pipeline fails.
     """
     missing = missing_videos(evaluation)
     if outdated := sum(_is_outdated(evaluation, name, take) for name, take in missing):
@@ -203,13 +201,3 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
     ):
         for frame in frames:
             writer.append_data(frame)
-
-
-def read_video(path: Path) -> np.ndarray:
-    """Reads all frames of a video file, uint8 `[T, H, W, 3]`; UsageError if that fails."""
-    try:
-        with warnings.catch_warnings(), video_reader(path) as reader:
-            warnings.simplefilter("ignore")
-            return np.stack(list(reader.iter_data()))
-    except (OSError, ValueError, IndexError, RuntimeError) as error:
-        raise UsageError(f"cannot read the frames of {path}: {one_line(error)}") from error

@@ -12,13 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.evaluation.page.run_files import Run
-from scripts.evaluation.tables import METRICS
+from scripts.evaluation.tables import METRICS, STAGES
 from scripts.run.errors import UsageError, one_line
-from scripts.run.inputs import video_reader
+from scripts.run.inputs import BROKEN, video_reader
 from scripts.run.outputs import NO_FRAMES, encode
 
 MIB = 2**20
-STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, which leave out loading and writing
 
 
 @dataclass(frozen=True)
@@ -160,6 +159,6 @@ def _playable(file: Path, scratch: Path) -> tuple[Path, dict[str, Any]]:
                 odd = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p needs even sizes
                 encode(scratch, np.stack([np.pad(frame, odd, mode="edge") for frame in reader]), meta["fps"])
                 file = scratch
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
+    except (LookupError, *BROKEN) as error:
         raise UsageError(f"{file}: cannot be read as a video ({one_line(error)}); run it again") from error
     return file, {"frames": frames, "fps": meta["fps"], "height": height, "width": width}

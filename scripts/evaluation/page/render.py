@@ -36,14 +36,11 @@ MARKS = {
 
 
 def render(runs: list[Run], clips: list[Clip], packed: list[dict[str, Any]], amplify: int) -> str:
-    """Returns the page's HTML.
+    """Returns the page's HTML; UsageError if a run lacks what its tables and figures need.
 
     Args:
         packed: the clips whose videos are in the page, as player.js takes them.
         amplify: factor on the brightness of differences.
-
-    Raises:
-        UsageError: a run lacks what its tables and figures need.
     """
     loader = FileSystemLoader(Path(__file__).parent)
     settings = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}

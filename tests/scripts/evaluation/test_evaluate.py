@@ -12,11 +12,12 @@ from radial_attn import radial_mask
 from radial_attn.analysis.recall import kept_by, recall, sample_rows
 from radial_attn.models import apply_radial_attention
 from scripts.evaluate import examined, main
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of
 from scripts.evaluation.tables import content as found_in
 from scripts.evaluation.tables import explained, table
-from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, read_video, write_frames
+from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
 from scripts.run import sampler as video
 from scripts.run.config import ROOT, read_config
 from scripts.run.plan import attention_arguments, make_plan, radial_config

@@ -8,9 +8,9 @@ import pytest
 
 from scripts.evaluate import main
 from scripts.evaluation import folders
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_name
-from scripts.evaluation.videos import read_video
 from scripts.run.errors import UsageError
 from scripts.run.outputs import encode
 
@@ -99,7 +99,7 @@ def test_other_sizes_and_lengths_are_one_line(pair: Path, capsys, shape):
 
 def test_a_broken_video_and_bad_words_are_one_line(pair: Path, capsys):
     (pair / "radial" / "b.mp4").write_bytes(b"nothing")
-    assert "cannot read the frames of" in refused(pair, capsys)
+    assert "cannot read frames of" in refused(pair, capsys)
     assert "got 'c', must be NAME=DIR" in refused(pair, capsys, "c")
     assert "c is 'absent', which is no folder" in refused(pair, capsys, "c=absent")
     (pair / "empty").mkdir()

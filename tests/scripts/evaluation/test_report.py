@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from scripts import report
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.page.clips import find_clips
 from scripts.evaluation.page.render import parts
 from scripts.evaluation.page.run_files import find_runs
-from scripts.evaluation.videos import read_video
 from scripts.run.outputs import encode
 from tests.support import report_cases as cases
 
