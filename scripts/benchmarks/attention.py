@@ -4,8 +4,8 @@ Runs in the child process of the GPU benchmark. Inputs are random normal, the sa
 """
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -34,7 +34,6 @@ SAMPLED = 4  # query blocks whose outputs are compared
 TOLERANCE, QUANTIZED_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 2e-2  # relative L2 norms
 SHORT_MS = 500.0  # a first call under this time is repeated before calls are timed
 TEXT_LENGTHS = 0.3, 1.0  # of the two samples of a check, as shares of the text
-NAMES = ("dq", "dk", "dv")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -121,13 +120,18 @@ class AttentionBench:
         mask, text = case.mask, case.grid.text
         inputs = self._random(case, batch=len(TEXT_LENGTHS))
         lengths = [round(share * text) for share in TEXT_LENGTHS]
-        result: dict[str, Any] = {"out": _compare(variant, inputs, mask)["out"]}
-        with _refusals(result, "padded"):
-            result["padded"] = _compare(variant, inputs, mask, text_lengths=lengths)["out"]
+        forms: dict[str, dict[str, Any]] = {"out": {}, "padded": {"text_lengths": lengths}}
         if variant not in QUANTIZED:
-            with _refusals(result, "gradients"):
-                errors = _compare(variant, inputs, mask, gradients=True)
-                result["gradients"] = max(errors[name] for name in NAMES)
+            forms["gradients"] = {"gradients": True}
+        result: dict[str, Any] = {}
+        for name, options in forms.items():
+            try:
+                out, *gradients = _errors(variant, inputs, mask, **options)
+                result[name] = max(gradients, default=out)
+            except (ValueError, ImportError) as error:  # how a backend refuses a call
+                if name == "out":
+                    raise
+                result[name] = one_line(error)
         limit = tolerance(variant)
         result["right"] = _within(result["out"], limit) and _within(result["padded"], limit)
         result["gradients_right"] = _within(result.get("gradients", "none"), GRADIENT_TOLERANCE)
@@ -222,24 +226,14 @@ def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str
     return dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
 
 
-@contextmanager
-def _refusals(result: dict[str, Any], name: str) -> Iterator[None]:
-    """Notes a ValueError or ImportError, the ways in which a backend refuses a call."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        result[name] = one_line(error)
-
-
-def _compare(
+def _errors(
     variant: str, inputs: list[Tensor], mask: BlockMask, *, gradients: bool = False, **options: Any
-) -> dict[str, float]:
-    """Returns relative L2 errors against the definition in float32: "out", and of the gradients."""
+) -> list[float]:
+    """Returns relative L2 errors against the definition in float32: of the output, then of gradients."""
     given = _call(attention(variant, fresh(mask), **options), inputs, gradients)
     exact = partial(radial_attention, mask=mask, backend="reference", **options)
     wanted = _call(exact, [x.float() for x in inputs], gradients)
-    pairs = zip(("out", *NAMES), given, wanted, strict=False)
-    return {name: output_error(got, want).relative_l2 for name, got, want in pairs}
+    return [output_error(got, want).relative_l2 for got, want in zip(given, wanted, strict=True)]
 
 
 def _call(attend: Attend, inputs: list[Tensor], gradients: bool) -> list[Tensor]:

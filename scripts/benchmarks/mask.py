@@ -54,13 +54,13 @@ def growth(frame_counts: tuple[int, ...], repeats: int = REPEATS) -> list[Point]
     return points
 
 
-def shape_table(repeats: int = REPEATS) -> list[str]:
+def shape_table() -> list[str]:
     """Returns the Markdown lines: milliseconds of the mask and of its CSR for real settings."""
     rows = []
     for name, grid, config, wanted in SHAPES:
         mask = build(grid, config)
-        milliseconds = 1000 * median_seconds(partial(build, grid, config), repeats)
-        csr = 1000 * median_seconds(lambda mask=mask: replace(mask).indices, repeats)
+        milliseconds = 1000 * median_seconds(partial(build, grid, config), REPEATS)
+        csr = 1000 * median_seconds(lambda mask=mask: replace(mask).indices, REPEATS)
         size, blocks = f"{grid.frames} x {grid.tokens_per_frame}", f"{len(mask.blocks)}²"
         rows.append((name, size, blocks, f"{mask.density:.4f}", f"{milliseconds:.2f}", wanted, f"{csr:.2f}"))
     return table("setting|frames x tokens|blocks|density|mask, ms|wanted, ms|CSR, ms", rows)

@@ -86,8 +86,8 @@ def model_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
         yield "bundled model, step 10, worst layer", calls[0][0][0].shape[-1], 64, mode, worst
 
 
-def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
-    """Returns query, key, value and mask of every layer at one step of the bundled model's preset."""
+def activations() -> list[tuple[list[Tensor], BlockMask]]:
+    """Returns query, key, value and mask of every layer at step 10 of the bundled model's preset."""
     plan = make_plan(read_config("configs/wan_tiny.yaml", []))
     kept: list[tuple[list[Tensor], BlockMask]] = []
     attend = radial_attention
@@ -99,7 +99,7 @@ def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
     pipeline, mask = Sampler(plan).load(), RadialConfig(block_size=16, decimation_width="block")
     with patch.object(context, "radial_attention", keep), apply_radial_attention(pipeline, mask):
         sample(pipeline, plan.config, [plan.config.generation.prompt], [1])
-    first = step * len(kept) // plan.config.generation.steps
+    first = 10 * len(kept) // plan.config.generation.steps
     return kept[first : first + plan.model.layers]
 
 
