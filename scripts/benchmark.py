@@ -24,8 +24,6 @@ import torch
 
 from radial_attn import radial_attention
 from radial_attn.dispatch import obstacle
-from radial_attn.kernels.blocks.plan import Layout, candidate_plans
-from radial_attn.kernels.blocks.rectangles import dense_cpu, forward_plan
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.attention import dense_attention
@@ -104,20 +102,6 @@ def small(device: str) -> list[Row]:
     """Measures the bundled model's shapes: blocks of 16, 4 heads of 48, 33 and 129 video frames, batch 2."""
     shape = {"block_size": 16, "batch": 2, "heads": 4, "head_width": 48, "device": device}
     return measured_rows(Case(frames, dtype, 8, 8, **shape) for frames in (9, 33) for dtype in DTYPES)
-
-
-def designs(frames: int) -> list[Row]:
-    """Times the ways of covering a mask that the planner chooses from (CPU)."""
-    rows = []
-    for case in (Case(frames, dtype) for dtype in DTYPES):
-        mask, inputs, size = case.mask, case.inputs(), case.block_size
-        dense = partial(dense_cpu, scale=case.head_width**-0.5)
-        layout = Layout(size, tail=len(mask.blocks), key_bytes=2 * case.head_width * inputs[0].element_size())
-        for name, plan in candidate_plans(mask.blocks, layout).items():
-            run = partial(forward_plan, inputs, plan, size, case.grid.tokens, dense)
-            rows.append(Row(name, case, mask.density, median_seconds(run, REPEATS, "cpu", CALL_SECONDS)))
-            show(case, f"plan {name!r} {rows[-1].seconds * 1e3:.1f} ms")
-    return rows
 
 
 def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
@@ -213,14 +197,14 @@ def attention_table(options: argparse.Namespace, argv: list[str]) -> None:
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
     with torch.no_grad():
         parts = {"growing": list(growing(device, frames)), "small": small(device)}
-        parts["designs"] = designs(frames[-1] if options.quick else 16) if device == "cpu" else []
     parts["training"] = training(device, frames[1:3] if options.quick else (4, 8, 16))
-    peaks = memory(device, frames[-1] if options.quick else 16)
+    most = frames[-1] if options.quick else 16
+    peaks = memory(device, most)
     busy = (cpu_of_others() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
     command = "bash scripts/benchmark.sh" + "".join(f" {argument}" for argument in argv)
     seconds = time.perf_counter() - start
     about = f"{seconds / 60:.1f} minutes; other programs took {busy:.0%} of the processor meanwhile"
-    print(write(options.out, device, command, about, parts=parts, peaks=peaks))
+    print(write(options.out, device, command, about, parts=parts, peaks=peaks, tokens=most * 1024))
 
 
 if __name__ == "__main__":
