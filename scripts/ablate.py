@@ -26,7 +26,7 @@ from scripts.evaluation.ablation import (
     read_table,
     runs_of,
 )
-from scripts.evaluation.ablation_report import COLUMNS, NAME, draw, lines
+from scripts.evaluation.ablation_report import COLUMNS, draw, lines
 from scripts.evaluation.files import head, publish, results_file
 from scripts.run.config import read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace) -> Ablation:
     plan = make_plan(read_config(options.config, options.words))
     for (group, name), needed in NEEDED.items():
         if (got := getattr(getattr(plan.config, group), name)) != needed:
-            raise UsageError(f"{group}.{name}: got {got!r}, allowed here: {shown(needed)}")
+            raise UsageError(f"{group}.{name}: got {got!r}, must be {shown(needed)} here")
     return Ablation(plan, captions_of(options.captions), options.batch, options.rows, options.work)
 
 
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     tables = ablate(ablation, [name for name in TABLES if name in options.only])
     data = head("ablation", command, ablation.plan.device, ablation.plan.config) | {"tables": tables}
     data |= {"captions": options.captions, "rows": options.rows}
-    publish(data, options.work / NAME, options.out, lines, draw)
+    publish(data, options.work, options.out, lines, draw)
 
 
 def main(argv: list[str] | None = None) -> int:

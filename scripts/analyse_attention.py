@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from radial_attn.models.runtime.output_check import CheckError
-from scripts.evaluation.attention_report import NAME, content
+from scripts.evaluation.attention_report import content
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.attention_tables import draw, fit_lines, lines
 from scripts.evaluation.files import publish, results_file
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     command = shlex.join(["bash", "scripts/analyse_attention.sh", *options.given])
     data = content(command, plan, looks, profiles, tails)
     print("\n".join(fit_lines(data)))
-    publish(data, options.work / NAME, options.out, lines, draw)
+    publish(data, options.work, options.out, lines, draw)
 
 
 def planned(config: Config) -> RunPlan:

@@ -19,7 +19,7 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from scripts.benchmarks.timing import medians_in_turn
-from scripts.evaluation.cost_tables import NAME, draw, lines
+from scripts.evaluation.cost_tables import draw, lines
 from scripts.evaluation.files import head, publish, results_file
 from scripts.run.config import VideoSize, read_config
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
@@ -196,7 +196,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     data = head("cost", command, device) | {"rows": rows, "paper": sparsities(), "fits": fits}
     data["rates"] = rates and rates._asdict()
     data["masks"] = {case.name: asdict(radial_config(case.plan.config.attention)) for case in cases}
-    publish(data, options.work / NAME, options.out, lines, draw)
+    publish(data, options.work, options.out, lines, draw)
 
 
 def read(name: str, words: Sequence[str]) -> Case:

@@ -35,7 +35,6 @@ from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
 
 PRESET = "configs/wan_tiny.yaml"
-FILE = "evaluation.json"
 SCORE_WORD = f"{SCORES}="
 
 
@@ -132,7 +131,7 @@ def name_for_vbench(evaluation: Evaluation) -> None:
 def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:
     """Writes the JSON and the table, and prints the table."""
     print(*table(data)[1:], sep="\n")
-    print(f"written    {write_json(options.work / FILE, data)}")
+    print(f"written    {write_json(options.work / 'evaluation.json', data)}")
     print(f"written    {write_text(options.out, text)}")
 
 

@@ -21,7 +21,6 @@ FORMS = {  # of the columns after the first
     "s a step": ".3f",
 }
 COLUMNS = tuple(FORMS)
-NAME = "ablation.json"
 MEANING = """PSNR and SSIM compare with the dense videos of the same captions and seeds, means over the
 videos; the PSNR of equal videos is infinite and not in the mean, no PSNR means that all are equal. Density
 is that of the mask, density of the run counts dense steps and layers. Recall is the share of the dense

@@ -15,7 +15,6 @@ from scripts.evaluation.attention_run import Looks
 from scripts.evaluation.files import head, rounded
 from scripts.run.plan import RunPlan
 
-NAME = "analysis.json"
 CURVES = ("temporal", "spatial", "planar")
 MOST_POINTS = 256  # of a curve in the JSON; fits use all
 MOST_ERROR = 2.0  # of any two softmax rows

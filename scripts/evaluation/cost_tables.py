@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAME = "cost.json"
 WAN = """Sparsity counts pairs of video tokens alone. The paper's 73.6 % of Wan2.1-14B at 161 frames is that
 of 768 x 1280, and its preset is of 720 x 1280; the last column has the presets as they stand, with their
 text, whose rows and columns are kept."""

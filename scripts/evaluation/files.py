@@ -111,19 +111,20 @@ def subplots(size: tuple[float, float], *shape: int) -> tuple["Figure", Any]:
 
 def publish(
     data: dict[str, Any],
-    kept: Path,
+    work: Path,
     out: Path,
     lines: Callable[[dict[str, Any], str], list[str]],
     draw: Callable[[dict[str, Any]], "Figure"],
 ) -> None:
-    """Writes JSON to `kept`, Markdown and picture to `out`, and prints their paths.
+    """Writes JSON to the folder `work`, Markdown and picture to `out`, and prints their paths.
 
     `lines` gets the name of the picture. Raises OSError if a file cannot be written.
     """
     picture = out.with_suffix(".png")
-    written = [write_json(kept, data), write_text(out, "\n".join(lines(data, picture.name)) + "\n"), picture]
+    numbers = write_json(work / f"{data['kind']}.json", data)
+    text = write_text(out, "\n".join(lines(data, picture.name)) + "\n")
     save_figure(draw(data), picture)
-    for file in written:
+    for file in (numbers, text, picture):
         print(f"written    {file}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from scripts.evaluation import files
+from scripts.evaluation.files import number
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.recall import averaged
 from scripts.evaluation.settings import DENSE
@@ -18,16 +19,16 @@ from scripts.run.describe import describe_settings
 METRICS = ("psnr", "ssim", "lpips")
 STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, without loading and saving
 COLUMNS = {
-    "psnr": ("PSNR, dB", "{:.2f}"),
-    "ssim": ("SSIM", "{:.4f}"),
-    "lpips": ("LPIPS", "{:.4f}"),
-    "recall": ("recall", "{:.4f}"),
-    "mse": ("output MSE", "{:.2e}"),
-    "density": ("density", "{:.3f}"),
-    "density_with_warmup": ("with warm-up", "{:.3f}"),
-    "attention_flops": ("attention, FLOP", "{:.4g}"),
-    "seconds_step": ("s a step", "{:.3f}"),
-    "seconds_video": ("s a video", "{:.2f}"),
+    "psnr": ("PSNR, dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "lpips": ("LPIPS", ".4f"),
+    "recall": ("recall", ".4f"),
+    "mse": ("output MSE", ".2e"),
+    "density": ("density", ".3f"),
+    "density_with_warmup": ("with warm-up", ".3f"),
+    "attention_flops": ("attention, FLOP", ".4g"),
+    "seconds_step": ("s a step", ".3f"),
+    "seconds_video": ("s a video", ".2f"),
 }
 COSTS = tuple(COLUMNS)[5:]
 
@@ -124,13 +125,10 @@ def table(data: dict[str, Any]) -> list[str]:
     columns = {key: value for key, value in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     titles = ["setting", *(title for title, _ in columns.values())]
     cells = (
-        [row["name"], *(_cell(row.get(key), form) for key, (_, form) in columns.items())] for row in rows
+        [row["name"], *(number(row.get(key), form) or "" for key, (_, form) in columns.items())]
+        for row in rows
     )
     return files.table("|".join(titles), cells)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
 
 
 def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
@@ -188,7 +186,7 @@ def scores(by_setting: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         return []
     kinds = {(judge, name) for judges in by_setting.values() for judge in judges for name in judges[judge]}
     rows = (
-        [f"{judge} {name}", *(_cell(x.get(judge, {}).get(name), "{:.4f}") for x in by_setting.values())]
+        [f"{judge} {name}", *(number(x.get(judge, {}).get(name), ".4f") or "" for x in by_setting.values())]
         for judge, name in sorted(kinds)
     )
     return files.table("|".join(["score", *by_setting]), rows)

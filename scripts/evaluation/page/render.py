@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from radial_attn import RadialConfig, TokenGrid
 from radial_attn.masks.draw import MOST_BLOCKS, draw_mask, save_figure
 from scripts.evaluation import ablation_report, attention_tables, cost_tables, tables
+from scripts.evaluation.files import number
 from scripts.evaluation.page.clips import Clip
 from scripts.evaluation.page.run_files import MADE_BY, Run
 from scripts.run.errors import UsageError, one_line
@@ -71,8 +72,7 @@ def all_videos(clips: list[Clip]) -> list[list[str]]:
             if values.get("psnr") is None and (values.get("ssim") or 0) >= EQUAL:
                 values["psnr"] = math.inf
             seed = "" if clip.seed is None else str(clip.seed)
-            shown = [(values.get(key), tables.COLUMNS[key][1]) for key in columns]
-            cells = ["" if value is None else form.format(value) for value, form in shown]
+            cells = [number(values.get(key), tables.COLUMNS[key][1]) or "" for key in columns]
             rows.append([clip.prompt, seed, video.name, video.options, *cells])
     return rows
 
