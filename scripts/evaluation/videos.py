@@ -104,12 +104,11 @@ def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
     """Returns setting and take of the videos to make, take by take, dense first."""
     missing = []
     for take in evaluation.takes:
-        others = [(name, take) for name in evaluation.plans if name != DENSE]
-        others = [(name, take) for name, take in others if not _is_done(evaluation, name, take)]
-        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not others
+        names = [x for x in evaluation.plans if x != DENSE and not _is_done(evaluation, x, take)]
+        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not names
         if not (_is_done(evaluation, DENSE, take) and frames and _is_read(evaluation, take)):
-            others.insert(0, (DENSE, take))
-        missing += others
+            names.insert(0, DENSE)
+        missing += [(name, take) for name in names]
     return missing
 
 
@@ -195,9 +194,5 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
 
     options = {"codec": "libx264rgb", "pixelformat": "rgb24", "macro_block_size": 1, "quality": None}
     quiet = {"output_params": ["-qp", "0"], "ffmpeg_log_level": "quiet"}
-    with (
-        replacing(path, path.suffix) as part,
-        imageio.get_writer(part, format="FFMPEG", fps=fps, **options, **quiet) as writer,
-    ):
-        for frame in frames:
-            writer.append_data(frame)
+    with replacing(path, path.suffix) as part:
+        imageio.mimwrite(part, frames, format="FFMPEG", fps=fps, **options, **quiet)
