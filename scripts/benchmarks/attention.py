@@ -209,8 +209,8 @@ def fresh(mask: BlockMask) -> BlockMask:
     return BlockMask(mask.grid, mask.block_size, mask.blocks.clone())  # lists and plans belong to the tensor
 
 
-def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str, float]:
-    """Returns milliseconds of each kernel of a call, the longest first; or one entry with the reason."""
+def kernel_times(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Returns milliseconds of the eight longest kernels of a call; or one entry with the reason."""
     from torch.profiler import ProfilerActivity, profile
 
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
@@ -223,7 +223,7 @@ def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str
         spent = {event.key[:80]: getattr(event, field) / 1e3 for event in profiler.key_averages()}
     except (RuntimeError, AttributeError) as error:
         return {f"no profile: {error}"[:80]: 0.0}
-    return dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
+    return dict(sorted(spent.items(), key=lambda item: -item[1])[:8])
 
 
 def _errors(
