@@ -5,8 +5,6 @@ from typing import Any
 
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES, SPECIALIZED, WIDTHS, Launch, padded
 
-QUANTIZING = ("quantize queries", "quantize keys", "quantize values")
-PLAIN = ("row products", *QUANTIZING)  # without products of matrices
 VARIANTS = {
     "whole tiles": {"SIZE": 128, "MIXED": False, "BLOCKS": False},
     "text": {"SIZE": 128, "MIXED": True, "BLOCKS": False},

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # Okabe and Ito
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito
 PAPERS = 0.985  # R^2 of the paper's fits
 DISTANCES = {"temporal": "frames", "spatial": "tokens in raster order", "planar": "tokens in the plane"}
 MEANING = """`temporal`: mean attention after the softmax on one key at the query's own position in another
