@@ -9,13 +9,10 @@ last call alone. Exit codes: 0 done; 2 with one line on stderr; 130 interrupted.
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-import torch
 
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.ablation import (
@@ -29,9 +26,9 @@ from scripts.evaluation.ablation import (
     read_table,
     runs_of,
 )
-from scripts.evaluation.ablation_report import COLUMNS, NAME, draw, lines
-from scripts.evaluation.files import head, publish
-from scripts.run.config import ROOT, read_config
+from scripts.evaluation.ablation_report import COLUMNS, draw, lines
+from scripts.evaluation.files import head, publish, results_file
+from scripts.run.config import read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import make_plan
 from scripts.run.schema import shown
@@ -109,12 +106,12 @@ def prepare(options: argparse.Namespace) -> Ablation:
     plan = make_plan(read_config(options.config, options.words))
     for (group, name), needed in NEEDED.items():
         if (got := getattr(getattr(plan.config, group), name)) != needed:
-            raise UsageError(f"{group}.{name}: got {got!r}, allowed here: {shown(needed)}")
+            raise UsageError(f"{group}.{name}: got {got!r}, must be {shown(needed)} here")
     return Ablation(plan, captions_of(options.captions), options.batch, options.rows, options.work)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line: the one word without `=` is the config."""
+    """Parses the command line: the one word without `=` is the configuration."""
     parser = OneLineParser(prog="scripts/ablate.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value")
     parser.add_argument(
@@ -129,10 +126,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.captions > len(all_attributes()):
         parser.error(f"--captions: got {options.captions}, must be 1 to {len(all_attributes())}")
     options.config, options.words = parser.divided(options.words, "configs/wan_tiny.yaml")
-    stem, kind = Path(options.config).stem, "gpu" if torch.cuda.is_available() else "cpu"
+    stem = Path(options.config).stem
     options.work = options.work or Path("outputs/ablation") / stem
-    name = f"ablation_{stem}_{kind}_{time.strftime('%Y-%m-%d')}.md"
-    options.out = options.out or ROOT / "results" / name
+    options.out = options.out or results_file("ablation", stem)
     return options
 
 
@@ -142,8 +138,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     tables = ablate(ablation, [name for name in TABLES if name in options.only])
     data = head("ablation", command, ablation.plan.device, ablation.plan.config) | {"tables": tables}
     data |= {"captions": options.captions, "rows": options.rows}
-    for file in publish(data, options.work / NAME, options.out, lines, draw):
-        print(f"written    {file}")
+    publish(data, options.work, options.out, lines, draw)
 
 
 def main(argv: list[str] | None = None) -> int:

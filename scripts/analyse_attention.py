@@ -13,14 +13,13 @@ import math
 import re
 import shlex
 import sys
-import time
 from pathlib import Path
 
-import torch
-
 from radial_attn.models.runtime.output_check import CheckError
-from scripts.evaluation.attention_report import Analysis, write
+from scripts.evaluation.attention_report import content
 from scripts.evaluation.attention_run import Looks, gather
+from scripts.evaluation.attention_tables import draw, fit_lines, lines
+from scripts.evaluation.files import publish, results_file
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import RunPlan, make_plan
@@ -43,19 +42,16 @@ def run(options: argparse.Namespace) -> None:
     with Sampler(plan).reporting_memory():
         profiles, tails = gather(plan, looks, options.work)
     command = shlex.join(["bash", "scripts/analyse_attention.sh", *options.given])
-    analysis = Analysis(command, plan, looks, profiles, tails)
-    for line in write(analysis, options.work, options.out):
-        print(line)
+    data = content(command, plan, looks, profiles, tails)
+    print("\n".join(fit_lines(data)))
+    publish(data, options.work, options.out, lines, draw)
 
 
 def planned(config: Config) -> RunPlan:
     """Plans the run; UsageError for what cannot be run or observed."""
     for name in ("compile", "cache"):
-        value = getattr(config.model, name)
-        if value != "none":
-            raise UsageError(
-                f"model.{name}: got {value!r}, which hides attention from the observer; allowed: none"
-            )
+        if (value := getattr(config.model, name)) != "none":
+            raise UsageError(f"model.{name}: got {value!r}, which hides attention; set model.{name}=none")
     return make_plan(config)
 
 
@@ -68,13 +64,8 @@ def looks_of(options: argparse.Namespace, config: Config, layers: int) -> Looks:
     chosen = tuple(sorted(set(options.layers)))
     if chosen and chosen[-1] >= layers:
         raise UsageError(f"--layers: got {chosen[-1]}, must be 0 to {layers - 1}, the layers of this model")
-    return Looks(
-        () if options.timestep is not None else steps,
-        options.timestep,
-        options.rows,
-        options.tail_rows,
-        chosen,
-    )
+    steps = () if options.timestep is not None else steps
+    return Looks(steps, options.timestep, options.rows, options.tail_rows, chosen)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,8 +91,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.config, options.overrides = parser.divided(options.words, TINY)
     kind = Path(options.config).stem
     options.work = options.work or ROOT / "outputs" / "analysis" / kind
-    device, day = "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")
-    options.out = options.out or ROOT / "results" / f"attention_decay_{kind}_{device}_{day}.md"
+    options.out = options.out or results_file("attention_decay", kind)
     return options
 
 

@@ -14,20 +14,19 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from radial_attn import radial_attention
 from radial_attn.dispatch import obstacle
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.draw import save_figure
+from scripts.benchmarks.attention import dense_attention
 from scripts.benchmarks.cpu_report import Case, Row
 from scripts.benchmarks.timing import median_seconds
 from scripts.evaluation.files import write_text
@@ -35,7 +34,8 @@ from scripts.run.errors import OneLineParser, exit_code
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
-FLEX_SECONDS = 60  # flex is left out where the shape before says that it would take longer
+FLEX_SECONDS = 60  # flex is left out if the shape before says that it would take longer
+DTYPES = ("float32", "bfloat16")
 BACKENDS = ("dense", "cpp", "blocks", "flex")
 TRAINABLE = ("dense", "cpp", "blocks")  # everywhere
 OTHERS = {  # modules of scripts/benchmarks
@@ -45,44 +45,44 @@ OTHERS = {  # modules of scripts/benchmarks
 }
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Dense attention in the layout of the op, `[B, S, H, D]`."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
-
-
 def call(backend: str, case: Case) -> Callable[[], object]:
-    """The call to time, forward or forward and backward."""
+    """Returns the call to time, forward or forward and backward."""
     inputs, mask = case.inputs(), case.mask
-    attend = sdpa if backend == "dense" else partial(radial_attention, mask=mask, backend=backend)
+    radial = partial(radial_attention, mask=mask, backend=backend)
+    attend = dense_attention("sdpa") if backend == "dense" else radial
     if not case.backward:
         return partial(attend, *inputs)
     grad = torch.ones_like(inputs[0])
     return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
 
 
+def show(case: Case, text: str) -> None:
+    print(f"{case.grid.tokens:6d} tokens {case.dtype:9} {text}", flush=True)
+
+
 def measure(backend: str, case: Case) -> Row:
     seconds = median_seconds(call(backend, case), REPEATS, case.device, CALL_SECONDS)
-    row = Row(backend, case, 1.0 if backend == "dense" else case.mask.density, seconds)
     kind = "forward+backward" if case.backward else "forward"
-    print(
-        f"{case.grid.tokens:6d} tokens {case.dtype:9} {kind:16} {backend:7} {seconds * 1e3:9.1f} ms",
-        flush=True,
-    )
-    return row
+    show(case, f"{kind:16} {backend:7} {seconds * 1e3:9.1f} ms")
+    return Row(backend, case, 1.0 if backend == "dense" else case.mask.density, seconds)
+
+
+def measured_rows(cases: Iterable[Case]) -> list[Row]:
+    """Measures all cases with the backends that train."""
+    return [measure(backend, case) for case in cases for backend in serving(TRAINABLE, case)]
 
 
 def serving(names: tuple[str, ...], case: Case) -> list[str]:
-    """Those of the backends that serve a case."""
+    """Returns which of the backends serve a case."""
     asked = Call(torch.device(case.device), getattr(torch, case.dtype), case.head_width, case.backward)
     return [name for name in names if name == "dense" or obstacle(name, asked) is None]
 
 
 def growing(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
-    """Forward times of all backends over video length."""
-    for dtype in ("float32", "bfloat16"):
+    """Measures forward times of all backends over video length."""
+    for dtype in DTYPES:
         flex_seconds = 0.0
-        for frames in frame_counts:
-            case = Case(frames, dtype, device=device)
+        for case in (Case(frames, dtype, device=device) for frames in frame_counts):
             for backend in serving(BACKENDS, case):
                 if backend != "flex" or 4 * flex_seconds < FLEX_SECONDS:
                     row = measure(backend, case)
@@ -92,50 +92,41 @@ def growing(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
                 flex_seconds = row.seconds if backend == "flex" and row.seconds else flex_seconds
 
 
-def training(device: str, frame_counts: tuple[int, ...]) -> Iterator[Row]:
-    """Forward and backward of the backends that have one everywhere."""
-    for dtype in ("float32", "bfloat16"):
-        for frames in frame_counts:
-            case = Case(frames, dtype, device=device, backward=True)
-            for backend in serving(TRAINABLE, case):
-                yield measure(backend, case)
+def training(device: str, frame_counts: tuple[int, ...]) -> list[Row]:
+    """Measures forward and backward of the backends that have one everywhere."""
+    options = {"device": device, "backward": True}
+    return measured_rows(Case(frames, dtype, **options) for dtype in DTYPES for frames in frame_counts)
 
 
-def small(device: str) -> Iterator[Row]:
-    """The bundled model's shapes: blocks of 16, 4 heads of 48, batch 2, at 33 and 129 video frames."""
-    for frames in (9, 33):
-        for dtype in ("float32", "bfloat16"):
-            case = Case(frames, dtype, 8, 8, block_size=16, batch=2, heads=4, head_width=48, device=device)
-            for backend in serving(TRAINABLE, case):
-                yield measure(backend, case)
+def small(device: str) -> list[Row]:
+    """Measures the bundled model's shapes: blocks of 16, 4 heads of 48, 33 and 129 video frames, batch 2."""
+    shape = {"block_size": 16, "batch": 2, "heads": 4, "head_width": 48, "device": device}
+    return measured_rows(Case(frames, dtype, 8, 8, **shape) for frames in (9, 33) for dtype in DTYPES)
 
 
 def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
-    """Peak MiB of one call, inputs included, for each data type and backend, each in a process of its own."""
+    """Measures peak MiB of a call with its inputs by data type and backend, each in a process of its own."""
     peaks: dict[str, dict[str, float]] = {}
-    for dtype in ("float32", "bfloat16"):
-        case = Case(frames, dtype, device=device)
+    for case in (Case(frames, dtype, device=device) for dtype in DTYPES):
         for backend in serving(TRAINABLE, case):
             words = ["--memory-of", backend, json.dumps(asdict(case))]
             command = [sys.executable, "-m", "scripts.benchmark", *words]
-            peaks.setdefault(dtype, {})[backend] = float(subprocess.check_output(command, text=True))
-            print(
-                f"{frames * 1024:6d} tokens {dtype:9} memory {backend:7} {peaks[dtype][backend]:7.1f} MiB",
-                flush=True,
-            )
+            mib = float(subprocess.check_output(command, text=True))
+            peaks.setdefault(case.dtype, {})[backend] = mib
+            show(case, f"memory {backend:7} {mib:7.1f} MiB")
     return peaks
 
 
 def memory_of(backend: str, case: Case) -> float:
-    """MiB that inputs and one call add at their peak to a process that has made a small call before."""
+    """Returns the MiB that inputs and a call add to the peak of a process that has made a small call."""
     with torch.no_grad():
         call(backend, replace(case, frames=4))()
         if case.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             call(backend, case)()
             return torch.cuda.max_memory_allocated() / 2**20
-        case.mask.is_dense  # noqa: B018 (the mask is made once, before what is measured)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+        case.mask.is_dense  # noqa: B018 (the mask is made before anything is measured)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from what is resident now
         before = _status_mib("VmRSS")
         call(backend, case)()
         return _status_mib("VmHWM") - before
@@ -147,7 +138,7 @@ def _status_mib(field: str) -> float:
 
 
 def cpu_of_others() -> float:
-    """Processor seconds since boot that neither this program and its children took nor were idle."""
+    """Returns the processor seconds since boot that other programs took."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0
@@ -205,8 +196,8 @@ def attention_table(options: argparse.Namespace, argv: list[str]) -> None:
     start, device, others = time.perf_counter(), options.device, cpu_of_others()
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
     with torch.no_grad():
-        parts = {"growing": list(growing(device, frames)), "small": list(small(device))}
-    parts["training"] = list(training(device, frames[1:3] if options.quick else (4, 8, 16)))
+        parts = {"growing": list(growing(device, frames)), "small": small(device)}
+    parts["training"] = training(device, frames[1:3] if options.quick else (4, 8, 16))
     most = frames[-1] if options.quick else 16
     peaks = memory(device, most)
     busy = (cpu_of_others() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)

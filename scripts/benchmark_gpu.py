@@ -1,11 +1,12 @@
-"""Benchmark of attention and of whole denoising steps on one GPU, correctness first, within a few minutes.
+"""Benchmarks attention and whole denoising steps on one GPU, correctness first, within a few minutes.
 
     python -m scripts.benchmark_gpu [--minutes 8] [--out results] [--only wan-69 ...] [--backends triton ...]
     python -m scripts.benchmark_gpu --device cpu --tiny       rehearses the same path on tiny shapes
 
-Writes gpu_<name>_<date>.md, .json and .png, anew after every measurement. They are made in a child process:
-what crashes, hangs or runs out of memory becomes a line of the table. What does not fit into the time, and
-libraries that are missing, are listed; the exit code is 0 all the same.
+Writes gpu_<name>_<date>.md, .json and .png after every measurement. A child process measures: what crashes,
+hangs or runs out of memory becomes a line of the table. Missing libraries, and what does not fit into the
+time, are listed; the exit code is 0 all the same. Needs torch and numpy; steps need diffusers, the plot
+matplotlib.
 """
 
 import argparse
@@ -33,11 +34,11 @@ MOST_LOST = 12  # children that may be lost before the run ends
 
 
 class NoDeviceError(RuntimeError):
-    """There is no GPU, or its process does not start; one line."""
+    """Reports in one line that there is no GPU, or that its process does not start."""
 
 
 class Run:
-    """One benchmark: what was found so far, what time is left, where it goes."""
+    """Holds one benchmark: its results so far, the time left, and where they are saved."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self._start = options, time.monotonic()
@@ -68,11 +69,7 @@ class Run:
         return self.options.out / f"{start}_{name}_{self.data['date']}.md"
 
     def go(self) -> None:
-        """Everything in order.
-
-        Raises:
-            NoDeviceError: nothing can be measured here; OSError: the results cannot be written.
-        """
+        """Measures all in order; NoDeviceError without a device, OSError if results cannot be saved."""
         try:
             answer = self._worker.ask(Task("machine"), START_SECONDS)
             if answer.result is None:
@@ -94,7 +91,7 @@ class Run:
                 self.save(picture=True)
 
     def save(self, picture: bool = False) -> None:
-        """Writes what there is so far."""
+        """Writes the results so far."""
         self.data["minutes"] = (time.monotonic() - self._start) / 60
         write(self.path, self.data, picture=picture)
 
@@ -114,7 +111,7 @@ class Run:
                 self._attention(task)
 
     def _ask(self, task: Task, limit: float) -> Answer | None:
-        """The answer, None where too little time is left to begin."""
+        """Returns the answer; None if too little time is left to begin."""
         if self._left() < task.least:
             self._leave_out(task, f"the {self.options.minutes:g} minutes were over")
             return None
@@ -124,19 +121,17 @@ class Run:
 
     def _check(self, task: Task) -> None:
         obstacle = flashinfer_obstacle() if task.variant == "flashinfer" else None
-        if obstacle and not (self.options.build_flashinfer and "not built" in obstacle):
-            self._note_check(task, {"failure": obstacle})
-            return
-        begin = time.monotonic()
-        if obstacle:  # building its kernels is no part of the time that was asked for
-            self._deadline += BUILD_SECONDS
-        answer = self._ask(task, BUILD_SECONDS if obstacle else task.limit)
-        if obstacle:
-            self._deadline += time.monotonic() - begin - BUILD_SECONDS
-        if answer is not None:
-            self._note_check(task, answer.result or {"failure": answer.failure})
-
-    def _note_check(self, task: Task, result: dict[str, Any]) -> None:
+        result: dict[str, Any] = {"failure": obstacle}
+        if not obstacle or (self.options.build_flashinfer and "not built" in obstacle):
+            begin = time.monotonic()
+            if obstacle:  # building its kernels is no part of the time that was asked for
+                self._deadline += BUILD_SECONDS
+            answer = self._ask(task, BUILD_SECONDS if obstacle else task.limit)
+            if obstacle:
+                self._deadline += time.monotonic() - begin - BUILD_SECONDS
+            if answer is None:
+                return
+            result = answer.outcome
         self.data["checks"][task.variant] = result
         print(f"check {task.variant}: {result}", flush=True)
         self.save()
@@ -147,7 +142,7 @@ class Run:
             answer = self._ask(task, task.limit)
             if answer is None:
                 return
-            result = answer.result or {"failure": answer.failure}
+            result = answer.outcome
         elif task.is_dense:
             return  # its first case has the reason, or the time
         else:
@@ -157,12 +152,12 @@ class Run:
             result["tflops"] = flops / result["ms"] / 1e9
         row = {"stage": task.kind, "case": task.case.name, "variant": task.variant, **result}
         self.data["rows"].append(row)
-        told = f"{result['ms']:.2f} ms" if "ms" in result else result.get("failure", "wrong output")
-        print(f"{task.title}: {told}", flush=True)
+        outcome = f"{result['ms']:.2f} ms" if "ms" in result else result.get("failure", "wrong output")
+        print(f"{task.title}: {outcome}", flush=True)
         self.save()
 
     def _obstacle(self, task: Task) -> str | None:
-        """Why a variant is not timed: it failed its check, or as dense kernel an earlier case."""
+        """Returns why a variant is not timed: it failed its check, or as a dense kernel an earlier case."""
         if not task.is_dense:
             check = self.data["checks"].get(task.variant)
             if check is None:
@@ -182,33 +177,31 @@ class Run:
 
     def _step(self, task: Task) -> None:
         task = self._equip(task)
-        if not task.using and task.variant != "dense":
-            self._note_step(task, {"failure": "no variant that is right and fast enough"})
-            return
-        answer = self._ask(task, task.limit)
-        if answer is not None and answer.failure == "out of memory" and not task.reduced:
-            answer = self._ask(replace(task, reduced=True), task.limit)
-        if answer is not None:
-            self._note_step(task, answer.result or {"failure": answer.failure})
-
-    def _note_step(self, task: Task, result: dict[str, Any]) -> None:
+        result = {"failure": "no variant that is right and fast enough"}
+        if task.using or task.variant == "dense":
+            answer = self._ask(task, task.limit)
+            if answer is not None and answer.failure == "out of memory" and not task.reduced:
+                answer = self._ask(replace(task, reduced=True), task.limit)
+            if answer is None:
+                return
+            result = answer.outcome
         self.data["steps"].append({"case": task.case.name, "variant": task.variant, **result})
-        told = f"{result['ms']:.1f} ms" if "ms" in result else result["failure"]
-        print(f"{task.title}: {told}", flush=True)
+        outcome = f"{result['ms']:.1f} ms" if "ms" in result else result["failure"]
+        print(f"{task.title}: {outcome}", flush=True)
         self.save()
 
     def _equip(self, task: Task) -> Task:
-        """The task with its kernels, and with fewer blocks where the whole model would take too long."""
-        found, case = Findings(self.data), task.case.name
-        dense = found.best_dense("forward", case) or ("sdpa", 0.0)
+        """Adds the kernels to a task, and reduces the model if the whole one would take too long."""
+        findings, case = Findings(self.data), task.case.name
+        dense = findings.best_dense("forward", case) or ("sdpa", 0.0)
         kinds = {"radial": ("triton", "flex", "blocks"), "radial 8 bit": ("triton-int8", "triton-fp8")}
-        times = {name: found.ms("forward", case, name) for name in kinds.get(task.variant, ())}
+        times = {name: findings.ms("forward", case, name) for name in kinds.get(task.variant, ())}
         timed = [name for name, ms in times.items() if ms]
         using = min(timed, key=times.get, default="")
         if task.variant == "radial" and "triton" in timed:
             using = "triton"
         seconds = STEPS[case].depth * 3 * dense[1] / 1e3 + 15  # dense, radial and what is no attention
-        earlier = found.step(case, "dense")
+        earlier = findings.step(case, "dense")
         reduced = seconds > self._left() if earlier is None else earlier["reduced"]
         return replace(task, using=using, dense=dense[0], reduced=reduced)
 
@@ -217,7 +210,7 @@ class Run:
 
 
 def _about(case: Case) -> dict[str, Any]:
-    """What the report says of a case; the mask is built anew and timed."""
+    """Describes a case for the report; the mask is built once more and timed."""
     from radial_attn import radial_mask
 
     radial_mask.cache_clear()
@@ -225,13 +218,10 @@ def _about(case: Case) -> dict[str, Any]:
     mask = case.mask
     built = time.perf_counter()
     again = case.mask is mask and time.perf_counter() - built
-    config = case.config
-    return {
-        "title": case.title,
-        "heads": case.heads,
-        "width": case.width,
-        "tokens": case.grid.tokens,
-        "grid": [case.grid.frames, case.grid.height, case.grid.width, case.grid.text],
+    config, grid = case.config, case.grid
+    return {name: getattr(case, name) for name in ("title", "heads", "width")} | {
+        "tokens": grid.tokens,
+        "grid": [grid.frames, grid.height, grid.width, grid.text],
         "mask": f"decay {config.decay_factor:g}, neighbour {config.neighbour}, sink {config.sink}",
         "density": mask.density,
         "paper_sparsity": case.sparsity,
@@ -272,16 +262,17 @@ def _cut_off(number: int, _: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 whatever could be measured; 2 for a wrong option, no device or nowhere to write."""
+    """Runs the command; returns 0, or 2 for a wrong option, no device or nowhere to write."""
     options = parse(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _cut_off)
     run = Run(options)
     try:
         run.go()
     except (NoDeviceError, OSError) as error:
-        missing = isinstance(error, NoDeviceError)
-        why = f"{error}; --device cpu --tiny rehearses without a GPU" if missing else one_line(error)
-        print(f"error: {why}" if missing else f"error: --out {options.out}: {why}", file=sys.stderr)
+        line = f"{error}; --device cpu --tiny rehearses without a GPU"
+        if not isinstance(error, NoDeviceError):
+            line = f"--out {options.out}: {one_line(error)}"
+        print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cut off", file=sys.stderr)

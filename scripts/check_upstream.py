@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from scripts.evaluation.files import table, write_text
 from scripts.run.errors import OneLineParser
-from scripts.run.system import installed
+from scripts.run.system import installed, pairs
 
 ROOT = Path(__file__).parent.parent
 TESTS = "tests/models/transformers/test_models_transformer_{}.py"
@@ -36,9 +38,9 @@ DENSITY_ONE = {"decay_factor": 1e6, "block_size": 16, "decimation_width": 1}
 
 
 class Family(NamedTuple):
-    """Tests of diffusers, `TESTS` of `tests`, and the class whose models get the fork.
+    """Holds tests of diffusers, `TESTS` of `tests`, and the class whose models get the fork.
 
-    `forked`: the models under test are of that class; else the tests must not notice its fork.
+    `forked`: the models under test are of that class; if they are not, the fork must change no test.
     """
 
     title: str
@@ -65,11 +67,13 @@ FAMILIES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs both, prints and writes the table, returns the exit code."""
+    """Runs both, prints and writes the table, and returns the exit code."""
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_tests(options.source, folder)
+        # the tests alone: next to them, their conftest would put the tree's own package first
+        shutil.copytree(options.source / "tests", folder / "tests")
+        (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         package = options.source.resolve() / "src" if options.own_package else None
         family, counts = FAMILIES[options.family], folder / "counts.json"
         fork_options = [*FORK, f"--fork-class={family.model}", f"--fork-counts={counts}"]
@@ -78,14 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
         forked = json.loads(counts.read_text(encoding="utf-8"))
     differing = sorted(test for test in plain.keys() | fork.keys() if plain.get(test) != fork.get(test))
     text = report(options, plain, fork, forked, differing)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
-    print(text, f"written to {options.out}", sep="\n")
+    print(text, f"written to {write_text(options.out, text)}", sep="\n")
     return 1 if differing or not plain or bool(forked["calls"]) != family.forked else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with code 2 where the source tree has no such tests."""
+    """Parses the command line; exits with code 2 if the source tree has no such tests."""
     parser = OneLineParser(prog="check_upstream", description=__doc__.split("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="source tree of diffusers")
     parser.add_argument("--family", choices=FAMILIES, default="wan", help="whose tests")
@@ -98,47 +100,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tests = FAMILIES[options.family].file
     if not (options.source / tests).is_file():
         parser.error(f"--source must be a source tree of diffusers with {tests}, got {options.source}")
-    options.out = options.out or default_out(options.family)
-    return options
-
-
-def default_out(family: str) -> Path:
-    """results/upstream_<family>_<hardware>_<date>.md"""
     import torch
 
     hardware = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
-    return ROOT / "results" / f"upstream_{family}_{hardware}_{datetime.date.today().isoformat()}.md"
-
-
-def copy_tests(source: Path, folder: Path) -> None:
-    """Copies the tests alone: beside them, their conftest would put the tree's own package first."""
-    shutil.copytree(source / "tests", folder / "tests")
-    (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    name = f"upstream_{options.family}_{hardware}_{datetime.date.today().isoformat()}.md"
+    options.out = options.out or ROOT / "results" / name
+    return options
 
 
 def run_tests(folder: Path, name: str, package: Path | None, options: list[str]) -> dict[str, str]:
-    """Outcome of each test of one run: passed, failed, error or skipped."""
+    """Runs the tests once; returns the outcome of each: passed, failed, error or skipped."""
     results = folder / f"{name}.xml"
     path = os.pathsep.join(str(entry) for entry in (package, ROOT) if entry)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={results}",
-        *options,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
     print(f"{name}: pytest {' '.join(options)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=folder, env=environment, check=False)
-    return outcomes(results)
-
-
-def outcomes(file: Path) -> dict[str, str]:
-    """Reads a JUnit file."""
-    cases = ElementTree.parse(file).iter("testcase")
+    subprocess.run([*command, *options], cwd=folder, env=environment, check=False)
+    cases = ElementTree.parse(results).iter("testcase")
     return {f"{case.get('classname')}::{case.get('name')}": outcome(case) for case in cases}
 
 
@@ -154,42 +132,31 @@ def report(
     forked: dict,
     differing: list[str],
 ) -> str:
-    """The results page: command, versions, counts, differing tests."""
+    """Returns the results page: command, versions, counts, differing tests."""
     kinds, family = ("passed", "failed", "error", "skipped"), FAMILIES[options.family]
-    how = "through the fork at density 1.0" if family.forked else "beside the fork of HunyuanVideo"
+    how = "through the fork at density 1.0" if family.forked else "next to the fork of HunyuanVideo"
     second = "fork at density 1.0" if family.forked else "fork of HunyuanVideo at hand"
     counts = {name: Counter(run.values()) for name, run in (("upstream", plain), (second, fork))}
-    rows = [
-        f"| {name} | {' | '.join(str(count[kind]) for kind in kinds)} |" for name, count in counts.items()
-    ]
+    rows = ([name, *(count[kind] for kind in kinds)] for name, count in counts.items())
     calls = ", ".join(f"{count} {backend}" for backend, count in sorted(forked["calls"].items()))
-    versions = ", ".join(f"{name} {found}" for name, found in installed(PACKAGES).items())
-    own = " --own-package" if options.own_package else ""
-    return "\n".join(
-        [
-            f"# diffusers' model tests for {family.title}, {how}",
-            "",
-            f"`bash scripts/check_upstream.sh --source DIR --family {options.family}{own}`; tests of "
-            f"{source_version(options.source)}, file `{family.file}`.",
-            f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}.",
-            "",
-            f"| run | {' | '.join(kinds)} |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            f"The fork was installed in {forked['models']} models; attention calls: {calls or 'none'}.",
-            f"Tests that end otherwise with the fork: {', '.join(differing) or 'none'}.",
-            "Skipped tests want an accelerator, the network or a quantisation package.",
-            "",
-        ]
-    )
-
-
-def source_version(source: Path) -> str:
-    """What the tree says of itself."""
-    file = source / "src" / "diffusers" / "__init__.py"
-    first = file.read_text(encoding="utf-8").split("\n")[0] if file.is_file() else ""
-    return f"diffusers {first.split(chr(34))[1]}" if first.startswith("__version__") else "an unknown version"
+    file = options.source / "src" / "diffusers" / "__init__.py"
+    version = re.match(r'__version__ = "(.*?)"', file.read_text(encoding="utf-8") if file.is_file() else "")
+    tested = f"diffusers {version[1]}" if version else "an unknown version"
+    package = " --own-package" if options.own_package else ""
+    lines = [
+        f"# diffusers' model tests for {family.title}, {how}",
+        "",
+        f"`bash scripts/check_upstream.sh --source DIR --family {options.family}{package}`; tests of "
+        f"{tested}, file `{family.file}`.",
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+        f"{pairs(installed(PACKAGES))}.",
+        *table(" | ".join(["run", *kinds]), rows),
+        "",
+        f"The fork was installed in {forked['models']} models; attention calls: {calls or 'none'}.",
+        f"Tests that end otherwise with the fork: {', '.join(differing) or 'none'}.",
+        "Skipped tests want an accelerator, the network or a quantisation package.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 class Fork:
@@ -226,9 +193,7 @@ class Fork:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --fork-class and --fork-counts."""
     parser.addoption("--fork-class", required=True, help="transformer class of diffusers")
-    parser.addoption(
-        "--fork-counts", type=Path, required=True, help="file for the attention calls by backend"
-    )
+    parser.addoption("--fork-counts", type=Path, required=True, help="file of attention calls by backend")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,6 @@ import argparse
 import math
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +19,9 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from scripts.benchmarks.timing import medians_in_turn
-from scripts.evaluation.cost_tables import NAME, draw, lines
-from scripts.evaluation.files import head, publish
-from scripts.run.config import ROOT, VideoSize, read_config
+from scripts.evaluation.cost_tables import draw, lines
+from scripts.evaluation.files import head, publish, results_file
+from scripts.run.config import VideoSize, read_config
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.run.option_checks import check_size
 from scripts.run.plan import RunPlan, make_plan, radial_config, solve_mask
@@ -82,11 +81,10 @@ class Case(NamedTuple):
         mask = radial_mask.__wrapped__(grid, solve_mask(self.plan.config.attention, grid))  # not cached
         dense = 4.0 * grid.tokens**2 * model.width * model.attention_layers()
         radial = dense * mask.density
+        bound = 4.0 * grid.tokens_per_frame**2 * grid.frames * math.log2(grid.frames)  # the paper's, of pairs
         return {
             "model": self.name,
-            "frames": video.frames,
-            "height": video.height,
-            "width": video.width,
+            **video._asdict(),
             "tokens": grid.tokens,
             "density": mask.density,
             "dense_flops": dense,
@@ -95,13 +93,8 @@ class Case(NamedTuple):
             "n_log_n": None,
             "seconds_dense": self.rates and dense / self.rates.dense,
             "seconds_radial": self.rates and radial / self.rates.radial,
-            "of_bound": mask.kept_pairs / bound(grid) if grid.frames > 1 else None,
+            "of_bound": mask.kept_pairs / bound if bound else None,
         }
-
-
-def bound(grid: TokenGrid) -> float:
-    """Returns the paper's bound on kept pairs, 4 s^2 f log2 f."""
-    return 4.0 * grid.tokens_per_frame**2 * grid.frames * math.log2(grid.frames)
 
 
 def n_log_n(tokens: float) -> float:
@@ -119,9 +112,7 @@ def fit(rows: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Fits `p` of `y ~ x^p` by least squares of the logarithms; None if x does not vary."""
-    across, up = np.log(np.array(x, dtype=float)), np.log(np.array(y, dtype=float))
-    across -= across.mean()
-    return float(across @ up / (across @ across)) if len(set(x)) > 1 else None
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(set(x)) > 1 else None
 
 
 def curves(
@@ -134,13 +125,12 @@ def curves(
     at the preset's.
     """
     usual, model = case.plan.size, case.plan.model
-    step = model.vae_frames
-    chunks = (usual.frames - 1) // step
-    lengths = sorted(set(frames)) or sorted({round(chunks * part) * step + 1 for part in LENGTHS})
-    factors = list(zip(usual[1:], [model.size_factor(axis) for axis in (1, 2)], strict=True))
+    step, chunks = model.vae_frames, (usual.frames - 1) // model.vae_frames
+    lengths = sorted(set(frames or (round(chunks * part) * step + 1 for part in LENGTHS)))
+    factors = [(side, model.size_factor(axis)) for axis, side in enumerate(usual[1:], 1)]
     scaled = [tuple(max(1, round(side * part / by)) * by for side, by in factors) for part in SIDES]
     sides = list(dict.fromkeys(sizes or scaled))
-    middle, size = [*frames, usual.frames][0], [*sizes, (usual.height, usual.width)][0]
+    middle, size = [*frames, usual.frames][0], [*sizes, usual[1:]][0]
     along = [case.row(length, size) for length in lengths]
     across = [case.row(middle, side) for side in sides]
     factor, r2 = fit(along)
@@ -159,11 +149,11 @@ def sparsities() -> list[dict[str, Any]]:
     """Returns the paper's sparsities and ours, percent of the pairs of video tokens; `preset`: unchanged."""
     rows = []
     for name, preset, percent, words in PAPER:
-        plan, usual = (make_plan(read_config(preset, more), dry_run=True) for more in (list(words), []))
+        plan, usual = read(preset, words).plan, read(preset, ()).plan
         video = radial_mask(replace(plan.grid, text=0), radial_config(plan.config.attention))
         ours, unchanged = (100 * (1 - mask.density) for mask in (video, usual.block_mask))
-        numbers = {"paper": percent, "ours": ours, "preset": unchanged}
-        rows.append({"model": name, "frames": plan.size.frames, **numbers})
+        start = {"model": name, "frames": plan.size.frames}
+        rows.append(start | {"paper": percent, "ours": ours, "preset": unchanged})
     return rows
 
 
@@ -192,8 +182,7 @@ def rates_of(options: argparse.Namespace, device: str) -> Rates | None:
         return None
     if not options.rate:
         return measured_rates(device)
-    dense, radial = 1e12 * options.rate[0], 1e12 * options.rate[-1]
-    return Rates(dense, radial, "given by --rate")
+    return Rates(1e12 * options.rate[0], 1e12 * options.rate[-1], "given by --rate")
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -207,8 +196,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     data = head("cost", command, device) | {"rows": rows, "paper": sparsities(), "fits": fits}
     data["rates"] = rates and rates._asdict()
     data["masks"] = {case.name: asdict(radial_config(case.plan.config.attention)) for case in cases}
-    for file in publish(data, options.work / NAME, options.out, lines, draw):
-        print(f"written    {file}")
+    publish(data, options.work, options.out, lines, draw)
 
 
 def read(name: str, words: Sequence[str]) -> Case:
@@ -245,8 +233,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     chosen = [] if options.models == list(PRESETS) else [Path(name).stem for name in options.models]
     options.work = options.work or Path("outputs/cost", "_".join(chosen))
-    words = ["cost", *chosen, "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")]
-    options.out = options.out or ROOT / "results" / f"{'_'.join(words)}.md"
+    options.out = options.out or results_file("cost", *chosen)
     if len(options.rate) > 2:
         parser.error(f"--rate: got {len(options.rate)} numbers, must be 1 or 2 (dense, radial)")
     unknown = [name for name in options.models if name not in PRESETS and not name.endswith(".yaml")]

@@ -9,14 +9,11 @@ command resumes. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scripts.evaluation import folders
-from scripts.evaluation.files import head, write_json, write_text
+from scripts.evaluation.files import head, results_file, write_json, write_text
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.settings import (
     DENSE,
@@ -31,14 +28,13 @@ from scripts.evaluation.settings import (
 from scripts.evaluation.tables import content, markdown, planned, table
 from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_name
 from scripts.evaluation.videos import Evaluation, Take, make_missing
-from scripts.run.config import ROOT, Config
+from scripts.run.config import Config
 from scripts.run.errors import OneLineParser, UsageError, exit_code
 from scripts.run.inputs import read_prompts
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
 
 PRESET = "configs/wan_tiny.yaml"
-FILE = "evaluation.json"
 SCORE_WORD = f"{SCORES}="
 
 
@@ -50,7 +46,8 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     evaluation = examined(config, {name: setting for name, (_, setting) in settings.items()}, options.work)
     scores = read_all(config.evaluate.scores, list(settings))
     if options.dry_run:
-        print("\n".join(table({"settings": [planned(evaluation, name) for name in settings], "means": {}})))
+        rows = [planned(evaluation, name) for name in settings]
+        print(*table({"settings": rows, "means": {}})[1:], sep="\n")
         return
     if no_lpips():
         print(f"note: {no_lpips()}", flush=True)
@@ -74,7 +71,12 @@ def score_folders(options: argparse.Namespace, command: str) -> None:
 
 def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) -> Evaluation:
     """Plans the evaluation; UsageError for all that can be refused without weights."""
-    plans = {name: planned_setting(name, setting) for name, setting in settings.items()}
+    plans: dict[str, RunPlan] = {}
+    for name, setting in settings.items():
+        try:
+            plans[name] = make_plan(setting)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
     steps = observed_steps(config)
     masks = {name: plan.mask for name, plan in plans.items() if name != DENSE}
     if config.evaluate.rows and config.model.compile != "none":
@@ -85,14 +87,6 @@ def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) 
     return Evaluation(work, plans, takes_of(config), masks, config.evaluate.rows, steps)
 
 
-def planned_setting(name: str, config: Config) -> RunPlan:
-    """Plans the run of a setting; UsageError names the setting if it cannot run here."""
-    try:
-        return make_plan(config)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from error
-
-
 def takes_of(config: EvaluationConfig) -> list[Take]:
     """Lists every prompt with every seed; UsageError for prompts that cannot be read or named."""
     wanted = config.evaluate
@@ -101,11 +95,8 @@ def takes_of(config: EvaluationConfig) -> list[Take]:
     else:
         prompts = dict(enumerate(listed_prompts(wanted.prompts, wanted.dimensions), 1))
     seeds = wanted.seeds or [config.generation.seed]
-    takes = [
-        Take(text, seed, number, index)
-        for number, text in prompts.items()
-        for index, seed in enumerate(seeds)
-    ]
+    numbered = list(enumerate(seeds))
+    takes = [Take(text, seed, number, i) for number, text in prompts.items() for i, seed in numbered]
     if wanted.vbench != "off":
         for take in takes:
             video_name(take.prompt, take.index)
@@ -139,8 +130,8 @@ def name_for_vbench(evaluation: Evaluation) -> None:
 
 def publish(data: dict[str, Any], options: argparse.Namespace, text: str) -> None:
     """Writes the JSON and the table, and prints the table."""
-    print("\n".join(table(data)))
-    print(f"written    {write_json(options.work / FILE, data)}")
+    print(*table(data)[1:], sep="\n")
+    print(f"written    {write_json(options.work / 'evaluation.json', data)}")
     print(f"written    {write_text(options.out, text)}")
 
 
@@ -169,8 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.words = [word for word in words if word.startswith(SCORE_WORD)]
     kind = "folders" if options.folders else Path(options.config).stem
     options.work = options.work or Path("outputs") / "evaluation" / kind
-    device, day = "gpu" if torch.cuda.is_available() else "cpu", time.strftime("%Y-%m-%d")
-    options.out = options.out or ROOT / "results" / f"evaluation_{kind}_{device}_{day}.md"
+    options.out = options.out or results_file("evaluation", kind)
     if options.out.is_dir():
         parser.error(f"--out: got {str(options.out)!r}, which is a folder; name a file")
     if options.work.is_file():

@@ -2,8 +2,8 @@
 
     python -m scripts.kernel_report [--out results/kernels_compiled.md] [--arch sm90 ...]
 
-Exit code 1 where a kernel spills registers, needs more shared memory than the architecture has, or does
-without the tensor cores.
+Exit code 1 if a kernel spills registers, needs more shared memory than the architecture has, or does not use
+the tensor cores.
 """
 
 import re
@@ -16,6 +16,7 @@ from tempfile import NamedTemporaryFile
 
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
 from scripts.benchmarks.kernel_sources import Variant, source, variants
+from scripts.evaluation.files import table, write_text
 from scripts.run.errors import OneLineParser
 
 SHARED_BYTES = {  # the most that one program may have
@@ -32,7 +33,7 @@ TENSOR_CORES = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as the compiler left it."""
+    """Holds what the compiler made of one kernel."""
 
     arch: str
     variant: Variant
@@ -44,19 +45,19 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with it."""
-        found = [f"{self.spilled} B spilled"] if self.spilled else []
+        """Lists what is wrong with it."""
+        faults = [f"{self.spilled} B spilled"] if self.spilled else []
         if self.moved_twice:
-            found.append("the compiler moves the rows of the second group of warps twice")
+            faults.append("the compiler moves the rows of the second group of warps twice")
         if self.shared > SHARED_BYTES[self.arch]:
-            found.append(f"shared memory over {SHARED_BYTES[self.arch]} B")
+            faults.append(f"shared memory over {SHARED_BYTES[self.arch]} B")
         if self.variant.kind in KINDS and not self.instructions:
-            found.append(f"no {tensor_cores(self.arch)}")
-        return found
+            faults.append(f"no {tensor_cores(self.arch)}")
+        return faults
 
 
 def tensor_cores(arch: str) -> str:
-    """The matrix instruction that a kernel of this architecture has to use."""
+    """Returns the matrix instruction that a kernel of this architecture has to use."""
     return TENSOR_CORES.get(arch, "mma.sync")
 
 
@@ -76,26 +77,25 @@ def compile_kernel(arch: str, variant: Variant) -> Compiled:
 
 
 def moves_rows_twice(code: str) -> bool:
-    """Whether a range that begins half a tile on is added to a start that is half a tile on, in Triton's IR.
+    """Returns whether Triton's IR adds a range that begins half a tile on to a start that is half a tile on.
 
-    Where warps specialise, the compiler gives each group half of the rows. It moves the coordinates at which
-    descriptors are read, whatever else they are used for, and ranges: rows made of both would move twice.
+    If warps specialise, the compiler gives each group half of the rows. It moves ranges, and the coordinates
+    at which descriptors are read, whatever else they are used for: rows made of both would move twice.
     """
-    return any(_moved_twice(part) for part in re.split(r"partition\d+\(", code)[1:])
-
-
-def _moved_twice(part: str) -> bool:
     attributes = r"(?: \{[^}]*\})?"
-    halves = set(re.findall(r"(%\S+) = tt\.make_range \{[^}]*\bstart = [1-9]\d* : i32\}", part))
-    starts = set(re.findall(rf"(%\S+) = arith\.addi %\S+, %c\d+_i32\S*{attributes} : i32", part))
-    splats = re.findall(rf"(%\S+) = tt\.splat (%\S+){attributes} : i32", part)
-    moved = {name for name, start in splats if start in starts}
-    sums = re.findall(rf"= arith\.addi (%\S+), (%\S+){attributes} : tensor", part)
-    return any({*pair} & halves and {*pair} & moved for pair in sums)
+    for part in re.split(r"partition\d+\(", code)[1:]:
+        halves = set(re.findall(r"(%\S+) = tt\.make_range \{[^}]*\bstart = [1-9]\d* : i32\}", part))
+        starts = set(re.findall(rf"(%\S+) = arith\.addi %\S+, %c\d+_i32\S*{attributes} : i32", part))
+        splats = re.findall(rf"(%\S+) = tt\.splat (%\S+){attributes} : i32", part)
+        moved = {name for name, start in splats if start in starts}
+        sums = re.findall(rf"= arith\.addi (%\S+), (%\S+){attributes} : tensor", part)
+        if any({*pair} & halves and {*pair} & moved for pair in sums):
+            return True
+    return False
 
 
 def cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a thread, as `cuobjdump -res-usage` of Triton's own toolchain says."""
+    """Returns registers and stack bytes of a thread, by `cuobjdump -res-usage` of Triton's own toolchain."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -107,53 +107,49 @@ def cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:
-    """Vector registers and spilled bytes of a thread, from the metadata of the assembly."""
-    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]
-    return int(registers), 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+    """Returns vector registers and spilled bytes of a thread, from the metadata of the assembly."""
+    used, spilled = (re.search(rf"\.vgpr_{name}:\s+(\d+)", assembly)[1] for name in ("count", "spill_count"))
+    return int(used), 4 * int(spilled)
 
 
 def compile_all(archs: list[str]) -> list[Compiled]:
-    """Every kernel, width and kind of mask, on all cores."""
+    """Compiles every kernel, width and kind of mask, on all cores."""
     work = [(arch, variant) for arch in archs for variant in variants(arch)]
     with ProcessPoolExecutor() as pool:
         return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
 
 
 def report(rows: list[Compiled]) -> str:
-    """The results file."""
+    """Returns the results file."""
     import triton
 
+    cells = []
+    for row in rows:
+        variant, chosen = row.variant, row.variant.launch
+        tile = f"{chosen.rows} x {chosen.columns}" if variant.kind in KINDS else f"{chosen.rows} tokens"
+        kernel = row.arch, variant.kind, variant.width, variant.masks
+        launch = tile, chosen.warps, chosen.stages, "yes" if chosen.descriptors else ""
+        memory = row.registers, row.spilled, f"{row.shared} ({SHARED_BYTES[row.arch]})"
+        cells.append([*kernel, *launch, *memory, f"{row.instructions} {tensor_cores(row.arch)}"])
+    titles = "arch | kernel | head width | mask | tile | warps | stages | TMA | registers | spilled, B"
     lines = [
         "# The Triton kernels as compiled",
         "",
         "`python -m scripts.kernel_report`: compiled, not run, by Triton "
         f"{triton.__version__} from the launch table of radial_attn/kernels/triton/configs.py.",
-        "",
-        "| arch | kernel | head width | mask | tile | warps | stages | TMA | registers | spilled, B "
-        "| shared, B (limit) | tensor core instructions |",
-        "|" + "---|" * 12,
+        *table(f"{titles} | shared, B (limit) | tensor core instructions", cells),
     ]
-    for row in rows:
-        chosen = row.variant.launch
-        tile = f"{chosen.rows} x {chosen.columns}" if row.variant.kind in KINDS else f"{chosen.rows} tokens"
-        lines.append(
-            f"| {row.arch} | {row.variant.kind} | {row.variant.width} | {row.variant.masks} | {tile} "
-            f"| {chosen.warps} | {chosen.stages} | {'yes' if chosen.descriptors else ''} | {row.registers} "
-            f"| {row.spilled} | {row.shared} ({SHARED_BYTES[row.arch]}) "
-            f"| {row.instructions} {tensor_cores(row.arch)} |"
-        )
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the table; 1 where a kernel has a fault."""
+    """Writes the table; returns 1 if a kernel has a fault."""
     parser = OneLineParser(prog="python -m scripts.kernel_report", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/kernels_compiled.md"))
     parser.add_argument("--arch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     options = parser.parse_args(argv)
     rows = compile_all(options.arch)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(report(rows))
+    write_text(options.out, report(rows))
     for row in rows:
         for fault in row.faults:
             about = f"{row.arch} {row.variant.kind} width {row.variant.width} {row.variant.masks}"

@@ -3,21 +3,22 @@
     python -m scripts.tune_triton [--minutes 5] [--kinds forward ...] [--width 128] [--out outputs/tune.json]
     python -m scripts.tune_triton --dry-run [--arch sm90]      lists the candidates, on any machine
 
-The entry of now comes first, then what differs least from the best so far. Each candidate runs in a child
-process on a fresh mask (Wan2.1, 69 frames) and must be right; one that does not compile, needs more shared
-memory than there is, or hangs is skipped with a line. Backward kernels are timed as the whole backward.
+The current entry comes first, then what differs least from the best so far. Each candidate runs in a child
+process on a fresh mask (Wan2.1, 69 frames) and must be right. One that does not compile, needs too much
+shared memory or hangs is skipped with a line. Backward kernels are timed as the whole backward.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from math import inf
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -32,14 +33,15 @@ from scripts.benchmarks.attention import (
     QUANTIZED_TOLERANCE,
     SAMPLED,
     TOLERANCE,
-    Timer,
     fresh,
+    random_inputs,
 )
 from scripts.benchmarks.cases import CASES, Case, Task, shrink
 from scripts.benchmarks.machine import short_name
+from scripts.benchmarks.timing import Timer
 from scripts.benchmarks.worker import Worker
+from scripts.evaluation.files import write_text
 from scripts.run.errors import OneLineParser, positive, positive_number
-from scripts.run.files import write_text
 
 GRADIENTS = ("query gradient", "key gradients")
 TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
@@ -57,7 +59,7 @@ COMPILE_SECONDS, LEAST_SECONDS, LSE_TOLERANCE = 60.0, 5.0, 0.02
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and on what the candidates run."""
+    """Says on what the candidates run: device, case and head width."""
 
     device: str
     case: Case
@@ -65,28 +67,24 @@ class Setting:
 
 
 def candidates(current: Launch, kind: str, width: int) -> list[Launch]:
-    """Configurations worth a try, nearest to the current one first."""
-    flags = {name: choices(name, kind) for name in FLAGS if name not in NOT_FOR[kind]}
-    found = []
+    """Returns configurations worth a try, nearest to the current one first."""
+    unknown = NOT_FOR[kind]
+    flags = {name: [x for x in FLAGS[name] if x not in unknown] for name in FLAGS if name not in unknown}
+    fitting = []
     for rows, columns, warps, stages in product(TILES[1:], TILES, WARPS, STAGES):
         for values in product(*flags.values()):
             options = dict(zip(flags, values, strict=True))
             shape = {"rows": rows, "columns": columns, "warps": warps, "stages": stages}
             candidate = replace(current, **shape, **options)
             if fits(candidate, kind, width):
-                found.append(candidate)
+                fitting.append(candidate)
     known = [SPECIALIZED[kind, width]] if kind == "forward" and (kind, width) in SPECIALIZED else []
-    ordered = sorted({current, *found} - {*known}, key=partial(distance, current))
+    ordered = sorted({current, *fitting} - {*known}, key=partial(distance, current))
     return [ordered[0], *known, *ordered[1:]]
 
 
-def choices(flag: str, kind: str) -> list[str | bool]:
-    """The values of a field of the table that a kind's kernel takes."""
-    return [value for value in FLAGS[flag] if value not in NOT_FOR[kind]]
-
-
 def fits(candidate: Launch, kind: str, width: int) -> bool:
-    """Whether accumulators fit in registers and tiles in shared memory, roughly."""
+    """Returns whether accumulators fit in registers and tiles in shared memory, roughly."""
     rows, columns = candidate.rows, candidate.columns
     if candidate.specialize and (candidate.descriptors, candidate.warps) != ("head", 4):
         return False  # the compiler fails, or ignores it
@@ -100,14 +98,14 @@ def fits(candidate: Launch, kind: str, width: int) -> bool:
 
 
 def distance(current: Launch, candidate: Launch) -> tuple[int, str]:
-    """In how many fields they differ."""
+    """Counts the fields in which they differ; sorts by their text if the counts are equal."""
     names = [field.name for field in fields(current)]
     return sum(getattr(current, n) != getattr(candidate, n) for n in names), repr(candidate)
 
 
 @contextmanager
 def entry(kind: str, device: torch.device, width: int, candidate: Launch) -> Iterator[None]:
-    """The launch table with another entry."""
+    """Changes an entry of the launch table for the block."""
     if device.type == "cpu":
         table, key = triton_configs.INTERPRETED, kind
     else:
@@ -125,65 +123,55 @@ def entry(kind: str, device: torch.device, width: int, candidate: Launch) -> Ite
 
 
 class TuneSession:
-    """The child: times one candidate after the other on the same tensors."""
+    """Times one candidate after the other on the same tensors, in the child process."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting, self._timer = setting, Timer(setting.device)
-        case, generator = setting.case, torch.Generator(setting.device).manual_seed(0)
-        dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
+        case, dtype = setting.case, torch.bfloat16 if setting.device == "cuda" else torch.float32
         shape = 1, case.grid.tokens, case.heads, setting.width
-        make = partial(torch.randn, shape, generator=generator, device=setting.device, dtype=dtype)
-        self._inputs = [make() for _ in range(4)]
+        self._inputs = random_inputs(shape, setting.device, dtype)
         self._sample = sample_blocks(case.mask, SAMPLED)
         self._truth = sampled_reference(*self._inputs[:3], case.mask, self._sample)
-        self._gradients: list[Tensor] = []
+        self._gradients: tuple[Tensor, ...] = ()
         self._lse: Tensor | None = None
 
     def run(self, task: Task) -> dict[str, Any]:
-        """Milliseconds and relative L2 error; of a backward kernel against the entry that came first."""
-        if task.kind == "machine":
-            return self._machine()
-        with entry(task.variant, self._inputs[0].device, self._setting.width, task.detail[0]):
-            timed = self._backward() if task.variant in GRADIENTS else self._forward(task.variant)
-        return timed
-
-    def _machine(self) -> dict[str, Any]:
+        """Returns milliseconds and relative L2 error; for "machine", architecture and GPU."""
         device = self._inputs[0].device
-        about = {"architecture": "interpreted", "gpu": "the CPU"}
-        if device.type == "cuda":
-            about = {"architecture": architecture(device), "gpu": torch.cuda.get_device_name(device)}
-        return about
+        if task.kind == "machine":
+            if device.type == "cuda":
+                return {"architecture": architecture(device), "gpu": torch.cuda.get_device_name(device)}
+            return {"architecture": "interpreted", "gpu": "the CPU"}
+        with entry(task.variant, device, self._setting.width, task.detail[0]):
+            return self._backward() if task.variant in GRADIENTS else self._forward(task.variant)
 
     def _forward(self, kind: str) -> dict[str, Any]:
         bits = None if kind == "forward" else kind
         mask = fresh(self._setting.case.mask)
-        call = partial(radial_attention, mask=mask, backend="triton", quantize=bits)
+        run = partial(radial_attention, *self._inputs[:3], mask, backend="triton", quantize=bits)
         if kind == "forward":
             self._check_lse(mask)
         with torch.no_grad():
-            out, _ = self._timer.once(lambda: call(*self._inputs[:3]))
+            out, _ = self._timer.once(run)
             error = output_error(sampled_rows(out, mask, self._sample), self._truth).relative_l2
-            limit = QUANTIZED_TOLERANCE if bits else TOLERANCE
-            return self._timed(lambda: call(*self._inputs[:3]), error, limit)
+            return self._timed(run, error, QUANTIZED_TOLERANCE if bits else TOLERANCE)
 
     def _backward(self) -> dict[str, Any]:
-        leaves = [x.detach().requires_grad_() for x in self._inputs[:3]]
-        out = radial_attention(*leaves, fresh(self._setting.case.mask), backend="triton")
-        run = partial(torch.autograd.grad, out, leaves, self._inputs[3], retain_graph=True)
+        run = self._gradient_call("triton")
         gradients, _ = self._timer.once(run)
-        self._gradients = self._gradients or self._true_gradients()
+        self._gradients = self._gradients or self._gradient_call("blocks")()
         pairs = zip(gradients, self._gradients, strict=True)
         error = max(output_error(got, want).relative_l2 for got, want in pairs)
         return self._timed(run, error, GRADIENT_TOLERANCE)
 
-    def _true_gradients(self) -> list[Tensor]:
+    def _gradient_call(self, backend: str) -> Callable[[], tuple[Tensor, ...]]:
         leaves = [x.detach().requires_grad_() for x in self._inputs[:3]]
-        out = radial_attention(*leaves, self._setting.case.mask, backend="blocks")
-        return list(torch.autograd.grad(out, leaves, self._inputs[3]))
+        out = radial_attention(*leaves, fresh(self._setting.case.mask), backend=backend)
+        return partial(torch.autograd.grad, out, leaves, self._inputs[3], retain_graph=True)
 
     @torch.no_grad()
     def _check_lse(self, mask: BlockMask) -> None:
-        """Raises ValueError for a wrong log-sum-exp: the backward needs it, and no output shows it."""
+        """Raises ValueError for a wrong log-sum-exp, which the backward needs and no output shows."""
         from radial_attn.kernels.blocks.op import block_attention
         from radial_attn.kernels.triton.op import triton_attention
 
@@ -195,45 +183,41 @@ class TuneSession:
         if not error < LSE_TOLERANCE:
             raise ValueError(f"wrong log-sum-exp, off by {error:.1e}")
 
-    def _timed(self, run: Any, error: float, limit: float) -> dict[str, Any]:
+    def _timed(self, run: Callable[[], object], error: float, limit: float) -> dict[str, Any]:
         if not error <= limit:
             raise ValueError(f"wrong output, relative L2 {error:.1e}")
-        return {"ms": sorted(times := self._timer.repeated(run))[len(times) // 2], "relative_l2": error}
+        return {"ms": median_high(self._timer.repeated(run)), "relative_l2": error}
 
 
 def row(kind: str, width: int, chosen: Launch) -> str:
-    """A line of the launch table."""
+    """Writes a line of the launch table."""
     shape = f"{chosen.rows}, {chosen.columns}, {chosen.warps}, {chosen.stages}"
-    named = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)[4:] if getattr(chosen, f.name)]
-    flags = [
-        f', {name}="{value}"' if isinstance(value, str) else f", {name}={value}" for name, value in named
-    ]
+    named = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)[4:]]
+    flags = (f', {name}="{x}"' if isinstance(x, str) else f", {name}={x}" for name, x in named if x)
     return f'("{kind}", {width}): Launch({shape}{"".join(flags)}),'
 
 
 def plans(kinds: Sequence[str], arch: str, width: int) -> dict[str, list[Launch]]:
-    """Candidates of each kind that the launch table of an architecture has an entry for."""
+    """Returns the candidates of each kind that the launch table of an architecture has an entry for."""
     table = LAUNCHES.get(arch, {})
-    entries = {kind: table.get((kind, width)) for kind in kinds}
     if arch == "interpreted":
-        entries = {kind: triton_configs.INTERPRETED.get(kind) for kind in kinds}
-    return {kind: candidates(entry, kind, width) for kind, entry in entries.items() if entry}
+        table = {(kind, width): entry for kind, entry in triton_configs.INTERPRETED.items()}
+    return {x: candidates(table[x, width], x, width) for x in kinds if (x, width) in table}
 
 
 def tune(worker: Worker, kinds: Sequence[str], setting: Setting, seconds: float, out: Path) -> None:
     """Times candidates of all kinds in turn until the time is over; writes after each.
 
-    The next one of a kind is the one most like the best so far. Raises ValueError where nothing can be
-    measured.
+    The next one of a kind is the one most like the best so far. Raises ValueError if nothing can be measured.
     """
     deadline = time.monotonic() + seconds
     about = worker.ask(Task("machine"), seconds)
     if about.result is None:
         raise ValueError(about.failure)
     waiting, rows = plans(kinds, about.result["architecture"], setting.width), []
-    best = {kind: (inf, found[0]) for kind, found in waiting.items()}
+    best = {kind: (inf, listed[0]) for kind, listed in waiting.items()}
     while any(waiting.values()) and deadline - time.monotonic() > LEAST_SECONDS:
-        for kind in [kind for kind, found in waiting.items() if found]:
+        for kind in [kind for kind, listed in waiting.items() if listed]:
             candidate = min(waiting[kind], key=partial(distance, best[kind][1]))
             waiting[kind].remove(candidate)
             limit = max(LEAST_SECONDS, min(COMPILE_SECONDS, deadline - time.monotonic()))
@@ -242,29 +226,28 @@ def tune(worker: Worker, kinds: Sequence[str], setting: Setting, seconds: float,
             if result.get("ms", inf) < best[kind][0]:
                 best[kind] = result["ms"], candidate
             rows.append({"kind": kind, "row": row(kind, setting.width, candidate), **result})
-            told = f"{result['ms']:.3f} ms" if "ms" in result else result["skipped"]
-            print(f"{rows[-1]['row']} {told}", flush=True)
+            outcome = f"{result['ms']:.3f} ms" if "ms" in result else result["skipped"]
+            print(f"{rows[-1]['row']} {outcome}", flush=True)
             data = {**about.result, "case": setting.case.name, "heads": setting.case.heads, "rows": rows}
             write_text(out, json.dumps(data, indent=1))
     show(rows, about.result)
 
 
 def show(rows: list[dict[str, Any]], about: dict[str, str]) -> None:
-    """The best line of each kind, with the time of the entry that the table has now."""
+    """Prints the best line of each kind, with the time of the table's current entry."""
     print(f"# {about['gpu']}, {about['architecture']}")
     for kind in dict.fromkeys(entry["kind"] for entry in rows):
-        timed = [entry for entry in rows if entry["kind"] == kind and "ms" in entry]
-        first = next(entry for entry in rows if entry["kind"] == kind)
-        if not timed:
+        first, *rest = [entry for entry in rows if entry["kind"] == kind]
+        best = min((first, *rest), key=lambda entry: entry.get("ms", inf))
+        if "ms" not in best:
             print(f"# {kind}: none ran")
             continue
-        best = min(timed, key=lambda entry: entry["ms"])
         now = f"{first['ms']:.3f} ms" if "ms" in first else "did not run"
         print(f"    {best['row']}  # {best['ms']:.3f} ms, before {now}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 for a wrong option or no GPU."""
+    """Runs the command; returns 0, or 2 for a wrong option or no GPU."""
     parser = OneLineParser(prog="python -m scripts.tune_triton", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=positive_number, default=5.0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
@@ -276,13 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", choices=LAUNCHES, default="sm90", help="of --dry-run")
     options = parser.parse_args(argv)
     if options.dry_run:
-        for kind, found in plans(options.kinds, options.arch, options.width).items():
-            print(*(row(kind, options.width, each) for each in found), sep="\n")
+        for kind, listed in plans(options.kinds, options.arch, options.width).items():
+            print(*(row(kind, options.width, each) for each in listed), sep="\n")
         return 0
-    return _tune(options.device, options)
-
-
-def _tune(device: str, options: Any) -> int:
+    device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         print("error: torch finds no CUDA device here; --dry-run lists the candidates", file=sys.stderr)
         return 2
@@ -293,7 +273,6 @@ def _tune(device: str, options: Any) -> int:
     setting = Setting(device, case, options.width)
     worker = Worker(TuneSession, setting)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         tune(worker, options.kinds, setting, 60 * options.minutes, out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -132,12 +132,11 @@ def _envelope(log_ratio: Tensor, grid: TokenGrid, row: int) -> tuple[Tensor, Ten
         log_c = (highest + alpha[:, None, None] * temporal).amax(-1)
         product = log_c + tail_bound(grid, row, alpha, beta)
         a, b = divmod(int(product.argmin()), GUESSES)
-        limits = [_neighbours(alpha, a), _neighbours(beta, b)]
+        limits = [
+            (values[max(at - 1, 0)].item(), values[min(at + 1, GUESSES - 1)].item())
+            for values, at in ((alpha, a), (beta, b))
+        ]
     return alpha[a], beta[b], log_c[a, b], product[a, b]
-
-
-def _neighbours(values: Tensor, index: int) -> tuple[float, float]:
-    return values[max(index - 1, 0)].item(), values[min(index + 1, len(values) - 1)].item()
 
 
 def measure_tails(

@@ -108,8 +108,7 @@ def measure(
         rows: video tokens, int64 `[R]`, as from `radial_attn.analysis.recall.sample_rows`.
         text_lengths: valid text tokens of each sample, integers `[B]`, or None for all.
 
-    Raises:
-        ValueError: tensors, rows and mask that do not fit together.
+    Raises ValueError if tensors, rows and mask do not fit together.
     """
     grid, heads = mask.grid, query.shape[2]
     frames, frame, most = grid.frames, grid.tokens_per_frame, _farthest(grid)
@@ -208,34 +207,29 @@ def fit_exponential(distance: np.ndarray, mean: np.ndarray) -> Fit | None:
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Fits `height exp(-rate x)`, returns rate and height: a first guess, then damped Gauss-Newton."""
-    fit, damping = _guess(x, y), 1e-3
-    error = np.square(y - fit[1] * np.exp(-fit[0] * x)).sum()
-    for _ in range(500):
-        shape = np.exp(-fit[0] * x)
-        slopes = np.stack([-fit[1] * x * shape, shape], axis=1)
-        squares = slopes.T @ slopes
-        step = np.linalg.solve(
-            squares + damping * np.diag(squares.diagonal() + 1e-30), slopes.T @ (y - fit[1] * shape)
-        )
-        tried = fit + step
-        rest = np.square(y - tried[1] * np.exp(-tried[0] * x)).sum() if tried[1] > 0 else np.inf
-        if rest < error:
-            fit, error, damping = tried, rest, damping / 10
-        elif np.abs(step).max() < 1e-15 or damping > 1e12:
-            break
-        else:
-            damping *= 10
-    return fit[0], fit[1]
+    """Fits `height exp(-rate x)`, returns rate and height; the best height follows from the rate.
 
+    Takes the best of a few hundred rates on a few hundred points, dense at first, then bisects on all points.
+    """
 
-def _guess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Guesses rate and height: best of a few hundred rates on a few hundred points, dense at first."""
+    def height_and_slope(rate: float) -> tuple[float, float]:  # slope of the error by the rate
+        shape = np.exp(-rate * x)
+        height = shape @ y / (shape @ shape)
+        return height, height * ((y - height * shape) @ (x * shape))
+
     chosen = np.unique(np.geomspace(1, len(x), 256).astype(int)) - 1
     falling = np.geomspace(*STEEPNESS, 300)
-    rates = np.concatenate([-falling[falling < STEEPEST_RISE], [0.0], falling])
+    rates = np.concatenate([-falling[falling < STEEPEST_RISE][::-1], [0.0], falling])
     shapes = np.exp(-np.outer(rates, x[chosen]))
     heights = shapes @ y[chosen] / np.square(shapes).sum(1)
     errors = np.square(y[chosen] - heights[:, None] * shapes).sum(1)
-    best = int(np.where(heights > 0, errors, np.inf).argmin())
-    return np.array([rates[best], heights[best]])
+    low = high = int(np.where(heights > 0, errors, np.inf).argmin())
+    while low > 0 and height_and_slope(rates[low])[1] > 0:
+        low -= 1
+    while high < len(rates) - 1 and height_and_slope(rates[high])[1] < 0:
+        high += 1
+    below, above = rates[low], rates[high]
+    for _ in range(60):
+        middle = (below + above) / 2
+        below, above = (below, middle) if height_and_slope(middle)[1] > 0 else (middle, above)
+    return below, height_and_slope(below)[0]

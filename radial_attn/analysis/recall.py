@@ -54,8 +54,7 @@ def sample_rows(grid: TokenGrid, count: int, seed: int = 0) -> Tensor:
     Frames get equally many, give or take one. A `count` above the number of video tokens takes them all, one
     below the number of frames is spread evenly over the frames. `seed` draws the positions within a frame.
 
-    Raises:
-        ValueError: a count that is not an integer of at least 1.
+    Raises ValueError for a count that is not an integer of at least 1.
     """
     require_int("count", count, 1)
     frame, count = grid.tokens_per_frame, min(count, grid.video_tokens)
@@ -82,8 +81,7 @@ def attention_rows(
         rows: query tokens, int64 `[R]`.
         text_lengths: valid text tokens of each sample, integers `[B]`, or None for all; needs the grid.
 
-    Raises:
-        ValueError: tensors, rows and grid that do not fit together.
+    Raises ValueError if tensors, rows and grid do not fit together.
     """
     if grid is None and text_lengths is not None:
         raise ValueError("text_lengths needs the grid, to find the text: pass grid as well")
@@ -105,8 +103,7 @@ def recall(
         rows: query tokens, int64 `[R]`, as from `sample_rows`.
         text_lengths: valid text tokens of each sample, integers `[B]`, or None for all.
 
-    Raises:
-        ValueError: tensors, rows and mask that do not fit together.
+    Raises ValueError if tensors, rows and mask do not fit together.
     """
     out = torch.empty(query.shape[0], query.shape[2], len(rows), dtype=torch.float32, device=query.device)
     for chunk, kept in masked_chunks(query, key, rows, mask, text_lengths):
@@ -126,10 +123,8 @@ def kept_by(
 ) -> list[Kept]:
     """Measures recall and output error of each mask, on scores computed once for all, in float32.
 
-    Arguments are as in `recall`, with `value` `[B, S, H, D]` and masks of one grid.
-
-    Raises:
-        ValueError: as in `recall`; no masks, or masks of several grids.
+    Arguments and errors are as in `recall`, with `value` `[B, S, H, D]`. Raises ValueError also for no masks,
+    or masks of several grids.
     """
     if len({mask.grid for mask in masks}) != 1:
         raise ValueError(f"masks must be of one grid, got {[str(mask.grid) for mask in masks]}")

@@ -35,7 +35,6 @@ def sampled_reference(
     blocks: Sequence[int],
     *,
     text_lengths: Tensor | None = None,
-    scale: float | None = None,
 ) -> Tensor:
     """Computes attention of the query tokens of some blocks, exact up to float32.
 
@@ -47,9 +46,8 @@ def sampled_reference(
     Returns:
         float32 `[B, rows, H, D]`; rows of padded text are zeros.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    rows = [_block_rows((query, key, value), mask, block, text_lengths, scale) for block in blocks]
-    return torch.cat(rows, dim=1)
+    tensors = query, key, value
+    return torch.cat([_block_rows(tensors, mask, block, text_lengths) for block in blocks], dim=1)
 
 
 def sampled_rows(tensor: Tensor, mask: BlockMask, blocks: Sequence[int]) -> Tensor:
@@ -57,9 +55,9 @@ def sampled_rows(tensor: Tensor, mask: BlockMask, blocks: Sequence[int]) -> Tens
     return torch.cat([tensor[:, _tokens(mask, block)] for block in blocks], dim=1)
 
 
-def output_error(found: Tensor, wanted: Tensor) -> OutputError:
-    """Measures the error of `found`; NaN if `found` holds values that are not finite."""
-    got, want = found.flatten().double(), wanted.flatten().double()
+def output_error(output: Tensor, exact: Tensor) -> OutputError:
+    """Measures the error of `output`; NaN if it has values that are not finite."""
+    got, want = output.flatten().double(), exact.flatten().double()
     norms = got.norm().item(), want.norm().item()
     if min(norms) == 0.0:
         return OutputError(0.0 if norms[0] == norms[1] else math.inf, 1.0 if norms[0] == norms[1] else 0.0)
@@ -72,7 +70,7 @@ def _tokens(mask: BlockMask, block: int) -> slice:
 
 
 def _block_rows(
-    tensors: Sequence[Tensor], mask: BlockMask, block: int, text_lengths: Tensor | None, scale: float
+    tensors: Sequence[Tensor], mask: BlockMask, block: int, text_lengths: Tensor | None
 ) -> Tensor:
     """Computes one query block, `[B, rows, H, D]`: heads with one pattern together, samples one by one."""
     (query, key, value), tokens = tensors, _tokens(mask, block)
@@ -93,6 +91,6 @@ def _block_rows(
                 x[sample, at, heads].float().transpose(0, 1)
                 for x, at in ((query, rows), (key, columns), (value, columns))
             )
-            weights = (q @ k.mT * scale).softmax(-1)
+            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
             out[sample, : rows.stop - rows.start, heads] = (weights @ v).transpose(0, 1)
     return out

@@ -1,1 +1,1 @@
-"""What the benchmark commands are made of."""
+"""Measures attention and denoising steps for the benchmark commands."""

@@ -1,12 +1,12 @@
-"""Attention of one case by one variant: right or not first, then time, memory and first calls.
+"""Measures attention of one case by one variant: its errors first, then time, memory and first calls.
 
-The child's side of the GPU benchmark; inputs are random normal, the same for every variant of a case.
+Runs in the child process of the GPU benchmark. Inputs are random normal, the same for all variants of a case.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -25,85 +25,43 @@ from radial_attn.analysis.sampled_error import (
     sampled_rows,
 )
 from scripts.benchmarks.cases import DENSE, QUANTIZED, SPARSE, Case, Task
+from scripts.benchmarks.timing import Timer
 from scripts.run.errors import one_line
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "sdpa": None}
 PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
 SAMPLED = 4  # query blocks whose outputs are compared
 TOLERANCE, QUANTIZED_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 2e-2  # relative L2 norms
-REPEATS, ENOUGH_MS, SHORT_MS = 10, 1500.0, 500.0
+SHORT_MS = 500.0  # a first call under this time is repeated before calls are timed
 TEXT_LENGTHS = 0.3, 1.0  # of the two samples of a check, as shares of the text
-NAMES = ("dq", "dk", "dv")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Timer:
-    """Milliseconds of calls on a device: by events on a GPU, by the clock on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def once(self, run: Callable[[], Any]) -> tuple[Any, float]:
-        """What `run()` returns and its wall milliseconds, from an idle device to an idle device."""
-        self.wait()
-        start = time.perf_counter()
-        result = run()
-        self.wait()
-        return result, (time.perf_counter() - start) * 1e3
-
-    def repeated(self, run: Callable[[], Any]) -> list[float]:
-        """Up to `REPEATS` calls, fewer once `ENOUGH_MS` are spent; `run` has been called before."""
-        times: list[float] = []
-        while len(times) < REPEATS and sum(times) < ENOUGH_MS:
-            times.append(self._one(run))
-        return times
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def _one(self, run: Callable[[], Any]) -> float:
-        if not self.cuda:
-            return self.once(run)[1]
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
 def dense_attention(name: str) -> Attend:
-    """A dense kernel in the layout of the op, `[B, S, H, D]`.
-
-    Raises:
-        ImportError: its package is missing.
-    """
+    """Returns a dense kernel for `[B, S, H, D]`; ImportError if its package is missing."""
     if name in SDPA:
-        return partial(_sdpa, SDPA[name])
+        backend = SDPA[name]
+
+        def sdpa(*tensors: Tensor) -> Tensor:
+            with sdpa_kernel(backend) if backend else nullcontext():
+                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
+
+        return sdpa
     package = PACKAGES[name]
     try:
         function = import_module(package).flash_attn_func
     except ImportError as error:
         raise ImportError(f"needs {package}: {error}") from error
-    return partial(_flash, function)
 
+    def flash(*tensors: Tensor) -> Tensor:
+        out = function(*tensors)
+        return out[0] if isinstance(out, tuple) else out
 
-def _sdpa(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads = [x.transpose(1, 2) for x in (query, key, value)]
-    if backend is None:
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
-
-
-def _flash(function: Callable[..., Any], *tensors: Tensor) -> Tensor:
-    out = function(*tensors)
-    return out[0] if isinstance(out, tuple) else out
+    return flash
 
 
 def attention(variant: str, mask: BlockMask, **options: Any) -> Attend:
-    """The call of a variant on `[B, S, H, D]` tensors; `options` go to `radial_attention`."""
+    """Returns the call of a variant on `[B, S, H, D]` tensors; `options` go to `radial_attention`."""
     if variant in DENSE:
         return dense_attention(variant)
     return partial(radial_attention, mask=mask, **SPARSE[variant], **options)
@@ -122,83 +80,81 @@ class AttentionBench:
         self.forget()
 
     def forget(self) -> None:
-        """Lets go of all tensors, and of what masks hold on the device."""
+        """Frees all tensors, and what masks hold on the device."""
         self._case: Case | None = None
         self._inputs: list[Tensor] = []
         self._truths: dict[bool, Tensor] = {}
         self._latest: tuple[Tensor, ...] = ()  # gradients of the latest call
 
     def run(self, task: Task) -> dict[str, Any]:
-        """What the report needs; `wrong` is true, and there are no times, where the output is not right."""
+        """Returns what the report needs; for a wrong output `wrong` is true, and there are no times."""
         if task.kind == "check":
             return self.check(task)
         self._take(task.case)
-        before = self._allocated()
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         # a new object, so that no variant finds lists or tables made by another
         mask = fresh(task.case.mask)
         attend, backward = attention(task.variant, mask), task.kind == "backward"
         run = partial(self._gradients, attend) if backward else partial(self._forward, attend)
-        self._poison()
+        # leaves NaN in the memory that the output is likely to get
+        torch.full_like(self._inputs[0], float("nan"))
         out, first = self.timer.once(run)
         error = self._error(out, task.is_dense)
         del out
-        found = {"relative_l2": error.relative_l2, "cosine": error.cosine}
+        result: dict[str, Any] = asdict(error)
         if not error.relative_l2 <= tolerance(task.variant):
-            return found | {"wrong": True}
-        found |= {"first_ms": first} | self._times(run, first)
+            return result | {"wrong": True}
+        result |= {"first_ms": first} | self._times(run, first)
         if self.device == "cuda":
             inputs = 3 * self._inputs[0].nbytes
-            found["peak_bytes"] = torch.cuda.max_memory_allocated() - before + inputs
-        return found | self._extras(task, run)
+            result["peak_bytes"] = torch.cuda.max_memory_allocated() - before + inputs
+        return result | self._extras(task, run)
 
     def check(self, task: Task) -> dict[str, Any]:
-        """Relative L2 errors on a small case with text, all of it and padded, and of the gradients.
+        """Returns relative L2 errors on a small case with full and padded text, and of the gradients.
 
-        Where the variant refuses a form, its reason stands instead of the error.
+        If the variant refuses a form, the reason replaces the error.
         """
         case, variant = task.case, task.variant
         self.forget()
         mask, text = case.mask, case.grid.text
-        inputs = self._random(case, batch=len(TEXT_LENGTHS), count=4)
+        inputs = self._random(case, batch=len(TEXT_LENGTHS))
         lengths = [round(share * text) for share in TEXT_LENGTHS]
-        found: dict[str, Any] = {"out": _compare(variant, inputs, mask)["out"]}
-        with _refusals(found, "padded"):
-            found["padded"] = _compare(variant, inputs, mask, text_lengths=lengths)["out"]
+        forms: dict[str, dict[str, Any]] = {"out": {}, "padded": {"text_lengths": lengths}}
         if variant not in QUANTIZED:
-            with _refusals(found, "gradients"):
-                errors = _compare(variant, inputs, mask, gradients=True)
-                found["gradients"] = max(errors[name] for name in NAMES)
+            forms["gradients"] = {"gradients": True}
+        result: dict[str, Any] = {}
+        for name, options in forms.items():
+            try:
+                out, *gradients = _errors(variant, inputs, mask, **options)
+                result[name] = max(gradients, default=out)
+            except (ValueError, ImportError) as error:  # how a backend refuses a call
+                if name == "out":
+                    raise
+                result[name] = one_line(error)
         limit = tolerance(variant)
-        found["right"] = _within(found["out"], limit) and _within(found["padded"], limit)
-        found["gradients_right"] = _within(found.get("gradients", "none"), GRADIENT_TOLERANCE)
-        return found
+        result["right"] = _within(result["out"], limit) and _within(result["padded"], limit)
+        result["gradients_right"] = _within(result.get("gradients", "none"), GRADIENT_TOLERANCE)
+        return result
 
     def _take(self, case: Case) -> None:
         if case != self._case:
             self.forget()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            self._inputs = self._random(case, batch=1, count=4)
+            self._inputs = self._random(case, batch=1)
             self._case = case
 
-    def _random(self, case: Case, batch: int, count: int) -> list[Tensor]:
-        """Query, key, value and a gradient of the output, `[B, S, H, D]`."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        shape = batch, case.grid.tokens, case.heads, case.width
-        make = partial(torch.randn, shape, generator=generator, device=self.device, dtype=self.dtype)
-        return [make() for _ in range(count)]
-
-    def _poison(self) -> None:
-        """Leaves not-a-number in the memory that the next output is likely to get."""
-        torch.full_like(self._inputs[0], float("nan"))
+    def _random(self, case: Case, batch: int) -> list[Tensor]:
+        return random_inputs((batch, case.grid.tokens, case.heads, case.width), self.device, self.dtype)
 
     @torch.no_grad()
     def _forward(self, attend: Attend) -> Tensor:
         return attend(*self._inputs[:3])
 
     def _gradients(self, attend: Attend) -> Tensor:
-        """The output; the gradients of query, key and value stay in `_latest`."""
-        self._latest = ()  # lets go of the gradients of before
+        """Returns the output; the gradients of query, key and value stay in `_latest`."""
+        self._latest = ()  # frees the gradients of the call before
         leaves = [x.detach().requires_grad_() for x in self._inputs[:3]]
         out = attend(*leaves)
         self._latest = torch.autograd.grad(out, leaves, self._inputs[3])
@@ -206,7 +162,7 @@ class AttentionBench:
 
     @torch.no_grad()
     def _error(self, out: Tensor, dense: bool) -> OutputError:
-        """Against exact attention on some query blocks; not a number where any value is not finite."""
+        """Compares with exact attention on some query blocks; NaN if any value is not finite."""
         mask = self._case.mask
         gradients, self._latest = self._latest, ()
         if not all(bool(torch.isfinite(x).all()) for x in (out, *gradients)):
@@ -218,40 +174,43 @@ class AttentionBench:
         return output_error(sampled_rows(out, mask, sample), self._truths[dense])
 
     def _times(self, run: Callable[[], Any], first: float) -> dict[str, Any]:
-        """Milliseconds of some calls, and the clock after them."""
+        """Returns milliseconds of some calls, and the clock after them."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if first < SHORT_MS:
             run()
         times = self.timer.repeated(run)
-        found: dict[str, Any] = {"times_ms": times, "ms": statistics.median(times)}
+        result: dict[str, Any] = {"times_ms": times, "ms": statistics.median(times)}
         if self.device == "cuda":
             with suppress(Exception):  # needs an optional package
-                found["clock_mhz"] = torch.cuda.clock_rate()
+                result["clock_mhz"] = torch.cuda.clock_rate()
         self._latest = ()
-        return found
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        return result
 
     def _extras(self, task: Task, run: Callable[[], Any]) -> dict[str, Any]:
-        """What a new mask costs at its first call, and with `profile` the time of each kernel."""
-        found: dict[str, Any] = {}
-        if not task.is_dense and task.kind == "forward" and task.variant != "flex":  # flex compiles anew
+        """Returns what a new mask costs at its first call, and with `profile` the time of each kernel."""
+        result: dict[str, Any] = {}
+        if not task.is_dense and task.kind == "forward" and task.variant != "flex":  # flex compiles again
             attend = attention(task.variant, fresh(task.case.mask))
-            found["new_mask_ms"] = self.timer.once(partial(self._forward, attend))[1]
+            result["new_mask_ms"] = self.timer.once(partial(self._forward, attend))[1]
         if self.profile:
-            found["kernels_ms"] = kernel_times(run, self.device)
-        return found
+            result["kernels_ms"] = kernel_times(run, self.device)
+        return result
+
+
+def random_inputs(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Returns query, key, value and a gradient of the output, `[B, S, H, D]`."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(4)]
 
 
 def fresh(mask: BlockMask) -> BlockMask:
-    """An equal mask for which nothing has been prepared yet."""
-    return BlockMask(mask.grid, mask.block_size, mask.blocks.clone())  # lists and plans hang on the tensor
+    """Returns an equal mask for which nothing has been prepared yet."""
+    return BlockMask(mask.grid, mask.block_size, mask.blocks.clone())  # lists and plans belong to the tensor
 
 
-def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str, float]:
-    """Milliseconds of each kernel of a call, the longest first; one entry with the reason where none."""
+def kernel_times(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Returns milliseconds of the eight longest kernels of a call; or one entry with the reason."""
     from torch.profiler import ProfilerActivity, profile
 
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
@@ -264,27 +223,17 @@ def kernel_times(run: Callable[[], Any], device: str, most: int = 8) -> dict[str
         spent = {event.key[:80]: getattr(event, field) / 1e3 for event in profiler.key_averages()}
     except (RuntimeError, AttributeError) as error:
         return {f"no profile: {error}"[:80]: 0.0}
-    return dict(sorted(spent.items(), key=lambda item: -item[1])[:most])
+    return dict(sorted(spent.items(), key=lambda item: -item[1])[:8])
 
 
-@contextmanager
-def _refusals(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Notes a ValueError or ImportError, the ways in which a backend refuses a call."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        found[name] = one_line(error)
-
-
-def _compare(
+def _errors(
     variant: str, inputs: list[Tensor], mask: BlockMask, *, gradients: bool = False, **options: Any
-) -> dict[str, float]:
-    """Relative L2 errors against the definition in float32: "out", and of the gradients."""
-    found = _call(attention(variant, fresh(mask), **options), inputs, gradients)
+) -> list[float]:
+    """Returns relative L2 errors against the definition in float32: of the output, then of gradients."""
+    given = _call(attention(variant, fresh(mask), **options), inputs, gradients)
     exact = partial(radial_attention, mask=mask, backend="reference", **options)
     wanted = _call(exact, [x.float() for x in inputs], gradients)
-    pairs = zip(("out", *NAMES), found, wanted, strict=False)
-    return {name: output_error(got, want).relative_l2 for name, got, want in pairs}
+    return [output_error(got, want).relative_l2 for got, want in zip(given, wanted, strict=True)]
 
 
 def _call(attend: Attend, inputs: list[Tensor], gradients: bool) -> list[Tensor]:
@@ -294,5 +243,5 @@ def _call(attend: Attend, inputs: list[Tensor], gradients: bool) -> list[Tensor]
 
 
 def _within(error: float | str, limit: float) -> bool:
-    """Whether an error is small enough; a refusal is no error of the output."""
+    """Returns whether an error is small enough; a refusal is no error of the output."""
     return isinstance(error, str) or error <= limit

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures: cases, variants, models, and the order that a short run goes through."""
+"""Lists what the GPU benchmark measures, in its order: cases, variants, models."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +15,16 @@ SPARSE = {  # the arguments of radial_attention
     "flex": {"backend": "flex"},
     "blocks": {"backend": "blocks"},
 }
-MEASURED = tuple(name for name in SPARSE if name != "blocks")  # without being asked for
+MEASURED = tuple(name for name in SPARSE if name != "blocks")  # by default
 TRAINABLE = ("triton", "flex", "blocks")
 QUANTIZED = ("triton-int8", "triton-fp8")
-COMPILE_SECONDS = {"flex": 20, "flashinfer": 10}  # what a first call may take beside its kernel
-GRADIENT_FLOPS = 3.5  # of forward and backward, in those of a forward: two products against seven
+COMPILE_SECONDS = {"flex": 20, "flashinfer": 10}  # that a first call may take besides its kernel
+GRADIENT_FLOPS = 3.5  # of forward and backward relative to a forward: seven products against two
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention shape with its mask, batch 1.
-
-    `sparsity`: what the paper states for it, None where it states none.
-    """
+    """Holds an attention shape with its mask, batch 1. `sparsity`: the paper's number, if it states one."""
 
     name: str
     title: str
@@ -42,31 +39,20 @@ class Case:
         return radial_mask(self.grid, self.config)
 
     def flops(self, dense: bool, backward: bool) -> float:
-        """Of the kept token pairs: `4 H D` each forward, 3.5 times that with the backward."""
+        """Counts FLOPs of the kept token pairs: `4 H D` each forward, 3.5 times that with the backward."""
         pairs = self.grid.tokens**2 if dense else self.mask.kept_pairs
         return 4 * self.heads * self.width * pairs * (GRADIENT_FLOPS if backward else 1)
 
 
+WAN_RULE = RadialConfig(0.2, neighbour="half")
+HUNYUAN_RULE = RadialConfig(0.95, sink=False)
 LONG = RadialConfig()  # decay 1, with sink: the authors' rule for longer video
 CASES = {
     case.name: case
     for case in (
-        Case(
-            "wan-69",
-            "Wan2.1-14B 69 frames 768x1280",
-            40,
-            TokenGrid(18, 48, 80),
-            RadialConfig(0.2, neighbour="half"),
-            0.736,
-        ),
+        Case("wan-69", "Wan2.1-14B 69 frames 768x1280", 40, TokenGrid(18, 48, 80), WAN_RULE, 0.736),
         Case("wan-161", "Wan2.1-14B 161 frames 720x1280", 40, TokenGrid(41, 45, 80), LONG, 0.736),
-        Case(
-            "hunyuan-117",
-            "HunyuanVideo 117 frames 768x1280",
-            24,
-            TokenGrid(30, 48, 80, 256),
-            RadialConfig(0.95, sink=False),
-        ),
+        Case("hunyuan-117", "HunyuanVideo 117 frames 768x1280", 24, TokenGrid(30, 48, 80, 256), HUNYUAN_RULE),
         Case("hunyuan-253", "HunyuanVideo 253 frames 720x1280", 24, TokenGrid(64, 45, 80, 256), LONG, 0.808),
         Case("hunyuan-509", "HunyuanVideo 509 frames 720x1280", 24, TokenGrid(128, 45, 80, 256), LONG, 0.883),
         Case("mochi-163", "Mochi 163 frames 480x848", 24, TokenGrid(28, 30, 53, 256), LONG),
@@ -77,12 +63,12 @@ CASES = {
 
 @dataclass(frozen=True)
 class StepModel:
-    """A denoiser and how a video calls it.
+    """Holds a denoiser and how a video calls it.
 
     Attributes:
         case: the video, a key of `CASES`.
-        blocks: whole model, `(option of its configuration, list of modules, how many)` of each kind.
-        reduced: blocks of each kind where the whole model is too long or too large to run.
+        blocks: of the whole model, `(option of its configuration, list of modules, how many)` of each kind.
+        reduced: blocks of each kind if the whole model takes too long or too much memory.
         dense_steps, dense_layers: as in the paper; `calls`: of the transformer in one step.
         paper: end-to-end speed-up that the paper states.
     """
@@ -102,7 +88,7 @@ class StepModel:
         return sum(count for _, _, count in self.blocks)
 
     def counts(self, reduced: bool) -> dict[str, int]:
-        """Blocks in each list of modules."""
+        """Returns the number of blocks in each list of modules."""
         return {where: self.reduced if reduced else count for _, where, count in self.blocks}
 
 
@@ -140,15 +126,15 @@ BACKWARD_CASES = tuple(case for stage, case in STAGES if stage == "backward")
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement, made by the worker process.
+    """Describes one measurement, which the worker process makes.
 
     Attributes:
         kind: "machine", "check", "forward", "backward", "step", or "tune".
-        variant: of `DENSE` or `SPARSE`; of a step "dense", "radial" or "radial 8 bit".
-        using: of a step: the variant that attends; beside it `dense`, that of its dense layers.
-        reduced: of a step: whether to build fewer blocks.
+        variant: of `DENSE` or `SPARSE`; for a step "dense", "radial" or "radial 8 bit".
+        using: for a step: the variant that attends; `dense`: that of its dense layers.
+        reduced: for a step: whether to build fewer blocks.
         least: seconds that must be left to begin it; `limit`: seconds after which it is given up.
-        detail: of "tune", the candidate.
+        detail: for "tune", the candidate.
     """
 
     kind: str
@@ -172,7 +158,7 @@ class Task:
 
 
 def tasks(cases: Sequence[str], variants: Sequence[str], *, tiny: bool, steps: bool) -> Iterator[Task]:
-    """All measurements in their order: correctness on a small case first."""
+    """Yields all measurements in their order: correctness on a small case first."""
     small = CHECK_TINY if tiny else CHECK
     for name in variants:
         yield Task("check", small, name, least=COMPILE_SECONDS.get(name, 5), limit=60)
@@ -184,25 +170,20 @@ def tasks(cases: Sequence[str], variants: Sequence[str], *, tiny: bool, steps: b
             for mode in ("dense", "radial", "radial 8 bit"):
                 yield Task("step", case, mode, least=30, limit=150)
         elif stage != "step":
-            yield from _attention(stage, case, variants)
-
-
-def _attention(stage: str, case: Case, variants: Sequence[str]) -> Iterator[Task]:
-    chosen = [name for name in variants if stage == "forward" or name in TRAINABLE]
-    for name in (*DENSE, *chosen):
-        seconds = COMPILE_SECONDS.get(name, 3)
-        yield Task(stage, case, name, least=seconds * (2 if stage == "backward" else 1), limit=60)
+            factor = 2 if stage == "backward" else 1
+            chosen = [variant for variant in variants if stage == "forward" or variant in TRAINABLE]
+            for variant in (*DENSE, *chosen):
+                yield Task(stage, case, variant, least=factor * COMPILE_SECONDS.get(variant, 3), limit=60)
 
 
 ODD = RadialConfig(0.2, neighbour="half", sink=False, decimation_width="block")
 CHECK = Case("check", "odd grid with text", 3, TokenGrid(7, 23, 25, 77), ODD)
-CHECK_TINY = Case(
-    "check", "odd grid with text", 2, TokenGrid(6, 7, 9, 11), replace(ODD, block_size=16), width=64
-)
+TINY_GRID, TINY_ODD = TokenGrid(6, 7, 9, 11), replace(ODD, block_size=16)
+CHECK_TINY = Case("check", "odd grid with text", 2, TINY_GRID, TINY_ODD, width=64)
 
 
 def shrink(case: Case) -> Case:
-    """The case of a rehearsal: the same path, a few hundred tokens."""
+    """Makes the case of a rehearsal: the same path, a few hundred tokens."""
     grid = case.grid
     small = TokenGrid(min(grid.frames, 6), 4, 6, min(grid.text, 8))
     config = replace(case.config, block_size=16, decimation_width="block")

@@ -4,18 +4,16 @@ import datetime
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.draw import save_figure
+from scripts.evaluation.files import number, subplots, table, write_text
 from scripts.run.system import hardware
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FRAME = TokenGrid(1, 32, 32)  # 1024 tokens
 COLOURS = {"dense": "tab:gray", "cpp": "tab:green", "blocks": "tab:blue", "flex": "tab:orange"}
@@ -25,7 +23,7 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `frames` of the frame size, or the small shapes of the bundled model."""
+    """Holds the shape of a call: `frames` of the frame size, or the small shapes of the bundled model."""
 
     frames: int
     dtype: str
@@ -48,7 +46,7 @@ class Case:
         return radial_mask(self.grid, RadialConfig(block_size=self.block_size, decimation_width=decimation))
 
     def inputs(self) -> list[Tensor]:
-        """Query, key and value `[B, S, H, D]`, the same for every backend."""
+        """Returns query, key and value `[B, S, H, D]`, the same for every backend."""
         torch.manual_seed(0)
         shape = self.batch, self.grid.tokens, self.heads, self.head_width
         dtype = getattr(torch, self.dtype)
@@ -57,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured call; `seconds` is None where it was left out, and `note` says why."""
+    """Holds a measured call; `seconds` is None if it was left out, and `note` says why."""
 
     backend: str
     case: Case
@@ -82,18 +80,16 @@ def write(
     """
     date = datetime.date.today().isoformat()
     path = Path(folder) / f"attention_{device}_{date}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = {name: [asdict(row) for row in rows] for name, rows in parts.items()}
-    path.with_suffix(".json").write_text(
-        json.dumps({"command": command, "about": about, "memory_mib": peaks, **data}, indent=1)
-    )
+    numbers = {"command": command, "about": about, "memory_mib": peaks, **data}
+    write_text(path.with_suffix(".json"), json.dumps(numbers, indent=1))
     plot(parts["growing"], path.with_suffix(".png"))
     lines = [
         f"# Attention on the {device.upper()}: dense SDPA, cpp, blocks, flex",
         f"\n`{command}`, {date}, {about}.",
         f"{machine(device)}; torch {torch.__version__}.",
         "Radial masks, decay factor 1, with sink, frames of 32 x 32 tokens, blocks of 128, 8 heads of 64,",
-        "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 where every kept",
+        "batch 1. Speed-up is dense time / time; efficiency = speed-up x density, 1 if every kept",
         "block costs what it costs in dense attention. Medians of up to 5 calls.",
         f"\n![times and efficiency]({path.with_suffix('.png').name})",
         *section("Forward, growing length", parts["growing"]),
@@ -101,23 +97,22 @@ def write(
         *section("The bundled model's shapes: blocks of 16, 4 heads of 48, batch 2", parts["small"]),
         *memory_section(peaks, tokens),
     ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_text(path, "\n".join(lines) + "\n")
 
 
 def machine(device: str) -> str:
-    """The GPU, or the processor with what counts for its speed."""
+    """Names the GPU, or the processor with the features that matter for its speed."""
     about = hardware(device)
     if device == "cuda":
         return about["gpu"]
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    found = [name for name in FEATURES if name in flags]
-    return f"{about['cpu']} with {', '.join(found) or 'unknown features'}, {about['threads']} threads"
+    features = ", ".join(name for name in FEATURES if name in flags)
+    return f"{about['cpu']} with {features or 'unknown features'}, {about['threads']} threads"
 
 
 def compared(rows: list[Row]) -> Iterator[tuple[Row, float | None, float | None]]:
-    """Each row with its speed-up over the dense row of the same case, and its efficiency."""
+    """Yields each row with its speed-up over the dense row of the same case, and its efficiency."""
     dense = {row.case: row.seconds for row in rows if row.backend == "dense"}
     for row in rows:
         speedup = dense[row.case] / row.seconds if row.seconds and row.case in dense else None
@@ -125,47 +120,48 @@ def compared(rows: list[Row]) -> Iterator[tuple[Row, float | None, float | None]
 
 
 def section(title: str, rows: list[Row]) -> list[str]:
-    """One table: a line for each call."""
-    lines = [f"\n## {title}\n", "| dtype | tokens | backend | density | ms | speed-up | efficiency |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """Returns one table with a line for each call."""
+    cells = []
     for row, speedup, efficiency in compared(rows):
-        start = f"| {row.case.dtype} | {row.case.grid.tokens} | {row.backend} | {row.density:.3f} |"
-        if row.seconds is None:
-            lines.append(f"{start} left out: {row.note} | | |")
-        else:
-            lines.append(f"{start} {row.seconds * 1e3:.1f} | {speedup:.2f} | {efficiency:.2f} |")
-    return lines
+        times = [f"left out: {row.note}", "", ""]
+        if row.seconds is not None:
+            times = [f"{row.seconds * 1e3:.1f}", number(speedup, ".2f"), number(efficiency, ".2f")]
+        start = row.case.dtype, row.case.grid.tokens, row.backend, f"{row.density:.3f}"
+        cells.append([*start, *times])
+    titles = "dtype | tokens | backend | density | ms | speed-up | efficiency"
+    return [f"\n## {title}", *table(titles, cells)]
 
 
 def memory_section(peaks: dict, tokens: int) -> list[str]:
-    """Peak memory of one forward call."""
-    lines = [
+    """Returns the peak memory of a forward call."""
+    cells = (
+        (dtype, backend, f"{size:.1f}", f"{size / peak['dense']:.2f}")
+        for dtype, peak in peaks.items()
+        for backend, size in peak.items()
+    )
+    return [
         f"\n## Peak memory of a forward call, {tokens} tokens\n",
         "Growth of a fresh process by inputs and call, after a small call: on the CPU its peak resident",
-        "size (VmHWM, reset before) less the resident size before, on CUDA torch's peak of allocations.\n",
-        "| dtype | backend | MiB | times dense |",
-        "|---|---|---|---|",
+        "size (VmHWM, reset before) less the resident size before, on CUDA torch's peak of allocations.",
+        *table("dtype | backend | MiB | times dense", cells),
     ]
-    for dtype, peak in peaks.items():
-        for backend, size in peak.items():
-            lines.append(f"| {dtype} | {backend} | {size:.1f} | {size / peak['dense']:.2f} |")
-    return lines
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Milliseconds and efficiency over tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for dtype in STYLES:
-        for backend in COLOURS:
-            chosen = [
-                (row.case.grid.tokens, row.seconds * 1e3, efficiency)
-                for row, _, efficiency in compared(rows)
-                if (row.backend, row.case.dtype) == (backend, dtype) and row.seconds
-            ]
-            _lines(left, right, backend, dtype, chosen)
+    """Draws milliseconds and efficiency over tokens."""
+    figure, (left, right) = subplots((11, 4.5), 1, 2)
+    for (dtype, line), (backend, colour) in product(STYLES.items(), COLOURS.items()):
+        points = [
+            (row.case.grid.tokens, row.seconds * 1e3, efficiency)
+            for row, _, efficiency in compared(rows)
+            if (row.backend, row.case.dtype) == (backend, dtype) and row.seconds
+        ]
+        if points:
+            tokens, milliseconds, efficiency = zip(*points, strict=True)
+            style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4}
+            left.plot(tokens, milliseconds, label=f"{backend} {dtype}", **style)
+            if backend != "dense":
+                right.plot(tokens, efficiency, label=f"{backend} {dtype}", **style)
     left.set(xscale="log", yscale="log", ylabel="milliseconds", title="Forward")
     right.set(xscale="log", ylabel="efficiency = speed-up x density", title="Efficiency (1 = dense rate)")
     ticks = sorted({row.case.grid.tokens for row in rows})
@@ -177,13 +173,3 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.legend()
     right.set_ylim(bottom=0)
     save_figure(figure, path)
-
-
-def _lines(left: "Axes", right: "Axes", backend: str, dtype: str, points: list[tuple]) -> None:
-    if not points:
-        return
-    tokens, milliseconds, efficiency = zip(*points, strict=True)
-    style = {"color": COLOURS[backend], "linestyle": STYLES[dtype], "marker": "o", "markersize": 4}
-    left.plot(tokens, milliseconds, label=f"{backend} {dtype}", **style)
-    if backend != "dense":
-        right.plot(tokens, efficiency, label=f"{backend} {dtype}", **style)

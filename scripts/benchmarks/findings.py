@@ -1,4 +1,4 @@
-"""What the numbers of a GPU benchmark amount to: speed-up, efficiency, 50 steps end to end."""
+"""Computes speed-up, efficiency and 50 steps end to end from the results of a GPU benchmark."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ STEPS_OF_A_VIDEO = 50
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """50 denoising steps of a video, without text encoder and VAE.
+    """Estimates 50 denoising steps of a video, without text encoder and VAE.
 
     `dense_ms`, `radial_ms`: of one call of the transformer in a dense and a radial step.
     """

@@ -1,22 +1,18 @@
-"""The Triton kernels as calls with bfloat16 tensors and even strides compile them, for any architecture."""
+"""Specialises the Triton kernels as calls with bfloat16 tensors and even strides do, for any architecture."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES, SPECIALIZED, WIDTHS, Launch, padded
 
-QUANTIZING = ("quantize queries", "quantize keys", "quantize values")
-PLAIN = ("row products", *QUANTIZING)  # without products of matrices
 VARIANTS = {
     "whole tiles": {"SIZE": 128, "MIXED": False, "BLOCKS": False},
     "text": {"SIZE": 128, "MIXED": True, "BLOCKS": False},
     "small blocks": {"SIZE": 16, "MIXED": True, "BLOCKS": True},
 }
+FLOATS = ("lse", "products", "scales", "shifts", "query_scales", "key_scales", "mean")
 POINTERS = dict.fromkeys(("offsets", "starts", "lengths", "row_lengths"), "i32")
-POINTERS |= {"patterns": "i64", "tops": "bf16"}
-POINTERS |= dict.fromkeys(
-    ("lse", "products", "scales", "shifts", "query_scales", "key_scales", "mean"), "fp32"
-)
+POINTERS |= {"patterns": "i64", "tops": "bf16"} | dict.fromkeys(FLOATS, "fp32")
 TENSORS = ("query", "key", "value", "out", "grad", "result", "key_result", "value_result")
 COUNTS = ("tokens", "key_tokens", "heads")
 BITS = {"int8": "i8", "fp8": "fp8e4nv"}
@@ -24,7 +20,7 @@ BITS = {"int8": "i8", "fp8": "fp8e4nv"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel to compile: its kind, head width, launch, and which masks it serves ("" where all)."""
+    """Names a kernel to compile: its kind, head width, launch, and the masks it serves ("" for all)."""
 
     kind: str
     width: int
@@ -33,53 +29,36 @@ class Variant:
 
 
 def variants(arch: str) -> list[Variant]:
-    """All that the launch table of an architecture can ask for, and specialised warps, at each head width."""
+    """Lists all that the launch table of an architecture can ask for, at each head width."""
     table = LAUNCHES[arch]
-    found = [
-        Variant(kind, width, table[kind, 64 if width == 64 else 128], masks)
-        for kind in KINDS
-        for width in WIDTHS
-        if (kind, 64) in table
-        for masks in VARIANTS
-    ]
-    found += [
-        Variant("forward", width, launch, masks)
-        for (_, width), launch in (SPECIALIZED.items() if arch == "sm90" else ())
-        for masks in VARIANTS
-    ]
-    columns = {
-        (width, table[bits, width].columns, bits)
-        for width in (64, 128)
-        for bits in BITS
-        if (bits, width) in table
-    }
-    for width in (64, 128):
-        found.append(Variant("row products", width, Launch(64, 1, 8, 1)))
+    kinds = [(kind, width) for kind in KINDS for width in WIDTHS if (kind, 64) in table]
+    launches = [(kind, width, table[kind, 64 if width == 64 else 128]) for kind, width in kinds]
+    if arch == "sm90":
+        launches += [("forward", width, launch) for (_, width), launch in SPECIALIZED.items()]
+    listed = [Variant(*launch, masks) for launch in launches for masks in VARIANTS]
+    listed += [Variant("row products", width, Launch(64, 1, 8, 1)) for width in (64, 128)]
+    columns = [(w, table[bits, w].columns, bits) for w in (64, 128) for bits in BITS if (bits, w) in table]
     for width, tokens, bits in sorted(columns):
-        found.append(Variant(f"quantize queries {bits}", width, Launch(128, 1, 8, 1)))
-        found.append(Variant(f"quantize keys {bits}", width, Launch(tokens, 1, 8, 1)))
+        listed.append(Variant(f"quantize queries {bits}", width, Launch(128, 1, 8, 1)))
+        listed.append(Variant(f"quantize keys {bits}", width, Launch(tokens, 1, 8, 1)))
         if bits == "fp8":
-            found.append(Variant("quantize values fp8", width, Launch(128, 1, 8, 1)))
-    return found
+            listed.append(Variant("quantize values fp8", width, Launch(128, 1, 8, 1)))
+    return listed
 
 
 def function(kind: str) -> Any:
-    """The Triton function of a kind."""
-    from radial_attn.kernels.triton import backward as triton_backward
-    from radial_attn.kernels.triton import forward as triton_forward
-    from radial_attn.kernels.triton import quantize as triton_quantize
-    from radial_attn.kernels.triton import quantized_forward as triton_quantized_forward
+    """Returns the Triton function of a kind."""
+    from radial_attn.kernels.triton import backward, forward, quantize, quantized_forward
 
     if kind in BITS:
-        return triton_quantized_forward.quantized_forward_kernel
+        return quantized_forward.quantized_forward_kernel
     if kind.startswith("quantize"):
-        return getattr(triton_quantize, "_".join(kind.split()[:2]) + "_kernel")
-    module = triton_forward if kind == "forward" else triton_backward
-    return getattr(module, kind.replace(" ", "_") + "_kernel")
+        return getattr(quantize, "_".join(kind.split()[:2]) + "_kernel")
+    return getattr(forward if kind == "forward" else backward, kind.replace(" ", "_") + "_kernel")
 
 
 def source(variant: Variant) -> Any:
-    """What the JIT would compile."""
+    """Returns what the JIT would compile."""
     from triton.compiler import ASTSource
 
     made, constants = function(variant.kind), constants_of(variant)
@@ -90,27 +69,27 @@ def source(variant: Variant) -> Any:
         for index, name in enumerate(made.arg_names)
         if signature[name].startswith("*") or (signature[name] == "i32" and name not in COUNTS)
     ]
-    places = {(made.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(made, signature, constexprs=places, attrs={at: [["tt.divisibility", 16]] for at in even})
+    values = {(made.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(made, signature, constexprs=values, attrs={at: [["tt.divisibility", 16]] for at in even})
 
 
 def constants_of(variant: Variant) -> dict[str, Any]:
-    """The values that the kernel is specialised on."""
+    """Returns the values that the kernel is specialised on."""
     kind, launch = variant.kind, variant.launch
-    found = {"ROWS": launch.rows, "WIDTH": variant.width, "PADDED": padded(variant.width)}
+    values = {"ROWS": launch.rows, "WIDTH": variant.width, "PADDED": padded(variant.width)}
     if kind in KINDS:
-        found |= {"COLUMNS": launch.columns, "PER_HEAD": False, "LENGTHS": True, **VARIANTS[variant.masks]}
+        values |= {"COLUMNS": launch.columns, "PER_HEAD": False, "LENGTHS": True, **VARIANTS[variant.masks]}
     if kind == "forward":
-        found |= {"DESCRIPTOR": launch.descriptors, "SPECIALIZE": launch.specialize}
+        values |= {"DESCRIPTOR": launch.descriptors, "SPECIALIZE": launch.specialize}
     if kind in BITS:
-        found |= {"DESCRIPTOR": bool(launch.descriptors), "FP8_VALUES": launch.fp8_values}
+        values |= {"DESCRIPTOR": bool(launch.descriptors), "FP8_VALUES": launch.fp8_values}
     if kind in BITS or kind.startswith("quantize"):
-        found["TOP"] = 127.0 if kind.startswith("quantize") and kind.endswith("int8") else 448.0
-    return found
+        values["TOP"] = 127.0 if kind.startswith("quantize") and kind.endswith("int8") else 448.0
+    return values
 
 
 def argument(name: str, variant: Variant) -> str:
-    """The type of a kernel's argument."""
+    """Returns the type of a kernel's argument."""
     if name in TENSORS:
         return tensor(name, variant)
     if name in POINTERS:
@@ -119,7 +98,7 @@ def argument(name: str, variant: Variant) -> str:
 
 
 def tensor(name: str, variant: Variant) -> str:
-    """The type of a tensor argument: pointer or descriptor, to 16 or 8 bits."""
+    """Returns the type of a tensor argument: pointer or descriptor, to 16 or 8 bits."""
     kind, launch, lanes = variant.kind, variant.launch, padded(variant.width)
     if kind.startswith("quantize") and name == "out":
         return f"*{BITS[kind.split()[2]]}"

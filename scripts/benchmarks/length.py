@@ -12,19 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.training.adapter import add_adapter
 from radial_attn.models.training.flow import predict_velocity
 from scripts.benchmarks.timing import medians_in_turn
-from scripts.evaluation.files import table
+from scripts.evaluation.files import document, subplots, table
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import SizePlan, TrainPlan
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError, positive
 from scripts.run.plan import RunPlan, attention_arguments, make_plan
-from scripts.run.system import hardware, pairs, versions
+from scripts.run.system import hardware, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,11 +38,11 @@ NEEDED = {"pattern": "radial", "dense_steps": 0, "dense_last_steps": 0}  # one s
 
 @dataclass(frozen=True)
 class Point:
-    """One size.
+    """Holds the measurements of one size.
 
     Attributes:
-        seconds: of a step, by kind: dense, radial.
-        bounds: by kind: how many times fewer operations with the mask than dense.
+        seconds: of a dense and a radial step, by kind.
+        bounds: how many times fewer operations a step has with the mask than dense, by kind.
     """
 
     plan: RunPlan
@@ -55,7 +54,7 @@ class Point:
         return dense / radial
 
     def row(self) -> list[object]:
-        """The line of the table."""
+        """Returns the line of the table."""
         size, grid, mask = self.plan.size, self.plan.grid, self.plan.block_mask
         cells = [f"{size.height} x {size.width}", size.frames, grid.tokens, f"{mask.density:.3f}"]
         for kind in KINDS:
@@ -71,7 +70,7 @@ def plan_step(side: int, frames: int, words: list[str]) -> RunPlan:
     config = read_config(PRESET, ["attention.dense_steps=0", "model.loras=null", *words, *sizes])
     for name, needed in NEEDED.items():
         if (got := getattr(config.attention, name)) != needed:
-            raise UsageError(f"attention.{name}: got {got!r}, allowed here: {needed}")
+            raise UsageError(f"attention.{name}: got {got!r}, must be {needed} here")
     return make_plan(config)
 
 
@@ -103,25 +102,20 @@ def step_call(plan: RunPlan, rank: int | None, device: str) -> Callable[[Callabl
     text = {"prompt_embeds": torch.randn(1, model.text_tokens, transformer.config.text_dim, device=device)}
     sigma, arguments = torch.full((1,), 0.5, device=device), attention_arguments(plan.config.attention)
 
-    def velocity(apply: Callable) -> Tensor:
-        with apply(transformer, **arguments):
-            return predict_velocity(transformer, plan.config.model.family, noisy, sigma, text)
+    trained = [] if rank is None else list(add_adapter(transformer, rank=rank, alpha=rank).values())
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    transformer.train(bool(trained))
 
-    if rank is None:
-        transformer.eval()
-        return torch.no_grad()(velocity)
-    trained = list(add_adapter(transformer, rank=rank, alpha=rank).values())
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    transformer.train()
-
-    def train(apply: Callable) -> None:
-        with apply(transformer, **arguments):
+    def step(apply: Callable) -> None:
+        with torch.set_grad_enabled(bool(trained)), apply(transformer, **arguments):
             velocity = predict_velocity(transformer, plan.config.model.family, noisy, sigma, text)
-            (velocity - noisy).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            if optimizer:
+                (velocity - noisy).square().mean().backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    return train
+    return step
 
 
 def bounds(plan: RunPlan, rank: int) -> dict[str, float]:
@@ -135,10 +129,7 @@ def bounds(plan: RunPlan, rank: int) -> dict[str, float]:
 
 def draw(points: list[Point]) -> "Figure":
     """Draws how many times faster radial is, over the length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots((7, 4.5))
     for number, side in enumerate(sorted({point.plan.size.height for point in points})):
         line = [point for point in points if point.plan.size.height == side]
         for kind, style in zip(KINDS, ("-", "--"), strict=True):
@@ -167,12 +158,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
-    """Measures; returns the lines of the table and the picture."""
+    """Measures, and returns the lines of the table and the picture."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device: got cuda, but torch {torch.__version__} sees no GPU; allowed: cpu")
+        raise UsageError(f"--device: got cuda, but torch {torch.__version__} sees no GPU; use --device cpu")
     for word in options.words:
         if not word.startswith("attention."):
-            raise UsageError(f"got {word!r}, allowed: keys of attention")
+            raise UsageError(f"got {word!r}; only keys of attention can be set")
     plans = [plan_step(side, frames, options.words) for side in options.sides for frames in options.frames]
     points = []
     for plan in plans:
@@ -180,19 +171,12 @@ def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[l
         print(*points[-1].row(), sep=" | ", flush=True)
     columns = (f"{kind}, dense, s|radial, s|faster|by operations" for kind in KINDS)
     keys = f" with {' '.join(options.words)}" if options.words else ""
-    return [
-        "# Step times at growing length",
-        "",
-        f"    {command}",
-        *table("|".join(["pixels|frames|tokens|density", *columns]), (point.row() for point in points)),
-        "",
-        f"The bundled Wan's transformer with random weights, batch 1, float32, mask of {PRESET}{keys}. A "
-        f"training step is forward, backward and update of an adapter of rank {options.rank}, without "
-        f"checkpointing; an inference step is one call of the transformer. Medians of {options.repeats} "
-        "turns. By operations: how many times fewer they are in all, which is what the mask could gain if a "
-        "kept block cost what it costs when dense.",
-        "",
-        f"![how many times faster]({picture})",
-        "",
-        pairs(versions(), hardware(options.device)),
-    ], draw(points)
+    data = {"command": command, "versions": versions(), "hardware": hardware(options.device)}
+    meaning = f"""The bundled Wan's transformer with random weights, batch 1, float32, mask of {PRESET}{keys}.
+        A training step is forward, backward and update of an adapter of rank {options.rank}, without
+        checkpointing; an inference step is one call of the transformer. Medians of {options.repeats} turns.
+        By operations: how many times fewer they are in all, which is what the mask could gain if a kept
+        block cost what it costs when dense."""
+    rows = table("|".join(["pixels|frames|tokens|density", *columns]), (point.row() for point in points))
+    picture = f"![how many times faster]({picture})"
+    return document(data, "Step times at growing length", rows, meaning, picture), draw(points)

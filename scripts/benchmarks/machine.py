@@ -1,4 +1,4 @@
-"""The machine of a GPU benchmark: what it is, what its kernel tests say, and what measures on it."""
+"""Describes the machine of a GPU benchmark, runs the kernel tests, and measures in the child process."""
 
 import os
 import re
@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,19 +40,11 @@ class Session:
     """Measures in the child process. `profile`: whether each call's kernels are listed."""
 
     def __init__(self, device: str, tiny: bool, profile: bool) -> None:
-        self._device, self._tiny, self._profile = device, tiny, profile
-        self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
-
-    @cached_property
-    def _attention(self) -> AttentionBench:
-        return AttentionBench(self._device, self._dtype, self._profile)
-
-    @cached_property
-    def _steps(self) -> StepBench:
-        return StepBench(self._device, self._dtype, self._tiny)
+        self._device, dtype = device, torch.bfloat16 if device == "cuda" else torch.float32
+        self._attention, self._steps = AttentionBench(device, dtype, profile), StepBench(device, dtype, tiny)
 
     def run(self, task: Task) -> dict[str, Any]:
-        """Returns the result of one task; tensors of the other kind of task are let go first."""
+        """Returns the result of one task; frees the tensors of the other kind of task first."""
         if task.kind == "machine":
             if self._device == "cuda" and not torch.cuda.is_available():
                 raise ValueError("torch finds no CUDA device here")
@@ -66,14 +57,14 @@ class Session:
 
 
 def short_name(gpu: str) -> str:
-    """The GPU's name for a file: "NVIDIA H200" is "h200"."""
+    """Shortens the GPU's name for a file: "NVIDIA H200" becomes "h200"."""
     words = re.findall(r"[a-z0-9]+", gpu.lower())
     kept = [word for word in words if word not in NO_NAME and not re.fullmatch(r"\d+gb", word)]
     return "-".join(kept) or "gpu"
 
 
 def smi() -> str:
-    """One line of nvidia-smi (`QUERY`), or why there is none."""
+    """Returns one line of nvidia-smi (`QUERY`), or why there is none."""
     if shutil.which("nvidia-smi") is None:
         return "no nvidia-smi here"
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
@@ -85,7 +76,7 @@ def smi() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware and versions, read in the process that measures."""
+    """Returns hardware and versions, read in the process that measures."""
     about: dict[str, Any] = {"device": device, "versions": versions() | installed(PACKAGES)}
     with suppress(ImportError):  # psutil
         about |= hardware(device)
@@ -103,7 +94,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def flashinfer_obstacle() -> str | None:
-    """Why FlashInfer is better left alone; None where its kernels are built or come with a package."""
+    """Returns why not to use FlashInfer; None if its kernels are built or come with a package."""
     if find_spec("flashinfer") is None:
         return "needs flashinfer: pip install flashinfer-python"
     if find_spec("flashinfer_jit_cache") is not None:
@@ -115,7 +106,7 @@ def flashinfer_obstacle() -> str | None:
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """Counts of the kernel tests that need a GPU; ended after `seconds`, with what there was by then."""
+    """Runs the kernel tests that need a GPU, for at most `seconds`; returns counts of their outcomes."""
     if find_spec("pytest") is None:
         return {"note": "needs pytest: pip install pytest"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--noconftest", "-p", "no:cacheprovider"]
@@ -138,7 +129,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 
 def read_log(text: str, code: int | None, seconds: float) -> dict[str, Any]:
-    """Counts of outcomes in pytest's verbose output, the tests that failed, and why it ended early."""
+    """Counts the outcomes in pytest's verbose output; names tests that failed, and why it ended early."""
     outcomes = {}
     for line in text.splitlines():
         outcome, test = OUTCOME.search(line), re.search(r"tests/\S+", line)
@@ -146,10 +137,10 @@ def read_log(text: str, code: int | None, seconds: float) -> dict[str, Any]:
             outcomes.setdefault(test[0], outcome[1].lower())
     counts = Counter(outcomes.values())
     bad = [test for test, outcome in outcomes.items() if outcome in {"failed", "error"}]
-    found: dict[str, Any] = {"counts": dict(counts), "failed": bad[:10], "exit_code": code}
+    result: dict[str, Any] = {"counts": dict(counts), "failed": bad[:10], "exit_code": code}
     if code is None:
-        found["note"] = f"ended after {seconds:.0f} s"
+        result["note"] = f"ended after {seconds:.0f} s"
     elif code not in (0, 1) or counts["error"]:
         reasons = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
-        found["note"] = (reasons or text.splitlines() or ["pytest printed nothing"])[-1]
-    return found
+        result["note"] = (reasons or text.splitlines() or ["pytest printed nothing"])[-1]
+    return result

@@ -13,7 +13,7 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from scripts.benchmarks.timing import median_seconds
-from scripts.evaluation.files import table
+from scripts.evaluation.files import subplots, table
 from scripts.run.errors import UsageError, positive
 from scripts.run.system import hardware
 
@@ -36,7 +36,7 @@ build = radial_mask.__wrapped__  # without its cache
 
 
 class Point(NamedTuple):
-    """One mask: seconds to build it, kept blocks, density by tokens."""
+    """Holds a mask's frames, seconds to build it, kept blocks, and density by tokens."""
 
     frames: int
     seconds: float
@@ -54,13 +54,13 @@ def growth(frame_counts: tuple[int, ...], repeats: int = REPEATS) -> list[Point]
     return points
 
 
-def shape_table(repeats: int = REPEATS) -> list[str]:
+def shape_table() -> list[str]:
     """Returns the Markdown lines: milliseconds of the mask and of its CSR for real settings."""
     rows = []
     for name, grid, config, wanted in SHAPES:
         mask = build(grid, config)
-        milliseconds = 1000 * median_seconds(partial(build, grid, config), repeats)
-        csr = 1000 * median_seconds(lambda mask=mask: replace(mask).indices, repeats)
+        milliseconds = 1000 * median_seconds(partial(build, grid, config), REPEATS)
+        csr = 1000 * median_seconds(lambda mask=mask: replace(mask).indices, REPEATS)
         size, blocks = f"{grid.frames} x {grid.tokens_per_frame}", f"{len(mask.blocks)}²"
         rows.append((name, size, blocks, f"{mask.density:.4f}", f"{milliseconds:.2f}", wanted, f"{csr:.2f}"))
     return table("setting|frames x tokens|blocks|density|mask, ms|wanted, ms|CSR, ms", rows)
@@ -73,7 +73,7 @@ def report(command: str, points: list[Point], shapes: list[str], picture: str) -
     log = longer * math.log(last.frames) / math.log(first.frames)
     rows = []
     for f, seconds, kept, density in points:
-        ratios = f"{kept / (f * math.log2(f)):.1f}", f"{kept / f**2:.1f}"
+        ratios = (f"{kept / growing:.1f}" for growing in (f * math.log2(f), f**2))
         rows.append((f, f"{kept:,}", f"{density:.4f}", *ratios, f"{1000 * seconds:.2f}"))
     return [
         "# Cost of the radial mask on the CPU",
@@ -97,15 +97,12 @@ def report(command: str, points: list[Point], shapes: list[str], picture: str) -
 
 def growth_figure(points: list[Point]) -> "Figure":
     """Draws kept blocks against `f log f` and `f^2`, both through the first point; and the time to build."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    cost, clock = figure.subplots(1, 2)
+    figure, (cost, clock) = subplots((10, 4.6), 1, 2)
     frames, seconds, kept, _ = zip(*points, strict=True)
-    square = [kept[0] * (f / frames[0]) ** 2 for f in frames]
-    log = [kept[0] * f * math.log(f) / (frames[0] * math.log(frames[0])) for f in frames]
-    cost.loglog(frames, square, "--", color="#d55e00", label="n², through the first point")
-    cost.loglog(frames, log, "--", color="#009e73", label="n log n, through the first point")
+    curves = (("n²", "#d55e00", lambda f: f**2), ("n log n", "#009e73", lambda f: f * math.log(f)))
+    for name, colour, cost_of in curves:
+        line = [kept[0] * cost_of(f) / cost_of(frames[0]) for f in frames]
+        cost.loglog(frames, line, "--", color=colour, label=f"{name}, through the first point")
     cost.loglog(frames, kept, "o-", color="#0072b2", label="kept blocks")
     cost.set(ylabel="blocks of 128 x 128", title=f"Cost of attention, {HEIGHT} x {WIDTH} tokens a frame")
     clock.loglog(frames, [1000 * s for s in seconds], "o-", color="#0072b2", label="build the mask")
@@ -127,9 +124,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], "Figure"]:
-    """Measures; returns the lines of the table and the picture."""
+    """Measures, and returns the lines of the table and the picture."""
     if min(options.frames) < 2:
-        raise UsageError(f"--frames: got {min(options.frames)}, allowed: at least 2")
+        raise UsageError(f"--frames: got {min(options.frames)}, must be at least 2")
     torch.set_num_threads(1)
     shapes, points = shape_table(), growth(tuple(sorted(options.frames)))
     return report(command, points, shapes, picture), growth_figure(points)

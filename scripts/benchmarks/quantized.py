@@ -32,17 +32,17 @@ MODES = {  # what each quantised kernel rounds
 
 
 def normal(shape: tuple[int, ...]) -> list[Tensor]:
-    """Query, key and value, `[B, S, H, D]`, independent normal numbers."""
+    """Draws query, key and value, `[B, S, H, D]`: independent normal numbers."""
     return [torch.randn(shape) for _ in range(3)]
 
 
 def heavy_tails(shape: tuple[int, ...]) -> list[Tensor]:
-    """Student's t with 3 degrees of freedom."""
+    """Draws from Student's t with 3 degrees of freedom."""
     return [torch.distributions.StudentT(3.0).sample(shape) for _ in range(3)]
 
 
 def outlier_channels(shape: tuple[int, ...]) -> list[Tensor]:
-    """Heavy tails; four channels of keys 20 off zero, of queries 5 and of values 20 times as large."""
+    """Draws heavy tails; four channels of keys are 20 off zero, of queries 5, of values 20 times larger."""
     query, key, value = heavy_tails(shape)
     key[..., :OUTLIERS] += 20
     query[..., OUTLIERS : 2 * OUTLIERS] *= 5
@@ -58,12 +58,12 @@ INPUTS: dict[str, Callable[[tuple[int, ...]], list[Tensor]]] = {
 
 
 def error(tensors: list[Tensor], mask: BlockMask, columns: int, mode: dict) -> OutputError:
-    """Of one mode against exact attention in float32, both over the kept pairs of `mask`."""
+    """Compares one mode with exact attention in float32, both over the kept pairs of `mask`."""
     exact = radial_attention(*tensors, mask, backend="reference")
     heads = [x.transpose(1, 2) for x in tensors]
     keep = mask.token_mask().view(1, -1, mask.grid.tokens, mask.grid.tokens)
-    found = quantized_attention(*heads, keep, scale=tensors[0].shape[-1] ** -0.5, columns=columns, **mode)
-    return output_error(found.transpose(1, 2), exact)
+    out = quantized_attention(*heads, keep, scale=tensors[0].shape[-1] ** -0.5, columns=columns, **mode)
+    return output_error(out.transpose(1, 2), exact)
 
 
 def random_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
@@ -78,7 +78,7 @@ def random_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
 
 
 def model_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
-    """Yields the same of the attention of the bundled model in the middle of denoising, the worst layer."""
+    """Yields the same for the bundled model in the middle of denoising, of its worst layer."""
     calls = activations()
     for mode, options in MODES.items():
         errors = [error(tensors, mask, 64, options) for tensors, mask in calls]
@@ -86,8 +86,8 @@ def model_rows() -> Iterator[tuple[str, int, int, str, OutputError]]:
         yield "bundled model, step 10, worst layer", calls[0][0][0].shape[-1], 64, mode, worst
 
 
-def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
-    """Query, key, value and mask of every layer at one step of the bundled model's preset."""
+def activations() -> list[tuple[list[Tensor], BlockMask]]:
+    """Returns query, key, value and mask of every layer at step 10 of the bundled model's preset."""
     plan = make_plan(read_config("configs/wan_tiny.yaml", []))
     kept: list[tuple[list[Tensor], BlockMask]] = []
     attend = radial_attention
@@ -99,14 +99,12 @@ def activations(step: int = 10) -> list[tuple[list[Tensor], BlockMask]]:
     pipeline, mask = Sampler(plan).load(), RadialConfig(block_size=16, decimation_width="block")
     with patch.object(context, "radial_attention", keep), apply_radial_attention(pipeline, mask):
         sample(pipeline, plan.config, [plan.config.generation.prompt], [1])
-    layers = plan.model.layers
-    calls = len(kept) // (layers * plan.config.generation.steps)
-    first = step * calls * layers
-    return kept[first : first + layers]
+    first = 10 * len(kept) // plan.config.generation.steps
+    return kept[first : first + plan.model.layers]
 
 
 def measured(options: argparse.Namespace, command: str, picture: str) -> tuple[list[str], None]:
-    """Measures; returns the lines of the table."""
+    """Measures, and returns the lines of the table."""
     density = radial_mask(GRID, RadialConfig()).density
     rows = (
         (*case, f"{error.relative_l2:.4f}", f"{error.cosine:.5f}")

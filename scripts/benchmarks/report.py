@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.cases import BACKWARD_CASES, CASES, DENSE, SPARSE, STEPS
-from scripts.benchmarks.findings import STEPS_OF_A_VIDEO, EndToEnd, Findings
-from scripts.evaluation.files import number, table
-from scripts.run.files import write_text
+from scripts.benchmarks.findings import STEPS_OF_A_VIDEO, Findings
+from scripts.evaluation.files import number, subplots, table, write_text
 
 GIB = 2**30
 NOTES = """Inputs are random normal, batch 1; times are medians of up to 10 calls by events, after calls that
 do not count; an output that is not right gets no time. Speed-up is over the fastest dense kernel of this run;
-a dense kernel far behind in its first case is not timed again. Efficiency is speed-up x density: 1 where a
+a dense kernel far behind in its first case is not timed again. Efficiency is speed-up x density: 1 if a
 kept block costs what it costs in dense attention. TFLOP/s count the kept token pairs alone, 4 x heads x width
 each, and 3.5 times that for forward + backward, which is measured on the cases that leave time for it.
 Relative L2 is against exact attention in float32 on four query blocks. Memory is the peak of a call with its
@@ -22,7 +22,6 @@ inputs."""
 
 def write(path: Path, data: dict[str, Any], *, picture: bool) -> None:
     """Writes `path` (.md) and its .json, with `picture` also its .png."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".json"), json.dumps(data, indent=1))
     if picture:
         try:
@@ -33,36 +32,41 @@ def write(path: Path, data: dict[str, Any], *, picture: bool) -> None:
 
 
 def report(data: dict[str, Any], picture: Path) -> str:
-    """The results file."""
-    found = Findings(data)
+    """Returns the results file."""
+    findings = Findings(data)
     lines = [*head(data), *test_section(data), *check_section(data)]
     if picture.exists():
         lines += ["", f"![efficiency and rate]({picture.name})"]
     lines += ["", "## Attention", "", NOTES]
-    lines += attention_section(found, "Forward", "forward", CASES)
-    lines += attention_section(found, "Forward + backward", "backward", BACKWARD_CASES)
-    lines += [*step_section(found), *video_section(found), *mask_section(data), *kernel_section(data)]
+    lines += attention_section(findings, "Forward", "forward", CASES)
+    lines += attention_section(findings, "Forward + backward", "backward", BACKWARD_CASES)
+    lines += [*step_section(findings), *video_section(findings), *mask_section(data), *kernel_section(data)]
     lines += ["", "## Left out", "", *(f"- {line}" for line in data["left_out"] or ["nothing"])]
     return "\n".join(lines) + "\n"
 
 
 def head(data: dict[str, Any]) -> list[str]:
-    about = data["machine"]
+    about, smi = data["machine"], data["smi"]
     name = about.get("gpu", "the CPU")
     title = f"# Radial attention on {name}"
     if data["rehearsal"]:
         title = f"# Rehearsal on {name}: tiny shapes, no measurement of a GPU"
     state = "" if data["finished"] else " **The run is not over, or was cut off.**"
-    names = about["versions"].items()
-    found = [f"{key} {value}" for key, value in names if value != "absent" and key != "radial-attention"]
-    lines = [title, "", f"`{data['command']}`, {data['date']}, {data['minutes']:.1f} minutes.{state}", ""]
+    known = about["versions"].items()
+    installed = [f"{key} {value}" for key, value in known if value != "absent" and key != "radial-attention"]
+    machine = f"{', '.join(installed)}."
     if "gpu" in about:
         memory = f"{about['gpu_memory_bytes'] / GIB:.0f} GiB, {about['multiprocessors']} multiprocessors"
-        lines.append(f"{name}, {memory}, CUDA {about['cuda']}, cuDNN {about['cudnn']}; {', '.join(found)}.")
-    else:
-        lines.append(f"{', '.join(found)}.")
-    smi = data["smi"]
-    return [*lines, "", f"nvidia-smi ({smi['query']}): before {smi['before']}; after {smi['after']}"]
+        machine = f"{name}, {memory}, CUDA {about['cuda']}, cuDNN {about['cudnn']}; {machine}"
+    return [
+        title,
+        "",
+        f"`{data['command']}`, {data['date']}, {data['minutes']:.1f} minutes.{state}",
+        "",
+        machine,
+        "",
+        f"nvidia-smi ({smi['query']}): before {smi['before']}; after {smi['after']}",
+    ]
 
 
 def test_section(data: dict[str, Any]) -> list[str]:
@@ -73,7 +77,7 @@ def test_section(data: dict[str, Any]) -> list[str]:
 
 
 def check_section(data: dict[str, Any]) -> list[str]:
-    """Errors on the small case, the reason where a form is refused."""
+    """Lists errors on the small case, or the reason if a form is refused."""
     rows = []
     for name, check in data["checks"].items():
         if "failure" in check:
@@ -84,47 +88,36 @@ def check_section(data: dict[str, Any]) -> list[str]:
         cells = (format(error, ".1e") if isinstance(error, float) else error for error in errors)
         rows.append((name, verdict, *cells))
     lines = ["", "## Correctness on a small odd grid with text", ""]
-    lines.append("Relative L2 error against the definition in float32; a reason where a form is refused.")
+    lines.append("Relative L2 error against the definition in float32, or the reason if a form is refused.")
     return lines + table("variant | verdict | output | padded text | worst gradient", rows)
 
 
-ATTENTION = (
-    "case | variant | density | ms | TFLOP/s | speed-up | efficiency | relative L2 | peak, GiB | "
-    "first call, ms | call with a new mask, ms"
-)
-
-
-def attention_section(found: Findings, title: str, stage: str, cases: Iterable[str]) -> list[str]:
+def attention_section(findings: Findings, title: str, stage: str, cases: Iterable[str]) -> list[str]:
     rows = [
-        attention_row(found, stage, case, variant)
+        attention_row(findings, stage, case, variant)
         for case in cases
         for variant in (*DENSE, *SPARSE)
-        if found.row(stage, case, variant)
+        if findings.row(stage, case, variant)
     ]
-    return ["", f"### {title}", *table(ATTENTION, rows)]
+    titles = "case | variant | density | ms | TFLOP/s | speed-up | efficiency | relative L2 | peak, GiB"
+    return ["", f"### {title}", *table(f"{titles} | first call, ms | call with a new mask, ms", rows)]
 
 
-def reason(row: dict[str, Any]) -> str:
-    """Why there is no time."""
-    if row.get("wrong"):
-        return f"wrong output, relative L2 {row['relative_l2']:.1e}"
-    return row.get("failure", "left out")
-
-
-def attention_row(found: Findings, stage: str, case: str, variant: str) -> list[object]:
-    row, about = found.row(stage, case, variant), found.data["cases"][case]
+def attention_row(findings: Findings, stage: str, case: str, variant: str) -> list[object]:
+    row, about = findings.row(stage, case, variant), findings.data["cases"][case]
     dense = variant in DENSE
     density = 1.0 if dense else about["density"]
     start = [case, f"dense {variant}" if dense else variant, format(density, ".3f")]
     if "ms" not in row:
-        return [*start, reason(row), *[""] * 7]
+        wrong = row.get("wrong") and f"wrong output, relative L2 {row['relative_l2']:.1e}"
+        return [*start, wrong or row.get("failure", "left out"), *[""] * 7]
     peak = row.get("peak_bytes")
     return [
         *start,
         format(row["ms"], ".2f"),
         format(row["tflops"], ".0f" if row["tflops"] >= 10 else ".3f"),
-        number(found.speedup(stage, case, variant), ".2f"),
-        None if dense else number(found.efficiency(stage, case, variant), ".2f"),
+        number(findings.speedup(stage, case, variant), ".2f"),
+        None if dense else number(findings.efficiency(stage, case, variant), ".2f"),
         format(row["relative_l2"], ".1e"),
         peak and format(peak / GIB, ".2f"),
         format(row["first_ms"], ".0f"),
@@ -132,19 +125,13 @@ def attention_row(found: Findings, stage: str, case: str, variant: str) -> list[
     ]
 
 
-def step_section(found: Findings) -> list[str]:
-    """Calls of the denoisers."""
-    rows = []
-    for case in STEPS:
-        for step in found.steps(case):
-            if "failure" in step:
-                rows.append((case, step["variant"], step["failure"], *[""] * 6))
-            else:
-                rows.append(step_row(case, step))
+def step_section(findings: Findings) -> list[str]:
+    """Lists the calls of the denoisers."""
+    rows = [step_row(case, step) for case in STEPS for step in findings.steps(case)]
     lines = ["", "## One call of a denoiser", ""]
     lines.append(
         "Random weights of the real shape, text of full length, dense attention by the fastest dense kernel. "
-        "A whole model has the dense first layers of the paper; where only some blocks were built, none is "
+        "A whole model has the dense first layers of the paper. If only some blocks were built, none is "
         "dense, and the figures for the whole model below are put together from the time of each kind."
     )
     titles = "case | run | attends with | blocks | ms | attention, ms | share | one block, ms | peak, GiB"
@@ -152,6 +139,8 @@ def step_section(found: Findings) -> list[str]:
 
 
 def step_row(case: str, step: dict[str, Any]) -> list[object]:
+    if "failure" in step:
+        return [case, step["variant"], step["failure"], *[""] * 6]
     kinds = step["blocks_ms"].items()
     spent = step["attention_ms"] if step["attention_calls"] else None
     peak = step.get("peak_bytes")
@@ -168,57 +157,39 @@ def step_row(case: str, step: dict[str, Any]) -> list[object]:
     ]
 
 
-def video_section(found: Findings) -> list[str]:
-    """50 steps of each video."""
-    videos = [found.end_to_end(case, run) for case in STEPS for run in ("radial", "radial 8 bit")]
+def video_section(findings: Findings) -> list[str]:
+    """Computes 50 steps of each video."""
+    videos = [findings.end_to_end(case, run) for case in STEPS for run in ("radial", "radial 8 bit")]
+    rows = []
+    for video in filter(None, videos):
+        spec, source = video.spec, "extrapolated from blocks" if video.extrapolated else "whole model"
+        settings = f"{spec.dense_steps} of {STEPS_OF_A_VIDEO}", spec.dense_layers, spec.calls
+        calls = (format(ms, ".1f") for ms in (video.dense_ms, video.radial_ms))
+        seconds = (format(seconds, ".0f") for seconds in (video.dense_seconds, video.radial_seconds))
+        gain = format(video.speedup, ".2f"), spec.paper, source
+        rows.append([spec.case, video.variant, *settings, *calls, *seconds, *gain])
     lines = ["", f"## {STEPS_OF_A_VIDEO} steps of a video", ""]
     lines.append("Denoising alone, without text encoder and VAE, from the calls above.")
     titles = (
         "case | run | dense steps | dense layers | calls a step | one call dense, ms | one call radial, ms | "
         "dense, s | radial, s | speed-up | paper | taken from"
     )
-    return lines + table(titles, [video_row(video) for video in videos if video])
-
-
-def video_row(video: EndToEnd) -> list[object]:
-    spec = video.spec
-    return [
-        spec.case,
-        video.variant,
-        f"{spec.dense_steps} of {STEPS_OF_A_VIDEO}",
-        spec.dense_layers,
-        spec.calls,
-        format(video.dense_ms, ".1f"),
-        format(video.radial_ms, ".1f"),
-        format(video.dense_seconds, ".0f"),
-        format(video.radial_seconds, ".0f"),
-        format(video.speedup, ".2f"),
-        spec.paper,
-        "extrapolated from blocks" if video.extrapolated else "whole model",
-    ]
+    return lines + table(titles, rows)
 
 
 def mask_section(data: dict[str, Any]) -> list[str]:
-    """Density beside the paper's, and what a mask costs."""
-    rows = [
-        (
-            case["title"],
-            f"{case['heads']} x {case['width']}",
-            case["tokens"],
-            case["mask"],
-            format(1 - case["density"], ".3f"),
-            case["paper_sparsity"],
-            format(case["mask_ms"], ".1f"),
-            format(case["mask_again_ms"], ".4f"),
-        )
-        for case in data["cases"].values()
-    ]
+    """Compares sparsity with the paper's, and lists what a mask costs."""
+    rows = []
+    for case in data["cases"].values():
+        shape = case["title"], f"{case['heads']} x {case['width']}", case["tokens"], case["mask"]
+        times = format(case["mask_ms"], ".1f"), format(case["mask_again_ms"], ".4f")
+        rows.append([*shape, format(1 - case["density"], ".3f"), case["paper_sparsity"], *times])
     titles = "case | heads | tokens | mask | sparsity | paper's | built in, ms | again, ms"
     return ["", "## Masks", *table(titles, rows)]
 
 
 def kernel_section(data: dict[str, Any]) -> list[str]:
-    """Kernels of each call, where the run listed them."""
+    """Lists the kernels of each call, if the run has them."""
     rows = [
         (row["stage"], row["case"], row["variant"], name, format(ms, ".3f"))
         for row in data["rows"]
@@ -227,30 +198,26 @@ def kernel_section(data: dict[str, Any]) -> list[str]:
     return ["", "## Kernels of a call", *table("run | case | variant | kernel | ms", rows)] if rows else []
 
 
-def plot(found: Findings, path: Path) -> None:
-    """Bars of efficiency and of TFLOP/s for each case."""
-    from matplotlib.figure import Figure
-
-    from radial_attn.masks.draw import save_figure
-
-    cases = [case for case in CASES if found.best_dense("forward", case)]
-    variants = [name for name in SPARSE if any(found.ms("forward", case, name) for case in cases)]
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    upper, lower = figure.subplots(2, 1)
+def plot(findings: Findings, path: Path) -> None:
+    """Draws bars of efficiency and of TFLOP/s for each case."""
+    cases = [case for case in CASES if findings.best_dense("forward", case)]
+    variants = [name for name in SPARSE if any(findings.ms("forward", case, name) for case in cases)]
+    figure, (upper, lower) = subplots((12, 8), 2, 1)
+    count = len(variants) + 1
     for index, name in enumerate(["dense", *variants]):
-        at = [place + 0.8 * index / (len(variants) + 1) for place in range(len(cases))]
-        names = [found.best_dense("forward", case)[0] if name == "dense" else name for case in cases]
+        at = [x + 0.8 * index / count for x in range(len(cases))]
+        names = [findings.best_dense("forward", case)[0] if name == "dense" else name for case in cases]
         pairs = list(zip(cases, names, strict=True))
-        rates = [found.row("forward", *pair).get("tflops", 0) for pair in pairs]
-        lower.bar(at, rates, width=0.75 / (len(variants) + 1), label=name)
+        rates = [findings.row("forward", *pair).get("tflops", 0) for pair in pairs]
+        lower.bar(at, rates, width=0.75 / count, label=name)
         if name != "dense":
-            heights = [found.efficiency("forward", *pair) or 0 for pair in pairs]
-            upper.bar(at, heights, width=0.75 / (len(variants) + 1), label=name, color=f"C{index}")
+            heights = [findings.efficiency("forward", *pair) or 0 for pair in pairs]
+            upper.bar(at, heights, width=0.75 / count, label=name, color=f"C{index}")
     upper.axhline(1, color="black", linewidth=0.8)
-    upper.set(title=f"{found.data['machine'].get('gpu', 'CPU rehearsal')}, forward", ylabel="efficiency")
+    upper.set(title=f"{findings.data['machine'].get('gpu', 'CPU rehearsal')}, forward", ylabel="efficiency")
     lower.set(ylabel="TFLOP/s of kept pairs")
     for axes in (upper, lower):
-        axes.set_xticks([place + 0.35 for place in range(len(cases))], cases)
+        axes.set_xticks([x + 0.35 for x in range(len(cases))], cases)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     save_figure(figure, path)

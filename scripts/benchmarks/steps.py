@@ -1,15 +1,15 @@
-"""One call of a denoiser with random weights of the real shape, dense and radial, block by block.
+"""Times a call of a denoiser with random weights of the real shape, dense and radial, block by block.
 
-The child's side of the GPU benchmark. Dense self-attention goes to the fastest dense kernel of this machine
-in both runs, without upstream's mask, which here is true everywhere: the baseline is as strong as it gets.
+Runs in the child process of the GPU benchmark. Dense self-attention goes to the fastest dense kernel of this
+machine in both runs, without upstream's mask, which is true everywhere here: no baseline is faster.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 import radial_attn
 from scripts.benchmarks.attention import dense_attention
 from scripts.benchmarks.cases import SPARSE, STEPS, Case, StepModel, Task
+from scripts.benchmarks.timing import Stopwatch
 
 WAN = "WanTransformer3DModel"
 CHANNELS, WARM_FRAMES = 16, 2
@@ -32,35 +33,6 @@ TINY = {
 TINY_BLOCKS = 3
 
 
-class Stopwatch:
-    """Milliseconds of named spans on a device; read once, after the work is done."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        self._spans: dict[str, list[tuple[Any, Any]]] = {}
-        self._open: dict[str, Any] = {}
-
-    def start(self, name: str) -> None:
-        self._open[name] = self._mark()
-
-    def stop(self, name: str) -> None:
-        self._spans.setdefault(name, []).append((self._open.pop(name), self._mark()))
-
-    def read(self, name: str) -> list[float]:
-        """The spans of a name, in their order."""
-        if not self._cuda:
-            return [(end - start) * 1e3 for start, end in self._spans.get(name, [])]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in self._spans.get(name, [])]
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 class StepBench:
     """Runs "step" tasks; keeps the model of the latest one."""
 
@@ -69,66 +41,70 @@ class StepBench:
         self.forget()
 
     def forget(self) -> None:
-        """Lets go of the model."""
+        """Frees the model."""
         self._built: tuple[str, bool] | None = None
         self._model: torch.nn.Module | None = None
 
     def run(self, task: Task) -> dict[str, Any]:
-        """Milliseconds of the whole call, of each block and of its self-attention.
+        """Returns milliseconds of the whole call, of each block and of self-attention.
 
-        Raises:
-            ImportError: no diffusers; ValueError: no fork of the model.
+        Raises ImportError without diffusers, and ValueError without a fork of the model.
         """
         spec = STEPS[task.case.name]
-        apply = nullcontext if task.variant == "dense" else self._radial(spec, task)
-        model, reduced = self._take(spec, task)
+        reduced = task.reduced or spec.only_reduced
+        apply = nullcontext if task.variant == "dense" else self._radial(spec, task, reduced)
+        model = self._take(spec, task.case, reduced)
         inputs = self._inputs(task.case, model)
         short = inputs | {"hidden_states": inputs["hidden_states"][:, :, :WARM_FRAMES].contiguous()}
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with torch.no_grad(), apply(model):
-            # kernels are loaded and compiled on a short video; its frames are too few to cost anything
+            # kernels are loaded and compiled on a short video, which costs next to nothing
             self._call(spec, model, short, task, WARM_FRAMES)
-            if reduced:  # its blocks stand for many: what a new mask costs once must not be in them
+            if reduced:  # its blocks stand for many, so they must not contain what a new mask costs once
                 self._call(spec, model, inputs, task, task.case.grid.frames)
             watch = self._call(spec, model, inputs, task, task.case.grid.frames)
-        return self._result(spec, model, watch) | {"reduced": reduced, "using": task.using or task.dense}
+        attention = watch.read("attention")
+        result = {
+            "ms": watch.read("step")[0],
+            "blocks_ms": {where: watch.read(where) for _, where, _ in spec.blocks},
+            "attention_ms": sum(attention),
+            "attention_calls": len(attention),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        if self.device == "cuda":
+            result["peak_bytes"] = torch.cuda.max_memory_allocated()
+        return result | {"reduced": reduced, "using": task.using or task.dense}
 
-    def _radial(self, spec: StepModel, task: Task) -> Callable[[torch.nn.Module], Any]:
-        """What applies radial attention to the model; reduced models have no dense layer of their own."""
+    def _radial(self, spec: StepModel, task: Task, reduced: bool) -> Callable[[torch.nn.Module], Any]:
+        """Returns what applies radial attention to the model; reduced models have no dense layer."""
         from radial_attn.models.apply import TRANSFORMERS, apply_radial_attention
 
         if spec.name not in TRANSFORMERS:
             raise ValueError(f"radial_attn.models has no fork of {spec.name}")
         options = {**SPARSE[task.using], "dense_backend": "native"}
-        layers = 0 if self._is_reduced(spec, task) else spec.dense_layers
+        layers = 0 if reduced else spec.dense_layers
         return partial(apply_radial_attention, config=task.case.config, dense_layers=layers, **options)
 
-    def _is_reduced(self, spec: StepModel, task: Task) -> bool:
-        return task.reduced or spec.only_reduced
-
-    def _take(self, spec: StepModel, task: Task) -> tuple[torch.nn.Module, bool]:
-        """The model, whole or with fewer blocks."""
-        reduced = self._is_reduced(spec, task)
+    def _take(self, spec: StepModel, case: Case, reduced: bool) -> torch.nn.Module:
+        """Returns the model, whole or with fewer blocks."""
         if self._built != (spec.case, reduced):
             self.forget()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            self._model = self._build(spec, task.case, reduced)
+            self._model = self._build(spec, case, reduced)
             self._built = spec.case, reduced
-        return self._model, reduced
+        return self._model
 
     def _build(self, spec: StepModel, case: Case, reduced: bool) -> torch.nn.Module:
-        """Made where it will run, in the data type that it will have: nothing is moved."""
+        """Builds the model on its device and in its dtype, so nothing is moved."""
         import diffusers
 
         options = {option: spec.counts(reduced)[where] for option, where, _ in spec.blocks}
         if self.tiny:
             options = {option: min(count, TINY_BLOCKS) for option, count in options.items()}
-            options |= TINY[spec.name] | {
-                "num_attention_heads": case.heads,
-                "attention_head_dim": case.width,
-            }
+            heads = {"num_attention_heads": case.heads, "attention_head_dim": case.width}
+            options |= TINY[spec.name] | heads
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
@@ -139,17 +115,15 @@ class StepBench:
             torch.set_default_dtype(before)
 
     def _inputs(self, case: Case, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Random latents and text of the real sizes; all text tokens are valid."""
+        """Returns random latents and text of the real sizes; all text tokens are valid."""
         make = partial(torch.randn, device=self.device, dtype=self.dtype)
         full = partial(torch.full, device=self.device)
         grid, config = case.grid, model.config
         latents = make(1, CHANNELS, grid.frames, 2 * grid.height, 2 * grid.width)
+        inputs = {"hidden_states": latents, "timestep": full((1,), 500)}
         if type(model).__name__ == WAN:
-            text = make(1, 512, config.text_dim)
-            return {"hidden_states": latents, "timestep": full((1,), 500), "encoder_hidden_states": text}
-        return {
-            "hidden_states": latents,
-            "timestep": full((1,), 500),
+            return inputs | {"encoder_hidden_states": make(1, 512, config.text_dim)}
+        return inputs | {
             "encoder_hidden_states": make(1, grid.text, config.text_embed_dim),
             "encoder_attention_mask": full((1, grid.text), 1.0, dtype=self.dtype),
             "pooled_projections": make(1, config.pooled_projection_dim),
@@ -159,7 +133,7 @@ class StepBench:
     def _call(
         self, spec: StepModel, model: torch.nn.Module, inputs: dict[str, Tensor], task: Task, frames: int
     ) -> Stopwatch:
-        """One call under a stopwatch. Raises ValueError where a radial output is not finite."""
+        """Times one call; ValueError if a radial output is not finite."""
         watch = Stopwatch(self.device)
         tokens = min(frames, task.case.grid.frames) * task.case.grid.tokens_per_frame
         with watched_blocks(spec, model, watch), watched_attention(watch, tokens, task.dense):
@@ -172,41 +146,27 @@ class StepBench:
             raise ValueError("the output of the model is not finite")
         return watch
 
-    def _result(self, spec: StepModel, model: torch.nn.Module, watch: Stopwatch) -> dict[str, Any]:
-        blocks = {where: watch.read(where) for _, where, _ in spec.blocks}
-        attention = watch.read("attention")
-        found = {
-            "ms": watch.read("step")[0],
-            "blocks_ms": blocks,
-            "attention_ms": sum(attention),
-            "attention_calls": len(attention),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        if self.device == "cuda":
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        return found
-
 
 @contextmanager
 def watched_blocks(spec: StepModel, model: torch.nn.Module, watch: Stopwatch) -> Iterator[None]:
     """Times each transformer block under the name of its list."""
-    hooks = []
-    for _, where, _ in spec.blocks:
-        for block in getattr(model, where):
-            hooks.append(block.register_forward_pre_hook(lambda *_, name=where: watch.start(name)))
-            hooks.append(block.register_forward_hook(lambda *_, name=where: watch.stop(name)))
-    try:
+
+    def noting(note: Callable[[str], None], name: str) -> Callable[..., None]:
+        return lambda *_: note(name)
+
+    with ExitStack() as hooks:
+        for _, where, _ in spec.blocks:
+            for block in getattr(model, where):
+                hooks.enter_context(block.register_forward_pre_hook(noting(watch.start, where)))
+                hooks.enter_context(block.register_forward_hook(noting(watch.stop, where)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def watched_attention(watch: Stopwatch, tokens: int, dense: str) -> Iterator[None]:
     """Times self-attention of at least `tokens` tokens as "attention"; dense calls go to kernel `dense`.
 
-    If a loaded module of diffusers or radial_attn.models holds the two functions, a timed one stands in.
+    Timed functions replace the two functions in every loaded module of diffusers and radial_attn.models.
     """
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -223,19 +183,15 @@ def watched_attention(watch: Stopwatch, tokens: int, dense: str) -> Iterator[Non
             return dispatch_attention_fn(query, key, value, *rest, **options)
         return timed(run_dense, query, key, value)
 
-    radial = partial(timed, radial_attn.radial_attention)
-    stand_ins = {"dispatch_attention_fn": (dispatch_attention_fn, dispatch)}
-    stand_ins["radial_attention"] = radial_attn.radial_attention, radial
-    changed = []
-    for path, module in list(sys.modules.items()):
-        if not path.startswith(("diffusers.", "radial_attn.models.")):
-            continue
-        for name, (original, stand_in) in stand_ins.items():
-            if getattr(module, "__dict__", {}).get(name) is original:
-                setattr(module, name, stand_in)
-                changed.append((module, name, original))
-    try:
+    radial = radial_attn.radial_attention
+    replaced = {
+        "dispatch_attention_fn": (dispatch_attention_fn, dispatch),
+        "radial_attention": (radial, partial(timed, radial)),
+    }
+    with ExitStack() as stack:
+        for path, module in list(sys.modules.items()):
+            if path.startswith(("diffusers.", "radial_attn.models.")):
+                for name, (original, other) in replaced.items():
+                    if getattr(module, "__dict__", {}).get(name) is original:
+                        stack.enter_context(patch.object(module, name, other))
         yield
-    finally:
-        for module, name, original in changed:
-            setattr(module, name, original)

@@ -1,41 +1,95 @@
-"""How the benchmarks time a call."""
+"""Times calls for the benchmarks."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from math import inf
+from typing import Any
+
+import torch
 
 from scripts.run.system import synchronizer
+
+REPEATS, ENOUGH_MS = 10, 1500.0  # of a call of the GPU benchmark
+
+
+def timed_call(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, float]:
+    """Returns the result of `run()` and its wall seconds, from an idle device to an idle device."""
+    wait()
+    start = time.perf_counter()
+    result = run()
+    wait()
+    return result, time.perf_counter() - start
 
 
 def median_seconds(
     run: Callable[[], object], repeats: int, device: str = "cpu", enough: float = inf
 ) -> float:
-    """Median wall time of `run()` after one uncounted call; stops early once `enough` seconds are spent."""
+    """Returns the median wall time of `run()` after an uncounted call; `enough`: seconds to stop after."""
     wait, seconds = synchronizer(device), []
     run()
     while len(seconds) < repeats and sum(seconds) < enough:
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timed_call(run, wait)[1])
     return statistics.median(seconds)
 
 
 def medians_in_turn(runs: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median wall time of each call, the calls taking turns, so that a slow moment hits all of them.
+    """Returns the median wall time of each call. They take turns, so a slow moment hits all of them.
 
     An uncounted turn comes first.
     """
     wait = synchronizer(device)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            wait()
-            start = time.perf_counter()
+    turns = [{name: timed_call(run, wait)[1] for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in runs}
+
+
+class Stopwatch:
+    """Measures milliseconds of named spans, by events on a GPU, by the clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self._open: dict[str, Any] = {}
+
+    def start(self, name: str) -> None:
+        self._open[name] = self._mark()
+
+    def stop(self, name: str) -> None:
+        self._spans.setdefault(name, []).append((self._open.pop(name), self._mark()))
+
+    def read(self, name: str) -> list[float]:
+        """Returns the spans of a name, in their order; waits for the device."""
+        if not self._cuda:
+            return [(end - start) * 1e3 for start, end in self._spans.get(name, [])]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in self._spans.get(name, [])]
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Timer:
+    """Measures milliseconds of calls on a device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def once(self, run: Callable[[], Any]) -> tuple[Any, float]:
+        """Returns the result of `run()` and its wall milliseconds, from an idle device to an idle device."""
+        result, seconds = timed_call(run, synchronizer(self.device))
+        return result, seconds * 1e3
+
+    def repeated(self, run: Callable[[], object]) -> list[float]:
+        """Times up to `REPEATS` calls, fewer once `ENOUGH_MS` are spent; call `run` once before."""
+        times: list[float] = []
+        while len(times) < REPEATS and sum(times) < ENOUGH_MS:
+            watch = Stopwatch(self.device)
+            watch.start("call")
             run()
-            wait()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            watch.stop("call")
+            times += watch.read("call")
+        return times

@@ -1,8 +1,7 @@
-"""A process that makes measurements for another: what it breaks, hangs or fills ends with it.
+"""Runs measurements in a child process, which may crash, hang or run out of memory.
 
-After an illegal memory access a CUDA process can do nothing more, and a kernel may never return. So the
-measurements run in a child, one task at a time; the parent gives up a task that is late or lost, notes it,
-and goes on with a fresh child.
+After an illegal memory access a CUDA process can do nothing more, and a kernel may never return. So the child
+takes one task at a time. The parent gives up a task that is late or lost, notes it, and starts a fresh child.
 """
 
 import multiprocessing
@@ -24,15 +23,20 @@ LONGEST = 200  # characters of a failure that a table has room for
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a task: its result, or one line that says why there is none."""
+    """Holds the result of a task, or one line that says why there is none."""
 
     result: dict[str, Any] | None = None
     failure: str = ""
-    lost: bool = False  # the child is gone with it
+    lost: bool = False  # the child is gone too
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """Returns the result, or the failure as one."""
+        return self.result or {"failure": self.failure}
 
 
 class Worker:
-    """The parent's side. `make()` in the child gives an object whose `run(task)` returns a dict."""
+    """Asks the child; `make(*arguments)` there returns an object whose `run(task)` returns a dict."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self._make, self._arguments = make, arguments
@@ -40,7 +44,7 @@ class Worker:
         self._connection: Connection | None = None
 
     def ask(self, task: Any, seconds: float) -> Answer:
-        """Runs one task, in a fresh child where there is none; gives up after `seconds`."""
+        """Runs one task, in a fresh child if there is none; gives up after `seconds`."""
         if self._process is None:
             self._start()
         try:
@@ -51,13 +55,14 @@ class Worker:
             answer = self._connection.recv()
         except (EOFError, OSError):
             code = self._end()
-            return Answer(failure=f"its process ended ({_ending(code)})", lost=True)
+            ending = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            return Answer(failure=f"its process ended ({ending})", lost=True)
         if answer.lost:
             self.close()
         return answer
 
     def close(self) -> None:
-        """Ends the child, its own children too."""
+        """Ends the child and its children."""
         if self._process is not None:
             self._end()
 
@@ -79,14 +84,8 @@ class Worker:
         return process.exitcode
 
 
-def _ending(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    return signal.Signals(-code).name
-
-
 def serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
-    """The child: answers tasks until the parent is gone."""
+    """Answers tasks in the child until the parent is gone."""
     with suppress(OSError):
         os.setpgid(0, 0)
     session = make(*arguments)
@@ -102,17 +101,17 @@ def serve(connection: Connection, make: Callable[..., Any], arguments: tuple) ->
 
 
 def answer_of(session: Any, task: Any) -> Answer:
-    """The answer to one task; every exception becomes a line."""
+    """Answers one task; every exception becomes a line."""
     try:
         return Answer(session.run(task))
     except Exception as error:
         failure = describe(error)
-        traceback.clear_frames(error.__traceback__)  # lets go of the tensors that they hold
+        traceback.clear_frames(error.__traceback__)  # frees the tensors that they hold
     return Answer(failure=failure, lost=not recovered())
 
 
 def describe(error: BaseException) -> str:
-    """One line for a table."""
+    """Returns one line for a table."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error):
         return "out of memory"
     line = one_line(error).replace("|", "/")
@@ -122,7 +121,7 @@ def describe(error: BaseException) -> str:
 
 
 def recovered() -> bool:
-    """Whether the device still works after an error; frees what it left behind."""
+    """Returns whether the device still works after an error; frees what it left behind."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return True
     try:

@@ -1,1 +1,1 @@
-"""Fidelity, attention statistics, cost and ablation: the measures of this method."""
+"""Measures fidelity to dense attention, attention statistics, cost, and the options of the mask."""

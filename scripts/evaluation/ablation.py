@@ -1,6 +1,5 @@
-"""The ablation: the runs of each list in configs/ablation, and what is measured of them."""
+"""Plans the runs of the lists in configs/ablation, and measures them."""
 
-import json
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import yaml
 
 from radial_attn.masks.density_curve import density_curve
 from radial_attn.models import apply_radial_attention
-from scripts.evaluation.files import write_json
+from scripts.evaluation.files import read_json, write_json
 from scripts.evaluation.metrics import psnr, ssim
 from scripts.evaluation.recall import KINDS, Readings
 from scripts.run.config import ROOT, AttentionConfig, Config
@@ -37,25 +36,25 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One value of a table, and the plan of its videos."""
+    """Holds one value of a table, and the plan of its videos."""
 
     value: Any
     plan: RunPlan
 
     @cached_property
     def mask_name(self) -> str:
-        """Equal for runs whose masks keep the same."""
+        """Returns the same for runs whose masks keep the same."""
         mask = self.plan.block_mask
         return f"{mask.block_size}_{sha256(mask.blocks.numpy().tobytes()).hexdigest()[:12]}"
 
     @property
     def pace(self) -> str:
-        """Equal for runs whose radial steps take the same time."""
+        """Returns the same for runs whose radial steps take the same time."""
         return f"{self.mask_name}_{self.plan.dense_layers}"
 
     @property
     def identity(self) -> Hashable:
-        """Equal for runs that give the same videos."""
+        """Returns the same for runs that give the same videos."""
         return self.pace, self.plan.dense_steps
 
 
@@ -65,10 +64,11 @@ def read_table(name: str) -> dict[str, Any]:
 
 
 def values_of(table: dict[str, Any], base: RunPlan) -> list[Any]:
-    """Returns the values of a table around a plan.
+    """Returns the values of a table for a plan.
 
-    `factors` multiply the plan's own value. `shares` go from the least density that the grid has to the most.
-    Of `values`, those that count steps, layers or tokens are cut at what the plan has, and its own is added.
+    `factors` multiply the plan's value. `shares` go from the least density that the grid has to the most.
+    Of `values` that count steps, layers or tokens, those above what the plan has are left out, and the plan's
+    is added.
     """
     name = table["key"].removeprefix("attention.")
     default = getattr(base.config.attention, name)
@@ -109,12 +109,12 @@ def captions_of(count: int) -> list[Attributes]:
 
 @dataclass
 class Ablation:
-    """What all runs share, and their measurements, which are kept and not made twice.
+    """Measures runs; measurements are kept in a folder and not made twice.
 
     Attributes:
         batch: videos that are generated at once.
-        rows: query rows whose attention is read.
-        work: folder of all that is kept.
+        rows: query rows whose attention is observed.
+        work: the folder.
     """
 
     plan: RunPlan
@@ -129,14 +129,14 @@ class Ablation:
 
     @property
     def dense(self) -> Config:
-        """The configuration of the dense videos, the same for all options of the mask."""
+        """Returns the configuration of the dense videos, the same for all options of the mask."""
         given = self.plan.config.attention
-        attention = AttentionConfig(pattern=DENSE, dense_steps=0, dense_layers=0, check="off")
-        attention = replace(attention, backend=given.backend, dense_backend=given.dense_backend)
+        kept = {"backend": given.backend, "dense_backend": given.dense_backend}
+        attention = AttentionConfig(pattern=DENSE, dense_steps=0, dense_layers=0, check="off", **kept)
         return replace(self.plan.config, attention=attention)
 
     def folder(self, config: Config) -> Path:
-        """Makes the folder for what this configuration, the weights and the device give."""
+        """Makes the folder of the measurements of this configuration, the weights and the device."""
         name = digest(config, self.plan.path, self.plan.device)[:12]
         folder = self.work / "readings" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,9 +164,9 @@ class Ablation:
         return [by_caption[attributes.caption] for attributes in self.captions]
 
     def attention(self, runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-        """Returns by mask name what `Readings` tell of all steps of the first caption's dense video."""
+        """Returns the table of `Readings` by mask name, of all steps of the first caption's dense video."""
         file, first = self.folder(self.dense) / f"attention_{self.rows}.json", self.captions[0]
-        known = json.loads(file.read_text()) if file.exists() else {}
+        known = read_json(file)
         missing = {run.mask_name: run.plan.mask for run in runs if run.mask_name not in known}
         if missing:
             print(f"attention  {len(missing)} masks along the dense run", flush=True)
@@ -174,9 +174,9 @@ class Ablation:
             steps, layers = range(1, generation.steps + 1), plan.model.attention_layers()
             seen = Readings(missing, self.rows, steps, layers, synchronizer(plan.device))
             options = attention_arguments(self.dense.attention) | {"observe": seen.see}
-            given = first_frame(self.dense, first, generation.seed) | {"output_type": "latent"}
+            arguments = first_frame(self.dense, first, generation.seed) | {"output_type": "latent"}
             with apply_radial_attention(self.pipeline, **options):
-                sample(self.pipeline, self.dense, [first.caption], [generation.seed], **given)
+                sample(self.pipeline, self.dense, [first.caption], [generation.seed], **arguments)
             known |= seen.table(KINDS)
             write_json(file, known)
         return known
@@ -184,12 +184,11 @@ class Ablation:
     def seconds(self, runs: Iterable[Run]) -> dict[str, float]:
         """Returns seconds of a dense step, as "dense", and of a radial step of each run, by its `pace`.
 
-        All take turns. If one is missing, or what is kept is of other hardware or another number of threads,
-        all are timed again.
+        All take turns. All are timed again if one is missing, or if hardware or number of threads changed.
         """
         configs = {run.pace: without_warm_up(run.plan.config) for run in runs} | {DENSE: self.dense}
         file, here = self.folder(self.dense) / "seconds.json", hardware(self.plan.device)
-        known = json.loads(file.read_text()) if file.exists() else {}
+        known = read_json(file)
         if known.get("hardware") != here or not configs.keys() <= known["seconds"].keys():
             print(f"timing     {len(configs)} kinds of step in turn", flush=True)
             timed = {name: (self.pipeline, config) for name, config in configs.items()}

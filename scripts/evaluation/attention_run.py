@@ -1,18 +1,18 @@
-"""Looking at the attention of a running model: what is gathered of each layer, and the run itself.
+"""Runs a model and gathers profiles and tails of the attention of each layer.
 
-The run is dense at every step, so that its query and key are those of the model and not those of a mask; the
-mask of the configuration only says what it would keep.
+The run is dense at every step, so query and key are those of the model and not of a mask. The mask of the
+configuration only says what it would keep.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from radial_attn.analysis.bound import Tail, measure_tails
@@ -29,18 +29,18 @@ from scripts.run.sampler import Sampler, reported_choices, sample
 
 
 class Enough(Exception):
-    """All that was asked for has been seen: the pipeline need not go on."""
+    """Ends the pipeline's run: everything that was asked for has been observed."""
 
 
 @dataclass(frozen=True)
 class Looks:
-    """What is looked at.
+    """Says which calls and rows to observe.
 
     Attributes:
-        steps: denoising steps from 1; none where `timestep` is given, at which noise is looked at.
+        steps: denoising steps from 1; empty if `timestep` is given, at which noise is observed.
         timestep: in the model's own units.
         rows: query tokens of each call; tail_rows: how many of them get a bound.
-        layers: by order of execution from 0; none for all.
+        layers: by order of execution from 0; empty for all.
     """
 
     steps: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ class Looks:
 
 @dataclass
 class Gatherer:
-    """A callback of `observe`: adds up what it sees of each layer and ends the run after the last step."""
+    """Adds up what it sees of each layer, as a callback of `observe`; ends the run after the last step."""
 
     looks: Looks
     seed: int
@@ -65,10 +65,8 @@ class Gatherer:
         steps = [step - 1 for step in self.looks.steps] or [seen.step]
         if seen.step > max(steps):
             raise Enough
-        if seen.step in steps and (not self.looks.layers or seen.layer in self.looks.layers):
-            self._add(seen)
-
-    def _add(self, seen: Seen) -> None:
+        if seen.step not in steps or (self.looks.layers and seen.layer not in self.looks.layers):
+            return
         if self._step not in (None, seen.step):
             self.bar.update()
         self._step = seen.step
@@ -83,7 +81,7 @@ class Gatherer:
 def add(
     profiles: dict[int, Profile], tails: dict[int, Tail], layer: int, profile: Profile, tail: Tail
 ) -> None:
-    """Adds what was seen of a layer to what is known of it."""
+    """Adds the readings of a layer to those that are there."""
     if layer in profiles:
         profile = profiles[layer] + profile
         tail = Tail(*map(torch.cat, zip(tails[layer], tail, strict=True)))
@@ -91,66 +89,58 @@ def add(
 
 
 def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile], dict[int, Tail]]:
-    """Profiles and tails by layer, of all prompts together; prompts whose readings are in `folder` are not
-    looked at again.
+    """Returns profiles and tails by layer, of all prompts together.
+
+    Prompts whose readings are in `folder` are not observed again.
     """
     program, prompts = digest(plan.config, plan.path), plan.prompts
-    files = {
-        number: folder / f"{_name(program, plan, (number, prompt), looks)}.pt"
-        for number, prompt in prompts.items()
-    }
+    files = {number: folder / f"{_name(program, plan, number, looks)}.pt" for number in prompts}
     missing = [number for number in prompts if not files[number].exists()]
     pipeline = Sampler(plan).load() if missing else None
     steps = max(1, len(looks.steps))
     with tqdm(total=steps * len(prompts), initial=steps * (len(prompts) - len(missing)), unit="step") as bar:
         for number in missing:
             gathered = _look(plan, pipeline, prompts[number], Gatherer(looks, 1000 * number, bar))
-            _keep(files[number], {"profiles": gathered.profiles, "tails": gathered.tails})
+            plain = {  # tensors alone, which `torch.load` takes with `weights_only`
+                "profiles": {layer: list(vars(x).values()) for layer, x in gathered.profiles.items()},
+                "tails": {layer: list(x) for layer, x in gathered.tails.items()},
+            }
+            with replacing(files[number]) as part:
+                torch.save(plain, part)
             bar.update()
-    contents = [torch.load(file, weights_only=True) for file in files.values()]
-    return _added(contents)
-
-
-def _added(contents: Iterable[dict[str, Any]]) -> tuple[dict[int, Profile], dict[int, Tail]]:
-    """The readings of several prompts as one."""
     profiles: dict[int, Profile] = {}
     tails: dict[int, Tail] = {}
-    for content in contents:
+    for file in files.values():
+        content = torch.load(file, weights_only=True)
         for layer in sorted(content["profiles"]):
             profile, tail = Profile(*content["profiles"][layer]), Tail(*content["tails"][layer])
             add(profiles, tails, layer, profile, tail)
     return profiles, tails
 
 
-def _keep(file: Path, content: dict[str, dict[int, Any]]) -> None:
-    """Writes the tensors of each layer, which `torch.load` takes without more, whole or not at all."""
-    plain = {
-        kind: {layer: list(vars(x).values() if isinstance(x, Profile) else x) for layer, x in layers.items()}
-        for kind, layers in content.items()
-    }
-    with replacing(file) as part:
-        torch.save(plain, part)
-
-
 def _look(plan: RunPlan, pipeline: Any, prompt: str, gatherer: Gatherer) -> Gatherer:
-    """One run with the configuration's noise, as far as it is needed."""
-    config, looks = _dense(plan.config, gatherer.looks), gatherer.looks
+    """Runs the pipeline with the configuration's noise, until all is observed."""
+    config, timestep = _dense(plan.config, gatherer.looks), gatherer.looks.timestep
     options = attention_arguments(config.attention) | {"quantize": None, "observe": gatherer}
-    hooks = [] if looks.timestep is None else _single_call(pipeline.transformer, looks.timestep)
-    with apply_radial_attention(pipeline, **options), reported_choices(), suppress(Enough):
-        if looks.timestep is not None:
-            hooks.append(pipeline.transformer.register_forward_hook(_end))
-        try:
-            given = {"output_type": "latent", **plan.inputs.arguments}
-            sample(pipeline, config, [prompt], [config.generation.seed], **given)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def end(*_: Any) -> None:
+        raise Enough
+
+    with ExitStack() as stack:
+        if timestep is not None:
+            stack.enter_context(_at_timestep(pipeline.transformer, timestep))
+        stack.enter_context(apply_radial_attention(pipeline, **options))
+        stack.enter_context(reported_choices())
+        stack.enter_context(suppress(Enough))
+        if timestep is not None:
+            stack.enter_context(pipeline.transformer.register_forward_hook(end))
+        arguments = {"output_type": "latent", **plan.inputs.arguments}
+        sample(pipeline, config, [prompt], [config.generation.seed], **arguments)
     return gatherer
 
 
 def _dense(config: Config, looks: Looks) -> Config:
-    """Dense at every step; at a timestep without guidance, whose other half has no prompt."""
+    """Makes every step dense; at a timestep there is no guidance, whose other half has no prompt."""
     attention = replace(config.attention, dense_steps=config.generation.steps, dense_last_steps=0)
     generation = config.generation
     if looks.timestep is not None and config.model.family not in HUNYUAN:
@@ -158,25 +148,22 @@ def _dense(config: Config, looks: Looks) -> Config:
     return replace(config, attention=attention, generation=generation)
 
 
-def _single_call(transformer: torch.nn.Module, timestep: float) -> list[Any]:
-    """Hooks that give the transformer this timestep; tokens that are given keep theirs, which is lower."""
+def _at_timestep(transformer: torch.nn.Module, timestep: float) -> RemovableHandle:
+    """Makes the transformer's calls use this timestep; given tokens keep theirs, which is lower."""
 
     def change(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         before = kwargs["timestep"]
         changed = torch.where(before == before.max(), timestep, before).to(before.dtype)
         return args, kwargs | {"timestep": changed}
 
-    return [transformer.register_forward_pre_hook(change, prepend=True, with_kwargs=True)]
+    return transformer.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
 
 
-def _end(*_: Any) -> None:
-    raise Enough
+def _name(program: str, plan: RunPlan, number: int, looks: Looks) -> str:
+    """Digests everything that the readings of a prompt depend on; its number gives the sampled rows.
 
-
-def _name(program: str, plan: RunPlan, prompt: tuple[int, str], looks: Looks) -> str:
-    """A digest of all that the readings of a prompt, whose number gives the sampled rows, follow from.
-
-    `program` is that of the configuration, the program, the weights and the LoRAs.
+    `program`: digest of configuration, program, weights and LoRAs.
     """
+    prompt = number, plan.prompts[number]
     facts = [program, prompt, asdict(looks), plan.path, plan.inputs.files, plan.device]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What the files of these commands have in common: the head of their JSON, tables, how they are written."""
+"""Writes what the evaluation commands share: the head of their JSON, tables, whole files."""
 
 import json
 import math
@@ -8,20 +8,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from radial_attn.masks.draw import save_figure
 from scripts.run import files
-from scripts.run.config import Config
-from scripts.run.system import hardware, versions
+from scripts.run.system import hardware, pairs, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from scripts.run.config import Config
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
-MARKERS = "osD^vP*Xh"  # the colours before them are those of Okabe and Ito, and a grey
+MARKERS = "osD^vP*Xh"  # the colours are those of Okabe and Ito, and a grey
+DIGITS = 6
+RESULTS = Path(__file__).parents[2] / "results"
 
 
-def head(kind: str, command: str, device: str, config: Config | None = None) -> dict[str, Any]:
-    """The first entries of every JSON."""
+def results_file(*words: str) -> Path:
+    """Returns results/WORDS_DEVICE_DATE.md, its words joined by `_`."""
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    return RESULTS / f"{'_'.join([*words, device, time.strftime('%Y-%m-%d')])}.md"
+
+
+def head(kind: str, command: str, device: str, config: "Config | None" = None) -> dict[str, Any]:
+    """Returns the first entries of every JSON."""
     return {
         "kind": kind,
         "command": command,
@@ -33,49 +44,88 @@ def head(kind: str, command: str, device: str, config: Config | None = None) -> 
 
 
 def table(titles: str, rows: Iterable[Iterable[object]]) -> list[str]:
-    """A table in Markdown; `titles` are separated by bars. None becomes a dash."""
+    """Returns an empty line and a table in Markdown; bars separate `titles`, and None becomes a dash."""
     names = titles.split("|")
     lines = ["", f"| {' | '.join(name.strip() for name in names)} |", "|" + "---|" * len(names)]
     return lines + [f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |" for row in rows]
 
 
 def number(value: float | None, form: str) -> str | None:
-    """A number as text; None stays None."""
+    """Formats a number; None stays None."""
     return None if value is None else format(value, form)
 
 
+def rounded(values: Any) -> Any:
+    """Rounds a number, or every number of nested lists, an array or a tensor, to `DIGITS` digits."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
+    return float(f"{values:.{DIGITS}g}")
+
+
+def document(data: dict[str, Any], title: str, *parts: str | list[str]) -> list[str]:
+    """Returns Markdown lines: title, command, parts, then versions and hardware.
+
+    A text becomes one paragraph. A list of lines, which begins with an empty one, stays as it is.
+    """
+    lines = [f"# {title}", "", f"    {data['command']}"]
+    for part in parts:
+        lines += part if isinstance(part, list) else ["", " ".join(part.split())]
+    return [*lines, "", pairs(data["versions"], data["hardware"])]
+
+
+def options_text(mask: dict[str, Any]) -> str:
+    """Lists the options of a mask that are given: `pattern radial, decay_factor 0.5`."""
+    return ", ".join(f"{name} {value}" for name, value in mask.items() if value is not None)
+
+
 def write_text(path: Path, text: str) -> Path:
-    """Writes a file whole, in a folder that is made where it is missing; OSError where it cannot be."""
+    """Makes the folder and writes the whole file; OSError if that fails, and then no file changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, text)
     return path
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """The same for JSON; numbers that are not finite become null."""
+    """Does the same for JSON; numbers that are not finite become null."""
     return write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
-def style(number: int) -> dict[str, str]:
-    """Colour and marker of a curve by its number, from 0."""
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what a cache file contains; empty if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def style(index: int) -> dict[str, str]:
+    """Returns colour and marker of a curve."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def subplots(size: tuple[float, float], *shape: int) -> tuple["Figure", Any]:
+    """Makes a figure of this size in inches, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(*shape)
 
 
 def publish(
     data: dict[str, Any],
-    kept: Path,
+    work: Path,
     out: Path,
     lines: Callable[[dict[str, Any], str], list[str]],
     draw: Callable[[dict[str, Any]], "Figure"],
-) -> list[Path]:
-    """Writes the JSON as `kept`, the Markdown of `lines` and the picture of `draw` at `out`; the files.
+) -> None:
+    """Writes JSON to the folder `work`, Markdown and picture to `out`, and prints their paths.
 
-    `lines` gets the name of the picture. Raises OSError where a file cannot be written.
+    `lines` gets the name of the picture. Raises OSError if a file cannot be written.
     """
     picture = out.with_suffix(".png")
-    files = [write_json(kept, data), write_text(out, "\n".join(lines(data, picture.name)) + "\n")]
+    numbers = write_json(work / f"{data['kind']}.json", data)
+    text = write_text(out, "\n".join(lines(data, picture.name)) + "\n")
     save_figure(draw(data), picture)
-    return [*files, picture]
+    for file in (numbers, text, picture):
+        print(f"written    {file}")
 
 
 def _finite(data: Any) -> Any:

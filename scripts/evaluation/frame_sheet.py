@@ -1,6 +1,7 @@
-"""Frames of videos tiled into one picture, and videos side by side as a GIF."""
+"""Reads frames of videos, tiles them into one picture, and puts videos side by side in a GIF."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from scripts.run.errors import UsageError, one_line
+from scripts.run.inputs import BROKEN, video_reader
 
 GAP = 4  # white pixels between frames
 LABEL, FONT = 20, 12  # pixels: height of the label above a video, size of its letters
@@ -16,14 +18,19 @@ COLOURS = 16  # of a GIF: flat shapes on a flat ground need no more
 STILL = 8  # levels of 255: in a GIF a pixel that changes by less is held, which halves the file
 
 
+def read_video(path: Path) -> np.ndarray:
+    """Reads all frames of a video file, uint8 `[T, H, W, 3]`; UsageError if that fails."""
+    try:
+        with warnings.catch_warnings(), video_reader(path) as reader:
+            warnings.simplefilter("ignore")
+            return np.stack(list(reader.iter_data()))
+    except BROKEN as error:
+        raise UsageError(f"cannot read frames of {path}: {one_line(error)}") from error
+
+
 def read_frames(path: Path, count: int | None = None) -> np.ndarray:
     """Reads `count` frames, evenly spaced from first to last, or all: uint8 `[count, H, W, 3]`."""
-    import imageio
-
-    try:
-        frames = np.stack(imageio.mimread(path, memtest=False))
-    except (OSError, ValueError, IndexError) as error:
-        raise UsageError(f"cannot read frames of {path}: {one_line(error)}") from error
+    frames = read_video(path)
     return frames[np.linspace(0, len(frames) - 1, count or len(frames)).round().astype(int)]
 
 

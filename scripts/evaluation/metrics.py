@@ -1,4 +1,4 @@
-"""How near a video is to another: PSNR, SSIM and LPIPS of uint8 frames `[T, H, W, 3]`."""
+"""Measures how near a video is to another: PSNR, SSIM and LPIPS of uint8 frames `[T, H, W, 3]`."""
 
 import math
 from functools import lru_cache
@@ -18,9 +18,9 @@ FETCH = "python -c \"from torchvision.models import alexnet; alexnet(weights='DE
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """10 log10(255^2 / MSE) in dB, of the whole video's mean squared error; infinity for equal ones.
+    """Returns 10 log10(255^2 / MSE) in dB, MSE over the whole video; infinity for equal ones.
 
-    Raises ValueError for arrays that are no two videos of one shape.
+    Raises ValueError if the arrays are not two videos of one shape.
     """
     _check(a, b)
     squares = sum(int(((x.astype(np.int64) - y) ** 2).sum()) for x, y in zip(a, b, strict=True))
@@ -28,7 +28,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity, the mean over frames, channels and pixels; borders are mirrored.
+    """Returns the mean structural similarity over frames, channels and pixels; borders are mirrored.
 
     Raises ValueError as `psnr`, and for frames under 11 pixels a side.
     """
@@ -40,7 +40,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _ssim_of_planes(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, eq. 13, of uint8 `[H, W]`.
+    """Computes eq. 13 of Wang et al. 2004 for uint8 `[H, W]`.
 
     The sums are float64: variances are differences of squares, and in float32 SSIM errs by up to 0.0015 if
     frames are bright and even.
@@ -56,7 +56,7 @@ def _ssim_of_planes(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _smoothed(plane: torch.Tensor) -> torch.Tensor:
-    """The Gaussian window over `[H + 10, W + 10]`, an axis at a time: `[H, W]`."""
+    """Applies the Gaussian window to `[H + 10, W + 10]`, an axis at a time: `[H, W]`."""
     weights = [math.exp(-(((i - WINDOW // 2) / SIGMA) ** 2) / 2) for i in range(WINDOW)]
     for axis in (0, 1):
         size = plane.shape[axis] - WINDOW + 1
@@ -68,7 +68,7 @@ def _smoothed(plane: torch.Tensor) -> torch.Tensor:
 
 
 def lpips(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Learned perceptual distance (AlexNet), the mean over frames; None where it cannot be had here.
+    """Returns the mean learned perceptual distance (AlexNet) over frames; None if `no_lpips` or too small.
 
     Raises ValueError as `psnr`.
     """
@@ -82,15 +82,16 @@ def lpips(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
-    """`psnr`, `ssim` and `lpips` by name; ValueError as they raise."""
-    return {"psnr": psnr(a, b), "ssim": ssim(a, b), "lpips": lpips(a, b)}
+    """Returns `psnr`, which is None for equal videos, `ssim` and `lpips`; ValueError as they raise."""
+    near = psnr(a, b)
+    return {"psnr": None if near == math.inf else near, "ssim": ssim(a, b), "lpips": lpips(a, b)}
 
 
 def no_lpips() -> str | None:
-    """Why there is no LPIPS here, in one line that says what would help; None where there is."""
+    """Returns why LPIPS cannot be computed here and what to install, in one line; None if it can."""
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
+    except (ImportError, RuntimeError) as error:  # the latter if it was built for another torch
         what = "torchvision is not installed" if isinstance(error, ImportError) else "torchvision is broken"
         return f"no LPIPS: {what}; pip install the torchvision of torch {torch.__version__}, then {FETCH}"
     if not (Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS).is_file():
@@ -106,7 +107,7 @@ def _network() -> Any:
 
 
 def _image(frame: np.ndarray) -> torch.Tensor:
-    """`[H, W, 3]` uint8 as float32 `[1, 3, H, W]` of 0 .. 1."""
+    """Converts uint8 `[H, W, 3]` to float32 `[1, 3, H, W]` in 0 .. 1."""
     return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float() / PEAK
 
 

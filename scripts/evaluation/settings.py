@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -36,9 +37,8 @@ def named(key_name: str, form: str) -> Callable[[Any], list[dict[str, Any]]]:
 
     def parse(value: Any) -> list[dict[str, Any]]:
         entries = [_entry(key_name, form, name, words) for name, words in _pairs(key_name, form, value)]
-        names = [entry["name"] for entry in entries]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(entry["name"] for entry in entries).items():
+            if count > 1:
                 raise UsageError(f"{key_name}: got {name!r} twice; give each a name of its own")
         return entries
 
@@ -46,8 +46,14 @@ def named(key_name: str, form: str) -> Callable[[Any], list[dict[str, Any]]]:
 
 
 def _pairs(key_name: str, form: str, value: Any) -> list[tuple[Any, Any]]:
-    if isinstance(value, str):
-        value = _from_text(key_name, form, value)
+    """Reads text as YAML if it begins with a bracket, else splits it at semicolons."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{key_name}: got {value!r}, must be {form}") from error
+    elif isinstance(value, str):
+        value = [part for part in value.split(";") if part.strip() not in ("", "null")]
     pairs: list[tuple[Any, Any]] = []
     for entry in value if isinstance(value, list) else [] if value is None else [value]:
         if isinstance(entry, Mapping):
@@ -58,16 +64,6 @@ def _pairs(key_name: str, form: str, value: Any) -> list[tuple[Any, Any]]:
         else:
             raise UsageError(f"{key_name}: got {entry!r}, must be {form}")
     return pairs
-
-
-def _from_text(key_name: str, form: str, text: str) -> Any:
-    """Reads text as YAML if it begins with a bracket, else splits it at semicolons."""
-    if text.lstrip()[:1] not in ("[", "{"):
-        return [part for part in text.split(";") if part.strip() not in ("", "null")]
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{key_name}: got {text!r}, must be {form}") from error
 
 
 def _entry(key_name: str, form: str, name: Any, text: Any) -> dict[str, Any]:

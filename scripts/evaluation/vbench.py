@@ -1,4 +1,4 @@
-"""Prompt lists, file names and score files of VBench, and score files of VisionReward.
+"""Reads prompt lists and score files of VBench, and score files of VisionReward; names files for VBench.
 
 Forms as of github.com/Vchitect/VBench 0.1.5: the prompts are a JSON list of `{"prompt_en": ..., "dimension":
 [...]}`, a video is `<prompt>-<index>.mp4`, and a score file holds `{dimension: [mean, [...]]}`. VisionReward
@@ -29,7 +29,7 @@ def listed_prompts(file: str, dimensions: str | None) -> list[str]:
     if wanted:
         lists = [entry.get("dimension") if isinstance(entry, dict) else None for entry in entries]
         if not all(isinstance(names, list) for names in lists):
-            raise UsageError(f"evaluate.dimensions: {file!r} has no dimensions; allowed with it: null")
+            raise UsageError(f"evaluate.dimensions: {file!r} has no dimensions; set evaluate.dimensions=null")
         known = {name for names in lists for name in names}
         if wanted - known:
             unknown = sorted(wanted - known)[0]
@@ -39,7 +39,7 @@ def listed_prompts(file: str, dimensions: str | None) -> list[str]:
     prompts = [prompt.strip() if isinstance(prompt, str) else None for prompt in prompts]
     if None in prompts or not any(prompts):
         lack = "entries without prompt_en" if None in prompts else "no prompts"
-        raise UsageError(f"evaluate.prompts: {file!r} has {lack}; allowed: one a line, or VBench's JSON")
+        raise UsageError(f"evaluate.prompts: {file!r} has {lack}; write one a line, or use VBench's JSON")
     return list(dict.fromkeys(filter(None, prompts)))
 
 
@@ -47,7 +47,7 @@ def video_name(prompt: str, index: int) -> str:
     """Returns VBench's name of a prompt's video; UsageError if no file can have it."""
     name = f"{prompt}-{index}.mp4"
     if "/" in name or "\0" in name or len(name.encode()) > LONGEST:
-        raise UsageError(f"evaluate.vbench: {prompt[:40]!r} ... cannot be a file's name; allowed: off")
+        raise UsageError(f"evaluate.vbench: {prompt[:40]!r} ... cannot name a file; set evaluate.vbench=off")
     return name
 
 
@@ -78,11 +78,11 @@ def read_scores(file: str) -> dict[str, dict[str, float]]:
         return {"visionreward": {"mean": mean([_number(value) for value in content.values()])}}
     except (ValueError, TypeError, IndexError) as error:
         form = "VBench's eval_results.json, or videos with a score each, as JSON or CSV"
-        raise UsageError(f"evaluate.scores: got {file!r} ({one_line(error)}), allowed: {form}") from error
+        raise UsageError(f"evaluate.scores: got {file!r} ({one_line(error)}), must be {form}") from error
 
 
 def _read(key: str, file: str, start: str, otherwise: Any) -> Any:
-    """The JSON of a file that begins with `start`, else what `otherwise` makes of its text."""
+    """Reads a file: as JSON if it begins with `start`, else by `otherwise`."""
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8-sig")
         return json.loads(text) if text.lstrip()[:1] == start else otherwise(text)
@@ -94,5 +94,5 @@ def _read(key: str, file: str, start: str, otherwise: Any) -> Any:
 def _number(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     return number

@@ -1,12 +1,10 @@
-"""The videos of an evaluation, dense and of each setting, with what is measured while they are made.
+"""Makes the videos of an evaluation, dense and of each setting, and measures them at the same time.
 
-A video lies in the folder of its setting with a JSON beside it, which holds its configuration and readings;
-beside a dense one lie its very frames too, as lossless H.264, for the settings that are compared later.
+A video is saved in the folder of its setting, next to a JSON with its configuration and measurements. A dense
+one is saved a second time without loss, for the settings that are compared later.
 """
 
 import json
-import math
-import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from radial_attn import RadialConfig
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.recall import Readings
 from scripts.evaluation.settings import DENSE
@@ -23,7 +22,6 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.files import replacing
-from scripts.run.inputs import video_reader
 from scripts.run.outputs import finished, resolved, video_path, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
@@ -34,7 +32,7 @@ FRAMES = ".mkv"
 
 @dataclass(frozen=True)
 class Take:
-    """One prompt and seed; `number` of the prompt in its file, 0 without one, `index` of the seed."""
+    """Holds a prompt and a seed; `number` of the prompt in its file, 0 without one, `index` of the seed."""
 
     prompt: str
     seed: int
@@ -44,7 +42,7 @@ class Take:
 
 @dataclass
 class Evaluation:
-    """What is asked for: folder, a plan for each setting by name, dense first, and what to look at."""
+    """Holds the folder, a plan for each setting by name, dense first, and what to observe."""
 
     work: Path
     plans: dict[str, RunPlan]
@@ -54,7 +52,7 @@ class Evaluation:
     steps: list[int]
 
     def config(self, name: str, take: Take) -> Config:
-        """Of one video."""
+        """Returns the configuration of one video."""
         config = self.plans[name].config
         return replace(config, generation=replace(config.generation, seed=take.seed, prompt=take.prompt))
 
@@ -64,34 +62,32 @@ class Evaluation:
         return self.work / "videos" / name / video_path(config, take.prompt, take.number)
 
     def record(self, name: str, take: Take) -> dict[str, Any]:
-        """What is known of a video that is done."""
+        """Reads the JSON of a video that is done."""
         return json.loads(self.path(name, take).with_suffix(".json").read_text(encoding="utf-8"))
 
     @cached_property
     def programs(self) -> dict[str, str]:
-        """By setting, a digest of program, weights, LoRAs and device of its videos and of the dense ones."""
-        found: dict[str, str] = {}
+        """Digests program, weights, LoRAs and device of a setting's videos and of the dense ones, by name."""
+        digests: dict[str, str] = {}
         for names in same_pipeline(self.plans):
             plan = self.plans[names[0]]
-            total = digest(Config(model=plan.config.model), plan.path, found.get(DENSE), plan.device)
-            found |= dict.fromkeys(names, total)
-        return found
+            total = digest(Config(model=plan.config.model), plan.path, digests.get(DENSE), plan.device)
+            digests |= dict.fromkeys(names, total)
+        return digests
 
 
 def make_missing(evaluation: Evaluation) -> None:
-    """Makes the videos that are not there, pipeline by pipeline, the settings of a prompt in turn.
+    """Makes the missing videos, pipeline by pipeline, the settings of a prompt in turn.
 
-    Those of another program, other weights or another device are made anew, which a line says.
+    Videos of another program, other weights or another device are made again, and a note says so.
 
-    Raises:
-        UsageError: a video in the folder was made with other settings, or cannot be written.
-        GenerationError: a pipeline failed.
+    Raises UsageError if a video was made with other settings or cannot be written, GenerationError if a
+    pipeline fails.
     """
     missing = missing_videos(evaluation)
-    outdated = sum(_is_outdated(evaluation, name, take) for name, take in missing)
-    if outdated:
+    if outdated := sum(_is_outdated(evaluation, name, take) for name, take in missing):
         videos = f"{outdated} video{'s are' if outdated > 1 else ' is'}"
-        print(f"note: {videos} made anew, since program, weights or device have changed", flush=True)
+        print(f"note: {videos} made again, because program, weights or device have changed", flush=True)
     steps = evaluation.plans[DENSE].config.generation.steps
     total = len(evaluation.plans) * len(evaluation.takes)
     with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
@@ -105,28 +101,23 @@ def make_missing(evaluation: Evaluation) -> None:
 
 
 def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
-    """Setting and take of the videos to make, take by take, dense first."""
+    """Returns setting and take of the videos to make, take by take, dense first."""
     missing = []
     for take in evaluation.takes:
-        others = [(name, take) for name in evaluation.plans if name != DENSE]
-        others = [(name, take) for name, take in others if not _is_done(evaluation, name, take)]
-        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not others
+        names = [x for x in evaluation.plans if x != DENSE and not _is_done(evaluation, x, take)]
+        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not names
         if not (_is_done(evaluation, DENSE, take) and frames and _is_read(evaluation, take)):
-            others.insert(0, (DENSE, take))
-        missing += others
+            names.insert(0, DENSE)
+        missing += [(name, take) for name in names]
     return missing
 
 
 def same_pipeline(plans: dict[str, RunPlan]) -> list[list[str]]:
-    """Names of the settings that one pipeline serves, those of dense first."""
-    groups: list[list[str]] = []
+    """Groups the names of the settings that one pipeline serves, the group of dense first."""
+    groups: dict[str, list[str]] = {}
     for name, plan in plans.items():
-        fitting = [group for group in groups if plans[group[0]].config.model == plan.config.model]
-        if fitting:
-            fitting[0].append(name)
-        else:
-            groups.append([name])
-    return groups
+        groups.setdefault(repr(plan.config.model), []).append(name)
+    return list(groups.values())
 
 
 def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
@@ -134,12 +125,12 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
     if changed:
         keys = ", ".join(changed)
-        raise UsageError(f"{path} was made with other settings ({keys}); allowed: these, or another --work")
+        raise UsageError(f"{path} was made with other settings ({keys}); use these, or another --work")
     return done and not _is_outdated(evaluation, name, take)
 
 
 def _is_outdated(evaluation: Evaluation, name: str, take: Take) -> bool:
-    """Whether a video is there, and made with another program, other weights or on another device."""
+    """Returns whether a video was made with another program, other weights or on another device."""
     path = evaluation.path(name, take)
     if not (path.is_file() and path.with_suffix(".json").is_file()):
         return False
@@ -147,13 +138,13 @@ def _is_outdated(evaluation: Evaluation, name: str, take: Take) -> bool:
 
 
 def _is_read(evaluation: Evaluation, take: Take) -> bool:
-    """Whether the dense video's JSON has the attention of all masks, as it is asked for."""
+    """Returns whether the dense video's JSON has the attention of all masks, rows and steps."""
     if not evaluation.rows:
         return True
-    wanted, found = _asked(evaluation), evaluation.record(DENSE, take).get("asked", {})
-    masks = found.get("masks", {})
-    same = all(masks.get(name) == mask for name, mask in wanted["masks"].items())
-    return same and all(found.get(key) == wanted[key] for key in ("rows", "steps"))
+    wanted, before = _asked(evaluation), evaluation.record(DENSE, take).get("asked", {})
+    masks = before.get("masks", {})
+    same = all(before.get(key) == wanted[key] for key in ("rows", "steps"))
+    return same and masks | wanted["masks"] == masks
 
 
 def _asked(evaluation: Evaluation) -> dict[str, Any]:
@@ -186,20 +177,15 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
             write_frames(path.with_suffix(FRAMES), frames, plan.config.output.fps)
         else:
             reference = read_video(evaluation.path(DENSE, take).with_suffix(FRAMES))
-            record["metrics"] = finite(compare(frames, reference))
+            record["metrics"] = compare(frames, reference)
         write_pair(path, frames, plan.config.output.fps, record)
     except OSError as error:
         raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What seconds depend on: device, processor, cores and threads, GPU."""
+    """Returns what seconds depend on: device, processor, cores and threads, GPU."""
     return {name: value for name, value in hardware(device).items() if not name.endswith("memory_bytes")}
-
-
-def finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """None for the PSNR of equal videos, which JSON has no number for."""
-    return {name: None if value == math.inf else value for name, value in metrics.items()}
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -208,19 +194,5 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
 
     options = {"codec": "libx264rgb", "pixelformat": "rgb24", "macro_block_size": 1, "quality": None}
     quiet = {"output_params": ["-qp", "0"], "ffmpeg_log_level": "quiet"}
-    with (
-        replacing(path, path.suffix) as part,
-        imageio.get_writer(part, format="FFMPEG", fps=fps, **options, **quiet) as writer,
-    ):
-        for frame in frames:
-            writer.append_data(frame)
-
-
-def read_video(path: Path) -> np.ndarray:
-    """All frames of a video file, uint8 `[T, H, W, 3]`; UsageError where it cannot be read."""
-    try:
-        with warnings.catch_warnings(), video_reader(path) as reader:
-            warnings.simplefilter("ignore")
-            return np.stack(list(reader.iter_data()))
-    except (OSError, ValueError, IndexError, RuntimeError) as error:
-        raise UsageError(f"cannot read the frames of {path}: {one_line(error)}") from error
+    with replacing(path, path.suffix) as part:
+        imageio.mimwrite(part, frames, format="FFMPEG", fps=fps, **options, **quiet)

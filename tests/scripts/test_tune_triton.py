@@ -1,4 +1,4 @@
-"""The tuner of the launch table: its candidates, its seam, what it says without a GPU."""
+"""Tests the tuner of the launch table: its candidates, its changes to the table, what it prints."""
 
 from dataclasses import replace
 

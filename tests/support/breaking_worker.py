@@ -1,4 +1,4 @@
-"""What the worker of the GPU benchmark runs in its test: it dies, hangs, raises or counts."""
+"""Breaks the worker of the GPU benchmark in its test: it dies, hangs, raises or counts."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Grids, masks and tensors whose whole attention maps are small enough to hold."""
+"""Makes grids, masks and tensors whose whole attention maps fit in memory."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Small runs of every kind for tests of the report page, in the JSON that the commands save."""
+"""Writes small runs of every kind for tests of the report page, in the JSON that the commands save."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def save(folder: Path, name: str, content: dict) -> Path:
 
 
 def evaluation(folder: Path) -> Path:
-    """Two prompts with dense and one radial setting; the videos of the second prompt are equal."""
+    """Writes two prompts with dense and one radial setting; the videos of the second are equal."""
     numbers = {"attention_flops": 3e9, "seconds_step": 0.1452, "seconds_video": None}
     settings = [
         {"name": name, "words": [f"attention.pattern={name}"], "grid": GRID, "mask": MASK | {"pattern": name}}
@@ -61,7 +61,7 @@ def evaluation(folder: Path) -> Path:
 
 
 def analysis(folder: Path) -> Path:
-    """Two layers of two heads, exact exponentials."""
+    """Writes two layers of two heads with exact exponentials."""
     x = list(range(9))
     y = [float(np.exp(-0.4 * at - 4)) for at in x]
     curves, fit = ("temporal", "spatial", "planar"), {"a": 0.4, "b": -4.0, "r2": 0.9871}
@@ -82,7 +82,7 @@ def analysis(folder: Path) -> Path:
 
 
 def cost(folder: Path) -> Path:
-    """Three lengths of one model, and a row of the paper."""
+    """Writes three lengths of one model, and a row of the paper."""
     rows = [
         {"model": "wan", "frames": frames, "height": 480, "width": 800, "tokens": 1500 * frames}
         | {"density": 4 / frames, "dense_flops": 1e12 * frames**2, "radial_flops": 4e12 * frames}
@@ -98,7 +98,7 @@ def cost(folder: Path) -> Path:
 
 
 def ablation(folder: Path) -> Path:
-    """One table of two values."""
+    """Writes one table of two values."""
     columns = ["attention.sink", "density", "density of the run", "PSNR", "SSIM", "recall", "output MSE"]
     columns += ["relative MSE", "attributes, %", "s a step"]
     rows = [[sink, 0.573, 0.658, 21.48, 0.91, 0.97, 1e-4, 0.02, 95.0, None] for sink in (True, False)]
@@ -107,7 +107,7 @@ def ablation(folder: Path) -> Path:
 
 
 def generation(folder: Path, pattern: str = "radial", count: int = FRAMES) -> Path:
-    """A video as the inference scripts save it, with its record."""
+    """Writes a video as the inference scripts save it, with its record."""
     config = HEAD["config"] | {"attention": {"pattern": pattern}}
     config["generation"] = config["generation"] | {"num_frames": count}
     record = {"prompt": PROMPTS[0], "seed": 3, "config": config, "density": 0.5725, "dense_steps": [0]}
@@ -119,7 +119,7 @@ def generation(folder: Path, pattern: str = "radial", count: int = FRAMES) -> Pa
 
 
 def edited(run: Path, name: str, change: Callable[[dict], object]) -> Path:
-    """The run with its JSON changed in place."""
+    """Changes the JSON of a run in place."""
     content = json.loads((run / f"{name}.json").read_text())
     change(content)
     return save(run, name, content)

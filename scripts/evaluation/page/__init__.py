@@ -1,1 +1,1 @@
-"""The report page: reads runs, packs their videos, fills one HTML template."""
+"""Makes the report page: reads runs, packs their videos, fills one HTML template."""

@@ -1,4 +1,4 @@
-"""Videos that stand side by side on a page, and how they get into it."""
+"""Finds the videos that a page shows side by side, and packs them into it."""
 
 import base64
 import json
@@ -12,17 +12,17 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.evaluation.page.run_files import Run
+from scripts.evaluation.tables import METRICS, STAGES
 from scripts.run.errors import UsageError, one_line
-from scripts.run.inputs import video_reader
+from scripts.run.inputs import BROKEN, video_reader
 from scripts.run.outputs import NO_FRAMES, encode
 
 MIB = 2**20
-STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, which leave out loading and writing
 
 
 @dataclass(frozen=True)
 class Video:
-    """A file, the name of its setting, its options as text, and its numbers by the keys of a setting."""
+    """Holds a file, name and options of its setting, and its numbers by the keys of a setting."""
 
     name: str
     file: Path
@@ -32,7 +32,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Clip:
-    """The videos of one prompt and seed; the first is the reference of the others if `compared`."""
+    """Holds the videos of one prompt and seed; the first is the reference of the others if `compared`."""
 
     prompt: str
     seed: int | None
@@ -41,10 +41,9 @@ class Clip:
 
 
 def find_clips(runs: list[Run]) -> list[Clip]:
-    """The videos of evaluations, then those of plain runs; what differs in attention alone is one clip.
+    """Returns the clips of evaluations, then of plain runs; those that differ only in attention share one.
 
-    Raises:
-        UsageError: a video that a JSON names is missing.
+    Raises UsageError if a video that a JSON names is missing.
     """
     clips = [clip for run in runs if run.kind == "evaluation" for clip in _evaluated(run)]
     alike: dict[str, list[Run]] = {}
@@ -54,7 +53,7 @@ def find_clips(runs: list[Run]) -> list[Clip]:
     clips += map(_generated, alike.values())
     for video in (video for clip in clips for video in clip.videos):
         if not video.file.is_file():
-            raise UsageError(f"{video.file}: no such video, which the JSON of its run names; run it again")
+            raise UsageError(f"{video.file}: no such video, but the JSON of its run names it; run it again")
     return clips
 
 
@@ -77,7 +76,7 @@ def _evaluated(run: Run) -> list[Clip]:
 
 
 def _likeness(record: dict[str, Any]) -> str:
-    """Prompt, seed and configuration without attention and output; of input files the content counts."""
+    """Returns prompt, seed and configuration without attention and output; input files count by content."""
     kept = {
         f"{group}.{key}": value
         for group, values in record["config"].items()
@@ -90,7 +89,7 @@ def _likeness(record: dict[str, Any]) -> str:
 
 
 def _generated(runs: list[Run]) -> Clip:
-    """One clip of plain runs; a single one of the dense pattern is the reference."""
+    """Makes one clip of plain runs; a single one of the dense pattern is the reference."""
     patterns = [run.content["config"]["attention"]["pattern"] for run in runs]
     videos = []
     for pattern, run in zip(patterns, runs, strict=True):
@@ -102,7 +101,7 @@ def _generated(runs: list[Run]) -> Clip:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """Density, and the seconds of a step that is not dense and of the video."""
+    """Returns density, and the seconds of a step that is not dense and of the video."""
     steps, dense = record.get("step_seconds") or [], record.get("dense_steps") or []
     sparse = [seconds for step, seconds in enumerate(steps) if step not in dense]
     stages = [(record.get("seconds") or {}).get(stage) for stage in STAGES]
@@ -114,10 +113,9 @@ def _numbers(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed(clips: list[Clip], limit: int) -> list[dict[str, Any]]:
-    """What player.js gets of each clip, the videos as data: addresses.
+    """Returns what player.js gets of each clip, the videos as data: addresses.
 
-    Raises:
-        UsageError: a file that is no video, two of unequal size, or more than `limit` MiB in all.
+    Raises UsageError for a file that is no video, unequal sizes in a clip, or more than `limit` MiB in all.
     """
     entries, size = [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -138,8 +136,8 @@ def _packed(clip: Clip, scratch: Path) -> dict[str, Any]:
         file, about = _playable(video.file, scratch)
         sizes.append("{frames} frames of {height} x {width}".format(**about))
         if sizes[-1] != sizes[0]:
-            raise UsageError(f"{video.file}: got {sizes[-1]}, beside one of {sizes[0]}; compare equal sizes")
-        metrics = [(key, video.values.get(key)) for key in ("psnr", "ssim", "lpips")]
+            raise UsageError(f"{video.file}: got {sizes[-1]}, the reference has {sizes[0]}; use equal sizes")
+        metrics = [(key, video.values.get(key)) for key in METRICS]
         caption = ", ".join(f"{key.upper()} {value:.4g}" for key, value in metrics if value is not None)
         if clip.compared and not entries:
             caption = "reference"
@@ -150,7 +148,7 @@ def _packed(clip: Clip, scratch: Path) -> dict[str, Any]:
 
 
 def _playable(file: Path, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """The file, or H.264 that browsers play written to `scratch`; and its frames, fps, height and width."""
+    """Returns the file, or H.264 for browsers written to `scratch`; and its frames, fps, height and width."""
     from imageio_ffmpeg import count_frames_and_secs
 
     try:
@@ -161,6 +159,6 @@ def _playable(file: Path, scratch: Path) -> tuple[Path, dict[str, Any]]:
                 odd = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p needs even sizes
                 encode(scratch, np.stack([np.pad(frame, odd, mode="edge") for frame in reader]), meta["fps"])
                 file = scratch
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
-        raise UsageError(f"{file}: is no video that can be read ({one_line(error)})") from error
+    except (LookupError, *BROKEN) as error:
+        raise UsageError(f"{file}: cannot be read as a video ({one_line(error)}); run it again") from error
     return file, {"frames": frames, "fps": meta["fps"], "height": height, "width": width}

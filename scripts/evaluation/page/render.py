@@ -1,4 +1,4 @@
-"""Fills the page: tables and figures are those that the commands themselves save."""
+"""Fills the page with the tables and figures that the commands save."""
 
 import base64
 import json
@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from radial_attn import RadialConfig, TokenGrid
 from radial_attn.masks.draw import MOST_BLOCKS, draw_mask, save_figure
 from scripts.evaluation import ablation_report, attention_tables, cost_tables, tables
+from scripts.evaluation.files import number
 from scripts.evaluation.page.clips import Clip
 from scripts.evaluation.page.run_files import MADE_BY, Run
 from scripts.run.errors import UsageError, one_line
@@ -36,14 +37,11 @@ MARKS = {
 
 
 def render(runs: list[Run], clips: list[Clip], packed: list[dict[str, Any]], amplify: int) -> str:
-    """The page's HTML.
+    """Returns the page's HTML; UsageError if a run lacks what its tables and figures need.
 
     Args:
         packed: the clips whose videos are in the page, as player.js takes them.
-        amplify: how many times as bright a difference is shown.
-
-    Raises:
-        UsageError: a run that lacks what its tables and figures need.
+        amplify: factor on the brightness of differences.
     """
     loader = FileSystemLoader(Path(__file__).parent)
     settings = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
@@ -64,7 +62,7 @@ def render(runs: list[Run], clips: list[Clip], packed: list[dict[str, Any]], amp
 
 
 def all_videos(clips: list[Clip]) -> list[list[str]]:
-    """A row for each video below a row of titles; numbers that no video has are left out."""
+    """Returns titles and a row for each video; columns that no video has are left out."""
     videos = [video.values for clip in clips for video in clip.videos]
     columns = [key for key in COLUMNS if any(values.get(key) is not None for values in videos)]
     rows = [["prompt", "seed", "setting", "options", *(tables.COLUMNS[key][0] for key in columns)]]
@@ -74,14 +72,13 @@ def all_videos(clips: list[Clip]) -> list[list[str]]:
             if values.get("psnr") is None and (values.get("ssim") or 0) >= EQUAL:
                 values["psnr"] = math.inf
             seed = "" if clip.seed is None else str(clip.seed)
-            shown = [(values.get(key), tables.COLUMNS[key][1]) for key in columns]
-            cells = ["" if value is None else form.format(value) for value, form in shown]
+            cells = [number(values.get(key), tables.COLUMNS[key][1]) or "" for key in columns]
             rows.append([clip.prompt, seed, video.name, video.options, *cells])
     return rows
 
 
 def document(run: Run) -> dict[str, Any]:
-    """Kind, name, parts and figures of what the command of this run saves beside its JSON."""
+    """Returns kind, name, parts and figures of what the run's command saves next to its JSON."""
     study = STUDIES.get(run.kind)
     try:
         if study is None:
@@ -100,23 +97,20 @@ def document(run: Run) -> dict[str, Any]:
 
 
 def parts(lines: list[str]) -> list[tuple[str, list[Any]]]:
-    """Markdown as the commands write it: kind and lines of each part; those of a table are lists of cells."""
-
-    def mark_of(line: str) -> str | None:
-        return next(mark for mark in MARKS if line.startswith(mark)) if line else None
-
+    """Splits the commands' Markdown into kind and lines of each part; lines of a table are lists of cells."""
     grouped: list[tuple[str, list[Any]]] = []
-    for mark, group in groupby(lines, mark_of):
-        inner = [line.removeprefix(mark or "") for line in group if not line.startswith("|---")]
+    for mark, group in groupby(lines, lambda line: next(filter(line.startswith, MARKS)) if line else None):
+        if mark is None:
+            continue
+        inner = [line.removeprefix(mark) for line in group if not line.startswith("|---")]
         if mark == "|":
             inner = [[cell.strip() for cell in line.removesuffix("|").split("|")] for line in inner]
-        if mark is not None:
-            grouped.append((MARKS[mark], inner))
+        grouped.append((MARKS[mark], inner))
     return grouped
 
 
 def picture(figure: "Figure") -> str:
-    """A figure as the data: address of a PNG."""
+    """Returns a figure as the data: address of a PNG."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figure.png"
         save_figure(figure, file)
@@ -124,7 +118,7 @@ def picture(figure: "Figure") -> str:
 
 
 def masks(settings: list[dict[str, Any]]) -> dict[str, "Figure"]:
-    """The different masks of an evaluation's settings, those that a picture can show."""
+    """Draws the different masks of an evaluation's settings that are not too large for a picture."""
     names: dict[tuple[TokenGrid, RadialConfig], str] = {}
     for setting in settings:
         if setting.get("grid") and (options := setting.get("mask")) and options["pattern"] != "dense":

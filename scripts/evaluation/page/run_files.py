@@ -1,4 +1,4 @@
-"""The runs that a page shows: JSON files of the evaluation commands, or those beside generated videos."""
+"""Finds and checks the runs that a page shows: JSON files of the evaluation commands, or of videos."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from scripts.evaluation.tables import COSTS
 from scripts.run.errors import UsageError, one_line
 
 MADE_BY = {
@@ -24,7 +25,6 @@ TYPES = {
     list: (list, "a list"),
 }
 NUMBERS = {str: float}  # by name
-COSTS = ("density", "density_with_warmup", "attention_flops", "seconds_step", "seconds_video")
 SETTING = {"name": str, "words": [str], "grid?": [int], "mask?": dict} | {f"{name}?": float for name in COSTS}
 SIZES = {"num_frames": int, "height": int, "width": int, "steps": int}
 COST = {"model": str, "frames": int, "height": int, "width": int, "tokens": int, "density": float}
@@ -59,7 +59,7 @@ FORMS: dict[str, dict] = {  # a key that ends in `?` may be missing or null
 
 @dataclass(frozen=True)
 class Run:
-    """One JSON file: its kind, a name that no other run of the page has, and what it holds."""
+    """Holds the kind, the content and a name, unique on the page, of one JSON file."""
 
     kind: str
     name: str
@@ -68,10 +68,9 @@ class Run:
 
 
 def find_runs(paths: list[Path]) -> list[Run]:
-    """The runs at some folders or files, each file once, by kind in the order of MADE_BY.
+    """Returns the runs at some folders or files, each file once, by kind in the order of MADE_BY.
 
-    Raises:
-        UsageError: a path that is missing or holds no run, or a file that is not what it should be.
+    Raises UsageError if a path is missing or has no run, or a file does not have the form of its kind.
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _files(path)))
     common = os.path.commonpath([file.parent.parent for file in files])
@@ -80,7 +79,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
 
 
 def _files(path: Path) -> list[Path]:
-    """JSON files of the runs at a path: those of the evaluation commands, else those beside videos."""
+    """Returns the JSON files of the runs at a path: of the evaluation commands, else of videos."""
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; name output folders, or JSON files in them")
     if not path.is_dir():
@@ -90,14 +89,11 @@ def _files(path: Path) -> list[Path]:
     records = [video.with_suffix(".json") for video in sorted(path.glob("*.mp4"))]
     files = files or [record for record in records if record.is_file()]
     if not files:
-        raise UsageError(
-            f"{path}: has neither {', '.join(names)} nor an mp4 with its JSON; name a run's folder"
-        )
+        raise UsageError(f"{path}: has no {', '.join(names)}, nor an mp4 with its JSON; name a run's folder")
     return files
 
 
 def _read(file: Path, name: str) -> Run:
-    """Reads and checks one JSON file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except OSError as error:
@@ -106,7 +102,7 @@ def _read(file: Path, name: str) -> Run:
         raise UsageError(f"{file}: is no JSON ({one_line(error)}); name a run's JSON file") from error
     kind = content.get("kind", "generation") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind not in FORMS:
-        raise UsageError(f"{file}: is no run: its kind is {kind!r}, allowed: {', '.join(FORMS)}")
+        raise UsageError(f"{file}: is no run: its kind is {kind!r}; allowed: {', '.join(FORMS)}")
     check(content, HEAD, str(file))
     check(content, FORMS[kind], str(file))
     return Run(kind, name, file, content)
@@ -115,22 +111,18 @@ def _read(file: Path, name: str) -> Run:
 def check(value: Any, form: Any, where: str) -> None:
     """Compares JSON with its form: a type, `[form]`, `{str: form}` of any names, or a form for each key.
 
-    Raises:
-        UsageError: names the key, what stands there and what is allowed.
+    Raises UsageError with the key, its value and what it must be.
     """
-    kinds, allowed = TYPES[form if isinstance(form, type) else type(form)]
+    kinds, wanted = TYPES[form if isinstance(form, type) else type(form)]
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UsageError(f"{where}: got {value!r:.40}, allowed: {allowed}")
+        raise UsageError(f"{where}: got {value!r:.40}, must be {wanted}; run it again")
     if isinstance(form, list):
         for index, item in enumerate(value):
             check(item, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict) and str in form:
-        for name, item in value.items():
-            check(item, form[str], f"{where}.{name}")
     elif isinstance(form, dict):
-        for name, inner in form.items():
-            key = name.removesuffix("?")
-            if key == name and key not in value:
-                raise UsageError(f"{where}: has no {key!r}, which a run of this kind holds; run it again")
+        for name, inner in (dict.fromkeys(value, form[str]) if str in form else form).items():
+            key = name if str in form else name.removesuffix("?")
+            if key not in value and key == name:
+                raise UsageError(f"{where}: has no {key!r}, which every run of this kind has; run it again")
             if key == name or value.get(key) is not None:
                 check(value[key], inner, f"{where}.{key}")

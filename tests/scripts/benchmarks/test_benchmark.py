@@ -1,4 +1,4 @@
-"""The other tables of the benchmark: the mask, 8-bit operands, steps at growing length."""
+"""Tests the other tables of the benchmark: the mask, 8-bit operands, steps at growing length."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_step_times_at_growing_length(tmp_path: Path):
 
 
 def test_bounds_are_of_the_mask_that_is_timed():
-    """Half of the layers dense: both kinds of step have less to gain."""
+    """Makes half of the layers dense: both kinds of step gain less."""
     every, half = (
         length.bounds(length.plan_step(64, 129, [f"attention.dense_layers={count}"]), 16) for count in (0, 3)
     )

@@ -1,4 +1,4 @@
-"""Denoising steps of the GPU benchmark, on tiny models on the CPU."""
+"""Tests denoising steps of the GPU benchmark on tiny models on the CPU."""
 
 import sys
 
@@ -38,7 +38,7 @@ def test_stand_ins_for_attention_are_taken_back():
 
 
 def test_the_whole_models_have_the_shape_of_the_released_ones():
-    """Parameter counts, on the meta device."""
+    """Counts parameters on the meta device."""
     counts = {"wan-69": 14_288_491_584, "hunyuan-117": 12_821_012_544}
     for name, count in counts.items():
         model = StepBench("meta", torch.bfloat16, False)._build(STEPS[name], CASES[name], reduced=False)

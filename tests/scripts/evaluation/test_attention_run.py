@@ -1,4 +1,4 @@
-"""The analysis of a model's attention: what it gathers in a run and on noise, its files, bad input."""
+"""Tests the analysis of a model's attention: what it gathers in a run and on noise, and its files."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from radial_attn import radial_mask
 from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import recall, sample_rows
 from radial_attn.models import apply_radial_attention
-from scripts.analyse_attention import main, parse, planned
-from scripts.evaluation import attention_report as analyse_report
+from scripts.analyse_attention import main, planned
 from scripts.evaluation import attention_run as analyse_run
+from scripts.evaluation.attention_report import stacked, thinned
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.files import write_json
 from scripts.run.config import LoraConfig, read_config
@@ -29,23 +29,22 @@ FEW = ["--rows", "9", "--tail-rows", "2"]
 
 
 def analysed(folder: Path, *words: str) -> dict:
-    """The JSON of one command that goes well."""
+    """Runs a command that succeeds, and returns its JSON."""
     assert main([*words, *SHORT, *FEW, "--work", str(folder / "work"), "--out", str(folder / "a.md")]) == 0
     return json.loads((folder / "work" / "analysis.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def both_steps(tmp_path_factory) -> tuple[Path, dict]:
-    """The bundled Wan, both of two steps; its folder and JSON."""
+    """Analyses both of two steps of the bundled Wan; returns folder and JSON."""
     folder = tmp_path_factory.mktemp("wan")
     return folder, analysed(folder, "--steps", "1", "2")
 
 
 def test_json_holds_every_layer_and_head(both_steps):
     _, data = both_steps
-    assert data["kind"] == "analysis" and data["command"].startswith(
-        "bash scripts/analyse_attention.sh --steps 1 2"
-    )
+    assert data["kind"] == "analysis"
+    assert data["command"].startswith("bash scripts/analyse_attention.sh --steps 1 2")
     assert data["grid"] == [3, 8, 8, 0] and data["steps"] == [1, 2] and data["timestep"] is None
     assert data["layers"] == list(range(6)) and [len(layer) for layer in data["heads"]] == [4] * 6
     assert {head["class"] for layer in data["heads"] for head in layer} == {"spatial", "temporal"}
@@ -62,13 +61,13 @@ def test_json_holds_every_layer_and_head(both_steps):
 
 
 def test_bands_hold_all_and_keep_what_recall_says(both_steps):
-    """Observed by hand: the dense run of the same noise, every row of the same sample."""
+    """Observes the dense run of the same noise, with the same rows, without the command."""
     _, data = both_steps
-    plan, found = planned(read_config(WAN, SHORT)), []
+    plan, recalls = planned(read_config(WAN, SHORT)), []
 
     def look(seen):
         rows = sample_rows(seen.mask.grid, 9, seed=seen.step)
-        found.append(recall(seen.query, seen.key, seen.mask, rows).mean())
+        recalls.append(recall(seen.query, seen.key, seen.mask, rows).mean())
 
     pipeline, config = Sampler(plan).load(), plan.config
     options = attention_arguments(config.attention) | {"dense_steps": 2}
@@ -77,7 +76,7 @@ def test_bands_hold_all_and_keep_what_recall_says(both_steps):
     assert [band["frames"] for band in data["bands"]] == ["0", "1", "2"]
     assert sum(band["mass"] for band in data["bands"]) == pytest.approx(1, abs=1e-5)
     kept = sum(band["mass"] * band["kept"] for band in data["bands"])
-    assert len(found) == 2 * 2 * 6 and kept == pytest.approx(torch.stack(found).mean().item(), abs=1e-5)
+    assert len(recalls) == 2 * 2 * 6 and kept == pytest.approx(torch.stack(recalls).mean().item(), abs=1e-5)
     assert sum(data["frames"]["kept"]) == pytest.approx(kept, abs=1e-5)
     assert kept < 0.999
 
@@ -125,15 +124,8 @@ def test_readings_follow_from_version_weights_loras_and_the_prompts_number(tmp_p
     assert name() != second
 
 
-def test_each_configuration_has_its_own_table():
-    for config, kind in ((WAN, "wan_tiny"), (MOCHI, "mochi_tiny")):
-        assert parse([config]).out.name.startswith(
-            tuple(f"attention_decay_{kind}_{device}_" for device in ("cpu", "gpu"))
-        )
-
-
 def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
-    """Two prompts are the mean of each; interrupted after the first, the second alone is looked at."""
+    """Averages two prompts; after an interruption only the second is observed."""
     words = ["--layers", "1", "--steps", "2", f"generation.prompt_file={tmp_path / 'prompts.txt'}"]
     (tmp_path / "prompts.txt").write_text("a red circle moving left on a black background\na blue square\n")
     look, looked = analyse_run._look, []
@@ -160,7 +152,7 @@ def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("config", [WAN, MOCHI])
 def test_one_call_on_noise_at_a_timestep(config, tmp_path, monkeypatch):
-    """The transformer is called once, without guidance, at this timestep, on the run's own noise."""
+    """Calls the transformer once, without guidance, at this timestep, on the run's noise."""
     calls, load = [], Sampler.load
 
     def watched(sampler):
@@ -183,7 +175,7 @@ def test_one_call_on_noise_at_a_timestep(config, tmp_path, monkeypatch):
 
 
 def test_a_timestep_that_is_also_a_step_of_the_run(tmp_path):
-    """The second planned step of two."""
+    """Takes the second planned step of two."""
     plan = planned(read_config(WAN, SHORT))
     pipeline = Sampler(plan).load()
     pipeline.scheduler.set_timesteps(2)
@@ -199,35 +191,34 @@ def test_a_single_frame_has_no_temporal_fit(tmp_path):
     data = json.loads((tmp_path / "analysis.json").read_text())
     assert data["fits"]["temporal"] == {"a": None, "b": None, "r2": None}
     assert data["fits"]["spatial"]["a"] is not None and data["fits"]["planar"]["a"] is not None
-    assert [band["frames"] for band in data["bands"]] == ["0"] and data["tail"]["l1"] == data["tail"][
-        "bound"
-    ] == 0
+    assert [band["frames"] for band in data["bands"]] == ["0"]
+    assert data["tail"]["l1"] == data["tail"]["bound"] == 0
     assert "| temporal | - | - | - | - | 0 of 4 |" in (tmp_path / "a.md").read_text()
 
 
 def test_distances_that_no_row_has_are_null(tmp_path):
-    """One row, of the middle frame, meets no frame further than half the video away."""
+    """Takes one row, of the middle frame: no frame is further away than half the video."""
     query, key, _ = tensors(GRIDS[0])
     profile = measure(query, key, radial_mask(GRIDS[0], CONFIG), sample_rows(GRIDS[0], 1))
-    found = analyse_report._profile(profile.temporal_curve, 1)
-    assert [math.isnan(value) for value in found["mean"]] == [False, False, False, True, True]
-    written = json.loads(write_json(tmp_path / "a.json", found).read_text())
+    result = thinned(profile.temporal_curve, 1)
+    assert [math.isnan(value) for value in result["mean"]] == [False, False, False, True, True]
+    written = json.loads(write_json(tmp_path / "a.json", result).read_text())
     assert written["mean"][3:] == [None, None] and written["heads"][0][2][3:] == [None, None]
 
 
 def test_long_curves_are_thinned_but_for_their_start():
     curve = torch.arange(2.0 * 3600, dtype=torch.float64).view(2, 3600)
-    found = analyse_report._profile(curve, 2)
-    distance = found["distance"]
+    result = thinned(curve, 2)
+    distance = result["distance"]
     assert len(distance) <= 256 and distance[:20] == list(range(20)) and distance[-1] == 3599
-    assert found["heads"][1][0] == [3600.0 + x for x in distance] and len(found["heads"]) == 2
+    assert result["heads"][1][0] == [3600.0 + x for x in distance] and len(result["heads"]) == 2
 
 
 def test_layers_are_stacked_head_by_head():
     query, key, _ = tensors(GRIDS[0])
     mask, rows = radial_mask(GRIDS[0], CONFIG), sample_rows(GRIDS[0], 9)
     one, two = measure(query, key, mask, rows), measure(key, query, mask, rows)
-    whole = analyse_report._stacked([one, two])
+    whole = stacked([one, two])
     assert isinstance(whole, Profile) and whole.rows == one.rows
     assert torch.equal(whole.temporal_curve, torch.cat([one.temporal_curve, two.temporal_curve]))
     assert torch.equal(whole.column, torch.cat([one.column, two.column]))

@@ -1,4 +1,4 @@
-"""The evaluation from end to end on the bundled model: what it measures, going on, and what it refuses."""
+"""Tests the evaluation from end to end on the bundled model: what it measures, resumes and refuses."""
 
 import json
 import subprocess
@@ -12,11 +12,12 @@ from radial_attn import radial_mask
 from radial_attn.analysis.recall import kept_by, recall, sample_rows
 from radial_attn.models import apply_radial_attention
 from scripts.evaluate import examined, main
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of
 from scripts.evaluation.tables import content as found_in
 from scripts.evaluation.tables import explained, table
-from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, read_video, write_frames
+from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
 from scripts.run import sampler as video
 from scripts.run.config import ROOT, read_config
 from scripts.run.plan import attention_arguments, make_plan, radial_config
@@ -38,18 +39,16 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def planned(folder: Path, *words: str) -> Evaluation:
-    """The evaluation of these words, of which nothing is made."""
+    """Plans the evaluation of these words."""
     config, settings = settings_of(TINY, [*SHORT, *words])
-    return examined(config, {name: own for name, (_, own) in settings.items()}, folder / "work")
+    return examined(config, {name: setting for name, (_, setting) in settings.items()}, folder / "work")
 
 
 def timeless(data: dict[str, Any]) -> dict[str, Any]:
-    """Without the times, and what else differs between two calls."""
-    settings = [
-        {key: value for key, value in setting.items() if not key.startswith("seconds")}
-        for setting in data["settings"]
-    ]
-    return {**data, "settings": settings, "command": None, "hardware": None}
+    """Leaves out times, and what else differs between two calls."""
+    times = dict.fromkeys(("seconds_step", "seconds_video"))
+    settings = [setting | times for setting in data["settings"]]
+    return data | {"settings": settings, "command": None, "hardware": None}
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +109,9 @@ def test_means_are_over_videos(run: Path):
 
 def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pipeline: Any):
     data = content(run)
-    found = data["attention"]["thin"]
-    assert found["steps"] == [2] and found == data["attention"]["warm"]
-    assert np.shape(found["recall"]) == np.shape(found["mse"]) == (1, 6, 4)
+    attention = data["attention"]["thin"]
+    assert attention["steps"] == [2] and attention == data["attention"]["warm"]
+    assert np.shape(attention["recall"]) == np.shape(attention["mse"]) == (1, 6, 4)
     np.testing.assert_allclose(data["attention"]["all"]["recall"], 1, atol=1e-6)
     assert np.max(data["attention"]["all"]["mse"]) < 1e-10
     config = read_config(TINY, [*SHORT, "attention.pattern=dense"])
@@ -132,7 +131,7 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
     assert {len(of_layer) for of_layer in calls.values()} == {4}  # two seeds, both halves of guidance
     for place, kind in enumerate(("recall", "mse")):
         expected = [np.mean([call[place] for call in calls[layer]], axis=0) for layer in range(6)]
-        np.testing.assert_allclose(found[kind][0], expected, rtol=1e-4)
+        np.testing.assert_allclose(attention[kind][0], expected, rtol=1e-4)
         assert data["means"]["thin"][kind] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
@@ -164,12 +163,12 @@ def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path,
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert evaluated(tmp_path, *COMPARE, "generation.guidance_scale=2") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "made with other settings (generation.guidance_scale); allowed: these, or another --work" in line
+    assert "made with other settings (generation.guidance_scale); use these, or another --work" in line
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("changed", ["version", "weights"])
-def test_videos_of_another_version_or_other_weights_are_made_anew(changed, run: Path, monkeypatch, capsys):
+def test_videos_of_another_version_or_other_weights_are_made_again(changed, run: Path, monkeypatch, capsys):
     assert missing_videos(planned(run, *COMPARE)) == []
     read, other = Path.read_bytes, planned(run, *COMPARE)
     if changed == "version":
@@ -181,7 +180,7 @@ def test_videos_of_another_version_or_other_weights_are_made_anew(changed, run: 
     monkeypatch.setattr(Sampler, "load", lambda sampler: pytest.fail("reached"))
     with pytest.raises(pytest.fail.Exception, match="reached"):
         make_missing(other)
-    line = "note: 8 videos are made anew, since program, weights or device have changed"
+    line = "note: 8 videos are made again, because program, weights or device have changed"
     assert capsys.readouterr().out.splitlines() == [line]
 
 
@@ -215,10 +214,8 @@ def test_a_failing_pipeline_leaves_one_line_and_no_half_files(tmp_path: Path, mo
 
     monkeypatch.setattr(video, "sample", fails)
     assert evaluated(tmp_path) == 2
-    assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == "error: dense: the pipeline failed with RuntimeError: the kernel"
-    )
+    line = "error: dense: the pipeline failed with RuntimeError: the kernel"
+    assert capsys.readouterr().err.splitlines()[-1] == line
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -230,17 +227,9 @@ def test_frames_are_kept_without_loss(tmp_path: Path):
 
 
 def test_the_shell_script_plans_without_making_anything(tmp_path: Path):
-    words = [
-        TINY,
-        "evaluate.compare=[radial, {thin: attention.density=0.5}]",
-        "--dry-run",
-        "--work",
-        tmp_path / "w",
-    ]
-    done = subprocess.run(
-        ["bash", "scripts/evaluate.sh", *words], cwd=ROOT, text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    words = [TINY, "evaluate.compare=[radial, {thin: attention.density=0.5}]", "--dry-run"]
+    command = ["bash", "scripts/evaluate.sh", *words, "--work", tmp_path / "w"]
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["| setting", "| dense", "| radial", "| thin"]
     assert not (tmp_path / "w").exists()

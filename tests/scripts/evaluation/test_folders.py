@@ -1,4 +1,4 @@
-"""Folders of finished videos, and the adapters to VBench and VisionReward."""
+"""Tests folders of finished videos, and the adapters to VBench and VisionReward."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 
 from scripts.evaluate import main
 from scripts.evaluation import folders
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_name
-from scripts.evaluation.videos import read_video
 from scripts.run.errors import UsageError
 from scripts.run.outputs import encode
 
@@ -24,7 +24,7 @@ INFO = [
 
 
 def video(file: Path, seed: int, shape: tuple[int, ...] = SIZE) -> Path:
-    """A smooth random video, which survives the encoder."""
+    """Writes a smooth random video, which survives the encoder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     line = np.linspace(0, 1, shape[2])[None, None, :, None]
     colours = np.random.default_rng(seed).uniform(60, 255, (shape[0], 1, 1, 3))
@@ -73,7 +73,7 @@ def test_readings_of_unchanged_files_are_kept(pair: Path, monkeypatch):
 
 
 def refused(pair: Path, capsys: pytest.CaptureFixture, *words: str) -> str:
-    """The one line that the command ends with, below its progress bar."""
+    """Returns the line that the command ends with, below its progress bar."""
     assert scored(pair, *words) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -99,13 +99,13 @@ def test_other_sizes_and_lengths_are_one_line(pair: Path, capsys, shape):
 
 def test_a_broken_video_and_bad_words_are_one_line(pair: Path, capsys):
     (pair / "radial" / "b.mp4").write_bytes(b"nothing")
-    assert "cannot read the frames of" in refused(pair, capsys)
-    assert "got 'c', allowed: NAME=DIR" in refused(pair, capsys, "c")
+    assert "cannot read frames of" in refused(pair, capsys)
+    assert "got 'c', must be NAME=DIR" in refused(pair, capsys, "c")
     assert "c is 'absent', which is no folder" in refused(pair, capsys, "c=absent")
     (pair / "empty").mkdir()
     assert "which has no videos (.mp4, " in refused(pair, capsys, f"c={pair / 'empty'}")
     assert main(["--folders", f"dense={pair / 'dense'}", "--work", str(pair / "work")]) == 2
-    assert "--folders: got one, allowed: two or more" in capsys.readouterr().err
+    assert "--folders: got one; name two or more" in capsys.readouterr().err
 
 
 def test_scores_of_other_judges_come_back(pair: Path, capsys):
@@ -118,10 +118,8 @@ def test_scores_of_other_judges_come_back(pair: Path, capsys):
     assert data["scores"]["radial"]["vbench"] == {"subject_consistency": 0.93, "dynamic_degree": 0.25}
     assert data["scores"]["dense"] == {"visionreward": {"mean": pytest.approx(0.2)}}
     table = (pair / "t.md").read_text()
-    assert (
-        "| vbench dynamic_degree | 0.2500 |  |" in table
-        and "| visionreward mean | 0.2000 | 0.2000 |" in table
-    )
+    assert "| vbench dynamic_degree | 0.2500 |  |" in table
+    assert "| visionreward mean | 0.2000 | 0.2000 |" in table
 
 
 @pytest.mark.parametrize("text", ["{}", '{"a": "b"}', "a,1,2", "[1]", '{"a": [1], "b": 2}', "{", "a,nan"])
@@ -152,7 +150,7 @@ def test_prompts_come_from_text_and_from_vbenchs_json(tmp_path: Path):
         ("", None, "has no prompts"),
         ("[{}]", None, "entries without prompt_en"),
         ("[1", None, "which cannot be read"),
-        ("a\n", "color", "evaluate.dimensions: .* has no dimensions; allowed with it: null"),
+        ("a\n", "color", "evaluate.dimensions: .* has no dimensions; set evaluate.dimensions=null"),
         (json.dumps(INFO), "colour", "got 'colour', allowed: color, dynamic_degree, subject"),
     ],
 )
@@ -165,7 +163,7 @@ def test_other_prompt_files_are_refused(tmp_path: Path, text, dimensions, line):
 def test_videos_get_the_names_that_vbench_expects(tmp_path: Path):
     assert video_name("a dog, 5 o'clock.", 4) == "a dog, 5 o'clock.-4.mp4"
     for prompt in ("a/b", "x" * 250):
-        with pytest.raises(UsageError, match="cannot be a file's name; allowed: off"):
+        with pytest.raises(UsageError, match=r"^evaluate\.vbench: .* set evaluate\.vbench=off"):
             video_name(prompt, 0)
     (tmp_path / "v.mp4").write_bytes(b"1")
     place(tmp_path / "v.mp4", tmp_path / "vbench", "a-0.mp4")

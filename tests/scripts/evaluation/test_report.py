@@ -1,4 +1,4 @@
-"""The report page: what it holds, what it escapes, and what the command says of bad input."""
+"""Tests the report page: its content, escapes, and the messages for bad input."""
 
 import base64
 import json
@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from scripts import report
+from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.page.clips import find_clips
 from scripts.evaluation.page.render import parts
 from scripts.evaluation.page.run_files import find_runs
-from scripts.evaluation.videos import read_video
 from scripts.run.outputs import encode
 from tests.support import report_cases as cases
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it: tags, addresses, rows of its tables, text, and the player's JSON."""
+    """Reads a page as a browser does: tags, addresses, rows of tables, text, and the player's JSON."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 
 def made(out: Path, *arguments: object) -> Page:
-    """The page of a command that is expected to work."""
+    """Runs a command that succeeds, and reads its page."""
     assert report.main([*map(str, arguments), "--out", str(out)]) == 0
     assert [file.name for file in out.parent.iterdir() if file.is_file()] == [out.name]
     return Page(out.read_text(encoding="utf-8"))
@@ -57,9 +57,8 @@ def made(out: Path, *arguments: object) -> Page:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    return [
-        make(root / make.__name__) for make in (cases.cost, cases.evaluation, cases.analysis, cases.ablation)
-    ]
+    kinds = (cases.cost, cases.evaluation, cases.analysis, cases.ablation)
+    return [make(root / make.__name__) for make in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +81,7 @@ def test_holds_tables_and_figures_of_every_kind_and_loads_nothing(page):
 
 def test_every_video_is_a_row_with_settings_and_metrics(page, tmp_path):
     rows = [row for row in page.rows if row[0] in cases.PROMPTS]
-    assert [row[1:4] for row in rows[::2]] == [
-        [str(seed), "dense", "attention.pattern=dense"] for seed in (0, 1)
-    ]
+    assert [row[1:4] for row in rows[::2]] == [[x, "dense", "attention.pattern=dense"] for x in "01"]
     assert rows[1][2:] == ["radial", "attention.pattern=radial", "0.573", "0.145", "27.31", "0.8861"]
     assert rows[3][-2:] == ["inf", "1.0000"]
     head, row = made(tmp_path / "out.html", cases.generation(tmp_path / "run")).rows
@@ -131,11 +128,8 @@ def test_plain_runs_stand_side_by_side_if_attention_alone_differs(tmp_path):
 
         return cases.edited(cases.generation(tmp_path / name, pattern), "circle_seed3", change)
 
-    same = {
-        "output": {"path": "a"},
-        "generation": {"prompt_file": "a.txt"},
-        "parallel": {"ulysses_degree": 2},
-    }
+    same = {"output": {"path": "a"}, "generation": {"prompt_file": "a.txt"}}
+    same["parallel"] = {"ulysses_degree": 2}
     paths = [
         run("a", "radial", **same),
         run("dense", "dense"),
@@ -173,7 +167,7 @@ def test_parts_of_markdown():
 
 
 def failure(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str:
-    """The one line of a command that ends with 2 and leaves nothing beside `out`."""
+    """Returns the line of a command that exits with 2 and leaves nothing next to `out`."""
     try:
         code = report.main([*map(str, arguments), "--out", str(out)])
     except SystemExit as stop:
@@ -188,12 +182,12 @@ def failure(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str
     ("change", "expected"),
     [
         (lambda c: c.update(kind="other"), ["'other'", "allowed: evaluation"]),
-        (lambda c: c.update(rows=5), [".rows: got 5, allowed: a list"]),
+        (lambda c: c.update(rows=5), [".rows: got 5, must be a list"]),
         (lambda c: c["rows"][0].pop("frames"), [".rows[0]", "'frames'"]),
-        (lambda c: c["rows"][1].update(density="0.5"), [".rows[1].density: got '0.5', allowed: a number"]),
-        (lambda c: c["rows"][1].update(frames=True), [".rows[1].frames: got True, allowed: a whole number"]),
+        (lambda c: c["rows"][1].update(density="0.5"), [".rows[1].density: got '0.5', must be a number"]),
+        (lambda c: c["rows"][1].update(frames=True), [".rows[1].frames: got True, must be a whole number"]),
         (lambda c: c["rows"][1].pop("of_bound"), ["'of_bound'", "bash scripts/cost.sh"]),
-        (lambda c: c.update(made=3), [".made: got 3, allowed: a text"]),
+        (lambda c: c.update(made=3), [".made: got 3, must be a text"]),
     ],
 )
 def test_a_file_of_another_form_gives_one_line(tmp_path, capsys, change: Callable, expected: list[str]):
