@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
-from . import names_hunyuan_video as lora_hunyuan_video
-from . import names_mochi as lora_mochi
+from . import names_hunyuan_video as hunyuan_video
+from . import names_mochi as mochi
 
 Shape = tuple[int, ...]
 
@@ -108,7 +108,7 @@ def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> 
         if {"down", "up"} <= low_rank.keys():
             _add_pair(match, layer, low_rank, shapes, parameters)
         else:
-            match.unmatched |= dict.fromkeys(_keys(low_rank), "half of a pair")
+            match.unmatched |= {part.key: "half of a pair" for part in low_rank.values()}
         for kind in kinds.keys() - low_rank.keys():
             name = layer if layer in parameters else f"{layer}.{kind}"
             _add_delta(match, name, kinds[kind], shapes, parameters)
@@ -139,10 +139,6 @@ def _by_layer(
     return layers, match
 
 
-def _keys(parts: Mapping[str, Part]) -> list[str]:
-    return [part.key for part in parts.values()]
-
-
 def split_key(key: str) -> tuple[str, str]:
     """Returns the layer's name as the file spells it, and the kind; it is empty if the key is of no LoRA."""
     name = key
@@ -158,18 +154,17 @@ def split_key(key: str) -> tuple[str, str]:
 def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
     """Returns the parts of each of the authors' names, given the rows of each layer of a transformer."""
     if "context_embedder.proj_in" in rows and "single_transformer_blocks.0.proj_mlp" in rows:
-        ours = lora_hunyuan_video
-        return _expand(ours.NAMES, rows, ours.SWAPPED, ours.OTHERS)
+        return _expand(hunyuan_video.NAMES, rows, hunyuan_video.SWAPPED, hunyuan_video.OTHERS)
     if "time_embed.pooler.to_kv" in rows:
-        names = (lora_mochi.NAMES, lora_mochi.LAST_BLOCK)
-        return {k: v for table in names for k, v in _expand(table, rows, lora_mochi.SWAPPED).items()}
+        last = _expand(mochi.LAST_BLOCK, rows)
+        return _expand(mochi.NAMES, rows, mochi.SWAPPED) | last
     return {original_name(layer): (Part(layer),) for layer in rows}
 
 
 def _expand(
     names: Mapping[str, Sequence[str]],
     rows: Mapping[str, int],
-    swapped: Sequence[str],
+    swapped: Sequence[str] = (),
     others: Iterable[tuple[str, str]] = (),
 ) -> dict[str, tuple[Part, ...]]:
     """Expands a table with `#` for the number of a block to the blocks that a transformer has."""
@@ -213,15 +208,15 @@ def _add_pair(
 ) -> None:
     weight = parts["up"].of(parameters.get(f"{layer}.weight", ()))
     pair = {kind: shapes[part.key] for kind, part in parts.items()}
-    lost = [kind for kind in parts if kind == "up_bias" and f"{layer}.bias" not in parameters]
     if len(weight) < 2:
-        match.unmatched |= dict.fromkeys(_keys(parts), "not a layer with a matrix")
+        match.unmatched |= {part.key: "not a layer with a matrix" for part in parts.values()}
     elif not fits(pair, weight):
         down, up = pair["down"], pair["up"]
         match.misfits[layer] = f"{_text(up)} times {_text(down)} for a weight of {_text(weight)}"
     else:
-        match.unmatched |= {parts[kind].key: "the layer has no bias" for kind in lost}
-        match.pairs[layer] = {kind: part for kind, part in parts.items() if kind not in lost}
+        if "up_bias" in parts and f"{layer}.bias" not in parameters:
+            match.unmatched[parts.pop("up_bias").key] = "the layer has no bias"
+        match.pairs[layer] = parts
 
 
 def fits(pair: Mapping[str, Shape], weight: Shape) -> bool:
@@ -239,17 +234,14 @@ def fits(pair: Mapping[str, Shape], weight: Shape) -> bool:
 def _add_delta(
     match: Match, name: str, part: Part, shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
 ) -> None:
-    shape = shapes[part.key]
     if name not in parameters:
         match.unmatched[part.key] = f"there is no {name}"
-    elif _without_ones(shape) != _without_ones(part.of(parameters[name])):
-        match.misfits[name] = f"{_text(shape)} for {_text(part.of(parameters[name]))}"
+        return
+    shape, wanted = shapes[part.key], part.of(parameters[name])
+    if [size for size in shape if size != 1] != [size for size in wanted if size != 1]:
+        match.misfits[name] = f"{_text(shape)} for {_text(wanted)}"
     else:
         match.deltas[name] = part
-
-
-def _without_ones(shape: Shape) -> Shape:
-    return tuple(size for size in shape if size != 1)
 
 
 def _text(shape: Shape) -> str:

@@ -13,12 +13,27 @@ from typing import Any
 
 import torch
 
+from scripts.lora.latent_shards import FULL
 from scripts.run.errors import DiskFullError, UsageError, one_line
 from scripts.run.files import write_text
 
+FREE = (  # beginnings of keys that do not change what is learnt
+    "output.",
+    "validation.videos",
+    "validation.steps",
+    "validation.guidance_scale",
+    "model.device",
+    "train.save_every",
+    "train.most_skipped",
+    "data.folder",
+    "data.table",
+    "data.latents",
+    "data.shard_mb",
+    "parallel.shard",
+)
+NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no resumed run may change
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
 PREFIX = "step_"
-FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
 class Checkpoints:
@@ -28,10 +43,37 @@ class Checkpoints:
         """Sets the folder; `keys`: the configuration of the run, flat."""
         self.folder, self.keys, self.keep = folder, keys, keep
 
+    def check_config(self, accept: bool) -> None:
+        """Raises UsageError if the folder holds a run with another configuration; names the differences.
+
+        `accept`: whether keys may differ that change what is learnt, but not what is trained.
+        """
+        file = self.folder / CONFIG
+        if not file.is_file():
+            return
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
+            raise UsageError(
+                f"output.path: {file} cannot be read ({one_line(error)}); use another folder"
+            ) from error
+        keys = sorted(before.keys() | self.keys.keys())
+        changed = [key for key in keys if before.get(key) != self.keys.get(key) and not key.startswith(FREE)]
+        never = [key for key in changed if key.startswith(NEVER)]
+        if refused := never if accept else changed:
+            listed = ", ".join(f"{key} {before.get(key)} -> {self.keys.get(key)}" for key in refused)
+            raise UsageError(
+                f"output.path: {self.folder} holds a run with other settings ({listed}); use the same "
+                f"settings, or another folder{'' if never else ', or output.accept_changes=true'}"
+            )
+
+    def write_config(self) -> None:
+        """Writes the run's configuration into its folder."""
+        write_text(self.folder / CONFIG, json.dumps(self.keys, indent=2))
+
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints that are there and whole, ascending."""
-        folders = (path for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
-        numbers = (path.name.removeprefix(PREFIX) for path in folders)
+        numbers = (path.parent.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*/{STATE}"))
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
@@ -55,78 +97,30 @@ class Checkpoints:
                 os.fsync(stream.fileno())
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
-        except (OSError, RuntimeError) as error:
-            raise _unsaved(final, error) from error
+        except (OSError, RuntimeError) as error:  # torch may hide the reason behind an error of its own
+            cause = error if isinstance(error, OSError) else error.__context__
+            number = getattr(cause, "errno", None)
+            reason = os.strerror(number) if number else one_line(error)
+            raise (DiskFullError if number in FULL else UsageError)(
+                f"{final} cannot be written ({reason}); the checkpoint before it is whole"
+            ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old))
 
-    def load(self, device: str) -> dict[str, Any] | None:
-        """Reads the newest checkpoint; None if there is none.
-
-        Raises:
-            UsageError: it cannot be read.
-        """
+    def load(self) -> dict[str, Any] | None:
+        """Reads the newest checkpoint; None if there is none, UsageError if it cannot be read."""
         if not (steps := self.steps()):
             return None
         file = self.path(steps[-1]) / STATE
         try:
-            return torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle may raise anything
             raise UsageError(
                 f"checkpoint {file} cannot be read ({one_line(error)}); remove its folder to resume from the "
                 "one before"
             ) from error
-
-
-def _unsaved(path: Path, error: BaseException) -> UsageError:
-    """Returns the error for a failed write; torch may hide the reason behind an error of its own."""
-    number = getattr(error, "errno", None)
-    if number is None and isinstance(error.__context__, OSError):
-        number = error.__context__.errno
-    reason = os.strerror(number) if number else one_line(error)
-    kind = DiskFullError if number in FULL else UsageError
-    return kind(f"{path} cannot be written ({reason}); the checkpoint before it is whole")
-
-
-def check_config(
-    folder: Path, now: dict[str, Any], *, free: tuple[str, ...], never: tuple[str, ...], accept: bool
-) -> None:
-    """Raises UsageError if the folder holds a run with another configuration; names the differences.
-
-    Args:
-        now: the configuration, flat.
-        free: beginnings of keys that may differ; never: of keys that may not differ even with `accept`.
-        accept: accepts all other differences.
-    """
-    file = folder / CONFIG
-    if not file.is_file():
-        return
-    try:
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UsageError(
-            f"output.path: {file} cannot be read ({one_line(error)}); use another folder"
-        ) from error
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(free)
-    ]
-    refused = [key for key in changed if not accept or key.startswith(never)]
-    if refused:
-        listed = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in refused)
-        hint = "" if any(key.startswith(never) for key in refused) else ", or output.accept_changes=true"
-        raise UsageError(
-            f"output.path: {folder} holds a run with other settings ({listed}); use the same settings, or "
-            f"another folder{hint}"
-        )
-
-
-def write_config(folder: Path, keys: dict[str, Any]) -> None:
-    """Writes a run's configuration into its folder."""
-    write_text(folder / CONFIG, json.dumps(keys, indent=2))
 
 
 class Log:

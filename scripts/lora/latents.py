@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from radial_attn.models.training.flow import Text
-from scripts.lora.fingerprint import FORMAT, Fingerprint, fingerprint
+from scripts.lora.fingerprint import FORMAT, Fingerprint
 from scripts.run.errors import UsageError, one_line
 
-__all__ = ["BucketSampler", "Fingerprint", "LatentStore", "Sample", "fingerprint"]
 INDEX = "index.json"
 OPEN_FILES = 16
 AGAIN = "make one with bash scripts/prepare_latents.sh"
@@ -33,8 +32,7 @@ class Sample:
     """Holds one clip with its caption.
 
     Attributes:
-        name: of the video; with the number of the clip's first frame if the video has several clips.
-        frames, height, width: of the clip.
+        name: the video's, with the number of the clip's first frame if the video has several clips.
         latent_shape: `(C, F, h, w)`.
         shard, key: the file and the tensor in it.
     """
@@ -69,7 +67,10 @@ class LatentStore:
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder = folder
         self.fingerprint: Fingerprint = content["fingerprint"]
-        self.samples = [_sample(entry, content["latents"]) for entry in content["samples"]]
+        self.samples = []
+        for entry in content["samples"]:
+            stored = content["latents"][entry["key"]]
+            self.samples.append(Sample(**entry, latent_shape=tuple(stored["shape"]), shard=stored["shard"]))
         self._texts: dict[str, str] = content["texts"]
         self._files: OrderedDict[str, Any] = OrderedDict()
 
@@ -155,19 +156,14 @@ def open_shard(file: Path) -> Any:
         raise UsageError(f"data.latents: {file} cannot be read ({one_line(error)}); {AGAIN}") from error
 
 
-def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+def check_fingerprint(folder: Path, present: Fingerprint, wanted: Fingerprint) -> None:
     """Raises UsageError if fingerprints differ; names the parts that differ."""
-    other = [part for part, value in wanted.items() if found.get(part) != value]
+    other = [part for part, value in wanted.items() if present.get(part) != value]
     if other:
         raise UsageError(
             f"data.latents: got {str(folder)!r}, whose latents were made with another {' and '.join(other)} "
             "than model.path and model.family name; use the model they were made with, or another folder"
         )
-
-
-def _sample(entry: Mapping[str, Any], latents: Mapping[str, Mapping[str, Any]]) -> Sample:
-    stored = latents[entry["key"]]
-    return Sample(**entry, latent_shape=tuple(stored["shape"]), shard=stored["shard"])
 
 
 class BucketSampler:
@@ -178,10 +174,7 @@ class BucketSampler:
     """
 
     def __init__(self, buckets: Mapping[Bucket, Sequence[int]], batch: int, seed: int) -> None:
-        """Sets buckets, batch and seed; ValueError for no samples or a batch below 1."""
-        if batch < 1 or not any(buckets.values()):
-            raise ValueError(f"batch must be at least 1 with at least one sample, got {batch} and {buckets}")
-        self.buckets = {bucket: list(members) for bucket, members in sorted(buckets.items()) if members}
+        self.buckets = {bucket: list(members) for bucket, members in sorted(buckets.items())}
         self.batch, self.seed = batch, seed
         self._epoch = lru_cache(maxsize=2)(self._batches)
 

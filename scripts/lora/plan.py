@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from radial_attn.models.runtime.dense_backend import check_dense_backend
 from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.run.config import VideoSize
-from scripts.run.errors import UsageError, multiples_around, one_line
+from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
@@ -159,7 +160,6 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
     sizes = []
     for entry in config.data.sizes:
         size = VideoSize(*entry)
-        check_size(size, model, ("data.sizes",) * 3)
         grid = model.grid(size)
         sizes.append(SizePlan(size, grid, solve_mask(config.attention, grid)))
         _check_backend(config, model, sizes[-1], device)
@@ -179,14 +179,9 @@ def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
     if not data.sizes:
         raise UsageError(f"data.sizes: got [], must be {SCHEMA.allowed('data.sizes')}")
     for size in data.sizes:
-        for axis, step in enumerate((model.vae_frames, model.size_factor(1), model.size_factor(2))):
-            value, offset = size[axis], int(axis == 0)
-            if value % step != offset % step:
-                name = ("frames", "height", "width")[axis]
-                near = " or ".join(map(str, sorted(set(multiples_around(value, step, offset)))))
-                rule = f"{step}k + 1" if axis == 0 else f"a multiple of {step}"
-                given = f"{name} {value} in {'x'.join(map(str, size))}"
-                raise UsageError(f"data.sizes: got {given}, must be {rule}; nearest: {near}")
+        shape = "x".join(map(str, size))
+        keys = tuple(f"data.sizes: {side} of {shape}" for side in ("frames", "height", "width"))
+        check_size(VideoSize(*size), model, keys)
 
 
 def check_room(plan: TrainPlan) -> None:
@@ -270,7 +265,7 @@ def unknown_targets(config: LoraTrainConfig, error: ValueError) -> str:
 
 
 def describe_training(plan: TrainPlan) -> str:
-    """Returns the table that `--dry-run` prints: a line for the run, two for each size."""
+    """Returns the table that `--dry-run` prints; the latents need not be there yet."""
     config = plan.config
     train, lora = config.train, config.lora
     numbers = "unknown before loading" if plan.adapter is None else f"{plan.adapter:,}"
@@ -292,4 +287,6 @@ def describe_training(plan: TrainPlan) -> str:
             f"{'':<10} attention {flops.dense / 1e12:.4g} TFLOP a video dense ({flops.share:.0%} of all), "
             f"{flops.sparse / 1e12:.4g} with the mask: {flops.fewer:.2f}x fewer operations in all",
         ]
+    if not (data := Path(config.data.latents).expanduser()).is_dir():
+        lines.append(f"{'note':<10} {data} is not there yet; run prepare_latents.sh")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from radial_attn.models.lora.files import read_header
 from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
-from scripts.lora.checkpoint import Checkpoints, write_config
+from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.step import Run
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -35,30 +35,23 @@ def keep(run: Run, checkpoints: Checkpoints, step: int) -> None:
 
 def restore(run: Run, checkpoints: Checkpoints) -> int:
     """Loads the newest checkpoint into the run, and returns the step to resume with, 0 without one."""
-    state = checkpoints.load("cpu")
+    state = checkpoints.load()
+    if run.accelerator.is_main_process:
+        checkpoints.write_config()
     if state is None:
-        _write_config(run, checkpoints)
         return 0
-    with torch.no_grad():
-        for name, value in run.trained.items():
-            value.copy_(state["trained"][name])
+    _put(run, state["trained"])
     set_optimizer_state_dict(run.transformer, run.optimizer.optimizer, state["optimizer"], options=WHOLE)
     if run.average is not None:  # begins with the adapter if the run had no mean before
         mean = state["average"] or state["trained"]
         run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
     run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
-    _write_config(run, checkpoints)
     file = checkpoints.folder / FILE
     if run.accelerator.is_main_process:
         written = read_header(file).trained.get("step") if file.is_file() else None
         if written != state["step"]:  # a stop came between checkpoint and adapter
             write_adapter(run, checkpoints.folder, state["step"])
     return state["step"]
-
-
-def _write_config(run: Run, checkpoints: Checkpoints) -> None:
-    if run.accelerator.is_main_process:
-        write_config(checkpoints.folder, checkpoints.keys)
 
 
 def save_best(run: Run, folder: Path, loss: float, step: int) -> None:

@@ -56,25 +56,19 @@ def shares(run: Run, count: int) -> Iterator[tuple[int, bool]]:
 
 def make_videos(run: Run, folder: Path) -> None:
     """Writes a video for each of the first held-out captions, at its sample's size, seeded by its number."""
-    pipeline = sampling_pipeline(run)
+    parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}  # the captions are encoded already
+    device = str(run.accelerator.device)
+    pipeline = load_pipeline(run.path, run.config.model.family, run.plain.dtype, device, parts=parts)
+    pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = run.held_out[: run.config.validation.videos]
     for index, counts in shares(run, len(chosen)):
         number = chosen[index]
-        sample = run.store.samples[number]
         frames = to_bytes(sampled(run, pipeline, number))
         if run.leads and counts:
             encode(folder / f"{number:05d}.mp4", frames, round(run.config.data.fps or FPS))
-            (folder / f"{number:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
-
-
-def sampling_pipeline(run: Run) -> Any:
-    """Loads the model's pipeline around the trained transformer, without its text encoders."""
-    parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}
-    device = str(run.accelerator.device)
-    pipeline = load_pipeline(run.path, run.config.model.family, run.plain.dtype, device, parts=parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+            caption = run.store.samples[number].caption
+            (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text
+from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import LatentShards
-from scripts.lora.latents import fingerprint, text_key
+from scripts.lora.latents import text_key
 from scripts.run.config import ROOT
 from scripts.train_lora import main
 from tests.support.multi_process import run_ranks

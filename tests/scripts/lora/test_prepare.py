@@ -18,8 +18,9 @@ from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora import latent_shards
 from scripts.lora import prepare as prepare_latents
+from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import locked
-from scripts.lora.latents import LatentStore, fingerprint
+from scripts.lora.latents import LatentStore
 from scripts.prepare_latents import main
 from scripts.run.config import ROOT
 from scripts.run.inputs import fit, read_frames

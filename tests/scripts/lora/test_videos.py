@@ -62,8 +62,8 @@ BAD = {
     "high fps": (lambda f: ["data.fps=24"], ["data.fps: got 24", "1 of 1", "a.mp4", "at most 16"]),
     "all short": (lambda f: ["data.sizes=13x32x32"], ["data.sizes: none of 1 videos", "at most 9 frames"]),
     "no sizes": (lambda f: ["data.sizes="], ["data.sizes: got []", "FRAMESxHEIGHTxWIDTH"]),
-    "frames": (lambda f: ["data.sizes=8x32x32"], ["got frames 8 in 8x32x32", "4k + 1", "5 or 9"]),
-    "height": (lambda f: ["data.sizes=9x40x32"], ["got height 40", "multiple of 16", "32 or 48"]),
+    "frames": (lambda f: ["data.sizes=8x32x32"], ["data.sizes: frames of 8x32x32: got 8", "4k + 1", "9"]),
+    "height": (lambda f: ["data.sizes=9x40x32"], ["height of 9x40x32: got 40", "multiple of 16", "32 or 48"]),
     "family": (
         lambda f: ["model.family=wan_i2v"],
         ["model.family: got 'wan_i2v'", "wan, hunyuan_video, mochi"],
