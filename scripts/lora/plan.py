@@ -9,10 +9,7 @@ from typing import Any
 import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.attention import choose_backend, require
-from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.contract import Call
-from radial_attn.models.runtime.dense_backend import check_dense_backend
 from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.run.config import VideoSize
@@ -20,7 +17,7 @@ from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
-from scripts.run.machine_checks import find_device
+from scripts.run.machine_checks import find_device, missing_kernels
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
 from scripts.run.operations import Flops, count_flops
@@ -162,16 +159,12 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
         size = VideoSize(*entry)
         grid = model.grid(size)
         sizes.append(SizePlan(size, grid, solve_mask(config.attention, grid)))
-        _check_backend(config, model, sizes[-1], device)
-    adapter = _adapter_numbers(config, path)
-    try:
-        check_dense_backend(config.attention.dense_backend)
-    except (ValueError, ImportError) as error:
-        raise UsageError(
-            f"attention.dense_backend: got {config.attention.dense_backend!r}, which cannot be used here: "
-            f"{one_line(error)}"
-        ) from error
-    return TrainPlan(config, model, path, device, tuple(sizes), adapter)
+        mask, dtype = radial_mask(grid, sizes[-1].mask), getattr(torch, config.model.dtype)
+        call = Call(torch.device(device), dtype, model.head_dim, gradients=True, mask=mask)
+        is_radial = config.attention.pattern != "dense"
+        for problem in missing_kernels(config.attention, call, "none", radial=is_radial):
+            raise UsageError(problem)
+    return TrainPlan(config, model, path, device, tuple(sizes), _adapter_numbers(config, path))
 
 
 def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
@@ -202,11 +195,9 @@ def check_room(plan: TrainPlan) -> None:
 
 def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, Any, str]]:
     """Yields key, value and remedy of each value that training does not support."""
-    for name in ("lora.dropout", "train.ema"):
-        group, _, key = name.partition(".")
-        value = getattr(getattr(config, group), key)
-        if value >= 1:
-            yield name, value, "must be a number from 0 to below 1"
+    for name, share in (("lora.dropout", config.lora.dropout), ("train.ema", config.train.ema)):
+        if share >= 1:
+            yield name, share, "must be a number from 0 to below 1"
     if config.model.expert == 2 and "transformer_2" not in model.parameters:
         yield "model.expert", 2, "must be 1: the model has one transformer"
     if config.model.dtype == "float16":
@@ -222,26 +213,6 @@ def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, A
     name = config.attention.dense_backend
     if "sage" in name:
         yield "attention.dense_backend", name, "which has no gradients; use auto, native, flash or others"
-
-
-def _check_backend(config: LoraTrainConfig, model: ModelInfo, size: SizePlan, device: str) -> None:
-    """Raises UsageError for a backend without a backward pass; the message lists those that have one."""
-    name, kind = config.attention.backend, torch.device(device)
-    if config.attention.pattern == "dense":
-        return
-    mask = radial_mask(size.grid, size.mask)
-    call = Call(kind, getattr(torch, config.model.dtype), model.head_dim, gradients=True, mask=mask)
-    try:
-        if name == "auto":
-            choose_backend(call)
-        else:
-            require(name, call)
-    except (ValueError, ImportError) as error:
-        served = [other for other in BACKENDS if other != "auto" and obstacle(other, call) is None]
-        raise UsageError(
-            f"attention.backend: got {name!r}, which cannot train here: {one_line(error)}; "
-            f"allowed: {', '.join(served)}"
-        ) from error
 
 
 def _adapter_numbers(config: LoraTrainConfig, path: str) -> int | None:

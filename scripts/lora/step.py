@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +50,6 @@ class Run:
     boundary: float | None = None
     leads: bool = True
 
-    def tokens(self, indices: Sequence[int]) -> int:
-        """Counts the tokens of these samples' latents in the transformer."""
-        sizes = (self.store.samples[index].latent_shape[1:] for index in indices)
-        return sum(
-            math.prod(size // side for size, side in zip(shape, self.patch, strict=True)) for shape in sizes
-        )
-
     def span(self) -> tuple[float, float]:
         """Returns the range of noise levels of the trained transformer: all, or one expert's."""
         if self.boundary is None:
@@ -69,10 +61,6 @@ class Run:
         device, dtype = self.accelerator.device, self.plain.dtype
         stacked = stack_text(texts).items()
         return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in stacked}
-
-    def waiting(self, last: bool) -> AbstractContextManager:
-        """Delays sharing gradients between processes until the last part of a batch."""
-        return nullcontext() if last else self.accelerator.no_sync(self.transformer)
 
     def all_finite(self, value: Tensor) -> bool:
         """Returns whether a number is finite in every process."""
@@ -130,10 +118,8 @@ def flow_loss(
     """
     loaded = [run.store.load(index) for index in indices]
     dropped = torch.rand(len(loaded), generator=random) < drop
-    texts = [
-        run.store.empty_text if gone else text
-        for (_, text), gone in zip(loaded, dropped.tolist(), strict=True)
-    ]
+    pairs = zip(loaded, dropped.tolist(), strict=True)
+    texts = [run.store.empty_text if gone else text for (_, text), gone in pairs]
     video = torch.stack([latents.float() for latents, _ in loaded])
     noise = torch.randn(video.shape, generator=random)
     mix = sigma.view(-1, 1, 1, 1, 1)

@@ -1,6 +1,8 @@
 """Runs the training loop: steps, validation and checkpoints of one run."""
 
+import math
 import time
+from contextlib import nullcontext
 
 import torch
 from tqdm import tqdm
@@ -46,8 +48,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         group["lr"] = rate
     losses, tokens, finite = [], 0, True
     for part in range(train.accumulate):
-        last = part + 1 == train.accumulate
-        with run.waiting(last):
+        is_last = part + 1 == train.accumulate  # processes share gradients then
+        with nullcontext() if is_last else run.accelerator.no_sync(run.transformer):
             loss, count = sampled_loss(run, step, part)
             finite = finite and run.all_finite(loss)
             if finite:
@@ -85,7 +87,9 @@ def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     torch.manual_seed(random.initial_seed())  # for the adapter's dropout
     sigma = noise_levels(len(indices), random, kind=train.timesteps, shift=train.flow_shift, span=run.span())
     loss = flow_loss(run, run.transformer, indices, sigma, random=random, drop=train.caption_dropout)
-    return loss, run.tokens(indices)
+    bucket = run.store.samples[indices[0]].bucket  # that of the whole batch
+    sides = (size // side for size, side in zip(bucket, run.patch, strict=True))
+    return loss, len(indices) * math.prod(sides)
 
 
 def update_average(run: Run) -> None:
