@@ -86,7 +86,7 @@ class LatentStore:
         captions = {text_key(caption) for caption in ["", *(e["caption"] for e in content["samples"])]}
         if not wanted or done < len(wanted) or captions - content["texts"].keys():
             raise UsageError(
-                f"data.latents: got {str(folder)!r}, which is not finished ({done} of {len(wanted)} clips); "
+                f"data.latents: got {str(folder)!r}, which is unfinished ({done} of {len(wanted)} clips); "
                 "run the same scripts/prepare_latents.sh command to resume"
             )
         store = cls(folder, content)

@@ -27,7 +27,6 @@ from scripts.run.processes import local_processes, processes
 from scripts.run.system import room
 
 GRADIENT = 2.5  # backward over forward in attention: five products against two
-AGAIN = 1.0  # share of the forward that checkpointing computes twice
 ADAPTER_BYTES = 16  # a parameter in float32, its gradient and the two means of AdamW
 SAVED_WIDTHS = 17  # activations of a block kept for the backward, in widths of a token; and
 SAVED_HIDDEN = 3  # in hidden widths of its feed-forward; counted on Wan
@@ -63,15 +62,14 @@ class TrainPlan:
     sizes: tuple[SizePlan, ...]
     adapter: int | None
 
-    def flops(self, size: SizePlan, density: float | None = None) -> Flops:
-        """Counts the operations of one video forward and backward, at its mask's density or another.
+    def flops(self, size: SizePlan) -> Flops:
+        """Counts the operations of one video forward and backward.
 
         Frozen matrices have no gradient of their own: their backward costs as much as their forward.
         """
-        density = size.density if density is None else density
         layers = self.config.attention.dense_layers
-        forward = count_flops(self.model, size.grid, density, dense_layers=layers)
-        again = AGAIN * self.config.train.checkpointing
+        forward = count_flops(self.model, size.grid, size.density, dense_layers=layers)
+        again = int(self.config.train.checkpointing)  # it computes the forward twice
         factor = 1 + GRADIENT + again
         return Flops(forward.dense * factor, forward.sparse * factor, forward.other * (2 + again))
 

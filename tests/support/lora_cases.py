@@ -1,4 +1,4 @@
-"""A small folder of latents and a configuration of LoRA training, for tests of any file."""
+"""Makes small latents and configurations of LoRA training, and runs it."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def make_latents(
     step: int = 4,
     broken: int | None = None,
 ) -> Path:
-    """Random latents of eight clips with the text of three captions, as prepare_latents.sh leaves them.
+    """Writes random latents of eight clips and the text of three captions, as prepare_latents.sh does.
 
     `broken`: the clip whose latents are not finite.
     """
@@ -58,7 +58,7 @@ def make_latents(
 
 
 def write_config(file: Path, model: Path, latents: Path, family: str = "wan", size: tuple = SIZE) -> Path:
-    """A run of six steps with a checkpoint after each second."""
+    """Writes the configuration of a run of six steps with a checkpoint every two."""
     file.write_text(
         f"""# tiny
 model: {{path: {model}, family: {family}, dtype: float32, device: cpu}}
@@ -73,7 +73,7 @@ validation: {{every: 0, samples: 2, levels: 2, steps: 2, guidance_scale: 2.0}}
 
 
 def train(config: Path, out: Path, *words: str) -> int:
-    """The exit code of a run into this folder."""
+    """Trains into this folder and returns the exit code."""
     return main([str(config), f"output.path={out}", *words])
 
 
@@ -81,8 +81,13 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / FILE)
 
 
+def log(folder: Path) -> list[dict]:
+    """Returns a run's log: an entry a step."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in log(folder)]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -92,7 +97,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def cut(folder: Path, copy: Path, step: int) -> Path:
-    """A copy of a run's folder without the checkpoints after `step`, as a stop soon after it leaves it."""
+    """Copies a run's folder without the checkpoints after `step`, as if it had stopped soon after."""
     shutil.copytree(folder, copy)
     for later in copy.glob("step_*"):
         if int(later.name.removeprefix("step_")) > step:
@@ -101,7 +106,7 @@ def cut(folder: Path, copy: Path, step: int) -> Path:
 
 
 def launch_training(*words: str, by_torchrun: bool = False) -> None:
-    """Training in two processes of one thread."""
+    """Trains in two processes of one thread."""
     if not by_torchrun:
         run_ranks(2, "scripts.train_lora", *words)
         return
