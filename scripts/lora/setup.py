@@ -74,7 +74,7 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             path=plan.path,
             about=plan.about(),
             patch=plan.model.patch,
-            place=accelerator.process_index // ulysses,
+            rank=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
             boundary=read_index(plan.path).get("boundary_ratio"),

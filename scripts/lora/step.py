@@ -22,7 +22,7 @@ class Run:
         transformer: as `accelerate` wraps it; plain: the same without its wrapper.
         trained: the adapter's parameters by name; average: their exponential mean, None without one.
         held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
-        place, world: the number of this process among those with different samples, and their count.
+        rank, world: the number of this process among those with different samples, and their count.
         skipped, in_a_row: steps with non-finite numbers, in all and in a row up to now.
         best: the lowest validation loss so far.
         leads: whether this process writes for all that share its videos.
@@ -41,7 +41,7 @@ class Run:
     path: str
     about: dict[str, Any]
     patch: tuple[int, int, int]
-    place: int = 0
+    rank: int = 0
     world: int = 1
     average: dict[str, Tensor] | None = None
     skipped: int = 0

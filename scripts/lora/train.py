@@ -81,7 +81,7 @@ def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     accumulates two batches.
     """
     train = run.config.train
-    number = (step * train.accumulate + part) * run.world + run.place
+    number = (step * train.accumulate + part) * run.world + run.rank
     indices = run.sampler.batch_at(number)
     random = generator(train.seed, number)
     torch.manual_seed(random.initial_seed())  # for the adapter's dropout

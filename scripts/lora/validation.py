@@ -49,7 +49,7 @@ def shares(run: Run, count: int) -> Iterator[tuple[int, bool]]:
 
     Processes that share weights must call the transformer equally often: one without work repeats the last.
     """
-    for number in range(run.place, count + run.place, run.world):
+    for number in range(run.rank, count + run.rank, run.world):
         if number < count or run.config.parallel.shard != "none":
             yield min(number, count - 1), number < count
 

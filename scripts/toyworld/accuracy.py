@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from radial_attn.models import apply_radial_attention
+from radial_attn.models import RadialAttentionHandle, apply_radial_attention
 from scripts.run.config import Config
 from scripts.run.files import write_text
 from scripts.run.inputs import NEED_IMAGE
@@ -28,11 +27,9 @@ from scripts.toyworld.render import Attributes
 TIMED_RUNS, TIMED_STEPS = 3, 4
 
 
-@contextmanager
-def attention(pipeline: Any, config: Config) -> Iterator[Any]:
-    """Applies the attention of `config` while the block runs; yields the handle."""
-    with apply_radial_attention(pipeline, **attention_arguments(config.attention)) as handle:
-        yield handle
+def attention(pipeline: Any, config: Config) -> RadialAttentionHandle:
+    """Applies the attention of `config` until the handle, a context manager, is closed."""
+    return apply_radial_attention(pipeline, **attention_arguments(config.attention))
 
 
 def with_pattern(config: Config, pattern: str) -> Config:

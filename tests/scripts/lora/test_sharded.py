@@ -132,11 +132,11 @@ def test_hunyuan_video_with_a_video_shared_too(tmp_path):
 
 def test_processes_that_share_weights_take_equally_many_samples():
     config = SimpleNamespace(parallel=SimpleNamespace(shard="fsdp"))
-    places = [SimpleNamespace(config=config, place=place, world=3) for place in range(3)]
-    taken = [list(shares(run, 4)) for run in places]
+    runs = [SimpleNamespace(config=config, rank=rank, world=3) for rank in range(3)]
+    taken = [list(shares(run, 4)) for run in runs]
     assert taken == [[(0, True), (3, True)], [(1, True), (3, False)], [(2, True), (3, False)]]
     config.parallel.shard = "none"
-    assert [list(shares(run, 4)) for run in places] == [[(0, True), (3, True)], [(1, True)], [(2, True)]]
+    assert [list(shares(run, 4)) for run in runs] == [[(0, True), (3, True)], [(1, True)], [(2, True)]]
 
 
 def test_sharding_in_one_process_is_refused(lora_config, tmp_path, capsys):
