@@ -88,12 +88,15 @@ class Match:
     """Holds what the keys of a file mean to one transformer.
 
     Attributes:
+        shapes, parameters: shapes of the file's tensors by key, and of the transformer's by name.
         pairs: parts by layer and kind, for the kinds in LOW_RANK.
         deltas: for each parameter the part that is added to it.
-        unmatched: keys that mean nothing here, with the reason.
+        unmatched: keys that no parameter takes, with the reason.
         misfits: layers of another shape, with both shapes.
     """
 
+    shapes: Mapping[str, Shape]
+    parameters: Mapping[str, Shape]
     pairs: dict[str, dict[str, Part]] = field(default_factory=dict)
     deltas: dict[str, Part] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
@@ -102,29 +105,26 @@ class Match:
 
 def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> Match:
     """Matches the keys of a file, with their shapes, to the parameters of a transformer, with theirs."""
-    layers, match = _by_layer(shapes, parameters)
-    for layer, kinds in layers.items():
-        low_rank = {kind: part for kind, part in kinds.items() if kind in LOW_RANK}
-        if {"down", "up"} <= low_rank.keys():
-            _add_pair(match, layer, low_rank, shapes, parameters)
+    match = Match(shapes, parameters)
+    for layer, kinds in _by_layer(match).items():
+        pair = {kind: kinds.pop(kind) for kind in LOW_RANK if kind in kinds}
+        if {"down", "up"} <= pair.keys():
+            _add_pair(match, layer, pair)
         else:
-            match.unmatched |= {part.key: "half of a pair" for part in low_rank.values()}
-        for kind in kinds.keys() - low_rank.keys():
-            name = layer if layer in parameters else f"{layer}.{kind}"
-            _add_delta(match, name, kinds[kind], shapes, parameters)
+            match.unmatched |= {part.key: "half of a pair" for part in pair.values()}
+        for kind, part in kinds.items():
+            _add_delta(match, layer if layer in parameters else f"{layer}.{kind}", part)
     return match
 
 
-def _by_layer(
-    shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
-) -> tuple[dict[str, dict[str, Part]], Match]:
-    """Returns layer -> kind -> part, and a Match with the keys that no layer takes."""
-    match = Match()
-    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters.items()}
+def _by_layer(match: Match) -> dict[str, dict[str, Part]]:
+    """Returns the parts by layer and kind; notes keys that no layer takes as unmatched."""
+    parameters = match.parameters.items()
+    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters}
     known = _original(rows) | {layer: (Part(layer),) for layer in rows}
     known = {name.replace(".", "_"): parts for name, parts in known.items()} | known  # kohya's spelling
     layers: dict[str, dict[str, Part]] = {}
-    for key in shapes:
+    for key in match.shapes:
         stem, kind = split_key(key)
         parts = known.get(stem, ())
         first = next((layers[part.layer][kind] for part in parts if kind in layers.get(part.layer, {})), None)
@@ -136,7 +136,7 @@ def _by_layer(
             for part in parts:
                 taken = replace(part, key=key) if kind in BY_ROWS else Part(part.layer, key=key)
                 layers.setdefault(part.layer, {})[kind] = taken
-    return layers, match
+    return layers
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -145,8 +145,7 @@ def split_key(key: str) -> tuple[str, str]:
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
     for kind, pattern in KINDS.items():
-        ending = re.fullmatch(f"(.+?){pattern}", name)
-        if ending:
+        if ending := re.fullmatch(f"(.+?){pattern}", name):
             return (f"{ending[1]}.modulation", "weight") if kind == "modulation" else (ending[1], kind)
     return name, ""
 
@@ -199,22 +198,16 @@ def original_name(layer: str) -> str:
     return layer
 
 
-def _add_pair(
-    match: Match,
-    layer: str,
-    parts: dict[str, Part],
-    shapes: Mapping[str, Shape],
-    parameters: Mapping[str, Shape],
-) -> None:
-    weight = parts["up"].of(parameters.get(f"{layer}.weight", ()))
-    pair = {kind: shapes[part.key] for kind, part in parts.items()}
+def _add_pair(match: Match, layer: str, parts: dict[str, Part]) -> None:
+    weight = parts["up"].of(match.parameters.get(f"{layer}.weight", ()))
+    pair = {kind: match.shapes[part.key] for kind, part in parts.items()}
     if len(weight) < 2:
         match.unmatched |= {part.key: "not a layer with a matrix" for part in parts.values()}
     elif not fits(pair, weight):
         down, up = pair["down"], pair["up"]
         match.misfits[layer] = f"{_text(up)} times {_text(down)} for a weight of {_text(weight)}"
     else:
-        if "up_bias" in parts and f"{layer}.bias" not in parameters:
+        if "up_bias" in parts and f"{layer}.bias" not in match.parameters:
             match.unmatched[parts.pop("up_bias").key] = "the layer has no bias"
         match.pairs[layer] = parts
 
@@ -231,13 +224,11 @@ def fits(pair: Mapping[str, Shape], weight: Shape) -> bool:
     )
 
 
-def _add_delta(
-    match: Match, name: str, part: Part, shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
-) -> None:
-    if name not in parameters:
+def _add_delta(match: Match, name: str, part: Part) -> None:
+    if name not in match.parameters:
         match.unmatched[part.key] = f"there is no {name}"
         return
-    shape, wanted = shapes[part.key], part.of(parameters[name])
+    shape, wanted = match.shapes[part.key], part.of(match.parameters[name])
     if [size for size in shape if size != 1] != [size for size in wanted if size != 1]:
         match.misfits[name] = f"{_text(shape)} for {_text(wanted)}"
     else:
@@ -249,7 +240,7 @@ def _text(shape: Shape) -> str:
 
 
 def listed(names: Mapping[str, str] | Iterable[str], most: int = 4) -> str:
-    """Returns the first few of some names, each with its reason if it has one, and how many are left."""
+    """Lists the first few names, each with its reason if it has one, and how many more there are."""
     reasons = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
     texts = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

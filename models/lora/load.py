@@ -1,4 +1,4 @@
-"""Puts LoRA files into transformers of diffusers, every key of them, and removes or fuses them.
+"""Loads LoRA files into diffusers' transformers, every key of them, and removes or fuses them.
 
 diffusers' own loading drops keys without a message: changes of norms, keys without the prefix that it
 expects, keys of layers that it does not find. Here each key is used, or an error names it. Low-rank pairs
@@ -53,20 +53,20 @@ def match_lora(
             "use a LoRA for this model"
         )
     if match.unmatched and strict:
-        raise ValueError(_left_out(name, header, match))
+        raise ValueError(_left_out(name, match))
     return match
 
 
-def _left_out(name: str, header: Header, match: Match) -> str:
+def _left_out(name: str, match: Match) -> str:
     strange = match.unmatched | match.misfits
-    count = f"{len(strange)} of {len(header.shapes)} keys"
+    count = f"{len(strange)} of {len(match.shapes)} keys"
     return f"LoRA {name}: {count} match nothing in this model: {listed(strange)}"
 
 
 def load_loras(
     model: Any, loras: Sequence[Lora], *, mode: str = "separate", unmatched: str = "error"
 ) -> "LoraHandle":
-    """Puts LoRAs into a transformer, or into a pipeline's transformers; several add up.
+    """Loads LoRAs into a transformer, or into a pipeline's transformers; several add up.
 
     All files are checked against the model before it changes. `mode="separate"` keeps the LoRAs in layers of
     peft. "fused" adds them to the weights, which costs nothing later and cannot be undone. Keys that mean
@@ -90,7 +90,7 @@ def load_loras(
             match = match_lora(lora.file, header, target.shapes, unmatched)
             plans.append((lora, target, header, match))
             if match.unmatched or match.misfits:
-                logging.getLogger("radial_attn").warning(_left_out(Path(lora.file).name, header, match))
+                logging.getLogger("radial_attn").warning(_left_out(Path(lora.file).name, match))
     handle = LoraHandle(targets, fused=mode == "fused")
     try:
         for lora, target, header, match in plans:
@@ -124,7 +124,7 @@ class LoraHandle:
             target.remove()
 
     def report(self) -> list[dict[str, Any]]:
-        """Returns file, scale, rank, numbers of pairs, deltas, left out by LoRA and transformer (from 1)."""
+        """Returns an entry for each LoRA and transformer: file, scale, rank, and counts of its keys."""
         return [
             {"transformer": number, **entry}
             for number, target in enumerate(self._targets, 1)
@@ -133,7 +133,7 @@ class LoraHandle:
 
 
 class Target:
-    """Holds one transformer that LoRAs are put into."""
+    """Holds one transformer that LoRAs are loaded into."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         if present := getattr(transformer, "peft_config", None):

@@ -1,4 +1,4 @@
-"""Serves flow-matching training of each family: encodes videos and prompts, and predicts the velocity.
+"""Encodes videos and prompts for flow-matching training, and predicts the velocity, for each family.
 
 A noisy latent is `(1 - sigma) video + sigma noise`, the velocity `noise - video`, sigma from 0 to 1.
 """
@@ -17,8 +17,8 @@ STEPS = 1000  # timesteps between noise and video
 def encode_video(pipeline: Any, video: Tensor) -> Tensor:
     """Returns latents `[B, C, F, h, w]` of videos, scaled for the transformer.
 
-    `video` is `[B, 3, frames, height, width]` with values in [-1, 1]. The mean of the posterior is taken: the
-    same video always gives the same latents.
+    `video` is `[B, 3, frames, height, width]` with values in [-1, 1]. Latents are the mean of the posterior,
+    so the same video always gives the same latents.
     """
     vae = pipeline.vae
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()

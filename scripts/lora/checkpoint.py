@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from scripts.lora.latent_shards import FULL
 from scripts.run.errors import DiskFullError, UsageError, one_line
-from scripts.run.files import write_text
+from scripts.run.files import replacing, write_text
 
 FREE = (  # beginnings of keys that do not change what is learnt
     "output.",
@@ -46,7 +47,7 @@ class Checkpoints:
     def check_config(self, accept: bool) -> None:
         """Raises UsageError if the folder holds a run with another configuration; names the differences.
 
-        `accept`: whether keys may differ that change what is learnt, but not what is trained.
+        `accept`: whether to allow differences in all keys but those of `NEVER`.
         """
         file = self.folder / CONFIG
         if not file.is_file():
@@ -72,7 +73,7 @@ class Checkpoints:
         write_text(self.folder / CONFIG, json.dumps(self.keys, indent=2))
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints that are there and whole, ascending."""
+        """Returns the steps of the whole checkpoints, ascending."""
         numbers = (path.parent.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*/{STATE}"))
         return sorted(int(number) for number in numbers if number.isdecimal())
 
@@ -81,31 +82,23 @@ class Checkpoints:
         return self.folder / f"{PREFIX}{step:06d}"
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint and then removes old ones.
-
-        Raises:
-            DiskFullError: there is no room; earlier checkpoints are whole.
-        """
-        final = self.path(step)
-        part = final.with_name(f".{final.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        """Writes a checkpoint, then removes old ones; UsageError or DiskFullError if it cannot be written."""
+        folder = self.path(step)
         try:
-            part.mkdir(parents=True)
-            with (part / STATE).open("wb") as stream:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / STATE) as part, part.open("wb") as stream:
                 torch.save(state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
         except (OSError, RuntimeError) as error:  # torch may hide the reason behind an error of its own
+            with suppress(OSError):  # unless it holds a checkpoint
+                folder.rmdir()
             cause = error if isinstance(error, OSError) else error.__context__
             number = getattr(cause, "errno", None)
             reason = os.strerror(number) if number else one_line(error)
             raise (DiskFullError if number in FULL else UsageError)(
-                f"{final} cannot be written ({reason}); the checkpoint before it is whole"
+                f"{folder} cannot be written ({reason}); the checkpoint before it is whole"
             ) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old))
 
@@ -124,10 +117,10 @@ class Checkpoints:
 
 
 class Log:
-    """Writes an entry a step as a line of JSON, and the same numbers for TensorBoard."""
+    """Writes a line of JSON for each step, and the same numbers for TensorBoard."""
 
     def __init__(self, folder: Path, first: int) -> None:
-        """Opens the log and removes entries of later steps than `first`, with which the run begins."""
+        """Opens the log, and removes entries after step `first`, from which the run resumes."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = folder / LOG
@@ -146,5 +139,5 @@ class Log:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes the numbers that TensorBoard has not got yet."""
+        """Writes the rest of TensorBoard's numbers."""
         self._board.close()

@@ -172,9 +172,9 @@ SCHEMA = Schema(LoraTrainConfig, presets="configs/train/*.yaml")
 
 
 def read_arguments(argv: list[str], call: str) -> tuple[LoraTrainConfig, bool] | None:
-    """Returns the configuration and whether `--dry-run` is given; prints the help for `--help`: then None.
+    """Returns the configuration, and whether `--dry-run` is given; or prints the help and returns None.
 
-    Raises UsageError for other arguments than one configuration, `key=value` and these options.
+    Raises UsageError unless the arguments are one configuration, `key=value`, --dry-run and --help.
     """
     command = parse(argv, call, stands_in=False)
     if command.help:

@@ -62,7 +62,7 @@ class LatentShards:
             self._write_index()
 
     def add_texts(self, items: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-        """Writes the tensors of captions by key, in shards likewise."""
+        """Writes the tensors of captions by key, in such shards."""
         named = ((key, {f"{key}.{name}": x for name, x in text.items()}) for key, text in items)
         for shard, part in self._add("text", list(self.texts.values()), named):
             self.texts |= dict.fromkeys((key for key, _ in part), shard)
@@ -107,7 +107,7 @@ class LatentShards:
 
 @contextmanager
 def locked(folder: Path, key: str = "data.latents") -> Iterator[None]:
-    """Locks the folder for this process alone while the block runs; makes it if it is missing.
+    """Makes the folder if it is missing, and locks it for this process while the block runs.
 
     Raises:
         UsageError: it cannot be made or written, or another process has locked it.

@@ -6,7 +6,6 @@ A folder holds `index.json` and shards: `latents-00000.safetensors` with a tenso
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,11 +56,12 @@ def text_key(caption: str) -> str:
 
 
 class LatentStore:
-    """Reads the samples of a folder, each when it is asked for.
+    """Reads the samples of a folder on demand.
 
     Attributes:
         samples: in the order of the videos.
         fingerprint: of the model that made them.
+        file: opens a shard, or returns it if it is one of the last few.
     """
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
@@ -72,11 +72,11 @@ class LatentStore:
             stored = content["latents"][entry["key"]]
             self.samples.append(Sample(**entry, latent_shape=tuple(stored["shape"]), shard=stored["shard"]))
         self._texts: dict[str, str] = content["texts"]
-        self._files: OrderedDict[str, Any] = OrderedDict()
+        self.file = lru_cache(OPEN_FILES)(lambda shard: open_shard(folder / shard))
 
     @classmethod
     def open(cls, folder: str | Path) -> "LatentStore":
-        """Opens a folder; UsageError if it has no index, is not finished, or has broken files."""
+        """Opens a folder; UsageError if it has no index, is unfinished, or has broken files."""
         folder = Path(folder).expanduser()
         content = read_index(folder)
         if content is None:
@@ -91,7 +91,7 @@ class LatentStore:
             )
         store = cls(folder, content)
         for shard in {sample.shard for sample in store.samples} | set(content["texts"].values()):
-            store._file(shard)
+            store.file(shard)
         return store
 
     @property
@@ -102,7 +102,7 @@ class LatentStore:
     def load(self, i: int) -> tuple[Tensor, Text]:
         """Returns latents `[C, F, h, w]` of sample `i`, and its caption as the pipeline's call takes it."""
         sample = self.samples[i]
-        return self._file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
+        return self.file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
 
     def digest(self, numbers: Sequence[int]) -> str:
         """Returns sixteen hex digits that identify these samples in this order."""
@@ -115,21 +115,13 @@ class LatentStore:
 
     def _text(self, caption: str) -> Text:
         key = text_key(caption)
-        file = self._file(self._texts[key])
+        file = self.file(self._texts[key])
         names = [name for name in file.keys() if name.startswith(f"{key}.")]  # noqa: SIM118
         return {name.removeprefix(f"{key}."): file.get_tensor(name) for name in names}
 
-    def _file(self, shard: str) -> Any:
-        if shard not in self._files:
-            self._files[shard] = open_shard(self.folder / shard)
-        self._files.move_to_end(shard)
-        if len(self._files) > OPEN_FILES:
-            self._files.popitem(last=False)
-        return self._files[shard]
-
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """Returns the content of the index, None if there is none; UsageError if it is broken or foreign."""
+    """Returns the content of the index, None without one; UsageError if it is broken or of another format."""
     file = folder / INDEX
     if not file.exists():
         return None

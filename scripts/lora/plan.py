@@ -47,7 +47,7 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Holds all that a training must know before weights are loaded.
+    """Holds everything about a training that is known before weights are loaded.
 
     Attributes:
         model: numbers of the model; path: its folder, or its hub id; device: "cpu" or "cuda".
@@ -136,7 +136,7 @@ class TrainPlan:
 
 
 def plan_training(config: LoraTrainConfig) -> TrainPlan:
-    """Plans a training: checks all that can be checked without weights and latents.
+    """Plans a training, and checks everything that needs neither weights nor latents.
 
     Raises:
         UsageError: training does not support sizes, targets, dense layers, backends or other values.
@@ -166,7 +166,7 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
 
 
 def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
-    """Raises UsageError for no sizes, or one that the model does not take."""
+    """Raises UsageError if there are no sizes, or the model does not take one."""
     if not data.sizes:
         raise UsageError(f"data.sizes: got [], must be {SCHEMA.allowed('data.sizes')}")
     for size in data.sizes:

@@ -55,7 +55,7 @@ class Job:
         return LatentShards(self.folder, self.config.model.dtype, self.config.data.shard_mb * MIB)
 
     def load(self, *, text: bool) -> Any:
-        """Loads the pipeline with nothing but text encoders, or nothing but the VAE."""
+        """Loads the pipeline with only its text encoders, or only its VAE."""
         import diffusers
 
         quiet_libraries()
@@ -103,7 +103,7 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
 
 
 def summary(videos: list[Video], job: Job) -> list[str]:
-    """Counts the videos, their clips, those that are left out or enlarged, and what is encoded already."""
+    """Describes the videos and their clips: how many, left out, enlarged, and encoded already."""
     data, clips = job.config.data, job.clips
     rates = sorted({f"{video.fps:g}" for video in videos}, key=float)
     taken = "" if data.fps is None else f", taken at {data.fps:g}"
@@ -127,7 +127,7 @@ def summary(videos: list[Video], job: Job) -> list[str]:
 
 
 def prepare(job: Job) -> None:
-    """Encodes what is missing: text with the text encoders alone, then videos with the VAE alone."""
+    """Encodes what is missing: first captions, with only the text encoders loaded, then videos."""
     if not is_local(job.path):
         _check_hub(job)
     mark = fingerprint(job.path, job.config.model.family)
@@ -187,7 +187,7 @@ def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _reporting(what: str) -> Iterator[None]:
-    """Turns a shortage of memory, or a failure of the model, into one line."""
+    """Reports a lack of memory, or a failure of the model, in one line."""
     try:
         yield
     except (MemoryError, RuntimeError, IndexError, ValueError) as error:

@@ -34,7 +34,7 @@ def keep(run: Run, checkpoints: Checkpoints, step: int) -> None:
 
 
 def restore(run: Run, checkpoints: Checkpoints) -> int:
-    """Loads the newest checkpoint into the run, and returns the step to resume with, 0 without one."""
+    """Loads the newest checkpoint into the run, and returns the step to resume from; 0 without one."""
     state = checkpoints.load()
     if run.accelerator.is_main_process:
         checkpoints.write_config()
@@ -49,7 +49,7 @@ def restore(run: Run, checkpoints: Checkpoints) -> int:
     file = checkpoints.folder / FILE
     if run.accelerator.is_main_process:
         written = read_header(file).trained.get("step") if file.is_file() else None
-        if written != state["step"]:  # a stop came between checkpoint and adapter
+        if written != state["step"]:  # the run stopped between checkpoint and adapter
             write_adapter(run, checkpoints.folder, state["step"])
     return state["step"]
 

@@ -23,7 +23,7 @@ class Run:
         trained: the adapter's parameters by name; average: their exponential mean, None without one.
         held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
         rank, world: the number of this process among those with different samples, and their count.
-        skipped, in_a_row: steps with non-finite numbers, in all and in a row up to now.
+        skipped, in_a_row: counts of steps with non-finite numbers, in all and in a row up to now.
         best: the lowest validation loss so far.
         leads: whether this process writes for all that share its videos.
         boundary: the lowest noise level of the first of two experts; None if there is one expert.

@@ -14,7 +14,7 @@ from scripts.run.errors import GenerationError
 
 
 def train(run: Run, checkpoints: Checkpoints) -> None:
-    """Runs all remaining steps; the last one's adapter is then in the run's folder."""
+    """Runs all remaining steps, and leaves the adapter in the run's folder."""
     from scripts.lora.validation import validate
 
     config, main = run.config, run.accelerator.is_main_process
@@ -77,7 +77,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     """Returns the loss of one batch, and its tokens.
 
-    Random numbers depend on the number of the batch alone: two processes draw the same as one process that
+    Random numbers depend only on the number of the batch, so two processes draw the same as one process that
     accumulates two batches.
     """
     train = run.config.train

@@ -162,7 +162,7 @@ def _caption(entry: Entry) -> str | ValueError:
 
 
 def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
-    """Returns digest, frames, frames a second, height and width; ffmpeg decodes the whole video to count."""
+    """Returns digest, frames, frame rate, height and width, or an error; decodes the whole video to count."""
     try:
         with entry.path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -230,7 +230,7 @@ def too_short(videos: list[Video], data: DataConfig) -> list[str]:
 
 
 def _taken(video: Video, fps: float | None) -> list[int]:
-    """Returns the numbers of the frames to take at a rate, the nearest in time of each."""
+    """Returns the numbers of the frames that are nearest in time to those of a rate."""
     ratio = 1.0 if fps is None else max(1.0, video.fps / fps)
     count = math.floor((video.frames - 0.5) / ratio) + 1
     return [number for i in range(count) if (number := math.floor(i * ratio + 0.5)) < video.frames]

@@ -64,7 +64,7 @@ def test_few_files_are_open_at_a_time(folder, monkeypatch):
     store = LatentStore.open(folder)
     for i in (0, 2, 1, 0):
         assert torch.equal(store.load(i)[0], latents("abc"[i]))
-        assert len(store._files) == 1
+        assert store.file.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("part", MARK)

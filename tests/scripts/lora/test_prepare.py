@@ -24,7 +24,7 @@ from scripts.lora.latent_shards import locked
 from scripts.lora.latents import LatentStore
 from scripts.run.config import ROOT
 from scripts.run.inputs import fit, read_frames
-from tests.support.latent_cases import SIZES, run, table, write_video
+from tests.support.latent_cases import SIZES, run, write_video
 from tests.support.tiny_hunyuan import hunyuan_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 
@@ -255,20 +255,6 @@ def test_families(family, build, frames, names, *, videos, tmp_path):
     check_sample(store, 0, pipeline, videos / "a.mp4", first=(20 - frames) // 2)
     assert store.samples[0].bucket == ((frames - 1) // pipeline.vae.temporal_compression_ratio + 1, 4, 4)
     assert len(store.load(0)[1]) == names
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_tables(kind, config, videos, prepared, *, tmp_path, monkeypatch):
-    rows = [(os.path.relpath(videos / f"{name}.mp4", tmp_path), CAPTIONS[name]) for name in SHAPES]
-    lines = {
-        "jsonl": [json.dumps({"video": video, "caption": caption, "score": 1}) for video, caption in rows],
-        "csv": ["caption,video", *(f'"{caption}",{video}' for video, caption in rows)],
-    }
-    words = table(tmp_path, f"table.{kind}", "\n".join(lines[kind]) + "\n")
-    monkeypatch.setattr(prepare_latents, "MIB", SHARD)
-    assert run(config, videos, tmp_path / "out", *words) == 0
-    made, expected = contents(tmp_path / "out"), contents(prepared)
-    assert all(made[name] == content for name, content in expected.items() if name != "index.json")
 
 
 def test_enlarged_clips_are_noted(config, videos, tmp_path, capsys):

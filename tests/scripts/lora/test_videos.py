@@ -106,6 +106,22 @@ def test_bad_tables_are_refused(name, content, folder, capsys):
     check_refusal(folder, capsys, BAD_TABLES[name, content], *table(folder, name, content))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.jsonl", '{"video": "x/../a.mp4", "caption": "a red, round one", "score": 1}\n'),
+        ("t.csv", '\ufeffcaption,video\n"a red, round one",x/../a.mp4\n'),
+    ],
+)
+def test_a_table_names_videos_and_captions(name, content, folder):
+    (folder / "x").mkdir()
+    table(folder, name, content)
+    by_table, by_folder = DataConfig(table=str(folder / name)), DataConfig(folder=str(folder))
+    (video,), (expected,) = read_videos(by_table), read_videos(by_folder)
+    assert (video.name, video.caption) == ("x/../a.mp4", "a red, round one")
+    assert (video.digest, video.frames, video.fps) == (expected.digest, 9, 16)
+
+
 def test_a_good_video_is_read_although_imageio_fails_once(folder, monkeypatch):
     reader, calls = imageio.get_reader, []
 
