@@ -117,22 +117,14 @@ class TrainPlan:
         """Returns the content of the adapter's header, which says what it was trained for."""
         model, attention = self.config.model, self.config.attention
         names = ("path", "family", "expert", "positions", "positions_frames")
-        sizes = [
-            {
-                "num_frames": size.size.frames,
-                "height": size.size.height,
-                "width": size.size.width,
-                "mask": asdict(size.mask),
-                "dense_layers": attention.dense_layers,
-            }
-            for size in self.sizes
-        ]
-        return {
-            **{name: getattr(model, name) for name in names},
-            "steps": self.config.train.steps,
-            "flow_shift": self.config.train.flow_shift,
-            "sizes": sizes,
-        }
+        sizes = []
+        for size in self.sizes:
+            frames, height, width = size.size
+            entry = {"num_frames": frames, "height": height, "width": width, "mask": asdict(size.mask)}
+            sizes.append(entry | {"dense_layers": attention.dense_layers})
+        about = {name: getattr(model, name) for name in names}
+        about |= {"steps": self.config.train.steps, "flow_shift": self.config.train.flow_shift}
+        return about | {"sizes": sizes}
 
 
 def plan_training(config: LoraTrainConfig) -> TrainPlan:

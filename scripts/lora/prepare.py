@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -162,27 +162,24 @@ def _check_hub(job: Job) -> None:
 
 def _texts(job: Job, captions: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     pipeline = job.load(text=True)
-    with tqdm(total=len(captions), desc="texts", unit="text", dynamic_ncols=True) as bar:
-        for key, caption in captions.items():
-            with _reporting(f"caption {caption[:40]!r}"):
-                text = encode_text(pipeline, job.config.model.family, caption)
-            bar.update()
-            yield key, text
+    for key, caption in tqdm(captions.items(), desc="texts", unit="text", dynamic_ncols=True):
+        with _reporting(f"caption {caption[:40]!r}"):
+            text = encode_text(pipeline, job.config.model.family, caption)
+        yield key, text
 
 
 def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
     pipeline = job.load(text=False)
     dtype = torch.float32 if job.config.model.dtype == "float32" else torch.bfloat16
-    with tqdm(total=len(clips), desc="clips", unit="clip", dynamic_ncols=True) as bar:
-        for video, of_video in groupby(clips, key=lambda clip: clip.video):
-            for clip, frames in read_clips(video, list(of_video)):
-                with _reporting(f"{clip.name} as {clip.shape}"):
-                    pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-                    latents = encode_video(pipeline, pixels)[0]
-                if not torch.isfinite(latents).all():
-                    raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
-                bar.update()
-                yield clip.key, latents.to(dtype)
+    groups = groupby(clips, key=lambda clip: clip.video)
+    decoded = chain.from_iterable(read_clips(video, list(group)) for video, group in groups)
+    for clip, frames in tqdm(decoded, total=len(clips), desc="clips", unit="clip", dynamic_ncols=True):
+        with _reporting(f"{clip.name} as {clip.shape}"):
+            pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            latents = encode_video(pipeline, pixels)[0]
+        if not torch.isfinite(latents).all():
+            raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
+        yield clip.key, latents.to(dtype)
 
 
 @contextmanager

@@ -29,7 +29,9 @@ def train(run: Run, checkpoints: Checkpoints) -> None:
             save_best(run, checkpoints.folder, values["validation_loss"], done)
         if log:
             log.write(done, values)
-            bar.set_postfix_str(progress(values), refresh=False)
+            speed = f"{values['tokens_per_second']:.0f}"
+            shown = {"loss": f"{values['loss']:.4f}", "tokens/s": speed, "skipped": run.skipped}
+            bar.set_postfix(shown, refresh=False)
         if done % config.train.save_every == 0 or done == config.train.steps:
             keep(run, checkpoints, done)
     if log:
@@ -60,7 +62,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     finite = finite and run.all_finite(norm)
     if finite:
         run.optimizer.step()
-        update_average(run)
+        for name, mean in (run.average or {}).items():
+            mean.lerp_(run.trained[name].detach(), 1 - train.ema)
     run.optimizer.zero_grad(set_to_none=True)
     count_skipped(run, finite)
     seconds = time.perf_counter() - start
@@ -92,15 +95,6 @@ def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     return loss, len(indices) * math.prod(sides)
 
 
-def update_average(run: Run) -> None:
-    """Updates the exponential mean of the adapter's parameters, if one is kept."""
-    if run.average is None:
-        return
-    with torch.no_grad():
-        for name, value in run.trained.items():
-            run.average[name].lerp_(value.detach(), 1 - run.config.train.ema)
-
-
 def count_skipped(run: Run, finite: bool) -> None:
     """Counts non-finite steps; raises GenerationError after more than `train.most_skipped` in a row."""
     run.skipped, run.in_a_row = run.skipped + (not finite), 0 if finite else run.in_a_row + 1
@@ -109,9 +103,3 @@ def count_skipped(run: Run, finite: bool) -> None:
             f"loss or gradient not finite in {run.in_a_row} steps in a row (train.most_skipped="
             f"{run.config.train.most_skipped}); the last checkpoint is unchanged"
         )
-
-
-def progress(values: dict[str, float]) -> str:
-    """Returns the numbers that the progress bar shows next to the time."""
-    skipped = f", {values['skipped']:.0f} skipped" if values["skipped"] else ""
-    return f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s{skipped}"
