@@ -1,4 +1,4 @@
-"""Writes the checkpoints of LoRA training whole or not at all, keeps the last few, and writes the log.
+"""Saves checkpoints of LoRA training, resumes from them, and writes the log and the adapter that users load.
 
 Random numbers, learning rate and samples of a step depend on the seed and the step's number alone. So a
 checkpoint needs the step, the adapter and the optimizer, nothing else.
@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from radial_attn.models.lora.files import read_header
+from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
 from scripts.lora.latent_shards import FULL
+from scripts.lora.step import Run
 from scripts.run.errors import DiskFullError, UsageError, one_line
 from scripts.run.files import replacing, write_text
 
@@ -33,6 +41,8 @@ FREE = (  # beginnings of keys that do not change what is learnt
     "parallel.shard",
 )
 NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no resumed run may change
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BEST = "best"
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
 PREFIX = "step_"
 
@@ -68,10 +78,6 @@ class Checkpoints:
                 f"settings, or another folder{'' if never else ', or output.accept_changes=true'}"
             )
 
-    def write_config(self) -> None:
-        """Writes the run's configuration into its folder."""
-        write_text(self.folder / CONFIG, json.dumps(self.keys, indent=2))
-
     def steps(self) -> list[int]:
         """Returns the steps of the whole checkpoints, ascending."""
         numbers = (path.parent.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*/{STATE}"))
@@ -81,8 +87,24 @@ class Checkpoints:
         """Returns the folder of the checkpoint after `step` steps."""
         return self.folder / f"{PREFIX}{step:06d}"
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint, then removes old ones; UsageError or DiskFullError if it cannot be written."""
+    def save(self, run: Run, step: int) -> None:
+        """Writes a checkpoint after `step` steps, whole or not at all, and the adapter; removes old ones.
+
+        Raises:
+            UsageError, DiskFullError: it cannot be written.
+        """
+        optimizer = get_optimizer_state_dict(run.transformer, run.optimizer.optimizer, options=WHOLE)
+        trained = {name: value.detach().cpu() for name, value in run.trained.items()}
+        if run.accelerator.is_main_process:
+            state = {"step": step, "trained": trained, "optimizer": optimizer, "average": run.average}
+            state |= {"skipped": run.skipped, "in_a_row": run.in_a_row, "best": run.best}
+            self._write(step, state)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
+            write_adapter(run, self.folder, step)
+        run.accelerator.wait_for_everyone()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         folder = self.path(step)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +121,32 @@ class Checkpoints:
             raise (DiskFullError if number in FULL else UsageError)(
                 f"{folder} cannot be written ({reason}); the checkpoint before it is whole"
             ) from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
 
-    def load(self) -> dict[str, Any] | None:
-        """Reads the newest checkpoint; None if there is none, UsageError if it cannot be read."""
+    def restore(self, run: Run) -> int:
+        """Loads the newest checkpoint into the run, and returns the step to resume from; 0 without one.
+
+        Raises:
+            UsageError: the checkpoint cannot be read.
+        """
+        state = self._read()
+        if run.accelerator.is_main_process:
+            write_text(self.folder / CONFIG, json.dumps(self.keys, indent=2))
+        if state is None:
+            return 0
+        run.set_adapter(state["trained"])
+        set_optimizer_state_dict(run.transformer, run.optimizer.optimizer, state["optimizer"], options=WHOLE)
+        if run.average is not None:  # begins with the adapter if the run had no mean before
+            mean = state["average"] or state["trained"]
+            run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
+        run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
+        file = self.folder / FILE
+        if run.accelerator.is_main_process:
+            written = read_header(file).trained.get("step") if file.is_file() else None
+            if written != state["step"]:  # the run stopped between checkpoint and adapter
+                write_adapter(run, self.folder, state["step"])
+        return state["step"]
+
+    def _read(self) -> dict[str, Any] | None:
         if not (steps := self.steps()):
             return None
         file = self.path(steps[-1]) / STATE
@@ -114,6 +157,21 @@ class Checkpoints:
                 f"checkpoint {file} cannot be read ({one_line(error)}); remove its folder to resume from the "
                 "one before"
             ) from error
+
+    def save_best(self, run: Run, loss: float, step: int) -> None:
+        """Writes the adapter to the folder `best` if its validation loss is the lowest so far."""
+        if not loss < run.best:  # true also if the loss is not finite
+            return
+        run.best = loss
+        if run.accelerator.is_main_process:
+            (self.folder / BEST).mkdir(parents=True, exist_ok=True)
+            write_adapter(run, self.folder / BEST, step)
+
+
+def write_adapter(run: Run, folder: Path, step: int) -> None:
+    """Writes the adapter that users load: the mean, if one is kept."""
+    values = run.trained if run.average is None else run.average
+    save_adapter(folder / FILE, values, adapter_settings(run.plain), run.about | {"step": step})
 
 
 class Log:

@@ -1,7 +1,7 @@
 """Computes a step of LoRA training: noise levels, loss and learning rate of a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,12 @@ class Run:
         device, dtype = self.accelerator.device, self.plain.dtype
         stacked = stack_text(texts).items()
         return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in stacked}
+
+    def set_adapter(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the adapter's parameters by name."""
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(values[name])
 
     def all_finite(self, value: Tensor) -> bool:
         """Returns whether a number is finite in every process."""

@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from scripts.lora.checkpoint import Checkpoints, Log
-from scripts.lora.state import keep, restore, save_best
 from scripts.lora.step import Run, flow_loss, generator, learning_rate, noise_levels
 from scripts.run.errors import GenerationError
 
@@ -18,7 +17,7 @@ def train(run: Run, checkpoints: Checkpoints) -> None:
     from scripts.lora.validation import validate
 
     config, main = run.config, run.accelerator.is_main_process
-    first = restore(run, checkpoints)
+    first = checkpoints.restore(run)
     log = Log(checkpoints.folder, first) if main else None
     bar = tqdm(range(first, config.train.steps), initial=first, total=config.train.steps, disable=not main)
     for step in bar:
@@ -26,14 +25,14 @@ def train(run: Run, checkpoints: Checkpoints) -> None:
         done = step + 1
         if config.validation.every and (done % config.validation.every == 0 or done == config.train.steps):
             values |= validate(run, checkpoints.folder, done)
-            save_best(run, checkpoints.folder, values["validation_loss"], done)
+            checkpoints.save_best(run, values["validation_loss"], done)
         if log:
             log.write(done, values)
             speed = f"{values['tokens_per_second']:.0f}"
             shown = {"loss": f"{values['loss']:.4f}", "tokens/s": speed, "skipped": run.skipped}
             bar.set_postfix(shown, refresh=False)
         if done % config.train.save_every == 0 or done == config.train.steps:
-            keep(run, checkpoints, done)
+            checkpoints.save(run, done)
     if log:
         log.close()
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from radial_attn.models.pipeline.load import load_pipeline
-from scripts.lora.state import mean_adapter
 from scripts.lora.step import Run, flow_loss, generator
 from scripts.run.config import GenerationConfig
 from scripts.run.families import pipeline_arguments
@@ -20,13 +19,21 @@ FPS = 16
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
+@torch.no_grad()
 def validate(run: Run, folder: Path, step: int) -> dict[str, float]:
-    """Returns `validation_loss`; writes videos, if any are wanted, to `folder/videos/<step>`."""
+    """Validates the adapter, or its mean if one is kept, and returns `validation_loss`.
+
+    Writes videos, if any are wanted, to `folder/videos/<step>`.
+    """
+    before = {name: x.detach().clone() for name, x in run.trained.items()}
     run.plain.eval()
-    with mean_adapter(run), torch.no_grad():
+    try:
+        run.set_adapter(before if run.average is None else run.average)
         loss = validation_loss(run)
         if run.config.validation.videos:
             make_videos(run, folder / "videos" / f"{step:06d}")
+    finally:
+        run.set_adapter(before)
     run.plain.train()
     return {"validation_loss": loss}
 

@@ -76,11 +76,7 @@ def run_stage(stage: Stage, work: Path, device: str, save_every: int) -> nn.Modu
 
 
 def train_step(
-    stage: Stage,
-    optimizers: list[torch.optim.Optimizer],
-    average: nn.Module,
-    step: int,
-    smooth: float | None,
+    stage: Stage, optimizers: list[torch.optim.Optimizer], average: nn.Module, step: int, smooth: float | None
 ) -> float:
     """Makes one update; returns the running mean of the loss.
 

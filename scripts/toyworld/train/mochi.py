@@ -124,11 +124,5 @@ class Denoiser(TinyDenoiser):
 
 
 FAMILY = Family(
-    build_vae,
-    Denoiser,
-    quieten,
-    frames=31,
-    clip_frames=13,
-    frames_step=6,
-    defaults={"steps": 4500},
+    build_vae, Denoiser, quieten, frames=31, clip_frames=13, frames_step=6, defaults={"steps": 4500}
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from radial_attn.models.lora.files import read_header
-from scripts.lora import state as lora_state
+from scripts.lora import checkpoint
 from scripts.lora import train as train_lora
 from scripts.lora import validation as lora_validation
 from scripts.lora.checkpoint import Checkpoints
@@ -143,16 +143,16 @@ def test_options_that_do_not_fit_the_latents_are_refused(lora_config, tmp_path, 
 
 def test_a_run_that_stops_before_its_adapter_writes_it_later(lora_config, lora_run, tmp_path, monkeypatch):
     """It stops between the last checkpoint and its adapter, and is then called again."""
-    real = lora_state.write_adapter
+    real = checkpoint.write_adapter
 
     def stopped(run, folder, step):
         if step == 6:
             raise KeyboardInterrupt
         real(run, folder, step)
 
-    monkeypatch.setattr(lora_state, "write_adapter", stopped)
+    monkeypatch.setattr(checkpoint, "write_adapter", stopped)
     assert train(lora_config, tmp_path) == 130
-    monkeypatch.setattr(lora_state, "write_adapter", real)
+    monkeypatch.setattr(checkpoint, "write_adapter", real)
     assert train(lora_config, tmp_path) == 0 and same(tmp_path, lora_run)
     assert read_header(tmp_path / FILE).trained["step"] == 6
 

@@ -41,18 +41,12 @@ def write_second(folder: Path, fps: int) -> None:
 UNREAD = "1 of 1 videos cannot be read: a.mp4 ("
 BAD_FILES = {  # what is done to the folder, and parts of the message
     "no video": (lambda f: (f / "a.mp4").unlink(), ["data.folder", "has no videos", ".mp4"]),
-    "no caption": (
-        lambda f: (f / "a.txt").unlink(),
-        ["1 of 1 videos have no caption", "(a.txt: No such"],
-    ),
+    "no caption": (lambda f: (f / "a.txt").unlink(), ["1 of 1 videos have no caption", "(a.txt: No such"]),
     "empty caption": (lambda f: (f / "a.txt").write_text(" \n"), ["a.mp4 (it is empty)"]),
     "no UTF-8": (lambda f: (f / "a.txt").write_bytes(b"caf\xe9"), ["a.mp4 (a.txt is not UTF-8)"]),
     "text as video": (lambda f: (f / "a.mp4").write_text("text"), [UNREAD]),
     "empty video": (lambda f: (f / "a.mp4").write_bytes(b""), [UNREAD]),
-    "mixed fps": (
-        lambda f: write_second(f, 24),
-        ["data.fps: got null", "16 (1, as a.mp4), 24", "up to 16"],
-    ),
+    "mixed fps": (lambda f: write_second(f, 24), ["data.fps: got null", "16 (1, as a.mp4), 24", "up to 16"]),
     "varying fps": (lambda f: vary_rate(f / "a.mp4"), [UNREAD, "on average", "ffmpeg -i"]),
 }
 BAD_WORDS = {
