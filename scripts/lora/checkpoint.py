@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as state_dicts
 
 from radial_attn.models.lora.files import read_header
 from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
@@ -41,7 +37,7 @@ FREE = (  # beginnings of keys that do not change what is learnt
     "parallel.shard",
 )
 NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no resumed run may change
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 BEST = "best"
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
 PREFIX = "step_"
@@ -93,7 +89,8 @@ class Checkpoints:
         Raises:
             UsageError, DiskFullError: it cannot be written.
         """
-        optimizer = get_optimizer_state_dict(run.transformer, run.optimizer.optimizer, options=WHOLE)
+        parts = run.transformer, run.optimizer.optimizer
+        optimizer = state_dicts.get_optimizer_state_dict(*parts, options=WHOLE)
         trained = {name: value.detach().cpu() for name, value in run.trained.items()}
         if run.accelerator.is_main_process:
             state = {"step": step, "trained": trained, "optimizer": optimizer, "average": run.average}
@@ -134,7 +131,8 @@ class Checkpoints:
         if state is None:
             return 0
         run.set_adapter(state["trained"])
-        set_optimizer_state_dict(run.transformer, run.optimizer.optimizer, state["optimizer"], options=WHOLE)
+        parts = run.transformer, run.optimizer.optimizer
+        state_dicts.set_optimizer_state_dict(*parts, state["optimizer"], options=WHOLE)
         if run.average is not None:  # begins with the adapter if the run had no mean before
             mean = state["average"] or state["trained"]
             run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}

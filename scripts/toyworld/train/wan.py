@@ -51,29 +51,17 @@ class PaddedTextProcessor(WanAttnProcessor):
     logarithm of their number is added to its logit.
     """
 
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: WanAttention, hidden_states: Tensor, text: Tensor, *_: object) -> Tensor:
         bias = hidden_states.new_zeros(1, 1, 1, CAPTION_SLOTS)
         bias[..., -1] = math.log(TEXT_SLOTS - CAPTION_SLOTS + 1)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
+        return super().__call__(attn, hidden_states, text, bias)
 
 
 class TrainingProcessor(WanAttnProcessor):
     """Computes self-attention in plain products."""
 
     def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple | None = None,
+        self, attn: WanAttention, hidden_states: Tensor, _text: None, _mask: None, rotary_emb: tuple
     ) -> Tensor:
         projected = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key = (rotate(x.unflatten(-1, (attn.heads, -1)), *rotary_emb) for x in projected)

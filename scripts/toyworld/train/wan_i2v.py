@@ -40,7 +40,7 @@ class Denoiser(wan.Denoiser):
         """Loads the weights of a model of this kind, or of the bundled text-to-video model."""
         if pipeline.transformer.config.in_channels == CHANNELS:
             self.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
-            self.transformer.load_state_dict(widened(pipeline.transformer.state_dict()))
+            self.transformer.load_state_dict(widened(pipeline.transformer))
         else:
             super().take_over(pipeline)
 
@@ -52,19 +52,13 @@ class Denoiser(wan.Denoiser):
         return super().forward(torch.cat([video, given, first], dim=1), sigma, captions)
 
 
-def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the kept layers, renumbered, and a patch embedding that ignores the new channels."""
-    layers = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(KEPT)}
-    kept = {}
-    for name, tensor in weights.items():
-        head = next((head for head in layers if name.startswith(head)), None)
-        if head is not None:
-            kept[layers[head] + name.removeprefix(head)] = tensor
-        elif not name.startswith("blocks."):
-            kept[name] = tensor
-    narrow = kept["patch_embedding.weight"]
+def widened(transformer: torch.nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of the kept layers, and a patch embedding that ignores the new channels."""
+    weights = {name: x for name, x in transformer.state_dict().items() if not name.startswith("blocks.")}
+    weights |= torch.nn.ModuleList(transformer.blocks[i] for i in KEPT).state_dict(prefix="blocks.")
+    narrow = weights["patch_embedding.weight"]
     blind = narrow.new_zeros(len(narrow), CHANNELS + GIVEN, *narrow.shape[2:])
-    return kept | {"patch_embedding.weight": torch.cat([narrow, blind], dim=1)}
+    return weights | {"patch_embedding.weight": torch.cat([narrow, blind], dim=1)}
 
 
 FAMILY = replace(
