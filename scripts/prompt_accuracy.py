@@ -18,7 +18,7 @@ import torch
 
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.files import table, write_text
-from scripts.length.seeds import seed_records, seed_table
+from scripts.length.seeds import PATTERNS, seed_records, seed_table
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
@@ -30,7 +30,6 @@ from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import readings, whole_run_seconds, with_pattern
 from scripts.toyworld.render import VOCABULARY, parse_caption
 
-PATTERNS = ("dense", "radial")
 TITLES = f"model|frames|attention|density|{'|'.join(VOCABULARY)}|attributes|whole captions|captions|s a step"
 MEANING = (
     "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "

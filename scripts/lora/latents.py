@@ -21,7 +21,7 @@ from scripts.run.errors import UsageError, one_line
 
 INDEX = "index.json"
 OPEN_FILES = 16
-AGAIN = "make one with bash scripts/prepare_latents.sh"
+AGAIN = "prepare it with bash scripts/prepare_latents.sh"
 
 Bucket = tuple[int, int, int]  # latent frames, rows and columns
 
@@ -134,7 +134,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
             f"data.latents: {file} is not an index of latents ({one_line(error)}); {AGAIN}"
         ) from error
     if version != str(FORMAT):
-        raise UsageError(f"data.latents: {file} has format {version}, allowed: {FORMAT}; {AGAIN}")
+        raise UsageError(f"data.latents: {file} has format {version}, must be {FORMAT}; {AGAIN}")
     if lacking:
         raise UsageError(f"data.latents: {file} lacks {', '.join(sorted(lacking))}; {AGAIN}")
     return content

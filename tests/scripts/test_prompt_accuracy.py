@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from scripts.length.seeds import seed_records, seed_row, seed_table
-from scripts.prompt_accuracy import PATTERNS, parse, report, row
+from scripts.length.seeds import PATTERNS, seed_records, seed_row, seed_table
+from scripts.prompt_accuracy import parse, report, row
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.digest import digest
 from scripts.run.plan import make_plan

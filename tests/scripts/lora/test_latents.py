@@ -92,7 +92,7 @@ BROKEN = {  # what is done to the folder, and the message
     "no JSON": (lambda f: (f / INDEX).write_text('{"latents": {'), "index.json is not an index"),
     "a list": (lambda f: (f / INDEX).write_text("[]"), "index.json is not an index"),
     "no samples": (lambda f: (f / INDEX).write_text('{"fingerprint": {"format": "1"}}'), "lacks latents"),
-    "another format": (lambda f: edit(f / INDEX, fingerprint=MARK | {"format": "0"}), "format 0, allowed: 1"),
+    "another format": (lambda f: edit(f / INDEX, fingerprint=MARK | {"format": "0"}), "format 0, must be 1"),
     "no clip": (lambda f: edit(f / INDEX, samples=[entry("a"), OTHER_CLIP]), r"unfinished \(1 of 2 clips\)"),
     "no caption": (lambda f: edit(f / INDEX, texts={}), r"unfinished \(3 of 3 clips\)"),
     "empty": (lambda f: edit(f / INDEX, samples=[]), r"unfinished \(0 of 0 clips\)"),
