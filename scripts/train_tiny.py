@@ -154,7 +154,7 @@ def train(options: Options) -> None:
     torch.manual_seed(options.seed)
     denoiser = family.denoiser()
     if start is not None:
-        pipeline = DiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(start, dtype=torch.float32)
         denoiser.take_over(pipeline)
         vae = take_over_vae(vae, pipeline.vae).to(options.device).requires_grad_(False).eval()
     latents, attributes = encode_videos(vae, options)

@@ -50,6 +50,8 @@ class LatentShards:
         """Writes the wanted samples to the index; UsageError if the folder holds another model's latents."""
         if self:
             check_fingerprint(self.folder, self.content["fingerprint"], fingerprint)
+        for part in self.folder.glob(".*.part"):  # a killed run left it
+            part.unlink()
         self.content |= {"fingerprint": fingerprint, "dtype": self.dtype, "samples": samples}
         self._write_index()
 

@@ -30,7 +30,7 @@ def config(request: pytest.FixtureRequest) -> Config:
 
 @pytest.fixture(scope="module")
 def pipeline(config: Config) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(ROOT / config.model.path, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(ROOT / config.model.path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

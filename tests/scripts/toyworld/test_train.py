@@ -180,7 +180,7 @@ def shortest(family: str, tmp_path: Path, **changes: object) -> Options:
 def test_all_stages_make_a_pipeline_that_diffusers_loads(family, tmp_path):
     options = shortest(family, tmp_path)
     train(options)
-    pipeline = DiffusionPipeline.from_pretrained(options.out, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(options.out, dtype=torch.float32)
     given = {"image": Image.new("RGB", (16, 16))} if family == "wan_i2v" else {}
     template = {"prompt_template": {"template": "{}", "crop_start": 0}} if family == "hunyuan_video" else {}
     sizes = {"height": 16, "width": 16, "num_frames": options.frames, "num_inference_steps": 2}
