@@ -8,10 +8,11 @@ from typing import Any
 
 from radial_attn import RadialConfig, radial_mask
 
-from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention, transformers_of
+from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention
 from .published import ModelTraits, PublishedSettings, nearest_settings, traits_of
 from .runtime.observe import Seen
 from .runtime.schedule import Schedule
+from .runtime.transformers import transformers_of
 
 
 def enable(

@@ -20,9 +20,9 @@ def write_video(path: Path, frames: int, height: int, width: int, fps: int = 16)
     imageio.mimwrite(path, list(video), fps=fps, quality=9, macro_block_size=1)
 
 
-def run(config: Path, videos: Path, latents: Path, *words: str) -> int:
+def run(config: Path, videos: Path, latents: Path, *arguments: str) -> int:
     """Prepares the latents of a folder of videos and returns the exit code."""
-    keys = [f"data.folder={videos}", f"data.latents={latents}", "data.shard_mb=1", SIZES, *words]
+    keys = [f"data.folder={videos}", f"data.latents={latents}", "data.shard_mb=1", SIZES, *arguments]
     return main([str(config), *keys])
 
 

@@ -49,7 +49,7 @@ def make_latents(
         {"name": f"{i}.mp4", "caption": CAPTIONS[i % 3], "key": f"clip{i}", **sizes} for i in range(CLIPS)
     ]
     shards.begin(fingerprint(str(model), family), samples)
-    shards.add_texts((text_key(words), encode_text(pipeline, family, words)) for words in ("", *CAPTIONS))
+    shards.add_texts((text_key(prompt), encode_text(pipeline, family, prompt)) for prompt in ("", *CAPTIONS))
     videos = [torch.randn(shape, generator=generator) for _ in range(CLIPS)]
     if broken is not None:
         videos[broken].fill_(float("nan"))
@@ -72,9 +72,9 @@ validation: {{every: 0, samples: 2, levels: 2, steps: 2, guidance_scale: 2.0}}
     return file
 
 
-def train(config: Path, out: Path, *words: str) -> int:
-    """Trains into this folder and returns the exit code."""
-    return main([str(config), f"output.path={out}", *words])
+def train(config: Path, out: Path, *arguments: str) -> int:
+    """Runs the training into a folder; returns the exit code."""
+    return main([str(config), f"output.path={out}", *arguments])
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,11 +105,11 @@ def cut(folder: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-def launch_training(*words: str, by_torchrun: bool = False) -> None:
+def launch_training(*arguments: str, by_torchrun: bool = False) -> None:
     """Trains in two processes of one thread."""
     if not by_torchrun:
-        run_ranks(2, "scripts.train_lora", *words)
+        run_ranks(2, "scripts.train_lora", *arguments)
         return
     settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-P", "-m", "scripts.launch", "--module=scripts.train_lora", *words]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True, timeout=250)
+    command = [sys.executable, "-P", "-m", "scripts.launch", "--module=scripts.train_lora", *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True)

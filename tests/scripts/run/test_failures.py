@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def start(
 def last_line(process: subprocess.Popen) -> str:
     """The last line on stderr; no traceback, and nothing but progress before it."""
     try:
-        errors = process.communicate(timeout=200)[1]
+        errors = process.communicate(timeout=800)[1]
     finally:
         process.kill()
     lines = re.split(r"[\r\n]+", errors.strip())
@@ -108,7 +107,7 @@ def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
     process = start(
         arguments(tiny_model, tmp_path / "out", f"generation.prompt_file={prompts}"), limits="-f 2"
     )
-    errors = re.split(r"[\r\n]+", process.communicate(timeout=200)[1])
+    errors = re.split(r"[\r\n]+", process.communicate(timeout=800)[1])
     first, *others = [line for line in errors if line.startswith("error")]
     assert process.returncode == 1 and first.startswith("error: line 1: output.path: cannot write")
     assert [line.split(",")[0] for line in others] == [f"error: line {n}: not tried" for n in (2, 3)]
@@ -118,9 +117,8 @@ def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
 def test_interrupting_leaves_no_partial_file(tiny_model, tmp_path):
     argv = arguments(tiny_model, tmp_path / "out", "generation.steps=100000", "attention.pattern=dense")
     process = start(argv)
-    deadline = time.monotonic() + 120
     seen = ""
-    while "step" not in seen and time.monotonic() < deadline:
+    while "step" not in seen and process.poll() is None:
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     assert last_line(process).startswith("interrupted")

@@ -1,4 +1,4 @@
-"""The keys of backends and of the guard, through the command: refused before loading, or obeyed."""
+"""The keys of backends and of the output check, through the command: refused before loading, or obeyed."""
 
 import json
 from pathlib import Path

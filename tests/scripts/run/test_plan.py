@@ -102,7 +102,7 @@ def test_predicted_memory_is_near_the_peak_of_a_run(tiny_model: Path, tmp_path: 
     words = [f"model.path={tiny_model}", f"output.path={tmp_path / 'a.mp4'}", "attention.block_size=128"]
     command = [sys.executable, "-P", "-m", "scripts.generate", TINY, *words]
     command += [f"generation.{size}" for size in sizes]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=280)
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     record = json.loads((tmp_path / "a.json").read_text())
     predicted, peak = record["predicted_memory"], record["peak_memory"]["host_bytes"]
     assert predicted["activations"] > predicted["host"]
