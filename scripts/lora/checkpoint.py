@@ -169,7 +169,7 @@ class Checkpoints:
 def write_adapter(run: Run, folder: Path, step: int) -> None:
     """Writes the adapter that users load: the mean, if one is kept."""
     values = run.trained if run.average is None else run.average
-    save_adapter(folder / FILE, values, adapter_settings(run.plain), run.about | {"step": step})
+    save_adapter(folder / FILE, values, adapter_settings(run.plain), run.plan.about() | {"step": step})
 
 
 class Log:

@@ -62,7 +62,7 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
         else:
             wrapped, optimizer = accelerator.prepare(transformer, optimizer)
         run = Run(
-            config=config,
+            plan=plan,
             accelerator=accelerator,
             transformer=wrapped,
             plain=transformer,
@@ -71,9 +71,6 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             store=store,
             sampler=BucketSampler(trains, config.train.batch, config.train.seed),
             held_out=held_out,
-            path=plan.path,
-            about=plan.about(),
-            patch=plan.model.patch,
             rank=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,

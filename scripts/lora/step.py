@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +11,7 @@ from torch import Tensor
 from radial_attn.models.training.flow import Text, predict_velocity, stack_text
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.latents import BucketSampler, LatentStore
+from scripts.lora.plan import TrainPlan
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Run:
     Attributes:
         transformer: as `accelerate` wraps it; plain: the same without its wrapper.
         trained: the adapter's parameters by name; average: their exponential mean, None without one.
-        held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
+        held_out: the samples that only validation sees.
         rank, world: the number of this process among those with different samples, and their count.
         skipped, in_a_row: counts of steps with non-finite numbers, in all and in a row up to now.
         best: the lowest validation loss so far.
@@ -29,7 +29,7 @@ class Run:
         boundary: the lowest noise level of the first of two experts; None if there is one expert.
     """
 
-    config: LoraTrainConfig
+    plan: TrainPlan
     accelerator: Accelerator
     transformer: torch.nn.Module
     plain: torch.nn.Module
@@ -38,9 +38,6 @@ class Run:
     store: LatentStore
     sampler: BucketSampler
     held_out: list[int]
-    path: str
-    about: dict[str, Any]
-    patch: tuple[int, int, int]
     rank: int = 0
     world: int = 1
     average: dict[str, Tensor] | None = None
@@ -49,6 +46,10 @@ class Run:
     best: float = math.inf
     boundary: float | None = None
     leads: bool = True
+
+    @property
+    def config(self) -> LoraTrainConfig:
+        return self.plan.config
 
     def span(self) -> tuple[float, float]:
         """Returns the range of noise levels of the trained transformer: all, or one expert's."""

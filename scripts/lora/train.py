@@ -90,7 +90,7 @@ def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     sigma = noise_levels(len(indices), random, kind=train.timesteps, shift=train.flow_shift, span=run.span())
     loss = flow_loss(run, run.transformer, indices, sigma, random=random, drop=train.caption_dropout)
     bucket = run.store.samples[indices[0]].bucket  # that of the whole batch
-    sides = (size // side for size, side in zip(bucket, run.patch, strict=True))
+    sides = (size // side for size, side in zip(bucket, run.plan.model.patch, strict=True))
     return loss, len(indices) * math.prod(sides)
 
 

@@ -65,7 +65,7 @@ def make_videos(run: Run, folder: Path) -> None:
     """Writes a video for each of the first held-out captions, at its sample's size, seeded by its number."""
     parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}  # the captions are encoded already
     device = str(run.accelerator.device)
-    pipeline = load_pipeline(run.path, run.config.model.family, run.plain.dtype, device, parts=parts)
+    pipeline = load_pipeline(run.plan.path, run.config.model.family, run.plain.dtype, device, parts=parts)
     pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = run.held_out[: run.config.validation.videos]

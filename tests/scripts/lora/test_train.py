@@ -142,18 +142,13 @@ def test_validation(lora_config, lora_run, tmp_path):
         assert run.held_out == [2, 6] and trained == set(range(8)) - {2, 6}
 
 
-@pytest.mark.parametrize(
-    ("family", "make", "channels", "step"),
-    [("hunyuan_video", hunyuan_pipeline, 4, 4), ("mochi", mochi_pipeline, 12, 6)],
-)
-def test_other_families_train(family, make, channels, step, tmp_path):
-    model = tmp_path / "model"
-    make().save_pretrained(model)
-    size = (2 * step + 1, 48, 64)
-    latents = make_latents(model, tmp_path / "latents", family, size, channels=channels, step=step)
-    config = write_config(tmp_path / "tiny.yaml", model, latents, family, size)
+def test_mochi_trains(tmp_path):
+    model, size = tmp_path / "model", (13, 48, 64)
+    mochi_pipeline().save_pretrained(model)
+    latents = make_latents(model, tmp_path / "latents", "mochi", size, channels=12, step=6)
+    config = write_config(tmp_path / "tiny.yaml", model, latents, "mochi", size)
     assert train(config, tmp_path / "out", "train.steps=2", "train.checkpointing=true") == 0
-    assert all(x.abs().sum() > 0 for name, x in adapter(tmp_path / "out").items() if "lora_A" in name)
+    assert all(x.abs().sum() > 0 for x in adapter(tmp_path / "out").values())
 
 
 def test_hunyuan_video_shared_by_two_processes_trains_as_in_one(tmp_path):
@@ -164,3 +159,4 @@ def test_hunyuan_video_shared_by_two_processes_trains_as_in_one(tmp_path):
     assert train(config, tmp_path / "one", *words) == 0
     launch_training(str(config), f"output.path={tmp_path / 'two'}", "parallel.ulysses_degree=2", *words)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert all(x.abs().sum() > 0 for x in adapter(tmp_path / "one").values())
