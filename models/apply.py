@@ -58,9 +58,10 @@ def apply_radial_attention(
     fastest. "native" leaves the choice to upstream, "sage" is our own, and a name of diffusers' dispatch
     ("flash") is set.
 
-    `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer in which
-    an output of `radial_attention` is not finite. The error names the layer (from 0), step (from 1) and
-    backend. "reference" also compares the first radial output of each layer and video size with the
+    `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
+    values that are not finite. It names the step (from 1) and the first bad place: an input, the weights
+    before a layer (from 0), the layer's attention and its backend, its output projection, or what follows the
+    last layer. "reference" also compares the first radial output of each layer and video size with the
     definition, on a sample of query blocks. It logs the errors to "radial_attn" and raises above relative L2
     0.2. "auto" is "nan" for quantised backends and "sage", else "off".
 

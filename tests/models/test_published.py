@@ -17,9 +17,26 @@ def test_every_supported_class_has_settings():
     assert set(CLASSES) == set(TRANSFORMERS)
 
 
-@pytest.mark.parametrize("row", [row for row in PUBLISHED if row.preset], ids=lambda row: row.preset)
-def test_rows_are_the_presets(row):
-    config = OmegaConf.load(f"configs/{row.preset}.yaml")
+PRESETS = {
+    "Wan2.1 T2V 14B": "wan2.1_t2v_14b",
+    "Wan2.1 T2V 1.3B": "wan2.1_t2v_1.3b",
+    "Wan2.1 I2V 14B": "wan2.1_i2v_14b_720p",
+    "Wan2.2 T2V A14B": "wan2.2_t2v_a14b",
+    "Wan2.2 I2V A14B": "wan2.2_i2v_a14b",
+    "HunyuanVideo": "hunyuan_t2v",
+    "HunyuanVideo I2V": "hunyuan_i2v",
+    "Mochi 1": "mochi_t2v",
+    "the bundled Wan": "wan_tiny",
+    "the bundled Wan I2V": "wan_i2v_tiny",
+    "the bundled HunyuanVideo": "hunyuan_tiny",
+    "the bundled Mochi": "mochi_tiny",
+}
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_rows_are_the_presets(model):
+    (row,) = (row for row in PUBLISHED if row.model == model)
+    config = OmegaConf.load(f"configs/{PRESETS[model]}.yaml")
     attention = dict(config.attention)
     mask = {name: value for name, value in vars(row.config).items() if name != "density"}
     assert {name: attention[name] for name in mask} == mask and row.config.density is None
@@ -33,11 +50,11 @@ def test_rows_are_the_presets(row):
 
 def test_densities_of_the_rows_are_the_published_ones():
     """Compares with the paper's Wan row at half neighbour, and with the bundled models as measured."""
-    density = {row.preset: radial_mask(row.grid, row.config).density for row in PUBLISHED if row.grid}
-    assert density["wan2.1_t2v_14b"] == pytest.approx(1 - 0.7366, abs=5e-4)
-    assert density["wan_tiny"] == pytest.approx(0.573, abs=5e-4)
-    assert density["mochi_tiny"] == pytest.approx(0.902, abs=1e-3)
-    assert density["hunyuan_tiny"] == pytest.approx(0.795, abs=5e-4)
+    density = {row.model: radial_mask(row.grid, row.config).density for row in PUBLISHED if row.grid}
+    assert density["Wan2.1 T2V 14B"] == pytest.approx(1 - 0.7366, abs=5e-4)
+    assert density["the bundled Wan"] == pytest.approx(0.573, abs=5e-4)
+    assert density["the bundled Mochi"] == pytest.approx(0.902, abs=1e-3)
+    assert density["the bundled HunyuanVideo"] == pytest.approx(0.795, abs=5e-4)
 
 
 SMALLER = {"num_attention_heads": 12, "num_layers": 30}
@@ -113,7 +130,7 @@ def test_two_lines(capsys):
     mask, dense = capsys.readouterr().out.splitlines()
     assert "WanTransformer3DModel (4 layers, width 24), nearest to the bundled Wan" in mask
     assert "decay_factor=0.5" in mask and "block_size=16" in mask and "density=" not in mask
-    assert "(preset wan_tiny)" in mask and "Dense: nothing" in dense and "handle.report()" in dense
+    assert "(this repository)" in mask and "Dense: nothing" in dense and "handle.report()" in dense
 
 
 @pytest.mark.parametrize(

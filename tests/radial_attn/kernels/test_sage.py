@@ -144,7 +144,7 @@ def test_rows_without_keys_are_zeros(monkeypatch):
 @pytest.mark.parametrize(
     ("libraries", "grid", "size", "message"),
     [
-        ((), GRIDS[1000], 128, "needs spas_sage_attn or sparse_sageattn: third_party/README.md"),
+        ((), GRIDS[1000], 128, "needs spas_sage_attn or sparse_sageattn: pip install"),
         (("spas_sage_attn",), GRIDS[111], 128, "spas_sage_attn takes 128 tokens or more, got 111"),
         (("spas_sage_attn",), GRIDS[1000], 64, "block_size=64 splits: make it with block_size=128"),
         (("sparse_sageattn",), GRIDS[1000], 128, "multiples of 64 tokens, got 1000"),
@@ -171,7 +171,7 @@ def test_what_it_needs_is_named(monkeypatch):
     assert missing(kernel.NEEDS).startswith("needs spas_sage_attn or sparse_sageattn or sageattention: ")
     install(monkeypatch, kernel_emulations.sparse_sageattn())
     assert missing(kernel.NEEDS) is None
-    with pytest.raises(ImportError, match="needs sageattention: third_party"):
+    with pytest.raises(ImportError, match="needs sageattention: pip install"):
         kernel.dense(*make_inputs(GRIDS[63], 1, 1, WIDTH)[:3])
     with pytest.raises(ValueError, match="takes a positive scale, got -1"):
         attend(kernel, make_inputs(ALIGNED, 1, 1, WIDTH), new_mask(ALIGNED), torch.float16, scale=-1)
