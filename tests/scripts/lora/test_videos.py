@@ -66,9 +66,7 @@ BAD_TABLES = {  # name and content, and parts of the message
     ("t.jsonl", '{"video": '): ["data.table", "cannot be read"],
     ("t.jsonl", ""): ["data.table", "is empty"],
     ("t.csv", "file,caption\na.mp4,b\n"): ["data.table", "line 2", "`video` and `caption`"],
-    ("t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'): [
-        "1 of 1 videos cannot be read: b.mp4 (No such file"
-    ],
+    ("t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'): ["1 of 1 videos", "read: b.mp4 (No such file"],
     ("t.csv", "video,caption\na.mp4,\n"): ["1 of 1 videos have no caption", "a.mp4 (it is empty)"],
 }
 
