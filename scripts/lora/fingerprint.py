@@ -50,7 +50,10 @@ def fingerprint(path: str, family: str) -> Fingerprint:
             "text encoder": _hexdigest([_text_part(folder / name) for name in text_parts(folder)]),
         }
     except (OSError, ValueError, struct.error) as error:
-        raise UsageError(f"model.path: got {path!r}, which cannot be read: {one_line(error)}") from error
+        reason = one_line(error)
+        raise UsageError(
+            f"model.path: got {path!r}, which cannot be read ({reason}); get it again"
+        ) from error
 
 
 def parts_folder(path: str) -> Path:
