@@ -1,9 +1,9 @@
 """Length extension on the bundled Wan: `python -m scripts.length_study [--only RUN ...] [key=value ...]`.
 
 Renders videos of four times the trained length and prepares them, trains an adapter for each run that has
-one, generates the same captions from the same seeds with each run, and scores what they show. Keys are those
-of generation and of LoRA training. All that is done is kept in --work, and a second call goes on where the
-first stopped. Exit codes: 0 done; 2 stopped, one line on stderr says why; 130 interrupted.
+one, generates the same captions from the same seeds with each run, and scores the videos. Keys are those of
+generation and of LoRA training. Results are kept in --work, and the same command resumes. Exit codes: 0 done;
+2 stopped, one line on stderr says why; 130 interrupted.
 """
 
 import argparse
@@ -41,14 +41,13 @@ from scripts.toyworld.files import render_videos
 from scripts.toyworld.render import Attributes
 
 READINGS, SHOWN = "readings.json", "shown.mp4"
-# keys that each run sets for itself, or that its captions stand for
-OWN = {f"data.{name}" for name in ("folder", "table", "latents", "sizes")}
-OWN |= {f"model.{name}" for name in ("positions", "loras", "lora_mode")}
-OWN |= {"attention.pattern", "output.path", "generation.prompt", "generation.prompt_file"}
+SET_BY_RUNS = {f"data.{name}" for name in ("folder", "table", "latents", "sizes")}
+SET_BY_RUNS |= {f"model.{name}" for name in ("positions", "loras", "lora_mode")}
+SET_BY_RUNS |= {"attention.pattern", "output.path", "generation.prompt", "generation.prompt_file"}
 
 
 def study(options: Study, names: list[str]) -> dict[str, Result]:
-    """Every run by name: data, training, videos, and at the end the time of a step."""
+    """Makes the runs one after another: data, training, videos; times their steps in turn at the end."""
     for name in names:
         check(options.config(name))
     if data := any(ROWS[name].tuned for name in names):
@@ -74,9 +73,9 @@ def study(options: Study, names: list[str]) -> dict[str, Result]:
 
 
 def check(config: Config) -> None:
-    """Raises UsageError for what a run cannot take, before its adapter is there."""
+    """Raises UsageError for a configuration that a run does not take, before its adapter exists."""
     if config.model.positions_frames is None:
-        raise UsageError("model.positions_frames: got None, allowed here: the video frames of the training")
+        raise UsageError("model.positions_frames: got None, must be the number of frames of the training")
     if config.model.cache != "none":  # the time of a step would leave out what is skipped
         raise UsageError(f"model.cache: got {config.model.cache!r}, allowed here: none")
     make_plan(replace(config, model=replace(config.model, loras=[])))
@@ -86,25 +85,24 @@ def make_data(options: Study) -> None:
     """Renders the videos that are missing, and prepares the latents that are missing."""
     sizes = options.config("dense").generation
     if sizes.height != sizes.width:
-        raise UsageError(f"generation.width: got {sizes.width}, allowed: generation.height ({sizes.height})")
+        raise UsageError(f"generation.width: got {sizes.width}, must be generation.height ({sizes.height})")
     render_videos(options.clips, options.videos, frames=sizes.num_frames, size=sizes.height)
-    prepare_latents(options.preparation_config())
+    prepare_latents(options.training_config("dense"))
 
 
 def made_and_read(
     pipeline: Any, config: Config, captions: list[Attributes], batch: int, folder: Path
 ) -> list[Record]:
-    """A record for each caption, in their order; the video of the first caption is kept beside them."""
-    trained = config.model.positions_frames
+    """Returns a record for each caption, in their order; keeps the video of the first caption."""
 
     def judge(video: np.ndarray, attributes: Attributes) -> Record:
         if attributes == captions[0]:
             encode(folder / SHOWN, to_bytes(video), config.output.fps)
-        return record(torch.from_numpy(video), attributes, trained)
+        return record(torch.from_numpy(video), attributes, config.model.positions_frames)
 
-    entries = readings(pipeline, config, captions, batch, folder / READINGS, judge=judge)
-    places = {entry["caption"]: entry for entry in entries}
-    return [places[attributes.caption] for attributes in captions]
+    records = readings(pipeline, config, captions, batch, folder / READINGS, judge=judge)
+    by_caption = {entry["caption"]: entry for entry in records}
+    return [by_caption[attributes.caption] for attributes in captions]
 
 
 def work_folder(options: Study, plan: RunPlan) -> Path:
@@ -115,9 +113,9 @@ def work_folder(options: Study, plan: RunPlan) -> Path:
 
 
 def held_out_loss(options: Study, name: str) -> float | None:
-    """The trainer's loss on the videos held out, at the end of a training or of the model as it is.
+    """Returns the trainer's loss on videos held out, at the end of the training or without one.
 
-    None for a run of another length than theirs, and where no videos are held out.
+    Returns None for a run of another length than these videos, and if none are held out.
     """
     config = options.training_config(name)
     if not ROWS[name].longer or not config.validation.every:
@@ -131,19 +129,19 @@ def held_out_loss(options: Study, name: str) -> float | None:
 
 
 def logged(options: Study, name: str) -> list[dict[str, Any]]:
-    """What the trainer noted of each step of a run."""
+    """Returns the trainer's log of a run: an entry a step."""
     lines = (options.work / name / LOG).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def training_seconds(options: Study, name: str) -> float:
-    """Median seconds of a training step; the first step, which sets up, left out."""
+    """Returns the median seconds of a training step, without the first, which sets up."""
     steps = [entry["seconds"] for entry in logged(options, name)]
     return median(steps[1:] or steps)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line: `study`, the runs `only`, and the file `out`."""
+    """Parses the command line into `study`, the runs `only` and the file `out`."""
     parser = OneLineParser(prog="scripts/length_study.sh", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="key=value", help="of generation, LoRA training, or both")
     parser.add_argument(
@@ -162,7 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
     options = parser.parse_args(argv)
     if options.captions > len(all_attributes()):
-        parser.error(f"--captions: got {options.captions}, allowed: 1 to {len(all_attributes())}")
+        parser.error(f"--captions: got {options.captions}, must be 1 to {len(all_attributes())}")
     try:
         generation, training = divided(options.words)
     except UsageError as error:
@@ -174,21 +172,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def divided(words: list[str]) -> tuple[list[str], ...]:
-    """Words for generation and for training; those of keys that both have are for both.
+    """Divides overrides into those of generation and of training; keys that both have go to both.
 
-    Raises UsageError for a word without `=`, and for a key that neither has or that is each run's own.
+    Raises UsageError for a word without `=`, an unknown key, and a key that each run sets for itself.
     """
-    if bare := [word for word in words if "=" not in word]:
-        raise UsageError(f"got {bare[0]!r}, allowed: key=value, --only and the other options")
-    ours, theirs = keys(), TRAINING.keys()
-    names = {word: word.partition("=")[0] for word in words}
-    read_config(
-        PRESET, [word for word, name in names.items() if name not in ours | theirs]
-    )  # says the nearest
-    if own := [word for word, name in names.items() if name in OWN]:
-        raise UsageError(f"got {own[0]!r}, which each run sets for itself; allowed: other keys")
-    kinds = (ours, theirs)
-    return tuple([word for word, name in names.items() if name in kind] for kind in kinds)
+    kinds = keys(), TRAINING.keys()
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not equals:
+            raise UsageError(f"got {word!r}, must be key=value; options begin with --, see --help")
+        if name in SET_BY_RUNS:
+            raise UsageError(f"got {word!r}, which each run sets for itself; use other keys")
+        if not any(name in kind for kind in kinds):
+            read_config(PRESET, [word])  # names the nearest key
+    return tuple([word for word in words if word.partition("=")[0] in kind] for kind in kinds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         for file in write(options.out, command, options.study, results):
             print(f"written    {file}")
 
-    return exit_code(work, "the same command goes on", CheckError)
+    return exit_code(work, "run the same command to resume", CheckError)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ command resumes, and ends with the same files. Exit codes: 0 done; 2 stopped, on
 
 import sys
 
-from scripts.lora.config import SCHEMA
-from scripts.lora.prepare import prepare_latents
-from scripts.run.command_line import parse
+from scripts.lora.config import read_arguments
 from scripts.run.errors import GenerationError, UsageError
 from scripts.run.processes import interrupted, no_reader
 
@@ -19,7 +17,12 @@ CALL = "bash scripts/prepare_latents.sh CONFIG.yaml [key=value ...] [--dry-run] 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        arguments = read_arguments(sys.argv[1:] if argv is None else argv, CALL)
+        if arguments is not None:
+            from scripts.lora.prepare import prepare_latents
+
+            config, dry_run = arguments
+            prepare_latents(config, dry_run=dry_run)
     except (UsageError, GenerationError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -27,20 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         return no_reader()
     except KeyboardInterrupt:
         return interrupted("the files that were written are whole; run the same command to resume")
-
-
-def run(argv: list[str]) -> int:
-    """Prints the help, or prepares the latents of a configuration."""
-    command = parse(argv, CALL, stands_in=False)
-    if command.help:
-        presets = ["presets:", *SCHEMA.preset_lines()]
-        print("\n".join([f"usage: {CALL}", "", *presets, "", *SCHEMA.help_lines()]))
-        return 0
-    if command.config_file is None:
-        raise UsageError(f"a configuration is missing; usage: {CALL}")
-    config = SCHEMA.read(command.config_file, command.overrides)
-    SCHEMA.check(config)
-    prepare_latents(config, dry_run=command.dry_run)
     return 0
 
 

@@ -11,86 +11,54 @@ import argparse
 import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
 from radial_attn.models.runtime.output_check import CheckError
-from scripts.evaluation.files import write_text
-from scripts.length.seeds import seed_records, seed_table
+from scripts.evaluation.files import table, write_text
+from scripts.length.seeds import PATTERNS, seed_records, seed_table
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.plan import RunPlan, make_plan
-from scripts.run.sampler import Sampler, sample
+from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, pairs, versions
 from scripts.toyworld import all_attributes
-from scripts.toyworld.accuracy import attention, first_frame, readings, whole_run_seconds, with_pattern
-from scripts.toyworld.render import VOCABULARY, Attributes, parse_caption
+from scripts.toyworld.accuracy import readings, whole_run_seconds, with_pattern
+from scripts.toyworld.render import VOCABULARY, parse_caption
 
-PATTERNS = ("dense", "radial")
-LEAST_STEPS = 2  # Mochi's noise levels need two
-
-
-def step_seconds(pipeline: Any, config: Config, attributes: Attributes) -> dict[str, float]:
-    """Measures the mean seconds of a denoising step of one video, dense and radial in turn."""
-    runs = {pattern: (pipeline, with_pattern(config, pattern)) for pattern in PATTERNS}
-    return whole_run_seconds(runs, attributes)
-
-
-def density(pipeline: Any, config: Config) -> float:
-    """Returns the density of the mask that this configuration uses."""
-    with attention(pipeline, config) as handle:
-        short = replace(config, generation=replace(config.generation, steps=LEAST_STEPS))
-        first = all_attributes()[0]
-        sample(pipeline, short, [first.caption], [0], output_type="latent", **first_frame(config, first, 0))
-        return handle.report()["density"]
+TITLES = f"model|frames|attention|density|{'|'.join(VOCABULARY)}|attributes|whole captions|captions|s a step"
+MEANING = (
+    "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
+    "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
+    "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn; "
+    "if a run has dense steps, the mean of both by their number. Image to video starts from the first "
+    "frame of a scene of the caption, one video at a time."
+)
 
 
-def row(config: Config, entries: list[dict], density: float, seconds: float) -> str:
-    """Returns one line of the table, in percent."""
+def row(config: Config, entries: list[dict], density: float, seconds: float) -> list[str]:
+    """Returns the cells of one line of the table, in percent."""
     shares = [mean(entry[name] for entry in entries) for name in VOCABULARY]
     whole = mean(all(entry[name] for name in VOCABULARY) for entry in entries)
     percent = [f"{100 * share:.1f}" for share in (*shares, mean(shares), whole)]
     model, frames = Path(config.model.path).name, str(config.generation.num_frames)
     first = [model, frames, config.attention.pattern, f"{density:.3f}"]
-    return "| " + " | ".join([*first, *percent, str(len(entries)), f"{seconds:.3f}"]) + " |"
+    return [*first, *percent, str(len(entries)), f"{seconds:.3f}"]
 
 
-def report(command: str, configs: list[Config], rows: list[str], device: str) -> str:
+def report(title: str, command: str, lines: list[str], plans: list[RunPlan]) -> str:
     """Returns the text of the results file: command, table, settings, machine."""
-    head = ["model", "frames", "attention", "density", *VOCABULARY, "attributes", "whole captions"]
-    head += ["captions", "s a step"]
-    machine = pairs(versions(), hardware(device))
+    configs = [plan.config for plan in plans]
     settings = [
-        describe_settings(config) + "".join(f", LoRA {x.path}" for x in config.model.loras)
+        describe_settings(config) + "".join(f", LoRA {lora.path}" for lora in config.model.loras)
         for config in configs
     ]
-    text = [
-        "# Prompt accuracy of the bundled models",
-        "",
-        f"    {command}",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *rows,
-        "",
-        "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
-        "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
-        "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn; "
-        "if a run has dense steps, the mean of both by their number. Image to video starts from the first "
-        "frame of a scene of the caption, one video at a time.",
-        "",
-        *settings,
-        "",
-        machine,
-        "",
-    ]
-    return "\n".join(text)
+    machine = pairs(versions(), hardware(plans[0].device))
+    return "\n".join([f"# {title}", "", f"    {command}", *lines, "", *settings, "", machine, ""])
 
 
 def work_folder(plan: RunPlan) -> Path:
@@ -100,55 +68,39 @@ def work_folder(plan: RunPlan) -> Path:
     return folder
 
 
-def measure(plan: RunPlan, every: int, batch: int) -> list[str]:
-    """Measures one configuration and returns its rows."""
-    config, pipeline = plan.config, Sampler(plan).load()
-    captions, folder = all_attributes()[::every], work_folder(plan)
-    seconds, rows = step_seconds(pipeline, config, captions[0]), []
-    for pattern in PATTERNS:
-        chosen = with_pattern(config, pattern)
-        entries = readings(pipeline, chosen, captions, batch, folder / f"{pattern}_{every}.json")
-        rows.append(row(chosen, entries, density(pipeline, chosen), seconds[pattern]))
-        print(rows[-1], flush=True)
+def measure(plan: RunPlan, every: int, batch: int) -> list[list[str]]:
+    """Measures one configuration, dense and radial, and returns its rows."""
+    pipeline, captions, folder = Sampler(plan).load(), all_attributes()[::every], work_folder(plan)
+    plans = {pattern: make_plan(with_pattern(plan.config, pattern)) for pattern in PATTERNS}
+    runs = {pattern: (pipeline, turn.config) for pattern, turn in plans.items()}
+    seconds, rows = whole_run_seconds(runs, captions[0]), []
+    for pattern, turn in plans.items():
+        file = folder / f"{pattern}_{every}.json"
+        entries = readings(pipeline, turn.config, captions, batch, file)
+        rows.append(row(turn.config, entries, turn.block_mask.density, seconds[pattern]))
+        print(" | ".join(rows[-1]), flush=True)
     return rows
 
 
-def run_seeds(options: argparse.Namespace) -> None:
-    """Measures the prompts of `--prompt` and writes their table."""
-    plan = make_plan(read_config(options.configs[0], options.overrides))
-    config, first = plan.config, plan.config.generation.seed
-    seeds = range(first, first + options.seeds)
-    records = seed_records(plan, options.prompt, seeds, work_folder(plan) / "seeds.json")
-    given = [*options.configs, *options.overrides, "--prompt", *map(shlex.quote, options.prompt)]
-    loras = "".join(f", LoRA {entry.path}" for entry in config.model.loras)
-    text = [
-        "# Prompts over several seeds",
-        "",
-        f"    bash scripts/prompt_accuracy.sh {' '.join(given)} --seeds {options.seeds}",
-        "",
-        *seed_table(records, options.prompt, seeds),
-        "",
-        describe_settings(config) + loras,
-        "",
-        pairs(versions(), hardware(plan.device)),
-    ]
-    print("\n".join(text[4 : 6 + 2 * len(options.prompt)]))
-    print(f"written {write_text(options.out, chr(10).join(text) + chr(10))}")
-
-
 def run(options: argparse.Namespace) -> None:
-    """Measures all configurations and writes the table."""
+    """Measures all configurations, or the prompts of `--prompt`, and writes the table."""
+    plans = [make_plan(read_config(name, options.overrides)) for name in options.configs]
+    command = ["bash scripts/prompt_accuracy.sh", *options.configs, *options.overrides]
     if options.prompt:
-        return run_seeds(options)
-    configs = [read_config(name, options.overrides) for name in options.configs]
-    plans = [make_plan(config) for config in configs]
-    pairs_of = zip(plans, options.every, strict=True)
-    rows = [line for plan, every in pairs_of for line in measure(plan, every, options.batch)]
-    arguments = [*options.configs, *options.overrides, "--every", *map(str, options.every)]
-    command = " ".join(["bash scripts/prompt_accuracy.sh", *arguments, "--batch", str(options.batch)])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(report(command, configs, rows, plans[0].device), encoding="utf-8")
-    print(f"written {options.out}")
+        (plan,), title = plans, "Prompts over several seeds"
+        first = plan.config.generation.seed
+        seeds = range(first, first + options.seeds)
+        records = seed_records(plan, options.prompt, seeds, work_folder(plan) / "seeds.json")
+        lines = seed_table(records, options.prompt, seeds)
+        print("\n".join(line for line in lines if line.startswith("|")))
+        command += ["--prompt", *map(shlex.quote, options.prompt), "--seeds", str(options.seeds)]
+    else:
+        title, rows = "Prompt accuracy of the bundled models", []
+        for plan, every in zip(plans, options.every, strict=True):
+            rows += measure(plan, every, options.batch)
+        lines = [*table(TITLES, rows), "", MEANING]
+        command += ["--every", *map(str, options.every), "--batch", str(options.batch)]
+    print(f"written {write_text(options.out, report(title, ' '.join(command), lines, plans))}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,37 +6,42 @@ line on stderr says why; 130 interrupted.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
-from radial_attn.models.training.adapter import FILE
-from scripts.lora.command import parse
-from scripts.lora.step import Run
-from scripts.lora.train import train
+from scripts.lora.config import read_arguments
 from scripts.run.errors import GenerationError, UsageError, one_line
-from scripts.run.machine_checks import is_out_of_memory
 from scripts.run.processes import end_all, interrupted, no_reader, prepare, processes
+
+if TYPE_CHECKING:
+    from scripts.lora.step import Run
+
+CALL = "bash scripts/wan_lora_train.sh CONFIG.yaml [key=value ...] [--dry-run] [--help]"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     prepare()
     try:
-        return carry_out(sys.argv[1:] if argv is None else argv)
+        carry_out(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:
         return no_reader()
     except KeyboardInterrupt:
         return interrupted("run the same command to resume from the last checkpoint")
     except Exception as error:
-        if processes() > 1:  # of any kind: the others must not wait for this process
-            end_all(error if isinstance(error, UsageError) else GenerationError(as_line(error) or error))
         line = as_line(error)
+        if processes() > 1:  # of any kind: the others must not wait for this process
+            end_all(error if isinstance(error, UsageError) else GenerationError(line or error))
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
+    return 0
 
 
 def as_line(error: Exception) -> str | None:
     """Returns the error message in one line; None for an error that no user can put right."""
+    from scripts.run.machine_checks import is_out_of_memory
+
     if is_out_of_memory(error):
         return f"out of memory while training ({one_line(error)}); the last checkpoint is whole"
     if isinstance(error, OSError):
@@ -44,22 +49,27 @@ def as_line(error: Exception) -> str | None:
     return " ".join(str(error).split()) if isinstance(error, UsageError | GenerationError) else None
 
 
-def carry_out(argv: list[str]) -> int:
+def carry_out(argv: list[str]) -> None:
     """Prints help or plan, or trains."""
-    command = parse(argv)
-    if command.text is not None:
-        print(command.text)
-        return 0
+    arguments = read_arguments(argv, CALL)
+    if arguments is None:
+        return
+    from radial_attn.models.training.adapter import FILE
+    from scripts.lora.plan import describe_training, plan_training
     from scripts.lora.setup import prepared
+    from scripts.lora.train import train
 
-    with prepared(command.config) as (run, checkpoints):
+    config, dry_run = arguments
+    if dry_run:
+        print(describe_training(plan_training(config)))
+        return
+    with prepared(config) as (run, checkpoints):
         print("\n".join(announced(run)), flush=True)
         train(run, checkpoints)
         print(f"adapter    {checkpoints.folder / FILE}", flush=True)
-    return 0
 
 
-def announced(run: Run) -> list[str]:
+def announced(run: "Run") -> list[str]:
     """Returns the lines at the start: samples, adapter, processes."""
     buckets = {bucket: len(members) for bucket, members in run.sampler.buckets.items()}
     sizes = ", ".join(f"{count} of {'x'.join(map(str, bucket))}" for bucket, count in buckets.items())

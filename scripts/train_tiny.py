@@ -52,7 +52,7 @@ def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attrib
 
 
 def write_caption(attributes: Attributes, random: torch.Generator) -> str:
-    """Returns the full caption mostly; else a shorter one, or none (for guidance)."""
+    """Returns the full caption in two of three cases; else a shorter one, or none (for guidance)."""
     a = attributes
     draw = torch.rand((), generator=random).item()
     if draw < 0.1:
@@ -74,8 +74,7 @@ def flow_loss(
 ) -> Callable[[int], Tensor]:
     """Makes the rectified-flow loss of a step, with shifted logit-normal noise levels.
 
-    A batch of eight has one level from each eighth. Channels of `latents` beyond a video's are passed without
-    noise.
+    A batch of eight has one level from each eighth. Channels of `latents` beyond a video's get no noise.
     """
     channels = denoiser.transformer.config.out_channels
 
@@ -104,20 +103,13 @@ def train_denoiser(
     """Trains text encoder and transformer on normalised latents, with dense attention."""
     denoiser.to(options.device)
     if options.compile:
-        for block in denoiser.blocks():
+        blocks = (block for name in denoiser.BLOCKS for block in getattr(denoiser.transformer, name))
+        for block in blocks:
             block.compile()
     loss = flow_loss(denoiser, latents, attributes, options)
-    stage = Stage(
-        "transformer",
-        denoiser,
-        loss,
-        options.steps,
-        options.rate,
-        0.998,
-        matrices=tuple(f"transformer.{name}." for name in denoiser.BLOCKS),
-        decay=0.4,
-    )
-    return run(stage, options)
+    matrices = tuple(f"transformer.{name}." for name in denoiser.BLOCKS)
+    more = {"ema": 0.998, "matrices": matrices, "decay": 0.4}
+    return run(Stage("transformer", denoiser, loss, options.steps, options.rate, **more), options)
 
 
 def prepare(options: Options) -> None:
@@ -126,16 +118,14 @@ def prepare(options: Options) -> None:
     check_start(options)
     options.work.mkdir(parents=True, exist_ok=True)
     file = options.work / "options.json"
-    now = {
-        name: value if value is None else str(value)
-        for name, value in vars(options).items()
-        if name not in FREE
-    }
-    now |= {} if options.start is None else {"weights of start": digest(options.start)}
+    now = {name: x if x is None else str(x) for name, x in vars(options).items() if name not in FREE}
+    if options.start is not None:
+        weights = hashlib.sha256()
+        for part in sorted(options.start.rglob("*.safetensors")):
+            weights.update(part.read_bytes())
+        now["weights of start"] = weights.hexdigest()[:16]
     before = json.loads(file.read_text()) if file.exists() else now
-    changed = [
-        f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
-    ]
+    changed = [f"{name} {before.get(name)} -> {x}" for name, x in now.items() if before.get(name) != x]
     if changed:
         raise ValueError(
             f"{options.work} holds a run with other options ({', '.join(changed)}); give another --work"
@@ -148,43 +138,27 @@ def check_start(options: Options) -> None:
     family = FAMILIES[options.family]
     if options.start is None and family.start is None:
         return
-    index = None if options.start is None else options.start / "model_index.json"
-    if index is None or not index.is_file():
+    if options.start is None or not (options.start / "model_index.json").is_file():
         raise ValueError(f"start must be the folder of a model, got {options.start}")
-    kind = json.loads(index.read_text()).get("_class_name")
+    kind = json.loads((options.start / "model_index.json").read_text()).get("_class_name")
     known = {family.denoiser.PIPELINE.__name__} | ({"WanPipeline"} if family.start else set())
     if kind not in known:
         raise ValueError(f"start must hold a {' or '.join(sorted(known))}, got {options.start}, a {kind}")
 
 
-def digest(folder: Path) -> str:
-    """Returns sixteen hex digits that identify the weights of a model."""
-    whole = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        whole.update(file.read_bytes())
-    return whole.hexdigest()[:16]
-
-
-def begin(options: Options) -> tuple[nn.Module, TinyDenoiser]:
-    """Returns a trained VAE and a new denoiser, or both from the model to start from."""
-    family = FAMILIES[options.family]
-    vae = train_vae(options) if options.start is None else None
-    torch.manual_seed(options.seed)
-    denoiser = family.denoiser()
-    if options.start is not None:
-        pipeline = DiffusionPipeline.from_pretrained(options.start, torch_dtype=torch.float32)
-        denoiser.take_over(pipeline)
-        vae = take_over_vae(family.build_vae(), pipeline.vae).to(options.device).requires_grad_(False).eval()
-    return vae, denoiser
-
-
 def train(options: Options) -> None:
     """Runs all stages and writes the pipeline folder."""
     prepare(options)
-    vae, denoiser = begin(options)
+    family, start = FAMILIES[options.family], options.start
+    vae = train_vae(options) if start is None else family.build_vae()
+    torch.manual_seed(options.seed)
+    denoiser = family.denoiser()
+    if start is not None:
+        pipeline = DiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+        denoiser.take_over(pipeline)
+        vae = take_over_vae(vae, pipeline.vae).to(options.device).requires_grad_(False).eval()
     latents, attributes = encode_videos(vae, options)
-    family = FAMILIES[options.family]
-    if options.start is None:
+    if start is None:
         family.set_statistics(vae, latents)
     denoiser = train_denoiser(denoiser, family.normalise(latents, vae), attributes, options)
     save_pipeline(options.out, denoiser.cpu().pipeline(vae.cpu()))

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,7 @@ def _scaling(settings: Mapping[str, Any], layer: str, pair: Mapping[str, torch.T
     rank = pair["down"].shape[0]
     if "alpha" in pair:
         return pair["alpha"].item() / rank
-    alpha = next(patterned(settings.get("alpha_pattern"), layer), settings.get("lora_alpha", rank))
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    matching = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha = next(matching, settings.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def patterned(patterns: Mapping[str, float] | None, layer: str) -> Iterator[float]:
-    """Yields the values of peft's `alpha_pattern` or `rank_pattern` that match a layer; the first counts."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            yield value

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
-from . import names_hunyuan_video as lora_hunyuan_video
-from . import names_mochi as lora_mochi
+from . import names_hunyuan_video as hunyuan_video
+from . import names_mochi as mochi
 
 Shape = tuple[int, ...]
 
@@ -88,12 +88,15 @@ class Match:
     """Holds what the keys of a file mean to one transformer.
 
     Attributes:
+        shapes, parameters: shapes of the file's tensors by key, and of the transformer's by name.
         pairs: parts by layer and kind, for the kinds in LOW_RANK.
         deltas: for each parameter the part that is added to it.
-        unmatched: keys that mean nothing here, with the reason.
+        unmatched: keys that no parameter takes, with the reason.
         misfits: layers of another shape, with both shapes.
     """
 
+    shapes: Mapping[str, Shape]
+    parameters: Mapping[str, Shape]
     pairs: dict[str, dict[str, Part]] = field(default_factory=dict)
     deltas: dict[str, Part] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
@@ -102,29 +105,26 @@ class Match:
 
 def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> Match:
     """Matches the keys of a file, with their shapes, to the parameters of a transformer, with theirs."""
-    layers, match = _by_layer(shapes, parameters)
-    for layer, kinds in layers.items():
-        low_rank = {kind: part for kind, part in kinds.items() if kind in LOW_RANK}
-        if {"down", "up"} <= low_rank.keys():
-            _add_pair(match, layer, low_rank, shapes, parameters)
+    match = Match(shapes, parameters)
+    for layer, kinds in _by_layer(match).items():
+        pair = {kind: kinds.pop(kind) for kind in LOW_RANK if kind in kinds}
+        if {"down", "up"} <= pair.keys():
+            _add_pair(match, layer, pair)
         else:
-            match.unmatched |= dict.fromkeys(_keys(low_rank), "half of a pair")
-        for kind in kinds.keys() - low_rank.keys():
-            name = layer if layer in parameters else f"{layer}.{kind}"
-            _add_delta(match, name, kinds[kind], shapes, parameters)
+            match.unmatched |= {part.key: "half of a pair" for part in pair.values()}
+        for kind, part in kinds.items():
+            _add_delta(match, layer if layer in parameters else f"{layer}.{kind}", part)
     return match
 
 
-def _by_layer(
-    shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
-) -> tuple[dict[str, dict[str, Part]], Match]:
-    """Returns layer -> kind -> part, and a Match with the keys that no layer takes."""
-    match = Match()
-    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters.items()}
+def _by_layer(match: Match) -> dict[str, dict[str, Part]]:
+    """Returns the parts by layer and kind; notes keys that no layer takes as unmatched."""
+    parameters = match.parameters.items()
+    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters}
     known = _original(rows) | {layer: (Part(layer),) for layer in rows}
     known = {name.replace(".", "_"): parts for name, parts in known.items()} | known  # kohya's spelling
     layers: dict[str, dict[str, Part]] = {}
-    for key in shapes:
+    for key in match.shapes:
         stem, kind = split_key(key)
         parts = known.get(stem, ())
         first = next((layers[part.layer][kind] for part in parts if kind in layers.get(part.layer, {})), None)
@@ -136,11 +136,7 @@ def _by_layer(
             for part in parts:
                 taken = replace(part, key=key) if kind in BY_ROWS else Part(part.layer, key=key)
                 layers.setdefault(part.layer, {})[kind] = taken
-    return layers, match
-
-
-def _keys(parts: Mapping[str, Part]) -> list[str]:
-    return [part.key for part in parts.values()]
+    return layers
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -149,8 +145,7 @@ def split_key(key: str) -> tuple[str, str]:
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
     for kind, pattern in KINDS.items():
-        ending = re.fullmatch(f"(.+?){pattern}", name)
-        if ending:
+        if ending := re.fullmatch(f"(.+?){pattern}", name):
             return (f"{ending[1]}.modulation", "weight") if kind == "modulation" else (ending[1], kind)
     return name, ""
 
@@ -158,18 +153,17 @@ def split_key(key: str) -> tuple[str, str]:
 def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
     """Returns the parts of each of the authors' names, given the rows of each layer of a transformer."""
     if "context_embedder.proj_in" in rows and "single_transformer_blocks.0.proj_mlp" in rows:
-        ours = lora_hunyuan_video
-        return _expand(ours.NAMES, rows, ours.SWAPPED, ours.OTHERS)
+        return _expand(hunyuan_video.NAMES, rows, hunyuan_video.SWAPPED, hunyuan_video.OTHERS)
     if "time_embed.pooler.to_kv" in rows:
-        names = (lora_mochi.NAMES, lora_mochi.LAST_BLOCK)
-        return {k: v for table in names for k, v in _expand(table, rows, lora_mochi.SWAPPED).items()}
+        last = _expand(mochi.LAST_BLOCK, rows)
+        return _expand(mochi.NAMES, rows, mochi.SWAPPED) | last
     return {original_name(layer): (Part(layer),) for layer in rows}
 
 
 def _expand(
     names: Mapping[str, Sequence[str]],
     rows: Mapping[str, int],
-    swapped: Sequence[str],
+    swapped: Sequence[str] = (),
     others: Iterable[tuple[str, str]] = (),
 ) -> dict[str, tuple[Part, ...]]:
     """Expands a table with `#` for the number of a block to the blocks that a transformer has."""
@@ -204,24 +198,18 @@ def original_name(layer: str) -> str:
     return layer
 
 
-def _add_pair(
-    match: Match,
-    layer: str,
-    parts: dict[str, Part],
-    shapes: Mapping[str, Shape],
-    parameters: Mapping[str, Shape],
-) -> None:
-    weight = parts["up"].of(parameters.get(f"{layer}.weight", ()))
-    pair = {kind: shapes[part.key] for kind, part in parts.items()}
-    lost = [kind for kind in parts if kind == "up_bias" and f"{layer}.bias" not in parameters]
+def _add_pair(match: Match, layer: str, parts: dict[str, Part]) -> None:
+    weight = parts["up"].of(match.parameters.get(f"{layer}.weight", ()))
+    pair = {kind: match.shapes[part.key] for kind, part in parts.items()}
     if len(weight) < 2:
-        match.unmatched |= dict.fromkeys(_keys(parts), "not a layer with a matrix")
+        match.unmatched |= {part.key: "not a layer with a matrix" for part in parts.values()}
     elif not fits(pair, weight):
         down, up = pair["down"], pair["up"]
         match.misfits[layer] = f"{_text(up)} times {_text(down)} for a weight of {_text(weight)}"
     else:
-        match.unmatched |= {parts[kind].key: "the layer has no bias" for kind in lost}
-        match.pairs[layer] = {kind: part for kind, part in parts.items() if kind not in lost}
+        if "up_bias" in parts and f"{layer}.bias" not in match.parameters:
+            match.unmatched[parts.pop("up_bias").key] = "the layer has no bias"
+        match.pairs[layer] = parts
 
 
 def fits(pair: Mapping[str, Shape], weight: Shape) -> bool:
@@ -236,20 +224,15 @@ def fits(pair: Mapping[str, Shape], weight: Shape) -> bool:
     )
 
 
-def _add_delta(
-    match: Match, name: str, part: Part, shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]
-) -> None:
-    shape = shapes[part.key]
-    if name not in parameters:
+def _add_delta(match: Match, name: str, part: Part) -> None:
+    if name not in match.parameters:
         match.unmatched[part.key] = f"there is no {name}"
-    elif _without_ones(shape) != _without_ones(part.of(parameters[name])):
-        match.misfits[name] = f"{_text(shape)} for {_text(part.of(parameters[name]))}"
+        return
+    shape, wanted = match.shapes[part.key], part.of(match.parameters[name])
+    if [size for size in shape if size != 1] != [size for size in wanted if size != 1]:
+        match.misfits[name] = f"{_text(shape)} for {_text(wanted)}"
     else:
         match.deltas[name] = part
-
-
-def _without_ones(shape: Shape) -> Shape:
-    return tuple(size for size in shape if size != 1)
 
 
 def _text(shape: Shape) -> str:
@@ -257,7 +240,7 @@ def _text(shape: Shape) -> str:
 
 
 def listed(names: Mapping[str, str] | Iterable[str], most: int = 4) -> str:
-    """Returns the first few of some names, each with its reason if it has one, and how many are left."""
+    """Lists the first few names, each with its reason if it has one, and how many more there are."""
     reasons = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
     texts = [f"{name} ({reason})" if reason else name for name, reason in reasons.items()]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -1,4 +1,4 @@
-"""Puts LoRA files into transformers of diffusers, every key of them, and removes or fuses them.
+"""Loads LoRA files into diffusers' transformers, every key of them, and removes or fuses them.
 
 diffusers' own loading drops keys without a message: changes of norms, keys without the prefix that it
 expects, keys of layers that it does not find. Here each key is used, or an error names it. Low-rank pairs
@@ -53,20 +53,20 @@ def match_lora(
             "use a LoRA for this model"
         )
     if match.unmatched and strict:
-        raise ValueError(_left_out(name, header, match))
+        raise ValueError(_left_out(name, match))
     return match
 
 
-def _left_out(name: str, header: Header, match: Match) -> str:
+def _left_out(name: str, match: Match) -> str:
     strange = match.unmatched | match.misfits
-    count = f"{len(strange)} of {len(header.shapes)} keys"
+    count = f"{len(strange)} of {len(match.shapes)} keys"
     return f"LoRA {name}: {count} match nothing in this model: {listed(strange)}"
 
 
 def load_loras(
     model: Any, loras: Sequence[Lora], *, mode: str = "separate", unmatched: str = "error"
 ) -> "LoraHandle":
-    """Puts LoRAs into a transformer, or into a pipeline's transformers; several add up.
+    """Loads LoRAs into a transformer, or into a pipeline's transformers; several add up.
 
     All files are checked against the model before it changes. `mode="separate"` keeps the LoRAs in layers of
     peft. "fused" adds them to the weights, which costs nothing later and cannot be undone. Keys that mean
@@ -90,15 +90,13 @@ def load_loras(
             match = match_lora(lora.file, header, target.shapes, unmatched)
             plans.append((lora, target, header, match))
             if match.unmatched or match.misfits:
-                logging.getLogger("radial_attn").warning(_left_out(Path(lora.file).name, header, match))
+                logging.getLogger("radial_attn").warning(_left_out(Path(lora.file).name, match))
     handle = LoraHandle(targets, fused=mode == "fused")
     try:
         for lora, target, header, match in plans:
             target.add(lora, header, match)
         for target in targets:
-            target.activate()
-            if mode == "fused":
-                target.fuse()
+            target.activate(fuse=mode == "fused")
     except BaseException:
         for target in targets:
             target.remove()
@@ -126,7 +124,7 @@ class LoraHandle:
             target.remove()
 
     def report(self) -> list[dict[str, Any]]:
-        """Returns file, scale, rank, numbers of pairs, deltas, left out by LoRA and transformer (from 1)."""
+        """Returns an entry for each LoRA and transformer: file, scale, rank, and counts of its keys."""
         return [
             {"transformer": number, **entry}
             for number, target in enumerate(self._targets, 1)
@@ -135,11 +133,10 @@ class LoraHandle:
 
 
 class Target:
-    """Holds one transformer that LoRAs are put into."""
+    """Holds one transformer that LoRAs are loaded into."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
-        present = getattr(transformer, "peft_config", None)
-        if present:
+        if present := getattr(transformer, "peft_config", None):
             raise ValueError(
                 f"this {type(transformer).__name__} has adapters ({', '.join(present)}); remove them first"
             )
@@ -166,46 +163,38 @@ class Target:
             self._verify(lora.file, name, state)
         for parameter, delta in deltas.items():
             self._sums[parameter] = self._sums.get(parameter, 0) + lora.scale * delta
-        ranks = {header.shapes[parts["down"].key][0] for parts in match.pairs.values()}
-        left_out = len(match.unmatched) + len(match.misfits)
-        counts = {"pairs": len(match.pairs), "deltas": len(match.deltas), "left_out": left_out}
-        about = {"file": str(lora.file), "scale": lora.scale, "rank": max(ranks, default=0)}
-        self.report.append(about | counts)
+        ranks = (header.shapes[parts["down"].key][0] for parts in match.pairs.values())
+        entry = {"file": str(lora.file), "scale": lora.scale, "rank": max(ranks, default=0)}
+        entry |= {"pairs": len(match.pairs), "deltas": len(match.deltas)}
+        self.report.append(entry | {"left_out": len(match.unmatched) + len(match.misfits)})
 
     def _verify(self, file: str | Path, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError unless the model holds exactly `state`: diffusers only logs omissions."""
         mark = f".{adapter}."
-        there = {
-            name.replace(mark, "."): value
-            for name, value in self.transformer.named_parameters()
-            if mark in name
-        }
-        lost = [
+        named = self.transformer.named_parameters()
+        there = {name.replace(mark, "."): value for name, value in named if mark in name}
+        strange = there.keys() ^ state.keys() or {
             key
             for key, value in state.items()
-            if key not in there or not torch.equal(there[key].cpu(), value.to(there[key].dtype))
-        ]
-        if lost or there.keys() - state.keys():
-            strange = lost or sorted(there.keys() - state.keys())
+            if not torch.equal(there[key].cpu(), value.to(there[key].dtype))
+        }
+        if strange:
             raise ValueError(
-                f"LoRA {Path(file).name}: diffusers loaded {len(strange)} keys wrongly: {listed(strange)}; "
-                "check the installed versions of diffusers and peft"
+                f"LoRA {Path(file).name}: diffusers loaded {len(strange)} keys wrongly: "
+                f"{listed(sorted(strange))}; check the installed versions of diffusers and peft"
             )
 
-    def activate(self) -> None:
-        """Sets the scales, and adds changes without a rank to the parameters, in float32."""
+    def activate(self, fuse: bool) -> None:
+        """Sets the scales, and adds changes without a rank in float32; `fuse` adds the adapters as well."""
         if self._scales:
             self.transformer.set_adapters(list(self._scales), list(self._scales.values()))
         for name, delta in self._sums.items():
             value = self.parameters[name].data
             self._before[name] = value.clone()
             value.copy_(value.float() + delta.to(value.device))
-
-    def fuse(self) -> None:
-        """Adds the adapters to the weights and removes their layers."""
-        if self._scales:
+        if fuse and self._scales:
             self.transformer.fuse_lora(adapter_names=list(self._scales))
-        self._unload()
+            self._unload()
 
     def remove(self) -> None:
         """Restores the modules, and the values that `activate` changed."""

@@ -42,6 +42,6 @@ ALPHAS = {  # setting of the fine-tuner: peft's pattern of its layers
 
 
 def peft_settings(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fine-tuner's settings as peft would have them; empty if the file has none of them."""
+    """Returns the fine-tuner's settings in peft's form; {} if the file has none of them."""
     alphas = {pattern: written[name] for name, pattern in ALPHAS.items() if name in written}
     return {"alpha_pattern": alphas} if alphas else {}

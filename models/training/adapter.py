@@ -75,11 +75,6 @@ def target_names(transformer: torch.nn.Module, targets: Sequence[str]) -> list[s
     return [f"{parent}.{target}" for parent in parents for target in targets if f"{parent}.{target}" in known]
 
 
-def adapter_state(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the adapter's tensors under peft's names, on the CPU."""
-    return {name.replace(f".{NAME}.", "."): value.detach().cpu() for name, value in trained.items()}
-
-
 def save_adapter(
     path: Path, trained: Mapping[str, Tensor], settings: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
@@ -94,7 +89,10 @@ def save_adapter(
     """
     from safetensors.torch import save
 
-    tensors = {f"{PREFIX}.{name}": value.contiguous() for name, value in adapter_state(trained).items()}
+    tensors = {
+        f"{PREFIX}.{name.replace(f'.{NAME}.', '.')}": value.detach().cpu().contiguous()  # peft's names
+        for name, value in trained.items()
+    }
     header = {f"{PREFIX}.{name}": value for name, value in settings.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))}
     part = path.with_name(f".{os.getpid()}.{path.name}")

@@ -1,1 +1,1 @@
-"""The study of longer video, used by scripts/length_study.py."""
+"""Plans, scores and reports the study of longer video, for scripts/length_study.py."""

@@ -1,4 +1,4 @@
-"""The runs of the length study: what each generates and trains with, and what it came to."""
+"""Defines the runs of the length study: how each trains and generates, and its results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from scripts.toyworld import all_attributes
 from scripts.toyworld.render import Attributes
 
 PRESET, TRAIN_PRESET = "configs/wan_tiny_4x.yaml", "configs/train/wan_tiny_4x.yaml"
-NEXT_CAPTION = 43  # has no factor in common with their number: each comes once, and all values early
+NEXT_CAPTION = 43  # has no factor in common with their number: each comes once, and values mix early
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its mask, whether it is longer than the training was, with an adapter, and its positions."""
+    """Describes a run: its mask, positions, whether it is longer than the training and has an adapter."""
 
     title: str
     pattern: str
@@ -42,7 +42,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for: folder, how many videos to train on and captions to show, keys of both programs."""
+    """Holds the options: work folder, counts of videos to train on and captions to show, and overrides."""
 
     work: Path
     videos: int
@@ -53,67 +53,51 @@ class Study:
 
     @property
     def clips(self) -> Path:
-        """Folder of the rendered videos; a longer or other set has a folder of its own."""
+        """Returns the folder of the rendered videos; another number has another folder."""
         return self.work / f"videos_{self.videos}"
 
     @property
     def latents(self) -> Path:
         return self.work / f"latents_{self.videos}"
 
-    def adapter(self, name: str) -> Path:
-        """The file that the training of a run ends with."""
-        return self.work / name / FILE
-
     def config(self, name: str) -> Config:
-        """What a run generates with."""
+        """Returns the configuration that a run generates with."""
         row = ROWS[name]
-        words = [*self.generation_words, f"attention.pattern={row.pattern}"]
-        words += [f"model.positions={row.positions}"]
-        words += [f"model.loras={self.adapter(name) if row.tuned else 'null'}"]
+        words = [f"attention.pattern={row.pattern}", f"model.positions={row.positions}"]
         if row.tuned:  # a fused adapter costs nothing in a step
-            words += ["model.lora_mode=fused"]
-        config = read_config(PRESET, words)
+            words += [f"model.loras={self.work / name / FILE}", "model.lora_mode=fused"]
+        else:
+            words += ["model.loras=null"]
+        config = read_config(PRESET, [*self.generation_words, *words])
         if not row.longer:
             config.generation.num_frames = config.model.positions_frames
         return config
 
-    def training(self, name: str) -> list[str]:
-        """The command line of a run's training."""
-        return [
-            *self._data_words(),
-            f"attention.pattern={ROWS[name].pattern}",
-            f"model.positions={ROWS[name].positions}",
+    def training_config(self, name: str) -> LoraTrainConfig:
+        """Returns the configuration that a run is trained with, or its videos are prepared with."""
+        sizes, row = self.config("dense").generation, ROWS[name]
+        words = [
+            f"data.folder={self.clips}",
+            f"data.latents={self.latents}",
+            f"data.sizes={sizes.num_frames}x{sizes.height}x{sizes.width}",
+            f"attention.pattern={row.pattern}",
+            f"model.positions={row.positions}",
             f"output.path={self.work / name}",
         ]
-
-    def training_config(self, name: str) -> LoraTrainConfig:
-        """What a run is trained with."""
-        file, *words = self.training(name)
-        return TRAINING.read(file, words)
-
-    def preparation_config(self) -> LoraTrainConfig:
-        """What the videos are prepared with."""
-        file, *words = self._data_words()
-        return TRAINING.read(file, [*words, f"data.folder={self.clips}"])
-
-    def _data_words(self) -> list[str]:
-        sizes = self.config("dense").generation
-        size = f"{sizes.num_frames}x{sizes.height}x{sizes.width}"
-        return [TRAIN_PRESET, *self.training_words, f"data.latents={self.latents}", f"data.sizes={size}"]
+        return TRAINING.read(TRAIN_PRESET, [*self.training_words, *words])
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """Holds the results of a run.
 
     Attributes:
-        config: of its generation.
-        entries: a record of `scripts.length.scores` for each caption; shown: video of the first.
-        density: of its mask.
-        held_out_loss: of the trainer on the videos held out, None where no such video was seen.
-        training_seconds: median of its training steps, None without a training.
-        step_seconds: of a denoising step of one video, medians in turn with the other runs; where there are
-            dense steps, the mean of both kinds by their number.
+        config: of its generation; density: of its mask.
+        entries: a record of `scripts.length.scores` for each caption; shown: the video of the first caption.
+        held_out_loss: the trainer's loss on videos held out; None without such videos.
+        training_seconds: median of the training steps; None without a training.
+        step_seconds: median of the denoising steps of one video, in turn with the other runs; with dense
+            steps, the mean of both kinds by their number.
     """
 
     config: Config
@@ -126,12 +110,12 @@ class Result:
 
 
 def captions_of(count: int) -> list[Attributes]:
-    """The first of all captions, in an order in which the values of an attribute come about equally often."""
+    """Returns the first captions, in an order that has all values of an attribute about equally often."""
     everything = all_attributes()
     return [everything[NEXT_CAPTION * (i + 1) % len(everything)] for i in range(count)]
 
 
 def title(config: Config, name: str) -> str:
-    """A run's name in words: `4x radial + LoRA`."""
+    """Returns the title of a run: `4x radial + LoRA`."""
     longer = (config.generation.num_frames - 1) / (config.model.positions_frames - 1)
     return f"{longer:g}x {ROWS[name].title}"

@@ -1,7 +1,7 @@
-"""What a longer video of the toy world is judged by: its caption, motion all along, identity, size and speed.
+"""Scores longer videos of the toy world: caption, motion in every part, identity, size and speed.
 
-A shape of the toy world takes 28 to 44 frames for its path, however long the video is, so that every part of
-33 frames, the length that the bundled models were trained with, shows its motion: 129 frames have four parts.
+A shape of the toy world takes 28 to 44 frames for its path, however long the video is. So every part of 33
+frames, the length that the bundled models were trained with, shows its motion; 129 frames have four parts.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ SCORES = {
     "size_right": "size right",
     "speed_right": "speed right",
 }
-SLACK = 0.1  # of size and speed beyond what the toy world draws
+SLACK = 0.1  # share by which size and speed may exceed what the toy world draws
 Record = dict[str, Any]
 
 
 def parts(frames: int, trained_frames: int) -> list[slice]:
-    """A video as parts of `trained_frames`, evenly spread; neighbours share a frame where lengths are 4k + 1.
+    """Divides a video into parts of `trained_frames`, evenly spread, or one part if it is not longer.
 
-    One part where the video is no longer than that.
+    Neighbours share a frame if both lengths are 4k + 1.
     """
     count = max(1, round((frames - 1) / max(1, trained_frames - 1)))
     length = min(frames, trained_frames)
@@ -41,37 +41,34 @@ def parts(frames: int, trained_frames: int) -> list[slice]:
 
 
 def record(video: Tensor, attributes: Attributes, trained_frames: int) -> Record:
-    """What is seen in a video `[frames, height, width, 3]` of 0 .. 1, as JSON can hold it.
+    """Reads a video `[frames, height, width, 3]` of 0 .. 1 into values that JSON can hold.
 
-    Of the whole video which attributes are right, radius and period, of each part all four attributes, and
-    colour and shape of the first and the last quarter; None where nothing can be recognised.
+    They are, for the whole video, which attributes are right, radius and period; all four attributes of each
+    part; and colour and shape of the first and last quarter. What cannot be recognised is None.
     """
-    quarter, seen = max(1, len(video) // 4), read(video)
+    quarter, whole = max(1, len(video) // 4), read(video)
+    cut = [read(video[part]) for part in parts(len(video), trained_frames)]
+    ends = [read(video[:quarter]), read(video[-quarter:])]
     return {
         "caption": attributes.caption,
-        **seen.matches(attributes),
+        **whole.matches(attributes),
         "frames": len(video),
-        "radius": seen.radius,
-        "period": seen.period,
+        "radius": whole.radius,
+        "period": whole.period,
         "asked": {name: getattr(attributes, name) for name in VOCABULARY},
-        "parts": [_seen(video[part], tuple(VOCABULARY)) for part in parts(len(video), trained_frames)],
-        "ends": [_seen(end, IDENTITY) for end in (video[:quarter], video[-quarter:])],
+        "parts": [{name: getattr(part, name) for name in VOCABULARY} for part in cut],
+        "ends": [{name: getattr(end, name) for name in IDENTITY} for end in ends],
     }
 
 
-def _seen(video: Tensor, names: Sequence[str]) -> dict[str, str | None]:
-    reading = read(video)
-    return {name: getattr(reading, name) for name in names}
-
-
 def judged(entry: Record) -> dict[str, float | None]:
-    """Every score of `SCORES` for one video, from 0 to 1; None where it is too short to tell.
+    """Returns every score of `SCORES` for one video, from 0 to 1; None if it is too short to tell.
 
-    - attributes: share of the four that the whole video shows; whole: all four.
+    - attributes: share of the four that the whole video shows; whole: whether it shows all four.
     - motion_throughout: each part by itself shows the motion of the caption.
-    - identity_held: colour and shape can be read in the first and the last quarter and are the same;
-      identity_right: and are those of the caption.
-    - size_right, speed_right: radius and period are among those of the toy world, 10 % more or less.
+    - identity_held: colour and shape can be read in the first and last quarter, and are the same.
+    - identity_right: they are also those of the caption.
+    - size_right, speed_right: radius and period are those of the toy world, within 10 %.
     """
     right = {name: float(entry[name]) for name in VOCABULARY}
     first, last = entry["ends"]
@@ -95,24 +92,22 @@ def _within(value: float | None, limits: tuple[float, float]) -> float:
 
 
 def shares(entries: Sequence[Record]) -> dict[str, float | None]:
-    """The mean of every score, in percent; None where the videos are too short to tell."""
-    found = [judged(entry) for entry in entries]
-    return {
-        name: None if None in (scores := [one[name] for one in found]) else 100 * mean(scores)
-        for name in SCORES
-    }
+    """Returns the mean of every score, in percent; None if the videos are too short to tell."""
+    rows = [judged(entry) for entry in entries]
+    columns = {name: [row[name] for row in rows] for name in SCORES}
+    return {name: None if None in column else 100 * mean(column) for name, column in columns.items()}
 
 
 def by_part(entries: Sequence[Record]) -> list[float]:
-    """Percent of the videos of which a part by itself shows all of the caption, part by part."""
+    """Returns for each part the percentage of videos in which it shows all of the caption by itself."""
     rows = zip(*([part == entry["asked"] for part in entry["parts"]] for entry in entries), strict=True)
     return [100 * mean(row) for row in rows]
 
 
 def difference(score: str, entries: Sequence[Record], others: Sequence[Record]) -> tuple[float, float]:
-    """Points by which `entries` are ahead of `others` in a score, caption by caption, and its standard error.
+    """Returns by how many points `entries` lead `others` in a score, and the standard error of that.
 
-    Raises ValueError where their captions differ.
+    Compares caption by caption. Raises ValueError if the captions differ.
     """
     ours, theirs = ({entry["caption"]: judged(entry)[score] for entry in rows} for rows in (entries, others))
     if ours.keys() != theirs.keys():

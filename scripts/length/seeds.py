@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from scripts.evaluation.files import table
 from scripts.length.scores import judged, record
 from scripts.run.files import write_text
 from scripts.run.inputs import Inputs
@@ -22,9 +23,9 @@ from scripts.toyworld.render import parse_caption
 
 PATTERNS = ("dense", "radial")
 SCORES = ("whole", "motion_throughout", "speed_right")
-HEAD = (
-    "| prompt | attention | density | all four attributes | motion throughout | speed right "
-    "| attributes and motion | seeds that fail | denoising, s |"
+TITLES = (
+    "prompt|attention|density|all four attributes|motion throughout|speed right|attributes and motion"
+    "|seeds that fail|denoising, s"
 )
 
 
@@ -54,8 +55,8 @@ def seed_records(
     return records
 
 
-def seed_row(records: Sequence[dict[str, Any]]) -> str:
-    """Returns a line of the table from the records of one prompt with one pattern."""
+def seed_row(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the cells of a line of the table, from the records of one prompt with one pattern."""
     scores = {entry["seed"]: judged(entry) for entry in records}
     right = {seed: entry["whole"] * entry["motion_throughout"] == 1 for seed, entry in scores.items()}
     failed = ", ".join(str(seed) for seed, is_right in right.items() if not is_right) or "none"
@@ -63,7 +64,7 @@ def seed_row(records: Sequence[dict[str, Any]]) -> str:
     counts = ["" if None in column else f"{int(sum(column))} of {len(column)}" for column in columns]
     first = [records[0]["caption"], records[0]["pattern"], f"{records[0]['density']:.3f}"]
     seconds = median(entry["denoise"] for entry in records)
-    return "| " + " | ".join([*first, *counts, failed, f"{seconds:.2f}"]) + " |"
+    return [*first, *counts, failed, f"{seconds:.2f}"]
 
 
 def seed_table(records: Sequence[dict[str, Any]], prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -73,9 +74,7 @@ def seed_table(records: Sequence[dict[str, Any]], prompts: Sequence[str], seeds:
         chosen = [entry for entry in records if (entry["caption"], entry["pattern"]) == (prompt, pattern)]
         rows.append(seed_row([entry for entry in chosen if entry["seed"] in seeds]))
     return [
-        HEAD,
-        "|---" * (HEAD.count("|") - 1) + "|",
-        *rows,
+        *table(TITLES, rows),
         "",
         "All four attributes: the toy world's reader sees colour, shape, motion and background of the prompt "
         "in the whole video. Motion throughout: each part as long as the model's training, read by itself, "

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of LoRA training whole or not at all, keeps the last few, and writes the log.
+"""Saves checkpoints of LoRA training, resumes from them, and writes the log and the adapter that users load.
 
 Random numbers, learning rate and samples of a step depend on the seed and the step's number alone. So a
 checkpoint needs the step, the adapter and the optimizer, nothing else.
@@ -8,17 +8,39 @@ import json
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import state_dict as state_dicts
 
+from radial_attn.models.lora.files import read_header
+from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
+from scripts.lora.latent_shards import FULL
+from scripts.lora.step import Run
 from scripts.run.errors import DiskFullError, UsageError, one_line
-from scripts.run.files import write_text
+from scripts.run.files import replacing, write_text
 
+FREE = (  # beginnings of keys that do not change what is learnt
+    "output.",
+    "validation.videos",
+    "validation.steps",
+    "validation.guidance_scale",
+    "model.device",
+    "train.save_every",
+    "train.most_skipped",
+    "data.folder",
+    "data.table",
+    "data.latents",
+    "data.shard_mb",
+    "parallel.shard",
+)
+NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no resumed run may change
+WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+BEST = "best"
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
 PREFIX = "step_"
-FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
 class Checkpoints:
@@ -28,112 +50,133 @@ class Checkpoints:
         """Sets the folder; `keys`: the configuration of the run, flat."""
         self.folder, self.keys, self.keep = folder, keys, keep
 
+    def check_config(self, accept: bool) -> None:
+        """Raises UsageError if the folder holds a run with another configuration; names the differences.
+
+        `accept`: whether to allow differences in all keys but those of `NEVER`.
+        """
+        file = self.folder / CONFIG
+        if not file.is_file():
+            return
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
+            raise UsageError(
+                f"output.path: {file} cannot be read ({one_line(error)}); use another folder"
+            ) from error
+        keys = sorted(before.keys() | self.keys.keys())
+        changed = [key for key in keys if before.get(key) != self.keys.get(key) and not key.startswith(FREE)]
+        never = [key for key in changed if key.startswith(NEVER)]
+        if refused := never if accept else changed:
+            listed = ", ".join(f"{key} {before.get(key)} -> {self.keys.get(key)}" for key in refused)
+            raise UsageError(
+                f"output.path: {self.folder} holds a run with other settings ({listed}); use the same "
+                f"settings, or another folder{'' if never else ', or output.accept_changes=true'}"
+            )
+
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints that are there and whole, ascending."""
-        folders = (path for path in self.folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
-        numbers = (path.name.removeprefix(PREFIX) for path in folders)
+        """Returns the steps of the whole checkpoints, ascending."""
+        numbers = (path.parent.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*/{STATE}"))
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
         """Returns the folder of the checkpoint after `step` steps."""
         return self.folder / f"{PREFIX}{step:06d}"
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint and then removes old ones.
+    def save(self, run: Run, step: int) -> None:
+        """Writes a checkpoint after `step` steps, whole or not at all, and the adapter; removes old ones.
 
         Raises:
-            DiskFullError: there is no room; earlier checkpoints are whole.
+            UsageError, DiskFullError: it cannot be written.
         """
-        final = self.path(step)
-        part = final.with_name(f".{final.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        parts = run.transformer, run.optimizer.optimizer
+        optimizer = state_dicts.get_optimizer_state_dict(*parts, options=WHOLE)
+        trained = {name: value.detach().cpu() for name, value in run.trained.items()}
+        if run.accelerator.is_main_process:
+            state = {"step": step, "trained": trained, "optimizer": optimizer, "average": run.average}
+            state |= {"skipped": run.skipped, "in_a_row": run.in_a_row, "best": run.best}
+            self._write(step, state)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
+            write_adapter(run, self.folder, step)
+        run.accelerator.wait_for_everyone()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        folder = self.path(step)
         try:
-            part.mkdir(parents=True)
-            with (part / STATE).open("wb") as stream:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / STATE) as part, part.open("wb") as stream:
                 torch.save(state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-        except (OSError, RuntimeError) as error:
-            raise _unsaved(final, error) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+        except (OSError, RuntimeError) as error:  # torch may hide the reason behind an error of its own
+            with suppress(OSError):  # unless it holds a checkpoint
+                folder.rmdir()
+            cause = error if isinstance(error, OSError) else error.__context__
+            number = getattr(cause, "errno", None)
+            reason = os.strerror(number) if number else one_line(error)
+            raise (DiskFullError if number in FULL else UsageError)(
+                f"{folder} cannot be written ({reason}); the checkpoint before it is whole"
+            ) from error
 
-    def load(self, device: str) -> dict[str, Any] | None:
-        """Reads the newest checkpoint; None if there is none.
+    def restore(self, run: Run) -> int:
+        """Loads the newest checkpoint into the run, and returns the step to resume from; 0 without one.
 
         Raises:
-            UsageError: it cannot be read.
+            UsageError: the checkpoint cannot be read.
         """
+        state = self._read()
+        if run.accelerator.is_main_process:
+            write_text(self.folder / CONFIG, json.dumps(self.keys, indent=2))
+        if state is None:
+            return 0
+        run.set_adapter(state["trained"])
+        parts = run.transformer, run.optimizer.optimizer
+        state_dicts.set_optimizer_state_dict(*parts, state["optimizer"], options=WHOLE)
+        if run.average is not None:  # begins with the adapter if the run had no mean before
+            mean = state["average"] or state["trained"]
+            run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
+        run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
+        file = self.folder / FILE
+        if run.accelerator.is_main_process:
+            written = read_header(file).trained.get("step") if file.is_file() else None
+            if written != state["step"]:  # the run stopped between checkpoint and adapter
+                write_adapter(run, self.folder, state["step"])
+        return state["step"]
+
+    def _read(self) -> dict[str, Any] | None:
         if not (steps := self.steps()):
             return None
         file = self.path(steps[-1]) / STATE
         try:
-            return torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a broken pickle may raise anything
             raise UsageError(
                 f"checkpoint {file} cannot be read ({one_line(error)}); remove its folder to resume from the "
                 "one before"
             ) from error
 
-
-def _unsaved(path: Path, error: BaseException) -> UsageError:
-    """Returns the error for a failed write; torch may hide the reason behind an error of its own."""
-    number = getattr(error, "errno", None)
-    if number is None and isinstance(error.__context__, OSError):
-        number = error.__context__.errno
-    reason = os.strerror(number) if number else one_line(error)
-    kind = DiskFullError if number in FULL else UsageError
-    return kind(f"{path} cannot be written ({reason}); the checkpoint before it is whole")
-
-
-def check_config(
-    folder: Path, now: dict[str, Any], *, free: tuple[str, ...], never: tuple[str, ...], accept: bool
-) -> None:
-    """Raises UsageError if the folder holds a run with another configuration; names the differences.
-
-    Args:
-        now: the configuration, flat.
-        free: beginnings of keys that may differ; never: of keys that may not differ even with `accept`.
-        accept: accepts all other differences.
-    """
-    file = folder / CONFIG
-    if not file.is_file():
-        return
-    try:
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UsageError(
-            f"output.path: {file} cannot be read ({one_line(error)}); use another folder"
-        ) from error
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(free)
-    ]
-    refused = [key for key in changed if not accept or key.startswith(never)]
-    if refused:
-        listed = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in refused)
-        hint = "" if any(key.startswith(never) for key in refused) else ", or output.accept_changes=true"
-        raise UsageError(
-            f"output.path: {folder} holds a run with other settings ({listed}); use the same settings, or "
-            f"another folder{hint}"
-        )
+    def save_best(self, run: Run, loss: float, step: int) -> None:
+        """Writes the adapter to the folder `best` if its validation loss is the lowest so far."""
+        if not loss < run.best:  # true also if the loss is not finite
+            return
+        run.best = loss
+        if run.accelerator.is_main_process:
+            (self.folder / BEST).mkdir(parents=True, exist_ok=True)
+            write_adapter(run, self.folder / BEST, step)
 
 
-def write_config(folder: Path, keys: dict[str, Any]) -> None:
-    """Writes a run's configuration into its folder."""
-    write_text(folder / CONFIG, json.dumps(keys, indent=2))
+def write_adapter(run: Run, folder: Path, step: int) -> None:
+    """Writes the adapter that users load: the mean, if one is kept."""
+    values = run.trained if run.average is None else run.average
+    save_adapter(folder / FILE, values, adapter_settings(run.plain), run.plan.about() | {"step": step})
 
 
 class Log:
-    """Writes an entry a step as a line of JSON, and the same numbers for TensorBoard."""
+    """Writes a line of JSON for each step, and the same numbers for TensorBoard."""
 
     def __init__(self, folder: Path, first: int) -> None:
-        """Opens the log and removes entries of later steps than `first`, with which the run begins."""
+        """Opens the log, and removes entries after step `first`, from which the run resumes."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = folder / LOG
@@ -152,5 +195,5 @@ class Log:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes the numbers that TensorBoard has not got yet."""
+        """Writes the rest of TensorBoard's numbers."""
         self._board.close()

@@ -1,4 +1,4 @@
-"""Defines the configuration of LoRA training and of its data: keys and help text."""
+"""Defines the configuration of LoRA training and of its data, and reads it from the command line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from scripts.run.command_line import parse
 from scripts.run.config import AnyModelConfig, MaskConfig
 from scripts.run.errors import UsageError
 from scripts.run.schema import Schema, key, listing
@@ -23,9 +24,8 @@ def parse_sizes(value: Any) -> list[list[int]]:
     Raises:
         UsageError: another form, a number that is not above 0, the same size twice.
     """
-    entries = _entries(value)
-    sizes = [_size(entry) for entry in entries]
-    if [size for size in sizes if sizes.count(size) > 1]:
+    sizes = [_size(entry) for entry in _entries(value)]
+    if any(sizes.count(size) > 1 for size in sizes):
         raise UsageError(f"{SIZES}: got {value!r}, which has a size twice; give each size once")
     return sizes
 
@@ -34,14 +34,12 @@ def _entries(value: Any) -> list:
     if isinstance(value, str) and value.lstrip()[:1] != "[":
         return [part for part in value.split(",") if part.strip()]
     try:
-        value = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
-        raise UsageError(f"{SIZES}: got {value!r}, must be {SIZES_FORM}") from error
-    one = isinstance(value, list) and value and all(isinstance(number, int) for number in value)
-    entries = [value] if one else value
+        entries = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        entries = None
     if not isinstance(entries, list):
         raise UsageError(f"{SIZES}: got {value!r}, must be {SIZES_FORM}")
-    return entries
+    return [entries] if entries and all(isinstance(number, int) for number in entries) else entries
 
 
 def _size(entry: Any) -> list[int]:
@@ -154,9 +152,7 @@ class RunConfig:
 class SharedConfig:
     ulysses_degree: int = key(1, "processes that share the tokens of a video", low=1)
     shard: str = key(
-        "none",
-        "the model's weights: whole in every process, or fsdp: a part in each",
-        ("none", "fsdp"),
+        "none", "the model's weights: whole in every process, or fsdp: a part in each", ("none", "fsdp")
     )
 
 
@@ -173,3 +169,20 @@ class LoraTrainConfig:
 
 
 SCHEMA = Schema(LoraTrainConfig, presets="configs/train/*.yaml")
+
+
+def read_arguments(argv: list[str], call: str) -> tuple[LoraTrainConfig, bool] | None:
+    """Returns the configuration, and whether `--dry-run` is given; or prints the help and returns None.
+
+    Raises UsageError unless the arguments are one configuration, `key=value`, --dry-run and --help.
+    """
+    command = parse(argv, call, stands_in=False)
+    if command.help:
+        lines = [f"usage: {call}", "", "presets:", *SCHEMA.preset_lines(), "", *SCHEMA.help_lines()]
+        print("\n".join(lines))
+        return None
+    if command.config_file is None:
+        raise UsageError(f"a configuration is missing; usage: {call}")
+    config = SCHEMA.read(command.config_file, command.overrides)
+    SCHEMA.check(config)
+    return config, command.dry_run

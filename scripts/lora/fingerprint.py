@@ -11,8 +11,8 @@ from scripts.run.errors import UsageError, one_line
 from scripts.run.hub_models import hub_unreachable
 
 FORMAT = 1  # version of the folder of latents, and of how a video becomes latents
-PATTERNS = ("model_index.json", "scheduler/*", "vae/*", "text_encoder*/*", "tokenizer*/*")
-UNUSED = ("*.bin", "*.fp16.safetensors", "*.msgpack", "*.onnx")
+PATTERNS = ["model_index.json", "scheduler/*", "vae/*", "text_encoder*/*", "tokenizer*/*"]
+UNUSED = ["*.bin", "*.fp16.safetensors", "*.msgpack", "*.onnx"]
 TEXT = ("text_encoder", "tokenizer")
 VAE_CONFIG = (
     "_class_name",
@@ -41,17 +41,19 @@ def fingerprint(path: str, family: str) -> Fingerprint:
         UsageError: a hub id is out of reach, or a file is missing or broken.
     """
     folder = parts_folder(path)
+    vae = folder / "vae"
     try:
         return {
             "format": str(FORMAT),
             "family": family,
-            "vae": _hexdigest(
-                [_config(folder / "vae", VAE_CONFIG), *map(_content, _weights(folder / "vae"))]
-            ),
+            "vae": _hexdigest([_config(vae, VAE_CONFIG), *map(_content, _weights(vae))]),
             "text encoder": _hexdigest([_text_part(folder / name) for name in text_parts(folder)]),
         }
     except (OSError, ValueError, struct.error) as error:
-        raise UsageError(f"model.path: got {path!r}, which cannot be read: {one_line(error)}") from error
+        reason = one_line(error)
+        raise UsageError(
+            f"model.path: got {path!r}, which cannot be read ({reason}); get it again"
+        ) from error
 
 
 def parts_folder(path: str) -> Path:
@@ -66,14 +68,16 @@ def parts_folder(path: str) -> Path:
     failure: Exception = FileNotFoundError("not all of it is there")
     for here in (True, False):
         try:
-            copy = snapshot_download(
-                path, allow_patterns=list(PATTERNS), ignore_patterns=list(UNUSED), local_files_only=here
+            copy = Path(
+                snapshot_download(
+                    path, allow_patterns=PATTERNS, ignore_patterns=UNUSED, local_files_only=here
+                )
             )
         except (OSError, ValueError) as error:
             failure = error
             continue
-        if is_complete(Path(copy)):
-            return Path(copy)
+        if is_complete(copy):
+            return copy
     raise UsageError(hub_unreachable(path, failure)) from failure
 
 
@@ -81,9 +85,8 @@ def is_complete(folder: Path) -> bool:
     """Returns whether the weights and tokenizers that the index names are there."""
     if not (folder / "model_index.json").is_file():
         return False
-    parts = [folder / name for name in ("vae", *text_parts(folder))]
-    models = [part for part in parts if not part.name.startswith("tokenizer")]
-    return all(part.is_dir() for part in parts) and all(_has_weights(part) for part in models)
+    wanted = [folder / name for name in ("vae", *text_parts(folder))]
+    return all(part.is_dir() and (part.name.startswith("tokenizer") or _has_weights(part)) for part in wanted)
 
 
 def text_parts(folder: Path) -> list[str]:
@@ -118,7 +121,7 @@ def _text_part(part: Path) -> str:
 
 
 def _config(part: Path, entries: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> str:
-    """Returns these entries of config.json, or all but some, as text."""
+    """Returns these entries of config.json as text, or all but those of `without`."""
     content: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
     kept = {name: content.get(name) for name in entries or content if name not in without}
     return json.dumps(kept, sort_keys=True)

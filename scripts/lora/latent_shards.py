@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ class LatentShards:
     """Lists the contents of a folder's shards, and adds more shards.
 
     Attributes:
-        latents: key of a clip -> its shard and shape; also clips that are no longer wanted.
-        texts: key of a caption -> its shard.
+        latents: shard and shape by key of a clip, also of clips that are no longer wanted.
+        texts: shard by key of a caption.
     """
 
     def __init__(self, folder: Path, dtype: str, shard_bytes: int) -> None:
@@ -50,38 +50,33 @@ class LatentShards:
         """Writes the wanted samples to the index; UsageError if the folder holds another model's latents."""
         if self:
             check_fingerprint(self.folder, self.content["fingerprint"], fingerprint)
+        for part in self.folder.glob(".*.part"):  # a killed run left it
+            part.unlink()
         self.content |= {"fingerprint": fingerprint, "dtype": self.dtype, "samples": samples}
         self._write_index()
 
     def add_latents(self, items: Iterable[tuple[str, Tensor]]) -> None:
         """Writes clips, latents `[C, F, h, w]` by key, in shards of about `shard_bytes`."""
-
-        def note(shard: str, part: list[Item]) -> None:
+        used = [entry["shard"] for entry in self.latents.values()]
+        for shard, part in self._add("latents", used, ((key, {key: x}) for key, x in items)):
             for key, tensors in part:
                 self.latents[key] = {"shard": shard, "shape": list(tensors[key].shape)}
-
-        used = [entry["shard"] for entry in self.latents.values()]
-        self._add("latents", used, ((key, {key: x}) for key, x in items), note)
+            self._write_index()
 
     def add_texts(self, items: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-        """Writes the tensors of captions by key, in shards likewise."""
-
-        def note(shard: str, part: list[Item]) -> None:
-            self.texts |= dict.fromkeys((key for key, _ in part), shard)
-
+        """Writes the tensors of captions by key, in such shards."""
         named = ((key, {f"{key}.{name}": x for name, x in text.items()}) for key, text in items)
-        self._add("text", list(self.texts.values()), named, note)
-
-    def _add(
-        self, kind: str, used: list[str], items: Iterable[Item], note: Callable[[str, list[Item]], None]
-    ) -> None:
-        number = 1 + max((int(Path(shard).stem.rpartition("-")[2]) for shard in used), default=-1)
-        for part in self._parts(items):
-            shard = f"{kind}-{number:05d}.safetensors"
-            self._write(shard, lambda file, part=part: _save(part, file))
-            note(shard, part)
+        for shard, part in self._add("text", list(self.texts.values()), named):
+            self.texts |= dict.fromkeys((key for key, _ in part), shard)
             self._write_index()
-            number += 1
+
+    def _add(self, kind: str, used: list[str], items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
+        """Writes items to new shards, and yields each shard with its items for the index."""
+        first = 1 + max((int(Path(shard).stem.rpartition("-")[2]) for shard in used), default=-1)
+        for number, part in enumerate(self._parts(items), first):
+            shard = f"{kind}-{number:05d}.safetensors"
+            self._write(shard, save({name: x for _, tensors in part for name, x in tensors.items()}))
+            yield shard, part
 
     def _parts(self, items: Iterable[Item]) -> Iterator[list[Item]]:
         part, size = [], 0
@@ -96,13 +91,15 @@ class LatentShards:
 
     def _write_index(self) -> None:
         text = json.dumps(self.content, indent=1, ensure_ascii=False) + "\n"
-        self._write(INDEX, lambda file: file.write_text(text, encoding="utf-8"))
+        self._write(INDEX, text.encode())
 
-    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+    def _write(self, name: str, content: bytes) -> None:
         """Writes a file under a temporary name first; UsageError, or DiskFullError, if that fails."""
         try:
-            with replacing(self.folder / name) as file:
-                write(file)
+            with replacing(self.folder / name) as file, file.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
         except OSError as error:
             raise (DiskFullError if error.errno in FULL else UsageError)(
                 f"data.latents: cannot write {str(self.folder / name)!r} ({error.strerror}); make room, then "
@@ -110,17 +107,9 @@ class LatentShards:
             ) from error
 
 
-def _save(part: list[Item], file: Path) -> None:
-    content = save({name: x for _, tensors in part for name, x in tensors.items()})
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 @contextmanager
 def locked(folder: Path, key: str = "data.latents") -> Iterator[None]:
-    """Locks the folder for this process alone while the block runs; makes it if it is missing.
+    """Makes the folder if it is missing, and locks it for this process while the block runs.
 
     Raises:
         UsageError: it cannot be made or written, or another process has locked it.

@@ -6,7 +6,6 @@ A folder holds `index.json` and shards: `latents-00000.safetensors` with a tenso
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from radial_attn.models.training.flow import Text
-from scripts.lora.fingerprint import FORMAT, Fingerprint, fingerprint
+from scripts.lora.fingerprint import FORMAT, Fingerprint
 from scripts.run.errors import UsageError, one_line
 
-__all__ = ["BucketSampler", "Fingerprint", "LatentStore", "Sample", "fingerprint"]
 INDEX = "index.json"
 OPEN_FILES = 16
-AGAIN = "make one with bash scripts/prepare_latents.sh"
+AGAIN = "prepare it with bash scripts/prepare_latents.sh"
 
 Bucket = tuple[int, int, int]  # latent frames, rows and columns
 
@@ -33,8 +31,7 @@ class Sample:
     """Holds one clip with its caption.
 
     Attributes:
-        name: of the video; with the number of the clip's first frame if the video has several clips.
-        frames, height, width: of the clip.
+        name: the video's, with the number of the clip's first frame if the video has several clips.
         latent_shape: `(C, F, h, w)`.
         shard, key: the file and the tensor in it.
     """
@@ -59,23 +56,27 @@ def text_key(caption: str) -> str:
 
 
 class LatentStore:
-    """Reads the samples of a folder, each when it is asked for.
+    """Reads the samples of a folder on demand.
 
     Attributes:
         samples: in the order of the videos.
         fingerprint: of the model that made them.
+        file: opens a shard, or returns it if it is one of the last few.
     """
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
         self.folder = folder
         self.fingerprint: Fingerprint = content["fingerprint"]
-        self.samples = [_sample(entry, content["latents"]) for entry in content["samples"]]
+        self.samples = []
+        for entry in content["samples"]:
+            stored = content["latents"][entry["key"]]
+            self.samples.append(Sample(**entry, latent_shape=tuple(stored["shape"]), shard=stored["shard"]))
         self._texts: dict[str, str] = content["texts"]
-        self._files: OrderedDict[str, Any] = OrderedDict()
+        self.file = lru_cache(OPEN_FILES)(lambda shard: open_shard(folder / shard))
 
     @classmethod
     def open(cls, folder: str | Path) -> "LatentStore":
-        """Opens a folder; UsageError if it has no index, is not finished, or has broken files."""
+        """Opens a folder; UsageError if it has no index, is unfinished, or has broken files."""
         folder = Path(folder).expanduser()
         content = read_index(folder)
         if content is None:
@@ -85,12 +86,12 @@ class LatentStore:
         captions = {text_key(caption) for caption in ["", *(e["caption"] for e in content["samples"])]}
         if not wanted or done < len(wanted) or captions - content["texts"].keys():
             raise UsageError(
-                f"data.latents: got {str(folder)!r}, which is not finished ({done} of {len(wanted)} clips); "
+                f"data.latents: got {str(folder)!r}, which is unfinished ({done} of {len(wanted)} clips); "
                 "run the same scripts/prepare_latents.sh command to resume"
             )
         store = cls(folder, content)
         for shard in {sample.shard for sample in store.samples} | set(content["texts"].values()):
-            store._file(shard)
+            store.file(shard)
         return store
 
     @property
@@ -101,7 +102,7 @@ class LatentStore:
     def load(self, i: int) -> tuple[Tensor, Text]:
         """Returns latents `[C, F, h, w]` of sample `i`, and its caption as the pipeline's call takes it."""
         sample = self.samples[i]
-        return self._file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
+        return self.file(sample.shard).get_tensor(sample.key), self._text(sample.caption)
 
     def digest(self, numbers: Sequence[int]) -> str:
         """Returns sixteen hex digits that identify these samples in this order."""
@@ -114,21 +115,13 @@ class LatentStore:
 
     def _text(self, caption: str) -> Text:
         key = text_key(caption)
-        file = self._file(self._texts[key])
+        file = self.file(self._texts[key])
         names = [name for name in file.keys() if name.startswith(f"{key}.")]  # noqa: SIM118
         return {name.removeprefix(f"{key}."): file.get_tensor(name) for name in names}
 
-    def _file(self, shard: str) -> Any:
-        if shard not in self._files:
-            self._files[shard] = open_shard(self.folder / shard)
-        self._files.move_to_end(shard)
-        if len(self._files) > OPEN_FILES:
-            self._files.popitem(last=False)
-        return self._files[shard]
-
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """Returns the content of the index, None if there is none; UsageError if it is broken or foreign."""
+    """Returns the content of the index, None without one; UsageError if it is broken or of another format."""
     file = folder / INDEX
     if not file.exists():
         return None
@@ -141,7 +134,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
             f"data.latents: {file} is not an index of latents ({one_line(error)}); {AGAIN}"
         ) from error
     if version != str(FORMAT):
-        raise UsageError(f"data.latents: {file} has format {version}, allowed: {FORMAT}; {AGAIN}")
+        raise UsageError(f"data.latents: {file} has format {version}, must be {FORMAT}; {AGAIN}")
     if lacking:
         raise UsageError(f"data.latents: {file} lacks {', '.join(sorted(lacking))}; {AGAIN}")
     return content
@@ -155,19 +148,14 @@ def open_shard(file: Path) -> Any:
         raise UsageError(f"data.latents: {file} cannot be read ({one_line(error)}); {AGAIN}") from error
 
 
-def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+def check_fingerprint(folder: Path, present: Fingerprint, wanted: Fingerprint) -> None:
     """Raises UsageError if fingerprints differ; names the parts that differ."""
-    other = [part for part, value in wanted.items() if found.get(part) != value]
+    other = [part for part, value in wanted.items() if present.get(part) != value]
     if other:
         raise UsageError(
             f"data.latents: got {str(folder)!r}, whose latents were made with another {' and '.join(other)} "
             "than model.path and model.family name; use the model they were made with, or another folder"
         )
-
-
-def _sample(entry: Mapping[str, Any], latents: Mapping[str, Mapping[str, Any]]) -> Sample:
-    stored = latents[entry["key"]]
-    return Sample(**entry, latent_shape=tuple(stored["shape"]), shard=stored["shard"])
 
 
 class BucketSampler:
@@ -178,10 +166,7 @@ class BucketSampler:
     """
 
     def __init__(self, buckets: Mapping[Bucket, Sequence[int]], batch: int, seed: int) -> None:
-        """Sets buckets, batch and seed; ValueError for no samples or a batch below 1."""
-        if batch < 1 or not any(buckets.values()):
-            raise ValueError(f"batch must be at least 1 with at least one sample, got {batch} and {buckets}")
-        self.buckets = {bucket: list(members) for bucket, members in sorted(buckets.items()) if members}
+        self.buckets = {bucket: list(members) for bucket, members in sorted(buckets.items())}
         self.batch, self.seed = batch, seed
         self._epoch = lru_cache(maxsize=2)(self._batches)
 

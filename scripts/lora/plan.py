@@ -3,23 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.attention import choose_backend, require
-from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.contract import Call
-from radial_attn.models.runtime.dense_backend import check_dense_backend
 from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.run.config import VideoSize
-from scripts.run.errors import UsageError, multiples_around, one_line
+from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
-from scripts.run.machine_checks import find_device
+from scripts.run.machine_checks import find_device, missing_kernels
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
 from scripts.run.operations import Flops, count_flops
@@ -29,7 +27,6 @@ from scripts.run.processes import local_processes, processes
 from scripts.run.system import room
 
 GRADIENT = 2.5  # backward over forward in attention: five products against two
-AGAIN = 1.0  # share of the forward that checkpointing computes twice
 ADAPTER_BYTES = 16  # a parameter in float32, its gradient and the two means of AdamW
 SAVED_WIDTHS = 17  # activations of a block kept for the backward, in widths of a token; and
 SAVED_HIDDEN = 3  # in hidden widths of its feed-forward; counted on Wan
@@ -50,7 +47,7 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Holds all that a training must know before weights are loaded.
+    """Holds everything about a training that is known before weights are loaded.
 
     Attributes:
         model: numbers of the model; path: its folder, or its hub id; device: "cpu" or "cuda".
@@ -65,15 +62,14 @@ class TrainPlan:
     sizes: tuple[SizePlan, ...]
     adapter: int | None
 
-    def flops(self, size: SizePlan, density: float | None = None) -> Flops:
-        """Counts the operations of one video forward and backward, at its mask's density or another.
+    def flops(self, size: SizePlan) -> Flops:
+        """Counts the operations of one video forward and backward.
 
         Frozen matrices have no gradient of their own: their backward costs as much as their forward.
         """
-        density = size.density if density is None else density
         layers = self.config.attention.dense_layers
-        forward = count_flops(self.model, size.grid, density, dense_layers=layers)
-        again = AGAIN * self.config.train.checkpointing
+        forward = count_flops(self.model, size.grid, size.density, dense_layers=layers)
+        again = int(self.config.train.checkpointing)  # it computes the forward twice
         factor = 1 + GRADIENT + again
         return Flops(forward.dense * factor, forward.sparse * factor, forward.other * (2 + again))
 
@@ -121,26 +117,18 @@ class TrainPlan:
         """Returns the content of the adapter's header, which says what it was trained for."""
         model, attention = self.config.model, self.config.attention
         names = ("path", "family", "expert", "positions", "positions_frames")
-        sizes = [
-            {
-                "num_frames": size.size.frames,
-                "height": size.size.height,
-                "width": size.size.width,
-                "mask": asdict(size.mask),
-                "dense_layers": attention.dense_layers,
-            }
-            for size in self.sizes
-        ]
-        return {
-            **{name: getattr(model, name) for name in names},
-            "steps": self.config.train.steps,
-            "flow_shift": self.config.train.flow_shift,
-            "sizes": sizes,
-        }
+        sizes = []
+        for size in self.sizes:
+            frames, height, width = size.size
+            entry = {"num_frames": frames, "height": height, "width": width, "mask": asdict(size.mask)}
+            sizes.append(entry | {"dense_layers": attention.dense_layers})
+        about = {name: getattr(model, name) for name in names}
+        about |= {"steps": self.config.train.steps, "flow_shift": self.config.train.flow_shift}
+        return about | {"sizes": sizes}
 
 
 def plan_training(config: LoraTrainConfig) -> TrainPlan:
-    """Plans a training: checks all that can be checked without weights and latents.
+    """Plans a training, and checks everything that needs neither weights nor latents.
 
     Raises:
         UsageError: training does not support sizes, targets, dense layers, backends or other values.
@@ -159,34 +147,24 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
     sizes = []
     for entry in config.data.sizes:
         size = VideoSize(*entry)
-        check_size(size, model, ("data.sizes",) * 3)
         grid = model.grid(size)
         sizes.append(SizePlan(size, grid, solve_mask(config.attention, grid)))
-        _check_backend(config, model, sizes[-1], device)
-    adapter = _adapter_numbers(config, path)
-    try:
-        check_dense_backend(config.attention.dense_backend)
-    except (ValueError, ImportError) as error:
-        raise UsageError(
-            f"attention.dense_backend: got {config.attention.dense_backend!r}, which cannot be used here: "
-            f"{one_line(error)}"
-        ) from error
-    return TrainPlan(config, model, path, device, tuple(sizes), adapter)
+        mask, dtype = radial_mask(grid, sizes[-1].mask), getattr(torch, config.model.dtype)
+        call = Call(torch.device(device), dtype, model.head_dim, gradients=True, mask=mask)
+        is_radial = config.attention.pattern != "dense"
+        for problem in missing_kernels(config.attention, call, "none", radial=is_radial):
+            raise UsageError(problem)
+    return TrainPlan(config, model, path, device, tuple(sizes), _adapter_numbers(config, path))
 
 
 def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
-    """Raises UsageError for no sizes, or one that the model does not take."""
+    """Raises UsageError if there are no sizes, or the model does not take one."""
     if not data.sizes:
         raise UsageError(f"data.sizes: got [], must be {SCHEMA.allowed('data.sizes')}")
     for size in data.sizes:
-        for axis, step in enumerate((model.vae_frames, model.size_factor(1), model.size_factor(2))):
-            value, offset = size[axis], int(axis == 0)
-            if value % step != offset % step:
-                name = ("frames", "height", "width")[axis]
-                near = " or ".join(map(str, sorted(set(multiples_around(value, step, offset)))))
-                rule = f"{step}k + 1" if axis == 0 else f"a multiple of {step}"
-                given = f"{name} {value} in {'x'.join(map(str, size))}"
-                raise UsageError(f"data.sizes: got {given}, must be {rule}; nearest: {near}")
+        shape = "x".join(map(str, size))
+        keys = tuple(f"data.sizes: {side} of {shape}" for side in ("frames", "height", "width"))
+        check_size(VideoSize(*size), model, keys)
 
 
 def check_room(plan: TrainPlan) -> None:
@@ -207,11 +185,9 @@ def check_room(plan: TrainPlan) -> None:
 
 def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, Any, str]]:
     """Yields key, value and remedy of each value that training does not support."""
-    for name in ("lora.dropout", "train.ema"):
-        group, _, key = name.partition(".")
-        value = getattr(getattr(config, group), key)
-        if value >= 1:
-            yield name, value, "must be a number from 0 to below 1"
+    for name, share in (("lora.dropout", config.lora.dropout), ("train.ema", config.train.ema)):
+        if share >= 1:
+            yield name, share, "must be a number from 0 to below 1"
     if config.model.expert == 2 and "transformer_2" not in model.parameters:
         yield "model.expert", 2, "must be 1: the model has one transformer"
     if config.model.dtype == "float16":
@@ -227,26 +203,6 @@ def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, A
     name = config.attention.dense_backend
     if "sage" in name:
         yield "attention.dense_backend", name, "which has no gradients; use auto, native, flash or others"
-
-
-def _check_backend(config: LoraTrainConfig, model: ModelInfo, size: SizePlan, device: str) -> None:
-    """Raises UsageError for a backend without a backward pass; the message lists those that have one."""
-    name, kind = config.attention.backend, torch.device(device)
-    if config.attention.pattern == "dense":
-        return
-    mask = radial_mask(size.grid, size.mask)
-    call = Call(kind, getattr(torch, config.model.dtype), model.head_dim, gradients=True, mask=mask)
-    try:
-        if name == "auto":
-            choose_backend(call)
-        else:
-            require(name, call)
-    except (ValueError, ImportError) as error:
-        served = [other for other in BACKENDS if other != "auto" and obstacle(other, call) is None]
-        raise UsageError(
-            f"attention.backend: got {name!r}, which cannot train here: {one_line(error)}; "
-            f"allowed: {', '.join(served)}"
-        ) from error
 
 
 def _adapter_numbers(config: LoraTrainConfig, path: str) -> int | None:
@@ -270,7 +226,7 @@ def unknown_targets(config: LoraTrainConfig, error: ValueError) -> str:
 
 
 def describe_training(plan: TrainPlan) -> str:
-    """Returns the table that `--dry-run` prints: a line for the run, two for each size."""
+    """Returns the table that `--dry-run` prints; the latents need not be there yet."""
     config = plan.config
     train, lora = config.train, config.lora
     numbers = "unknown before loading" if plan.adapter is None else f"{plan.adapter:,}"
@@ -292,4 +248,6 @@ def describe_training(plan: TrainPlan) -> str:
             f"{'':<10} attention {flops.dense / 1e12:.4g} TFLOP a video dense ({flops.share:.0%} of all), "
             f"{flops.sparse / 1e12:.4g} with the mask: {flops.fewer:.2f}x fewer operations in all",
         ]
+    if not (data := Path(config.data.latents).expanduser()).is_dir():
+        lines.append(f"{'note':<10} {data} is not there yet; run prepare_latents.sh")
     return "\n".join(lines)

@@ -2,10 +2,11 @@
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from radial_attn.models.lora.keys import listed
 from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora.config import LoraTrainConfig
@@ -20,16 +22,7 @@ from scripts.lora.fingerprint import fingerprint, parts, parts_folder
 from scripts.lora.latent_shards import LatentShards, locked
 from scripts.lora.latents import text_key
 from scripts.lora.plan import check_data_sizes
-from scripts.lora.videos import (
-    Clip,
-    Video,
-    is_enlarged,
-    listed,
-    plan_clips,
-    read_clips,
-    read_videos,
-    too_short,
-)
+from scripts.lora.videos import Clip, Video, is_enlarged, plan_clips, read_clips, read_videos, too_short
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.hub_models import find_model, hub_unreachable, read_model_info
 from scripts.run.machine_checks import find_device, is_out_of_memory
@@ -62,7 +55,7 @@ class Job:
         return LatentShards(self.folder, self.config.model.dtype, self.config.data.shard_mb * MIB)
 
     def load(self, *, text: bool) -> Any:
-        """Loads the pipeline with nothing but text encoders, or nothing but the VAE."""
+        """Loads the pipeline with only its text encoders, or only its VAE."""
         import diffusers
 
         quiet_libraries()
@@ -104,56 +97,43 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
             f"data.sizes: none of {len(videos)} videos has enough frames for any size; add a size of at most "
             f"{max(video.frames for video in videos)} frames, as many as the longest video has"
         )
-    for line in [*summary(videos, job), *progress(job)]:
-        print(line, flush=True)
+    print("\n".join(summary(videos, job)), flush=True)
     if not dry_run:
         prepare(job)
 
 
-def shape(size: list[int] | tuple[int, int, int]) -> str:
-    """Writes a size as `129x64x64`."""
-    return "x".join(map(str, size))
-
-
 def summary(videos: list[Video], job: Job) -> list[str]:
-    """Summarizes the videos, the clips made of them, and those that are left out or enlarged."""
+    """Describes the videos and their clips: how many, left out, enlarged, and encoded already."""
     data, clips = job.config.data, job.clips
     rates = sorted({f"{video.fps:g}" for video in videos}, key=float)
     taken = "" if data.fps is None else f", taken at {data.fps:g}"
-    counts = [(size, sum(_size(clip) == tuple(size) for clip in clips)) for size in data.sizes]
+    shapes = Counter(clip.shape for clip in clips)
+    counts = (f"{shape} {shapes[shape]}" for shape in ("x".join(map(str, size)) for size in data.sizes))
     lines = [
         f"videos     {len(videos)} with captions, {', '.join(rates)} frames a second{taken}",
-        f"clips      {len(clips)}: {', '.join(f'{shape(size)} {count}' for size, count in counts)}",
+        f"clips      {len(clips)}: {', '.join(counts)}",
     ]
     if short := too_short(videos, data):
         least = min(frames for frames, _, _ in data.sizes)
-        lines.append(f"dropped    {len(short)} of under {least} frames: {listed(short)}")
+        lines.append(f"dropped    {len(short)} of under {least} frames: {listed(short, 3)}")
     if small := [clip.name for clip in clips if is_enlarged(clip.video, clip.height, clip.width)]:
-        lines.append(f"note: {len(small)} clips are enlarged: {listed(small)}")
+        lines.append(f"note: {len(small)} clips are enlarged: {listed(small, 3)}")
+    shards, keys, captions = job.shards(), {clip.key for clip in clips}, job.captions
+    done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
+    lines.append(
+        f"latents    {job.folder}: {done} of {len(keys)} clips and {texts} of {len(captions)} texts are there"
+    )
     return lines
 
 
-def progress(job: Job) -> list[str]:
-    """Returns a line on the clips and captions that are there already."""
-    shards, keys, captions = job.shards(), {clip.key for clip in job.clips}, job.captions
-    done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
-    return [
-        f"latents    {job.folder}: {done} of {len(keys)} clips and {texts} of {len(captions)} texts are there"
-    ]
-
-
-def _size(clip: Clip) -> tuple[int, int, int]:
-    return len(clip.frames), clip.height, clip.width
-
-
 def prepare(job: Job) -> None:
-    """Encodes what is missing: text with the text encoders alone, then videos with the VAE alone."""
+    """Encodes what is missing: first captions, with only the text encoders loaded, then videos."""
     if not is_local(job.path):
         _check_hub(job)
     mark = fingerprint(job.path, job.config.model.family)
     with locked(job.folder), torch.no_grad():
         shards = job.shards()
-        shards.begin(mark, [_entry(clip) for clip in job.clips])
+        shards.begin(mark, [clip.entry() for clip in job.clips])
         captions = {key: text for key, text in job.captions.items() if key not in shards.texts}
         if captions:
             with closing(_texts(job, captions)) as texts:
@@ -180,46 +160,31 @@ def _check_hub(job: Job) -> None:
             raise UsageError(f"model.path: got {job.path!r}: {one_line(error)}") from error
 
 
-def _entry(clip: Clip) -> dict[str, Any]:
-    frames, height, width = _size(clip)
-    return {
-        "name": clip.name,
-        "caption": clip.video.caption,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "key": clip.key,
-    }
-
-
 def _texts(job: Job, captions: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     pipeline = job.load(text=True)
-    with tqdm(total=len(captions), desc="texts", unit="text", dynamic_ncols=True) as bar:
-        for key, caption in captions.items():
-            with _reporting(f"caption {caption[:40]!r}"):
-                text = encode_text(pipeline, job.config.model.family, caption)
-            bar.update()
-            yield key, text
+    for key, caption in tqdm(captions.items(), desc="texts", unit="text", dynamic_ncols=True):
+        with _reporting(f"caption {caption[:40]!r}"):
+            text = encode_text(pipeline, job.config.model.family, caption)
+        yield key, text
 
 
 def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
     pipeline = job.load(text=False)
     dtype = torch.float32 if job.config.model.dtype == "float32" else torch.bfloat16
-    with tqdm(total=len(clips), desc="clips", unit="clip", dynamic_ncols=True) as bar:
-        for video, of_video in groupby(clips, key=lambda clip: clip.video):
-            for clip, frames in read_clips(video, list(of_video)):
-                with _reporting(f"{clip.name} as {shape(_size(clip))}"):
-                    pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-                    latents = encode_video(pipeline, pixels)[0]
-                if not torch.isfinite(latents).all():
-                    raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
-                bar.update()
-                yield clip.key, latents.to(dtype)
+    groups = groupby(clips, key=lambda clip: clip.video)
+    decoded = chain.from_iterable(read_clips(video, list(group)) for video, group in groups)
+    for clip, frames in tqdm(decoded, total=len(clips), desc="clips", unit="clip", dynamic_ncols=True):
+        with _reporting(f"{clip.name} as {clip.shape}"):
+            pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+            latents = encode_video(pipeline, pixels)[0]
+        if not torch.isfinite(latents).all():
+            raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
+        yield clip.key, latents.to(dtype)
 
 
 @contextmanager
 def _reporting(what: str) -> Iterator[None]:
-    """Turns a shortage of memory, or a failure of the model, into one line."""
+    """Reports a lack of memory, or a failure of the model, in one line."""
     try:
         yield
     except (MemoryError, RuntimeError, IndexError, ValueError) as error:

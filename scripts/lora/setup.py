@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -17,30 +16,15 @@ from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.load import read_index
 from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.training.adapter import add_adapter
-from scripts.lora.checkpoint import Checkpoints, check_config
+from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.config import LoraTrainConfig
+from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import locked
-from scripts.lora.latents import BucketSampler, LatentStore, fingerprint
+from scripts.lora.latents import BucketSampler, LatentStore
 from scripts.lora.plan import check_room, plan_training, unknown_targets
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
 from scripts.run.processes import processes
-
-FREE = (  # beginnings of keys that do not change what is learnt
-    "output.",
-    "validation.videos",
-    "validation.steps",
-    "validation.guidance_scale",
-    "model.device",
-    "train.save_every",
-    "train.most_skipped",
-    "data.folder",
-    "data.table",
-    "data.latents",
-    "data.shard_mb",
-    "parallel.shard",
-)
-NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no resumed run may change
 
 
 @contextmanager
@@ -59,12 +43,13 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
     check_processes(config, world)
     check_room(plan)
     accelerator, parallel = _start(plan.device, world, ulysses)
-    folder, keys = Path(config.output.path).expanduser(), flat(config)
+    keys = {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
     keys |= {"processes": world // ulysses, "samples": store.digest([*chain(*trains.values()), *held_out])}
+    checkpoints = Checkpoints(Path(config.output.path).expanduser(), keys, config.output.keep)
     with ExitStack() as stack:
         if accelerator.is_main_process:
-            stack.enter_context(locked(folder, "output.path"))
-            check_config(folder, keys, free=FREE, never=NEVER, accept=config.output.accept_changes)
+            stack.enter_context(locked(checkpoints.folder, "output.path"))
+            checkpoints.check_config(config.output.accept_changes)
         transformer = load_transformer(config, plan.path)
         trained = with_adapter(config, transformer)
         stack.enter_context(extend_positions(transformer, **plan.position_arguments()))
@@ -77,7 +62,7 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
         else:
             wrapped, optimizer = accelerator.prepare(transformer, optimizer)
         run = Run(
-            config=config,
+            plan=plan,
             accelerator=accelerator,
             transformer=wrapped,
             plain=transformer,
@@ -86,16 +71,13 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
             store=store,
             sampler=BucketSampler(trains, config.train.batch, config.train.seed),
             held_out=held_out,
-            path=plan.path,
-            about=plan.about(),
-            patch=plan.model.patch,
-            place=accelerator.process_index // ulysses,
+            rank=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
             boundary=read_index(plan.path).get("boundary_ratio"),
             leads=accelerator.process_index % ulysses == 0,
         )
-        yield run, Checkpoints(folder, keys, config.output.keep)
+        yield run, checkpoints
         accelerator.end_training()
 
 
@@ -161,10 +143,11 @@ def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:
 
 def with_adapter(config: LoraTrainConfig, transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Adds the adapter to the transformer, in training mode, and returns its parameters by name."""
-    lora, seed = config.lora, config.train.seed
-    alpha, options = lora.rank if lora.alpha is None else lora.alpha, {"dropout": lora.dropout, "seed": seed}
+    lora = config.lora
+    options = {"rank": lora.rank, "alpha": lora.rank if lora.alpha is None else lora.alpha}
+    options |= {"targets": lora.targets, "dropout": lora.dropout, "seed": config.train.seed}
     try:
-        trained = add_adapter(transformer, rank=lora.rank, alpha=alpha, targets=lora.targets, **options)
+        trained = add_adapter(transformer, **options)
     except ValueError as error:
         raise UsageError(unknown_targets(config, error)) from error
     if config.train.checkpointing:
@@ -182,8 +165,3 @@ def build_optimizer(config: LoraTrainConfig, parameters: list[torch.nn.Parameter
 
         return AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options)
-
-
-def flat(config: LoraTrainConfig) -> dict[str, Any]:
-    """Maps dotted keys to their values."""
-    return {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}

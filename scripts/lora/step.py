@@ -1,10 +1,8 @@
 """Computes a step of LoRA training: noise levels, loss and learning rate of a run."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +11,7 @@ from torch import Tensor
 from radial_attn.models.training.flow import Text, predict_velocity, stack_text
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.latents import BucketSampler, LatentStore
+from scripts.lora.plan import TrainPlan
 
 
 @dataclass
@@ -22,15 +21,15 @@ class Run:
     Attributes:
         transformer: as `accelerate` wraps it; plain: the same without its wrapper.
         trained: the adapter's parameters by name; average: their exponential mean, None without one.
-        held_out: the samples that only validation sees; patch: latent frames, rows, columns of a token.
-        place, world: the number of this process among those with different samples, and their count.
-        skipped, in_a_row: steps with non-finite numbers, in all and in a row up to now.
+        held_out: the samples that only validation sees.
+        rank, world: the number of this process among those with different samples, and their count.
+        skipped, in_a_row: counts of steps with non-finite numbers, in all and in a row up to now.
         best: the lowest validation loss so far.
         leads: whether this process writes for all that share its videos.
         boundary: the lowest noise level of the first of two experts; None if there is one expert.
     """
 
-    config: LoraTrainConfig
+    plan: TrainPlan
     accelerator: Accelerator
     transformer: torch.nn.Module
     plain: torch.nn.Module
@@ -39,10 +38,7 @@ class Run:
     store: LatentStore
     sampler: BucketSampler
     held_out: list[int]
-    path: str
-    about: dict[str, Any]
-    patch: tuple[int, int, int]
-    place: int = 0
+    rank: int = 0
     world: int = 1
     average: dict[str, Tensor] | None = None
     skipped: int = 0
@@ -51,12 +47,9 @@ class Run:
     boundary: float | None = None
     leads: bool = True
 
-    def tokens(self, indices: Sequence[int]) -> int:
-        """Counts the tokens of these samples' latents in the transformer."""
-        sizes = (self.store.samples[index].latent_shape[1:] for index in indices)
-        return sum(
-            math.prod(size // side for size, side in zip(shape, self.patch, strict=True)) for shape in sizes
-        )
+    @property
+    def config(self) -> LoraTrainConfig:
+        return self.plan.config
 
     def span(self) -> tuple[float, float]:
         """Returns the range of noise levels of the trained transformer: all, or one expert's."""
@@ -70,9 +63,11 @@ class Run:
         stacked = stack_text(texts).items()
         return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in stacked}
 
-    def waiting(self, last: bool) -> AbstractContextManager:
-        """Delays sharing gradients between processes until the last part of a batch."""
-        return nullcontext() if last else self.accelerator.no_sync(self.transformer)
+    def set_adapter(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the adapter's parameters by name."""
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(values[name])
 
     def all_finite(self, value: Tensor) -> bool:
         """Returns whether a number is finite in every process."""
@@ -130,10 +125,8 @@ def flow_loss(
     """
     loaded = [run.store.load(index) for index in indices]
     dropped = torch.rand(len(loaded), generator=random) < drop
-    texts = [
-        run.store.empty_text if gone else text
-        for (_, text), gone in zip(loaded, dropped.tolist(), strict=True)
-    ]
+    pairs = zip(loaded, dropped.tolist(), strict=True)
+    texts = [run.store.empty_text if gone else text for (_, text), gone in pairs]
     video = torch.stack([latents.float() for latents, _ in loaded])
     noise = torch.randn(video.shape, generator=random)
     mix = sigma.view(-1, 1, 1, 1, 1)

@@ -1,22 +1,23 @@
 """Runs the training loop: steps, validation and checkpoints of one run."""
 
+import math
 import time
+from contextlib import nullcontext
 
 import torch
 from tqdm import tqdm
 
 from scripts.lora.checkpoint import Checkpoints, Log
-from scripts.lora.state import keep, restore, save_best
 from scripts.lora.step import Run, flow_loss, generator, learning_rate, noise_levels
 from scripts.run.errors import GenerationError
 
 
 def train(run: Run, checkpoints: Checkpoints) -> None:
-    """Runs all remaining steps; the last one's adapter is then in the run's folder."""
+    """Runs all remaining steps, and leaves the adapter in the run's folder."""
     from scripts.lora.validation import validate
 
     config, main = run.config, run.accelerator.is_main_process
-    first = restore(run, checkpoints)
+    first = checkpoints.restore(run)
     log = Log(checkpoints.folder, first) if main else None
     bar = tqdm(range(first, config.train.steps), initial=first, total=config.train.steps, disable=not main)
     for step in bar:
@@ -24,12 +25,14 @@ def train(run: Run, checkpoints: Checkpoints) -> None:
         done = step + 1
         if config.validation.every and (done % config.validation.every == 0 or done == config.train.steps):
             values |= validate(run, checkpoints.folder, done)
-            save_best(run, checkpoints.folder, values["validation_loss"], done)
+            checkpoints.save_best(run, values["validation_loss"], done)
         if log:
             log.write(done, values)
-            bar.set_postfix_str(progress(values), refresh=False)
+            speed = f"{values['tokens_per_second']:.0f}"
+            shown = {"loss": f"{values['loss']:.4f}", "tokens/s": speed, "skipped": run.skipped}
+            bar.set_postfix(shown, refresh=False)
         if done % config.train.save_every == 0 or done == config.train.steps:
-            keep(run, checkpoints, done)
+            checkpoints.save(run, done)
     if log:
         log.close()
 
@@ -46,8 +49,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         group["lr"] = rate
     losses, tokens, finite = [], 0, True
     for part in range(train.accumulate):
-        last = part + 1 == train.accumulate
-        with run.waiting(last):
+        is_last = part + 1 == train.accumulate  # processes share gradients then
+        with nullcontext() if is_last else run.accelerator.no_sync(run.transformer):
             loss, count = sampled_loss(run, step, part)
             finite = finite and run.all_finite(loss)
             if finite:
@@ -58,7 +61,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     finite = finite and run.all_finite(norm)
     if finite:
         run.optimizer.step()
-        update_average(run)
+        for name, mean in (run.average or {}).items():
+            mean.lerp_(run.trained[name].detach(), 1 - train.ema)
     run.optimizer.zero_grad(set_to_none=True)
     count_skipped(run, finite)
     seconds = time.perf_counter() - start
@@ -75,26 +79,19 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 def sampled_loss(run: Run, step: int, part: int) -> tuple[torch.Tensor, int]:
     """Returns the loss of one batch, and its tokens.
 
-    Random numbers depend on the number of the batch alone: two processes draw the same as one process that
+    Random numbers depend only on the number of the batch, so two processes draw the same as one process that
     accumulates two batches.
     """
     train = run.config.train
-    number = (step * train.accumulate + part) * run.world + run.place
+    number = (step * train.accumulate + part) * run.world + run.rank
     indices = run.sampler.batch_at(number)
     random = generator(train.seed, number)
     torch.manual_seed(random.initial_seed())  # for the adapter's dropout
     sigma = noise_levels(len(indices), random, kind=train.timesteps, shift=train.flow_shift, span=run.span())
     loss = flow_loss(run, run.transformer, indices, sigma, random=random, drop=train.caption_dropout)
-    return loss, run.tokens(indices)
-
-
-def update_average(run: Run) -> None:
-    """Updates the exponential mean of the adapter's parameters, if one is kept."""
-    if run.average is None:
-        return
-    with torch.no_grad():
-        for name, value in run.trained.items():
-            run.average[name].lerp_(value.detach(), 1 - run.config.train.ema)
+    bucket = run.store.samples[indices[0]].bucket  # that of the whole batch
+    sides = (size // side for size, side in zip(bucket, run.plan.model.patch, strict=True))
+    return loss, len(indices) * math.prod(sides)
 
 
 def count_skipped(run: Run, finite: bool) -> None:
@@ -105,9 +102,3 @@ def count_skipped(run: Run, finite: bool) -> None:
             f"loss or gradient not finite in {run.in_a_row} steps in a row (train.most_skipped="
             f"{run.config.train.most_skipped}); the last checkpoint is unchanged"
         )
-
-
-def progress(values: dict[str, float]) -> str:
-    """Returns the numbers that the progress bar shows next to the time."""
-    skipped = f", {values['skipped']:.0f} skipped" if values["skipped"] else ""
-    return f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s{skipped}"

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from radial_attn.models.pipeline.load import load_pipeline
-from scripts.lora.state import mean_adapter
 from scripts.lora.step import Run, flow_loss, generator
 from scripts.run.config import GenerationConfig
 from scripts.run.families import pipeline_arguments
@@ -20,13 +19,21 @@ FPS = 16
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
+@torch.no_grad()
 def validate(run: Run, folder: Path, step: int) -> dict[str, float]:
-    """Returns `validation_loss`; writes videos, if any are wanted, to `folder/videos/<step>`."""
+    """Validates the adapter, or its mean if one is kept, and returns `validation_loss`.
+
+    Writes videos, if any are wanted, to `folder/videos/<step>`.
+    """
+    before = {name: x.detach().clone() for name, x in run.trained.items()}
     run.plain.eval()
-    with mean_adapter(run), torch.no_grad():
+    try:
+        run.set_adapter(before if run.average is None else run.average)
         loss = validation_loss(run)
         if run.config.validation.videos:
             make_videos(run, folder / "videos" / f"{step:06d}")
+    finally:
+        run.set_adapter(before)
     run.plain.train()
     return {"validation_loss": loss}
 
@@ -49,32 +56,26 @@ def shares(run: Run, count: int) -> Iterator[tuple[int, bool]]:
 
     Processes that share weights must call the transformer equally often: one without work repeats the last.
     """
-    for number in range(run.place, count + run.place, run.world):
+    for number in range(run.rank, count + run.rank, run.world):
         if number < count or run.config.parallel.shard != "none":
             yield min(number, count - 1), number < count
 
 
 def make_videos(run: Run, folder: Path) -> None:
     """Writes a video for each of the first held-out captions, at its sample's size, seeded by its number."""
-    pipeline = sampling_pipeline(run)
+    parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}  # the captions are encoded already
+    device = str(run.accelerator.device)
+    pipeline = load_pipeline(run.plan.path, run.config.model.family, run.plain.dtype, device, parts=parts)
+    pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = run.held_out[: run.config.validation.videos]
     for index, counts in shares(run, len(chosen)):
         number = chosen[index]
-        sample = run.store.samples[number]
         frames = to_bytes(sampled(run, pipeline, number))
         if run.leads and counts:
             encode(folder / f"{number:05d}.mp4", frames, round(run.config.data.fps or FPS))
-            (folder / f"{number:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
-
-
-def sampling_pipeline(run: Run) -> Any:
-    """Loads the model's pipeline around the trained transformer, without its text encoders."""
-    parts = {**dict.fromkeys(TEXT_PARTS), "transformer": run.plain}
-    device = str(run.accelerator.device)
-    pipeline = load_pipeline(run.path, run.config.model.family, run.plain.dtype, device, parts=parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+            caption = run.store.samples[number].caption
+            (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:

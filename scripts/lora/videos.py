@@ -12,24 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from radial_attn.models.lora.keys import listed
 from scripts.lora.config import DataConfig
 from scripts.run.errors import UsageError, one_line
 from scripts.run.inputs import BROKEN, fit, read_frames, video_reader
 from scripts.run.schema import find_path
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-SHOWN = 3  # names shown of a list
 SAME_RATE = 0.01  # share by which a rate may be missed: 24 includes films at 23.976
 UNEVEN = 0.02  # share of the frames that may be more or fewer than rate and seconds give
 SAME_SHAPE = 0.1  # between logarithms of width / height: 480 x 832 counts as 720 x 1280
-
-Size = tuple[int, int, int]  # frames, height, width
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,20 @@ class Clip:
     width: int
 
     @property
+    def shape(self) -> str:
+        """Returns the size as `129x64x64`."""
+        return f"{len(self.frames)}x{self.height}x{self.width}"
+
+    @property
     def key(self) -> str:
         """Returns a key that depends on the file's content, the frames and the size, not on names."""
         taken = [self.video.digest, self.frames, self.height, self.width]
         return hashlib.sha256(json.dumps(taken).encode()).hexdigest()[:24]
+
+    def entry(self) -> dict[str, Any]:
+        """Returns the clip's entry in the index of latents."""
+        sizes = {"frames": len(self.frames), "height": self.height, "width": self.width}
+        return {"name": self.name, "caption": self.video.caption, **sizes, "key": self.key}
 
 
 def read_videos(data: DataConfig) -> list[Video]:
@@ -114,19 +123,22 @@ def _find(data: DataConfig) -> tuple[str, list[Entry]]:
 
 def _in_table(name: str) -> list[Entry]:
     path = find_path(name)
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".csv"):
         raise UsageError(f"data.table: got {name!r}, must be a file ending in .jsonl or .csv")
     try:
-        rows = list(readers[path.suffix.lower()](path))
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            if kind == ".csv":
+                reader = csv.DictReader(stream)
+                rows = [(reader.line_num, row) for row in reader]
+            else:
+                rows = [(i, json.loads(line)) for i, line in enumerate(stream, 1) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"data.table: got {name!r}, which cannot be read ({reason})") from error
     entries = []
     for number, row in rows:
-        video, caption = (
-            row.get(column) if isinstance(row, dict) else None for column in ("video", "caption")
-        )
+        video, caption = (row.get("video"), row.get("caption")) if isinstance(row, dict) else (None, None)
         if not isinstance(video, str) or not video.strip() or not isinstance(caption, str):
             raise UsageError(
                 f"data.table: got {name!r}, whose line {number} lacks a text; give `video` and `caption`"
@@ -137,18 +149,8 @@ def _in_table(name: str) -> list[Entry]:
     return entries
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    yield from ((number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, object]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        yield from ((reader.line_num, row) for row in reader)
-
-
 def _caption(entry: Entry) -> str | ValueError:
+    """Returns the caption, or why it cannot be used."""
     caption = entry.caption
     try:
         text = caption if isinstance(caption, str) else caption.read_text(encoding="utf-8-sig")
@@ -160,7 +162,7 @@ def _caption(entry: Entry) -> str | ValueError:
 
 
 def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
-    """Returns digest, frames, frames a second, height and width; ffmpeg decodes the whole video to count."""
+    """Returns digest, frames, frame rate, height and width, or an error; decodes the whole video to count."""
     try:
         with entry.path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -195,13 +197,7 @@ def _refuse(key: str, entries: list[Entry], results: list, failing: str) -> None
     pairs = zip(entries, results, strict=True)
     bad = [f"{entry.name} ({error})" for entry, error in pairs if isinstance(error, ValueError)]
     if bad:
-        raise UsageError(f"{key}: {len(bad)} of {len(entries)} videos {failing}: {listed(bad)}")
-
-
-def listed(names: list[str]) -> str:
-    """Lists the first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+        raise UsageError(f"{key}: {len(bad)} of {len(entries)} videos {failing}: {listed(bad, 3)}")
 
 
 def _check_rates(videos: list[Video], fps: float | None) -> None:
@@ -218,14 +214,13 @@ def _check_rates(videos: list[Video], fps: float | None) -> None:
     if slow:
         raise UsageError(
             f"data.fps: got {fps:g}, but {len(slow)} of {len(videos)} videos have fewer frames a second: "
-            f"{listed(slow)}; set it to at most {min(rates):g}"
+            f"{listed(slow, 3)}; set it to at most {min(rates):g}"
         )
 
 
 def plan_clips(videos: list[Video], data: DataConfig) -> list[Clip]:
     """Plans the clips of all videos that have enough frames for any size, in order."""
-    sizes = [tuple(size) for size in data.sizes]
-    return [clip for video in videos for clip in _clips(video, sizes, data)]
+    return [clip for video in videos for clip in _clips(video, data)]
 
 
 def too_short(videos: list[Video], data: DataConfig) -> list[str]:
@@ -235,20 +230,19 @@ def too_short(videos: list[Video], data: DataConfig) -> list[str]:
 
 
 def _taken(video: Video, fps: float | None) -> list[int]:
-    """Returns the numbers of the frames to take at a rate, the nearest in time of each."""
+    """Returns the numbers of the frames that are nearest in time to those of a rate."""
     ratio = 1.0 if fps is None else max(1.0, video.fps / fps)
     count = math.floor((video.frames - 0.5) / ratio) + 1
     return [number for i in range(count) if (number := math.floor(i * ratio + 0.5)) < video.frames]
 
 
-def _clips(video: Video, sizes: list[Size], data: DataConfig) -> list[Clip]:
-    """Plans clips, each in the middle of an equal part of the video."""
+def _clips(video: Video, data: DataConfig) -> list[Clip]:
+    """Plans clips of the longest size that fits, each in the middle of an equal part of the video."""
     taken = _taken(video, data.fps)
-    fitting = [size for size in sizes if size[0] <= len(taken)]
-    if not fitting:
+    length = max((frames for frames, _, _ in data.sizes if frames <= len(taken)), default=None)
+    if length is None:
         return []
-    length = max(size[0] for size in fitting)
-    _, height, width = _nearest(video, [size for size in fitting if size[0] == length])
+    height, width = _nearest(video, [size[1:] for size in data.sizes if size[0] == length])
     count = min(data.clips, len(taken) // length)
     clips = []
     for part in range(count):
@@ -258,12 +252,12 @@ def _clips(video: Video, sizes: list[Size], data: DataConfig) -> list[Clip]:
     return clips
 
 
-def _nearest(video: Video, sizes: list[Size]) -> Size:
-    """Chooses among sizes of about the nearest shape: the largest without enlarging, else the smallest."""
-    shapes = [abs(math.log(video.height * width / (video.width * height))) for _, height, width in sizes]
+def _nearest(video: Video, sizes: list[list[int]]) -> list[int]:
+    """Chooses from sizes of about the nearest shape the largest without enlarging, else the smallest."""
+    shapes = [abs(math.log(video.height * width / (video.width * height))) for height, width in sizes]
     near = [size for size, shape in zip(sizes, shapes, strict=True) if shape <= min(shapes) + SAME_SHAPE]
-    near = sorted(near, key=lambda size: size[1] * size[2])
-    enough = [size for size in near if not is_enlarged(video, *size[1:])]
+    near.sort(key=math.prod)
+    enough = [size for size in near if not is_enlarged(video, *size)]
     return enough[-1] if enough else near[0]
 
 

@@ -1,9 +1,8 @@
-"""Whether videos show what their captions ask for, and how long their steps take."""
+"""Measures whether videos show what their captions ask for, and how long their steps take."""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from radial_attn.models import apply_radial_attention
+from radial_attn.models import RadialAttentionHandle, apply_radial_attention
 from scripts.run.config import Config
 from scripts.run.files import write_text
 from scripts.run.inputs import NEED_IMAGE
@@ -28,16 +27,19 @@ from scripts.toyworld.render import Attributes
 TIMED_RUNS, TIMED_STEPS = 3, 4
 
 
-@contextmanager
-def attention(pipeline: Any, config: Config) -> Iterator[Any]:
-    """The pipeline with the attention of `config`; gives the handle."""
-    with apply_radial_attention(pipeline, **attention_arguments(config.attention)) as handle:
-        yield handle
+def attention(pipeline: Any, config: Config) -> RadialAttentionHandle:
+    """Applies the attention of `config` until the handle, a context manager, is closed."""
+    return apply_radial_attention(pipeline, **attention_arguments(config.attention))
 
 
 def with_pattern(config: Config, pattern: str) -> Config:
-    """The same run with another attention pattern."""
+    """Returns the same run with another attention pattern."""
     return replace(config, attention=replace(config.attention, pattern=pattern))
+
+
+def reading(video: np.ndarray, attributes: Attributes) -> dict[str, Any]:
+    """Returns a record: the caption, and which attributes are right."""
+    return {"caption": attributes.caption, **read(torch.from_numpy(video)).matches(attributes)}
 
 
 def readings(
@@ -47,14 +49,12 @@ def readings(
     batch: int,
     file: Path,
     *,
-    judge: Callable[[np.ndarray, Attributes], dict[str, Any]] | None = None,
+    judge: Callable[[np.ndarray, Attributes], dict[str, Any]] = reading,
 ) -> list[dict]:
-    """What is seen in the video of each caption; those in `file` already are not made again.
+    """Returns a record for the video of each caption; makes those that `file` does not hold yet.
 
-    `judge` makes the line of the record from frames `[T, H, W, 3]` of 0 .. 1 and the caption's attributes;
-    without one it is `reading`.
+    `judge` makes a record from frames `[T, H, W, 3]` of 0 .. 1 and the caption's attributes.
     """
-    judge = judge or reading
     done = json.loads(file.read_text()) if file.exists() else []
     seen = {entry["caption"] for entry in done}
     missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
@@ -73,7 +73,7 @@ def readings(
 
 
 def first_frame(config: Config, attributes: Attributes, seed: int) -> dict[str, Any]:
-    """The image that image to video starts from: that of a random scene; nothing for other families."""
+    """Returns the image that image to video starts from, of a random scene; {} for other families."""
     if config.model.family not in NEED_IMAGE:
         return {}
     sizes, scene = config.generation, random_scene(attributes, torch.Generator().manual_seed(seed))
@@ -81,59 +81,50 @@ def first_frame(config: Config, attributes: Attributes, seed: int) -> dict[str, 
     return {"image": Image.fromarray((frame * 255).round().byte().numpy())}
 
 
-def reading(video: Any, attributes: Attributes) -> dict[str, Any]:
-    """One line of the record: the caption and which attributes are right."""
-    return {"caption": attributes.caption, **read(torch.from_numpy(video)).matches(attributes)}
-
-
 def whole_run_seconds(runs: Mapping[str, tuple[Any, Config]], attributes: Attributes) -> dict[str, float]:
-    """Mean seconds of a step of each whole run, by name: its dense steps and the others are timed apart."""
+    """Returns mean seconds of a step of each whole run, by name; times its dense steps apart."""
     timed: dict[tuple[str, bool], tuple[Any, Config]] = {}
     for name, (pipeline, config) in runs.items():
         timed[name, False] = pipeline, without_warm_up(config)
         if dense_steps(config.attention, config.generation.steps) and config.attention.pattern != "dense":
             timed[name, True] = pipeline, with_pattern(config, "dense")
-    found = seconds_in_turn(timed, attributes)
+    seconds = seconds_in_turn(timed, attributes)
     return {
-        name: mean_step(config, found.get((name, True), found[name, False]), found[name, False])
+        name: mean_step(config, seconds.get((name, True), seconds[name, False]), seconds[name, False])
         for name, (_, config) in runs.items()
     }
 
 
 def without_warm_up(config: Config) -> Config:
-    """The same run without steps whose attention is dense in every layer."""
+    """Returns the same run without steps whose attention is dense in every layer."""
     return replace(config, attention=replace(config.attention, dense_steps=0, dense_last_steps=0))
 
 
 def mean_step(config: Config, dense: float, sparse: float) -> float:
-    """Mean seconds of a step of a whole run, from those of a dense step and of one that is not."""
+    """Returns mean seconds of a step of a whole run, from those of a dense step and of another."""
     steps, count = config.generation.steps, len(dense_steps(config.attention, config.generation.steps))
     return (count * dense + (steps - count) * sparse) / steps
 
 
 def seconds_in_turn(runs: Mapping[Any, tuple[Any, Config]], attributes: Attributes) -> dict[Any, float]:
-    """Median seconds of a denoising step of one video of each run, by name, the runs taking turns.
+    """Measures the median seconds of the first denoising steps of one video of each run, in turn.
 
-    Of the first steps: a run with dense steps among them is to be timed as two (`whole_run_seconds`).
+    A run that begins with dense steps must be timed as two runs, as `whole_run_seconds` does.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in range(TIMED_RUNS):
-        for name, (pipeline, config) in runs.items():
-            marks: list[float] = []
-            short = replace(config, generation=replace(config.generation, steps=TIMED_STEPS))
-            with attention(pipeline, short):
-                given = first_frame(config, attributes, 0) | {"callback_on_step_end": stopwatch(marks)}
-                sample(pipeline, short, [attributes.caption], [0], output_type="latent", **given)
-            seconds[name] += [after - before for before, after in pairwise(marks)]
-    return {name: median(values) for name, values in seconds.items()}
+    marks: list[float] = []
 
-
-def stopwatch(marks: list[float]) -> Any:
-    """A pipeline callback that notes the time at the end of every step."""
-
-    def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
+    def step_done(pipeline: Any, *_: object) -> dict:
         synchronizer(pipeline.device.type)()
         marks.append(time.perf_counter())
         return {}
 
-    return step_done
+    for _ in range(TIMED_RUNS):
+        for name, (pipeline, config) in runs.items():
+            marks.clear()
+            short = replace(config, generation=replace(config.generation, steps=TIMED_STEPS))
+            with attention(pipeline, short):
+                given = first_frame(config, attributes, 0) | {"callback_on_step_end": step_done}
+                sample(pipeline, short, [attributes.caption], [0], output_type="latent", **given)
+            seconds[name] += [after - before for before, after in pairwise(marks)]
+    return {name: median(values) for name, values in seconds.items()}

@@ -1,9 +1,8 @@
-"""Captioned videos of the toy world as files to train on."""
+"""Writes captioned videos of the toy world, to train on."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,7 +13,7 @@ from scripts.toyworld import all_attributes, random_scene, render
 from scripts.toyworld.render import Scene
 
 FPS = 16
-OWN_SEEDS = 10_000_000  # videos of a seed
+VIDEOS = 10_000_000  # most videos of a seed
 
 
 def render_videos(folder: Path, videos: int, *, frames: int, size: int, seed: int = 0) -> int:
@@ -25,23 +24,19 @@ def render_videos(folder: Path, videos: int, *, frames: int, size: int, seed: in
 
 
 def draw_scene(seed: int, number: int) -> Scene:
-    """The scene of a video: every caption once before any comes again, in an order of the seed."""
+    """Draws the scene of a video: all captions come once, in an order set by the seed, before any repeats."""
     attributes = all_attributes()
-    around, place = divmod(number, len(attributes))
-    order = torch.randperm(len(attributes), generator=_generator(seed, OWN_SEEDS - 1 - around))
-    return random_scene(attributes[order[place]], _generator(seed, number))
+    around, index = divmod(number, len(attributes))
+    order = torch.randperm(len(attributes), generator=_generator(seed, VIDEOS - 1 - around))
+    return random_scene(attributes[order[index]], _generator(seed, number))
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * OWN_SEEDS + number)
+    return torch.Generator().manual_seed(seed * VIDEOS + number)
 
 
 def render_one(folder: Path, number: int, *, frames: int, size: int, seed: int) -> bool:
-    """Writes caption, video and record of a number; False where they are there already.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Writes caption, video and record of a number; False if they exist, OSError if it fails."""
     path, scene = folder / f"{number:05d}.mp4", draw_scene(seed, number)
     record = {
         "caption": scene.attributes.caption,
@@ -50,19 +45,15 @@ def render_one(folder: Path, number: int, *, frames: int, size: int, seed: int) 
         "scene": json.loads(json.dumps(asdict(scene))),
         "seconds": {},
     }
-    if _is_there(path, record):
+    try:
+        before = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        before = caption = None
+    same = isinstance(before, dict) and before | {"seconds": {}} == record
+    if same and path.is_file() and caption == record["caption"]:
         return False
     write_text(path.with_suffix(".txt"), scene.attributes.caption + "\n")
     video = render(scene, frames, size, size)
     write_pair(path, (video * 255).round().byte().numpy(), FPS, record)
     return True
-
-
-def _is_there(path: Path, record: dict[str, Any]) -> bool:
-    try:
-        before = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return False
-    same = isinstance(before, dict) and before | {"seconds": {}} == record
-    return same and path.is_file() and caption == record["caption"]

@@ -1,4 +1,4 @@
-"""Recovers the four attributes from a video by classical vision: nothing here is learnt."""
+"""Recovers the four attributes from a video by classical computer vision."""
 
 from dataclasses import dataclass
 
@@ -16,20 +16,21 @@ from scripts.toyworld.render import (
     pixel_grid,
 )
 
-EDGE = 2  # pixels of border from which the background is taken
-LINE = 0.3  # a path is a line where its width is under this share of its length
-PADDED = 4096  # points of the spectrum that a period is read from, at least
-STRAIGHT = 0.35  # a line is horizontal or vertical where its slope is under this
+EDGE = 2  # pixels of border from which the background is read
+LINE = 0.3  # a path is a line if its width is under this share of its length
+PADDED = 4096  # least number of points of the spectrum that a period is read from
+STRAIGHT = 0.35  # a line is horizontal or vertical if its slope is under this
+MASS = 4  # pixels of shape that a frame must have
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a video shows; an attribute is None where nothing can be recognised.
+    """Holds what a video shows; an attribute is None if it cannot be recognised.
 
     Attributes:
-        path: centre of the shape in pixels from the middle (x, y), `[frames, 2]`; NaN where unseen.
-        radius: of the circle of the shape's size, as a share of the shorter side, the median of the frames.
-        period: frames a cycle, of a video of two cycles or more; else it is rough, and at most its length.
+        path: centre of the shape in pixels from the middle (x, y), `[frames, 2]`; NaN in frames without it.
+        radius: radius of a circle of the shape's area, as a share of the shorter side; median of the frames.
+        period: frames a cycle; rough, and at most the video's length, for videos under two cycles.
     """
 
     colour: str | None
@@ -41,7 +42,7 @@ class Reading:
     period: float | None = None
 
     def matches(self, attributes: Attributes) -> dict[str, bool]:
-        """Which attributes are as asked."""
+        """Returns which attributes are as asked."""
         return {name: getattr(self, name) == getattr(attributes, name) for name in VOCABULARY}
 
 
@@ -52,57 +53,56 @@ def read(video: Tensor) -> Reading:
     video = video.float()
     ground = _border(video).median(dim=0).values
     background = _nearest(ground, BACKGROUNDS)
-    ink = (video - ground).norm(dim=-1)
-    core = ink > 0.6 * torch.quantile(ink.flatten(1), 0.99, dim=1).median()
-    if ink.max() < 0.15 or not core.any():
+    contrast = (video - ground).norm(dim=-1)
+    core = contrast > 0.6 * torch.quantile(contrast.flatten(1), 0.99, dim=1).median()
+    if contrast.max() < 0.15 or not core.any():
         return Reading(None, None, None, background, torch.full((len(video), 2), torch.nan))
-    colour_seen = video[core].median(dim=0).values
-    alpha = _alpha(video, ground, colour_seen)
+    colour = video[core].median(dim=0).values
+    alpha = _alpha(video, ground, colour)
     path = _path(alpha)
     shape, motion = _shape(alpha, path), _motion(path)
     radius, period = _radius(alpha, shape), _period(path) if motion else None
-    return Reading(_nearest(colour_seen, COLOURS), shape, motion, background, path, radius, period)
+    return Reading(_nearest(colour, COLOURS), shape, motion, background, path, radius, period)
 
 
 def _border(video: Tensor) -> Tensor:
-    """Pixels along the four edges of all frames, `[N, 3]`."""
+    """Returns the pixels along the four edges of all frames, `[N, 3]`."""
     rows = torch.cat([video[:, :EDGE], video[:, -EDGE:]], dim=1).reshape(-1, 3)
     columns = torch.cat([video[:, :, :EDGE], video[:, :, -EDGE:]], dim=2).reshape(-1, 3)
     return torch.cat([rows, columns])
 
 
 def _nearest(rgb: Tensor, palette: dict[str, tuple[float, float, float]]) -> str:
-    """Name of the closest palette colour."""
+    """Returns the name of the nearest colour."""
     return min(palette, key=lambda name: (rgb - torch.tensor(palette[name])).norm().item())
 
 
 def _alpha(video: Tensor, ground: Tensor, colour: Tensor) -> Tensor:
-    """Share of shape in each pixel: projection on the line from background to colour, `[F, H, W]`."""
+    """Returns the share of shape in each pixel, `[F, H, W]`: its position from background to colour."""
     axis = colour - ground
     alpha = ((video - ground) @ axis / axis.square().sum()).clamp(0, 1)
     return torch.where(alpha > 0.25, alpha, 0.0)
 
 
 def _path(alpha: Tensor) -> Tensor:
-    """Centre of mass of each frame, pixels from the middle, `[F, 2]`; NaN in empty frames."""
+    """Returns the centre of mass of each frame, pixels from the middle, `[F, 2]`; NaN in empty frames."""
     x, y = pixel_grid(*alpha.shape[1:])
     mass = alpha.sum(dim=(1, 2))
     centre = torch.stack([(alpha * x).sum(dim=(1, 2)), (alpha * y).sum(dim=(1, 2))], dim=1) / mass[:, None]
-    return torch.where((mass > 4)[:, None], centre, torch.nan)
+    return torch.where((mass > MASS)[:, None], centre, torch.nan)
 
 
 def _shape(alpha: Tensor, path: Tensor) -> str | None:
-    """The template that fits best after every frame was centred, averaged and matched in area."""
+    """Returns the shape whose template fits the mean of the centred frames best."""
     seen = ~path.isnan().any(dim=1)
     if not seen.any():
         return None
     mean = _centred(alpha[seen], path[seen]).mean(dim=0)
-    errors = {shape: _misfit(shape, mean) for shape in SHAPES}
-    return min(errors, key=errors.get)
+    return min(SHAPES, key=lambda shape: _misfit(shape, mean))
 
 
 def _centred(alpha: Tensor, path: Tensor) -> Tensor:
-    """Each frame shifted (bilinear) so that its centre of mass is in the middle, `[F, H, W]`."""
+    """Shifts each frame (bilinear) so that its centre of mass is in the middle, `[F, H, W]`."""
     frames, height, width = alpha.shape
     theta = torch.eye(2, 3).repeat(frames, 1, 1)
     theta[:, 0, 2] = 2 * path[:, 0] / width
@@ -112,7 +112,7 @@ def _centred(alpha: Tensor, path: Tensor) -> Tensor:
 
 
 def _misfit(shape: str, mean: Tensor) -> float:
-    """Smallest squared difference between a centred shape and templates of about its area."""
+    """Returns the smallest squared difference between a centred shape and templates of about its area."""
     x, y = pixel_grid(*mean.shape)
     radius = (mean.sum() / (AREAS[shape] * torch.pi)).sqrt().item()
     best = float("inf")
@@ -125,16 +125,16 @@ def _misfit(shape: str, mean: Tensor) -> float:
 
 
 def _radius(alpha: Tensor, shape: str | None) -> float | None:
-    """From the median area of the frames in which anything is seen."""
+    """Returns the radius from the median area of the frames that show the shape."""
     areas = alpha.sum(dim=(1, 2))
-    if shape is None or not (areas > 4).any():
+    if shape is None:
         return None
-    radius = (areas[areas > 4].median() / (AREAS[shape] * torch.pi)).sqrt().item()
+    radius = (areas[areas > MASS].median() / (AREAS[shape] * torch.pi)).sqrt().item()
     return radius / min(alpha.shape[1:])
 
 
-def _period(path: Tensor) -> float | None:
-    """From the strongest frequency along the path's longer axis."""
+def _period(path: Tensor) -> float:
+    """Returns the period of the strongest frequency along the path's longer axis."""
     seen = ~path.isnan().any(dim=1)
     centred = path[seen] - path[seen].mean(dim=0)
     along = torch.zeros(len(path))
@@ -147,7 +147,7 @@ def _period(path: Tensor) -> float | None:
 
 
 def _motion(path: Tensor) -> str | None:
-    """The class of a path from the principal axes of its points."""
+    """Classifies a path by the principal axes of its points."""
     points = path[~path.isnan().any(dim=1)]
     if len(points) < 3:
         return None

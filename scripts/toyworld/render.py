@@ -17,15 +17,15 @@ COLOURS = {
 BACKGROUNDS = {"black": (0.03, 0.03, 0.03), "navy": (0.06, 0.08, 0.35), "gray": (0.45, 0.45, 0.45)}
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("horizontally", "vertically", "around", "diagonally")
-RADII = (0.12, 0.18)  # of a scene drawn at random, shares of the shorter side
-PERIODS = (28, 44)  # frames a cycle
-AREAS = {"circle": 1.0, "square": 1.0, "triangle": 0.8}  # of a shape, relative to the circle of its radius
+RADII = (0.12, 0.18)  # range in random scenes, shares of the shorter side
+PERIODS = (28, 44)  # range in random scenes, frames a cycle
+AREAS = {"circle": 1.0, "square": 1.0, "triangle": 0.8}  # relative to the circle of the shape's radius
 VOCABULARY = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a caption says about a video."""
+    """Holds what a caption says about a video."""
 
     colour: str
     shape: str
@@ -44,10 +44,10 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Scene:
-    """One video: lengths are fractions of the shorter side, times are in frames."""
+    """Describes one video: lengths are fractions of the shorter side, times are in frames."""
 
     attributes: Attributes
-    radius: float  # of the circle; the other shapes have about its area
+    radius: float  # of a circle of about the shape's area
     centre: tuple[float, float]  # of the path, (x, y) from the middle of the image
     reach: tuple[float, float]  # amplitude of the path in x and y
     period: float  # frames a cycle
@@ -55,7 +55,7 @@ class Scene:
     direction: int  # +1 or -1: sense of rotation, or which diagonal
 
     def position(self, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre of the shape, (x, y) from the middle of the image, for a tensor of frame numbers."""
+        """Returns the shape's centre, (x, y) from the middle of the image, for a tensor of frame numbers."""
         angle = 2 * math.pi * frame / self.period + self.phase
         wave_x, wave_y = {
             "horizontally": (angle.sin(), 0 * angle),
@@ -67,24 +67,24 @@ class Scene:
 
 
 def all_attributes() -> list[Attributes]:
-    """Every combination of colour, shape, motion and background."""
+    """Returns every combination of colour, shape, motion and background."""
     return [Attributes(*choice) for choice in itertools.product(*VOCABULARY.values())]
 
 
 def parse_caption(caption: str) -> Attributes:
-    """The attributes named in a caption. Raises ValueError where one is missing or named twice."""
+    """Returns the attributes named in a caption; ValueError if one is missing or named twice."""
     words = caption.lower().replace(",", " ").split()
-    found = []
+    named = []
     for name, values in VOCABULARY.items():
         hits = [value for value in values if value in words]
         if len(hits) != 1:
             raise ValueError(f"caption must name one {name} of {', '.join(values)}, got {caption!r}")
-        found += hits
-    return Attributes(*found)
+        named += hits
+    return Attributes(*named)
 
 
 def random_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
-    """Draws size, place, reach, speed and phase; the shape stays inside the image."""
+    """Draws size, position, reach, speed and phase; the shape stays inside the image."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
@@ -93,11 +93,9 @@ def random_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
     room = 0.5 - 1.25 * radius
     reach = uniform(0.7, 1.0) * min(room, 0.28)
     spare = room - reach
-    still_x = attributes.motion == "vertically"
-    still_y = attributes.motion == "horizontally"
     centre = (
-        uniform(-1, 1) * (0.6 * room if still_x else spare),
-        uniform(-1, 1) * (0.6 * room if still_y else spare),
+        uniform(-1, 1) * (0.6 * room if attributes.motion == "vertically" else spare),
+        uniform(-1, 1) * (0.6 * room if attributes.motion == "horizontally" else spare),
     )
     sign = 1 if torch.rand((), generator=generator).item() < 0.5 else -1
     phase = uniform(0, 2 * math.pi)
@@ -105,7 +103,7 @@ def random_scene(attributes: Attributes, generator: torch.Generator) -> Scene:
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Distance to the edge of a shape at the origin (negative inside), same shape as `x` and `y`.
+    """Returns the distance to the edge of a shape at the origin (negative inside), for each x and y.
 
     The square and the triangle (upright, equilateral) have 1.0 and 0.8 of the area of the circle.
     """
@@ -119,12 +117,12 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Antialiased share in [0, 1] of a unit pixel at (x, y) that a shape of `radius` pixels covers."""
+    """Returns the antialiased share of a unit pixel at (x, y) that a shape of `radius` pixels covers."""
     return (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1)
 
 
 def pixel_grid(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Pixel centres, (x, y) from the middle of the image, in pixels: `[1, W]` and `[H, 1]`."""
+    """Returns pixel centres, (x, y) in pixels from the middle of the image: `[1, W]` and `[H, 1]`."""
     x = torch.arange(width, dtype=torch.float32) - (width - 1) / 2
     y = torch.arange(height, dtype=torch.float32) - (height - 1) / 2
     return x[None, :], y[:, None]
@@ -135,11 +133,7 @@ def render(scene: Scene, frames: int = 33, height: int = 64, width: int = 64) ->
     side = min(height, width)
     x, y = pixel_grid(height, width)
     centre_x, centre_y = scene.position(torch.arange(frames, dtype=torch.float32))
-    alpha = coverage(
-        scene.attributes.shape,
-        x - side * centre_x[:, None, None],
-        y - side * centre_y[:, None, None],
-        side * scene.radius,
-    )[..., None]
+    x, y = x - side * centre_x[:, None, None], y - side * centre_y[:, None, None]
+    alpha = coverage(scene.attributes.shape, x, y, side * scene.radius)[..., None]
     colour = torch.tensor(COLOURS[scene.attributes.colour])
     return alpha * colour + (1 - alpha) * torch.tensor(BACKGROUNDS[scene.attributes.background])

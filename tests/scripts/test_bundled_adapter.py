@@ -1,4 +1,4 @@
-"""The bundled LoRA for four times the length: small, loads by its preset, denoises longer videos better."""
+"""The bundled LoRA for four times the length: small, and denoises longer videos better."""
 
 import torch
 
@@ -16,7 +16,7 @@ LEVELS = (0.9, 0.6)
 
 
 def loss(*words: str) -> float:
-    """Mean squared error of the velocity of toy world videos at fixed noise, with the preset's mask."""
+    """Returns the mean squared error of the velocity of toy world videos, with the preset's mask."""
     config = read_config(PRESET, ["model.device=cpu", *words])
     pipeline = Sampler(make_plan(config)).load()
     random, sizes = torch.Generator().manual_seed(0), config.generation
@@ -27,9 +27,8 @@ def loss(*words: str) -> float:
     mix = sigma[:, None, None, None, None]
     text = stack_text([encode_text(pipeline, "wan", a.caption) for a in SCENES])
     with torch.no_grad(), attention(pipeline, config) as handle:
-        velocity = predict_velocity(
-            pipeline.transformer, "wan", (1 - mix) * videos + mix * noise, sigma, text
-        )
+        noisy = (1 - mix) * videos + mix * noise
+        velocity = predict_velocity(pipeline.transformer, "wan", noisy, sigma, text)
         assert handle.report()["density"] < 0.3
     return (velocity - (noise - videos)).square().mean().item()
 
@@ -41,7 +40,7 @@ def test_is_small():
 
 
 def test_denoises_longer_videos_better():
-    """A quarter of the loss, on the videos held out in its training (results/length_extension_*.md)."""
+    """On the videos held out in training it has a quarter of the loss (results/length_extension_*.md)."""
     words = ["attention.dense_steps=0"]
     ratio = loss(*words) / loss(*words, "model.loras=null")
     assert 0.3 < ratio < 0.9, ratio

@@ -1,4 +1,4 @@
-"""Contact sheets: which frames they show, and what is said of files that are no videos."""
+"""Contact sheets and GIFs: their frames and labels."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from scripts.contact_sheet import main
 from scripts.evaluation.frame_sheet import GAP, LABEL, STILL, _steady, label, sheet
 
 
-def test_rows_and_frames_are_in_their_places():
+def test_rows_and_frames_are_in_order():
     rows = [np.full((3, 4, 6, 3), 10 * (i + 1), np.uint8) for i in range(2)]
     picture = sheet(rows, scale=2)
     assert picture.shape == (2 * 8 + GAP, 3 * 12 + 2 * GAP, 3)

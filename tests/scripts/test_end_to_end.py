@@ -1,4 +1,4 @@
-"""The main job as a user runs it: the shell script, the bundled model, the video, what it shows."""
+"""The main job as a user runs it: shell script, bundled model, and the video that it makes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Videos and calls of the command that makes latents, for tests of any file."""
+"""Writes videos and tables, and runs the command that makes latents of them."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SIZES = "data.sizes=17x32x48, 9x32x32, 9x48x32"
 
 
 def write_video(path: Path, frames: int, height: int, width: int, fps: int = 16) -> None:
-    """Writes a video of a bar that moves over a slope."""
+    """Writes a video of a bar that moves over a gradient."""
     path.parent.mkdir(parents=True, exist_ok=True)
     slope = np.linspace(0, 180, height * width * 3).reshape(height, width, 3)
     video = np.repeat(slope[None], frames, axis=0).astype(np.uint8)
@@ -21,10 +21,13 @@ def write_video(path: Path, frames: int, height: int, width: int, fps: int = 16)
 
 
 def run(config: Path, videos: Path, latents: Path, *arguments: str) -> int:
+    """Prepares the latents of a folder of videos and returns the exit code."""
     keys = [f"data.folder={videos}", f"data.latents={latents}", "data.shard_mb=1", SIZES, *arguments]
     return main([str(config), *keys])
 
 
-def table(folder: Path, name: str, content: str) -> list[str]:
-    (folder / name).write_text(content, encoding="utf-8")
+def table(folder: Path, name: str, content: str | None) -> list[str]:
+    """Writes a table, if it has a content, and returns the overrides that name it."""
+    if content is not None:
+        (folder / name).write_text(content, encoding="utf-8")
     return ["data.folder=null", f"data.table={folder / name}"]

@@ -1,4 +1,4 @@
-"""A small folder of latents and a configuration of LoRA training, for tests of any file."""
+"""Makes small latents and configurations of LoRA training, and runs it."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text
+from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import LatentShards
-from scripts.lora.latents import fingerprint, text_key
+from scripts.lora.latents import text_key
 from scripts.run.config import ROOT
 from scripts.train_lora import main
 from tests.support.multi_process import run_ranks
@@ -33,7 +34,7 @@ def make_latents(
     step: int = 4,
     broken: int | None = None,
 ) -> Path:
-    """Random latents of eight clips with the text of three captions, as prepare_latents.sh leaves them.
+    """Writes random latents of eight clips and the text of three captions, as prepare_latents.sh does.
 
     `broken`: the clip whose latents are not finite.
     """
@@ -57,7 +58,7 @@ def make_latents(
 
 
 def write_config(file: Path, model: Path, latents: Path, family: str = "wan", size: tuple = SIZE) -> Path:
-    """Writes the configuration of six steps with a checkpoint after every second step."""
+    """Writes the configuration of a run of six steps with a checkpoint every two."""
     file.write_text(
         f"""# tiny
 model: {{path: {model}, family: {family}, dtype: float32, device: cpu}}
@@ -80,8 +81,13 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / FILE)
 
 
+def log(folder: Path) -> list[dict]:
+    """Returns a run's log: an entry a step."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in log(folder)]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -91,7 +97,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def cut(folder: Path, copy: Path, step: int) -> Path:
-    """Copies a run's folder without the checkpoints after `step`, as a stop soon after it leaves it."""
+    """Copies a run's folder without the checkpoints after `step`, as if it had stopped soon after."""
     shutil.copytree(folder, copy)
     for later in copy.glob("step_*"):
         if int(later.name.removeprefix("step_")) > step:

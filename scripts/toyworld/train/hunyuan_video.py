@@ -1,4 +1,6 @@
-"""HunyuanVideo's bundled model: text to video by joint attention, captions through a Llama and a CLIP."""
+"""Builds HunyuanVideo's bundled model: joint attention, captions through a Llama and a CLIP."""
+
+from typing import Any
 
 import torch
 from diffusers import (
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-from radial_attn.models.hunyuan_video import attention_layers, project
+from radial_attn.models.hunyuan_video import project
 from scripts.toyworld.train.model import (
     CONV_GAIN,
     END,
@@ -22,26 +24,25 @@ from scripts.toyworld.train.model import (
     TinyDenoiser,
     build_tokenizer,
     mean_latents,
-    normalise,
     plain_attention,
 )
 
-SKIPPED_LAYERS = 2  # the last ones of the Llama, of which HunyuanVideoPipeline takes no output
+SKIPPED_LAYERS = 2  # HunyuanVideoPipeline takes the Llama's text from before the last two layers
 CLIP_SLOTS = 77  # text tokens of the CLIP
 LIKENESS, WORDS_APART = 10.0, 0.1  # scale of its cosines, weight of the caption loss
 
 
 def build_vae() -> AutoencoderKLHunyuanVideo:
-    """HunyuanVideo's causal video VAE, 8 x 8 x 4 compression to 16 channels, 1.1M parameters."""
+    """Builds HunyuanVideo's causal VAE, 8 x 8 x 4 compression to 16 channels, 1.1M parameters."""
     return AutoencoderKLHunyuanVideo(
         block_out_channels=(16, 24, 32, 40), layers_per_block=1, norm_num_groups=1, latent_channels=16
     )
 
 
 def quieten(vae: AutoencoderKLHunyuanVideo) -> None:
-    """Starts with little noise, the log variance at -7, and a signal that keeps its size on the way through.
+    """Starts with little noise, the log variance at -7, and a signal that keeps its size.
 
-    Layers outside the branches of residual blocks stand before no nonlinearity.
+    Layers outside the branches of residual blocks have no nonlinearity after them.
     """
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.latent_channels :] = -7.0
@@ -52,18 +53,18 @@ def quieten(vae: AutoencoderKLHunyuanVideo) -> None:
 
 
 def set_statistics(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> None:
-    """What latents `[B, 16, F, H, W]` are scaled with, into the VAE's configuration."""
+    """Writes the scale of latents `[B, 16, F, H, W]` into the VAE's configuration."""
     vae.register_to_config(scaling_factor=1 / latents.std().item())
 
 
 def encode(vae: AutoencoderKLHunyuanVideo, video: Tensor) -> Tensor:
-    """Latents `[B, 16, F, H, W]` of videos `[B, 3, frames, height, width]` in [-1, 1], without noise."""
+    """Returns latents `[B, 16, F, H, W]`, without noise, of videos `[B, 3, F, H, W]` in [-1, 1]."""
     vae.use_framewise_encoding = False
     return mean_latents(vae, video)
 
 
 def build_transformer() -> HunyuanVideoTransformer3DModel:
-    """2 double and 4 single layers, 4 heads x 36; one token a latent pixel; no guidance distilled in."""
+    """Builds 2 double and 4 single layers, 4 heads x 36, one token a latent pixel, no distilled guidance."""
     return HunyuanVideoTransformer3DModel(
         patch_size=1,
         patch_size_t=1,
@@ -90,19 +91,8 @@ ENCODER = {
 }
 
 
-def build_llama(vocabulary: int) -> LlamaModel:
-    """Four layers, width 64."""
-    return LlamaModel(LlamaConfig(vocab_size=vocabulary, num_hidden_layers=2 + SKIPPED_LAYERS, **ENCODER))
-
-
-def build_clip(vocabulary: int) -> CLIPTextModel:
-    """Two layers, width 64."""
-    sizes = {"num_hidden_layers": 2, "projection_dim": 64, "max_position_embeddings": CLIP_SLOTS}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, **sizes, **ENCODER))
-
-
 class TrainingProcessor(HunyuanVideoAttnProcessor2_0):
-    """Joint attention in plain products."""
+    """Computes joint attention in plain products."""
 
     def __call__(
         self,
@@ -122,27 +112,25 @@ class TrainingProcessor(HunyuanVideoAttnProcessor2_0):
 
 
 class Denoiser(TinyDenoiser):
-    """Text encoders and transformer, trained together."""
+    """Holds text encoders and transformer of HunyuanVideo."""
 
     PIPELINE = HunyuanVideoPipeline
     BLOCKS = ("transformer_blocks", "single_transformer_blocks")
     PARTS = ("text_encoder", "text_encoder_2", "transformer")
+    PROCESSORS = (TrainingProcessor, HunyuanVideoAttnProcessor2_0)
 
     def __init__(self):
         super().__init__()
-        self.text_encoder = build_llama(len(self.tokenizer))
-        self.text_encoder_2 = build_clip(len(self.tokenizer))
+        sizes = ENCODER | {"vocab_size": len(self.tokenizer)}
+        self.text_encoder = LlamaModel(LlamaConfig(num_hidden_layers=2 + SKIPPED_LAYERS, **sizes))
+        sizes |= {"projection_dim": 64, "max_position_embeddings": CLIP_SLOTS}
+        self.text_encoder_2 = CLIPTextModel(CLIPTextConfig(num_hidden_layers=2, **sizes))
         self.transformer = build_transformer()
         self.words = nn.Parameter(torch.randn(len(self.tokenizer), self.text_encoder.config.hidden_size))
         self.use_training_attention(True)
 
-    def use_training_attention(self, on: bool) -> None:
-        """Switches between the processors of training, equal and faster, and those of pipelines."""
-        for layer in attention_layers(self.transformer):
-            layer.set_processor(TrainingProcessor() if on else HunyuanVideoAttnProcessor2_0())
-
     def take_over(self, pipeline: HunyuanVideoPipeline) -> None:
-        """Weights of a HunyuanVideo; single layers that it lacks begin as identities."""
+        """Loads the weights of a HunyuanVideo; single layers that it lacks begin as identities."""
         lacking = self.transformer.single_transformer_blocks[pipeline.transformer.config.num_single_layers :]
         for block in lacking:
             nn.init.zeros_(block.norm.linear.weight)
@@ -152,18 +140,18 @@ class Denoiser(TinyDenoiser):
             part.load_state_dict(part.state_dict() | getattr(pipeline, name).state_dict())
 
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Text `[B, T, 64]`, its mask `[B, T]` and the pooled text `[B, 64]`, as the pipeline makes them."""
+        """Returns text `[B, T, 64]`, mask `[B, T]` and pooled text `[B, 64]`, as the pipeline makes them."""
         tokens, mask = self.tokens(captions)
         return self.llama_text(tokens, mask), mask, self.text_encoder_2(tokens).pooler_output
 
     def llama_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The Llama's text `[B, T, 64]` of tokens and mask `[B, T]`, from the layer that pipelines take."""
+        """Returns the Llama's text `[B, T, 64]` from the layer that pipelines take."""
         return self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states[-SKIPPED_LAYERS - 1]
 
     def caption_loss(self, captions: list[str]) -> Tensor:
-        """Cross-entropy of the direction of each token of the Llama's text, which has to tell its word.
+        """Returns the cross-entropy of each token of the Llama's text, whose direction must tell its word.
 
-        Without it two shapes ended 2 % apart in that text, too near for the transformer to tell them.
+        Without this loss two shapes ended 2 % apart in the text, too close for the transformer.
         """
         tokens, mask = self.tokens(captions)
         text = functional.normalize(self.llama_text(tokens, mask).float(), dim=-1)[mask.bool()]
@@ -171,22 +159,13 @@ class Denoiser(TinyDenoiser):
         return WORDS_APART * functional.cross_entropy(LIKENESS * cosines, tokens[mask.bool()])
 
     def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
-        """Predicted velocity (noise - video) of `[B, 16, F, H, W]` at noise levels `[B]`."""
+        """Predicts the velocity (noise - video) of `[B, 16, F, H, W]` at noise levels `[B]`."""
         text, mask, pooled = self.embed(captions)
         return self.transformer(latents, 1000 * sigma, text, mask, pooled, return_dict=False)[0]
 
-    def pipeline(self, vae: AutoencoderKLHunyuanVideo) -> HunyuanVideoPipeline:
-        """The HunyuanVideoPipeline of these weights."""
-        self.use_training_attention(False)
-        return HunyuanVideoPipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder.eval(),
-            tokenizer_2=build_tokenizer(),
-            text_encoder_2=self.text_encoder_2.eval(),
-            vae=vae.eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-            transformer=self.transformer.eval(),
-        )
+    def other_parts(self) -> dict[str, Any]:
+        """Returns the scheduler, and the tokenizer of the CLIP."""
+        return {"tokenizer_2": build_tokenizer(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0)}
 
 
 FAMILY = Family(
@@ -195,7 +174,6 @@ FAMILY = Family(
     quieten,
     encode,
     set_statistics,
-    normalise,
     mosaic=True,
     chunked=True,
     defaults={"outline_steps": 1000, "steps": 4200},

@@ -1,4 +1,4 @@
-"""A training loop that can be stopped at any moment: atomic checkpoints, exact continuation."""
+"""Runs a training loop that can be stopped at any moment and resumes exactly, from atomic checkpoints."""
 
 import copy
 import math
@@ -16,55 +16,40 @@ from scripts.run.files import replacing
 
 @dataclass(frozen=True)
 class Stage:
-    """One training loop: `loss(step)` over the parameters of `model`."""
+    """Describes one training loop: `loss(step)` over the parameters of `model`."""
 
     name: str
     model: nn.Module
     loss: Callable[[int], Tensor]
     steps: int
     rate: float
-    ema: float = 0.0
-    matrices: tuple[str, ...] = ()  # Muon trains the matrices whose names begin so; none: AdamW trains all
-    decay: float = 1.0  # share of the steps, the last ones, over which the rate falls
+    ema: float = 0.0  # decay of the averaged weights
+    matrices: tuple[str, ...] = ()  # beginnings of names of matrices that Muon trains; AdamW trains the rest
+    decay: float = 1.0  # last share of the steps, over which the rate falls
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Warm-up over 100 steps; in the last share `decay` of the steps a cosine to 1 % of the rate."""
+    """Returns the rate: warm-up over 100 steps, and a cosine to 1 % over the last share `decay`."""
     done = max(0.0, 1 - (1 - step / stage.steps) / stage.decay)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return stage.rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * cosine)
 
 
 def build_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon beside it where the stage names matrices; both take steps of the same size."""
-    named = [(name, p) for name, p in stage.model.named_parameters() if p.requires_grad]
-    chosen = [p for name, p in named if p.ndim == 2 and name.startswith(stage.matrices)]
-    taken = {id(p) for p in chosen}
-    rest = [p for _, p in named if id(p) not in taken]
-    optimizers = [torch.optim.AdamW(rest, stage.rate, betas=(0.9, 0.99), weight_decay=0.01)]
-    if chosen:
-        optimizers.append(
-            torch.optim.Muon(chosen, stage.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        )
+    """Makes AdamW, and Muon if the stage names matrices; both take steps of the same size."""
+    adamw, muon = [], []
+    for name, p in stage.model.named_parameters():
+        if p.requires_grad:
+            (muon if p.ndim == 2 and name.startswith(stage.matrices) else adamw).append(p)
+    optimizers = [torch.optim.AdamW(adamw, stage.rate, betas=(0.9, 0.99), weight_decay=0.01)]
+    if muon:
+        same_size = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(muon, stage.rate, **same_size))
     return optimizers
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Atomic: the old checkpoint stays until the new one is whole."""
-    with replacing(path) as part:
-        torch.save(state, part)
-
-
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the weights, shorter while few steps are done."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for target, source in zip(average.parameters(), model.parameters(), strict=True):
-            target.lerp_(source, 1 - decay)
-
-
 def run_stage(stage: Stage, work: Path, device: str, save_every: int) -> nn.Module:
-    """Trains, continuing from `work/<name>.pt` where it exists; returns the averaged model."""
+    """Trains, from the checkpoint `work/<name>.pt` on if there is one; returns the averaged model."""
     path = work / f"{stage.name}.pt"
     optimizers = build_optimizers(stage)
     average, first = copy.deepcopy(stage.model), 0
@@ -81,29 +66,22 @@ def run_stage(stage: Stage, work: Path, device: str, save_every: int) -> nn.Modu
         smooth = train_step(stage, optimizers, average, step, smooth)
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % save_every == 0 or step + 1 == stage.steps:
-            save_checkpoint(path, checkpoint(stage, average, optimizers, step + 1))
-            log(work / "log.txt", f"{stage.name} {step + 1} {smooth:.5f} {time.time():.0f}")
+            state = {"model": stage.model.state_dict(), "average": average.state_dict(), "step": step + 1}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            with replacing(path) as part:
+                torch.save(state, part)
+            with open(work / "log.txt", "a") as log:
+                log.write(f"{stage.name} {step + 1} {smooth:.5f} {time.time():.0f}\n")
     return average
 
 
-def checkpoint(stage: Stage, average: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> dict:
-    """All that a run needs to continue."""
-    return {
-        "model": stage.model.state_dict(),
-        "average": average.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-    }
-
-
 def train_step(
-    stage: Stage,
-    optimizers: list[torch.optim.Optimizer],
-    average: nn.Module,
-    step: int,
-    smooth: float | None,
+    stage: Stage, optimizers: list[torch.optim.Optimizer], average: nn.Module, step: int, smooth: float | None
 ) -> float:
-    """One update; returns the running mean of the loss."""
+    """Makes one update; returns the running mean of the loss.
+
+    The average of the weights is exponential, and shorter while few steps are done.
+    """
     loss = stage.loss(step)
     stage.model.zero_grad(set_to_none=True)
     loss.backward()
@@ -112,11 +90,8 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         optimizer.step()
-    update_average(average, stage.model, stage.ema, step)
+    decay = min(stage.ema, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for target, source in zip(average.parameters(), stage.model.parameters(), strict=True):
+            target.lerp_(source, 1 - decay)
     return loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-
-
-def log(path: Path, line: str) -> None:
-    """Appends to the loss log."""
-    with open(path, "a") as file:
-        file.write(line + "\n")

@@ -1,4 +1,6 @@
-"""Mochi's bundled model: text to video by joint attention with a narrower stream of text, through a T5."""
+"""Builds Mochi's bundled model: joint attention with a narrower text stream, captions through a T5."""
+
+from typing import Any
 
 import torch
 from diffusers import (
@@ -11,22 +13,14 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from radial_attn.models.mochi import attention_layers, project
-from scripts.toyworld.train.model import (
-    T5_SHAPE,
-    Family,
-    TinyDenoiser,
-    mean_latents,
-    normalise,
-    plain_attention,
-    set_channel_statistics,
-)
+from radial_attn.models.mochi import project
+from scripts.toyworld.train.model import T5_SHAPE, Family, TinyDenoiser, plain_attention
 
-MOCHI_SIDE = 192  # tokens: positions are stretched to a square of this side, whatever the size of the video
+MOCHI_SIDE = 192  # tokens: positions of a video of any size are stretched to a square of this side
 
 
 def build_vae() -> AutoencoderKLMochi:
-    """Mochi's causal video VAE, 8 x 8 x 6 compression to 12 channels, 1.2M parameters."""
+    """Builds Mochi's causal VAE, 8 x 8 x 6 compression to 12 channels, 1.2M parameters."""
     return AutoencoderKLMochi(
         encoder_block_out_channels=(32, 32, 32, 64),
         decoder_block_out_channels=(32, 32, 32, 64),
@@ -36,20 +30,20 @@ def build_vae() -> AutoencoderKLMochi:
 
 
 def quieten(vae: AutoencoderKLMochi) -> None:
-    """Starts with little noise, by a log variance below 0, and blind to the sines of colours.
+    """Starts with little noise, by a log variance below 0, and ignores the sines of colours.
 
-    The last layer has no bias, but what it gets is positive on average (0.207 of a standard normal), so
-    weights of one sign do for one.
+    The last layer has no bias. Its input is positive on average (0.207 for a standard normal), so weights of
+    one sign act as a bias.
     """
     with torch.no_grad():
         encoder = vae.encoder
         encoder.proj_out.weight[vae.config.latent_channels :] = -7.0 / (0.207 * encoder.proj_out.in_features)
         encoder.proj_in.weight[:, 3:] = 0.0
-        vae.decoder.proj_out.weight *= 0.25  # no norm stands before it
+        vae.decoder.proj_out.weight *= 0.25  # it has no norm before it
 
 
 def build_transformer() -> MochiTransformer3DModel:
-    """5 layers, 4 heads x 36; one token a latent pixel."""
+    """Builds 5 layers, 4 heads x 36, with one token a latent pixel."""
     transformer = MochiTransformer3DModel(
         patch_size=1,
         num_attention_heads=4,
@@ -66,25 +60,20 @@ def build_transformer() -> MochiTransformer3DModel:
 
 
 def rotary_frequencies(pairs: int, tokens: int = 8) -> Tensor:
-    """Radians a position of each axis, `[3, 1, pairs]`: each pair of channels turns along one axis.
+    """Returns radians a position of each axis, `[3, 1, pairs]`: each pair of channels turns along one axis.
 
-    `tokens`: height and width of the videos, over which Mochi's positions stretch to `MOCHI_SIDE`.
+    `tokens`: height and width of the videos, which Mochi's positions stretch to `MOCHI_SIDE`.
     """
     frequencies = torch.zeros(3, 1, pairs)
     for axis in range(3):
-        own = torch.arange(axis, pairs, 3)
-        speeds = 100.0 ** -(torch.arange(len(own)) / len(own))
-        frequencies[axis, 0, own] = speeds / (1 if axis == 0 else MOCHI_SIDE / tokens)
+        turned = torch.arange(axis, pairs, 3)
+        speeds = 100.0 ** -(torch.arange(len(turned)) / len(turned))
+        frequencies[axis, 0, turned] = speeds / (1 if axis == 0 else MOCHI_SIDE / tokens)
     return frequencies
 
 
-def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """A two-layer T5 encoder, width 64."""
-    return T5EncoderModel(T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **T5_SHAPE))
-
-
 class TrainingProcessor(MochiAttnProcessor2_0):
-    """Joint attention in plain products."""
+    """Computes joint attention in plain products."""
 
     def __call__(
         self,
@@ -103,57 +92,37 @@ class TrainingProcessor(MochiAttnProcessor2_0):
 
 
 class Denoiser(TinyDenoiser):
-    """Text encoder and transformer, trained together."""
+    """Holds text encoder and transformer of Mochi."""
 
     PIPELINE = MochiPipeline
     BLOCKS = ("transformer_blocks",)
-    PARTS = ("text_encoder", "transformer")
+    PROCESSORS = (TrainingProcessor, MochiAttnProcessor2_0)
 
     def __init__(self):
         super().__init__()
-        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        sizes = T5_SHAPE | {"vocab_size": len(self.tokenizer)}
+        self.text_encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))
         self.transformer = build_transformer()
         self.use_training_attention(True)
 
-    def use_training_attention(self, on: bool) -> None:
-        """Switches between the processors of training, equal and faster, and those of pipelines."""
-        for layer in attention_layers(self.transformer):
-            layer.processor = TrainingProcessor() if on else MochiAttnProcessor2_0()
-
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Text `[B, T, 64]` and its mask `[B, T]`; as in the pipeline, an empty caption has none."""
+        """Returns text `[B, T, 64]` and mask `[B, T]`; as in the pipeline, an empty caption has none."""
         tokens, mask = self.tokens(captions)
         filled = torch.tensor([[bool(caption)] for caption in captions], device=mask.device)
         mask = mask.bool() & filled
         return self.text_encoder(tokens, mask).last_hidden_state, mask
 
     def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
-        """Predicted velocity (noise - video) of `[B, 12, F, H, W]`; Mochi's own points to the video."""
+        """Predicts the velocity (noise - video) of `[B, 12, F, H, W]`; Mochi's own points to the video."""
         text, mask = self.embed(captions)
         return -self.transformer(latents, text, 1000 * (1 - sigma), mask, return_dict=False)[0]
 
-    def pipeline(self, vae: AutoencoderKLMochi) -> MochiPipeline:
-        """The MochiPipeline of these weights."""
-        self.use_training_attention(False)
-        return MochiPipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder.eval(),
-            vae=vae.eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-            transformer=self.transformer.eval(),
-            force_zeros_for_empty_prompt=True,
-        )
+    def other_parts(self) -> dict[str, Any]:
+        """Returns the scheduler, and how an empty prompt is embedded."""
+        scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+        return {"scheduler": scheduler, "force_zeros_for_empty_prompt": True}
 
 
 FAMILY = Family(
-    build_vae,
-    Denoiser,
-    quieten,
-    mean_latents,
-    set_channel_statistics,
-    normalise,
-    frames=31,
-    clip_frames=13,
-    frames_step=6,
-    defaults={"steps": 4500},
+    build_vae, Denoiser, quieten, frames=31, clip_frames=13, frames_step=6, defaults={"steps": 4500}
 )

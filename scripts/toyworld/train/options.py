@@ -1,4 +1,4 @@
-"""Options of the trainer of the bundled models, and what its parts share."""
+"""Defines the options of the trainer of the bundled models, and draws its videos."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What can be set from the command line (`--name value`)."""
+    """Holds what the command line can set (`--name value`)."""
 
     family: str = "wan"
     out: Path = Path("assets/wan-tiny")
-    start: Path | None = None  # a model to go on from: its VAE stays as it is
+    start: Path | None = None  # a model to start from; its VAE is not trained
     work: Path = Path("outputs/train_wan_tiny")
-    device: str = "cpu"  # on the command line: CUDA where there is one
+    device: str = "cpu"  # on the command line: CUDA if there is one
     seed: int = 0
     image_steps: int = 1500
     vae_steps: int = 1500
@@ -36,21 +36,21 @@ class Options:
     videos: int = 3000
     steps: int = 5200
     rate: float = 2e-3  # learning rate of the transformer
-    shift: float = 5.0  # of the noise levels in training; motion is decided at high ones
+    shift: float = 5.0  # of the noise levels in training; high ones decide the motion
     batch: int = 8
     frames: int = 33
     size: int = 64
     save_every: int = 100
-    compile: bool = False  # the transformer's blocks; on the command line: where torch.compile can
+    compile: bool = False  # the transformer's blocks; on the command line: if torch.compile works
 
 
 def generator(options: Options, stage: int, step: int) -> torch.Generator:
-    """The random numbers of one step."""
+    """Makes the generator of one step's random numbers."""
     return torch.Generator().manual_seed((options.seed * 10 + stage) * 10_000_000 + step)
 
 
 def mixed_precision(options: Options) -> torch.autocast:
-    """Matrix products and convolutions in bfloat16, weights and losses in float32."""
+    """Computes matrix products and convolutions in bfloat16; weights and losses stay in float32."""
     return torch.autocast(torch.device(options.device).type, torch.bfloat16)
 
 
@@ -60,32 +60,30 @@ def run(stage: Stage, options: Options) -> nn.Module:
 
 
 def draw_video(options: Options, frames: int, random: torch.Generator) -> tuple[Tensor, Attributes]:
-    """A random captioned video as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
+    """Draws a random captioned video as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
     scene = draw_scene(random)
     video = render(scene, frames, options.size, options.size)
     return video.permute(3, 0, 1, 2) * 2 - 1, scene.attributes
 
 
 def draw_scene(random: torch.Generator) -> Scene:
-    """A scene of random attributes."""
+    """Draws a scene with random attributes."""
     combinations = all_attributes()
     attributes = combinations[int(torch.randint(len(combinations), (), generator=random))]
     return random_scene(attributes, random)
 
 
 def draw_mosaic(options: Options, frames: int, random: torch.Generator) -> Tensor:
-    """Quarters of four videos, each cut out around its shape: `[3, frames, size, size]` in [-1, 1].
+    """Puts together quarters of four videos, each around its shape: `[3, frames, size, size]` in [-1, 1].
 
-    With four backgrounds and a fifth of it shapes, where a video has one and a twentieth.
+    It has four backgrounds, and a fifth of it is shapes; a video has one, and a twentieth.
     """
-    top, bottom = (
-        torch.cat([_quarter(options.size, frames, random) for _ in range(2)], dim=3) for _ in range(2)
-    )
-    return torch.cat([top, bottom], dim=2)
+    quarters = [_quarter(options.size, frames, random) for _ in range(4)]
+    return torch.cat([torch.cat(quarters[:2], dim=3), torch.cat(quarters[2:], dim=3)], dim=2)
 
 
 def _quarter(size: int, frames: int, random: torch.Generator) -> Tensor:
-    """`[3, frames, size / 2, size / 2]` of a random video; the shape of its first frame is in it."""
+    """Cuts `[3, frames, size / 2, size / 2]` out of a random video, around the shape in its first frame."""
     scene, half = draw_scene(random), size // 2
     video = render(scene, frames, size, size).permute(3, 0, 1, 2) * 2 - 1
     for dim, centre in zip((3, 2), scene.position(torch.zeros(())), strict=True):

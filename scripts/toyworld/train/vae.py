@@ -1,4 +1,4 @@
-"""Trains the VAE of a bundled model from nothing: frames, then clips, then clips with outlines stressed."""
+"""Trains the VAE of a bundled model from scratch: frames, then clips, then clips with outlines weighted."""
 
 import math
 from collections.abc import Callable
@@ -23,11 +23,11 @@ from scripts.toyworld.train.options import (
 def vae_loss(
     vae: nn.Module, options: Options, *, stage: int, frames: int, batch: int, edges: float = 0.0
 ) -> Callable[[int], Tensor]:
-    """Reconstruction (L1 + L2) and a small Kullback-Leibler term that keeps the latents smooth.
+    """Makes the loss of a step: L1 + L2 and a small Kullback-Leibler term that keeps the latents smooth.
 
-    `edges`: how much more an error on the outline of a shape weighs than one far from it. Where nothing is
-    stressed, a family that normalises over whole frames sees mosaics: on one shape before a flat ground, its
-    layers have the ground for their statistics, and learn the shape's colour last.
+    `edges`: how much more an error on the outline of a shape counts. At 0, a family that normalises over
+    whole frames sees mosaics: with one shape on a flat background, the background makes up its statistics,
+    and it learns the shape's colour last.
     """
     family = FAMILIES[options.family]
     chunk_step = family.frames_step if frames > 1 and family.chunked else None
@@ -54,10 +54,10 @@ def vae_loss(
 def reconstruct(
     vae: nn.Module, latents: Tensor, video: Tensor, weight: Tensor, chunk_step: int | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Errors of the decoded videos and the weights beside them.
+    """Returns errors of the decoded videos, and their weights.
 
-    `chunk_step`, frames to a latent frame: half of the videos are decoded from the second latent frame on,
-    without the first frame that comes of it, as a pipeline does that decodes in chunks.
+    If `chunk_step`, the frames of a latent frame, is given, half of the videos are decoded from the second
+    latent frame on, and their first frame is dropped, as pipelines do that decode in chunks.
     """
     if chunk_step is None:
         return [(vae.decode(latents).sample - video, weight)]
@@ -70,26 +70,25 @@ def reconstruct(
 
 
 def outline(video: Tensor) -> Tensor:
-    """Near 1 within two pixels of a strong edge, 0 where nothing changes; of `[B, 3, F, H, W]`."""
+    """Returns about 1 within two pixels of a strong edge and 0 in flat areas, for `[B, 3, F, H, W]`."""
     blurred = F.avg_pool3d(video, (1, 5, 5), stride=1, padding=(0, 2, 2), count_include_pad=False)
     return (4 * (video - blurred).abs().amax(dim=1, keepdim=True)).clamp(max=1)
 
 
 def initialise_vae(vae: nn.Module) -> None:
-    """Starts as an image model with a strong signal: in the default scale the biases of a deep, narrow
-    network drown its input, and hundreds of steps pass before anything but the background is learnt.
+    """Starts as an image model with a strong signal.
+
+    At the default scale, the biases of a deep, narrow network drown its input, and it learns nothing but the
+    background for hundreds of steps.
     """
     with torch.no_grad():
         for layer in vae.modules():
             if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.Linear):
-                weight = layer.weight
+                layer.weight.zero_()
+                # a causal convolution over time begins with its last tap alone, the present
+                present = layer.weight[:, :, -1] if layer.weight.ndim == 5 else layer.weight
                 gain = 1.0 if isinstance(layer, nn.Linear) else CONV_GAIN
-                scale = gain / math.sqrt(weight[0, :, 0].numel() if weight.ndim == 5 else weight[0].numel())
-                newest = (
-                    weight[:, :, -1] if weight.ndim == 5 else weight
-                )  # causal: the last tap is the present
-                weight.zero_()
-                newest.normal_(std=scale)
+                present.normal_(std=gain / math.sqrt(present[0].numel()))
                 if layer.bias is not None:
                     layer.bias.zero_()
         for name, layer in vae.named_modules():
@@ -100,9 +99,9 @@ def initialise_vae(vae: nn.Module) -> None:
 
 
 def train_vae(options: Options) -> nn.Module:
-    """Single frames first, which is cheap, then short clips: the VAE is causal.
+    """Trains on single frames first, which is cheap, then on short clips: the VAE is causal.
 
-    At the end outlines count more: most pixels are background, and corners are what tells the shapes apart.
+    At the end outlines count more: most pixels are background, and the shapes differ in their corners.
     """
     torch.manual_seed(options.seed)
     family = FAMILIES[options.family]

@@ -1,6 +1,6 @@
-"""Wan's bundled image-to-video model: of Wan2.2's kind, without a CLIP, from the bundled text-to-video model.
+"""Builds Wan's bundled image-to-video model, of Wan2.2's kind (without a CLIP).
 
-Text encoder and VAE are those of that model, four of its six layers are trained further.
+Text encoder and VAE come from the bundled text-to-video model; four of its six layers are trained further.
 """
 
 from dataclasses import replace
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from scripts.toyworld.train import wan
 from scripts.toyworld.train.model import mean_latents, normalise
-from scripts.toyworld.train.wan import build_scheduler
 
 KEPT = (0, 1, 4, 5)  # layers of the text-to-video model
 CHANNELS = 16  # of a latent video; as many again hold the first frame
@@ -21,65 +20,45 @@ GIVEN = 4  # channels of the mask that says which frames are given
 
 
 def encode(vae: torch.nn.Module, video: Tensor) -> Tensor:
-    """Latents `[B, 32, F, H, W]` of videos `[B, 3, frames, height, width]`, and of their first frames."""
+    """Returns latents `[B, 32, F, H, W]`: those of videos `[B, 3, F, H, W]` and of their first frames."""
     alone = torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], dim=2)
     return torch.cat([mean_latents(vae, video), mean_latents(vae, alone)], dim=1)
 
 
 def normalise_both(latents: Tensor, vae: torch.nn.Module) -> Tensor:
-    """Both halves of `[B, 32, F, H, W]` as the transformer takes them."""
+    """Scales both halves of `[B, 32, F, H, W]` for the transformer."""
     return torch.cat([normalise(half, vae) for half in latents.chunk(2, dim=1)], dim=1)
 
 
 class Denoiser(wan.Denoiser):
-    """Text encoder and transformer, trained together."""
+    """Holds text encoder and transformer of Wan with the first frame as input."""
 
     PIPELINE = WanImageToVideoPipeline
-    TRANSFORMER: ClassVar[dict[str, int]] = {
-        "in_channels": 2 * CHANNELS + GIVEN,
-        "num_layers": len(KEPT),
-    }
+    TRANSFORMER: ClassVar[dict[str, int]] = {"in_channels": 2 * CHANNELS + GIVEN, "num_layers": len(KEPT)}
 
     def take_over(self, pipeline: DiffusionPipeline) -> None:
-        """Weights of a model of this kind, or of the bundled text-to-video model."""
+        """Loads the weights of a model of this kind, or of the bundled text-to-video model."""
         if pipeline.transformer.config.in_channels == CHANNELS:
             self.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
-            self.transformer.load_state_dict(widened(pipeline.transformer.state_dict()))
+            self.transformer.load_state_dict(widened(pipeline.transformer))
         else:
             super().take_over(pipeline)
 
     def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
-        """Predicted velocity `[B, 16, F, H, W]` from `[B, 32, F, H, W]`: the video, then the first frame."""
+        """Predicts the velocity `[B, 16, F, H, W]` from video and first frame, `[B, 32, F, H, W]`."""
         video, first = latents.chunk(2, dim=1)
         given = torch.zeros_like(video[:, :GIVEN])
         given[:, :, 0] = 1
         return super().forward(torch.cat([video, given, first], dim=1), sigma, captions)
 
-    def pipeline(self, vae: torch.nn.Module) -> WanImageToVideoPipeline:
-        """The WanImageToVideoPipeline of these weights."""
-        self.use_training_attention(False)
-        return WanImageToVideoPipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder.eval(),
-            vae=vae.eval(),
-            scheduler=build_scheduler(),
-            transformer=self.transformer.eval(),
-        )
 
-
-def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The kept layers, renumbered, and a patch embedding that is blind to the new channels."""
-    layers = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(KEPT)}
-    kept = {}
-    for name, tensor in weights.items():
-        head = next((head for head in layers if name.startswith(head)), None)
-        if head is not None:
-            kept[layers[head] + name.removeprefix(head)] = tensor
-        elif not name.startswith("blocks."):
-            kept[name] = tensor
-    narrow = kept["patch_embedding.weight"]
+def widened(transformer: torch.nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of the kept layers, and a patch embedding that ignores the new channels."""
+    weights = {name: x for name, x in transformer.state_dict().items() if not name.startswith("blocks.")}
+    weights |= torch.nn.ModuleList(transformer.blocks[i] for i in KEPT).state_dict(prefix="blocks.")
+    narrow = weights["patch_embedding.weight"]
     blind = narrow.new_zeros(len(narrow), CHANNELS + GIVEN, *narrow.shape[2:])
-    return kept | {"patch_embedding.weight": torch.cat([narrow, blind], dim=1)}
+    return weights | {"patch_embedding.weight": torch.cat([narrow, blind], dim=1)}
 
 
 FAMILY = replace(

@@ -1,4 +1,4 @@
-"""Length extension: what a long video is judged by, the study and its demo from end to end."""
+"""Length extension: scores of long videos, the study and its demo from end to end."""
 
 import json
 import os
@@ -48,26 +48,25 @@ def test_a_colour_or_shape_that_changes_half_way_is_not_held():
     asked = attributes()
     for change in ({"colour": "blue"}, {"shape": "circle"}):
         video = torch.cat([clip(asked)[:64], clip(attributes(**change))[64:]])
-        found = scores(video, asked)
-        assert found["identity_held"] == found["identity_right"] == 0
-        assert found["motion_throughout"] == 1
+        score = scores(video, asked)
+        assert score["identity_held"] == score["identity_right"] == 0 and score["motion_throughout"] == 1
 
 
 def test_an_identity_that_holds_may_be_the_wrong_one():
-    found = scores(clip(attributes(colour="green")), attributes())
-    assert (found["identity_held"], found["identity_right"], found["colour"], found["whole"]) == (1, 0, 0, 0)
-    assert found["attributes"] == 0.75
+    score = scores(clip(attributes(colour="green")), attributes())
+    assert score["identity_held"] == 1 and score["attributes"] == 0.75
+    assert score["identity_right"] == score["colour"] == score["whole"] == 0
 
 
 def test_a_video_that_stops_or_is_empty_fails():
     asked = attributes()
     video = clip(asked)
     stopped = torch.cat([video[:97], video[96:97].expand(32, -1, -1, -1)])
-    found = scores(stopped, asked)
-    assert found["motion"] == 1 and found["motion_throughout"] == 0 and found["identity_right"] == 1
-    slowed = clip(asked, 33).repeat_interleave(4, dim=0)[:FRAMES]
-    assert (scores(slowed, asked)["motion_throughout"], scores(slowed, asked)["speed_right"]) == (0, 0)
-    assert scores(slowed, asked)["size_right"] == 1 and scores(clip(asked, 33), asked)["speed_right"] is None
+    score = scores(stopped, asked)
+    assert score["motion"] == 1 and score["motion_throughout"] == 0 and score["identity_right"] == 1
+    slowed = scores(clip(asked, 33).repeat_interleave(4, dim=0)[:FRAMES], asked)
+    assert slowed["motion_throughout"] == slowed["speed_right"] == 0 and slowed["size_right"] == 1
+    assert scores(clip(asked, 33), asked)["speed_right"] is None
     for radius in (0.1, 0.21):
         scene = random_scene(asked, torch.Generator().manual_seed(0))
         scene = replace(scene, radius=radius, reach=(0.2, 0.2), centre=(0, 0))
@@ -105,7 +104,7 @@ def test_captions_are_different_and_mixed(count, spread):
 
 
 def results_of(**wrong: int) -> dict[str, Result]:
-    """Results in which so many of ten captions are wrong."""
+    """Makes results of runs by name, with this many wrong of ten captions."""
     right = record(clip(attributes()), attributes(), TRAINED)
     still = right | {"motion": False, "parts": [part | {"motion": None} for part in right["parts"]]}
     config = length_study.parse([]).study.config("radial")
@@ -117,7 +116,7 @@ def results_of(**wrong: int) -> dict[str, Result]:
     return results
 
 
-def test_the_adapter_with_the_mask_is_set_against_every_other_run():
+def test_the_adapter_with_the_mask_is_compared_with_every_other_run():
     lines = differences(results_of(radial_lora=2, dense_lora=1, dense=4))
     head, _, tuned, plain = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     tuned, plain = dict(zip(head, tuned, strict=True)), dict(zip(head, plain, strict=True))
@@ -129,13 +128,14 @@ def test_the_adapter_with_the_mask_is_set_against_every_other_run():
 
 
 def run_study(folder: Path, *words: str) -> int:
+    """Runs a small study and returns the exit code."""
     numbers = ["--videos", "3", "--steps", "2", "--captions", "2", "--batch", "1"]
-    places = ["--work", str(folder / "work"), "--out", str(folder / "results" / "table.md")]
-    return length_study.main([*SMALL, *KEYS, *TRAIN_KEYS, *words, *numbers, *places])
+    paths = ["--work", str(folder / "work"), "--out", str(folder / "results" / "table.md")]
+    return length_study.main([*SMALL, *KEYS, *TRAIN_KEYS, *words, *numbers, *paths])
 
 
 def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-    """Tables and pictures; a second call makes and trains nothing, and names are checked at once.
+    """It writes tables and pictures; a second call makes and trains nothing.
 
     One of two steps is dense, and takes twice as long.
     """
@@ -174,7 +174,7 @@ def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
 
 
 def test_study_refuses_before_anything_is_made(tmp_path, monkeypatch, capsys):
-    """Of the patterns power alone has no mask about as dense."""
+    """Only the pattern `power` has no mask about as dense."""
     monkeypatch.setitem(ROWS, "random_lora", replace(ROWS["random_lora"], pattern="power"))
     assert run_study(tmp_path, "--only", "random_lora") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -182,21 +182,15 @@ def test_study_refuses_before_anything_is_made(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_differ_in_what_their_names_say():
+def test_runs_differ_as_their_names_say():
     study = length_study.parse(["attention.density=0.3", "train.rate=1e-4"]).study
     configs = {name: study.config(name) for name in ROWS}
     assert configs["dense_1x"].generation.num_frames == 33 and configs["dense"].generation.num_frames == 129
     assert configs["riflex"].model.positions == "riflex" and configs["radial"].model.positions == "plain"
     assert {config.attention.density for config in configs.values()} == {0.3}
     trainings = {name: study.training_config(name) for name, row in ROWS.items() if row.tuned}
-    assert [config.attention.pattern for config in trainings.values()] == [
-        "dense",
-        "radial",
-        "spatial",
-        "temporal",
-        "strided",
-        "random",
-    ]
+    patterns = ["dense", "radial", "spatial", "temporal", "strided", "random"]
+    assert [config.attention.pattern for config in trainings.values()] == patterns
     assert {config.train.rate for config in trainings.values()} == {1e-4}
     assert {tuple(config.data.sizes[0]) for config in trainings.values()} == {(129, 64, 64)}
     file = configs["random_lora"].model.loras[0].path
@@ -206,14 +200,9 @@ def test_runs_differ_in_what_their_names_say():
 def test_demo_from_end_to_end(tmp_path):
     sizes = {"VIDEOS": "2", "STEPS": "1", "CAPTIONS": "1", "FRAMES": "9", "SIDE": "32"}
     keys = {"KEYS": " ".join(KEYS), "TRAIN_KEYS": " ".join(TRAIN_KEYS), "WORK": str(tmp_path)}
-    run = subprocess.run(
-        ["bash", "scripts/length_extension_demo.sh"],
-        cwd=ROOT,
-        env=os.environ | sizes | keys,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["bash", "scripts/length_extension_demo.sh"]
+    pipes = {"capture_output": True, "text": True}
+    run = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | sizes | keys, **pipes)
     assert run.returncode == 0, run.stderr[-2000:]
     for name in ("scores.md", "frames.png", "scores.png", "scores_frames.png"):
         assert str(tmp_path / name) in run.stdout and (tmp_path / name).stat().st_size > 0

@@ -1,4 +1,4 @@
-"""Videos to latents by the command: what is made, bad input, runs that are stopped."""
+"""Videos to latents by the command: what it makes, bad input, runs that stop and resume."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,29 +19,32 @@ from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora import latent_shards
 from scripts.lora import prepare as prepare_latents
+from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import locked
-from scripts.lora.latents import LatentStore, fingerprint
-from scripts.prepare_latents import main
+from scripts.lora.latents import LatentStore
 from scripts.run.config import ROOT
 from scripts.run.inputs import fit, read_frames
-from tests.support.latent_cases import SIZES, run, table, write_video
+from tests.support.latent_cases import SIZES, run, write_video
 from tests.support.tiny_hunyuan import hunyuan_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 
-MODEL = "assets/wan-tiny"
+MODEL, ENLARGED = "assets/wan-tiny", "note: 1 clips are enlarged: a.mp4"
 SHARD = 5000  # bytes: a text each, one clip and then two
 CAPTIONS = {"a": "a red circle", "b": "a blue square moving around", "deep/c": "a red circle", "d": "short"}
-SHAPES = {
-    "a": (20, 32, 48),
-    "b": (9, 64, 40),
-    "deep/c": (16, 40, 40),
-    "d": (8, 32, 32),
-}  # frames, height, width
+# frames, height, width
+SHAPES = {"a": (20, 32, 48), "b": (9, 64, 40), "deep/c": (16, 40, 40), "d": (8, 32, 32)}
+
+
+def write_model(file: Path, path: str | Path, family: str = "wan") -> Path:
+    """Writes a configuration that names a model and nothing else."""
+    model = f"{{path: {path}, family: {family}, dtype: float32, device: cpu}}"
+    file.write_text(f"# tiny\nmodel: {model}\n")
+    return file
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
-    """Four videos with captions, one of them too short for all sizes."""
+    """Makes four videos with captions; one is too short for all sizes."""
     folder = tmp_path_factory.mktemp("videos")
     for name, sizes in SHAPES.items():
         write_video(folder / f"{name}.mp4", *sizes)
@@ -50,15 +54,13 @@ def videos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A configuration of the bundled model."""
-    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    file.write_text(f"# tiny\nmodel: {{path: {MODEL}, dtype: float32, device: cpu}}\n")
-    return file
+    """Writes a configuration of the bundled model."""
+    return write_model(tmp_path_factory.mktemp("config") / "tiny.yaml", MODEL)
 
 
 @pytest.fixture(scope="module")
 def prepared(config, videos, tmp_path_factory) -> Path:
-    """All of it, in shards of two small clips."""
+    """Prepares all videos, in shards of two small clips."""
     folder = tmp_path_factory.mktemp("prepared") / "latents"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_latents, "MIB", SHARD)
@@ -67,15 +69,26 @@ def prepared(config, videos, tmp_path_factory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files by name but for the lock."""
+    """Returns the files by name, without the lock."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def fitted(path: Path, frames: int, height: int, width: int, first: int = 0) -> torch.Tensor:
-    """Frames of a video as a VAE takes them, `[1, 3, frames, height, width]`."""
+    """Returns frames of a video as a VAE takes them, `[1, 3, frames, height, width]`."""
     images = list(read_frames("video", str(path)))[first : first + frames]
     pixels = np.stack([np.asarray(fit(image, height, width)) for image in images])
     return torch.from_numpy(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def check_sample(store: LatentStore, i: int, pipeline: Any, video: Path, first: int) -> None:
+    """Asserts that a sample holds the pipeline's latents of the video from frame `first` on, and its text."""
+    family, sample = store.fingerprint["family"], store.samples[i]
+    latents, text = store.load(i)
+    pixels = fitted(video, sample.frames, sample.height, sample.width, first)
+    assert torch.equal(latents, encode_video(pipeline, pixels)[0])
+    assert latents.dtype == torch.float32 and tuple(latents.shape) == sample.latent_shape
+    expected = encode_text(pipeline, family, CAPTIONS[sample.name.removesuffix(".mp4")])
+    assert text.keys() == expected.keys() and all(torch.equal(text[name], expected[name]) for name in text)
 
 
 def test_latents_and_texts_are_those_of_the_pipeline(prepared, videos):
@@ -89,12 +102,7 @@ def test_latents_and_texts_are_those_of_the_pipeline(prepared, videos):
     assert [sample.bucket for sample in store.samples] == [(5, 4, 6), (3, 6, 4), (3, 4, 4)]
     pipeline = load_pipeline(str(ROOT / MODEL), "wan", torch.float32, "cpu")
     for i, (sample, first) in enumerate(zip(store.samples, (1, 0, 3), strict=True)):  # from the middle
-        latents, text = store.load(i)
-        assert latents.dtype == torch.float32 and tuple(latents.shape) == sample.latent_shape
-        pixels = fitted(videos / sample.name, sample.frames, sample.height, sample.width, first)
-        assert torch.equal(latents, encode_video(pipeline, pixels)[0])
-        wanted = encode_text(pipeline, "wan", CAPTIONS[sample.name.removesuffix(".mp4")])
-        assert text.keys() == wanted.keys() and all(torch.equal(text[name], wanted[name]) for name in wanted)
+        check_sample(store, i, pipeline, videos / sample.name, first)
     empty = encode_text(pipeline, "wan", "")["prompt_embeds"]
     assert torch.equal(store.empty_text["prompt_embeds"], empty)
     assert sorted(contents(prepared)) == [
@@ -104,7 +112,7 @@ def test_latents_and_texts_are_those_of_the_pipeline(prepared, videos):
     ]
 
 
-def test_a_dry_run_says_what_there_is_and_loads_nothing(config, videos, prepared, tmp_path, capsys):
+def test_a_dry_run_counts_and_loads_nothing(config, videos, prepared, tmp_path, capsys):
     assert run(config, videos, tmp_path / "new", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
@@ -114,12 +122,14 @@ def test_a_dry_run_says_what_there_is_and_loads_nothing(config, videos, prepared
         f"latents    {tmp_path / 'new'}: 0 of 3 clips and 0 of 3 texts are there",
     ]
     assert not (tmp_path / "new").exists()
-    assert run(config, videos, prepared, "--dry-run") == 0
-    assert "3 of 3 clips and 3 of 3 texts are there" in capsys.readouterr().out
+    assert run(config, videos, prepared, "data.sizes=17x64x64", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:4] == ["dropped    3 of under 17 frames: b.mp4, d.mp4, deep/c.mp4", ENLARGED]
+    assert lines[4].endswith("0 of 1 clips and 2 of 2 texts are there")
 
 
 def stop_at(call: int, function: Callable) -> Callable:
-    """A function that is interrupted at one of its calls, counted from 0, as by Ctrl-C."""
+    """Interrupts a function at one of its calls, counted from 0, as Ctrl-C does."""
     calls = iter(range(100))
 
     def stopping(*arguments: object) -> object:
@@ -131,10 +141,10 @@ def stop_at(call: int, function: Callable) -> Callable:
 
 
 @pytest.mark.parametrize("moment", [1, 2, 8, "second clip of a shard"])
-def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
+def test_a_stopped_run_resumes_and_ends_with_the_same_files(
     moment, config, videos, prepared, *, tmp_path, monkeypatch, capsys
 ):
-    """Numbers are those of renames: the index, then a shard and the index after it, again and again."""
+    """Numbers count renames: the index, then each shard and the index after it."""
     monkeypatch.setattr(prepare_latents, "MIB", SHARD)
     with monkeypatch.context() as patch:
         if isinstance(moment, int):
@@ -150,44 +160,46 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
     assert contents(tmp_path) == contents(prepared)
 
 
-def test_a_killed_run_goes_on(config, videos, prepared, tmp_path, monkeypatch):
+def test_a_killed_run_resumes(config, videos, prepared, tmp_path, monkeypatch):
     program = (
         f"import sys, scripts.lora.prepare as p, scripts.prepare_latents as c; p.MIB = {SHARD}; "
         "sys.exit(c.main(sys.argv[1:]))"
     )
     keys = [f"data.folder={videos}", f"data.latents={tmp_path}", "data.shard_mb=1", SIZES]
     process = subprocess.Popen([sys.executable, "-c", program, str(config), *keys], cwd=ROOT)
-    while not list(tmp_path.glob("text-*")) and process.poll() is None:
+    while not list(tmp_path.glob("text-*")):
+        assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    (tmp_path / ".index.json.1.part").write_text("cut off")  # a kill while the index is written leaves this
     monkeypatch.setattr(prepare_latents, "MIB", SHARD)
     assert run(config, videos, tmp_path) == 0
     assert contents(tmp_path) == contents(prepared)
 
 
-def test_further_videos_and_sizes_come_to_those_that_are_there(config, videos, tmp_path, capsys):
-    more = tmp_path / "videos"
+def test_further_videos_and_sizes_are_added(config, videos, tmp_path, capsys):
+    more, out = tmp_path / "videos", tmp_path / "out"
     more.mkdir()
     for name in ("b.mp4", "b.txt"):
         os.link(videos / name, more / name)
-    assert run(config, more, tmp_path / "out") == 0
-    before = contents(tmp_path / "out")
+    assert run(config, more, out) == 0
+    before = contents(out)
     for name in ("d.mp4", "d.txt"):
         os.link(videos / name, more / name)
     capsys.readouterr()
-    assert run(config, more, tmp_path / "out", "data.sizes=9x48x32, 5x32x32") == 0
+    assert run(config, more, out, "data.sizes=9x48x32, 5x32x32") == 0
     assert "1 of 2 clips and 2 of 3 texts are there" in capsys.readouterr().out
-    assert [sample.name for sample in LatentStore.open(tmp_path / "out").samples] == ["b.mp4", "d.mp4"]
-    assert run(config, more, tmp_path / "out", "data.sizes=5x32x32") == 0
+    assert [sample.name for sample in LatentStore.open(out).samples] == ["b.mp4", "d.mp4"]
+    assert run(config, more, out, "data.sizes=5x32x32") == 0
     assert "1 of 2 clips" in capsys.readouterr().out
-    assert run(config, more, tmp_path / "out") == 0  # what was made for the first call is still there
+    assert run(config, more, out) == 0  # clips of the first call are still there
     assert "1 of 1 clips" in capsys.readouterr().out
-    after = contents(tmp_path / "out")
+    after = contents(out)
     assert all(after[name] == content for name, content in before.items() if name != "index.json")
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_is_there(config, videos, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_keeps_the_files(config, videos, tmp_path, capsys):
     assert run(config, videos, tmp_path, "data.sizes=9x32x32") == 0
     before = contents(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -225,7 +237,7 @@ def test_latents_of_another_model_are_not_added_to(config, videos, prepared, tmp
     assert contents(prepared) == before
 
 
-def test_latents_are_halved_where_the_model_is(config, videos, tmp_path):
+def test_a_model_of_16_bits_makes_latents_of_16_bits(config, videos, tmp_path):
     assert run(config, videos, tmp_path, "model.dtype=bfloat16", "data.sizes=9x32x32") == 0
     latents, text = LatentStore.open(tmp_path).load(0)
     assert latents.dtype == torch.bfloat16 and text["prompt_embeds"].dtype == torch.bfloat16
@@ -233,57 +245,16 @@ def test_latents_are_halved_where_the_model_is(config, videos, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "build", "frames", "names"),
-    [
-        ("hunyuan_video", hunyuan_pipeline, 9, 3),
-        ("mochi", mochi_pipeline, 7, 2),
-    ],
+    [("hunyuan_video", hunyuan_pipeline, 9, 3), ("mochi", mochi_pipeline, 7, 2)],
 )
 def test_families(family, build, frames, names, *, videos, tmp_path):
-    build().save_pretrained(tmp_path / "model")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"# tiny\nmodel: {{path: {tmp_path / 'model'}, family: {family}, dtype: float32, device: cpu}}\n"
-    )
+    model = str(tmp_path / "model")
+    build().save_pretrained(model)
+    config = write_model(tmp_path / "config.yaml", model, family)
     assert run(config, videos, tmp_path / "out", f"data.sizes={frames}x32x32") == 0
-    store, pipeline = (
-        LatentStore.open(tmp_path / "out"),
-        load_pipeline(str(tmp_path / "model"), family, torch.float32, "cpu"),
-    )
-    latents, text = store.load(0)
-    first = (20 - frames) // 2
-    assert torch.equal(latents, encode_video(pipeline, fitted(videos / "a.mp4", frames, 32, 32, first))[0])
-    assert latents.shape[1:] == ((frames - 1) // pipeline.vae.temporal_compression_ratio + 1, 4, 4)
-    wanted = encode_text(pipeline, family, CAPTIONS["a"])
-    assert len(text) == names and all(torch.equal(text[name], wanted[name]) for name in wanted)
-    store.check(fingerprint(str(tmp_path / "model"), family))
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_tables(kind, config, videos, prepared, *, tmp_path, monkeypatch):
-    rows = [(videos / f"{name}.mp4", CAPTIONS[name]) for name in SHAPES]
-    rows = [(os.path.relpath(path, tmp_path), caption) for path, caption in rows]
-    lines = {
-        "jsonl": [json.dumps({"video": video, "caption": caption, "score": 1}) for video, caption in rows],
-        "csv": ["caption,video", *(f'"{caption}",{video}' for video, caption in rows)],
-    }
-    words = table(tmp_path, f"table.{kind}", "\n".join(lines[kind]) + "\n")
-    monkeypatch.setattr(prepare_latents, "MIB", SHARD)
-    assert run(config, videos, tmp_path / "out", *words) == 0
-    made, wanted = contents(tmp_path / "out"), contents(prepared)
-    assert all(made[name] == wanted[name] for name in wanted if name != "index.json")
-
-
-def test_enlarged_clips_are_noted(config, videos, tmp_path, capsys):
-    assert run(config, videos, tmp_path, "data.sizes=17x64x64", "--dry-run") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "note: 1 clips are enlarged: a.mp4" in lines
-    assert "dropped    3 of under 17 frames: b.mp4, d.mp4, deep/c.mp4" in lines
-
-
-def test_help_names_every_key(capsys):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert (
-        text.startswith("usage: bash scripts/prepare_latents.sh") and "configs/train/wan_tiny_4x.yaml" in text
-    )
-    assert all(f"  data.{name}=" in text for name in ("folder", "table", "latents", "sizes", "fps", "clips"))
+    store = LatentStore.open(tmp_path / "out")
+    store.check(fingerprint(model, family))
+    pipeline = load_pipeline(model, family, torch.float32, "cpu")
+    check_sample(store, 0, pipeline, videos / "a.mp4", first=(20 - frames) // 2)
+    assert store.samples[0].bucket == ((frames - 1) // pipeline.vae.temporal_compression_ratio + 1, 4, 4)
+    assert len(store.load(0)[1]) == names

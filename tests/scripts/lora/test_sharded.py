@@ -1,7 +1,7 @@
-"""LoRA training whose processes share the model's weights: it learns what training with whole weights does.
+"""LoRA training with shared weights: it learns exactly what training with whole weights does.
 
-Weights are gathered as they were stored, and gradients are averaged by the same DDP: what two processes learn
-is the same bit for bit, so nothing here has a tolerance.
+Weights are gathered as they were stored, and the same DDP averages the gradients. So results are equal bit by
+bit, and nothing here has a tolerance.
 """
 
 import json
@@ -19,7 +19,16 @@ from scripts.lora.plan import TrainPlan, plan_training
 from scripts.lora.validation import shares
 from scripts.run.errors import UsageError
 from scripts.train_lora import main
-from tests.support.lora_cases import adapter, cut, launch_training, make_latents, same, train, write_config
+from tests.support.lora_cases import (
+    adapter,
+    cut,
+    launch_training,
+    log,
+    make_latents,
+    same,
+    train,
+    write_config,
+)
 from tests.support.multi_process import run_ranks
 from tests.support.tiny_hunyuan import hunyuan_pipeline
 
@@ -28,43 +37,38 @@ VALIDATION = ["train.ema=0.5", "validation.every=2", "validation.samples=3", "va
 
 
 def run_of(config: Path, folder: Path, shard: str, *words: str) -> Path:
-    """Folder of a run of two processes."""
+    """Trains in two processes and returns the run's folder."""
     launch_training(str(config), f"output.path={folder / shard}", f"parallel.shard={shard}", *words)
     return folder / shard
 
 
 def pair(config: Path, folder: Path, *words: str) -> tuple[Path, Path]:
-    """Folders of two runs of these words: with whole weights, and with shared ones."""
+    """Trains with whole and with shared weights and returns both folders."""
     return run_of(config, folder, "none", *words), run_of(config, folder, "fsdp", *words)
-
-
-def entries(run: Path) -> list[dict]:
-    """The log of a run."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def whole(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes with whole weights; with a mean, validation and a video."""
+    """Trains in two processes with whole weights, a mean, validation and a video."""
     return run_of(lora_config, tmp_path_factory.mktemp("whole"), "none", *VALIDATION)
 
 
 @pytest.fixture(scope="module")
 def shared(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with shared weights."""
+    """Does the same with shared weights."""
     return run_of(lora_config, tmp_path_factory.mktemp("shared"), "fsdp", *VALIDATION)
 
 
 def test_shared_weights_give_what_whole_ones_give(tmp_path):
-    """Every family, with checkpointing and without: outputs and gradients; half of the weights in each.
+    """Outputs and gradients of every family are equal, with and without checkpointing; each has half.
 
-    One block is whole at a time; two in the backward of Wan-VACE, whose blocks are of two stacks.
+    One block is whole at a time; in the backward of Wan-VACE two are, as it has two stacks.
     """
-    out = tmp_path / "found.json"
+    out = tmp_path / "results.json"
     run_ranks(2, "tests.support.sharding_worker", out)
-    found = json.loads(out.read_text())
-    assert len(found) == 11
-    for name, everyone in found.items():
+    results = json.loads(out.read_text())
+    assert len(results) == 11
+    for name, everyone in results.items():
         for one in everyone:
             assert one["equal"] == [True] * 3, name
             assert one["adapter"] and one["names"], name
@@ -82,7 +86,7 @@ def test_the_adapter_loads_in_plain_diffusers(shared, tiny_model):
 def test_two_processes_learn_the_same(whole, shared):
     assert same(whole, shared)
     for name in ("gradient_norm", "validation_loss"):
-        one, other = ([entry.get(name) for entry in entries(run)] for run in (whole, shared))
+        one, other = ([entry.get(name) for entry in log(run)] for run in (whole, shared))
         assert one == other and any(value is not None for value in one)
     for part in ("best", "videos/000006"):
         one, other = (sorted((run / part).iterdir()) for run in (whole, shared))
@@ -92,22 +96,22 @@ def test_two_processes_learn_the_same(whole, shared):
 
 
 @pytest.mark.parametrize("begun", ["shared", "whole"])
-def test_a_stopped_run_goes_on_to_the_same(lora_config, shared, tmp_path, begun, request):
-    """One that shared its weights from the first step, and one that did not."""
+def test_a_stopped_run_ends_the_same(lora_config, shared, tmp_path, begun, request):
+    """Both if it shared its weights from the first step, and if it did not."""
     folder = cut(request.getfixturevalue(begun), tmp_path / "cut", 2)
     launch_training(str(lora_config), f"output.path={folder}", SHARD, *VALIDATION)
     assert same(folder, shared)
 
 
 def test_bfloat16_and_numbers_that_are_not_finite(tiny_model, tmp_path):
-    """Norms stay in float32, blocks are computed again, two batches make an update; one clip is of NaN.
+    """Norms stay in float32; blocks are recomputed; two batches make an update; one clip is NaN.
 
-    All processes skip a step that one of them cannot take.
+    All processes skip a step that one of them must skip.
     """
     latents = make_latents(tiny_model, tmp_path / "latents", broken=5)
     config = write_config(tmp_path / "tiny.yaml", tiny_model, latents)
     words = ["model.dtype=bfloat16", "train.checkpointing=true", "train.accumulate=2", "train.batch=1"]
-    one, other = (entries(run) for run in pair(config, tmp_path, *words))
+    one, other = (log(run) for run in pair(config, tmp_path, *words))
     assert 0 < other[-1]["skipped"] < 6
     for name in ("loss", "gradient_norm", "skipped"):
         assert [entry[name] for entry in one] == [entry[name] for entry in other]
@@ -116,7 +120,7 @@ def test_bfloat16_and_numbers_that_are_not_finite(tiny_model, tmp_path):
 
 
 def test_hunyuan_video_with_a_video_shared_too(tmp_path):
-    """Ulysses over the same processes; blocks of two kinds, text with a mask, and a video at validation."""
+    """It has Ulysses over the same processes, two kinds of blocks, masked text, and a video at validation."""
     hunyuan_pipeline().save_pretrained(tmp_path / "model")
     latents = make_latents(tmp_path / "model", tmp_path / "latents", "hunyuan_video")
     config = write_config(tmp_path / "tiny.yaml", tmp_path / "model", latents, "hunyuan_video")
@@ -128,11 +132,11 @@ def test_hunyuan_video_with_a_video_shared_too(tmp_path):
 
 def test_processes_that_share_weights_take_equally_many_samples():
     config = SimpleNamespace(parallel=SimpleNamespace(shard="fsdp"))
-    places = [SimpleNamespace(config=config, place=place, world=3) for place in range(3)]
-    taken = [list(shares(run, 4)) for run in places]
+    runs = [SimpleNamespace(config=config, rank=rank, world=3) for rank in range(3)]
+    taken = [list(shares(run, 4)) for run in runs]
     assert taken == [[(0, True), (3, True)], [(1, True), (3, False)], [(2, True), (3, False)]]
     config.parallel.shard = "none"
-    assert [list(shares(run, 4)) for run in places] == [[(0, True), (3, True)], [(1, True)], [(2, True)]]
+    assert [list(shares(run, 4)) for run in runs] == [[(0, True), (3, True)], [(1, True)], [(2, True)]]
 
 
 def test_sharding_in_one_process_is_refused(lora_config, tmp_path, capsys):
@@ -143,25 +147,25 @@ def test_sharding_in_one_process_is_refused(lora_config, tmp_path, capsys):
 
 
 def test_the_plan_counts_weights_as_shared(lora_config, monkeypatch, capsys):
-    """A quarter of them and the two blocks, of four, that are whole at a time."""
-    config = SCHEMA.read(str(lora_config), [SHARD])
-    plan = plan_training(config)
+    """A process has a quarter of them, and two of the four blocks whole at a time."""
+    plan = plan_training(SCHEMA.read(str(lora_config), [SHARD]))
     assert plan.model.layers == 4 and plan.adapter == 3072
     whole = 4 * plan.model.parameters["transformer"]
     assert needed(plan) == pytest.approx(needed(whole_of(plan)))  # one process
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert needed(plan) == pytest.approx(needed(whole_of(plan)) + (1 / 4 + 2 / 4 - 1) * whole)
-    assert main([str(lora_config), SHARD, "--dry-run"]) == 0
-    assert "weights    shared by 4 processes" in capsys.readouterr().out
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert main([str(lora_config), SHARD, "parallel.ulysses_degree=8", "--dry-run"]) == 0
-    assert "weights    shared by 8 processes" in capsys.readouterr().out
-    assert main([str(lora_config), SHARD, "--dry-run"]) == 0
-    assert "weights    whole, shared from NPROC=2 on" in capsys.readouterr().out
+    for count, word, text in (
+        ("4", "parallel.ulysses_degree=1", "shared by 4 processes"),
+        ("1", "parallel.ulysses_degree=8", "shared by 8 processes"),
+        ("1", "parallel.ulysses_degree=1", "whole, shared from NPROC=2 on"),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert main([str(lora_config), SHARD, word, "--dry-run"]) == 0
+        assert f"weights    {text}" in capsys.readouterr().out
 
 
 def test_room_is_checked_for_shared_weights(lora_config, monkeypatch, capsys):
-    """Weights of 4 GiB, in blocks of one sixteenth: more than is free whole, less when eight share them."""
+    """Weights of 4 GiB, in 16 blocks, need more than is free if whole, and less if eight share them."""
     plan = plan_training(SCHEMA.read(str(lora_config), [SHARD, "model.device=cpu"]))
     plan = replace(plan, model=replace(plan.model, layers=16, parameters={"transformer": 2**30}))
     monkeypatch.setattr(planning, "room", lambda device: 3 * 2**30)
@@ -170,18 +174,17 @@ def test_room_is_checked_for_shared_weights(lora_config, monkeypatch, capsys):
     with pytest.raises(UsageError, match=r"about 4\.5 GiB, .*3\.0 GiB are free .* parallel\.shard=fsdp"):
         planning.check_room(whole_of(plan))
     capsys.readouterr()
-    planning.check_room(replace(whole_of(plan), device="cuda"))  # there the prediction was never measured
+    planning.check_room(replace(whole_of(plan), device="cuda"))  # not measured there, so it only warns
     out = capsys.readouterr().out
     assert out.startswith("note: memory may be short: ") and "4.0 GiB" in out and "3.0 GiB are free" in out
 
 
 def whole_of(plan: TrainPlan) -> TrainPlan:
-    """The same run, every process with all weights."""
+    """Returns the plan of the same run with all weights in every process."""
     config = plan.config
     return replace(plan, config=replace(config, parallel=replace(config.parallel, shard="none")))
 
 
 def needed(plan: TrainPlan) -> float:
-    """Predicted bytes of a process."""
-    (size,) = plan.sizes
-    return plan.memory(size)
+    """Returns the predicted bytes of a process."""
+    return plan.memory(plan.sizes[0])

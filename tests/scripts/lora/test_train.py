@@ -1,6 +1,5 @@
-"""LoRA training by its command: what is learnt and written, runs that are stopped, bad input."""
+"""LoRA training by its command: what it learns and writes."""
 
-import json
 import math
 
 import pytest
@@ -15,14 +14,13 @@ from scripts.lora import step
 from scripts.lora.config import SCHEMA
 from scripts.lora.setup import prepared
 from scripts.lora.step import learning_rate, noise_levels
-from scripts.run.config import ROOT
 from scripts.run.plan import radial_config
-from scripts.train_lora import main
 from tests.support.lora_cases import (
     CAPTIONS,
     FILE,
     adapter,
     launch_training,
+    log,
     losses,
     make_latents,
     train,
@@ -36,25 +34,17 @@ SEED = 0  # drops the first of two captions at a rate of one half
 
 
 def test_adapter_loads_everywhere(lora_run, tiny_model, lora_config):
-    """Into plain diffusers, into our own loader: both give the same model, which is not the one of before."""
+    """Plain diffusers and our own loader give the same model, which differs from the one before."""
     state = adapter(lora_run)
     assert len(state) == 4 * 4 * 2 and all(name.startswith("transformer.blocks.") for name in state)
-    assert all(x.abs().sum() > 0 for x in state.values())  # the matrices B, too, which began at zero
-    outputs, inputs = [], None
-    for way in ("none", "diffusers", "ours"):
-        pipeline = WanPipeline.from_pretrained(tiny_model)
-        if way == "diffusers":
-            pipeline.load_lora_weights(lora_run)
-        elif way == "ours":
-            load_loras(pipeline, [Lora(lora_run / FILE)])
-        inputs = inputs or {
-            "hidden_states": torch.randn(1, 4, 3, 6, 8),
-            "timestep": torch.tensor([500.0]),
-            "encoder_hidden_states": torch.randn(1, 7, 16),
-        }
-        with torch.no_grad():
-            outputs.append(pipeline.transformer(**inputs).sample)
-    assert torch.equal(outputs[1], outputs[2]) and not torch.allclose(outputs[0], outputs[1], atol=1e-4)
+    assert all(x.abs().sum() > 0 for x in state.values())  # the matrices B too, which began at zero
+    plain, theirs, ours = (WanPipeline.from_pretrained(tiny_model) for _ in range(3))
+    theirs.load_lora_weights(lora_run)
+    load_loras(ours, [Lora(lora_run / FILE)])
+    inputs = torch.randn(1, 4, 3, 6, 8), torch.tensor([500.0]), torch.randn(1, 7, 16)
+    with torch.no_grad():
+        before, expected, output = (each.transformer(*inputs).sample for each in (plain, theirs, ours))
+    assert torch.equal(output, expected) and not torch.allclose(output, before, atol=1e-4)
 
 
 def test_generation_says_what_an_adapter_was_trained_for(lora_run, tiny_model, capsys, tmp_path):
@@ -70,16 +60,15 @@ def test_generation_says_what_an_adapter_was_trained_for(lora_run, tiny_model, c
     assert "attention.sink=True (here False)" in out
 
 
-def test_loss_is_that_of_flow_matching(lora_config, tiny_model, tmp_path):
-    """One step's loss, written out: velocity against noise - video, some captions left out."""
+def test_loss_is_that_of_flow_matching(lora_config, tmp_path):
+    """The loss is the error of the velocity against noise - video, with some captions left out."""
     parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}"])
     with prepared(parsed) as (run, _):
         indices, sigma = [0, 4], torch.tensor([0.25, 0.75])
-        found = step.flow_loss(
-            run, run.plain, indices, sigma, random=torch.Generator().manual_seed(SEED), drop=0.5
-        )
-        store, transformer = run.store, run.plain
         random = torch.Generator().manual_seed(SEED)
+        loss = step.flow_loss(run, run.plain, indices, sigma, random=random, drop=0.5)
+        store, transformer = run.store, run.plain
+        random.manual_seed(SEED)
         dropped = torch.rand(2, generator=random) < 0.5
         assert dropped.tolist() == [True, False]
         video = torch.stack([store.load(i)[0] for i in indices])
@@ -87,11 +76,10 @@ def test_loss_is_that_of_flow_matching(lora_config, tiny_model, tmp_path):
         noisy = torch.stack([0.75 * video[0] + 0.25 * noise[0], 0.25 * video[1] + 0.75 * noise[1]])
         text = stack_text([store.empty_text, store.load(4)[1]])
         velocity = transformer(noisy, 1000 * sigma, text["prompt_embeds"]).sample
-        assert torch.allclose(found, (velocity - (noise - video)).square().mean())
+        assert torch.allclose(loss, (velocity - (noise - video)).square().mean())
 
 
-def test_radial_attention_is_what_is_trained_with(lora_config, tmp_path):
-    """The run's transformer gives what the mask gives, not what dense attention would."""
+def test_training_uses_radial_attention(lora_config, tmp_path):
     parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}", "attention.neighbour=0.1"])
     with prepared(parsed) as (run, _), torch.no_grad():
         latents, text = run.store.load(0)
@@ -128,8 +116,8 @@ def test_learning_rate(lora_config):
     assert {learning_rate(flat, step) for step in range(6)} == {1.0}
 
 
-def test_mean_of_the_adapter_is_what_is_saved(lora_config, tmp_path):
-    """decay 0.5: half of the mean of before, half of the new parameters."""
+def test_the_mean_of_the_adapter_is_saved(lora_config, tmp_path):
+    """With decay 0.5 it is half the mean before and half the new parameters."""
     words = ["train.steps=2", "train.save_every=1", "train.ema=0.5"]
     assert train(lora_config, tmp_path, *words) == 0
     first, second = (torch.load(tmp_path / f"step_00000{n}" / "state.pt") for n in (1, 2))
@@ -140,12 +128,11 @@ def test_mean_of_the_adapter_is_what_is_saved(lora_config, tmp_path):
 
 
 def test_validation(lora_config, lora_run, tmp_path):
-    """The same noise every time, samples that are not trained on, the best adapter kept, videos written."""
+    """The noise is always the same, samples are held out, the best adapter is kept, videos are written."""
     words = ["validation.every=2", "validation.videos=1", "train.rate=1e-9"]
     assert train(lora_config, tmp_path, *words) == 0
-    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    found = [entry["validation_loss"] for entry in entries if "validation_loss" in entry]
-    assert len(found) == 3 and found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+    first, *later = (entry["validation_loss"] for entry in log(tmp_path) if "validation_loss" in entry)
+    assert later == pytest.approx([first] * 2, rel=1e-5)
     assert (tmp_path / "best" / FILE).is_file()
     videos = sorted((tmp_path / "videos" / "000002").glob("*"))
     assert [file.suffix for file in videos] == [".mp4", ".txt"]
@@ -155,29 +142,16 @@ def test_validation(lora_config, lora_run, tmp_path):
         assert run.held_out == [2, 6] and trained == set(range(8)) - {2, 6}
 
 
-@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs/train").glob("*.yaml")))
-def test_presets_plan(preset, capsys):
-    assert main([f"configs/train/{preset}", "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert "trainable parameters" in out and "fewer operations in all" in out
-
-
-@pytest.mark.parametrize(
-    ("family", "make", "channels", "step"),
-    [("hunyuan_video", hunyuan_pipeline, 4, 4), ("mochi", mochi_pipeline, 12, 6)],
-)
-def test_other_families_train(family, make, channels, step, tmp_path):
-    model = tmp_path / "model"
-    make().save_pretrained(model)
-    size = (2 * step + 1, 48, 64)
-    latents = make_latents(model, tmp_path / "latents", family, size, channels=channels, step=step)
-    config = write_config(tmp_path / "tiny.yaml", model, latents, family, size)
+def test_mochi_trains(tmp_path):
+    model, size = tmp_path / "model", (13, 48, 64)
+    mochi_pipeline().save_pretrained(model)
+    latents = make_latents(model, tmp_path / "latents", "mochi", size, channels=12, step=6)
+    config = write_config(tmp_path / "tiny.yaml", model, latents, "mochi", size)
     assert train(config, tmp_path / "out", "train.steps=2", "train.checkpointing=true") == 0
-    assert all(x.abs().sum() > 0 for name, x in adapter(tmp_path / "out").items() if "lora_A" in name)
+    assert all(x.abs().sum() > 0 for x in adapter(tmp_path / "out").values())
 
 
-def test_hunyuan_video_trains_in_two_processes(tmp_path):
-    """As in one, with its tokens shared."""
+def test_hunyuan_video_shared_by_two_processes_trains_as_in_one(tmp_path):
     hunyuan_pipeline().save_pretrained(tmp_path / "model")
     latents = make_latents(tmp_path / "model", tmp_path / "latents", "hunyuan_video")
     config = write_config(tmp_path / "tiny.yaml", tmp_path / "model", latents, "hunyuan_video")
@@ -185,3 +159,4 @@ def test_hunyuan_video_trains_in_two_processes(tmp_path):
     assert train(config, tmp_path / "one", *words) == 0
     launch_training(str(config), f"output.path={tmp_path / 'two'}", "parallel.ulysses_degree=2", *words)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert all(x.abs().sum() > 0 for x in adapter(tmp_path / "one").values())

@@ -1,4 +1,4 @@
-"""Videos and captions for training: bad input, which frames become clips, and of what size."""
+"""Videos and captions for training: bad input, and the frames and sizes of clips."""
 
 import subprocess
 from pathlib import Path
@@ -17,14 +17,14 @@ CONFIG = Path("configs/train/wan_tiny_4x.yaml")
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """One video with its caption."""
+    """Makes a folder of one video with its caption."""
     write_video(tmp_path / "a.mp4", 9, 32, 32)
     (tmp_path / "a.txt").write_text("a red circle")
     return tmp_path
 
 
 def vary_rate(path: Path) -> None:
-    """Takes two of three frames out of the second half, and leaves the times of the others."""
+    """Removes two of three frames of the second half, but keeps the times of the others."""
     write_video(path.with_name("full.mp4"), 40, 32, 32)
     words = ["-vf", "select='if(lt(n,20),1,not(mod(n,3)))'", "-fps_mode", "vfr", "-y", str(path)]
     full = path.with_name("full.mp4")
@@ -32,76 +32,89 @@ def vary_rate(path: Path) -> None:
     full.unlink()
 
 
-BAD = {
-    "no folder": (lambda f: ["data.folder=nope"], ["data.folder", "'nope'", "is no folder"]),
-    "empty folder": (lambda f: [(f / "a.mp4").unlink()][1:], ["data.folder", "has no videos", ".mp4"]),
-    "neither": (
-        lambda f: ["data.folder=null"],
-        ["data.folder: got None", "data.table: got None", "one of them"],
-    ),
-    "both": (lambda f: ["data.table=x.csv"], ["data.table: got 'x.csv'", "one of them"]),
-    "no caption": (
-        lambda f: [(f / "a.txt").unlink()][1:],
-        ["1 of 1 videos have no caption", "a.mp4 (a.txt: No such"],
-    ),
-    "empty caption": (lambda f: [(f / "a.txt").write_text(" \n")][1:], ["a.mp4 (it is empty)"]),
-    "no UTF-8": (lambda f: [(f / "a.txt").write_bytes(b"caf\xe9")][1:], ["a.mp4 (a.txt is not UTF-8)"]),
-    "no video": (lambda f: [(f / "a.mp4").write_text("text")][1:], ["1 of 1 videos cannot be read: a.mp4 ("]),
-    "empty video": (
-        lambda f: [(f / "a.mp4").write_bytes(b"")][1:],
-        ["1 of 1 videos cannot be read: a.mp4 ("],
-    ),
-    "mixed fps": (
-        lambda f: [write_video(f / "b.mp4", 9, 32, 32, fps=24), (f / "b.txt").write_text("b")][2:],
-        ["data.fps: got null", "16 (1, as a.mp4), 24 (1, as b.mp4)", "up to 16"],
-    ),
-    "varying fps": (
-        lambda f: [vary_rate(f / "a.mp4")][1:],
-        ["1 of 1 videos cannot be read: a.mp4 (", "on average", "ffmpeg -i"],
-    ),
-    "high fps": (lambda f: ["data.fps=24"], ["data.fps: got 24", "1 of 1", "a.mp4", "at most 16"]),
-    "all short": (lambda f: ["data.sizes=13x32x32"], ["data.sizes: none of 1 videos", "at most 9 frames"]),
-    "no sizes": (lambda f: ["data.sizes="], ["data.sizes: got []", "FRAMESxHEIGHTxWIDTH"]),
-    "frames": (lambda f: ["data.sizes=8x32x32"], ["got frames 8 in 8x32x32", "4k + 1", "5 or 9"]),
-    "height": (lambda f: ["data.sizes=9x40x32"], ["got height 40", "multiple of 16", "32 or 48"]),
-    "family": (
-        lambda f: ["model.family=wan_i2v"],
-        ["model.family: got 'wan_i2v'", "wan, hunyuan_video, mochi"],
-    ),
-    "other family": (lambda f: ["model.family=mochi"], ["must hold a MochiPipeline"]),
-    "no model": (lambda f: ["model.path=nope"], ["model.path: got 'nope'"]),
-    "unknown key": (lambda f: ["data.foldr=x"], ["unknown key 'data.foldr'", "data.folder"]),
-    "table of another kind": (lambda f: table(f, "t.txt", ""), ["data.table", ".jsonl or .csv"]),
-    "no table": (lambda f: ["data.folder=null", "data.table=nope.csv"], ["'nope.csv'", "No such file"]),
-    "broken table": (lambda f: table(f, "t.jsonl", '{"video": '), ["data.table", "cannot be read"]),
-    "empty table": (lambda f: table(f, "t.jsonl", ""), ["data.table", "is empty"]),
-    "no column": (
-        lambda f: table(f, "t.csv", "file,caption\na.mp4,b\n"),
-        ["data.table", "line 2", "`video` and `caption`"],
-    ),
-    "no video of the table": (
-        lambda f: table(f, "t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'),
-        ["data.table: 1 of 1 videos cannot be read: b.mp4 (No such file"],
-    ),
-    "no caption in the table": (
-        lambda f: table(f, "t.csv", "video,caption\na.mp4,\n"),
-        ["data.table: 1 of 1 videos have no caption", "a.mp4 (it is empty)"],
-    ),
+def write_second(folder: Path, fps: int) -> None:
+    """Writes another video with a caption."""
+    write_video(folder / "b.mp4", 9, 32, 32, fps=fps)
+    (folder / "b.txt").write_text("b")
+
+
+UNREAD = "1 of 1 videos cannot be read: a.mp4 ("
+BAD_FILES = {  # what is done to the folder, and parts of the message
+    "no video": (lambda f: (f / "a.mp4").unlink(), ["data.folder", "has no videos", ".mp4"]),
+    "no caption": (lambda f: (f / "a.txt").unlink(), ["1 of 1 videos have no caption", "(a.txt: No such"]),
+    "empty caption": (lambda f: (f / "a.txt").write_text(" \n"), ["a.mp4 (it is empty)"]),
+    "no UTF-8": (lambda f: (f / "a.txt").write_bytes(b"caf\xe9"), ["a.mp4 (a.txt is not UTF-8)"]),
+    "text as video": (lambda f: (f / "a.mp4").write_text("text"), [UNREAD]),
+    "empty video": (lambda f: (f / "a.mp4").write_bytes(b""), [UNREAD]),
+    "mixed fps": (lambda f: write_second(f, 24), ["data.fps: got null", "16 (1, as a.mp4), 24", "up to 16"]),
+    "varying fps": (lambda f: vary_rate(f / "a.mp4"), [UNREAD, "on average", "ffmpeg -i"]),
+}
+BAD_WORDS = {
+    "data.folder=nope": ["data.folder", "'nope'", "is no folder"],
+    "data.folder=null": ["data.folder: got None", "data.table: got None", "one of them"],
+    "data.table=x.csv": ["data.table: got 'x.csv'", "one of them"],
+    "data.fps=24": ["data.fps: got 24", "1 of 1", "a.mp4", "at most 16"],
+    "data.sizes=13x32x32": ["data.sizes: none of 1 videos", "at most 9 frames"],
+    "data.sizes=8x32x32": ["data.sizes: frames of 8x32x32: got 8", "4k + 1", "9"],
+    "model.family=wan_i2v": ["model.family: got 'wan_i2v'", "wan, hunyuan_video, mochi"],
+    "model.family=mochi": ["must hold a MochiPipeline"],
+    "model.path=nope": ["model.path: got 'nope'"],
+}
+BAD_TABLES = {  # name and content, and parts of the message
+    ("t.txt", ""): ["data.table", ".jsonl or .csv"],
+    ("t.jsonl", None): ["t.jsonl'", "No such file"],
+    ("t.jsonl", '{"video": '): ["data.table", "cannot be read"],
+    ("t.jsonl", ""): ["data.table", "is empty"],
+    ("t.csv", "file,caption\na.mp4,b\n"): ["data.table", "line 2", "`video` and `caption`"],
+    ("t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'): ["1 of 1 videos", "read: b.mp4 (No such file"],
+    ("t.csv", "video,caption\na.mp4,\n"): ["1 of 1 videos have no caption", "a.mp4 (it is empty)"],
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_before_a_weight_is_loaded(case, folder, capsys, monkeypatch):
-    monkeypatch.setattr(prepare_latents, "prepare", None)
-    damage, words = BAD[case]
-    overrides = damage(folder)
-    assert run(CONFIG, folder, folder / "out", "data.sizes=9x32x32", *overrides) == 2
+def check_refusal(folder: Path, capsys: pytest.CaptureFixture[str], parts: list[str], *words: str) -> None:
+    """Asserts that the command stops with one line that has these parts, before a weight is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_latents, "prepare", None)
+        assert run(CONFIG, folder, folder / "out", "data.sizes=9x32x32", *words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert line.startswith("error: ") and all(part in line for part in parts), line
     assert not (folder / "out").exists()
 
 
-def test_a_good_video_is_read_where_imageio_fails_once(folder, monkeypatch):
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused(case, folder, capsys):
+    damage, parts = BAD_FILES[case]
+    damage(folder)
+    check_refusal(folder, capsys, parts)
+
+
+@pytest.mark.parametrize("word", BAD_WORDS)
+def test_bad_keys_are_refused(word, folder, capsys):
+    check_refusal(folder, capsys, BAD_WORDS[word], word)
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_TABLES)
+def test_bad_tables_are_refused(name, content, folder, capsys):
+    check_refusal(folder, capsys, BAD_TABLES[name, content], *table(folder, name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.jsonl", '{"video": "x/../a.mp4", "caption": "a red, round one", "score": 1}\n'),
+        ("t.csv", '\ufeffcaption,video\n"a red, round one",x/../a.mp4\n'),
+    ],
+)
+def test_a_table_names_videos_and_captions(name, content, folder):
+    (folder / "x").mkdir()
+    table(folder, name, content)
+    by_table, by_folder = DataConfig(table=str(folder / name)), DataConfig(folder=str(folder))
+    (video,), (expected,) = read_videos(by_table), read_videos(by_folder)
+    assert (video.name, video.caption) == ("x/../a.mp4", "a red, round one")
+    assert (video.digest, video.frames, video.fps) == (expected.digest, 9, 16)
+
+
+def test_a_good_video_is_read_although_imageio_fails_once(folder, monkeypatch):
     reader, calls = imageio.get_reader, []
 
     def failing_once(*arguments, **options):
@@ -111,8 +124,8 @@ def test_a_good_video_is_read_where_imageio_fails_once(folder, monkeypatch):
         return reader(*arguments, **options)
 
     monkeypatch.setattr(imageio, "get_reader", failing_once)
-    (found,) = read_videos(DataConfig(folder=str(folder), sizes=[[9, 32, 32]]))
-    assert (found.name, found.frames, len(calls)) == ("a.mp4", 9, 2)
+    (only,) = read_videos(DataConfig(folder=str(folder), sizes=[[9, 32, 32]]))
+    assert (only.name, only.frames, len(calls)) == ("a.mp4", 9, 2)
 
 
 def test_a_video_that_breaks_off_is_named(tmp_path):
@@ -132,9 +145,9 @@ def video(frames: int, fps: float = 16, height: int = 720, width: int = 1280) ->
     [(9, 1, [0]), (12, 1, [1]), (17, 2, [4]), (18, 2, [0, 9]), (60, 3, [5, 25, 45]), (28, 5, [0, 9, 18])],
 )
 def test_clips_are_spread_evenly_and_do_not_overlap(frames, clips, starts):
-    found = plan_clips([video(frames)], DataConfig(sizes=[[9, 64, 64], [5, 64, 64]], clips=clips))
-    assert [clip.frames for clip in found] == [tuple(range(start, start + 9)) for start in starts]
-    assert len({clip.key for clip in found}) == len({clip.name for clip in found}) == len(starts)
+    planned = plan_clips([video(frames)], DataConfig(sizes=[[9, 64, 64], [5, 64, 64]], clips=clips))
+    assert [clip.frames for clip in planned] == [tuple(range(start, start + 9)) for start in starts]
+    assert len({clip.key for clip in planned}) == len({clip.name for clip in planned}) == len(starts)
 
 
 @pytest.mark.parametrize(
@@ -153,17 +166,15 @@ def test_frames_are_taken_at_a_rate(fps, rate, frames, taken):
     assert too_short([video(taken[-1], fps)], DataConfig(sizes=[[5, 64, 64]], fps=rate)) == ["v.mp4"]
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "chosen"),
-    [
-        (720, 1280, (720, 1280)),
-        (480, 854, (480, 832)),
-        (1080, 1920, (720, 1280)),
-        (500, 480, (480, 480)),
-        (90, 160, (480, 832)),
-    ],
-)
-def test_a_video_goes_to_the_size_nearest_in_shape_that_needs_no_enlarging(height, width, chosen):
-    sizes = [[9, 480, 832], [9, 720, 1280], [9, 480, 480], [5, 720, 1280]]
-    (clip,) = plan_clips([video(12, height=height, width=width)], DataConfig(sizes=sizes))
-    assert (clip.height, clip.width) == chosen
+def test_a_video_gets_the_size_nearest_in_shape_that_needs_no_enlarging():
+    data = DataConfig(sizes=[[9, 480, 832], [9, 720, 1280], [9, 480, 480], [5, 720, 1280]])
+    chosen = {
+        (720, 1280): (720, 1280),
+        (480, 854): (480, 832),
+        (1080, 1920): (720, 1280),
+        (500, 480): (480, 480),
+        (90, 160): (480, 832),
+    }
+    for (height, width), size in chosen.items():
+        (clip,) = plan_clips([video(12, height=height, width=width)], data)
+        assert (clip.height, clip.width) == size

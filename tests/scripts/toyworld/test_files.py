@@ -1,4 +1,4 @@
-"""Captioned videos of the toy world on the disk: what they show, and going on."""
+"""Files of captioned videos of the toy world: what they show, and resuming."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from scripts.toyworld import all_attributes, parse_caption, read, render
 from scripts.toyworld.files import draw_scene
 
 
-def shown(path: Path) -> torch.Tensor:
-    """Frames as the reader takes them, `[F, H, W, 3]` in [0, 1]."""
+def frames_of(path: Path) -> torch.Tensor:
+    """Reads frames as the toy world's reader takes them, `[F, H, W, 3]` in [0, 1]."""
     return torch.from_numpy(np.stack(list(read_frames("video", str(path))))).float() / 255
 
 
@@ -21,7 +21,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def test_videos_show_their_captions_and_a_second_call_goes_on(tmp_path, capsys):
+def test_videos_show_their_captions_and_a_second_call_adds_to_them(tmp_path, capsys):
     words = [str(tmp_path), "--frames", "33", "--size", "48", "--seed", "5"]
     assert main([*words, "--videos", "2"]) == 0
     before = contents(tmp_path)
@@ -32,29 +32,29 @@ def test_videos_show_their_captions_and_a_second_call_goes_on(tmp_path, capsys):
     after = contents(tmp_path)
     assert all(after[name] == before[name] for name in before if not name.startswith("00001.j"))
     for number in range(3):
-        video = shown(tmp_path / f"{number:05d}.mp4")
+        video = frames_of(tmp_path / f"{number:05d}.mp4")
         attributes = parse_caption((tmp_path / f"{number:05d}.txt").read_text())
         assert video.shape == (33, 48, 48, 3)
         assert all(read(video).matches(attributes).values())
         assert json.loads((tmp_path / f"{number:05d}.json").read_text())["frames"] == 33
 
 
-def test_another_length_is_rendered_anew(tmp_path):
+def test_another_length_is_rendered_again(tmp_path):
     words = [str(tmp_path), "--videos", "1", "--size", "32"]
     assert main([*words, "--frames", "9"]) == main([*words, "--frames", "5"]) == 0
-    assert len(shown(tmp_path / "00000.mp4")) == 5
+    assert len(frames_of(tmp_path / "00000.mp4")) == 5
 
 
-def test_every_caption_comes_once_before_any_comes_again():
-    captions = [draw_scene(1, number).attributes.caption for number in range(2 * len(all_attributes()))]
+def test_every_caption_comes_once_before_any_repeats():
     half = len(all_attributes())
+    captions = [draw_scene(1, number).attributes.caption for number in range(2 * half)]
     assert len(set(captions[:half])) == len(set(captions[half:])) == half
     assert captions[:half] != captions[half:]
     assert draw_scene(1, 3) == draw_scene(1, 3) != draw_scene(2, 3)
 
 
-def test_four_times_the_frames_go_on_at_the_same_speed():
-    """Three to four and a half times around, and the reader still finds what the caption says."""
+def test_four_times_the_frames_keep_the_speed():
+    """They show the path three to four and a half times, and the reader still reads the caption."""
     for number in range(0, 24, 6):
         scene = draw_scene(0, number)
         short, long = render(scene, 33), render(scene, 129)

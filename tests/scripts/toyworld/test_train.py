@@ -1,4 +1,4 @@
-"""The trainer of the bundled models: exact resumption, the short-text equivalence, a run of all stages."""
+"""The trainer of the bundled models: it resumes exactly, and trains on what the pipelines use."""
 
 import itertools
 from dataclasses import replace
@@ -8,10 +8,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from radial_attn.models.hunyuan_video import attention_layers
 from scripts.toyworld import Attributes, all_attributes, parse_caption
+from scripts.toyworld.train.hunyuan_video import LIKENESS, WORDS_APART
 from scripts.toyworld.train.loop import Stage, build_optimizers, learning_rate
 from scripts.toyworld.train.options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
 from scripts.toyworld.train.vae import initialise_vae
@@ -22,7 +24,7 @@ CAPTION = "a red circle moving around on a navy background"
 
 
 def linear_stage(options: Options, stop_at: int | None = None) -> Stage:
-    """A small regression whose loss raises KeyboardInterrupt at one step."""
+    """Makes a small regression whose loss raises KeyboardInterrupt at one step."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
 
@@ -56,7 +58,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def random_denoiser(family: str) -> nn.Module:
-    """Weights that are far from those that a denoiser starts with."""
+    """Makes a denoiser whose weights are far from those that it starts with."""
     torch.manual_seed(0)
     denoiser = FAMILIES[family].denoiser().eval()
     for name, parameter in denoiser.named_parameters():
@@ -68,44 +70,45 @@ def random_denoiser(family: str) -> nn.Module:
 LATENTS, SIGMA = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1)), (0.3, 0.8)
 
 
-def test_processors_of_training_equal_those_of_pipelines():
-    denoiser, sigma = random_denoiser("wan"), torch.tensor(SIGMA)
-    with torch.no_grad():
-        short = denoiser(LATENTS, sigma, [CAPTION, ""])
-        text = denoiser.embed([CAPTION, ""])
-        denoiser.use_training_attention(False)
-        text = torch.cat([text, text.new_zeros(2, TEXT_SLOTS - text.shape[1], 64)], dim=1)
-        padded = denoiser.transformer(LATENTS, 1000 * sigma, text, return_dict=False)[0]
-    assert torch.allclose(short, padded, atol=1e-4 * padded.abs().max().item())
+def wan_velocity(denoiser: nn.Module, latents: Tensor, sigma: Tensor) -> Tensor:
+    text = denoiser.embed([CAPTION, ""])
+    text = torch.cat([text, text.new_zeros(2, TEXT_SLOTS - text.shape[1], 64)], dim=1)
+    denoiser.use_training_attention(False)
+    return denoiser.transformer(latents, 1000 * sigma, text, return_dict=False)[0]
 
 
-def test_hunyuan_video_is_trained_on_what_its_pipeline_feeds_it():
-    denoiser, sigma = random_denoiser("hunyuan_video"), torch.tensor(SIGMA)
-    with torch.no_grad():
-        short = denoiser(LATENTS, sigma, [CAPTION, ""])
-        pipeline = denoiser.pipeline(FAMILIES["hunyuan_video"].build_vae())
-        template = {"template": "{}", "crop_start": 0}
-        text, pooled, mask = pipeline.encode_prompt([CAPTION, ""], prompt_template=template)
-        padded = pipeline.transformer(LATENTS, 1000 * sigma, text, mask, pooled, return_dict=False)[0]
+def hunyuan_velocity(denoiser: nn.Module, latents: Tensor, sigma: Tensor) -> Tensor:
+    pipeline = denoiser.pipeline(FAMILIES["hunyuan_video"].build_vae())
+    template = {"template": "{}", "crop_start": 0}
+    text, pooled, mask = pipeline.encode_prompt([CAPTION, ""], prompt_template=template)
     assert text.shape[1] == 256
-    assert torch.allclose(short, padded, atol=1e-4 * padded.abs().max().item())
+    return pipeline.transformer(latents, 1000 * sigma, text, mask, pooled, return_dict=False)[0]
 
 
-def test_mochi_is_trained_on_what_its_pipeline_feeds_it():
-    """Mochi's own velocity points from noise to video, its time runs from 0, noise, to 1000."""
-    denoiser, sigma, latents = random_denoiser("mochi"), torch.tensor(SIGMA), LATENTS[:, :12]
-    with torch.no_grad():
-        short = denoiser(latents, sigma, [CAPTION, ""])
-        pipeline = denoiser.pipeline(FAMILIES["mochi"].build_vae())
-        text, mask, empty, no_mask = pipeline.encode_prompt([CAPTION], "")
-        text, mask = torch.cat([text, empty]), torch.cat([mask, no_mask])
-        padded = pipeline.transformer(latents, text, 1000 * (1 - sigma), mask, return_dict=False)[0]
+def mochi_velocity(denoiser: nn.Module, latents: Tensor, sigma: Tensor) -> Tensor:
+    """Mochi's own velocity points from noise to video, and its time runs from 0, noise, to 1000."""
+    pipeline = denoiser.pipeline(FAMILIES["mochi"].build_vae())
+    text, mask, empty, no_mask = pipeline.encode_prompt([CAPTION], "")
     assert text.shape[1] == 256 and not no_mask.any()
-    assert torch.allclose(short, -padded, atol=1e-4 * padded.abs().max().item())
+    text, mask = torch.cat([text, empty]), torch.cat([mask, no_mask])
+    return -pipeline.transformer(latents, text, 1000 * (1 - sigma), mask, return_dict=False)[0]
 
 
-def test_image_to_video_is_trained_on_what_its_pipeline_feeds_it():
-    """The mask and the first frame beside the noise, as WanImageToVideoPipeline makes them."""
+@pytest.mark.parametrize(
+    ("family", "velocity", "channels"),
+    [("wan", wan_velocity, 16), ("hunyuan_video", hunyuan_velocity, 16), ("mochi", mochi_velocity, 12)],
+)
+def test_training_predicts_what_the_pipeline_does(family, velocity, channels):
+    """Shorter text and other processors of attention change nothing."""
+    denoiser, latents, sigma = random_denoiser(family), LATENTS[:, :channels], torch.tensor(SIGMA)
+    with torch.no_grad():
+        output = denoiser(latents, sigma, [CAPTION, ""])
+        expected = velocity(denoiser, latents, sigma)
+    assert torch.allclose(output, expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_image_to_video_is_trained_on_the_input_of_its_pipeline():
+    """Mask and first frame come with the noise, as WanImageToVideoPipeline makes them."""
     family, denoiser = FAMILIES["wan_i2v"], random_denoiser("wan_i2v")
     vae = family.build_vae().requires_grad_(False).eval()
     video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
@@ -120,7 +123,7 @@ def test_image_to_video_is_trained_on_what_its_pipeline_feeds_it():
 
 
 def test_image_to_video_starts_as_the_text_to_video_model(tmp_path):
-    """The kept layers and the rest are that model's; the new channels do nothing yet."""
+    """It has that model's weights in the kept layers and elsewhere; the new channels do nothing yet."""
     wan, longer = random_denoiser("wan"), FAMILIES["wan_i2v"].denoiser()
     longer.take_over(wan.pipeline(FAMILIES["wan"].build_vae()))
     kept = [wan.transformer.blocks[number] for number in (0, 1, 4, 5)]
@@ -155,7 +158,7 @@ def test_tokenizer_knows_every_caption():
     assert tokenizer("A unicorn").input_ids[1] == tokenizer.unk_token_id
 
 
-def test_captions_say_what_is_there():
+def test_captions_are_full_short_or_empty():
     attributes = Attributes("red", "circle", "around", "navy")
     random = torch.Generator().manual_seed(0)
     captions = [write_caption(attributes, random) for _ in range(500)]
@@ -166,18 +169,18 @@ def test_captions_say_what_is_there():
 
 
 def shortest(family: str, tmp_path: Path, **changes: object) -> Options:
-    """Options of one or two steps a stage."""
+    """Makes options of one or two steps a stage."""
     settings = {"image_steps": 1, "vae_steps": 1, "outline_steps": 1, "videos": 2, "steps": 2, "batch": 2}
-    sizes = {"size": 16, "frames": 7 if family == "mochi" else 5}
-    folders = {"out": tmp_path / "model", "work": tmp_path / "work", "start": FAMILIES[family].start}
-    return Options(family=family, **(settings | sizes | folders | changes))
+    settings |= {"size": 16, "frames": 7 if family == "mochi" else 5, "start": FAMILIES[family].start}
+    folders = {"out": tmp_path / "model", "work": tmp_path / "work"}
+    return Options(family=family, **(settings | folders | changes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_stages_make_a_pipeline_that_diffusers_loads(family, tmp_path):
     options = shortest(family, tmp_path)
     train(options)
-    pipeline = DiffusionPipeline.from_pretrained(options.out, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(options.out, dtype=torch.float32)
     given = {"image": Image.new("RGB", (16, 16))} if family == "wan_i2v" else {}
     template = {"prompt_template": {"template": "{}", "crop_start": 0}} if family == "hunyuan_video" else {}
     sizes = {"height": 16, "width": 16, "num_frames": options.frames, "num_inference_steps": 2}
@@ -196,13 +199,12 @@ def test_muon_trains_the_matrices_of_the_blocks_and_nothing_is_left_out():
     assert len(build_optimizers(Stage("linear", nn.Linear(2, 2), lambda step: None, 10, 1e-3))) == 1
 
 
-def test_goes_on_from_a_model(tmp_path):
-    """The VAE and what it was normalised with stay; the transformer starts where it was and is trained."""
+def test_starts_from_a_model(tmp_path):
+    """The VAE and its statistics stay; the transformer starts from the model's weights."""
     options = shortest("wan", tmp_path, out=tmp_path / "first", work=tmp_path / "a", steps=1)
     train(options)
     train(replace(options, out=tmp_path / "second", work=tmp_path / "b", start=tmp_path / "first", rate=1e-9))
     first, second = (DiffusionPipeline.from_pretrained(tmp_path / name) for name in ("first", "second"))
-    assert first.vae.config.latents_mean == second.vae.config.latents_mean
     written = [(tmp_path / name / "vae" / "config.json").read_text() for name in ("first", "second")]
     assert written[0] == written[1]
     for part in ("vae", "transformer", "text_encoder"):
@@ -232,7 +234,7 @@ def test_a_work_folder_of_another_run_is_refused(tmp_path):
         prepare(Options(out=tmp_path / "model", work=tmp_path, seed=2, steps=5))
 
 
-def test_what_is_left_out_is_the_familys():
+def test_a_family_sets_the_defaults():
     options = parse(["--family", "hunyuan_video"])
     assert (options.out, options.frames, options.start) == (Path("assets/hunyuan-tiny"), 33, None)
     assert options.outline_steps == 1000 and parse([]).outline_steps == 1200
@@ -256,7 +258,7 @@ def test_a_mosaic_holds_four_shapes():
 
 
 def test_the_start_of_a_vae_keeps_the_size_of_its_signal():
-    """Whatever the depth: in the decoder of HunyuanVideo nothing else holds it before the last norm."""
+    """It does so at any depth: the decoder of HunyuanVideo has no norm before the last one."""
     for name in ("hunyuan_video", "mochi"):
         family = FAMILIES[name]
         torch.manual_seed(0)
@@ -269,3 +271,44 @@ def test_the_start_of_a_vae_keeps_the_size_of_its_signal():
             decoded = vae.decode(posterior.mean).sample
         assert 0.2 < posterior.mean.std() < 8 and posterior.std.mean() < 0.5
         assert 0.1 < decoded.std() < 5
+
+
+def test_caption_loss_is_the_mean_cross_entropy_of_the_valid_tokens():
+    torch.manual_seed(0)
+    one = FAMILIES["hunyuan_video"].denoiser()
+    captions = ["a red circle", "a red square moving around on a navy background"]
+    with torch.no_grad():
+        loss = one.caption_loss(captions)
+        text, _, _ = one.embed(captions)
+        losses = []
+        for row, caption in zip(text, captions, strict=True):
+            numbers = one.tokenizer(caption).input_ids
+            cosines = functional.cosine_similarity(row[: len(numbers), None], one.words[None], dim=-1)
+            losses.append(
+                functional.cross_entropy(LIKENESS * cosines, torch.tensor(numbers), reduction="none")
+            )
+    torch.testing.assert_close(loss, WORDS_APART * torch.cat(losses).mean())
+
+
+def test_caption_loss_moves_two_shapes_apart_and_trains_only_the_text():
+    torch.manual_seed(0)
+    one = FAMILIES["hunyuan_video"].denoiser()
+    captions = ["a red circle", "a red square"]
+    optimizer = torch.optim.Adam(one.parameters(), lr=1e-3)
+
+    def angle() -> float:
+        with torch.no_grad():
+            text, _, _ = one.embed(captions)
+            return functional.cosine_similarity(text[0, 2], text[1, 2], dim=0).arccos().rad2deg().item()
+
+    with torch.no_grad():  # as close as they were without the loss
+        table = one.text_encoder.get_input_embeddings().weight
+        circle, square = one.tokenizer("circle square").input_ids[:2]
+        table[square] = table[circle] + 0.01 * (table[square] - table[circle])
+    before = angle()
+    for _ in range(100):
+        optimizer.zero_grad()
+        one.caption_loss(captions).backward()
+        optimizer.step()
+    assert before < 5 and angle() > 60
+    assert all(weight.grad is None for weight in one.transformer.parameters())
