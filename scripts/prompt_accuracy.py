@@ -1,7 +1,7 @@
 """Measures how often videos of the bundled models show what the caption says, dense and radial.
 
 `python -m scripts.prompt_accuracy [CONFIG.yaml ...] [key=value ...] [--every N ...] [--batch B] [--out MD]`.
-It makes all captions of the toy world (or every N-th), one seed each, and reads them back by `toyworld.read`.
+It makes all captions of the toy world (or every N-th), one seed each, and reads them back by the toy world's reader.
 Readings are kept in outputs/prompt_accuracy/ as they come, and the same command resumes. Image to video
 starts from the first frame of a scene of the caption, so only the motion is left to the model. With
 `--prompt CAPTION ... --seeds N` it makes only these prompts with N seeds each, for one configuration.
@@ -32,7 +32,7 @@ from scripts.toyworld.render import VOCABULARY, parse_caption
 
 TITLES = f"model|frames|attention|density|{'|'.join(VOCABULARY)}|attributes|whole captions|captions|s a step"
 MEANING = (
-    "Percent of videos in which `toyworld.read` finds what the caption asks for, one seed a caption. "
+    "Percent of videos in which the toy world's reader finds what the caption asks for, one seed a caption. "
     "Attributes is the mean of the four; a whole caption is right when all four are. The last column is "
     "the median time of a step (both halves of guidance, if any) of one video, dense and radial in turn; "
     "if a run has dense steps, the mean of both by their number. Image to video starts from the first "

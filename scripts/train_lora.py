@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     prepare()
     try:
-        carry_out(sys.argv[1:] if argv is None else argv)
+        run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:
         return no_reader()
     except KeyboardInterrupt:
@@ -49,7 +49,7 @@ def as_line(error: Exception) -> str | None:
     return " ".join(str(error).split()) if isinstance(error, UsageError | GenerationError) else None
 
 
-def carry_out(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
     """Prints help or plan, or trains."""
     arguments = read_arguments(argv, CALL)
     if arguments is None:

@@ -263,9 +263,16 @@ def test_files_and_lines_are_short(file):
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 110]
 
 
+LONG = {  # over 40 lines: kernels, their launches, and functions with many keywords or one long list of steps
+    *("forward_kernel", "attend", "quantized_forward_kernel", "quantized_attention"),
+    *("triton_attention_backward", "apply_radial_attention", "enable", "make_plan", "prepared"),
+}
+
+
 def test_functions_are_short():
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES]
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    lengths = [code_lines(node) for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
-    assert np.median(lengths) <= 10
-    assert np.percentile(lengths, 95) <= 60
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+    lengths = [code_lines(node) for node in functions]
+    assert np.median(lengths) <= 8 and np.percentile(lengths, 95) <= 25
+    assert {node.name for node in functions if code_lines(node) > 40} <= LONG

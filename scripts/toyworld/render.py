@@ -32,7 +32,7 @@ class Attributes:
     motion: str
     background: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, values in VOCABULARY.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")

@@ -119,7 +119,7 @@ class Denoiser(TinyDenoiser):
     PARTS = ("text_encoder", "text_encoder_2", "transformer")
     PROCESSORS = (TrainingProcessor, HunyuanVideoAttnProcessor2_0)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         sizes = ENCODER | {"vocab_size": len(self.tokenizer)}
         self.text_encoder = LlamaModel(LlamaConfig(num_hidden_layers=2 + SKIPPED_LAYERS, **sizes))

@@ -98,7 +98,7 @@ class Denoiser(TinyDenoiser):
     BLOCKS = ("transformer_blocks",)
     PROCESSORS = (TrainingProcessor, MochiAttnProcessor2_0)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         sizes = T5_SHAPE | {"vocab_size": len(self.tokenizer)}
         self.text_encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))

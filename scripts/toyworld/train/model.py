@@ -74,7 +74,7 @@ class TinyDenoiser(nn.Module):
     PARTS: tuple[str, ...] = ("text_encoder", "transformer")  # the trained parts of the pipeline
     PROCESSORS: tuple[type, type]  # of self-attention in training, and in pipelines
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.tokenizer = build_tokenizer()
 

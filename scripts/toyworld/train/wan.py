@@ -90,7 +90,7 @@ class Denoiser(TinyDenoiser):
     PROCESSORS = (TrainingProcessor, WanAttnProcessor)
     TRANSFORMER: ClassVar[dict[str, int]] = {}
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(self.tokenizer), **T5_SHAPE))
         self.transformer = build_transformer(**self.TRANSFORMER)
