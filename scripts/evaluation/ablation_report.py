@@ -27,8 +27,8 @@ is that of the mask, density of the run counts dense steps and layers. Recall is
 softmax mass that the mask keeps, output MSE the mean squared error of an attention output, relative MSE its
 ratio to the mean square of that output: along the dense run of the first caption, means over all steps,
 layers, heads and the sampled query rows; dense steps and layers keep everything and have no error.
-Attributes are what the toy world's reader finds right. The time of a step is the median of radial and of dense
-steps, in turn with all others, weighted by their number. Values whose masks keep the same are one run."""
+Attributes are what the toy world's reader finds right. The time of a step is the median of radial and of
+dense steps, in turn with all others, weighted by their number. Values whose masks keep the same are one run."""
 
 
 def lines(data: dict[str, Any], picture: str) -> list[str]:
