@@ -6,7 +6,7 @@ from typing import Any
 from radial_attn.dispatch import BACKENDS, kernel
 from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
-from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, allowed
+from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize
 from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import ONE_CALL, check_family
 from scripts.run.model_info import ModelInfo
@@ -22,7 +22,7 @@ def check_options(config: Config) -> None:
     width = attention.decimation_width
     if width != "block" and (isinstance(width, str) or width < 1):
         key = "attention.decimation_width"
-        raise UsageError(f"{key}: got {width!r}, must be {allowed(key)}")
+        raise UsageError(f"{key}: got {width!r}, must be {SCHEMA.allowed(key)}")
     for name in ("dense_steps", "dense_last_steps"):
         value = getattr(attention, name)
         if value > steps:
