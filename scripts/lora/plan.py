@@ -11,7 +11,6 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.attention import choose_backend, require
 from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.contract import Call
-from radial_attn.models.runtime.dense_backend import check_dense_backend
 from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.run.config import VideoSize
@@ -19,7 +18,7 @@ from scripts.run.errors import UsageError, multiples_around, one_line
 from scripts.run.families import position_arguments
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
-from scripts.run.machine_checks import find_device
+from scripts.run.machine_checks import dense_problem, find_device
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
 from scripts.run.operations import Flops, count_flops
@@ -164,13 +163,8 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
         sizes.append(SizePlan(size, grid, solve_mask(config.attention, grid)))
         _check_backend(config, model, sizes[-1], device)
     adapter = _adapter_numbers(config, path)
-    try:
-        check_dense_backend(config.attention.dense_backend)
-    except (ValueError, ImportError) as error:
-        raise UsageError(
-            f"attention.dense_backend: got {config.attention.dense_backend!r}, which cannot be used here: "
-            f"{one_line(error)}"
-        ) from error
+    if problem := dense_problem(config.attention.dense_backend):
+        raise UsageError(problem)
     return TrainPlan(config, model, path, device, tuple(sizes), adapter)
 
 

@@ -32,7 +32,10 @@ REFUSED = {
         ["attention.dense_backend=flash"],
         "attention.dense_backend: got 'flash', which cannot be used here: ",
     ),
-    "dense": (["attention.dense_backend=sage"], "attention.dense_backend: got 'sage', which "),
+    "dense": (
+        ["attention.dense_backend=sage"],
+        "attention.dense_backend: got 'sage', which ",
+    ),
 }
 
 
@@ -61,6 +64,8 @@ def test_what_cannot_run_here_is_refused_before_weights_are_loaded(
         assert line.startswith(f"error: {message}")
     if case in {"device", "library"}:
         assert f"; allowed here: auto, reference, {AUTO}" in line
+    if case.startswith("dense"):
+        assert line.endswith("; allowed here: auto, native") and line.count("dense_backend") == 1
     assert not (tmp_path / "out").exists()
     assert main([*argv, "--dry-run"]) == 0  # no GPU was asked for, so the plan may be for another machine
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "not on this machine" in line]
