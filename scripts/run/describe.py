@@ -11,7 +11,8 @@ from scripts.run.config import Config, keys
 from scripts.run.families import position_arguments
 from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
-from scripts.run.plan import RunPlan, radial_config, rank_memory
+from scripts.run.plan import RunPlan, radial_config
+from scripts.run.system import pairs
 
 LITTLE = 0.5  # below this share of the operations, the cost of attention hardly matters
 
@@ -166,7 +167,7 @@ def _rank_lines(plan: RunPlan) -> list[str]:
             f"{work.busiest:.3f} of the mean, {work.waiting:.3f} with waiting at each of {plan.degrees.ring} "
             "steps"
         )
-    return [*lines, f"each rank     {gib(rank_memory(plan).total)} of memory"]
+    return [*lines, f"each rank     {gib(plan.rank_memory.total)} of memory"]
 
 
 def describe_positions(plan: RunPlan) -> list[str]:
@@ -247,8 +248,8 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
     predicted = sum(record["predicted_memory"].values()) / GIB
     lines = [
         f"video      {path} (record: the .json of the same name)",
-        f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
-        f"a step     {_pairs(seconds_per_step(record))}",
+        f"seconds    {pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
+        f"a step     {pairs(seconds_per_step(record))}",
         f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
     ]
     if (cache := record["cache"])["kind"] != "none":
@@ -259,7 +260,7 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
         worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
         lines.append(f"check      {check['compared']} outputs against the reference, worst in {worst}")
     lines += _measured_gain(record)
-    return [*lines, f"memory     {_pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
+    return [*lines, f"memory     {pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
 
 
 def _measured_gain(record: dict[str, Any]) -> list[str]:
@@ -292,10 +293,6 @@ def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
 
 def _row(name: str, text: str) -> str:
     return f"{name:<13} {text}"
-
-
-def _pairs(values: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _ranges(numbers: range | tuple[int, ...], total: int) -> str:

@@ -34,14 +34,11 @@ def check_options(config: Config) -> None:
         raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
 
 
-def check_combinations(config: Config, experts: int = 1) -> None:
-    """Raises UsageError for keys that do not work together on any machine; `experts`: transformers."""
-    for line in refusals(config, experts):
-        raise UsageError(line)
-
-
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:
-    """Yields a line for each pair of keys that does not work together on any machine, with the reason."""
+    """Yields a line for each pair of keys that does not work together on any machine, with the reason.
+
+    `experts`: how many transformers the model has.
+    """
     yield from _cache_refusals(config, experts)
     yield from _storage_refusals(config.model)
 

@@ -12,7 +12,7 @@ from scripts.run.config import ROOT, AttentionConfig, Config, GenerationConfig, 
 from scripts.run.describe import describe_plan
 from scripts.run.model_info import ModelInfo
 from scripts.run.parallel import RankWork, plan_degrees
-from scripts.run.plan import RunPlan, rank_memory
+from scripts.run.plan import RunPlan
 from tests.support.plans import plan_of
 
 PRESETS = ["configs/hunyuan_t2v_4x.yaml", "configs/mochi_t2v_4x.yaml", "configs/wan2.1_t2v_14b.yaml"]
@@ -74,7 +74,7 @@ def test_one_process_is_the_plan(preset):
     assert steps * each.other == pytest.approx(plan.flops.other, rel=1e-12)
     assert each.repeated == pytest.approx(0, abs=1e-12 * each.other)
     assert each.kept_blocks == plan.model.heads * int(plan.block_mask.blocks.sum())
-    assert rank_memory(plan) == plan.memory
+    assert plan.rank_memory == plan.memory
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -118,7 +118,7 @@ def test_prompts_shared_cost_nothing():
 
 def test_memory_keeps_weights_whole_and_shares_tokens():
     plan = plan_of(read_config("configs/hunyuan_t2v_4x.yaml", []), device="cuda")
-    needs = [rank_memory(replace(plan, degrees=Degrees(ulysses=n))) for n in (1, 2, 4, 24)]
+    needs = [replace(plan, degrees=Degrees(ulysses=n)).rank_memory for n in (1, 2, 4, 24)]
     assert len({need.weights for need in needs}) == 1
     assert [need.activations for need in needs] == sorted((n.activations for n in needs), reverse=True)
     assert needs[1].activations == pytest.approx(needs[0].activations / 2, rel=0.02)
