@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from radial_attn.models.pipeline.load import check_model, is_local
 from scripts.run.config import ROOT, AnyModelConfig, find_path
@@ -32,10 +33,15 @@ WAN_14B = ModelInfo(
     rope_time=wan_time(128),
     parameters={"transformer": 14_288_491_584, "text_encoder": UMT5_XXL, "vae": WAN_VAE},
 )
-WAN_I2V_14B = replace(
-    WAN_14B,
-    text_tokens=WAN_TEXT + WAN_IMAGE,
-    parameters=WAN_14B.parameters | {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION},
+
+
+def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
+    """Returns Wan 14B with other numbers of weights and other sizes."""
+    return replace(WAN_14B, parameters=WAN_14B.parameters | parts, **sizes)
+
+
+WAN_I2V_14B = _variant(
+    {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION}, text_tokens=WAN_TEXT + WAN_IMAGE
 )
 HUNYUAN_CONFIG = {
     "num_layers": 20,
@@ -46,58 +52,37 @@ HUNYUAN_CONFIG = {
     "patch_size": 2,
     "patch_size_t": 1,
 }
+HUNYUAN_PARTS = {"transformer": 12_821_012_544, "text_encoder_2": CLIP_TEXT, "vae": HUNYUAN_VAE}
 MOCHI_CONFIG = {"num_layers": 48, "num_attention_heads": 24, "attention_head_dim": 128, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": replace(
-        WAN_14B,
-        layers=30,
-        heads=12,
-        ffn=8960,
-        parameters=WAN_14B.parameters | {"transformer": 1_418_996_800},
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _variant(
+        {"transformer": 1_418_996_800}, layers=30, heads=12, ffn=8960
     ),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": replace(
-        WAN_14B, parameters=WAN_14B.parameters | {"transformer_2": 14_288_491_584}
-    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _variant({"transformer_2": 14_288_491_584}),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_I2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_I2V_14B,
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": replace(
-        WAN_14B,
-        parameters=WAN_14B.parameters | dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _variant(
+        dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184)
     ),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": replace(
-        WAN_14B,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _variant(
+        {"transformer": 4_999_787_712, "vae": WAN22_VAE},
         layers=30,
         heads=24,
         ffn=14336,
         vae_base=64,
         vae_pixels=16,
-        parameters=WAN_14B.parameters | {"transformer": 4_999_787_712, "vae": WAN22_VAE},
     ),
-    "Wan-AI/Wan2.1-VACE-14B-diffusers": replace(
-        WAN_14B,
-        control_layers=(0, 5, 10, 15, 20, 25, 30, 35),
-        parameters=WAN_14B.parameters | {"transformer": 17_337_592_896},
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": _variant(
+        {"transformer": 17_337_592_896}, control_layers=(0, 5, 10, 15, 20, 25, 30, 35)
     ),
     "hunyuanvideo-community/HunyuanVideo": hunyuan_video_info(
-        HUNYUAN_CONFIG,
-        {"block_out_channels": [128]},
-        {
-            "transformer": 12_821_012_544,
-            "text_encoder": LLAMA_8B,
-            "text_encoder_2": CLIP_TEXT,
-            "vae": HUNYUAN_VAE,
-        },
+        HUNYUAN_CONFIG, {"block_out_channels": [128]}, HUNYUAN_PARTS | {"text_encoder": LLAMA_8B}
     ),
     "hunyuanvideo-community/HunyuanVideo-I2V": hunyuan_video_info(
         HUNYUAN_CONFIG | {"image_condition_type": "token_replace"},
         {"block_out_channels": [128]},
-        {
-            "transformer": 12_821_012_544,
-            "text_encoder": LLAVA_8B,
-            "text_encoder_2": CLIP_TEXT,
-            "vae": HUNYUAN_VAE,
-        },
+        HUNYUAN_PARTS | {"text_encoder": LLAVA_8B},
     ),
     "genmo/mochi-1-preview": mochi_info(
         MOCHI_CONFIG,

@@ -83,7 +83,9 @@ def _radial_problem(backend: str, call: Call) -> str | None:
         named = "" if backend == "auto" else f"backend {backend!r} "
         key, got, reason = "quantize", call.quantize, f": {named}{reason}"
     else:
-        served = _served(call) or _served(plain)
+        served = [name for name in BACKENDS if _reason(name, call) is None] or [
+            name for name in BACKENDS if _reason(name, plain) is None
+        ]
         key, got, reason = "backend", backend, f", which {reason}"
     return f"attention.{key}: got {got!r}{reason}; allowed here: {', '.join(served)}"
 
@@ -113,10 +115,6 @@ def _reason(backend: str, call: Call) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _served(call: Call) -> list[str]:
-    return [name for name in BACKENDS if _reason(name, call) is None]
 
 
 def check_processes(device: str, degrees: Degrees) -> None:
