@@ -141,13 +141,12 @@ def describe_degrees(plan: RunPlan) -> str:
 def describe_decoding(plan: RunPlan) -> list[str]:
     """Returns one line on who decodes a video, if several processes make it."""
     count = plan.degrees.processes // plan.degrees.data
+    pieces = decoded_tiles(plan.model, plan.size, plan.config.model)
     if count == 1:
         return []
-    pieces = decoded_tiles(plan.model, plan.size, plan.config.model)
     if pieces > 1:
         return [f"decoding: {pieces} tiles shared by {min(count, pieces)} processes"]
-    tiled = is_tiled(plan.config.model)
-    hint = "" if tiled else "; set model.vae_tiling=always to share it as tiles"
+    hint = "" if is_tiled(plan.config.model) else "; set model.vae_tiling=always to share it as tiles"
     return [f"decoding: by one process, as one tile{hint}"]
 
 
@@ -242,6 +241,8 @@ def describe_settings(config: Config) -> str:
 def describe_video(record: dict[str, Any], path: object) -> list[str]:
     """Returns the summary of a video: seconds, attention, checks, gain and memory."""
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
+    groups = _step_groups(record).items()
+    steps = {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups}
     calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
     check = record["attention"]["check"]
     peak = {kind.split("_")[0]: f"{size / GIB:.2f} GiB" for kind, size in record["peak_memory"].items()}
@@ -249,7 +250,7 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
     lines = [
         f"video      {path} (record: the .json of the same name)",
         f"seconds    {pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
-        f"a step     {pairs(seconds_per_step(record))}",
+        f"a step     {pairs(steps)}",
         f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
     ]
     if (cache := record["cache"])["kind"] != "none":
@@ -274,12 +275,6 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
         f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the median dense "
         f"step): {dense / took:.2f}x faster"
     ]
-
-
-def seconds_per_step(record: dict[str, Any]) -> dict[str, str]:
-    """Returns the median seconds of the steps of each pattern, as text."""
-    groups = _step_groups(record)
-    return {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups.items()}
 
 
 def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:

@@ -31,7 +31,7 @@ from scripts.run.option_checks import cache_arguments, efficiency_arguments
 from scripts.run.outputs import resolved, write_pair
 from scripts.run.plan import RunPlan, attention_arguments
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
-from scripts.run.system import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
+from scripts.run.system import Clock, hardware, peak_memory, room, synchronizer, timed, versions
 
 SHRINK = 0.8  # after a real shortage, a video that fits needs at most this share of the prediction
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -96,7 +96,8 @@ class Sampler:
             UsageError: a backend is missing or refuses these shapes, or a file cannot be written.
         """
         seconds = dict(self.seconds)
-        reset_peak(self.plan.device)
+        if self.plan.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the host's peak cannot be reset
         with self.reporting_memory():
             frames, run = self.sample_video(pipeline, prompt, seconds)
         if not self.groups.leads:
