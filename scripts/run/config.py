@@ -44,8 +44,7 @@ def parse_loras(value: Any) -> list[dict[str, Any]]:
     """
     if isinstance(value, str):
         value = _from_text(value)
-    value = [] if value is None else value
-    entries = value if isinstance(value, list) else [value]
+    entries = value if isinstance(value, list) else [] if value is None else [value]
     return [_entry(f"{LORAS}[{number}]", entry) for number, entry in enumerate(entries)]
 
 
@@ -149,9 +148,7 @@ class ModelConfig(AnyModelConfig):
         ("none", "fp8", "int8", "nf4"),
     )
     vae_tiling: str = key(
-        "auto",
-        "decode tile by tile; auto: only for HunyuanVideo and Mochi",
-        ("auto", "always", "never"),
+        "auto", "decode tile by tile; auto: only for HunyuanVideo and Mochi", ("auto", "always", "never")
     )
     compile: str = key("none", "compile the transformer's blocks with torch.compile", ("none", "blocks"))
     cache: str = key(

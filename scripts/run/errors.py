@@ -5,7 +5,7 @@ import difflib
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 
@@ -44,9 +44,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
-    def divided(self, words: Iterable[str], default: str) -> tuple[str, list[str]]:
-        """Returns the one word without `=`, or the default, and the words `key=value`; two are an error."""
-        arguments = list(words)
+    def divided(self, arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
+        """Returns the one argument without `=`, or the default, and those with it; two are an error."""
         configs = [argument for argument in arguments if "=" not in argument] or [default]
         if len(configs) > 1:
             self.error(f"got {' and '.join(map(repr, configs))}; name one configuration at most")

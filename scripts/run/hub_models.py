@@ -1,5 +1,8 @@
 """Knows the numbers of published models without a download, and reads those of any other model."""
 
+import json
+import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +11,17 @@ from radial_attn.models.pipeline.load import check_model, is_local
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.model_info import (
-    CONFIGURED,
-    PARTS,
     WAN_IMAGE,
     WAN_TEXT,
     ModelInfo,
-    count_parameters,
     from_configs,
     hunyuan_video_info,
     mochi_info,
-    read_json,
     wan_time,
 )
 
+PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+CONFIGURED = ("transformer", "vae")
 # Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
@@ -102,11 +103,35 @@ def read_model_info(path: str) -> ModelInfo:
     """
     if Path(path).is_dir():
         folder = Path(path)
-        parameters = {part: count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
-        return from_configs(*(read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
+        parameters = {part: _count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
+        return from_configs(*(_read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
     if path in HUB_MODELS:
         return HUB_MODELS[path]
     return from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
+
+
+def _read_json(file: Path) -> dict:
+    """Reads a configuration file; UsageError if it is missing or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.path: {file} is missing or no valid JSON ({one_line(error)})") from error
+
+
+def _count_parameters(folder: Path) -> int:
+    """Counts the weights of the safetensors files in a folder, from their headers."""
+    return sum(_count_file(file) for file in sorted(folder.glob("*.safetensors")))
+
+
+def _count_file(file: Path) -> int:
+    """Counts the elements of a safetensors file from its header: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise UsageError(f"model.path: {file} is not a whole safetensors file ({one_line(error)})") from error
 
 
 def _fetch(path: str, file: str) -> dict:
@@ -115,7 +140,7 @@ def _fetch(path: str, file: str) -> dict:
 
     logging.set_verbosity_error()  # the retries are many lines, the failure is one
     try:
-        return read_json(Path(hf_hub_download(path, file)))
+        return _read_json(Path(hf_hub_download(path, file)))
     except (OSError, ValueError) as error:
         raise UsageError(hub_unreachable(path, error)) from error
 

@@ -80,11 +80,6 @@ def _nothing_fits(wanted: ParallelConfig, heads: int, calls: int, processes: int
     )
 
 
-def planned_processes(wanted: ParallelConfig, started: int) -> int:
-    """Counts the processes that a dry run plans for: by the given degrees, or those that torchrun started."""
-    return max(math.prod(value or 1 for value in vars(wanted).values()), started)
-
-
 @dataclass(frozen=True)
 class Exchange:
     """Holds the bytes that a process sends in a step.

@@ -1,5 +1,6 @@
 """Plans a run once: `make_plan` is the only function that checks a configuration and derives from it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ from scripts.run.option_checks import (
     check_size,
     refusals,
 )
-from scripts.run.parallel import RankWork, plan_degrees, planned_processes, rank_work
+from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
 from scripts.run.system import room, total_memory
 
@@ -190,10 +191,10 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     model = with_loras(model, loras)
     attention, grid = config.attention, model.grid(config.generation.size)
     calls = calls_per_step(config.model.family, config.generation.guidance_scale)
-    count = planned_processes(config.parallel, processes) if dry_run else processes
-    degrees = plan_degrees(
-        config.parallel, heads=model.heads, calls=calls, processes=count, prompts=len(prompts)
-    )
+    if dry_run:
+        processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
+    options = {"heads": model.heads, "calls": calls, "processes": processes, "prompts": len(prompts)}
+    degrees = plan_degrees(config.parallel, **options)
     if degrees.ring > 1:
         check_ring(attention, config.model)
     if degrees.processes > 1 and not dry_run:

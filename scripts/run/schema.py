@@ -6,6 +6,7 @@ Precedence, lowest first: the defaults of the dataclasses, the YAML file, `key=v
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ class Schema:
     def check(self, config: Any) -> None:
         """Raises UsageError for a value outside its choices or its share, or below its smallest number."""
         for name, entry in self.keys().items():
-            group, leaf = name.split(".")
-            value = getattr(getattr(config, group), leaf)
+            value = attrgetter(name)(config)
             try:
                 str(value).encode()
             except UnicodeEncodeError as error:  # lone surrogates stand for bytes that were not UTF-8

@@ -87,13 +87,8 @@ def pairs(*groups: Mapping[str, Any]) -> str:
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """Returns the version of each package, or "absent"."""
-    installed_versions = {}
-    for name in packages:
-        try:
-            installed_versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed_versions[name] = "absent"
-    return installed_versions
+    distributions = {name: next(iter(metadata.distributions(name=name)), None) for name in packages}
+    return {name: "absent" if package is None else package.version for name, package in distributions.items()}
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ SMALL = [
 
 
 def arguments(model: Path, output: Path, *overrides: str) -> list[str]:
-    """Returns the words of a short run with the model in a folder."""
+    """Returns the arguments of a short run with the model in a folder."""
     return [TINY, f"model.path={model}", f"output.path={output}", *SHORT, *overrides]
 
 

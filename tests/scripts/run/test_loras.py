@@ -1,4 +1,4 @@
-"""`model.loras`: its forms, what is refused before any weight is loaded, the record, presets and scripts."""
+"""`model.loras`: its forms, refusals before any weight is loaded, the record, presets and scripts."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import torch
 
 from radial_attn.models.lora.load import EXPERTS, MODES, UNMATCHED
 from scripts.generate import main
-from scripts.run.command_line import FULL_PRESET, TINY_PRESET, Command, choose_config, parse, schedule_of
+from scripts.run.command_line import TINY_PRESET, Command, choose_config, parse
 from scripts.run.config import EXPERTS as NAMED_EXPERTS
 from scripts.run.config import ROOT, LoraConfig, keys, read_config
 from scripts.run.loras import find_loras
@@ -19,7 +19,6 @@ from tests.support.tiny_lora import random_distilled, random_pairs, spell, write
 
 TINY = "configs/wan_tiny.yaml"
 SIZES = ["steps=2", "num_frames=5", "height=32", "width=32", "guidance_scale=1"]
-PRESETS = ("fusionx", "lightx2v")
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +111,23 @@ def test_scales_and_modes_in_the_video(lora, tiny_model, tmp_path):
 
 def test_another_scale_makes_the_videos_of_a_prompt_file_again(lora, tiny_model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    words = [f"generation.prompt_file={tmp_path / 'prompts.txt'}", f"model.loras={lora}"]
-    assert run(tiny_model, tmp_path / "out", *words) == 0
-    assert run(tiny_model, tmp_path / "out", *words) == 0
+    overrides = [f"generation.prompt_file={tmp_path / 'prompts.txt'}", f"model.loras={lora}"]
+    assert run(tiny_model, tmp_path / "out", *overrides) == 0
+    assert run(tiny_model, tmp_path / "out", *overrides) == 0
     assert "0 of 1 videos to make" in capsys.readouterr().out
-    assert run(tiny_model, tmp_path / "out", *words[:1], f"model.loras={{path: {lora}, scale: 0.9}}") == 0
+    assert run(tiny_model, tmp_path / "out", *overrides[:1], f"model.loras={{path: {lora}, scale: 0.9}}") == 0
     assert "made with other settings (model.loras): made again" in capsys.readouterr().out
 
 
-def test_keys_that_are_left_out_are_told(tiny_model, tmp_path, capsys):
+def test_keys_that_are_left_out_are_reported(tiny_model, tmp_path, capsys):
     pairs = random_pairs(wan_transformer())
     stray = {"diffusion_model.blocks.0.cross_attn.k_img.diff_b": torch.ones(24)}
     file = write(tmp_path / "a.safetensors", spell(pairs, "original") | stray)
-    words = [TINY, f"model.path={tiny_model}", f"output.path={tmp_path / 'out'}", f"model.loras={file}"]
+    overrides = [TINY, f"model.path={tiny_model}", f"output.path={tmp_path / 'out'}", f"model.loras={file}"]
     for option in ([], ["--dry-run"]):
         named = ["error: model.loras[0]: LoRA a.safetensors: 1 of 81 keys match nothing"]
         named += ["k_img.diff_b (no such layer)", "model.lora_unmatched=warn"]
-        refused(capsys, [*words, *option], *named)
+        refused(capsys, [*overrides, *option], *named)
     assert not (tmp_path / "out").exists()
     assert run(tiny_model, tmp_path / "out", f"model.loras={file}", "model.lora_unmatched=warn") == 0
     printed = capsys.readouterr()
@@ -158,10 +157,10 @@ BAD = {
 @pytest.mark.parametrize("option", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_loras_are_refused_before_anything_is_written(case, option, tiny_model, tmp_path, capsys):
-    make, entry, words = BAD[case]
+    make, entry, parts = BAD[case]
     (tmp_path / "loras").mkdir()
     argv = [TINY, f"model.path={tiny_model}", f"output.path={tmp_path / 'out'}"]
-    refused(capsys, [*argv, f"model.loras={entry.format(make(tmp_path / 'loras'))}", *option], *words)
+    refused(capsys, [*argv, f"model.loras={entry.format(make(tmp_path / 'loras'))}", *option], *parts)
     assert not (tmp_path / "out").exists()
 
 
@@ -169,8 +168,8 @@ def test_a_folder_with_one_file_or_a_name(lora, tiny_model, tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/a.safetensors").write_bytes(lora.read_bytes())
     for text in (f"{tmp_path / 'deep'}", f"{{path: {tmp_path}, weight_name: deep/a.safetensors}}"):
-        (found,) = find_loras(read_config(TINY, [f"model.loras={text}"]).model, str(tiny_model))
-        assert found.file == tmp_path / "deep/a.safetensors"
+        (entry,) = find_loras(read_config(TINY, [f"model.loras={text}"]).model, str(tiny_model))
+        assert entry.file == tmp_path / "deep/a.safetensors"
 
 
 def test_values_that_are_not_finite_are_one_line(tiny_model, tmp_path, capsys):
@@ -191,27 +190,12 @@ def test_a_hub_id_out_of_reach(capsys, tiny_model, monkeypatch):
         assert "not checked (the file is not downloaded yet)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_without_a_gpu_the_bundled_model_takes_over_the_schedule(name):
+@pytest.mark.parametrize("name", ["fusionx", "lightx2v"])
+def test_scripts_of_few_steps_have_a_stand_in_with_its_own_folder(name):
     preset = f"configs/wan2.1_t2v_14b_{name}.yaml"
-    command = parse([f"--preset={preset}", "model.device=cpu", "generation.seed=5"])
-    assert command.preset == preset
-    file, overrides, reason = choose_config(command)
-    assert file == TINY_PRESET and preset in reason and "without its LoRA" in reason
-    config, full = read_config(file, overrides), read_config(preset, [])
-    assert config.model.loras == [] and config.generation.seed == 5
-    for key in ("steps", "guidance_scale", "flow_shift"):
-        assert getattr(config.generation, key) == getattr(full.generation, key)
-    assert config.attention.dense_steps == full.attention.dense_steps
+    file, overrides, _ = choose_config(parse([f"--preset={preset}", "model.device=cpu", "generation.seed=5"]))
+    config = read_config(file, overrides)
+    assert file == TINY_PRESET and config.model.loras == [] and config.generation.seed == 5
     assert config.output.path == f"outputs/wan2.1_t2v_14b_{name}_tiny"
-    script = (ROOT / f"scripts/wan_t2v_{name}.sh").read_text()
-    assert f'--preset={preset} "$@"' in script
+    assert f'--preset={preset} "$@"' in (ROOT / f"scripts/wan_t2v_{name}.sh").read_text()
     assert choose_config(Command(config_file=TINY, preset=preset))[0] == TINY
-
-
-def test_the_other_script_is_as_before():
-    assert choose_config(Command(overrides=["model.device=cpu"]))[1:] == (
-        ["model.device=cpu"],
-        "model.device=cpu",
-    )
-    assert "generation.steps=50" in schedule_of(FULL_PRESET)

@@ -1,4 +1,4 @@
-"""The keys of backends and of the guard, through the command: refused before loading, or obeyed."""
+"""Backends and checks of outputs, through the command: refused before weights are loaded, or used."""
 
 import json
 
@@ -29,7 +29,7 @@ REFUSED = {  # keys of attention -> how the line goes on after `attention.`
 
 @on_the_cpu
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_run_here_is_refused_before_weights_are_loaded(
+def test_kernels_that_this_machine_lacks_are_refused_before_weights_are_loaded(
     case, tiny_model, tmp_path, capsys, monkeypatch
 ):
     message = f"attention.{REFUSED[case]}"
@@ -47,7 +47,7 @@ def test_what_cannot_run_here_is_refused_before_weights_are_loaded(
     assert note.startswith("note ") and message in note
 
 
-def test_a_backend_that_is_never_called_is_not_looked_at():
+def test_a_backend_that_is_never_called_is_not_checked():
     unused = (["attention.pattern=dense"], ["attention.dense_layers=40"], ["attention.dense_steps=50"])
     for overrides in unused:
         plan = plan_of(read_config(FULL, ["attention.backend=sage", "model.device=cpu", *overrides]))
@@ -59,9 +59,9 @@ def test_the_head_width_counts(tiny_model, monkeypatch):
     from radial_attn.kernels import flex
 
     monkeypatch.setattr(flex, "NEEDS", backends.Needs(widths=(64, 128)))
-    words = ["attention.backend=flex", "model.device=cpu", f"model.path={tiny_model}"]
+    overrides = ["attention.backend=flex", "model.device=cpu", f"model.path={tiny_model}"]
     with pytest.raises(UsageError, match=r"'flex', which takes head widths \(64, 128\), got 12; allowed"):
-        plan_of(read_config(TINY, words))
+        plan_of(read_config(TINY, overrides))
 
 
 @pytest.mark.parametrize("case", [("nan", one_nan), ("reference", one_nan), ("reference", twice)])
@@ -96,8 +96,8 @@ def test_a_failing_kernel_loses_one_prompt_not_the_rest(tiny_model, tmp_path, ca
 
 def test_the_record_has_check_and_dense_backend(tiny_model, tmp_path, capsys):
     path = tmp_path / "a.mp4"
-    words = ["check=reference", "dense_steps=1", "dense_backend=_native_math"]
-    assert main(arguments(tiny_model, path, *(f"attention.{word}" for word in words))) == 0
+    overrides = ["check=reference", "dense_steps=1", "dense_backend=_native_math"]
+    assert main(arguments(tiny_model, path, *(f"attention.{word}" for word in overrides))) == 0
     attention = json.loads(path.with_suffix(".json").read_text())["attention"]
     assert attention["check"]["compared"] == 4
     assert attention["check"]["worst"]["relative_l2"] < 1e-5 < MOST_ERROR

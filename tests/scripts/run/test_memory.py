@@ -27,7 +27,7 @@ latents = torch.randn(1, vae.config.latent_channels, *sizes)
 with torch.no_grad():
     vae.decode(latents[:, :, :2, :8, :8])
     with open("/proc/self/clear_refs", "w") as stream:
-        stream.write("5")  # the peak begins anew
+        stream.write("5")  # resets the peak
     before = peak_memory("cpu")["host_bytes"]
     vae.decode(latents)
 print(peak_memory("cpu")["host_bytes"] - before)
@@ -44,9 +44,9 @@ def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling:
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
     """A video larger than a tile, in a process of its own, whose freed tensors go back to the system."""
     side = TILE * 3 // 2
-    words = [family, str(latents), str(side // 8), str(side // 8)]
+    arguments = [family, str(latents), str(side // 8), str(side // 8)]
     given = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    command = [sys.executable, "-P", "-c", MEASURE, *words]
+    command = [sys.executable, "-P", "-c", MEASURE, *arguments]
     done = subprocess.run(
         command, check=True, cwd=ROOT, env=os.environ | given, timeout=280, capture_output=True, text=True
     )

@@ -110,7 +110,7 @@ def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(tmp_path, end):
     assert left == ([] if end == "SIGINT" else ["a.mp4"])
 
 
-def test_the_reason_of_a_full_disk_is_told():
+def test_the_reason_of_a_full_disk_is_reported():
     with pytest.raises(OSError) as raised:
         _raise_reason(Path("/dev/full"))
     assert raised.value.errno == errno.ENOSPC
@@ -156,7 +156,7 @@ def test_a_memory_limit_counts_less_what_is_used(tmp_path, names, droppable):
     assert cgroup_free(tmp_path) == []
 
 
-def test_what_the_process_holds_is_counted():
+def test_the_memory_of_the_process_is_counted():
     before, size = own_memory("cpu"), 2**27
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages that no earlier test has left behind
     with mmap.mmap(-1, size, flags=private) as held:

@@ -1,4 +1,4 @@
-"""What each of several processes has to do, against arithmetic by hand and the plan of one process."""
+"""The work of each of several processes, against arithmetic by hand and the plan of one process."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def tiny(family: str, text: int = 0, joint: int = 0, **model: object) -> RunPlan
 
 
 def work(plan: RunPlan, degrees: Degrees = ALONE) -> RankWork:
-    """Of one of the processes that share a plan in this way."""
+    """Returns the work of one of the processes that share a plan in this way."""
     return replace(plan, degrees=degrees).rank_work
 
 
@@ -91,7 +91,7 @@ def test_all_processes_do_no_less_than_one(preset, processes):
 
 
 @pytest.mark.parametrize("degrees", [Degrees(2), Degrees(cfg=2), Degrees(2, cfg=2), Degrees(2, data=3)])
-def test_all_processes_do_what_one_does_where_all_divides_and_there_is_no_text(degrees):
+def test_without_text_and_padding_all_processes_together_do_the_work_of_one(degrees):
     plan, sharing = tiny("wan"), degrees.ulysses * degrees.cfg
     one, each = work(plan), work(plan, degrees)
     for name in ("dense", "sparse", "other"):
@@ -123,8 +123,8 @@ def test_bytes_of_a_ring_by_hand():
     """30 video tokens, 16 of them with the first of 2 ranks, and 6 of text."""
     plan = tiny("hunyuan_video", joint=6)
     sent, alone = (work(plan, Degrees(ulysses=n, ring=2)).sent for n in (2, 1))
-    key_and_value, found = 2 * 8 * 2, 4 * (8 + 1)  # of a token and head; in float32, with the sum
-    assert sent.ring == 2 * 2 * ((16 + 6) * key_and_value + 6 * found)  # layers, heads
+    key_and_value, merged = 2 * 8 * 2, 4 * (8 + 1)  # of a token and head; in float32, with the sum
+    assert sent.ring == 2 * 2 * ((16 + 6) * key_and_value + 6 * merged)  # layers, heads
     assert alone.ring == 2 * sent.ring and alone.streams == alone.text == 0
     assert sent.streams == 2 * 4 * 8 * 2 * 8 * 2  # layers, streams, tokens, heads
     assert sent.tokens == 8 * 64 * 2 * 3
@@ -147,7 +147,7 @@ def test_a_plan_imports_nothing_that_starts_processes():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_dry_run_of_several_processes_says_what_each_does(capsys):
+def test_a_dry_run_of_several_processes_prints_the_work_of_each(capsys):
     plan = tiny("hunyuan_video", joint=6)
     assert not [line for line in describe_plan(plan).splitlines() if line.startswith(("each", "ring"))]
     shared = describe_plan(replace(plan, degrees=Degrees(ulysses=4))).splitlines()
@@ -157,7 +157,7 @@ def test_a_dry_run_of_several_processes_says_what_each_does(capsys):
     around = describe_plan(replace(plan, degrees=Degrees(ring=2))).splitlines()
     (line,) = (line for line in around if line.startswith("ring"))
     assert line.startswith("ring          0.00 GB of that; kept blocks of the busiest rank 1.")
-    words = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
-    assert generate(words) == 0
+    arguments = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
+    assert generate(arguments) == 0
     printed = capsys.readouterr().out
     assert "74.45 GB sent" in printed and "20.377 PFLOP in a dense" in printed and " 3.660 " in printed
