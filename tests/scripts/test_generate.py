@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_video_and_another_does_not(tiny_model, tmp
 
 
 def test_only_radial_attention_changes_the_video(tiny_model, tmp_path):
-    """All steps dense, all layers dense, and the dense pattern are the same video; radial is another."""
+    """Dense steps, dense layers and the dense pattern give the same video; radial gives another."""
     variants = {
         "pattern": ["attention.pattern=dense"],
         "steps": ["attention.dense_steps=3"],
@@ -133,7 +133,7 @@ def test_a_failing_prompt_loses_none_of_the_others(tiny_model, tmp_path, capsys)
 
 
 class ErrorCounter(io.StringIO):
-    """A stream that counts the UsageErrors alive at each error line written to it."""
+    """Counts the UsageErrors alive at each error line that is written to it."""
 
     def __init__(self) -> None:
         super().__init__()

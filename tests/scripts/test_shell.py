@@ -21,7 +21,7 @@ def bash(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A repository of nothing but set-up and an empty requirements.txt, in a path with a space."""
+    """Makes a repository of set-up and an empty requirements.txt, in a path with a space."""
     root = tmp_path / "my copy"
     (root / "scripts").mkdir(parents=True)
     shutil.copy(SETUP, root / "scripts")

@@ -74,7 +74,7 @@ def test_the_last_device_on_the_command_line_counts(machine):
     ],
 )
 def test_the_step_of_the_ladder_that_a_card_takes(card, preset, more, machine):
-    """What comes before it on the ladder is named with what it would need."""
+    """The reason names the steps before it, and the memory that each would need."""
     machine(card)
     chosen, overrides, reason = choose_preset([])
     assert (chosen, overrides) == (preset, list(more))
@@ -104,7 +104,7 @@ def test_another_preset_has_its_own_stand_in(card, preset, more, machine):
 
 
 def test_a_host_without_room_takes_a_smaller_model(machine):
-    """All weights are read into it first, whatever is kept on the card."""
+    """All weights are read into host memory first."""
     machine(80, host=36)
     preset, overrides, reason = choose_preset([])
     assert (preset, overrides) == (SMALL_PRESET, [])
@@ -115,7 +115,7 @@ def test_a_host_without_room_takes_a_smaller_model(machine):
     assert reason.startswith("a card has 80 GiB free; Wan 14B would need 40 GiB of host memory; ")
 
 
-def test_keys_of_the_user_stay_the_users(machine):
+def test_keys_of_the_user_are_kept(machine):
     machine(24)
     given = ["model.offload=model", "generation.num_frames=33"]
     preset, overrides, _ = choose_preset(given)
@@ -134,8 +134,8 @@ def test_keys_of_the_user_stay_the_users(machine):
         ("model.cache=mag", ()),  # which lacks its ratios, and is refused whatever is added
     ],
 )
-def test_what_is_added_goes_together_with_the_users_keys(word, saving, machine):
-    """For every card: what is chosen is planned, or refused for the user's own keys."""
+def test_added_keys_work_together_with_the_users_keys(word, saving, machine):
+    """On every card the choice can be planned, unless the user's keys are refused."""
     for card in (8, 12, 24, 48):
         machine(card)
         preset, overrides, _ = choose_preset([word])

@@ -143,7 +143,7 @@ def test_a_failure_of_the_op_names_the_backend(tiny_model, tmp_path, capsys, mon
 
 
 def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny_model):
-    """The message is cuBLAS's. What would fit depends on free memory and on that of this process."""
+    """The message is cuBLAS's. Memory that this process holds counts as room for the run."""
     overrides = [f"model.path={tiny_model}", "model.device=cpu"]
     config = read_config(TINY, [*overrides, "generation.height=512", "generation.width=512"])
     sampler = Sampler(make_plan(config, dry_run=True))

@@ -103,7 +103,7 @@ def test_numbers_of_the_known_hub_models(name):
 
 @pytest.mark.parametrize("name", ["genmo/mochi-1-preview", "hunyuanvideo-community/HunyuanVideo"])
 def test_multiply_adds_of_a_layer_are_those_of_its_matrices(name):
-    """The matrices on a video token's way through the last kind of block, but for norms and modulation."""
+    """Counts the matrices that a video token meets in the last kind of block, without norms."""
     with torch.device("meta"):
         transformer = parts(name, HUB_MODELS[name])["transformer"]
     blocks = getattr(transformer, "single_transformer_blocks", None) or transformer.transformer_blocks
@@ -126,7 +126,7 @@ def test_tokens_of_the_papers_videos(name, frames, size, tokens):
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 3])
 def test_control_layers_are_counted_as_they_are_applied(dense_layers):
-    """Six attentions in four layers: a control layer has the number of the layer that it feeds."""
+    """There are six attentions in four layers: a control layer counts as the layer that it feeds."""
     transformer = vace_transformer()
     config = {"_class_name": type(transformer).__name__, **transformer.config}
     model = from_configs(config, {}, {})
@@ -156,7 +156,7 @@ def test_an_unknown_transformer_is_named():
 
 
 def test_guidance_that_a_model_has_no_place_for_is_refused():
-    """Of a HunyuanVideo that was not distilled; the image-to-video kind of 33 channels is one too."""
+    """A HunyuanVideo that was not distilled has none, like the image-to-video kind of 33 channels."""
     named = HUNYUAN_CONFIG | {"_class_name": "HunyuanVideoTransformer3DModel", "guidance_embeds": False}
     model = from_configs(named, {"block_out_channels": [128]}, {})
     guided, alone = ["generation.guidance_scale=6"], ["generation.guidance_scale=1"]

@@ -58,7 +58,7 @@ def picture(file: Path, size: tuple[int, int] = (96, 64), color: str = "red", **
 
 
 def clip(frames: int = 9, level: int = 200) -> np.ndarray:
-    """Grey frames uint8 `[T, 48, 80, 3]` with a bright left half."""
+    """Makes grey frames uint8 `[T, 48, 80, 3]` with a bright left half."""
     video = np.full((frames, 48, 80, 3), 20, dtype=np.uint8)
     video[:, :, :40] = level
     return video
@@ -152,7 +152,7 @@ def test_an_image_is_rotated_and_composited_on_black(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])
 def test_video_and_mask_are_fitted_and_cut(kind, tmp_path):
-    """The first frames of a longer video; the mask is black and white from half brightness on."""
+    """Takes the first frames of a longer video; the mask is white from half brightness on."""
     names = {}
     for name, level in (("video", 200), ("mask", 140)):
         frames = [frame + i for i, frame in enumerate(clip(7, level))]

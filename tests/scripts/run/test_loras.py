@@ -23,7 +23,7 @@ SIZES = ["steps=2", "num_frames=5", "height=32", "width=32", "guidance_scale=1"]
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
-    """A file for the model of `tiny_model`."""
+    """Writes a LoRA for the model of `tiny_model`."""
     state = random_distilled(wan_transformer(patch_size=(1, 1, 1)))[0]
     return write(tmp_path_factory.mktemp("loras") / "distilled.safetensors", state)
 

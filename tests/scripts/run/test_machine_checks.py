@@ -66,7 +66,7 @@ def test_the_head_width_counts(tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("case", [("nan", one_nan), ("reference", one_nan), ("reference", twice)])
 def test_a_failing_kernel_stops_the_run_without_a_file(case, tiny_model, tmp_path, capsys, monkeypatch):
-    """Layer 1 of the first guidance half."""
+    """The call that fails is layer 1 of the first half of guidance."""
     check, how = case
     fail(monkeypatch, 1, how)
     kind = "non-finite" if how is one_nan else "wrong"
@@ -77,7 +77,7 @@ def test_a_failing_kernel_stops_the_run_without_a_file(case, tiny_model, tmp_pat
 
 
 def test_a_failing_kernel_loses_one_prompt_not_the_rest(tiny_model, tmp_path, capsys, monkeypatch):
-    """The second of three videos, at its second step: a video has 2 steps of 2 halves of 4 layers."""
+    """It fails in the second step of the second video: a video has 2 steps of 2 halves of 4 layers."""
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
     fail(monkeypatch, 2 * 2 * 4 + 2 * 4 + 3, one_nan)

@@ -130,7 +130,7 @@ def test_a_cache_that_skips_nothing_changes_nothing_and_leaves_no_trace():
 
 
 def test_a_first_block_that_hardly_changes_saves_the_others():
-    """All but the first block of every step after the first of each guidance half."""
+    """Each half of guidance computes all blocks in its first step, and one in every other."""
     _, _, use = run(build("wan"), "wan", "first_block", threshold=1e9)
     assert use["computed"] == 2 * (LAYERS + STEPS - 1)
 
@@ -153,7 +153,7 @@ def test_compiled_blocks_need_no_more_graphs_under_a_cache():
 
 
 def test_layer_by_layer_offload_moves_weights_under_the_forks():
-    """By accelerate, as sequential offload does on a GPU."""
+    """Uses accelerate, like sequential offload on a GPU."""
     plain, _, _ = run(build("wan"), "wan")
     pipeline = build("wan")
     cpu_offload(pipeline.transformer, torch.device("cpu"), offload_buffers=True)

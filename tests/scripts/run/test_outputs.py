@@ -102,7 +102,7 @@ for steps in (20, 21):
 
 @pytest.mark.parametrize("end", ["SIGINT", "SIGKILL"])
 def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(tmp_path, end):
-    """The second video's record is not renamed any more: the first's must not pass for it."""
+    """The second video has no record yet, and the first record must not stand for it."""
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "a.mp4"), end]
     stopped = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, timeout=200)
     assert stopped.returncode != 0
@@ -146,7 +146,7 @@ def test_the_version_in_records_is_the_projects():
     ],
 )
 def test_a_memory_limit_counts_less_what_is_used(tmp_path, names, droppable):
-    """The files of a control group: what is used does not count as free, but for droppable file pages."""
+    """Used memory of a control group is not free, except for file pages that can be dropped."""
     (tmp_path / "memory").mkdir()
     assert cgroup_free(tmp_path) == []
     for name, text in zip(names, ("1000\n", "700\n", f"anon 1\n{droppable} 50\n"), strict=True):

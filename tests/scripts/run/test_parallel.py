@@ -20,7 +20,7 @@ ALONE = Degrees()
 
 
 def tiny(family: str, text: int = 0, joint: int = 0, **model: object) -> RunPlan:
-    """3 frames of 2 x 5 tokens in 2 layers of 4 heads of 8, float16, guidance on."""
+    """Plans 3 frames of 2 x 5 tokens in 2 layers of 4 heads of 8, float16, guidance on."""
     shape = ModelInfo(2, 4, 8, 64, text_tokens=text, joint_text=joint, **model)
     shift = None if family == "mochi" else 5.0
     sizes = GenerationConfig(height=32, width=80, num_frames=9, steps=10, flow_shift=shift)
@@ -34,7 +34,7 @@ def work(plan: RunPlan, degrees: Degrees = ALONE) -> RankWork:
 
 
 def test_bytes_by_hand_with_joint_text():
-    """30 video tokens and 6 of text, 4 processes: 8 tokens each, the last two filled up, one head each."""
+    """4 processes share 30 video tokens and 6 of text: 8 tokens each, the last two padding, and one head."""
     sent = work(tiny("hunyuan_video", joint=6), Degrees(ulysses=4)).sent
     of_a_head = 8 * 2  # channels, bytes
     assert sent.streams == 2 * 4 * 8 * of_a_head * 3  # layers, streams, tokens; to each of 3 others
@@ -45,7 +45,7 @@ def test_bytes_by_hand_with_joint_text():
 
 
 def test_bytes_by_hand_with_guidance():
-    """Wan on 2 x 2 processes: one call each, latents of 16 channels."""
+    """Wan runs on 2 x 2 processes: one call each, latents of 16 channels."""
     plan = tiny("wan", text=12)
     sent = work(plan, Degrees(ulysses=2, cfg=2)).sent
     assert sent.streams == 2 * 4 * 15 * 2 * 8 * 2
@@ -56,7 +56,7 @@ def test_bytes_by_hand_with_guidance():
     assert work(plan, Degrees(cfg=2)).sent.total == sent.guidance
 
 
-def test_control_layers_and_filled_up_heads_count():
+def test_control_layers_and_padded_heads_count():
     plan = tiny("wan_vace", control_layers=(0,))
     shared = work(plan, Degrees(ulysses=3))
     # calls, layers, streams, tokens, heads, channels, bytes, to 2 others
@@ -120,7 +120,7 @@ def test_memory_keeps_weights_whole_and_shares_tokens():
 
 
 def test_bytes_of_a_ring_by_hand():
-    """30 video tokens, 16 of them with the first of 2 ranks, and 6 of text."""
+    """The first of 2 ranks has 16 of 30 video tokens; 6 tokens are text."""
     plan = tiny("hunyuan_video", joint=6)
     sent, alone = (work(plan, Degrees(ulysses=n, ring=2)).sent for n in (2, 1))
     key_and_value, merged = 2 * 8 * 2, 4 * (8 + 1)  # of a token and head; in float32, with the sum

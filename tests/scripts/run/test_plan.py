@@ -32,7 +32,7 @@ def test_a_folder_is_read_without_its_weights(tiny_model):
 
 
 def test_tokens_and_operations_of_the_papers_default():
-    """Wan2.1-14B, 69 frames, dense: the paper's table says 560 PFLOPs."""
+    """The paper's table says 560 PFLOPs for Wan2.1-14B with 69 frames and dense attention."""
     plan = plan_of(read_config(FULL, []))
     grid, flops = plan.grid, plan.flops_at(0.25)
     assert (grid.frames, grid.height, grid.width, grid.tokens) == (18, 48, 80, 69120)
@@ -42,7 +42,7 @@ def test_tokens_and_operations_of_the_papers_default():
 
 
 def test_operations_are_those_that_torch_counts():
-    """One call of a real transformer, with an SDPA that torch counts; patching and embeddings left out."""
+    """Calls a real transformer with an SDPA that torch counts; patching and embeddings are left out."""
     transformer = wan_transformer(num_layers=2, ffn_dim=512, attention_head_dim=64, patch_size=(1, 1, 1))
     inputs = wan_inputs(frames=3, height=16, width=16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -81,7 +81,7 @@ def test_the_dense_pattern_saves_nothing():
 
 
 def test_memory_of_the_14b_preset_is_that_of_an_80_gib_card():
-    """38 GiB of weights; the paper's and the authors' runs of this setting are on one 80 GB H100."""
+    """Weights take 38 GiB. The paper runs this setting on one 80 GB H100."""
     need = plan_of(read_config(FULL, []), device="cuda").memory
     assert need.weights == pytest.approx((14.29e9 + 5.68e9) * 2 + 0.127e9 * 4, rel=0.01)
     assert 45 * GIB < need.total < 75 * GIB
@@ -146,7 +146,7 @@ def test_a_prediction_that_does_not_fit_a_gpu_only_warns(monkeypatch):
 
 
 def test_weights_that_exceed_the_card_are_refused(monkeypatch):
-    """Of the parts that are on the card at a time: 38, 27 and 1 GiB."""
+    """38, 27 and 1 GiB are on the card at a time."""
     cards(monkeypatch, (23, 24), (60, 64))
     for offload in ("none", "model"):
         message = r"out of memory: the weights of model.path=Wan-AI.* 24 GiB; set model.offload=group"
@@ -156,7 +156,7 @@ def test_weights_that_exceed_the_card_are_refused(monkeypatch):
 
 
 def test_the_weights_of_a_gpu_run_pass_through_the_host(monkeypatch):
-    """A host that is busy is warned of, one that is too small refused."""
+    """A busy host gives a warning; a host that is too small is refused."""
     config = read_config(FULL, [])
     assert host_bytes(FOURTEEN, config.model) > plan_of(config, device="cuda").memory.weights > 37 * GIB
     cards(monkeypatch, (79, 80), (20, 64))
@@ -171,7 +171,7 @@ def test_the_weights_of_a_gpu_run_pass_through_the_host(monkeypatch):
 
 
 def test_a_cpu_without_room_refuses_with_what_would_fit(monkeypatch):
-    """There the prediction is measured. Several processes share the host."""
+    """On the CPU the prediction was measured. Several processes share the host."""
     config = read_config(TINY, ["generation.height=1024", "generation.width=1024"])
     need = plan_of(config).memory.total
     cards(monkeypatch, (0, 0), (0.9 * need / GIB, 64))
@@ -201,7 +201,7 @@ def suggestion(plan: RunPlan, text: str) -> VideoSize:
 
 
 @pytest.mark.parametrize("budget", [59, 50, 41])
-def test_what_would_fit_fits_and_is_allowed(budget):
+def test_the_suggested_size_fits_and_is_allowed(budget):
     plan = plan_of(read_config(FULL, ["generation.num_frames=161"]), device="cuda")
     smaller = suggestion(plan, plan.nearest_fit(budget * GIB))
     assert plan.memory_of(smaller).total <= budget * GIB
@@ -224,7 +224,7 @@ def test_the_table_of_the_dry_run():
 
 
 def test_the_table_of_a_wanted_density():
-    """0.2 is below what a decay factor can do at this length; the curve says what else gives way."""
+    """A decay factor alone does not reach 0.2 at this length; the curve names the next option."""
     text = describe_plan(plan_of(read_config(FULL, ["attention.density=0.2"]), device="cuda"))
     rows = text.splitlines()
     (density,) = (row for row in rows if row.startswith("density "))

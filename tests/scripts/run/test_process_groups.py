@@ -112,7 +112,7 @@ def test_a_ring_takes_what_the_heads_leave(processes, heads, expected):
         ("dense_backend", "sage", r"attention\.dense_backend: .*'sage'.*allowed: auto, native"),
     ],
 )
-def test_what_a_ring_refuses(key, value, message):
+def test_options_that_a_ring_refuses(key, value, message):
     group = "model" if key == "compile" else "attention"
     with pytest.raises(UsageError, match=message):
         planned(2, "generation.guidance_scale=1", "parallel.ring_degree=2", f"{group}.{key}={value}")
@@ -130,7 +130,7 @@ def test_what_a_ring_refuses(key, value, message):
         ({"ulysses_degree": 2}, 1, 3, "numbers of processes that work: 2"),
     ],
 )
-def test_degrees_that_nothing_fits(parallel, halves, processes, message):
+def test_degrees_that_do_not_fit(parallel, halves, processes, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         chosen(processes, halves=halves, **parallel)
 
@@ -141,7 +141,7 @@ def check_refused(pattern: str, *overrides: str, device: str = "cpu") -> None:
         planned(2, *overrides, device=device, dry_run=False)
 
 
-def test_what_several_processes_refuse(monkeypatch):
+def test_options_that_several_processes_refuse(monkeypatch):
     check_refused("cache_ratios: got 'calibrate'.*numbers", "model.cache=mag", "model.cache_ratios=calibrate")
     check_refused("compile: got 'blocks'.*: none$", "model.compile=blocks", "parallel.ring_degree=2")
     pattern = "attention.check: got 'reference'.*parallel.cfg_degree=2.*auto, off, nan"
@@ -221,7 +221,7 @@ def test_bad_input_is_one_line_of_all_processes(tmp_path: Path):
 
 
 def test_a_failure_of_all_is_reported_once(tiny_model: Path, tmp_path: Path):
-    """The latents of all turn out not to be finite."""
+    """Every process has latents that are not finite."""
     overrides = [f"model.path={tiny_model}", *SHORT, "model.dtype=float16", "generation.guidance_scale=1e38"]
     _, errors = launched(*overrides, f"output.path={tmp_path / 'out'}", code=2)
     (line,) = [line for line in errors.splitlines() if "error" in line]
