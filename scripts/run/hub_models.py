@@ -44,17 +44,11 @@ def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
 WAN_I2V_14B = _variant(
     {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION}, text_tokens=WAN_TEXT + WAN_IMAGE
 )
-HUNYUAN_CONFIG = {
-    "num_layers": 20,
-    "num_single_layers": 40,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "mlp_ratio": 4.0,
-    "patch_size": 2,
-    "patch_size_t": 1,
-}
+HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
+HUNYUAN_SIZES = {"num_layers": 20, "num_single_layers": 40, "mlp_ratio": 4.0}
+HUNYUAN_CONFIG = HEADS | HUNYUAN_SIZES | {"patch_size": 2, "patch_size_t": 1}
 HUNYUAN_PARTS = {"transformer": 12_821_012_544, "text_encoder_2": CLIP_TEXT, "vae": HUNYUAN_VAE}
-MOCHI_CONFIG = {"num_layers": 48, "num_attention_heads": 24, "attention_head_dim": 128, "patch_size": 2}
+MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _variant(

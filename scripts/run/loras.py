@@ -58,9 +58,8 @@ def find_loras(options: ModelConfig, path: str, fetch: bool = True) -> list[Foun
     for number, entry in enumerate(options.loras):
         key = f"model.loras[{number}]"
         if experts == 1 and entry.transformer == "2":
-            raise UsageError(
-                f"{key}.transformer: got '2', but the model has one transformer; allowed: both, 1"
-            )
+            got = f"{key}.transformer: got '2'"
+            raise UsageError(f"{got}, but the model has one transformer; allowed: both, 1")
         file, header, match = find_file(key, entry, fetch), None, None
         try:
             if file is not None:
@@ -84,23 +83,18 @@ def find_file(key: str, entry: LoraConfig, fetch: bool = True) -> Path | None:
 
     `key`: the entry's key, for messages.
     """
-    path = find_path(entry.path)
+    path, got = find_path(entry.path), f"{key}.weight_name: got {entry.weight_name!r}"
     if path.is_file():
         if entry.weight_name:
-            raise UsageError(
-                f"{key}.weight_name: got {entry.weight_name!r}, but {entry.path!r} is a file; set it to "
-                "null, or name a folder or hub id as path"
-            )
+            remedy = "set it to null, or name a folder or hub id as path"
+            raise UsageError(f"{got}, but {entry.path!r} is a file; {remedy}")
         return path
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.safetensors"))
-        name = entry.weight_name or _only(key, entry, names)
-        if not (path / name).is_file():
-            raise UsageError(
-                f"{key}.weight_name: got {name!r}, which {entry.path!r} does not hold; name one of its "
-                f"files{_few(names)}"
-            )
-        return path / name
+        file = path / (entry.weight_name or _only(key, entry, names))
+        if not file.is_file():
+            raise UsageError(f"{got}, which {entry.path!r} does not hold; name one of its files{_few(names)}")
+        return file
     if is_local(entry.path) or (ROOT / entry.path).parent.is_dir():
         raise UsageError(
             f"{key}.path: got {entry.path!r}, which is no file or folder here; name a safetensors file, a "

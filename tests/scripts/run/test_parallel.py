@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 
 from radial_attn.models.parallel.groups import Degrees
-from scripts.generate import main as generate
 from scripts.run.config import ROOT, AttentionConfig, Config, GenerationConfig, ModelConfig, read_config
-from scripts.run.describe import describe_plan
 from scripts.run.model_info import ModelInfo
 from scripts.run.parallel import RankWork, plan_degrees
 from scripts.run.plan import RunPlan
@@ -145,19 +143,3 @@ def test_a_plan_imports_nothing_that_starts_processes():
     check = "import sys, scripts.run.plan; print(sorted({'xfuser', 'yunchang'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_a_dry_run_of_several_processes_prints_the_work_of_each(capsys):
-    plan = tiny("hunyuan_video", joint=6)
-    assert not [line for line in describe_plan(plan).splitlines() if line.startswith(("each", "ring"))]
-    shared = describe_plan(replace(plan, degrees=Degrees(ulysses=4))).splitlines()
-    sent, memory = (line for line in shared if line.startswith(("each", "ring")))
-    assert sent.startswith("each rank     0.00 GB sent ") and sent.endswith(" kept blocks a layer")
-    assert memory.startswith("each ") and memory.endswith(" of memory")
-    around = describe_plan(replace(plan, degrees=Degrees(ring=2))).splitlines()
-    (line,) = (line for line in around if line.startswith("ring"))
-    assert line.startswith("ring          0.00 GB of that; kept blocks of the busiest rank 1.")
-    arguments = ["configs/hunyuan_t2v_4x.yaml", "--dry-run", "parallel.ulysses_degree=8"]
-    assert generate(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "74.45 GB sent" in printed and "20.377 PFLOP in a dense" in printed and " 3.660 " in printed
