@@ -29,11 +29,15 @@ MODELS = {  # name -> file, its damage (see `damage`), what the line names
 
 
 def damage(path: Path, change: object) -> None:
-    """Removes a file or folder, or empties the folder, writes over the file's start, cuts or updates it."""
+    """Removes a file or folder (None), empties a folder, or overwrites, cuts or updates a file."""
     match change:
-        case None | "empty":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            path.mkdir() if change else None
+        case None if path.is_file():
+            path.unlink()
+        case None:
+            shutil.rmtree(path)
+        case "empty":
+            shutil.rmtree(path)
+            path.mkdir()
         case bytes():
             path.write_bytes(change + path.read_bytes()[len(change) :])
         case int():
