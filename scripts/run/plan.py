@@ -97,14 +97,10 @@ class RunPlan:
     @cached_property
     def flops(self) -> Flops:
         """Counts the operations of the whole run."""
-        return self.flops_at(self.block_mask.density)
-
-    def flops_at(self, density: float) -> Flops:
-        """Counts the operations of the whole run with a mask of another density."""
         return count_flops(
             self.model,
             self.grid,
-            density,
+            self.block_mask.density,
             steps=self.config.generation.steps,
             dense_steps=len(self.dense_steps),
             dense_layers=self.dense_layers,

@@ -34,12 +34,11 @@ def test_a_folder_is_read_without_its_weights(tiny_model):
 def test_tokens_and_operations_of_the_papers_default():
     """The paper's table says 560 PFLOPs for Wan2.1-14B with 69 frames and dense attention."""
     plan = plan_of(read_config(FULL, []))
-    grid, flops = plan.grid, plan.flops_at(0.25)
+    grid, flops, density = plan.grid, plan.flops, plan.block_mask.density
     assert (grid.frames, grid.height, grid.width, grid.tokens) == (18, 48, 80, 69120)
     assert flops.dense + flops.other == pytest.approx(560e15, rel=0.01)
-    assert flops.sparse / flops.dense == pytest.approx(12 / 50 + 38 / 50 * (1 / 40 + 39 / 40 * 0.25))
-    assert plan.flops == plan.flops_at(plan.block_mask.density)
-    assert plan.block_mask.density == pytest.approx(1 - 0.736, abs=1e-3)  # the paper's sparsity
+    assert flops.sparse / flops.dense == pytest.approx(12 / 50 + 38 / 50 * (1 / 40 + 39 / 40 * density))
+    assert density == pytest.approx(1 - 0.736, abs=1e-3)  # the paper's sparsity
 
 
 def test_operations_are_those_that_torch_counts():
@@ -77,7 +76,7 @@ def test_guidance_off_halves_the_work():
 
 
 def test_the_dense_pattern_saves_nothing():
-    flops = plan_of(read_config(TINY, ["attention.pattern=dense"]), TOY).flops_at(0.5)
+    flops = plan_of(read_config(TINY, ["attention.pattern=dense"]), TOY).flops
     assert flops.dense == flops.sparse
 
 
