@@ -17,6 +17,7 @@ from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
 from .runtime.output_check import OutputCheck, resolve_check
 from .runtime.schedule import Schedule
+from .runtime.transformers import parts_of, transformers_of
 
 TRANSFORMERS = {
     "WanTransformer3DModel": "wan",
@@ -96,7 +97,7 @@ def apply_radial_attention(
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = transformers_of(model)
     families = [family_of(transformer) for transformer in transformers]
-    reason = None if observe is None else refusal(_parts(model), parallel)
+    reason = None if observe is None else refusal(parts_of(model), parallel)
     if reason is not None:
         raise ValueError(reason)
     for transformer, family in zip(transformers, families, strict=True):
@@ -188,22 +189,6 @@ class RadialAttentionHandle:
             self._hooks += context.parallel.install(transformer, family)
         if context.output_check.check != "off":
             self._hooks.append(transformer.register_forward_hook(context.after_call))
-
-
-def _parts(model: Any) -> list[torch.nn.Module]:
-    """Returns the model, or the `transformer` and `transformer_2` of a pipeline."""
-    if isinstance(model, torch.nn.Module):
-        return [model]
-    parts = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
-    return [part for part in parts if part is not None]
-
-
-def transformers_of(model: Any) -> list[torch.nn.Module]:
-    """Returns the transformers of a model without torch.compile's wrapper; ValueError if it has none."""
-    transformers = [getattr(part, "_orig_mod", part) for part in _parts(model)]
-    if not transformers:
-        raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
-    return transformers
 
 
 def family_of(transformer: torch.nn.Module) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Turn radial attention on in one line, with the settings that are published for the model."""
+"""Turns radial attention on in one line, with the settings that are published for the model."""
 
 import inspect
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from typing import Any
 
 from radial_attn import RadialConfig, radial_mask
 
-from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention, transformers_of
+from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention
 from .published import ModelTraits, PublishedSettings, nearest_settings, traits_of
 from .runtime.observe import Seen
 from .runtime.schedule import Schedule
+from .runtime.transformers import transformers_of
 
 
 def enable(
@@ -38,7 +39,7 @@ def enable(
     quiet: bool = False,
     **unknown: Any,
 ) -> RadialAttentionHandle:
-    """Route the self-attention of a pipeline of diffusers, or of its transformer, through radial attention.
+    """Routes the self-attention of a pipeline of diffusers, or of its transformer, through radial attention.
 
     The settings are those published for the model, or the nearest ones (`models.published`). An option that
     is None keeps its published value. `RadialConfig` and `apply_radial_attention` explain the options.
@@ -103,7 +104,7 @@ def enable(
 
 
 def disable(model: Any) -> bool:
-    """Undo `enable` or `apply_radial_attention`; return whether there was anything to undo.
+    """Undoes `enable` or `apply_radial_attention`; returns whether there was anything to undo.
 
     `model` is the pipeline or its transformer, compiled or not. Two transformers that were enabled as one
     pipeline are both restored. Raises ValueError if it is neither a pipeline nor a transformer.
@@ -116,7 +117,7 @@ def disable(model: Any) -> bool:
 
 
 def _unknown_option(name: str) -> str:
-    """Return the message for an option that does not exist."""
+    """Returns the message for an option that does not exist."""
     options = [
         option for option in inspect.signature(enable).parameters if option not in ("model", "unknown")
     ]
@@ -128,7 +129,7 @@ def _unknown_option(name: str) -> str:
 def _mask_line(
     settings: PublishedSettings, traits: ModelTraits, config: RadialConfig, schedule: Schedule, backend: str
 ) -> str:
-    """Describe the model, its mask, and the source of the settings."""
+    """Describes the model, its mask, and the source of the settings."""
     model = settings.model
     if traits != settings.traits:
         model = f"{traits.transformer} ({traits.layers} layers, width {traits.width}), nearest to {model}"
@@ -149,7 +150,7 @@ def _mask_line(
 def _dense_line(
     settings: PublishedSettings, traits: ModelTraits, config: RadialConfig, schedule: Schedule
 ) -> str:
-    """Describe the dense steps and layers, and the density of the mask if a usual video's is known."""
+    """Describes the dense steps and layers, and the density of the mask if a usual video's is known."""
     if config.pattern == "dense":
         return "Dense: every step and every layer, since pattern=dense."
     layers = "layer 0" if schedule.dense_layers == 1 else f"layers 0 to {schedule.dense_layers - 1}"
@@ -167,7 +168,7 @@ def _dense_line(
 
 
 def _leading_text(settings: PublishedSettings, schedule: Schedule) -> str:
-    """Describe the dense steps at the start: their number if it is known, else the share."""
+    """Describes the dense steps at the start: their number if it is known, else the share."""
     if schedule.num_steps is not None:
         return f"the first {schedule.leading_steps(None)} of {schedule.num_steps} steps"
     if isinstance(schedule.dense_steps, int):

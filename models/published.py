@@ -1,8 +1,7 @@
-"""Hold the settings published for each model, and find those nearest to a transformer.
+"""Holds the settings published for each model, and finds those nearest to a transformer.
 
-The rows equal the presets in configs/, and a test compares them. They are for the default length of each
-model. Masks of longer video (decay_factor 1.0, 2 dense steps, 2 dense layers) need a model that was tuned to
-that length.
+The rows are for the default length of each model. Masks of longer video (decay_factor 1.0, 2 dense steps,
+2 dense layers) need a model that was tuned to that length.
 """
 
 import math
@@ -20,7 +19,7 @@ SAME_SETTINGS = {"WanVACETransformer3DModel": "WanTransformer3DModel"}  # a clas
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """Tell models apart.
+    """Tells models apart.
 
     Attributes:
         transformer: name of the class.
@@ -39,7 +38,7 @@ class ModelTraits:
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """Hold the attention settings of one model.
+    """Holds the attention settings of one model.
 
     Attributes:
         model: name to print.
@@ -48,7 +47,6 @@ class PublishedSettings:
         dense_steps: steps that are dense at the start of a run of `steps`.
         dense_layers: first layers that are dense at every step.
         source: where the settings come from.
-        preset: name of the preset in configs/ with the same settings, None if there is none.
         size: a usual video, `grid` its tokens; None if the number of text tokens is not fixed.
     """
 
@@ -59,13 +57,12 @@ class PublishedSettings:
     steps: int
     dense_layers: int
     source: str
-    preset: str | None = None
     size: str | None = None
     grid: TokenGrid | None = None
 
     @property
     def dense_share(self) -> int | float:
-        """Return the dense steps for `apply_radial_attention`: a share of the steps of the run, or 0."""
+        """Returns the dense steps for `apply_radial_attention`: a share of the steps of the run, or 0."""
         return self.dense_steps / self.steps if self.dense_steps else 0
 
 
@@ -83,7 +80,6 @@ WAN_14B = PublishedSettings(
     steps=50,
     dense_layers=1,
     source=PAPER,
-    preset="wan2.1_t2v_14b",
     size="69 frames of 768x1280",
     grid=TokenGrid(18, 48, 80),
 )
@@ -95,7 +91,6 @@ WAN22_T2V = replace(
     dense_steps=11,
     steps=40,
     source="the authors' program for Wan2.2",
-    preset="wan2.2_t2v_a14b",
     size="77 frames of 720x1280",
     grid=TokenGrid(20, 45, 80),
 )
@@ -107,7 +102,6 @@ HUNYUAN_T2V = PublishedSettings(
     steps=50,
     dense_layers=2,
     source=PAPER,
-    preset="hunyuan_t2v",
     size="117 frames of 768x1280",
     grid=TokenGrid(30, 48, 80, text=256),
 )
@@ -119,7 +113,6 @@ MOCHI_1 = PublishedSettings(
     steps=50,
     dense_layers=0,
     source=f"{PAPER}, with the decay factor of longer video",
-    preset="mochi_t2v",
     size="163 frames of 480x848",
     grid=TokenGrid(28, 30, 53, text=256),
 )
@@ -130,8 +123,7 @@ WAN_TINY = PublishedSettings(
     dense_steps=0,
     steps=20,
     dense_layers=0,
-    source="preset wan_tiny",
-    preset="wan_tiny",
+    source="this repository",
     size="33 frames of 64x64",
     grid=TokenGrid(9, 8, 8),
 )
@@ -143,7 +135,6 @@ PUBLISHED = (
         model="Wan2.1 T2V 1.3B",
         traits=replace(WAN_14B.traits, width=1536, layers=30),
         source=f"{NOT_PUBLISHED} Wan2.1 T2V 14B",
-        preset="wan2.1_t2v_1.3b",
         size="81 frames of 480x832",
         grid=TokenGrid(21, 30, 52),
     ),
@@ -154,7 +145,6 @@ PUBLISHED = (
         dense_steps=11,
         steps=40,
         source=f"{NOT_PUBLISHED} Wan2.1 T2V 14B, with the dense steps of Wan2.2",
-        preset="wan2.1_i2v_14b_720p",
         size="81 frames of 720x1280",
         grid=TokenGrid(21, 45, 80),
     ),
@@ -164,7 +154,6 @@ PUBLISHED = (
         model="Wan2.2 I2V A14B",
         traits=replace(WAN22_T2V.traits, image=True),
         source=f"{NOT_PUBLISHED} Wan2.2 T2V A14B",
-        preset="wan2.2_i2v_a14b",
         size="81 frames of 720x1280",
         grid=TokenGrid(21, 45, 80),
     ),
@@ -173,7 +162,6 @@ PUBLISHED = (
         model="Wan2.2 TI2V 5B",
         traits=replace(WAN_14B.traits, width=3072, layers=30),
         source=f"{NOT_PUBLISHED} Wan2.2 T2V A14B",
-        preset=None,
         size="121 frames of 704x1280",
         grid=TokenGrid(31, 22, 40),
     ),
@@ -183,7 +171,6 @@ PUBLISHED = (
         model="HunyuanVideo I2V",
         traits=replace(HUNYUAN_T2V.traits, image=True),
         source=f"{NOT_PUBLISHED} HunyuanVideo",
-        preset="hunyuan_i2v",
         size=None,
         grid=None,
     ),
@@ -213,23 +200,20 @@ PUBLISHED = (
         WAN_TINY,
         model="the bundled Wan I2V",
         traits=replace(WAN_TINY.traits, layers=4, image=True, a14b=True),
-        source="preset wan_i2v_tiny",
-        preset="wan_i2v_tiny",
+        source="this repository",
     ),
     replace(
         WAN_TINY,
         model="the bundled HunyuanVideo",
         traits=ModelTraits("HunyuanVideoTransformer3DModel", width=144, layers=6),
-        source="preset hunyuan_tiny",
-        preset="hunyuan_tiny",
+        source="this repository",
         grid=TokenGrid(9, 8, 8, text=256),
     ),
     replace(
         WAN_TINY,
         model="the bundled Mochi",
         traits=ModelTraits("MochiTransformer3DModel", width=144, layers=5),
-        source="preset mochi_tiny",
-        preset="mochi_tiny",
+        source="this repository",
         size="31 frames of 64x64",
         grid=TokenGrid(6, 8, 8, text=256),
     ),
@@ -240,7 +224,7 @@ CLASSES = (*dict.fromkeys(row.traits.transformer for row in PUBLISHED), *SAME_SE
 
 
 def traits_of(transformer: torch.nn.Module, *, experts: bool = False) -> ModelTraits:
-    """Read the traits of a transformer from its class and configuration.
+    """Reads the traits of a transformer from its class and configuration.
 
     `experts`: whether its pipeline has two. Raises ValueError for a class that has no settings.
     """
@@ -260,7 +244,7 @@ def traits_of(transformer: torch.nn.Module, *, experts: bool = False) -> ModelTr
 
 
 def nearest_settings(traits: ModelTraits) -> PublishedSettings:
-    """Return the row of the same family whose width is nearest by ratio.
+    """Returns the row of the same family whose width is nearest by ratio.
 
     Among rows with that width an equal `image` counts first, an equal `a14b` second, the number of layers
     last.

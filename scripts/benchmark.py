@@ -26,8 +26,6 @@ from torch.nn import functional as F
 
 from radial_attn import radial_attention
 from radial_attn.dispatch import obstacle
-from radial_attn.kernels.blocks.plan import Layout, candidate_plans
-from radial_attn.kernels.blocks.rectangles import dense_cpu, forward_plan
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.cpu_report import Case, Row
@@ -110,24 +108,6 @@ def small(device: str) -> Iterator[Row]:
             case = Case(frames, dtype, 8, 8, block_size=16, batch=2, heads=4, head_width=48, device=device)
             for backend in serving(TRAINABLE, case):
                 yield measure(backend, case)
-
-
-def designs(frames: int) -> list[Row]:
-    """The ways of covering a mask that the planner chooses from, each timed (CPU)."""
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        case = Case(frames, dtype)
-        mask, inputs, size = case.mask, case.inputs(), case.block_size
-        dense = partial(dense_cpu, scale=case.head_width**-0.5)
-        layout = Layout(size, tail=len(mask.blocks), key_bytes=2 * case.head_width * inputs[0].element_size())
-        for name, plan in candidate_plans(mask.blocks, layout).items():
-            run = partial(forward_plan, inputs, plan, size, case.grid.tokens, dense)
-            rows.append(Row(name, case, mask.density, median_seconds(run, REPEATS, "cpu", CALL_SECONDS)))
-            print(
-                f"{case.grid.tokens:6d} tokens {dtype:9} plan {name!r} {rows[-1].seconds * 1e3:.1f} ms",
-                flush=True,
-            )
-    return rows
 
 
 def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
@@ -226,14 +206,14 @@ def attention_table(options: argparse.Namespace, argv: list[str]) -> None:
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
     with torch.no_grad():
         parts = {"growing": list(growing(device, frames)), "small": list(small(device))}
-        parts["designs"] = designs(frames[-1] if options.quick else 16) if device == "cpu" else []
     parts["training"] = list(training(device, frames[1:3] if options.quick else (4, 8, 16)))
-    peaks = memory(device, frames[-1] if options.quick else 16)
+    most = frames[-1] if options.quick else 16
+    peaks = memory(device, most)
     busy = (cpu_of_others() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
     command = "bash scripts/benchmark.sh" + "".join(f" {argument}" for argument in argv)
     seconds = time.perf_counter() - start
     about = f"{seconds / 60:.1f} minutes; other programs took {busy:.0%} of the processor meanwhile"
-    print(write(options.out, device, command, about, parts=parts, peaks=peaks))
+    print(write(options.out, device, command, about, parts=parts, peaks=peaks, tokens=most * 1024))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from hypothesis import HealthCheck, settings
 
 from tests.support.lora_cases import make_latents, train, write_config
 from tests.support.tiny import wan_pipeline
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Files of minutes: they begin first, so that no process is left alone with one at the end.
 LONG = (
@@ -29,11 +33,11 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts long files first, the others in their order; skips the tests of GPUs if there is none."""
 
-    def place(item: pytest.Item) -> int:
+    def rank(item: pytest.Item) -> int:
         path = item.path.with_suffix("").as_posix()
         return next((number for number, name in enumerate(LONG) if path.endswith(name)), len(LONG))
 
-    items.sort(key=place)
+    items.sort(key=rank)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -42,13 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """Programs that tests start can be interrupted, even where a shell's background job ignores it."""
+    """Lets programs that tests start be interrupted, even if a shell's background job ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def native_attention() -> Iterator[None]:
-    """Attention of diffusers as it is at first: `set_attention_backend` of one model changes it for all."""
+def fresh_state() -> Iterator[None]:
+    """Seeds the random numbers and resets diffusers' attention backend, which one model changes for all."""
+    torch.manual_seed(0)
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
     yield
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
@@ -56,7 +61,7 @@ def native_attention() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Wan pipeline with patch (1, 1, 1), as the bundled model has."""
+    """Saves a random Wan pipeline with patch (1, 1, 1), as the bundled model has; returns its folder."""
     folder = tmp_path_factory.mktemp("models") / "wan-random"
     wan_pipeline(patch_size=(1, 1, 1), rope_max_seq_len=1024).save_pretrained(folder)
     return folder
@@ -64,19 +69,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lora_latents(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a few prepared latents of the random pipeline."""
+    """Prepares a few latents of the random pipeline; returns their folder."""
     return make_latents(tiny_model, tmp_path_factory.mktemp("data") / "latents")
 
 
 @pytest.fixture(scope="session")
 def lora_config(tiny_model: Path, lora_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration of LoRA training on them."""
+    """Writes a configuration of LoRA training on them."""
     return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", tiny_model, lora_latents)
 
 
 @pytest.fixture(scope="session")
 def lora_run(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of such a run that nothing disturbed."""
+    """Trains without any interruption; returns the folder of the run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert train(lora_config, folder) == 0
     return folder

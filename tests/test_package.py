@@ -59,7 +59,6 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
     )
 
 

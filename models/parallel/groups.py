@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 STATE = "xfuser.core.distributed.parallel_state"
-HINT = "install it with: .venv/bin/python -m pip install xfuser==0.7.0"
+HINT = "install it with: python -m pip install xfuser==0.7.0"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from radial_attn.block_mask import Part
 from radial_attn.partial import Partial, merge, partial_attention
 from radial_attn.shards import Shards, deal
 
+from .groups import ring_refusal
 from .ulysses import SequenceParallel, gather_parts, pad
 
 
@@ -34,6 +35,8 @@ class Ring:
         self.degree = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
         self.shards: Shards | None = None
+
+    refusal = staticmethod(ring_refusal)
 
     @torch.compiler.disable
     def attend(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .efficiency import blocks_of, transformers_of
+from ..runtime.transformers import transformers_of
+from .efficiency import blocks_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..runtime.transformers import NAMES, transformers_of
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from diffusers.quantizers import PipelineQuantizationConfig
-
-TRANSFORMERS = ("transformer", "transformer_2")
-
-
-def transformers_of(pipeline: "DiffusionPipeline") -> list[torch.nn.Module]:
-    """Returns the transformers of a pipeline, one or two."""
-    parts = [getattr(pipeline, name, None) for name in TRANSFORMERS]
-    return [part for part in parts if part is not None]
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> "PipelineQuantizationConfig | None":
@@ -41,7 +35,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> "PipelineQuantizationC
         )
     else:
         return None
-    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(TRANSFORMERS, chosen))
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(NAMES, chosen))
 
 
 def economize(
@@ -125,7 +119,7 @@ def _place_groups(pipeline: "DiffusionPipeline", device: str, stream: bool) -> N
     for name, part in pipeline.components.items():
         if name == "vae":
             part.to(device)
-        elif name in TRANSFORMERS and part is not None:
+        elif name in NAMES and part is not None:
             part.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)
         elif isinstance(part, torch.nn.Module):
             apply_group_offloading(part, **options, offload_type="leaf_level")

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .efficiency import transformers_of
+from ..runtime.transformers import transformers_of
 
 METHODS = ("plain", "riflex", "interpolate", "ntk", "yarn")
 WAN_BASE = 10000.0  # base of Wan's rotary embedding, which does not store it
@@ -35,10 +35,7 @@ def extend_positions(model: Any, method: str, train_frames: int, frames: int) ->
             transformer's positions are extended already. The model is left as it was.
     """
     _check(method, train_frames, frames)
-    parts = [model] if isinstance(model, torch.nn.Module) else transformers_of(model)
-    ropes = [_rope(getattr(part, "_orig_mod", part), frames) for part in parts]
-    if not ropes:
-        raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
+    ropes = [_rope(transformer, frames) for transformer in transformers_of(model)]
     return PositionsHandle(ropes, (method, train_frames, frames))
 
 

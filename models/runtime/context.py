@@ -23,7 +23,6 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, ra
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.kernels.contract import Call
 
-from ..parallel.groups import ring_refusal
 from .dense_backend import DenseBackend
 from .observe import Observer
 from .output_check import OutputCheck
@@ -134,7 +133,7 @@ class RadialContext:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
-        refused = ring_refusal(quantize, output_check.check, dense.name) if self._in_ring else None
+        refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
         if refused is not None:
             raise ValueError(refused.reason)
         self._radial_call: AttentionCall | None = None

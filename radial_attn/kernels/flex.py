@@ -110,11 +110,13 @@ def _build_block_mask(mask: BlockMask, device: torch.device, first_partial: int)
 
 def _mask_mod(table: Tensor, size: int) -> Callable[..., Tensor]:
     """Returns `(sample, head, query token, key token) -> kept`, read from the block table."""
-    table = table if table.ndim == 3 else table.unsqueeze(0)
-    shared = len(table) == 1
+    shared = table.ndim == 2 or len(table) == 1
+    # torch 2.8 cannot trace an index that mixes numbers and tensors
+    table = table.flatten(0, -2) if shared else table
 
     def kept(sample: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return table[0 if shared else head, row // size, column // size]
+        tokens = row // size, column // size
+        return table[tokens] if shared else table[head, *tokens]
 
     return kept
 

@@ -3,7 +3,8 @@
 A kernel block is either computed or skipped, so a library takes a mask only if each of its kernel blocks lies
 in mask blocks of one kind. Anything else raises an error that says what to change. Padded text is cut off,
 sample by sample. Dense masks, and `dense`, which models may call, go to the library sageattention.
-third_party/README.md names the versions whose signatures and block shapes this file follows.
+It follows the signatures and block shapes of SpargeAttn bfd980b, sparse_sageattn f8c55eb, and sageattention
+1.0.6, 2.0.1 and 2.2.0.
 """
 
 import inspect
@@ -20,7 +21,7 @@ from ..block_mask import BlockMask
 from .contract import HALF, Needs
 
 SPARSE = ("spas_sage_attn", "sparse_sageattn")
-INSTALL = "third_party/README.md says how to install it"
+INSTALL = "pip install sageattention==1.0.6, or SpargeAttn from https://github.com/thu-ml/SpargeAttn"
 KEY_BLOCK = 64  # keys a block in sageattention 1 and sparse_sageattn; both count missing keys as zeros
 LEAST_TOKENS = 128  # fewest that spas_sage_attn takes
 SKIP_NOTHING = 1e6  # spas_sage_attn leaves out weights this many powers of two below the largest so far
@@ -68,7 +69,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = No
         ValueError: a length that the installed version does not mask, or a scale that is not positive.
     """
     if find_spec("sageattention") is None:
-        raise ImportError(f"dense attention with 'sage' needs sageattention: {INSTALL}")
+        raise ImportError("dense attention with 'sage' needs sageattention: pip install sageattention")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         raise ValueError(f"backend 'sage' takes a positive scale, got {scale}")

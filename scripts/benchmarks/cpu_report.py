@@ -67,9 +67,19 @@ class Row:
 
 
 def write(
-    folder: str, device: str, command: str, about: str, *, parts: dict[str, list[Row]], peaks: dict
+    folder: str,
+    device: str,
+    command: str,
+    about: str,
+    *,
+    parts: dict[str, list[Row]],
+    peaks: dict,
+    tokens: int,
 ) -> Path:
-    """Writes attention_<device>_<date>.md, .png and .json into a folder; returns the first one's path."""
+    """Writes attention_<device>_<date>.md, .png and .json into a folder; returns the first one's path.
+
+    `peaks` holds MiB by dtype and backend, at `tokens` tokens.
+    """
     date = datetime.date.today().isoformat()
     path = Path(folder) / f"attention_{device}_{date}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +99,7 @@ def write(
         *section("Forward, growing length", parts["growing"]),
         *section("Forward and backward", parts["training"]),
         *section("The bundled model's shapes: blocks of 16, 4 heads of 48, batch 2", parts["small"]),
-        *design_section(parts["designs"], parts["growing"]),
-        *memory_section(peaks, parts["designs"]),
+        *memory_section(peaks, tokens),
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -128,29 +137,10 @@ def section(title: str, rows: list[Row]) -> list[str]:
     return lines
 
 
-def design_section(rows: list[Row], growing: list[Row]) -> list[str]:
-    """The plans of radial_attn/kernels/blocks/plan.py, each against dense attention."""
-    if not rows:
-        return []
-    dense = {row.case: row.seconds for row in growing if row.backend == "dense"}
-    lines = [
-        f"\n## Ways to cover the mask by dense calls, {rows[0].case.grid.tokens} tokens\n",
-        '"rows" gathers the keys of each run of query blocks with equal key sets. The trees also share',
-        "calls between rows for the keys that they have in common, and merge by log-sum-exp.\n",
-        "| dtype | plan | ms | efficiency |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        efficiency = dense[row.case] / row.seconds * row.density
-        lines.append(f"| {row.case.dtype} | {row.backend} | {row.seconds * 1e3:.1f} | {efficiency:.2f} |")
-    return lines
-
-
-def memory_section(peaks: dict, rows: list[Row]) -> list[str]:
+def memory_section(peaks: dict, tokens: int) -> list[str]:
     """Peak memory of one forward call."""
-    tokens = f", {rows[0].case.grid.tokens} tokens" if rows else ""
     lines = [
-        f"\n## Peak memory of a forward call{tokens}\n",
+        f"\n## Peak memory of a forward call, {tokens} tokens\n",
         "Growth of a fresh process by inputs and call, after a small call: on the CPU its peak resident",
         "size (VmHWM, reset before) less the resident size before, on CUDA torch's peak of allocations.\n",
         "| dtype | backend | MiB | times dense |",

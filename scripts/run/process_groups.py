@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
+from radial_attn.models.runtime.transformers import parts_of
 from scripts.run.errors import UsageError
 from scripts.run.processes import end_all
 
@@ -112,9 +113,7 @@ def shared_guidance(pipeline: Any, family: str, groups: Groups) -> AbstractConte
         return nullcontext()
     from radial_attn.models.parallel.guidance import GuidanceParallel
 
-    parts = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [part for part in parts if part is not None]
-    return GuidanceParallel(transformers, groups.guidance, batched=family in BATCHED)
+    return GuidanceParallel(parts_of(pipeline), groups.guidance, batched=family in BATCHED)
 
 
 def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | None:

@@ -17,9 +17,26 @@ def test_every_supported_class_has_settings():
     assert set(CLASSES) == set(TRANSFORMERS)
 
 
-@pytest.mark.parametrize("row", [row for row in PUBLISHED if row.preset], ids=lambda row: row.preset)
-def test_rows_are_the_presets(row):
-    config = OmegaConf.load(f"configs/{row.preset}.yaml")
+PRESETS = {
+    "Wan2.1 T2V 14B": "wan2.1_t2v_14b",
+    "Wan2.1 T2V 1.3B": "wan2.1_t2v_1.3b",
+    "Wan2.1 I2V 14B": "wan2.1_i2v_14b_720p",
+    "Wan2.2 T2V A14B": "wan2.2_t2v_a14b",
+    "Wan2.2 I2V A14B": "wan2.2_i2v_a14b",
+    "HunyuanVideo": "hunyuan_t2v",
+    "HunyuanVideo I2V": "hunyuan_i2v",
+    "Mochi 1": "mochi_t2v",
+    "the bundled Wan": "wan_tiny",
+    "the bundled Wan I2V": "wan_i2v_tiny",
+    "the bundled HunyuanVideo": "hunyuan_tiny",
+    "the bundled Mochi": "mochi_tiny",
+}
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_rows_are_the_presets(model):
+    (row,) = (row for row in PUBLISHED if row.model == model)
+    config = OmegaConf.load(f"configs/{PRESETS[model]}.yaml")
     attention = dict(config.attention)
     mask = {name: value for name, value in vars(row.config).items() if name != "density"}
     assert {name: attention[name] for name in mask} == mask and row.config.density is None
@@ -32,41 +49,46 @@ def test_rows_are_the_presets(row):
 
 
 def test_densities_of_the_rows_are_the_published_ones():
-    """1 - sparsity of the paper's Wan row at half neighbour; those of the bundled models as measured."""
-    density = {row.preset: radial_mask(row.grid, row.config).density for row in PUBLISHED if row.grid}
-    assert density["wan2.1_t2v_14b"] == pytest.approx(1 - 0.7366, abs=5e-4)
-    assert density["wan_tiny"] == pytest.approx(0.573, abs=5e-4)
-    assert density["mochi_tiny"] == pytest.approx(0.902, abs=1e-3)
-    assert density["hunyuan_tiny"] == pytest.approx(0.795, abs=5e-4)
+    """Compares with the paper's Wan row at half neighbour, and with the bundled models as measured."""
+    density = {row.model: radial_mask(row.grid, row.config).density for row in PUBLISHED if row.grid}
+    assert density["Wan2.1 T2V 14B"] == pytest.approx(1 - 0.7366, abs=5e-4)
+    assert density["the bundled Wan"] == pytest.approx(0.573, abs=5e-4)
+    assert density["the bundled Mochi"] == pytest.approx(0.902, abs=1e-3)
+    assert density["the bundled HunyuanVideo"] == pytest.approx(0.795, abs=5e-4)
 
 
+SMALLER = {"num_attention_heads": 12, "num_layers": 30}
+TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48}
 FULL_SIZE = {
-    "Wan2.1 T2V 14B": ("WanTransformer3DModel", {}),
-    "Wan2.1 T2V 1.3B": ("WanTransformer3DModel", {"num_attention_heads": 12, "num_layers": 30}),
-    "Wan2.1 I2V 14B": ("WanTransformer3DModel", {"in_channels": 36, "image_dim": 1280}),
-    "Wan2.2 I2V A14B": ("WanTransformer3DModel", {"in_channels": 36}),
-    "Wan2.2 TI2V 5B": (
-        "WanTransformer3DModel",
-        {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48},
-    ),
-    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {}),
-    "HunyuanVideo I2V": ("HunyuanVideoTransformer3DModel", {"image_condition_type": "token_replace"}),
-    "HunyuanVideo 1.5": ("HunyuanVideo15Transformer3DModel", {}),
-    "Mochi 1": ("MochiTransformer3DModel", {}),
-    "LTX-Video": ("LTXVideoTransformer3DModel", {}),
+    "Wan2.1 T2V 14B": ("Wan", {}),
+    "Wan2.1 T2V 1.3B": ("Wan", SMALLER),
+    "Wan2.1 I2V 14B": ("Wan", {"in_channels": 36, "image_dim": 1280}),
+    "Wan2.2 I2V A14B": ("Wan", {"in_channels": 36}),
+    "Wan2.2 TI2V 5B": ("Wan", TI2V),
+    "HunyuanVideo": ("HunyuanVideo", {}),
+    "HunyuanVideo I2V": ("HunyuanVideo", {"image_condition_type": "token_replace"}),
+    "HunyuanVideo 1.5": ("HunyuanVideo15", {}),
+    "Mochi 1": ("Mochi", {}),
+    "LTX-Video": ("LTXVideo", {}),
+}
+BUNDLED = {
+    "the bundled Wan": ("Wan", "wan-tiny"),
+    "the bundled Wan I2V": ("Wan", "wan-i2v-tiny"),
+    "the bundled HunyuanVideo": ("HunyuanVideo", "hunyuan-tiny"),
+    "the bundled Mochi": ("Mochi", "mochi-tiny"),
 }
 
 
-def full_size(class_name, **changes):
-    """A transformer of a published size without memory for its weights."""
+def full_size(name, **changes):
+    """Makes a transformer of a published size without memory for its weights."""
     with torch.device("meta"):
-        return getattr(diffusers, class_name)(**changes)
+        return getattr(diffusers, f"{name}Transformer3DModel")(**changes)
 
 
 @pytest.mark.parametrize("model", FULL_SIZE)
 def test_published_models_are_recognised(model, capsys):
-    class_name, changes = FULL_SIZE[model]
-    transformer = full_size(class_name, **changes)
+    name, changes = FULL_SIZE[model]
+    transformer = full_size(name, **changes)
     settings = nearest_settings(traits_of(transformer))
     assert settings.model == model and settings.traits == traits_of(transformer)
     with enable(transformer, num_steps=50) as handle:
@@ -74,17 +96,10 @@ def test_published_models_are_recognised(model, capsys):
     assert capsys.readouterr().out.startswith(f"Radial attention for {model}: ")
 
 
-@pytest.mark.parametrize(
-    "folder, class_name, model",
-    [
-        ("wan-tiny", "WanTransformer3DModel", "the bundled Wan"),
-        ("wan-i2v-tiny", "WanTransformer3DModel", "the bundled Wan I2V"),
-        ("hunyuan-tiny", "HunyuanVideoTransformer3DModel", "the bundled HunyuanVideo"),
-        ("mochi-tiny", "MochiTransformer3DModel", "the bundled Mochi"),
-    ],
-)
-def test_bundled_models_are_recognised(folder, class_name, model):
-    kind = getattr(diffusers, class_name)
+@pytest.mark.parametrize("model", BUNDLED)
+def test_bundled_models_are_recognised(model):
+    name, folder = BUNDLED[model]
+    kind = getattr(diffusers, f"{name}Transformer3DModel")
     with torch.device("meta"):
         traits = traits_of(kind.from_config(kind.load_config(f"assets/{folder}/transformer")))
     settings = nearest_settings(traits)
@@ -93,12 +108,12 @@ def test_bundled_models_are_recognised(folder, class_name, model):
 
 def test_two_experts_and_relatives():
     """A pipeline tells Wan2.2 A14B from Wan2.1 14B; VACE and unknown sizes take the nearest row."""
-    wan = full_size("WanTransformer3DModel", num_layers=1)
+    wan = full_size("Wan", num_layers=1)
     assert nearest_settings(traits_of(wan)).model == "Wan2.1 T2V 14B"
     assert nearest_settings(traits_of(wan, experts=True)).model == "Wan2.2 T2V A14B"
-    vace = full_size("WanVACETransformer3DModel", num_layers=1, vace_layers=[0])
+    vace = full_size("WanVACE", num_layers=1, vace_layers=[0])
     assert nearest_settings(traits_of(vace)).model == "Wan2.1 T2V 14B"
-    between = full_size("WanTransformer3DModel", num_layers=1, num_attention_heads=16)
+    between = full_size("Wan", num_layers=1, num_attention_heads=16)
     assert nearest_settings(traits_of(between)).model == "Wan2.1 T2V 1.3B"
     assert nearest_settings(traits_of(wan_transformer())).model == "the bundled Wan"
     assert nearest_settings(traits_of(mochi_transformer())).model == "the bundled Mochi"
@@ -115,23 +130,15 @@ def test_two_lines(capsys):
     mask, dense = capsys.readouterr().out.splitlines()
     assert "WanTransformer3DModel (4 layers, width 24), nearest to the bundled Wan" in mask
     assert "decay_factor=0.5" in mask and "block_size=16" in mask and "density=" not in mask
-    assert "(preset wan_tiny)" in mask and "Dense: nothing" in dense and "handle.report()" in dense
+    assert "(this repository)" in mask and "Dense: nothing" in dense and "handle.report()" in dense
 
 
 @pytest.mark.parametrize(
     "options, of_mask, of_dense",
     [
         ({}, "(arXiv 2506.19852, default length)", "first 24 % of the steps (12 of 50), layer 0. Mask"),
-        (
-            {"num_steps": 20},
-            "block_size=128",
-            "first 5 of 20 steps, layer 0. Mask density: 0.263 at 69 frames",
-        ),
-        (
-            {"dense_steps": 3, "dense_layers": 2},
-            "changed: dense_steps, dense_layers)",
-            "3 steps, layers 0 to 1",
-        ),
+        ({"num_steps": 20}, "block_size=128", "first 5 of 20 steps, layer 0. Mask density: 0.263"),
+        ({"dense_steps": 3, "dense_layers": 2}, "dense_steps, dense_layers)", "3 steps, layers 0 to 1"),
         ({"dense_steps": 0, "dense_last_steps": 2}, "changed: dense_steps)", "layer 0, the last 2 steps."),
         ({"dense_steps": 1, "dense_last_steps": 1}, "dense_steps)", "first step, layer 0, the last step."),
         ({"dense_steps": 0.1}, "changed: dense_steps)", "the first 10 % of the steps, layer 0."),
@@ -143,7 +150,7 @@ def test_two_lines(capsys):
 )
 def test_lines_of_a_published_model(options, of_mask, of_dense, capsys):
     pipeline = wan_pipeline()
-    pipeline.transformer = full_size("WanTransformer3DModel")
+    pipeline.transformer = full_size("Wan")
     enable(pipeline, **options)
     mask, dense = capsys.readouterr().out.splitlines()
     assert mask.startswith("Radial attention for Wan2.1 T2V 14B: ") and of_dense in dense

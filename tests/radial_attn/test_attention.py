@@ -16,14 +16,7 @@ from tests.support.auto_backend import AUTO, AUTO_BFLOAT16
 GRID = GRIDS[111]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """Equal numbers each time; one thread, for calls as small as these only wait for a second one."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def call(change=None, **options) -> torch.Tensor:
@@ -42,6 +35,10 @@ BAD = {
     "grid": ({"change": lambda t: [x[:, :110] for x in t]}, "111 tokens .* got 110"),
     "shapes": ({"change": lambda t: [t[0], t[1][..., :8], t[2]]}, r"key .* got \[2, 111, 3, 8\]"),
     "dtypes": ({"change": lambda t: [t[0], t[1], t[2].half()]}, "value .* got torch.float16"),
+    "gradients": (
+        {"change": lambda t: [x.requires_grad_() for x in t], "backend": "flex"},
+        "backend 'flex' has no gradients on cpu; backend='auto'",
+    ),
     "devices": ({"change": lambda t: [t[0], t[1].to("meta"), t[2]]}, "key .* got meta"),
     "dtype": ({"change": lambda t: [x.double() for x in t]}, "got torch.float64"),
     "heads": ({"mask": make_mask(GRID, heads=2)}, "heads must be the 2 .* got 3"),
@@ -52,24 +49,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    options, message = BAD[case]
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         call(**options)
-
-
-def test_flex_without_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    mask = make_mask(GRID, heads=3)
-    with pytest.raises(ImportError, match="apt install g"):
-        call(mask=mask, backend="flex")
-
-
-def test_flex_on_cpu_has_no_gradients():
-    with pytest.raises(ValueError, match="backend 'flex' has no gradients on cpu; backend='auto'"):
-        call(lambda tensors: [x.requires_grad_() for x in tensors], backend="flex")
 
 
 def test_auto_reports_each_shape_once(caplog):
@@ -115,7 +98,7 @@ def test_dense_mask_is_sdpa(backend):
 
 
 class Layer(torch.nn.Module):
-    """A residual attention layer, 2 heads of 16, around a mask that it is given."""
+    """Adds attention of 2 heads of 16 under a given mask to its input."""
 
     def __init__(self, mask, **options):
         super().__init__()
@@ -148,8 +131,8 @@ def test_compiles_without_graph_breaks_and_once_for_all_layers(pattern):
 
     for layer in layers:
         layer.compile(fullgraph=True, backend=count)
-    for found in (gradient(), gradient()):
-        torch.testing.assert_close(found, expected)
+    for actual in (gradient(), gradient()):
+        torch.testing.assert_close(actual, expected)
     assert len(graphs) == 2  # the first layer's input needs no gradient
 
 
@@ -165,7 +148,7 @@ def test_compiles_with_text_lengths():
 
 
 def test_operator_contract():
-    """Schema, fake tensors and autograd registration of the operator, by torch's own checker."""
+    """Checks schema, fake tensors and autograd registration with torch's checker."""
     from radial_attn.kernels.blocks.op import block_attention
 
     mask = make_mask(GRIDS[63])

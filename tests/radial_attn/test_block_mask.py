@@ -22,7 +22,7 @@ def masks(draw) -> BlockMask:
     return BlockMask.from_blocks(grid, random_blocks(draw(st.integers(0, 99)), *heads, count, count), 16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks())
 def test_csr_names_every_kept_block_once(mask):
     assert mask.indptr.dtype == mask.indices.dtype == torch.int32
@@ -38,7 +38,7 @@ def test_csr_names_every_kept_block_once(mask):
     assert torch.equal(rebuilt.view(mask.blocks.shape), mask.blocks)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks())
 def test_density_counts_valid_tokens(mask):
     tokens = mask.token_mask()
@@ -48,7 +48,7 @@ def test_density_counts_valid_tokens(mask):
     assert mask.is_dense == bool(tokens.all())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(masks())
 def test_token_mask_looks_up_the_block(mask):
     block = torch.arange(mask.grid.tokens) // mask.block_size

@@ -11,11 +11,6 @@ from tests.support.partial_cases import agree, make, some_blocks
 SIZES = [(40, 70), (64, 32), (5, 100), (97, 16)]  # rows and keys, last blocks short or whole
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("backend", ["blocks", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [None, 3])
@@ -47,7 +42,7 @@ def test_a_head_that_keeps_nothing():
 
 
 def test_many_tokens_and_large_blocks():
-    """Enough rows and keys for groups that merge several rectangles."""
+    """Takes enough rows and keys for groups that merge several rectangles."""
     sizes = 2500, 3100
     agree("blocks", make(*sizes, heads=2, batch=1), Part(some_blocks(*sizes, size=128), 128))
     agree("blocks", make(*sizes, heads=2, batch=1), Part(torch.ones(20, 25, dtype=torch.bool), 128))
@@ -56,14 +51,14 @@ def test_many_tokens_and_large_blocks():
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_of_a_mask_add_up(dtype, heads):
-    """Rows and keys of a square mask in three parts of blocks that are not neighbours."""
+    """Cuts rows and keys of a square mask into three parts of blocks that are not neighbours."""
     grid = TokenGrid(4, 9, 9, text=11)
     count = grid.num_blocks(16)
     blocks = some_blocks(grid.tokens, grid.tokens, heads) | torch.eye(count, dtype=torch.bool)
     mask, lengths = BlockMask.from_blocks(grid, blocks, 16), torch.tensor([4, 11])
     tensors = [torch.randn(2, grid.tokens, 2, 16).to(dtype) for _ in range(3)]
     wanted = radial_attention(*tensors, mask, backend="reference", text_lengths=lengths)
-    shards = [torch.arange(place, count, 3) for place in range(3)]
+    shards = [torch.arange(offset, count, 3) for offset in range(3)]
     tokens = [torch.arange(grid.tokens)[torch.isin(torch.arange(grid.tokens) // 16, x)] for x in shards]
     for rows, row_tokens in zip(shards, tokens, strict=True):
         whole = None

@@ -27,7 +27,7 @@ def test_every_token_once_in_equal_shares(grid, degree):
 
 
 def keys(shards: Shards, rank: int) -> torch.Tensor:
-    """Numbers of a rank's keys: its video tokens, and the text with the last."""
+    """Returns the indices of a rank's keys: its video tokens, and the text on the last rank."""
     text = torch.arange(shards.grid.video_tokens, shards.grid.tokens)
     last = rank == shards.degree - 1
     return torch.cat([shards.tokens[rank], text]) if last else shards.tokens[rank]
@@ -51,9 +51,9 @@ def test_parts_are_the_mask_of_their_tokens(grid, degree, heads):
             if grid.text:
                 cases.append((shards.text_part(mask, source), shards.front, text))
             for part, skipped, lines in cases:
-                found = part.blocks.repeat_interleave(16, -2).repeat_interleave(16, -1)
-                found = found[..., skipped : skipped + len(lines), : len(columns)]
-                assert torch.equal(found, whole[..., lines, :][..., columns])
+                actual = part.blocks.repeat_interleave(16, -2).repeat_interleave(16, -1)
+                actual = actual[..., skipped : skipped + len(lines), : len(columns)]
+                assert torch.equal(actual, whole[..., lines, :][..., columns])
                 assert part.row_text == (grid.text if lines is text else 0)
                 assert part.key_text == (grid.text if source == degree - 1 else 0)
             assert shards.part(mask, rank, source) is shards.part(mask, rank, source)
@@ -74,7 +74,7 @@ def test_kept_blocks_and_what_waiting_costs():
 @pytest.mark.parametrize("degree", [2, 4, 8])
 @pytest.mark.parametrize("text", [0, 256])
 def test_a_radial_mask_is_shared_evenly(text, degree):
-    """720 x 1280 of 117 frames as HunyuanVideo has it, half as high."""
+    """Takes HunyuanVideo's 117 frames of 720 x 1280 at half the height."""
     grid = TokenGrid(30, 24, 80, text)
     mask = radial_mask(grid, RadialConfig(decay_factor=0.95))
     busiest, waiting = imbalance(deal(grid, 128, degree).kept(mask))

@@ -15,7 +15,7 @@ SETUP = ROOT / "scripts/setup.sh"
 
 
 def bash(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 250}
+    options = {"env": os.environ | environment, "capture_output": True, "text": True}
     return subprocess.run(["bash", *arguments], check=False, cwd=cwd, **options)
 
 
@@ -40,16 +40,14 @@ def test_scripts_parse_and_begin_with_a_description(script):
     assert any("set -euo pipefail" in line for line in lines)
 
 
-def test_setup_makes_an_environment_once_and_then_costs_nothing(copy, tmp_path):
-    start = time.monotonic()
+def test_setup_makes_an_environment_once_and_then_changes_nothing(copy, tmp_path):
     first = bash(str(copy / "scripts/setup.sh"), cwd=tmp_path)
-    took = time.monotonic() - start
     assert first.returncode == 0, first.stderr
     assert "making .venv with" in first.stdout and "setup: done" in first.stdout
-    start = time.monotonic()
+    files = {file: file.lstat().st_mtime_ns for file in copy.rglob("*")}
     again = bash(str(copy / "scripts/setup.sh"), cwd=tmp_path)
-    assert time.monotonic() - start < took / 2
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert {file: file.lstat().st_mtime_ns for file in copy.rglob("*")} == files
     sourced = bash("-c", f"set -e; source '{copy}/scripts/setup.sh'; echo on we go")
     assert sourced.stdout == "on we go\n"
     (copy / "requirements.txt").write_text("./no-such-package\n")
@@ -71,7 +69,7 @@ def test_setup_recovers_from_an_interruption_and_two_at_once_agree(copy):
     process.wait()
     assert not (copy / ".venv/setup.sha256").exists()
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    printed = [process.communicate(timeout=250)[0] for process in both]
+    printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("setup: done" in text for text in printed) == 1
 

@@ -1,4 +1,4 @@
-"""What "auto" takes for a sparse mask on this machine's CPU: `cpp` where it compiles and is faster."""
+"""What "auto" takes for a sparse mask on this machine's CPU: `cpp` if it compiles and is faster."""
 
 import torch
 

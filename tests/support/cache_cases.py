@@ -12,16 +12,10 @@ from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.caches import cached
 from scripts.run.process_groups import Groups, shared_guidance, whole_tokens
 from tests.support.families import SPARSE
-from tests.support.tiny import wan_pipeline
-from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline
-from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.pipelines import KINDS
 
 STEPS = 6
-PIPELINES = {
-    "wan": (wan_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
-    "hunyuan_video": (hunyuan_pipeline, {"num_frames": 9, "prompt_template": TEMPLATE}),
-    "mochi": (mochi_pipeline, {"num_frames": 13, "guidance_scale": 3.0}),
-}
+FRAMES = {"wan": 9, "hunyuan_video": 9, "mochi": 13}
 CACHES = {
     "first_block": {},
     "taylorseer": {},
@@ -36,15 +30,16 @@ CASES = (
     *(("guidance", "wan", cache) for cache in ("first_block", "taylorseer", "mag")),
     *(("guidance", "mochi", cache) for cache in ("first_block", "pab")),
 )
-SIZES = {"height": 48, "width": 80, "num_inference_steps": STEPS, "output_type": "latent"}
+CALL = {"height": 48, "width": 80, "num_inference_steps": STEPS, "output_type": "latent"}
 
 
 def latents(family: str, cache: str, shared: Groups) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Final latents of a new pipeline, and what the cache says."""
-    make, options = PIPELINES[family]
-    pipeline = make()
+    """Returns the final latents of a new pipeline, and the report of the cache."""
+    kind = KINDS[family]
+    pipeline = kind.make()
+    more = {"negative_prompt": None, "generator": torch.Generator().manual_seed(0)}
+    options = CALL | kind.options | more | {"num_frames": FRAMES[family]}
     settings = {"threshold": THRESHOLDS[family]} | CACHES[cache]
-    options = {**SIZES, **options, "generator": torch.Generator().manual_seed(0)}
     with ExitStack() as stack:
         stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared.sequence))
         stack.enter_context(shared_guidance(pipeline, family, shared))
@@ -54,7 +49,7 @@ def latents(family: str, cache: str, shared: Groups) -> tuple[torch.Tensor, dict
 
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Relative difference from one process with the same cache, and the calls that each made."""
+    """Yields the relative difference from one process with the same cache, and the calls of each."""
     groups = {
         "sequence": Groups(Degrees(ulysses=2), sequence=SequenceParallel(group)),
         "guidance": Groups(Degrees(cfg=2), guidance=group),
@@ -63,5 +58,5 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
         alone, use = latents(family, cache, Groups())
         together, used = latents(family, cache, groups[shared])
         worst = (together - alone).abs().max() / alone.abs().max()
-        found = {"difference": worst.item(), "alone": use, "together": used}
-        yield f"cache, shared {shared}: {family}, {cache}", found
+        results = {"difference": worst.item(), "alone": use, "together": used}
+        yield f"cache, shared {shared}: {family}, {cache}", results

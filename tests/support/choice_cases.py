@@ -13,12 +13,12 @@ from tests.support.families import SPARSE
 
 
 def timed(rank: int, names: tuple[str, ...], *call: Any) -> dict[str, float | None]:
-    """What a machine would measure on which another one is the fastest in each process."""
-    return {name: float(1 + (place + rank) % len(names)) for place, name in enumerate(names)}
+    """Returns times by which another backend is the fastest in each process."""
+    return {name: float(1 + (index + rank) % len(names)) for index, name in enumerate(names)}
 
 
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What was measured, the times that hold, and the choice."""
+    """Yields what was measured, the times that are used, and the choice."""
     rank, groups = torch.distributed.get_rank(group), Groups(replica=group)
     before, dense.measure = dense.measure, partial(timed, rank)
     mask = radial_mask(TokenGrid(2, 4, 4), SPARSE)

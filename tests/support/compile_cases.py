@@ -9,31 +9,24 @@ from torch._dynamo.testing import CompileCounter
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.pipeline.efficiency import compile_blocks
-from tests.support.families import SPARSE
-from tests.support.tiny import wan_inputs, wan_transformer
+from tests.support.families import BY_NAME, SPARSE, run
 
 STEPS = 3
-FAMILIES = {
-    "wan": (wan_transformer, lambda time: wan_inputs(5, 6, 14, timestep=time)),
-}
 
 
-@torch.no_grad()
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, float]]]:
-    """Relative difference from one process, not compiled, and graphs after each step of two videos."""
-    parallel = SequenceParallel(group)
-    for family, (make, inputs) in FAMILIES.items():
-        torch._dynamo.reset()
-        transformer, counter, differences, graphs = make(), CompileCounter(), [], []
-        options = {"config": SPARSE, "dense_steps": 1, "dense_layers": 1}
-        with apply_radial_attention(transformer, **options):
-            expected = [transformer(**inputs(900.0 - 100 * step)).sample for step in range(STEPS)]
-        compile_blocks(SimpleNamespace(transformer=transformer), backend=counter)
-        with apply_radial_attention(transformer, **options, parallel=parallel):
-            for step in [*range(STEPS)] * 2:
-                output = transformer(**inputs(900.0 - 100 * step)).sample
-                graphs.append(counter.frame_count)
-                differences.append(
-                    ((output - expected[step]).abs().max() / expected[step].abs().max()).item()
-                )
-        yield f"compile: {family}", {"difference": max(differences), "graphs": graphs}
+    """Yields the relative difference from one uncompiled process, and graphs after each step."""
+    parallel, wan = SequenceParallel(group), BY_NAME["wan"]
+    torch._dynamo.reset()
+    transformer, counter, differences, graphs = wan.transformer(), CompileCounter(), [], []
+    calls = [wan.inputs(5, 6, 14, timestep=900.0 - 100 * step) for step in range(STEPS)]
+    options = {"config": SPARSE, "dense_steps": 1, "dense_layers": 1}
+    with apply_radial_attention(transformer, **options):
+        expected = [run(transformer, inputs) for inputs in calls]
+    compile_blocks(SimpleNamespace(transformer=transformer), backend=counter)
+    with apply_radial_attention(transformer, **options, parallel=parallel):
+        for inputs, output in zip(2 * calls, 2 * expected, strict=True):
+            actual = run(transformer, inputs)
+            graphs.append(counter.frame_count)
+            differences.append(((actual - output).abs().max() / output.abs().max()).item())
+    yield "compile: wan", {"difference": max(differences), "graphs": graphs}

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLWan
 
 from radial_attn.models.parallel.decoding import ParallelDecode
-from tests.support.tiny import CHANNELS, wan_vae
+from tests.support.tiny import CHANNELS, seeded, wan_vae
 from tests.support.tiny_hunyuan import hunyuan_vae
 from tests.support.tiny_ltx import ltx_vae
 from tests.support.tiny_mochi import mochi_vae
@@ -16,33 +16,26 @@ SIDE, STRIDE = 64, 48  # pixels of a tile, and from one to the next
 
 
 def patched_wan_vae() -> AutoencoderKLWan:
-    """A random one that decodes patches of 2 x 2 pixels, as that of Wan2.2 TI2V-5B."""
-    torch.manual_seed(0)
-    sizes = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
-    return AutoencoderKLWan(base_dim=4, z_dim=CHANNELS, num_res_blocks=1, **sizes).eval()
+    """Makes a random one that decodes patches of 2 x 2 pixels, as that of Wan2.2 TI2V-5B."""
+    return wan_vae(in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16)
 
 
 def hunyuan15_vae() -> AutoencoderKLHunyuanVideo15:
-    """A random one, 4 times smaller in space."""
-    torch.manual_seed(0)
-    return AutoencoderKLHunyuanVideo15(
-        latent_channels=32,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-    ).eval()
+    """Makes a random one, 4 times smaller in space."""
+    ratios = {"spatial_compression_ratio": 4, "temporal_compression_ratio": 2}
+    blocks = {"block_out_channels": (32, 64, 64), "layers_per_block": 1}
+    return seeded(0, AutoencoderKLHunyuanVideo15, latent_channels=32, **blocks, **ratios)
 
 
 def whole_frames(make: Callable[[], Any]) -> Any:
-    """All frames at once."""
+    """Makes it decode all frames at once."""
     vae = make()
     vae.use_framewise_decoding = False
     return vae
 
 
 def cases() -> Iterator[tuple[str, Any, tuple[int, ...], int | None]]:
-    """Name, VAE, shape of the latents, tiles where they are known."""
+    """Yields name, VAE, shape of the latents, and tiles if they are known."""
     yield "wan", tiled(wan_vae()), (1, CHANNELS, 3, 11, 13), 6
     yield "wan, two videos in slices", sliced(tiled(wan_vae())), (2, CHANNELS, 2, 6, 9), 4
     yield "wan, patches", tiled(patched_wan_vae()), (1, CHANNELS, 2, 5, 7), 6
@@ -57,7 +50,7 @@ def cases() -> Iterator[tuple[str, Any, tuple[int, ...], int | None]]:
 
 
 def tiled(vae: Any) -> Any:
-    """With tiles of `SIDE` pixels."""
+    """Gives it tiles of `SIDE` pixels."""
     sides = ("height", "width")
     minimum = {f"tile_sample_min_{side}": SIDE for side in sides}
     vae.enable_tiling(**minimum, **{f"tile_sample_stride_{side}": STRIDE for side in sides})
@@ -65,20 +58,20 @@ def tiled(vae: Any) -> Any:
 
 
 def small_tiles(vae: Any) -> Any:
-    """With tiles of 4 latents, where those of the video are named too."""
+    """Gives it tiles of 4 latents, if it names those of the video too."""
     vae.enable_tiling(16, 16, 4, 4, 0.25)
     return vae
 
 
 def sliced(vae: Any) -> Any:
-    """One video of a batch at a time."""
+    """Makes it decode one video of a batch at a time."""
     vae.use_slicing = True
     return vae
 
 
 @torch.no_grad()
 def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each case: tiles by process and as expected, whether equal to one process's, whether left as it was."""
+    """Yields tiles by process and as expected, whether equal to one process's, whether left as it was."""
     for name, vae, shape, tiles in cases():
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         alone = vae.decode(latents).sample
@@ -86,14 +79,8 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
             together = vae.decode(latents).sample
             as_tuple = vae.decode(latents, return_dict=False)[0]
         leads = torch.distributed.get_rank(group) == 0
-        yield (
-            f"decode: {name}",
-            {
-                "owners": shared.owners,
-                "tiles": tiles,
-                "equal": not leads or (torch.equal(together, alone) and torch.equal(as_tuple, alone)),
-                "after": torch.equal(vae.decode(latents).sample, alone)
-                and not {"decode"} & set(vars(vae))
-                and "forward" not in vars(vae.decoder),
-            },
-        )
+        equal = not leads or (torch.equal(together, alone) and torch.equal(as_tuple, alone))
+        restored = "decode" not in vars(vae) and "forward" not in vars(vae.decoder)
+        after = restored and torch.equal(vae.decode(latents).sample, alone)
+        results = {"owners": shared.owners, "tiles": tiles, "equal": equal, "after": after}
+        yield f"decode: {name}", results

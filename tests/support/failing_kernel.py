@@ -15,7 +15,7 @@ STATE: dict[str, object] = {"left": 0, "spoil": None}
 
 @torch.library.custom_op("radial_tests::spoil", mutates_args=())
 def spoil(output: Tensor) -> Tensor:
-    """A copy of an output, spoilt where as many calls went before as `fail` was told."""
+    """Copies an output, and spoils it in the call that `fail` was given."""
     STATE["left"] -= 1
     return STATE["spoil"](output) if STATE["left"] == -1 else output.clone()
 

@@ -1,7 +1,7 @@
 """What optional CUDA libraries promise, in plain torch on the CPU: their signatures and their restrictions.
 
 Each function below has the signature of the real one, with all defaults, and computes in float32 what its
-source says. It raises where the library raises or would compute nonsense; rows that the library leaves
+source says. It raises if the library raises or would compute nonsense; rows that the library leaves
 unwritten are NaN. The sources:
 
 flashinfer-python 0.7.2.post1: flashinfer/sparse.py.
@@ -10,6 +10,7 @@ sparse_sageattn 0.1.0 (jt-zhang/Sparse_SageAttention_API f8c55eb): sparse_sageat
 sageattention 1.0.6, 2.0.1 and 2.2.0: sageattention/core.py and its Triton kernels.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -25,9 +26,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 def install(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
     """Makes exactly these libraries importable, whatever is installed."""
-    found = {module.__name__: module for module in modules}
+    output = {module.__name__: module for module in modules}
     for name in LIBRARIES:
-        monkeypatch.setitem(sys.modules, name, found.get(name))
+        monkeypatch.setitem(sys.modules, name, output.get(name))
 
 
 def module(name: str, **contents: object) -> ModuleType:
@@ -52,54 +53,35 @@ def softmax_attention(  # noqa: PLR0917
     return weights @ value.float() / (weights.sum(dim=-1, keepdim=True) + zeros * (-top).exp())
 
 
+def assert_promised(real: Callable, emulated: Callable) -> None:
+    """Checks that every parameter of the emulation is one of the library's."""
+    kept, promised = (set(inspect.signature(function).parameters) for function in (real, emulated))
+    assert promised <= kept, real
+
+
 def require(condition: bool, reason: str) -> None:
     if not condition:
         raise AssertionError(reason)
 
 
 def flashinfer() -> ModuleType:
-    """FlashInfer's two block-sparse wrappers; `.workspaces` and `.plans` list what was made."""
+    """Emulates FlashInfer's two block-sparse wrappers; `.workspaces` and `.plans` list what was made."""
     workspaces, plans = [], []
 
-    class BlockSparseAttentionWrapper:
+    class Wrapper:
         def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto") -> None:
             require(float_workspace_buffer.dtype == torch.uint8, "workspace")
             workspaces.append(float_workspace_buffer)
 
+    class BlockSparseAttentionWrapper(Wrapper):
         def plan(  # noqa: PLR0917
-            self,
-            indptr,
-            indices,
-            M,
-            N,
-            R,
-            C,
-            num_qo_heads,
-            num_kv_heads,
-            head_dim,
-            mask=None,
-            packed_mask=None,
-            causal=False,
-            pos_encoding_mode="NONE",
-            use_fp16_qk_reduction=False,
-            logits_soft_cap=None,
-            sm_scale=None,
-            rope_scale=None,
-            rope_theta=None,
-            q_data_type="float16",
-            kv_data_type=None,
-            o_data_type="float16",
-            non_blocking=True,
-            block_mask=None,
-            kv_block_lens=None,
-            q2k_indices=None,
-            q2k_num=None,
-            kv_splits=None,
-            use_clc=None,
-            q_scale=None,
-            k_scale=None,
+            self, indptr, indices, M, N, R, C, num_qo_heads, num_kv_heads, head_dim, mask=None,
+            packed_mask=None, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False,
+            logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, q_data_type="float16",
+            kv_data_type=None, o_data_type="float16", non_blocking=True, block_mask=None, kv_block_lens=None,
+            q2k_indices=None, q2k_num=None, kv_splits=None, use_clc=None, q_scale=None, k_scale=None,
             v_scale=None,
-        ) -> None:
+        ) -> None:  # fmt: skip
             plans.append(dict(locals()))
             require(N % C == 0, "N should be divisible by C")
             require(indptr.dtype == indices.dtype == torch.int32, "int32 indices")
@@ -113,58 +95,29 @@ def flashinfer() -> ModuleType:
             self.scale, self.dtypes = sm_scale, (q_data_type, kv_data_type, o_data_type)
 
         def run(  # noqa: PLR0917
-            self,
-            q,
-            k,
-            v,
-            scale_q=None,
-            scale_k=None,
-            scale_v=None,
-            out=None,
-            lse=None,
-            return_lse=False,
+            self, q, k, v, scale_q=None, scale_k=None, scale_v=None, out=None, lse=None, return_lse=False,
             enable_pdl=None,
-        ) -> Tensor:
+        ) -> Tensor:  # fmt: skip
             require((q.dtype, k.dtype) == self.dtypes[:2] and v.dtype == k.dtype, "planned data types")
             require(q.shape == (len(self.keep), *self.shape), "(M, heads, head_dim)")
             require(k.shape == v.shape == (self.keep.shape[1], *self.shape), "(N, heads, head_dim)")
             heads = (x.transpose(0, 1) for x in (q, k, v))
-            found = softmax_attention(*heads, self.keep, self.scale).transpose(0, 1)
-            return found.to(self.dtypes[2] if self.dtypes[2] != "float16" else torch.float16).contiguous()
+            output = softmax_attention(*heads, self.keep, self.scale).transpose(0, 1)
+            return output.to(self.dtypes[2] if self.dtypes[2] != "float16" else torch.float16).contiguous()
 
-    class VariableBlockSparseAttentionWrapper:
-        def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto") -> None:
-            workspaces.append(float_workspace_buffer)
-
+    class VariableBlockSparseAttentionWrapper(Wrapper):
         def plan(  # noqa: PLR0917
-            self,
-            block_mask_map,
-            block_row_sz,
-            block_col_sz,
-            num_qo_heads,
-            num_kv_heads,
-            head_dim,
-            causal=False,
-            pos_encoding_mode="NONE",
-            use_fp16_qk_reduction=False,
-            logits_soft_cap=None,
-            sm_scale=None,
-            rope_scale=None,
-            rope_theta=None,
-            non_blocking=True,
-            q_data_type="float16",
+            self, block_mask_map, block_row_sz, block_col_sz, num_qo_heads, num_kv_heads, head_dim,
+            causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, logits_soft_cap=None,
+            sm_scale=None, rope_scale=None, rope_theta=None, non_blocking=True, q_data_type="float16",
             kv_data_type=None,
-        ) -> None:
+        ) -> None:  # fmt: skip
             plans.append(dict(locals()))
             require(block_mask_map.dtype == torch.bool, "boolean map")
             require(block_mask_map.shape[:2] == block_row_sz.shape, "a row size for each head and block")
             require(block_mask_map.shape[::2] == block_col_sz.shape, "a column size for each head and block")
-            self.keep = torch.stack(
-                [
-                    table.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-                    for table, rows, columns in zip(block_mask_map, block_row_sz, block_col_sz, strict=True)
-                ]
-            )
+            heads = zip(block_mask_map, block_row_sz, block_col_sz, strict=True)
+            self.keep = torch.stack([x.repeat_interleave(r, 0).repeat_interleave(c, 1) for x, r, c in heads])
             self.scale, self.dtypes = sm_scale, (q_data_type, kv_data_type)
 
         def run(  # noqa: PLR0917
@@ -175,22 +128,30 @@ def flashinfer() -> ModuleType:
             require(k.shape[:2] == v.shape[:2] == self.keep.shape[::2], "(heads, N, head_dim)")
             return softmax_attention(q, k, v, self.keep, self.scale).to(q.dtype)
 
-    return module(
-        "flashinfer",
-        BlockSparseAttentionWrapper=BlockSparseAttentionWrapper,
-        VariableBlockSparseAttentionWrapper=VariableBlockSparseAttentionWrapper,
-        workspaces=workspaces,
-        plans=plans,
-    )
+    wrappers = BlockSparseAttentionWrapper, VariableBlockSparseAttentionWrapper
+    classes = {wrapper.__name__: wrapper for wrapper in wrappers}
+    return module("flashinfer", **classes, workspaces=workspaces, plans=plans)
 
 
 def to_heads(tensor_layout: str, *tensors: Tensor) -> list[Tensor]:
+    """Swaps tokens and heads, or swaps them back, unless heads come first."""
     require(tensor_layout in ("HND", "NHD"), "tensor_layout")
     return [x.transpose(1, 2) if tensor_layout == "NHD" else x for x in tensors]
 
 
+def dense(qkv: tuple[Tensor, ...], tensor_layout: str, scale: float, *, zeros: bool, smooth: bool) -> Tensor:
+    """Attends to all keys, smoothed or not, and to as many `zeros` as fill up the last block of 64."""
+    require(len({x.dtype for x in qkv}) == 1, "data types")
+    require(all(x.stride(-1) == 1 for x in qkv), "Last dim of qkv must be contiguous.")
+    query, key, value = to_heads(tensor_layout, *qkv)
+    keep = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    key = key.float() - smooth * key.float().mean(dim=2, keepdim=True)
+    output = softmax_attention(query, key, value, keep, scale, zeros * (-key.shape[-2] % 64)).to(query.dtype)
+    return to_heads(tensor_layout, output)[0]
+
+
 def spread(mask_id: Tensor, query: Tensor, key: Tensor, rows: int, columns: int) -> Tensor:
-    """A mask `[B, H, Q, K]` of kernel blocks on the tokens that exist."""
+    """Expands a mask `[B, H, Q, K]` of kernel blocks to the tokens that exist."""
     (*pair, tokens, _), keys = query.shape, key.shape[2]
     require(mask_id.shape == (*pair, -(-tokens // rows), -(-keys // columns)), "shape of mask_id")
     require(mask_id.is_contiguous() and mask_id.dtype == torch.int8, "contiguous int8")
@@ -199,23 +160,13 @@ def spread(mask_id: Tensor, query: Tensor, key: Tensor, rows: int, columns: int)
 
 
 def spas_sage_attn(rows: int = 128, columns: int = 64) -> ModuleType:
-    """SpargeAttn with the kernel blocks of an architecture; `.calls` lists (mask_id, pvthreshd)."""
+    """Emulates SpargeAttn with the kernel blocks of an architecture; `.calls` lists (mask_id, pvthreshd)."""
     calls = []
 
     def block_sparse_sage2_attn_cuda(  # noqa: PLR0917
-        q,
-        k,
-        v,
-        mask_id=None,
-        dropout_p=0.0,
-        scale=None,
-        smooth_k=True,
-        pvthreshd=50,
-        attention_sink=False,
-        tensor_layout="HND",
-        output_dtype=torch.float16,
-        return_sparsity=False,
-    ) -> Tensor:
+        q, k, v, mask_id=None, dropout_p=0.0, scale=None, smooth_k=True, pvthreshd=50, attention_sink=False,
+        tensor_layout="HND", output_dtype=torch.float16, return_sparsity=False,
+    ) -> Tensor:  # fmt: skip
         calls.append((mask_id, pvthreshd))
         query, key, value = to_heads(tensor_layout, q, k, v)
         require(query.shape[-2] >= 128, "seq_len should be not less than 128.")
@@ -223,14 +174,14 @@ def spas_sage_attn(rows: int = 128, columns: int = 64) -> ModuleType:
         require(q.dtype == k.dtype == v.dtype and q.dtype in HALF and smooth_k, "data types")
         require(isinstance(pvthreshd, float) and pvthreshd > 0 and scale > 0, "the running maximum")
         keep = spread(mask_id, query, key, rows, columns)
-        found = softmax_attention(query, key, value.to(torch.float16), keep, scale).to(q.dtype)
-        return to_heads(tensor_layout, found)[0]
+        output = softmax_attention(query, key, value.to(torch.float16), keep, scale).to(q.dtype)
+        return to_heads(tensor_layout, output)[0]
 
     return module("spas_sage_attn", block_sparse_sage2_attn_cuda=block_sparse_sage2_attn_cuda, calls=calls)
 
 
 def sparse_sageattn() -> ModuleType:
-    """The library that the authors of Radial Attention use; `.calls` lists mask_id."""
+    """Emulates the library that the authors of Radial Attention use; `.calls` lists mask_id."""
     calls = []
 
     def sparse_sageattn(  # noqa: PLR0917
@@ -243,48 +194,35 @@ def sparse_sageattn() -> ModuleType:
         keep = spread(mask_id, query, key, 128, 64)
         zeros = keep[..., -1:] * (-key.shape[2] % 64)  # the tail of the last block is not masked
         scale = query.shape[-1] ** -0.5
-        found = softmax_attention(query, key, value.to(torch.float16), keep, scale, zeros).to(q.dtype)
-        return to_heads(tensor_layout, found)[0]
+        output = softmax_attention(query, key, value.to(torch.float16), keep, scale, zeros).to(q.dtype)
+        return to_heads(tensor_layout, output)[0]
 
     return module("sparse_sageattn", sparse_sageattn=sparse_sageattn, calls=calls)
 
 
 def sageattention_1() -> ModuleType:
-    """Version 1.0.6, which smooths K in place and does not mask the tail of the last block of 64 keys."""
+    """Emulates 1.0.6, which smooths K in place and does not mask the tail of the last block of 64 keys."""
 
     def sageattn(  # noqa: PLR0917
         q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs
     ) -> Tensor:
-        require(q.dtype in (*HALF, torch.float32) and q.dtype == k.dtype == v.dtype, "data types")
+        require(q.dtype in (*HALF, torch.float32) and not kwargs, "data types")
         require(q.shape[-1] in (64, 96, 128), "headdim should be in [64, 96, 128].")
-        require(all(x.stride(-1) == 1 for x in (q, k, v)), "Last dim of qkv must be contiguous.")
-        require(not kwargs, "ignored")
         if smooth_k:
             k -= k.mean(dim=1 if tensor_layout == "NHD" else 2, keepdim=True)
-        query, key, value = to_heads(tensor_layout, q, k, v)
-        keep = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
-        zeros = -key.shape[-2] % 64
-        found = softmax_attention(query, key, value, keep, sm_scale, zeros).to(q.dtype)
-        return to_heads(tensor_layout, found)[0]
+        return dense((q, k, v), tensor_layout, sm_scale, zeros=True, smooth=False)
 
     return module("sageattention", sageattn=sageattn)
 
 
 def sageattention_2(masks_the_tail: bool = True) -> ModuleType:
-    """Version 2.2.0; or 2.0.1, whose Triton kernel (sm86) has neither attn_mask nor a masked tail."""
+    """Emulates 2.2.0; or 2.0.1, whose Triton kernel (sm86) has neither attn_mask nor a masked tail."""
 
     def sageattn(  # noqa: PLR0917
         q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs
     ) -> Tensor:
-        require(q.dtype in HALF and q.dtype == k.dtype == v.dtype, "data types")
-        require(q.shape[-1] <= 128 and not kwargs, "Unsupported head_dim")
-        require(all(x.stride(-1) == 1 for x in (q, k, v)), "Last dim of qkv must be contiguous.")
-        query, key, value = to_heads(tensor_layout, q, k, v)
-        keep = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
-        key = key.float() - key.float().mean(dim=2, keepdim=True)
-        zeros = 0 if masks_the_tail else -key.shape[-2] % 64
-        found = softmax_attention(query, key, value, keep, sm_scale, zeros).to(q.dtype)
-        return to_heads(tensor_layout, found)[0]
+        require(q.dtype in HALF and q.shape[-1] <= 128 and not kwargs, "Unsupported head_dim")
+        return dense((q, k, v), tensor_layout, sm_scale, zeros=not masks_the_tail, smooth=True)
 
     def with_mask(q, k, v, tensor_layout="HND", *, attn_mask=None) -> Tensor:
         raise NotImplementedError

@@ -11,7 +11,7 @@ SIZES = "data.sizes=17x32x48, 9x32x32, 9x48x32"
 
 
 def write_video(path: Path, frames: int, height: int, width: int, fps: int = 16) -> None:
-    """A bar that moves, over a slope."""
+    """Writes a video of a bar that moves over a slope."""
     path.parent.mkdir(parents=True, exist_ok=True)
     slope = np.linspace(0, 180, height * width * 3).reshape(height, width, 3)
     video = np.repeat(slope[None], frames, axis=0).astype(np.uint8)
@@ -20,8 +20,8 @@ def write_video(path: Path, frames: int, height: int, width: int, fps: int = 16)
     imageio.mimwrite(path, list(video), fps=fps, quality=9, macro_block_size=1)
 
 
-def run(config: Path, videos: Path, latents: Path, *words: str) -> int:
-    keys = [f"data.folder={videos}", f"data.latents={latents}", "data.shard_mb=1", SIZES, *words]
+def run(config: Path, videos: Path, latents: Path, *arguments: str) -> int:
+    keys = [f"data.folder={videos}", f"data.latents={latents}", "data.shard_mb=1", SIZES, *arguments]
     return main([str(config), *keys])
 
 

@@ -48,7 +48,7 @@ def make_latents(
         {"name": f"{i}.mp4", "caption": CAPTIONS[i % 3], "key": f"clip{i}", **sizes} for i in range(CLIPS)
     ]
     shards.begin(fingerprint(str(model), family), samples)
-    shards.add_texts((text_key(words), encode_text(pipeline, family, words)) for words in ("", *CAPTIONS))
+    shards.add_texts((text_key(prompt), encode_text(pipeline, family, prompt)) for prompt in ("", *CAPTIONS))
     videos = [torch.randn(shape, generator=generator) for _ in range(CLIPS)]
     if broken is not None:
         videos[broken].fill_(float("nan"))
@@ -57,7 +57,7 @@ def make_latents(
 
 
 def write_config(file: Path, model: Path, latents: Path, family: str = "wan", size: tuple = SIZE) -> Path:
-    """A run of six steps with a checkpoint after each second."""
+    """Writes the configuration of six steps with a checkpoint after every second step."""
     file.write_text(
         f"""# tiny
 model: {{path: {model}, family: {family}, dtype: float32, device: cpu}}
@@ -71,9 +71,9 @@ validation: {{every: 0, samples: 2, levels: 2, steps: 2, guidance_scale: 2.0}}
     return file
 
 
-def train(config: Path, out: Path, *words: str) -> int:
-    """The exit code of a run into this folder."""
-    return main([str(config), f"output.path={out}", *words])
+def train(config: Path, out: Path, *arguments: str) -> int:
+    """Runs the training into a folder; returns the exit code."""
+    return main([str(config), f"output.path={out}", *arguments])
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def cut(folder: Path, copy: Path, step: int) -> Path:
-    """A copy of a run's folder without the checkpoints after `step`, as a stop soon after it leaves it."""
+    """Copies a run's folder without the checkpoints after `step`, as a stop soon after it leaves it."""
     shutil.copytree(folder, copy)
     for later in copy.glob("step_*"):
         if int(later.name.removeprefix("step_")) > step:
@@ -99,11 +99,11 @@ def cut(folder: Path, copy: Path, step: int) -> Path:
     return copy
 
 
-def launch_training(*words: str, by_torchrun: bool = False) -> None:
-    """Training in two processes of one thread."""
+def launch_training(*arguments: str, by_torchrun: bool = False) -> None:
+    """Trains in two processes of one thread."""
     if not by_torchrun:
-        run_ranks(2, "scripts.train_lora", *words)
+        run_ranks(2, "scripts.train_lora", *arguments)
         return
     settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-P", "-m", "scripts.launch", "--module=scripts.train_lora", *words]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True, timeout=250)
+    command = [sys.executable, "-P", "-m", "scripts.launch", "--module=scripts.train_lora", *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | settings, capture_output=True)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,29 @@ from typing import Any
 import torch
 from diffusers import MochiPipeline
 
-from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 from radial_attn.models.parallel.guidance import GuidanceParallel
 from radial_attn.models.parallel.ring import RingParallel, share_sequence
 from radial_attn.models.parallel.ulysses import SequenceParallel
-from tests.support.families import SPARSE
+from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
-from tests.support.tiny_hunyuan import (
-    hunyuan15_inputs,
-    hunyuan15_transformer,
-    hunyuan_inputs,
-    hunyuan_transformer,
-)
-from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
+from tests.support.tiny_hunyuan import hunyuan_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
-from tests.support.tiny_wan import vace_inputs, vace_transformer
 
 RADIAL = {"config": SPARSE}
-DENSE = {"config": RadialConfig(block_size=16, pattern="dense")}
 MIXED = {"config": SPARSE, "dense_layers": 2}
+REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
+PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two experts, one batch
+    "wan": wan_pipeline,
+    "wan2.2": partial(wan_pipeline, experts=2),
+    "mochi": mochi_pipeline,
+}
 Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], dict]
 
 
 def token_times(inputs: dict) -> dict:
-    """One timestep a token, as Wan2.2 TI2V-5B has it: the first frame is there already."""
+    """Sets one timestep a token, as Wan2.2 TI2V-5B has it: the first frame is given."""
     frames, height, width = inputs["hidden_states"].shape[2:]
     times = torch.full((1, frames, height // 2, width // 2), 500.0)
     times[:, 0] = 0
@@ -54,26 +52,26 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
     A ring has no 8-bit products; it takes tokens that nothing divides. Four processes without a ring take
     both kinds of layer in one model.
     """
-    replaced = partial(hunyuan_transformer, image_condition_type="token_replace")
+    wan, hunyuan = BY_NAME["wan"], BY_NAME["hunyuan_video"]
     families = {
-        "wan": (wan_transformer, lambda *sizes: wan_inputs(*sizes, batch=2), 2),
-        "wan, a time a token": (wan_transformer, lambda *sizes: token_times(wan_inputs(*sizes)), 2),
-        "wan_vace": (vace_transformer, vace_inputs, 2),
-        "hunyuan_video": (hunyuan_transformer, lambda *sizes: hunyuan_inputs(*sizes, lengths=(4, 11)), 2),
-        "hunyuan_video, first frame given": (replaced, hunyuan_inputs, 2),
-        "hunyuan_video15": (hunyuan15_transformer, lambda *s: hunyuan15_inputs(*s, lengths=(3, 9)), 1),
-        "mochi": (mochi_transformer, lambda *sizes: mochi_inputs(*sizes, batch=2, lengths=(3, 7)), 2),
-        "ltx": (ltx_transformer, ltx_inputs, 1),
+        "wan": (wan, {"batch": 2}),
+        "wan, a time a token": (replace(wan, inputs=lambda *sizes: token_times(wan_inputs(*sizes))), {}),
+        "wan_vace": (BY_NAME["wan_vace"], {}),
+        "hunyuan_video": (hunyuan, {"lengths": (4, 11)}),
+        "hunyuan_video, first frame given": (replace(hunyuan, transformer=REPLACED), {}),
+        "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
+        "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
+        "ltx": (BY_NAME["ltx"], {}),
     }
-    for name, (transformer, inputs, patch) in families.items():
-        for sizes in ((6, 6, 8), (5, 3, 7)):
-            scaled = sizes[0], sizes[1] * patch, sizes[2] * patch
-            for kind, options in (("radial", RADIAL), ("dense", DENSE), ("mixed", MIXED)):
-                if ring > 1 and (sizes[0] == 6 or kind == "mixed"):
+    for name, (family, samples) in families.items():
+        for size in ((6, 6, 8), (5, 3, 7)):
+            for kind, options in (("radial", RADIAL), ("dense", {"config": DENSE}), ("mixed", MIXED)):
+                if ring > 1 and (size[0] == 6 or kind == "mixed"):
                     continue
                 if ring == 1 and processes == 4 and kind != "mixed":
                     continue
-                yield f"{name}, {sizes}, {kind}", transformer, partial(inputs, *scaled), options
+                inputs = partial(family.sized, *size, **samples)
+                yield f"{name}, {size}, {kind}", family.transformer, inputs, options
     for quantize in ("int8", "fp8") if ring == 1 else ():
         rounded = {"config": SPARSE, "backend": "reference", "quantize": quantize}
         yield f"wan, {quantize}", wan_transformer, partial(wan_inputs, 6, 12, 16), rounded
@@ -86,7 +84,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
 
 @torch.no_grad()
 def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tuple[str, float]]:
-    """Largest difference of the outputs for each way to share, relative to the largest value."""
+    """Yields the largest difference of the outputs for each way to share, relative to the largest value."""
     name, make, inputs, options = case
     transformer, given = make(), inputs()
     outputs = []
@@ -98,7 +96,7 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
 
 
 def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
-    """Final latents of a pipeline with radial attention; `guided`: its two halves on two processes."""
+    """Returns the final latents with radial attention; `guided`: with its two halves on two processes."""
     options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
     sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
     generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
@@ -112,27 +110,21 @@ def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided
         return pipeline(prompts * ["a cat"], generator=generators, **sizes, **options).frames
 
 
-def pipelines() -> dict[str, Callable[[], Any]]:
-    """Pipelines whose steps have two halves: two calls, two calls of one of two experts, one batch."""
-    return {"wan": wan_pipeline, "wan2.2": partial(wan_pipeline, experts=2), "mochi": mochi_pipeline}
-
-
 @torch.no_grad()
 def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceParallel | None) -> float:
-    """Largest difference of the final latents from those of one process, relative to the largest value."""
+    """Returns the largest difference of the latents from one process's, relative to the largest value."""
     pipeline = make()
-    pipeline.set_progress_bar_config(disable=True)
     alone = latents(pipeline, prompts, None, False)
     together = latents(pipeline, prompts, shared, import_xfuser("cpu").get_cfg_group().world_size == 2)
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
 def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
-    """xDiT's groups first, and with a ring others of the same processes."""
+    """Makes xDiT's groups first, and with a ring others of the same processes."""
     shares = {"": share_sequence(import_xfuser("cpu").get_sp_group())}
     if degrees.ring > 1 and degrees.cfg == 1:
         rank, everyone = torch.distributed.get_rank(), torch.distributed.group.WORLD
-        alone = [torch.distributed.new_group([place]) for place in range(degrees.processes)][rank]
+        alone = [torch.distributed.new_group([index]) for index in range(degrees.processes)][rank]
         pairs = [torch.distributed.new_group([2 * i, 2 * i + 1]) for i in range(degrees.processes // 2)]
         shares[", all in a ring"] = RingParallel(alone, everyone, everyone)
         shares[", rings of two"] = RingParallel(alone, pairs[rank // 2], pairs[rank // 2])
@@ -140,24 +132,24 @@ def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
 
 
 def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
-    """Each case by name with its difference: transformers where all share the sequence, else pipelines."""
+    """Yields each case with its difference: transformers if all share the sequence, else pipelines."""
     shares = all_shares(degrees)
     if degrees.cfg == 1:
         for case in cases(degrees.ring, degrees.processes):
             yield from differences(case, shares)
-    for name, make in pipelines().items():
+    for name, make in PIPELINES.items():
         for prompts in (1, 2) if degrees.ring == 1 else (2,):
             yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])
 
 
-def main(words: list[str]) -> None:
-    """All cases on all processes; the first writes the worst of all of them."""
-    out, cfg, ring = Path(words[0]), *map(int, words[1:])
+def main(arguments: list[str]) -> None:
+    """Runs all cases in all processes; the first one writes the worst of all of them."""
+    out, cfg, ring = Path(arguments[0]), *map(int, arguments[1:])
     degrees = Degrees(ulysses=int(os.environ["WORLD_SIZE"]) // (cfg * ring), ring=ring, cfg=cfg)
     start(degrees, "cpu")
     results = {}
-    for name, found in measure(degrees):
-        worst = torch.tensor(found)
+    for name, value in measure(degrees):
+        worst = torch.tensor(value)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         results[name] = worst.item()
     if torch.distributed.get_rank() == 0:

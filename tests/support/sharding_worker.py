@@ -6,7 +6,7 @@ under the name of each case.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,22 @@ from torch.distributed.tensor import DTensor
 from radial_attn.models.apply import apply_radial_attention, family_of
 from radial_attn.models.parallel.fsdp import shared_weights
 from radial_attn.models.training.adapter import add_adapter
-from tests.support.families import SPARSE
-from tests.support.tiny import wan_inputs, wan_transformer
-from tests.support.tiny_hunyuan import hunyuan_inputs, hunyuan_transformer
-from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
-from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
-from tests.support.tiny_wan import vace_inputs, vace_transformer
+from tests.support.families import BY_NAME, SPARSE, Family
 
-Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], torch.dtype, bool]
+Case = tuple[str, Family, torch.dtype, bool]
 
 
 def cases() -> Iterator[Case]:
-    """Name, transformer, its inputs, data type, and whether blocks are computed again in the backward."""
-    families = {
-        "wan": (wan_transformer, wan_inputs),
-        "wan_vace": (vace_transformer, vace_inputs),
-        "hunyuan_video": (hunyuan_transformer, hunyuan_inputs),
-        "mochi": (mochi_transformer, mochi_inputs),
-        "ltx": (ltx_transformer, ltx_inputs),
-    }
-    for name, (make, inputs) in families.items():
-        yield name, make, inputs, torch.float32, False
-        yield f"{name}, checkpointing", make, inputs, torch.float32, True
-    yield "wan, bfloat16", wan_transformer, wan_inputs, torch.bfloat16, True
+    """Yields name, family, dtype, and whether the backward pass reruns the blocks."""
+    for name in ("wan", "wan_vace", "hunyuan_video", "mochi", "ltx"):
+        yield name, BY_NAME[name], torch.float32, False
+        yield f"{name}, checkpointing", BY_NAME[name], torch.float32, True
+    yield "wan, bfloat16", BY_NAME["wan"], torch.bfloat16, True
 
 
-def prepared(make: Callable, dtype: torch.dtype, again: bool) -> tuple[torch.nn.Module, dict]:
-    """A transformer with radial attention and an adapter whose two matrices are random."""
-    transformer = make().to(dtype)
+def prepared(family: Family, dtype: torch.dtype, again: bool) -> tuple[torch.nn.Module, dict]:
+    """Makes a transformer with radial attention and an adapter whose two matrices are random."""
+    transformer = family.transformer().to(dtype)
     trained = add_adapter(transformer, rank=2, alpha=2, targets=("to_q", "to_v"))
     random = torch.Generator().manual_seed(1)
     for value in trained.values():
@@ -58,7 +46,7 @@ def prepared(make: Callable, dtype: torch.dtype, again: bool) -> tuple[torch.nn.
 def measured(
     transformer: torch.nn.Module, trained: dict[str, Tensor], inputs: dict, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, the same without gradients, and the gradients of the adapter in one row."""
+    """Returns the output, that without gradients, and the gradients of the adapter in one row."""
     inputs = {
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in inputs.items()
@@ -72,15 +60,15 @@ def measured(
 
 
 def local_bytes(transformer: torch.nn.Module) -> tuple[int, int]:
-    """Of the frozen weights: what this process holds, and what all hold together."""
+    """Returns the bytes of frozen weights in this process, and in all of them."""
     frozen = [value for value in transformer.parameters() if not value.requires_grad]
-    own = [value.to_local() if isinstance(value, DTensor) else value for value in frozen]
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in own if x.numel()}
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in frozen]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in local if x.numel()}
     return sum(held.values()), sum(value.numel() * value.element_size() for value in frozen)
 
 
 def count_whole(transformer: torch.nn.Module) -> list[int]:
-    """Filled with how many blocks are whole whenever one begins, in the backward of checkpointing too."""
+    """Returns a list that gets the count of whole blocks whenever a block begins, also in the backward."""
     blocks = [block for stack in family_of(transformer).stacks(transformer) for block in stack]
     counts = []
 
@@ -93,18 +81,18 @@ def count_whole(transformer: torch.nn.Module) -> list[int]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Equality with the whole transformer, blocks and bytes of weights, names and adapter kept or not."""
-    _, make, inputs, dtype, again = case
-    given = inputs(3, 6, 8)
-    whole, trained = prepared(make, dtype, again)
+    """Compares with the whole transformer; counts blocks and bytes, and checks names and adapter."""
+    _, family, dtype, again = case
+    given = family.inputs(3, 6, 8)
+    whole, trained = prepared(family, dtype, again)
     expected = measured(whole, trained, given, dtype)
-    shared, trained = prepared(make, dtype, again)
+    shared, trained = prepared(family, dtype, again)
     with shared_weights(shared, trained.values(), torch.device("cpu")) as wrapped:
         counts = count_whole(shared)
-        found = measured(wrapped, trained, given, dtype)
+        actual = measured(wrapped, trained, given, dtype)
     held, total = local_bytes(shared)
     return {
-        "equal": [torch.equal(one, other) for one, other in zip(expected, found, strict=True)],
+        "equal": [torch.equal(one, other) for one, other in zip(expected, actual, strict=True)],
         "blocks": max(counts),
         "held": held,
         "total": total,
@@ -113,15 +101,15 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def main(words: list[str]) -> None:
-    """All cases, in all processes."""
+def main(arguments: list[str]) -> None:
+    """Runs all cases in all processes."""
     torch.distributed.init_process_group("gloo")
     results = {}
     for case in cases():
         results[case[0]] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(results[case[0]], measure(case))
     if torch.distributed.get_rank() == 0:
-        Path(words[0]).write_text(json.dumps(results, indent=1))
+        Path(arguments[0]).write_text(json.dumps(results, indent=1))
     torch.distributed.destroy_process_group()
 
 

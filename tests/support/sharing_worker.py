@@ -15,16 +15,16 @@ import torch
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Runs the cases of the parts, modules `tests.support.PART_cases`: `measure` takes the group of all."""
-    out, *parts = words
+    out, *parts = arguments
     start(Degrees(ulysses=int(os.environ["WORLD_SIZE"])), "cpu")
     group = import_xfuser("cpu").get_model_replica_group().device_group
     results = {}
     for part in parts:
-        for name, found in importlib.import_module(f"tests.support.{part}_cases").measure(group):
+        for name, value in importlib.import_module(f"tests.support.{part}_cases").measure(group):
             results[name] = [None] * torch.distributed.get_world_size(group)
-            torch.distributed.all_gather_object(results[name], found, group=group)
+            torch.distributed.all_gather_object(results[name], value, group=group)
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(results, indent=1))
     stop()

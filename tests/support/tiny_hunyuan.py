@@ -1,9 +1,7 @@
 """Tiny random models of HunyuanVideo and HunyuanVideo 1.5, built offline: for tests of any file."""
 
 import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from diffusers import (
@@ -27,35 +25,36 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from radial_attn.models import hunyuan_video, hunyuan_video15
+from tests.support.tiny import CHANNELS, HEADS, TEXT_DIM, first, quiet, randoms, seeded
 
-CHANNELS = 4
 TEXT = 11  # tokens
-TEXT_DIM, POOLED_DIM, GLYPH_DIM, IMAGE_DIM = 16, 8, 8, 12
+POOLED_DIM, GLYPH_DIM, IMAGE_DIM = 8, 8, 12
 GLYPHS, IMAGE = 5, 3  # further text tokens of HunyuanVideo 1.5
-SHAPE = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "rope_axes_dim": (4, 4, 4),
-    "in_channels": CHANNELS,
-}
+SHAPE = {**HEADS, "rope_axes_dim": (4, 4, 4), "in_channels": CHANNELS}
+LAYERS = {"out_channels": CHANNELS, "num_refiner_layers": 1, "text_embed_dim": TEXT_DIM}
 ENCODER = {"intermediate_size": 16, "num_attention_heads": 2}
 TEMPLATE = {"template": "{}", "crop_start": 0, "image_emb_len": 4, "image_emb_start": 1, "image_emb_end": 5}
 
 
 def hunyuan_transformer(seed: int = 0, **changes: object) -> HunyuanVideoTransformer3DModel:
-    """A random HunyuanVideo transformer in eval mode: 2 double, 2 single layers, 2 heads of 12, patch 2."""
-    settings = {
-        **SHAPE,
-        "out_channels": CHANNELS,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "text_embed_dim": TEXT_DIM,
-        "pooled_projection_dim": POOLED_DIM,
-    }
-    torch.manual_seed(seed)
-    return with_own_norms(HunyuanVideoTransformer3DModel(**(settings | changes)).eval())
+    """Makes a random transformer in eval mode: 2 double, 2 single layers, 2 heads of 12, patch 2."""
+    blocks = {"num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": POOLED_DIM}
+    settings = SHAPE | LAYERS | blocks | changes
+    return with_own_norms(seeded(seed, HunyuanVideoTransformer3DModel, **settings))
+
+
+def hunyuan15_transformer(seed: int = 0, **changes: object) -> HunyuanVideo15Transformer3DModel:
+    """Makes a random HunyuanVideo 1.5 transformer in eval mode: 4 layers, 2 heads of 12, patch 1."""
+    more = {"num_layers": 4, "text_embed_2_dim": GLYPH_DIM, "image_embed_dim": IMAGE_DIM}
+    return with_own_norms(seeded(seed, HunyuanVideo15Transformer3DModel, **SHAPE | LAYERS | more | changes))
+
+
+def with_own_norms(transformer: torch.nn.Module) -> torch.nn.Module:
+    """Makes the norms of query and key differ: at first all are ones."""
+    for name, parameter in transformer.named_parameters():
+        if "attn.norm_" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return transformer
 
 
 def hunyuan_inputs(
@@ -68,31 +67,16 @@ def hunyuan_inputs(
     seed: int = 0,
     channels: int = CHANNELS,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a HunyuanVideo transformer call, a sample for each of `lengths`, its valid text tokens."""
-    batch, make = len(lengths), random(seed)
+    """Returns arguments of a call, a sample for each of `lengths`, its number of valid text tokens."""
+    batch, make = len(lengths), randoms(seed)
     return {
         "hidden_states": make(batch, channels, frames, height, width),
         "timestep": torch.full((batch,), timestep),
         "encoder_hidden_states": make(batch, TEXT, TEXT_DIM),
-        "encoder_attention_mask": first(lengths, TEXT),
+        "encoder_attention_mask": first(lengths, TEXT).float(),
         "pooled_projections": make(batch, POOLED_DIM),
         "guidance": torch.full((batch,), 6000.0),
     }
-
-
-def hunyuan15_transformer(seed: int = 0, **changes: object) -> HunyuanVideo15Transformer3DModel:
-    """A random HunyuanVideo 1.5 transformer in eval mode: 4 layers, 2 heads of 12, patch 1."""
-    settings = {
-        **SHAPE,
-        "out_channels": CHANNELS,
-        "num_layers": 4,
-        "num_refiner_layers": 1,
-        "text_embed_dim": TEXT_DIM,
-        "text_embed_2_dim": GLYPH_DIM,
-        "image_embed_dim": IMAGE_DIM,
-    }
-    torch.manual_seed(seed)
-    return with_own_norms(HunyuanVideo15Transformer3DModel(**(settings | changes)).eval())
 
 
 def hunyuan15_inputs(
@@ -101,107 +85,48 @@ def hunyuan15_inputs(
     width: int = 8,
     *,
     lengths: Sequence[int] = (TEXT,),
-    timestep: float = 500.0,
-    seed: int = 0,
     image: bool = True,
+    **more: float,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a HunyuanVideo 1.5 transformer call; all but 2 glyph tokens are valid, and an `image`."""
-    batch, make = len(lengths), random(seed)
-    return {
-        "hidden_states": make(batch, CHANNELS, frames, height, width),
-        "timestep": torch.full((batch,), timestep),
-        "encoder_hidden_states": make(batch, TEXT, TEXT_DIM),
-        "encoder_attention_mask": first(lengths, TEXT),
+    """Returns arguments of a call; all but 2 glyph tokens are valid, and an `image`."""
+    inputs = hunyuan_inputs(frames, height, width, lengths=lengths, **more)
+    make, batch = randoms(1), len(lengths)
+    del inputs["pooled_projections"], inputs["guidance"]
+    return inputs | {
         "encoder_hidden_states_2": make(batch, GLYPHS, GLYPH_DIM),
-        "encoder_attention_mask_2": first(batch * [GLYPHS - 2], GLYPHS),
+        "encoder_attention_mask_2": first(batch * [GLYPHS - 2], GLYPHS).float(),
         "image_embeds": make(batch, IMAGE, IMAGE_DIM) * image,
     }
 
 
-def with_own_norms(transformer: torch.nn.Module) -> torch.nn.Module:
-    """Norms of query and key that differ: all are ones when made."""
-    for name, parameter in transformer.named_parameters():
-        if "attn.norm_" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return transformer
-
-
-@dataclass(frozen=True)
-class Family:
-    """A tiny transformer of 4 attention layers, the arguments of its calls, and its fork.
-
-    `patch`: latents to a token in height and width; `text`: text tokens of a call.
-    """
-
-    name: str
-    transformer: Callable[..., torch.nn.Module]
-    inputs: Callable[..., dict[str, torch.Tensor]]
-    fork: ModuleType
-    patch: int
-    text: int
-
-    def sized(
-        self, frames: int = 6, height: int = 6, width: int = 8, **more: object
-    ) -> dict[str, torch.Tensor]:
-        """Arguments of a call whose grid has these sizes."""
-        return self.inputs(frames, height * self.patch, width * self.patch, **more)
-
-
-FAMILIES = (
-    Family("hunyuan_video", hunyuan_transformer, hunyuan_inputs, hunyuan_video, 2, TEXT),
-    Family(
-        "hunyuan_video15", hunyuan15_transformer, hunyuan15_inputs, hunyuan_video15, 1, IMAGE + GLYPHS + TEXT
-    ),
-)
-
-
-def random(seed: int) -> Callable[..., torch.Tensor]:
-    """Normal tensors, always the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=generator)
-
-
-def first(lengths: Sequence[int], tokens: int) -> torch.Tensor:
-    """float32 `[B, tokens]`: 1 for the first tokens of each sample, 0 for the others."""
-    return (torch.arange(tokens) < torch.tensor(lengths).unsqueeze(1)).float()
-
-
 def llama_tokenizer() -> LlamaTokenizer:
-    """A Llama tokenizer of single letters, which pads at the end."""
-    vocab = {
-        piece: i for i, piece in enumerate(["<pad>", "<s>", "</s>", "<unk>", "▁", *string.ascii_lowercase])
-    }
+    """Makes a Llama tokenizer of single letters, which pads at the end."""
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     return LlamaTokenizer(vocab=vocab, merges=[], pad_token="<pad>", padding_side="right")
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer of single letters."""
+    """Makes a CLIP tokenizer of single letters."""
     letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
     vocab = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
 def hunyuan_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo:
-    """A random VAE with 4 latent channels, 8 times smaller in space, 4 times in time, in eval mode."""
-    torch.manual_seed(seed)
-    return AutoencoderKLHunyuanVideo(
-        latent_channels=CHANNELS,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    ).eval()
+    """Makes a random VAE with 4 latent channels, 8 times smaller in space, 4 times in time, in eval mode."""
+    blocks = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
+    attention = {"mid_block_add_attention": False}
+    return seeded(seed, AutoencoderKLHunyuanVideo, latent_channels=CHANNELS, **blocks, **attention)
 
 
 def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
-    """A random HunyuanVideoPipeline with all parts; `changes` go to its transformer."""
-    torch.manual_seed(seed)
+    """Makes a random HunyuanVideoPipeline with all parts; `changes` go to its transformer."""
     llama = LlamaConfig(vocab_size=64, hidden_size=TEXT_DIM, num_hidden_layers=4, pad_token_id=0, **ENCODER)
-    clip = CLIPTextConfig(
-        vocab_size=64, hidden_size=POOLED_DIM, num_hidden_layers=1, eos_token_id=1, bos_token_id=0, **ENCODER
-    )
+    ends = {"eos_token_id": 1, "bos_token_id": 0}
+    clip = CLIPTextConfig(vocab_size=64, hidden_size=POOLED_DIM, num_hidden_layers=1, **ends, **ENCODER)
     pipeline = HunyuanVideoPipeline(
-        text_encoder=LlamaModel(llama).eval(),
+        text_encoder=seeded(seed, LlamaModel, llama),
         tokenizer=llama_tokenizer(),
         transformer=hunyuan_transformer(seed, **changes),
         vae=hunyuan_vae(seed),
@@ -209,40 +134,26 @@ def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
         text_encoder_2=CLIPTextModel(clip).eval(),
         tokenizer_2=clip_tokenizer(),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return quiet(pipeline)
 
 
 def hunyuan_image_pipeline(
     kind: str, seed: int = 0, image_size: int = 28
 ) -> HunyuanVideoImageToVideoPipeline:
-    """A random HunyuanVideoImageToVideoPipeline; `kind` of condition: "latent_concat" or "token_replace".
+    """Makes a random image-to-video pipeline; `kind` of condition: "latent_concat" or "token_replace".
 
     With images of 336 it takes upstream's own prompt template, whose special tokens its tokenizer knows.
     """
     replace = kind == "token_replace"
+    changes = {"image_condition_type": kind, "guidance_embeds": replace}
     channels = CHANNELS if replace else 2 * CHANNELS + 1
-    parts = hunyuan_pipeline(
-        seed, in_channels=channels, image_condition_type=kind, guidance_embeds=replace
-    ).components
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=8, num_hidden_layers=2, image_size=image_size, patch_size=14, projection_dim=8, **ENCODER
-    )
+    parts = hunyuan_pipeline(seed, in_channels=channels, **changes).components
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "patch_size": 14, "projection_dim": 8}
+    vision = CLIPVisionConfig(image_size=image_size, **sizes, **ENCODER)
     text, tokenizer = parts["text_encoder"].config, parts["tokenizer"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|end_header_id|>"]})
-    llava = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        pad_token_id=0,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    pipeline = HunyuanVideoImageToVideoPipeline(
-        **parts
-        | {
-            "text_encoder": LlavaForConditionalGeneration(llava).eval(),
-            "image_processor": CLIPImageProcessorPil(size=image_size, crop_size=image_size),
-        }
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    image = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": 0}
+    llava = LlavaConfig(vision_config=vision, text_config=text, **image)
+    parts["text_encoder"] = seeded(seed, LlavaForConditionalGeneration, llava)
+    processor = CLIPImageProcessorPil(size=image_size, crop_size=image_size)
+    return quiet(HunyuanVideoImageToVideoPipeline(image_processor=processor, **parts))

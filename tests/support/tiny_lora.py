@@ -1,16 +1,15 @@
 """Random LoRAs of tiny transformers, as files in every format that users bring."""
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from radial_attn.models.lora.keys import match_keys
 from radial_attn.models.lora.load import Lora, load_loras
-from tests.support.tiny import wan_inputs, wan_transformer
+from tests.support.families import run
+from tests.support.tiny import wan_transformer
 
 RANK = 3
 PARTS = {  # of a block: diffusers, original
@@ -47,7 +46,7 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def original_names(layers: int = 4) -> dict[str, str]:
-    """Layers with a low rank, diffusers -> original."""
+    """Returns the layers with a low rank, diffusers -> original."""
     blocks = {
         f"blocks.{i}.{ours}": f"blocks.{i}.{theirs}" for i in range(layers) for ours, theirs in PARTS.items()
     }
@@ -57,7 +56,7 @@ def original_names(layers: int = 4) -> dict[str, str]:
 def random_pairs(
     transformer: torch.nn.Module, seed: int = 0, rank: int = RANK, only: str = "blocks."
 ) -> Pairs:
-    """(down `[rank, in]`, up `[out, rank]`) of each layer whose name begins with `only`."""
+    """Returns (down `[rank, in]`, up `[out, rank]`) of each layer whose name begins with `only`."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for layer in original_names(len(transformer.blocks)):
@@ -69,7 +68,7 @@ def random_pairs(
 
 
 def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torch.Tensor]:
-    """The pairs under the names of a format; kohya's has an alpha for each layer, its rank unless given."""
+    """Names the pairs as a format does; kohya's has an alpha for each layer, by default its rank."""
     names = original_names(40)
     state = {}
     for layer, (down, up) in pairs.items():
@@ -112,7 +111,7 @@ def random_distilled(
 
 
 def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = None, **metadata: str) -> Path:
-    """The file, with peft's settings in its header as diffusers writes them, and other metadata."""
+    """Writes the file, with peft's settings in its header as diffusers does, and other metadata."""
     metadata["format"] = "pt"
     if settings is not None:
         metadata["lora_adapter_metadata"] = json.dumps(settings)
@@ -120,14 +119,16 @@ def write(file: Path, state: dict[str, torch.Tensor], settings: dict | None = No
     return file
 
 
-@torch.no_grad()
-def run(transformer: torch.nn.Module) -> torch.Tensor:
-    return transformer(**wan_inputs()).sample
+def loaded(file: Path, scale: float = 1.0, **options: str) -> torch.Tensor:
+    """Returns the output of the transformer with a LoRA."""
+    transformer = wan_transformer()
+    load_loras(transformer, [Lora(file, scale)], **options)
+    return run(transformer)
 
 
 @torch.no_grad()
 def changed(change: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
-    """Output of the transformer with its parameters changed by hand."""
+    """Returns the output of the transformer with its parameters changed by hand."""
     transformer = wan_transformer()
     for name, delta in change.items():
         transformer.get_parameter(name).add_(scale * delta)
@@ -135,14 +136,14 @@ def changed(change: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor
 
 
 def product(pairs: Pairs) -> dict[str, torch.Tensor]:
-    """The change of each weight."""
+    """Returns the change of each weight."""
     return {f"{layer}.weight": up @ down for layer, (down, up) in pairs.items()}
 
 
 def fused_pairs(
     transformer: torch.nn.Module, names: dict[str, Iterable[str]], rank: int = RANK, seed: int = 0
 ) -> Pairs:
-    """A pair for each of the authors' names, for the layers whose rows it holds one after another."""
+    """Makes a pair for each of the authors' names, which holds the rows of its layers one after another."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for name, layers in names.items():
@@ -156,63 +157,10 @@ def fused_pairs(
 def add_fused(
     transformer: torch.nn.Module, names: dict[str, Iterable[str]], pairs: Pairs, scale: float = 1.0
 ) -> torch.nn.Module:
-    """The transformer with `scale` times the product of each pair added by hand, cut row by row."""
+    """Adds `scale` times the product of each pair to the transformer by hand, cut row by row."""
     for name, (down, up) in pairs.items():
         weights = [transformer.get_submodule(layer).weight for layer in names[name]]
         changes = (scale * up @ down).split([len(weight) for weight in weights])
         for weight, change in zip(weights, changes, strict=True):
             weight.add_(change.view_as(weight))
     return transformer
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny model that LoRA files of its family are loaded into."""
-
-    make: Callable[..., torch.nn.Module]
-    inputs: Callable[[], dict]
-
-    @torch.no_grad()
-    def run(self, transformer: torch.nn.Module) -> torch.Tensor:
-        return transformer(**self.inputs()).sample
-
-    def loaded(self, file: Path, scale: float = 1.0, **options) -> torch.Tensor:
-        """The output with a file loaded."""
-        transformer = self.make()
-        load_loras(transformer, [Lora(file, scale)], **options)
-        return self.run(transformer)
-
-    def expected(self, names: dict[str, Iterable[str]], pairs: Pairs, scale: float = 1.0) -> torch.Tensor:
-        """The output with the pairs added by hand."""
-        output = self.run(add_fused(self.make(), names, pairs, scale))
-        assert (output - self.run(self.make())).abs().max() > 1e-3
-        return output
-
-
-def check_converted(
-    model: torch.nn.Module,
-    names: Iterable[tuple[str, tuple[str, ...]]],
-    convert: Callable[[dict], dict],
-    *left: str,
-) -> None:
-    """Every parameter but those `left` has the name and the rows that diffusers' converter gives it.
-
-    `names`: the authors' name of a layer, and the layers whose rows it holds.
-    """
-    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    shapes, tags = {}, {name: torch.zeros(1) for name in left}
-    for stem, layers in names:
-        for kind, ending in (("weight", "diff"), ("bias", "diff_b")):
-            parts = [parameters.get(f"{layer}.{kind}") for layer in layers]
-            if parts[0]:
-                rows = sum(shape[0] for shape in parts)
-                shapes[f"{stem}.{ending}"] = (rows, *parts[0][1:])
-                tags[f"{stem}.{kind}"] = torch.arange(rows)
-    match = match_keys(shapes, parameters)
-    assert not match.unmatched and not match.misfits
-    assert match.deltas.keys() == parameters.keys() - set(left)
-    theirs = convert(dict(tags))
-    for name, part in match.deltas.items():
-        tag = tags[part.key.replace(".diff_b", ".bias").replace(".diff", ".weight")]
-        ours = torch.cat([tag[start:end] for start, end in part.rows]) if part.rows else tag
-        assert torch.equal(ours, theirs[name]), name

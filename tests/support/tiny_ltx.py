@@ -8,24 +8,22 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
-from tests.support.tiny import TEXT_DIM, assemble, t5_encoder
+from tests.support.tiny import HEADS, TEXT_DIM, first, randoms, seeded, t5_pipeline
 
 CHANNELS = 8
+SETTINGS = {
+    **HEADS,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "cross_attention_dim": 24,
+    "num_layers": 4,
+    "caption_channels": TEXT_DIM,
+}
 
 
 def ltx_transformer(seed: int = 0, **changes: object) -> LTXVideoTransformer3DModel:
-    """A random LTX transformer in eval mode: 4 layers, 2 heads of 12, unless changed."""
-    settings = {
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "cross_attention_dim": 24,
-        "num_layers": 4,
-        "caption_channels": TEXT_DIM,
-    }
-    torch.manual_seed(seed)
-    return LTXVideoTransformer3DModel(**(settings | changes)).eval()
+    """Makes a random LTX transformer in eval mode: 4 layers, 2 heads of 12, unless changed."""
+    return seeded(seed, LTXVideoTransformer3DModel, **SETTINGS | changes)
 
 
 def ltx_inputs(
@@ -37,13 +35,13 @@ def ltx_inputs(
     timestep: float = 500.0,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Arguments of a call: packed latents `[batch, frames * height * width, 8]`, 7 text tokens, 5 valid."""
-    generator = torch.Generator().manual_seed(seed)
+    """Returns arguments of a call: latents `[batch, frames * height * width, 8]`, 7 text tokens, 5 valid."""
+    make = randoms(seed)
     return {
-        "hidden_states": torch.randn(batch, frames * height * width, CHANNELS, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, TEXT_DIM, generator=generator),
+        "hidden_states": make(batch, frames * height * width, CHANNELS),
+        "encoder_hidden_states": make(batch, 7, TEXT_DIM),
         "timestep": torch.full((batch,), timestep),
-        "encoder_attention_mask": (torch.arange(7) < 5).expand(batch, 7).float(),
+        "encoder_attention_mask": first(batch * [5], 7).float(),
         "num_frames": frames,
         "height": height,
         "width": width,
@@ -52,28 +50,17 @@ def ltx_inputs(
 
 
 def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
-    """A random LTX VAE, 4 times smaller in space and time, in eval mode."""
-    torch.manual_seed(seed)
-    scaling = (True, True, False, False)
-    return AutoencoderKLLTXVideo(
-        latent_channels=CHANNELS,
-        block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 4,
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-        spatio_temporal_scaling=scaling,
-        decoder_spatio_temporal_scaling=scaling,
-        patch_size=1,
-    ).eval()
+    """Makes a random LTX VAE, 4 times smaller in space and time, in eval mode."""
+    coder = {
+        "block_out_channels": (8,) * 4,
+        "layers_per_block": (1,) * 5,
+        "spatio_temporal_scaling": (True, True, False, False),
+    }
+    coder |= {f"decoder_{name}": value for name, value in coder.items()}
+    return seeded(seed, AutoencoderKLLTXVideo, latent_channels=CHANNELS, patch_size=1, **coder)
 
 
 def ltx_pipeline(seed: int = 0, **changes: object) -> LTXPipeline:
-    """A random LTXPipeline with all parts; `changes` go to its transformer."""
-    return assemble(
-        LTXPipeline,
-        seed,
-        text_encoder=t5_encoder(seed),
-        vae=ltx_vae(seed),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=ltx_transformer(seed, **changes),
-    )
+    """Makes a random LTXPipeline with all parts; `changes` go to its transformer."""
+    parts = {"vae": ltx_vae(seed), "transformer": ltx_transformer(seed, **changes)}
+    return t5_pipeline(LTXPipeline, seed, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)

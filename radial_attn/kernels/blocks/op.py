@@ -5,7 +5,6 @@ by pattern and samples by text length, and leaves the rest to plan.py and rectan
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ...block_mask import BlockMask, Part
 from ..contract import Needs
+from ..operator import register
 from .plan import Group, Layout, plan_attention, to_device
 from .rectangles import (
     Tensors,
@@ -53,13 +53,12 @@ def partial_attention(
     Args:
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
     """
-    (batch, rows, heads, width), keys, size = query.shape, key.shape[1], part.block_size
+    rows, keys, size = query.shape[1], key.shape[1], part.block_size
     on_cpu = query.device.type == "cpu"
     layout = Layout(
         size,
         tail=_tail(rows, rows - part.row_text, size),
-        features=batch * heads * width,
-        key_bytes=2 * width * query.element_size(),
+        key_bytes=2 * query.shape[3] * query.element_size(),
         merge=on_cpu,
         key_tail=_tail(keys, keys - part.key_text, size),
     )
@@ -125,31 +124,7 @@ def block_attention_backward(  # noqa: PLR0917
     return tuple(_split(run, (grad, query, key, value, out, lse), **shape))
 
 
-@block_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    out = query.new_empty(query.shape)
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@block_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(query.new_empty(query.shape) for _ in range(3))
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    *tensors, blocks, block_size, video_tokens, valid, scale = inputs
-    ctx.save_for_backward(*tensors, *output, blocks, valid)
-    ctx.numbers = block_size, video_tokens, scale
-
-
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    *tensors, blocks, valid = ctx.saved_tensors
-    block_size, video_tokens, scale = ctx.numbers
-    grads = block_attention_backward(grad, *tensors, blocks, block_size, video_tokens, valid, scale)
-    return *grads, None, None, None, None, None
-
-
-block_attention.register_autograd(_gradients, setup_context=_setup_context)
+register(block_attention, block_attention_backward)
 
 
 Plans = tuple[tuple[Tensor | None, tuple[Group, ...]], ...]
@@ -172,8 +147,7 @@ def _make_plans(blocks: Tensor, layout: Layout, device: torch.device) -> Plans:
     plans = []
     for index, pattern in enumerate(patterns):
         heads = (owner == index).nonzero().flatten()
-        share = replace(layout, features=layout.features * len(heads) // len(blocks))
-        plans.append((heads.to(device), to_device(plan_attention(pattern, share), device)))
+        plans.append((heads.to(device), to_device(plan_attention(pattern, layout), device)))
     return tuple(plans)
 
 
@@ -187,15 +161,13 @@ def _split(
     valid: Tensor | None,
 ) -> Tensors:
     """Calls `run` for every group of samples with equally much text and heads with one pattern."""
-    batch, length, heads, width = tensors[0].shape
+    length, device = tensors[0].shape[1], tensors[0].device
     layout = Layout(
         block_size,
         tail=_tail(length, video_tokens, block_size),
-        features=batch * heads * width,
-        key_bytes=2 * width * tensors[0].element_size(),
-        merge=tensors[0].device.type == "cpu",
+        key_bytes=2 * tensors[0].shape[3] * tensors[0].element_size(),
+        merge=device.type == "cpu",
     )
-    device = tensors[0].device
     return _over_both(run, tensors, _plans(blocks, layout, device), _sample_groups(valid, length, device))
 
 

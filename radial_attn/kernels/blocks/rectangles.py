@@ -61,11 +61,7 @@ def _attend(
     if not rows or not keys:
         return None
     by_key = (_take(x, piece.keys, size, keys) for x in (key, value))
-    bias = _bias(piece.cells, size, rows, keys, query)
-    out, lse = dense(_take(query, piece.rows, size, rows), *by_key, bias=bias)
-    if bias is not None:
-        # the kernel returns 0 for a row without keys
-        lse = lse.masked_fill(bias.amax(dim=-1) < 0, -torch.inf)
+    out, lse = dense(_take(query, piece.rows, size, rows), *by_key)
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     shape = len(query), piece.rows.blocks.numel(), size
     missing = piece.rows.blocks.shape[1] * size - rows
@@ -73,15 +69,6 @@ def _attend(
         out = F.pad(out, (0, 0, 0, 0, 0, missing))
         lse = F.pad(lse, (0, 0, 0, missing), value=-torch.inf)
     return out.reshape(*shape, *out.shape[2:]), lse.reshape(*shape, lse.shape[2])
-
-
-def _bias(cells: Tensor | None, size: int, rows: int, keys: int, like: Tensor) -> Tensor | None:
-    """Makes a bias `[B G or 1, 1, r, c]` of `rows` x `keys` tokens: -inf outside kept blocks `[G, r, c]`."""
-    if cells is None:
-        return None
-    bias = like.new_zeros(cells.shape).masked_fill_(~cells, -torch.inf)
-    bias = bias.repeat_interleave(size, dim=2)[..., :keys].repeat_interleave(size, dim=1)[:, :rows]
-    return bias.unsqueeze(1) if len(bias) == 1 else bias.repeat(len(like), 1, 1).unsqueeze(1)
 
 
 def _take(x: Tensor, span: Span, size: int, tokens: int) -> Tensor:
@@ -139,9 +126,8 @@ def backward_plan(
             continue
         by_row = [_take(x, piece.rows, size, rows) for x in (grad, out, lse.unsqueeze(-1), query)]
         by_key = [_take(x, piece.keys, size, keys) for x in (key, value)]
-        bias = _bias(piece.cells, size, rows, keys, query)
         spans = piece.rows, piece.keys, piece.keys
-        for total, span, part in zip(sums, spans, dense(*by_row, *by_key, bias=bias), strict=True):
+        for total, span, part in zip(sums, spans, dense(*by_row, *by_key), strict=True):
             _add(total, span, part)
     return [x.flatten(1, 2)[:, :length].to(query.dtype, copy=True).contiguous() for x in sums]
 
@@ -158,46 +144,35 @@ def _add(total: Tensor, span: Span, part: Tensor) -> None:
     total.index_add_(1, span.blocks.flatten(), part.reshape(batch, -1, size, heads, width))
 
 
-def dense_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
+def dense_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensors:
     """Runs SDPA's CPU kernel, called by name because it also returns the log-sum-exp `[B, H, S]`."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, attn_mask=bias, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
 
 
-def dense_cpu_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, bias: Tensor | None, scale: float
-) -> Tensors:
+def dense_cpu_backward(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Tensor, scale: float) -> Tensors:
     """Returns the gradients of one rectangle, given the output and log-sum-exp over all keys of its rows."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return kernel(grad, *inputs, out, lse.squeeze(-1), 0.0, False, attn_mask=bias, scale=scale)
+    return kernel(grad, *inputs, out, lse.squeeze(-1), 0.0, False, scale=scale)
 
 
-def dense_any(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
+def dense_any(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensors:
     """Runs SDPA on any device; it has no log-sum-exp, so only for plans that merge nothing."""
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return out, out.new_zeros(out.shape[:3], dtype=torch.float32)
 
 
-def dense_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensors:
+def dense_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensors:
     """Runs SDPA's CUDA kernels, called by name because they also return the log-sum-exp `[B, H, S]`."""
-    if bias is None and query.dtype != torch.float32:
+    if query.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    if bias is None:
-        out, lse, *_ = kernel(query, key, value, None, True, scale=scale)
-        return out, lse[..., : query.shape[2]]
-    rows, keys = query.shape[2], key.shape[2]
-    # the kernel needs aligned rows of a bias: a wider one is made and cut
-    wide = F.pad(bias, (0, -keys % 16))[..., :keys].expand(len(query), query.shape[1], rows, keys)
-    out, lse, *_ = kernel(query, key, value, wide, True, scale=scale)
-    return out.masked_fill((bias.amax(dim=-1) < 0).unsqueeze(-1), 0), lse[..., :rows]
+    out, lse, *_ = kernel(query, key, value, None, True, scale=scale)
+    return out, lse[..., : query.shape[2]]
 
 
-def dense_any_backward(
-    grad: Tensor, _out: Tensor, _lse: Tensor, *inputs: Tensor, bias: Tensor | None, scale: float
-) -> Tensors:
+def dense_any_backward(grad: Tensor, _out: Tensor, _lse: Tensor, *inputs: Tensor, scale: float) -> Tensors:
     """Computes SDPA once more and returns gradients through it."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in inputs]
-        out = F.scaled_dot_product_attention(*inputs, attn_mask=bias, scale=scale)
+        out = F.scaled_dot_product_attention(*inputs, scale=scale)
     return torch.autograd.grad(out, inputs, grad)

@@ -1,8 +1,9 @@
 """Compiles the C++ source of a kernel for this machine's processor, once, and loads it.
 
 The library is cached in a folder of the user, under a name that changes with the source, the compiler, its
-flags and the processor. It is moved there when complete, so processes may build it at the same time. If the
-folder cannot be written, each process builds its own library and keeps nothing.
+flags and the processor. It is moved there when complete, so processes may build it at the same time, and ends
+with its digest, so a damaged one is built again. If the folder cannot be written, each process builds its own
+library and keeps nothing.
 """
 
 import ctypes
@@ -53,7 +54,7 @@ def _build(source: Path, compiler: str, spare: Path) -> Path:
     name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
         target = cache_folder() / name
-        if target.is_file():
+        if _is_whole(target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=target.parent)
@@ -72,8 +73,18 @@ def _compile(source: Path, compiler: str, out: Path) -> Path:
         command = [compiler, *FLAGS, *flags, str(source), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
         if done.returncode == 0:
+            content = out.read_bytes()
+            out.write_bytes(content + hashlib.sha256(content).digest())
             return out
     raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+
+
+def _is_whole(library: Path) -> bool:
+    """Returns whether a file is there and ends with its digest; to load one that was cut ends the process."""
+    if not library.is_file():
+        return False
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _fingerprint(source: Path, compiler: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...block_mask import BlockMask, csr_of
 from ..contract import Call, Needs
+from ..operator import register
 from .build import load_library
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -99,29 +100,7 @@ def cpp_attention_backward(  # noqa: PLR0917
     return grads
 
 
-@cpp_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3])
-
-
-@cpp_attention_backward.register_fake
-def _(_grad: Tensor, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(query.new_empty(query.shape) for _ in range(3))
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    *tensors, blocks, block_size, valid, scale = inputs
-    ctx.save_for_backward(*tensors, *output, blocks, valid)
-    ctx.numbers = block_size, scale
-
-
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    *tensors, blocks, valid = ctx.saved_tensors
-    block_size, scale = ctx.numbers
-    return *cpp_attention_backward(grad, *tensors, blocks, block_size, valid, scale), *[None] * 4
-
-
-cpp_attention.register_autograd(_gradients, setup_context=_setup_context)
+register(cpp_attention, cpp_attention_backward)
 
 
 class _Call:

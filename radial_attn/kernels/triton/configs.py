@@ -1,7 +1,7 @@
 """Lists launch configurations of the Triton kernels by architecture and head width.
 
 None has been timed yet: each is the largest tile that compiles without spilled registers and within the
-shared memory of a multiprocessor (scripts/kernel_report.py compiles them). On sm90 and sm100 the forward
+shared memory of a multiprocessor. On sm90 and sm100 the forward
 loads keys and values through tensor descriptors (TMA), which saves registers. Warp specialisation is not the
 default on sm90: its compiler pass has been seen to misplace rows.
 """
@@ -82,7 +82,7 @@ GEFORCE_BLACKWELL = {
     ("query gradient", 128): Launch(128, 32, 8, 2),
     ("key gradients", 64): Launch(64, 32, 8, 2),
 }
-SPECIALIZED = {  # for sm90, in scripts/tune_triton.py: the first to try once a GPU has proved them right
+SPECIALIZED = {  # for sm90: the first to try once a GPU has proved them right
     ("forward", 64): Launch(128, 128, 4, 3, "head", specialize=True),
     ("forward", 128): Launch(128, 128, 4, 2, "head", specialize=True),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...block_mask import BlockMask, Part
 from ..contract import DTYPES, HALF, QUANTIZE, Call, Needs
+from ..operator import register
 from .configs import LAUNCHES, LOG2E, WIDTHS, architecture, padded
 from .launch import run_forward
 from .tables import partial_tables, tables
@@ -210,34 +211,4 @@ def row_products(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
     return products
 
 
-@triton_attention.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _width = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-
-@triton_attention_backward.register_fake
-def _(grad: Tensor, lse_grad: Tensor | None, query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(query.new_empty(query.shape) for _ in range(3))
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    query, key, value, blocks, block_size, video_tokens, counts, scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, blocks, counts)
-    ctx.numbers = block_size, video_tokens, scale
-
-
-def _gradients(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, lse_grad: Tensor | None
-) -> tuple:
-    *tensors, blocks, counts = ctx.saved_tensors
-    block_size, video_tokens, scale = ctx.numbers
-    if grad is None:
-        grad = torch.zeros_like(tensors[0])
-    shape = block_size, video_tokens, counts, scale
-    grads = triton_attention_backward(grad, lse_grad, *tensors, blocks, *shape)
-    return *grads, None, None, None, None, None
-
-
-triton_attention.register_autograd(_gradients, setup_context=_setup_context)
+register(triton_attention, triton_attention_backward, heads_first=True)

@@ -9,8 +9,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from radial_attn.models.lora.keys import match_keys, original_name, split_key
 from radial_attn.models.lora.load import Lora, load_loras
+from tests.support.families import run
 from tests.support.tiny import wan_transformer
-from tests.support.tiny_lora import changed, original_names, product, random_pairs, run, spell, write
+from tests.support.tiny_lora import changed, original_names, product, random_pairs, spell, write
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
@@ -21,7 +22,7 @@ def pairs():
 
 
 def test_names_of_the_original_are_those_that_diffusers_converts():
-    """Every parameter, those of image-to-video models among them."""
+    """Checks every parameter, also those that only image-to-video models have."""
     names = [name for name, _ in wan_transformer(image_dim=16, added_kv_proj_dim=24).named_parameters()]
     layers = [re.sub(r"\.(weight|bias)$", "", name) for name in names]
     theirs = [original_name(layer) + name[len(layer) :] for layer, name in zip(layers, names, strict=True)]
@@ -49,26 +50,23 @@ def test_names_of_the_original_are_those_that_diffusers_converts():
     ],
 )
 def test_real_keys(key, layer, kind):
-    stem, found = split_key(key)
+    stem, actual = split_key(key)
     names = {original_name(layer), original_name(layer).replace(".", "_"), layer}
-    assert stem in names and found == kind
+    assert stem in names and actual == kind
 
 
 def test_an_image_to_video_lora_needs_the_option_on_a_text_to_video_model(pairs, tmp_path, caplog):
-    stray = {
-        "blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(3, 24),
-        "img_emb.proj.0.diff": torch.ones(4),
-    }
-    state = spell(pairs, "original down") | {f"diffusion_model.{key}": value for key, value in stray.items()}
+    strays = "blocks.0.cross_attn.k_img.lora_down.weight", "img_emb.proj.0.diff"
+    state = spell(pairs, "original down") | {f"diffusion_model.{key}": torch.ones(3, 24) for key in strays}
     lora, transformer = Lora(write(tmp_path / "a.safetensors", state)), wan_transformer()
-    words = (
+    message = (
         r"LoRA a.safetensors: 2 of 82 keys match nothing.*k_img.lora_down.weight \(no such layer\), .*img_emb"
     )
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_loras(transformer, [lora])
     with caplog.at_level(logging.WARNING, "radial_attn"):
         handle = load_loras(transformer, [lora], unmatched="warn")
-    assert re.search(words, caplog.text) and handle.report()[0]["left_out"] == 2
+    assert re.search(message, caplog.text) and handle.report()[0]["left_out"] == 2
     torch.testing.assert_close(run(transformer), changed(product(pairs)), **CLOSE)
 
 
@@ -91,65 +89,54 @@ def test_what_keys_are_unmatched_for():
     }
 
 
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def garbled(file):
-    file.write_bytes(b"PK\x03\x04" + bytes(200))
-
-
 @pytest.mark.parametrize(
-    ("damage", "error", "words"),
+    ("content", "error", "message"),
     [
-        (lambda file: file.unlink(), FileNotFoundError, "does not exist"),
-        (cut, ValueError, "not a whole safetensors file"),
-        (garbled, ValueError, "not a whole safetensors file"),
-        (lambda file: file.write_bytes(b""), ValueError, "not a whole safetensors file"),
+        (lambda whole: None, FileNotFoundError, "does not exist"),
+        (lambda whole: whole[:-100], ValueError, "not a whole safetensors file"),
+        (lambda whole: b"PK\x03\x04" + bytes(200), ValueError, "not a whole safetensors file"),
+        (lambda whole: b"", ValueError, "not a whole safetensors file"),
     ],
 )
-def test_broken_files(damage, error, words, pairs, tmp_path):
+def test_broken_files(content, error, message, pairs, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
-    damage(file)
-    with pytest.raises(error, match=f"a.safetensors.*{words}") as raised:
+    left = content(file.read_bytes())
+    file.unlink() if left is None else file.write_bytes(left)
+    with pytest.raises(error, match=f"a.safetensors.*{message}") as raised:
         load_loras(wan_transformer(), [Lora(file)])
     assert "\n" not in str(raised.value)
 
 
+STEM = "diffusion_model.blocks.0.self_attn"
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("heads", "change", "message"),
     [
+        (24, {}, r"40 layers do not fit: blocks.0.attn2.to_k \(48x3 times 3x48 for a weight of 24x24\)"),
         (
-            {"a.lora_down.weight": (3, 26)},
-            r"40 layers do not fit: blocks.0.attn2.to_k \(48x3 times 3x48 for a weight of 24x24\)",
-        ),
-        (
-            {"rank": (5, 24)},
+            12,
+            {f"{STEM}.q.lora_A.weight": torch.ones(5, 24)},
             "1 layers do not fit: blocks.0.attn1.to_q .24x3 times 5x24 for a weight of 24x24",
         ),
-        ({"norm": (25,)}, r"1 layers do not fit: blocks.0.attn1.norm_q.weight \(25 for 24\)"),
-        ({"none": ()}, r"holds nothing .*encoder\.weight; use a LoRA for this model$"),
+        (
+            12,
+            {f"{STEM}.norm_q.diff": torch.ones(25)},
+            r"1 layers do not fit: blocks.0.attn1.norm_q.weight \(25 for 24\)",
+        ),
+        (None, {"encoder.weight": torch.ones(2)}, r"holds nothing .*encoder\.weight; use a LoRA for this"),
     ],
 )
-def test_loras_of_other_models(change, words, pairs, tmp_path):
-    state = spell(pairs, "original")
-    stem = "diffusion_model.blocks.0.self_attn"
-    if "rank" in change:
-        state[f"{stem}.q.lora_A.weight"] = torch.ones(5, 24)
-    elif "norm" in change:
-        state[f"{stem}.norm_q.diff"] = torch.ones(25)
-    elif "none" in change:
-        state = {"encoder.weight": torch.ones(2)}
-    else:
-        state = spell(random_pairs(wan_transformer(attention_head_dim=24)), "original")
+def test_loras_of_other_models(heads, change, message, tmp_path):
+    state = heads and spell(random_pairs(wan_transformer(attention_head_dim=heads)), "original")
     transformer = wan_transformer()
-    with pytest.raises(ValueError, match=words):
-        load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", state))])
+    with pytest.raises(ValueError, match=message):
+        load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", (state or {}) | change))])
     assert not hasattr(transformer, "peft_config")
 
 
 def test_with_the_option_a_shape_that_does_not_fit_is_left_out_but_not_most_of_them(pairs, tmp_path):
-    """As the patch embedding of an image-to-video LoRA in a text-to-video model."""
+    """Loads an image-to-video LoRA, whose patch embedding does not fit, into a text-to-video model."""
     stray = {"diffusion_model.patch_embedding.diff": torch.ones(24, 9, 1, 2, 2)}
     file = write(tmp_path / "a.safetensors", spell(pairs, "original") | stray)
     transformer = wan_transformer()
@@ -180,7 +167,7 @@ def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "lora", "words"),
+    ("options", "lora", "message"),
     [
         ({"mode": "merged"}, {}, "mode must be one of separate, fused, got 'merged'"),
         ({"unmatched": "ignore"}, {}, "unmatched must be one of error, warn, got 'ignore'"),
@@ -188,9 +175,9 @@ def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
         ({}, {"transformer": "2"}, "a.safetensors is for transformer 2, but the model has only one"),
     ],
 )
-def test_bad_options(options, lora, words, pairs, tmp_path):
+def test_bad_options(options, lora, message, pairs, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_loras(wan_transformer(), [Lora(file, **lora)], **options)
 
 

@@ -4,23 +4,23 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.lora.load import Lora, load_loras
+from tests.support.families import SPARSE, run
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_lora import (
     FORMATS,
     changed,
+    loaded,
     product,
     random_distilled,
     random_pairs,
-    run,
     spell,
     write,
 )
 
-SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
 
@@ -34,9 +34,7 @@ def test_a_format_gives_what_diffusers_makes_of_its_own(form, pairs, tmp_path):
     pipeline = wan_pipeline()
     pipeline.load_lora_weights(write(tmp_path / "own.safetensors", spell(pairs, "diffusers")))
     expected = run(pipeline.transformer)
-    transformer = wan_transformer()
-    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, form)))])
-    assert torch.equal(run(transformer), expected)
+    assert torch.equal(loaded(write(tmp_path / "a.safetensors", spell(pairs, form))), expected)
     torch.testing.assert_close(expected, changed(product(pairs)), **CLOSE)
 
 
@@ -46,16 +44,15 @@ def test_alpha_is_what_diffusers_makes_of_it(form, alpha, pairs, tmp_path):
     file = write(tmp_path / "a.safetensors", spell(pairs, form, alpha))
     pipeline = wan_pipeline()
     pipeline.load_lora_weights(file)
-    transformer = wan_transformer()
-    load_loras(transformer, [Lora(file)])
-    torch.testing.assert_close(run(transformer), run(pipeline.transformer), **CLOSE)
-    torch.testing.assert_close(run(transformer), changed(product(pairs), alpha / 3), **CLOSE)
+    actual = loaded(file)
+    torch.testing.assert_close(actual, run(pipeline.transformer), **CLOSE)
+    torch.testing.assert_close(actual, changed(product(pairs), alpha / 3), **CLOSE)
 
 
 @pytest.mark.parametrize("mode", ["separate", "fused"])
 @pytest.mark.parametrize("scale", [1.0, -0.4])
 def test_a_distilled_lora_changes_every_parameter_that_it_names(mode, scale, tmp_path):
-    """Norms, biases, modulation and the patch embedding too, which diffusers' loading leaves out."""
+    """Checks norms, biases, modulation and patch embedding too, which diffusers does not load."""
     transformer = wan_transformer()
     state, change = random_distilled(transformer)
     assert change.keys() == dict(transformer.named_parameters()).keys()
@@ -109,12 +106,10 @@ def test_scale_zero_is_none_and_two_add_up(tmp_path):
 def test_removal_leaves_no_trace(tmp_path):
     transformer = wan_transformer()
     transformer.patch_embedding.requires_grad_(False)
-    before = {
-        name: (value, value.clone(), value.requires_grad) for name, value in transformer.named_parameters()
-    }
-    handle = load_loras(
-        transformer, [Lora(write(tmp_path / "a.safetensors", random_distilled(transformer)[0]))]
-    )
+    parameters = dict(transformer.named_parameters())
+    before = {name: (value, value.clone(), value.requires_grad) for name, value in parameters.items()}
+    file = write(tmp_path / "a.safetensors", random_distilled(transformer)[0])
+    handle = load_loras(transformer, [Lora(file)])
     handle.remove()
     handle.remove()
     after = dict(transformer.named_parameters())
@@ -140,44 +135,33 @@ def test_bfloat16(mode, pairs, tmp_path):
     transformer = wan_transformer().to(torch.bfloat16)
     load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, "kohya", 1.0)))], mode=mode)
     assert {value.dtype for value in transformer.parameters()} == {torch.bfloat16}
-    with torch.no_grad():
-        found = transformer(**{name: value.bfloat16() for name, value in wan_inputs().items()}).sample
+    actual = run(transformer, {name: value.bfloat16() for name, value in wan_inputs().items()})
     expected = changed(product(pairs), 1 / 3)
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_settings_of_peft_scale_a_lora(pairs, tmp_path):
-    """Those beside peft's own file, and those that diffusers writes into the header."""
+    """Reads them beside peft's file, and from the header that diffusers writes."""
     settings = {"r": 3, "lora_alpha": 6, "alpha_pattern": {"ffn.net.2": 12}, "use_rslora": False}
+    prefixed = {f"transformer.{key}": value for key, value in settings.items()}
     change = product(pairs)
     scaled = {name: (4 if "ffn.net.2." in name else 2) * delta for name, delta in change.items()}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     files = [
         write(tmp_path / "adapter_model.safetensors", spell(pairs, "peft")),
         write(tmp_path / "a.safetensors", spell(pairs, "adapter"), settings),
-        write(
-            tmp_path / "b.safetensors",
-            spell(pairs, "diffusers"),
-            {f"transformer.{key}": value for key, value in settings.items()},
-        ),
+        write(tmp_path / "b.safetensors", spell(pairs, "diffusers"), prefixed),
     ]
     for file in files:
-        transformer = wan_transformer()
-        load_loras(transformer, [Lora(file)])
-        torch.testing.assert_close(run(transformer), changed(scaled), **CLOSE)
+        torch.testing.assert_close(loaded(file), changed(scaled), **CLOSE)
     rooted = write(tmp_path / "c.safetensors", spell(pairs, "adapter"), {"lora_alpha": 6, "use_rslora": True})
-    transformer = wan_transformer()
-    load_loras(transformer, [Lora(rooted)])
-    torch.testing.assert_close(run(transformer), changed(change, 6 / 3**0.5), **CLOSE)
+    torch.testing.assert_close(loaded(rooted), changed(change, 6 / 3**0.5), **CLOSE)
 
 
 def test_what_is_trained_and_saved_here_loads_the_same_way(tmp_path):
-    from peft import LoraConfig
-
     trained = wan_transformer()
-    trained.add_adapter(
-        LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], lora_bias=True), "longer"
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"], lora_bias=True)
+    trained.add_adapter(config, "longer")
     torch.manual_seed(1)
     with torch.no_grad():
         for name, value in trained.named_parameters():
@@ -185,27 +169,22 @@ def test_what_is_trained_and_saved_here_loads_the_same_way(tmp_path):
                 value.normal_(std=0.3)
     trained.save_lora_adapter(tmp_path, adapter_name="longer")
     for mode in ("separate", "fused"):
-        transformer = wan_transformer()
-        load_loras(transformer, [Lora(tmp_path / "pytorch_lora_weights.safetensors")], mode=mode)
-        torch.testing.assert_close(run(transformer), run(trained), **CLOSE)
+        actual = loaded(tmp_path / "pytorch_lora_weights.safetensors", mode=mode)
+        torch.testing.assert_close(actual, run(trained), **CLOSE)
 
 
 def test_a_kohya_file_of_some_layers_loads(tmp_path):
     """diffusers' own conversion wants all layers of every block."""
     pairs = random_pairs(wan_transformer(), only="blocks.2.attn1")
-    transformer = wan_transformer()
-    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", spell(pairs, "kohya")))])
-    torch.testing.assert_close(run(transformer), changed(product(pairs)), **CLOSE)
+    actual = loaded(write(tmp_path / "a.safetensors", spell(pairs, "kohya")))
+    torch.testing.assert_close(actual, changed(product(pairs)), **CLOSE)
 
 
 def test_a_low_rank_change_of_a_convolution(tmp_path):
     down, up = torch.randn(2, 4, 1, 2, 2), torch.randn(24, 2, 1, 1, 1)
     name = "diffusion_model.patch_embedding"
-    state = {
-        f"{name}.lora_down.weight": down,
-        f"{name}.lora_up.weight": up,
-        f"{name}.alpha": torch.tensor(1.0),
-    }
+    state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    state[f"{name}.alpha"] = torch.tensor(1.0)
     transformer = wan_transformer()
     handle = load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", state), 0.5)])
     delta = 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(24, 4, 1, 2, 2)
@@ -215,7 +194,7 @@ def test_a_low_rank_change_of_a_convolution(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("choice", "with_it"), [("both", (True, True)), ("1", (True, False)), ("2", (False, True))]
+    ("choice", "with_it"), [("both", [True, True]), ("1", [True, False]), ("2", [False, True])]
 )
 def test_two_transformers(choice, with_it, pairs, tmp_path):
     pipeline = wan_pipeline(experts=2)
@@ -223,7 +202,5 @@ def test_two_transformers(choice, with_it, pairs, tmp_path):
     plain = [run(part) for part in parts]
     file = write(tmp_path / "a.safetensors", spell(pairs, "original"))
     report = load_loras(pipeline, [Lora(file, transformer=choice)]).report()
-    assert [not torch.equal(run(part), before) for part, before in zip(parts, plain, strict=True)] == list(
-        with_it
-    )
+    assert [not torch.equal(run(part), before) for part, before in zip(parts, plain, strict=True)] == with_it
     assert [entry["transformer"] for entry in report] == [i for i, there in enumerate(with_it, 1) if there]

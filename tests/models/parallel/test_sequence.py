@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.ring import Ring
 from tests.support.families import SPARSE
 from tests.support.multi_process import run_ranks
 from tests.support.tiny import wan_inputs, wan_transformer
@@ -19,10 +20,10 @@ DEGREES = [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2)]
 def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
     out = tmp_path / "differences.json"
     run_ranks(processes, "tests.support.parallel_worker", out, cfg, ring)
-    found = json.loads(out.read_text())
+    results = json.loads(out.read_text())
     alone = 61 if processes == 2 else 29
-    assert len(found) == (60 if ring > 1 else alone if cfg == 1 else 6)
-    assert {name: worst for name, worst in found.items() if not worst <= MOST} == {}
+    assert len(results) == (60 if ring > 1 else alone if cfg == 1 else 6)
+    assert {name: worst for name, worst in results.items() if not worst <= MOST} == {}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,6 @@ def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
 def test_what_a_ring_refuses(options, message):
     transformer = wan_transformer()
     with pytest.raises(ValueError, match=message):
-        apply_radial_attention(transformer, SPARSE, parallel=SimpleNamespace(ring=object()), **options)
+        apply_radial_attention(transformer, SPARSE, parallel=SimpleNamespace(ring=Ring), **options)
     with apply_radial_attention(transformer, SPARSE):
         transformer(**wan_inputs())

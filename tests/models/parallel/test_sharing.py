@@ -28,8 +28,8 @@ PARTS = ("decode", "cache", "gradient", "compile", "choice")
 
 
 @cache
-def found() -> dict[str, list[dict[str, Any]]]:
-    """What two processes say of all cases, one entry a process; run once."""
+def results() -> dict[str, list[dict[str, Any]]]:
+    """Runs all cases in two processes, once; returns one entry for each process."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         run_ranks(2, "tests.support.sharing_worker", out, *PARTS)
@@ -37,8 +37,8 @@ def found() -> dict[str, list[dict[str, Any]]]:
 
 
 def cases(kind: str) -> dict[str, list[dict[str, Any]]]:
-    """Those of one kind."""
-    return {name: everyone for name, everyone in found().items() if name.startswith(f"{kind}: ")}
+    """Returns the cases of one kind."""
+    return {name: everyone for name, everyone in results().items() if name.startswith(f"{kind}: ")}
 
 
 def test_tiles_of_every_family_are_shared_and_give_the_video_of_one_process():
@@ -96,20 +96,20 @@ def test_all_take_the_dense_backend_of_the_first():
 
 
 def test_a_failure_in_decoding_ends_all_in_one_line(tiny_model: Path, tmp_path: Path):
-    words = [TINY, f"model.path={tiny_model}", "generation.steps=1", "generation.num_frames=5"]
-    words += ["generation.height=272", "model.vae_tiling=always", f"output.path={tmp_path / 'out'}"]
-    options = {"capture_output": True, "text": True, "timeout": 250, "env": environment()}
+    arguments = [TINY, f"model.path={tiny_model}", "generation.steps=1", "generation.num_frames=5"]
+    arguments += ["generation.height=272", "model.vae_tiling=always", f"output.path={tmp_path / 'out'}"]
+    options = {"capture_output": True, "text": True, "env": environment()}
     result = subprocess.run(
-        torchrun(2, "tests.support.failing_decoder", *words), cwd=ROOT, check=False, **options
+        torchrun(2, "tests.support.failing_decoder", *arguments), cwd=ROOT, check=False, **options
     )
     assert result.returncode != 0 and not list(tmp_path.iterdir())
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert line == "error: rank 1: the pipeline failed with ArithmeticError: no tile for you"
 
 
-def planned(path: str, count: int, *words: str) -> list[str]:
-    """What is said of decoding if `count` processes make each of two videos."""
-    plan = plan_of(read_config(path, list(words)), ModelInfo(2, 4, 8, 64))
+def planned(path: str, count: int, *arguments: str) -> list[str]:
+    """Returns the lines about decoding in a plan in which `count` processes make each of two videos."""
+    plan = plan_of(read_config(path, list(arguments)), ModelInfo(2, 4, 8, 64))
     return describe_decoding(replace(plan, degrees=Degrees(ulysses=count, data=2)))
 
 
@@ -119,8 +119,8 @@ def test_the_tiles_that_are_told_are_those_that_are_decoded():
     vae.decoder.register_forward_hook(lambda *_: calls.append(1))
     vae.decode(torch.zeros(1, vae.config.latent_channels, 5, 9, 4))
     model = replace(architecture("hunyuan_video"), vae_tile=SIDE)
-    told = decoded_tiles(model, VideoSize(17, 72, 32), ModelConfig(family="hunyuan_video"))
-    assert len(calls) == told == 4
+    predicted = decoded_tiles(model, VideoSize(17, 72, 32), ModelConfig(family="hunyuan_video"))
+    assert len(calls) == predicted == 4
 
 
 def test_who_decodes_is_told():

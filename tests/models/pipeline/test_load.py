@@ -1,24 +1,20 @@
 """Loading a pipeline: what is built, and what is refused before any weight is read."""
 
-import json
+from functools import partial
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 from radial_attn.models.pipeline.load import check_model, flow_scheduler, load_pipeline
-from tests.support.tiny import wan_pipeline
+from tests.support.pipelines import generate
+from tests.support.tiny import quiet, wan_pipeline
 
 
 @pytest.fixture
 def folder(tmp_path):
     wan_pipeline().save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
-
-
-def edit_index(folder, **changes):
-    file = folder / "model_index.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_load(folder):
@@ -33,18 +29,8 @@ def test_load(folder):
 
 
 def test_loaded_pipeline_makes_the_same_video(folder):
-    settings = {
-        "height": 32,
-        "width": 32,
-        "num_frames": 5,
-        "num_inference_steps": 2,
-        "max_sequence_length": 16,
-    }
-    videos = []
-    for pipeline in (wan_pipeline(), load_pipeline(str(folder), "wan", torch.float32, "cpu")):
-        pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        videos.append(pipeline("a red dot", generator=generator, output_type="pt", **settings).frames)
+    pipelines = wan_pipeline(), quiet(load_pipeline(str(folder), "wan", torch.float32, "cpu"))
+    videos = [generate(pipeline, 2, height=32, width=32, output_type="pt") for pipeline in pipelines]
     torch.testing.assert_close(videos[1], videos[0], atol=1e-5, rtol=0)
 
 
@@ -65,29 +51,53 @@ def test_flow_shift(scheduler, shift, expected):
     assert made.timesteps[1] == int(1000 * expected * sigma / (1 + (expected - 1) * sigma))
 
 
-def test_unknown_family(folder):
-    with pytest.raises(ValueError, match=r"family must be one of wan, hunyuan_video, .*, got 'cogvideo'"):
-        check_model(str(folder), "cogvideo")
+WEIGHTS, INDEX = "transformer/diffusion_pytorch_model.safetensors", "model_index.json"
 
 
-def test_a_model_of_another_family(folder):
-    with pytest.raises(ValueError, match=r"must hold a MochiPipeline \(family 'mochi'\), got WanPipeline"):
-        check_model(str(folder), "mochi")
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("cogvideo", "family must be one of wan, hunyuan_video, .*, got 'cogvideo'"),
+        ("mochi", r"must hold a MochiPipeline \(family 'mochi'\), got WanPipeline"),
+    ],
+)
+def test_another_family(folder, family, message):
+    for check in (check_model, partial(load_pipeline, dtype=torch.float32, device="cpu")):
+        with pytest.raises(ValueError, match=message):
+            check(str(folder), family)
 
 
-@pytest.mark.parametrize("name", ["absent", "../absent", "some/deep/absent"])
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        (INDEX, None, FileNotFoundError, r"has no model_index\.json"),
+        (INDEX, b"", ValueError, r"model_index.json must hold a JSON object"),
+        (INDEX, b"{", ValueError, r"model_index.json must hold a JSON object"),
+        (INDEX, b"[1]", ValueError, r"model_index.json must hold a JSON object"),
+        (INDEX, b"3", ValueError, r"model_index.json must hold a JSON object"),
+        ("vae", None, FileNotFoundError, "lacks vae/"),
+        (WEIGHTS, b"", ValueError, f"{WEIGHTS} is not a whole"),
+        (WEIGHTS, b"nonsense", ValueError, f"{WEIGHTS} is not a whole"),
+        (WEIGHTS, -100, ValueError, f"{WEIGHTS} is not a whole"),  # bytes that it lacks
+    ],
+)
+def test_files_that_are_missing_or_broken(folder, name, content, error, message):
+    file = folder / name
+    if content is None:
+        file.rename(folder / "elsewhere")
+    else:
+        file.write_bytes(file.read_bytes()[:content] if isinstance(content, int) else content)
+    with pytest.raises(error, match=message):
+        load_pipeline(str(folder), "wan", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["absent", "../absent", "some/deep/absent", "assets/tiny"])
 def test_missing_folder(tmp_path, monkeypatch, name):
+    """`assets/tiny` could be a hub id too; if assets/ exists it is a folder."""
+    (tmp_path / "assets").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"model folder {name} does not exist"):
         load_pipeline(name, "wan", torch.float32, "cpu")
-
-
-def test_missing_folder_beside_others(tmp_path, monkeypatch):
-    """`assets/tiny` could be a hub id too; where assets/ exists it is a folder."""
-    (tmp_path / "assets").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="model folder assets/tiny does not exist"):
-        check_model("assets/tiny", "wan")
 
 
 def test_unreadable_hub_model(monkeypatch, tmp_path):
@@ -95,35 +105,3 @@ def test_unreadable_hub_model(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"model nobody/nothing .*hub .*check the name"):
         check_model("nobody/nothing", "wan")
-
-
-def test_folder_without_index(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no model_index\.json"):
-        check_model(str(tmp_path), "wan")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
-def test_broken_index(folder, text):
-    (folder / "model_index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model_index.json must hold a JSON object"):
-        check_model(str(folder), "wan")
-
-
-def test_folder_of_another_family(folder):
-    edit_index(folder, _class_name="MochiPipeline")
-    with pytest.raises(ValueError, match=r"must hold a WanPipeline \(family 'wan'\), got MochiPipeline"):
-        load_pipeline(str(folder), "wan", torch.float32, "cpu")
-
-
-def test_missing_component(folder):
-    (folder / "vae").rename(folder / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="lacks vae/"):
-        check_model(str(folder), "wan")
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense", None])
-def test_broken_safetensors_is_named(folder, content):
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(ValueError, match=r"transformer/diffusion_pytorch_model.safetensors is not a whole"):
-        load_pipeline(str(folder), "wan", torch.float32, "cpu")

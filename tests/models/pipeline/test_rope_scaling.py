@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.pipeline.rope_scaling import (
     METHODS,
@@ -14,36 +13,24 @@ from radial_attn.models.pipeline.rope_scaling import (
     rescale,
     temporal_frequencies,
 )
-from tests.support.families import run
+from tests.support.families import BY_NAME, FAMILIES, SPARSE, assert_same_gradients, gradients, run
 from tests.support.rope_cases import REAL
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
-from tests.support.tiny_hunyuan import (
-    hunyuan15_inputs,
-    hunyuan15_transformer,
-    hunyuan_inputs,
-    hunyuan_transformer,
-)
 from tests.support.tiny_ltx import ltx_transformer
-from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
-from tests.support.tiny_wan import vace_inputs, vace_transformer
+from tests.support.tiny_mochi import mochi_transformer
 
-SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 CHANGING = METHODS[1:]
-TINY = {
-    "wan": (wan_transformer, wan_inputs),
-    "wan_vace": (vace_transformer, vace_inputs),
-    "hunyuan_video": (hunyuan_transformer, hunyuan_inputs),
-    "hunyuan_video15": (hunyuan15_transformer, hunyuan15_inputs),
-    "mochi": (mochi_transformer, mochi_inputs),
-}
+families = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.name != "ltx"], ids=lambda family: family.name
+)
 
 
 def expected_frequencies(method, case):
-    """The rules of the papers, one component after the other; `case` as in REAL."""
+    """Applies the rules of the papers, one component after the other; `case` is as in REAL."""
     channels, base, train, frames, k = case
     half, stretch = channels // 2, frames / train
     raised = base * stretch ** (half / (half - 1))
-    found = []
+    rates = []
     for i in range(half):
         rate = base ** (-2 * i / channels)
         turns = train * rate / (2 * math.pi)
@@ -56,8 +43,8 @@ def expected_frequencies(method, case):
         elif method == "yarn":
             kept = min(max(turns - 1, 0), 1)
             rate = kept * rate + (1 - kept) * rate * train / frames
-        found.append(rate)
-    return torch.tensor(found, dtype=torch.float64)
+        rates.append(rate)
+    return torch.tensor(rates, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("method", CHANGING)
@@ -87,7 +74,7 @@ def test_frequencies_and_tables_of_the_real_sizes(name, method):
 
 
 def test_the_component_that_riflex_lowers():
-    """The authors' k of HunyuanVideo (4) and CogVideoX (2), and Wan's by where it is said to repeat."""
+    """Compares with the authors' k of HunyuanVideo (4) and CogVideoX (2), and with Wan's known period."""
     for channels, base, train, frames, k in [
         (16, 256.0, 33, 66, 4),
         (16, 10000.0, 13, 25, 2),
@@ -103,7 +90,7 @@ def test_the_component_that_riflex_lowers():
 
 
 def learned(head, method, train, frames):
-    """Learned frequencies of one head after a method, in the words of its docstring."""
+    """Applies a method to the learned frequencies of one head, as its docstring defines it."""
     rates = [abs(rate) for rate in head if rate != 0]
     long = [rate for rate in rates if 2 * math.pi / rate >= train] or [min(rates)]
     changed = []
@@ -152,10 +139,9 @@ def hooks_of(transformer):
     return len(rope._forward_hooks), len(rope._forward_pre_hooks)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_what_changes_nothing_leaves_the_model_alone(name):
-    make, inputs = TINY[name]
-    transformer, call = make(), inputs()
+@families
+def test_what_changes_nothing_leaves_the_model_alone(family):
+    transformer, call = family.transformer(), family.inputs()
     expected = run(transformer, call)
     for method, train, frames in [("plain", 3, 6), *((method, 6, 6) for method in CHANGING), ("ntk", 9, 6)]:
         with extend_positions(transformer, method, train, frames):
@@ -164,10 +150,9 @@ def test_what_changes_nothing_leaves_the_model_alone(name):
 
 
 @pytest.mark.parametrize("method", CHANGING)
-@pytest.mark.parametrize("name", TINY)
-def test_both_orders_with_radial_attention_and_an_exact_end(name, method):
-    make, inputs = TINY[name]
-    transformer, call = make(), inputs(9)
+@families
+def test_both_orders_with_radial_attention_and_an_exact_end(family, method):
+    transformer, call = family.transformer(), family.inputs(9)
     dense = run(transformer, call)
     with apply_radial_attention(transformer, SPARSE):
         plain = run(transformer, call)
@@ -195,35 +180,25 @@ def test_the_model_sees_the_frequencies():
         assert torch.equal(run(transformer, call), run(other, call))
 
 
-def test_a_sample_of_a_batch_is_as_alone():
-    for name in ("wan", "mochi"):
-        make, inputs = TINY[name]
-        transformer, call = make(), inputs(9, batch=2)
-        with extend_positions(transformer, "yarn", 3, 9):
-            both = run(transformer, call)
-            for place in range(2):
-                alone = run(transformer, {key: value[place : place + 1] for key, value in call.items()})
-                torch.testing.assert_close(both[place : place + 1], alone, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("name", "batch"), [("wan", {"batch": 2}), ("mochi", {"lengths": (5, 5)})])
+def test_a_sample_of_a_batch_is_as_alone(name, batch):
+    transformer, call = BY_NAME[name].transformer(), BY_NAME[name].inputs(9, **batch)
+    with extend_positions(transformer, "yarn", 3, 9):
+        both = run(transformer, call)
+        for index in range(2):
+            alone = run(transformer, {key: value[index : index + 1] for key, value in call.items()})
+            torch.testing.assert_close(both[index : index + 1], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "mochi"])
 def test_gradients_are_those_with_checkpoints(name):
-    make, inputs = TINY[name]
-    transformer, call = make().train(), inputs(9)
-
-    def gradients():
-        transformer.zero_grad()
-        transformer(**call).sample.square().mean().backward()
-        return {key: p.grad.clone() for key, p in transformer.named_parameters() if p.grad is not None}
-
-    plain = gradients()
+    transformer, call = BY_NAME[name].transformer().train(), BY_NAME[name].inputs(9)
+    plain = gradients(transformer, call)
     with extend_positions(transformer, "ntk", 3, 9), apply_radial_attention(transformer, SPARSE):
-        expected = gradients()
+        expected = gradients(transformer, call)
         transformer.enable_gradient_checkpointing()
-        found = gradients()
-    assert found.keys() == expected.keys() == plain.keys() and (name != "mochi" or "pos_frequencies" in found)
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
+        assert_same_gradients(gradients(transformer, call), expected)
+    assert expected.keys() == plain.keys() and (name != "mochi" or "pos_frequencies" in expected)
     assert any(not torch.equal(expected[key], plain[key]) for key in plain)
 
 
@@ -237,21 +212,30 @@ def test_both_experts_of_a_pipeline_and_another_length():
     assert hooks_of(pipeline.transformer_2) == (0, 0)
 
 
-def test_bad_input():
+@pytest.mark.parametrize(
+    ("model", "call", "message"),
+    [
+        (wan_transformer(), ("alibi", 3, 9), "method must be one of plain, riflex, .*, got 'alibi'"),
+        (wan_transformer(), ("ntk", 0, 9), "train_frames must be a whole number of at least 1, got 0"),
+        (wan_transformer(), ("ntk", 2, 2.5), r"frames must be a whole number of at least 1, got 2\.5"),
+        (
+            wan_transformer(),
+            ("ntk", 3, 65),
+            "frames must be at most 64, the last position of this Wan.*got 65",
+        ),
+        (ltx_transformer(), ("ntk", 3, 9), "of Wan, .*HunyuanVideo, .*Mochi, got LTX"),
+        (torch.nn.Linear(2, 2), ("ntk", 3, 9), "of Wan, .*HunyuanVideo, .*Mochi, got Linear"),
+        ("wan", ("ntk", 3, 9), "expected a transformer, or a pipeline that has one, got str"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_bad_input(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        extend_positions(model, *call)
+
+
+def test_the_second_method_is_refused_until_the_first_is_taken_back():
     transformer = wan_transformer()
-    with pytest.raises(ValueError, match=r"method must be one of plain, riflex, .*, got 'alibi'"):
-        extend_positions(transformer, "alibi", 3, 9)
-    with pytest.raises(ValueError, match=r"train_frames must be a whole number of at least 1, got 0"):
-        extend_positions(transformer, "ntk", 0, 9)
-    with pytest.raises(ValueError, match=r"frames must be a whole number of at least 1, got 2\.5"):
-        extend_positions(transformer, "ntk", 2, 2.5)
-    with pytest.raises(ValueError, match=r"frames must be at most 64, the last position of this Wan.*got 65"):
-        extend_positions(transformer, "ntk", 3, 65)
-    for other in (ltx_transformer(), torch.nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=r"of Wan, .*HunyuanVideo, .*Mochi, got (LTX|Linear)"):
-            extend_positions(other, "ntk", 3, 9)
-    with pytest.raises(ValueError, match="expected a transformer, or a pipeline that has one, got str"):
-        extend_positions("wan", "ntk", 3, 9)
     with extend_positions(transformer, "ntk", 3, 9):
         with pytest.raises(ValueError, match=r"extended already; call remove\(\) first"):
             extend_positions(transformer, "riflex", 3, 9)
@@ -259,17 +243,17 @@ def test_bad_input():
     assert hooks_of(transformer) == (0, 0)
 
 
-def test_descriptions():
+@pytest.mark.parametrize(
+    ("method", "frames", "text"),
+    [
+        ("riflex", 41, "riflex, component 4 of 22 lowered to a period of 45.6: "),
+        ("ntk", 41, "ntk, components 2 to 22 of 22 divided by 1.03 to 1.95: "),
+        ("interpolate", 41, "interpolate, components 1 to 22 of 22 divided by 1.95: "),
+        ("riflex", 22, "riflex, no change: "),
+    ],
+)
+def test_descriptions(method, frames, text):
     wan = temporal_frequencies(44, 10000.0)
-    lengths = "41 latent frames, 21 in training"
-    assert (
-        describe("riflex", 21, 41, wan) == f"riflex, component 4 of 22 lowered to a period of 45.6: {lengths}"
-    )
-    assert describe("ntk", 21, 41, wan) == f"ntk, components 2 to 22 of 22 divided by 1.03 to 1.95: {lengths}"
-    assert describe("interpolate", 21, 41, wan).endswith(
-        f"components 1 to 22 of 22 divided by 1.95: {lengths}"
-    )
-    assert describe("riflex", 21, 22, wan) == "riflex, no change: 22 latent frames, 21 in training"
-    assert describe("yarn", 28, 28) == (
-        "yarn, learned frequencies: 28 latent frames, 28 in training, so no change"
-    )
+    assert describe(method, 21, frames, wan) == f"{text}{frames} latent frames, 21 in training"
+    learned = describe("yarn", 28, 28)
+    assert learned == "yarn, learned frequencies: 28 latent frames, 28 in training, so no change"

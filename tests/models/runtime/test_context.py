@@ -1,4 +1,4 @@
-"""Which step a call is, and what a schedule makes of it: schedulers, pipelines, experts, resolutions."""
+"""Which step a call is, and what a schedule makes of it."""
 
 import gc
 import logging
@@ -13,11 +13,9 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.schedule import Schedule, StepCounter
 from tests.support.auto_backend import AUTO
-from tests.support.generation_cases import generate
+from tests.support.families import SPARSE
+from tests.support.pipelines import generate
 from tests.support.tiny import wan_inputs, wan_pipeline
-
-SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
-FULL = RadialConfig(decay_factor=1e6, block_size=16, decimation_width=1)
 
 
 def plan(pipeline, *timesteps):
@@ -89,78 +87,6 @@ def test_last_steps_without_a_plan_are_an_error():
         generate(pipeline, steps=1)
 
 
-@pytest.mark.parametrize("guidance, halves", [(3.0, 2), (1.0, 1)])
-def test_pipeline_schedule_and_further_videos(guidance, halves):
-    pipeline = wan_pipeline()
-    dense = [generate(pipeline, steps, guidance=guidance) for steps in (1, 3)]
-    with apply_radial_attention(
-        pipeline, SPARSE, dense_steps=1, dense_last_steps=1, dense_layers=1
-    ) as handle:
-        first = generate(pipeline, 4, guidance=guidance)
-        report = handle.report()
-        assert torch.equal(generate(pipeline, 4, guidance=guidance), first)
-        for _ in range(2):
-            assert torch.equal(generate(pipeline, 1, guidance=guidance), dense[0])
-        final = handle.report()
-    assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 4, 2)
-    assert report["calls"] == {"dense": halves * (2 * 4 + 2 * 1), AUTO: halves * 2 * 3}
-    assert (final["videos"], final["steps"], final["dense_steps"]) == (4, 10, 6)
-    assert torch.equal(generate(pipeline, 3, guidance=guidance), dense[1])
-
-
-def test_all_steps_dense_is_upstream():
-    pipeline = wan_pipeline()
-    expected = generate(pipeline)
-    with apply_radial_attention(pipeline, SPARSE, dense_steps=2, dense_last_steps=1) as handle:
-        assert torch.equal(generate(pipeline), expected)
-        assert handle.report()["calls"] == {"dense": 3 * 4}
-
-
-def test_num_steps_overrides_the_scheduler():
-    pipeline = wan_pipeline()
-    with apply_radial_attention(pipeline, SPARSE, dense_last_steps=1, num_steps=5) as handle:
-        generate(pipeline, 4)
-        assert handle.report()["dense_steps"] == 0
-
-
-def test_batch_equals_single_videos():
-    pipeline = wan_pipeline()
-    latents = torch.randn(2, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    prompts = ["a red dot", "a dog"]
-    with apply_radial_attention(pipeline, SPARSE, dense_steps=1):
-        both = generate(pipeline, prompt=prompts, latents=latents, guidance=3.0)
-        for index, prompt in enumerate(prompts):
-            one = generate(pipeline, prompt=prompt, latents=latents[index : index + 1], guidance=3.0)
-            torch.testing.assert_close(both[index : index + 1], one, atol=1e-4, rtol=0)
-
-
-def test_two_experts_share_one_count():
-    pipeline = wan_pipeline(experts=2)
-    with apply_radial_attention(pipeline, SPARSE, dense_steps=1, dense_last_steps=2) as handle:
-        generate(pipeline, steps=6)
-        report = handle.report()
-    assert (
-        1 < int((pipeline.scheduler.timesteps >= 800).sum()) < 5
-    )  # the experts change amid the sparse steps
-    assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 6, 3)
-    assert report["calls"] == {"dense": 3 * 4, AUTO: 3 * 4}
-
-
-def test_resolutions_and_pipelines_do_not_disturb_each_other():
-    first, second = wan_pipeline(seed=0), wan_pipeline(seed=5)
-    small = {"size": (48, 64), "frames": 9}
-    with apply_radial_attention(first, SPARSE):
-        expected = generate(first, **small)
-    with apply_radial_attention(first, SPARSE):
-        expected_large = generate(first)
-    with apply_radial_attention(first, SPARSE) as one, apply_radial_attention(second, FULL) as two:
-        assert torch.equal(generate(first), expected_large)
-        generate(second, **small)
-        assert torch.equal(generate(first, **small), expected)
-        assert [entry["grid"] for entry in one.report()["grids"]] == [[4, 4, 6], [3, 3, 4]]
-        assert two.report()["grid"] == [3, 3, 4] and two.report()["density"] == 1.0
-
-
 def test_the_fork_does_not_keep_its_pipeline_alive():
     pipeline = wan_pipeline()
     transformer, alive = pipeline.transformer, weakref.ref(pipeline)
@@ -173,7 +99,7 @@ def test_the_fork_does_not_keep_its_pipeline_alive():
 
 
 def test_the_blocks_get_the_backend_that_the_report_names(caplog):
-    """Chosen once a call, outside of compiled code, and carried beside the mask; said once for each size."""
+    """The backend is chosen once a call, outside compiled code, and logged once for each size."""
     transformer, carried = wan_pipeline().transformer, []
     config = RadialConfig(decay_factor=0.3, block_size=16)  # of no other test: a mask says its backend once
 

@@ -5,23 +5,22 @@ import logging
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import (
-    attention_backend,
-)
+from diffusers.models.attention_dispatch import attention_backend
+from torch._dynamo.testing import CompileCounter
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.kernels import sage
+from radial_attn.kernels import reference, sage
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import dense_backend as dense
+from tests.support.families import DENSE, SPARSE, assert_near, run
 from tests.support.tiny import wan_inputs, wan_transformer
-from tests.support.wan_cases import DENSE, SPARSE, run
 
 OTHERS = ("native", "_native_math")
 
 
 @pytest.fixture
 def timed_here(monkeypatch):
-    """ "auto" chooses on the CPU too, between two, and the times say that the second is faster."""
+    """Makes "auto" choose between two backends on the CPU too; by their times the second is faster."""
     monkeypatch.setattr(dense, "TIMED_DEVICES", ("cpu",))
     monkeypatch.setattr(dense, "CANDIDATES", OTHERS)
     times = {"native": 2e-3, "_native_math": 1e-3}
@@ -29,7 +28,7 @@ def timed_here(monkeypatch):
 
 
 def chosen(transformer):
-    """Names that the self-attention processors give to the dispatch, and those of cross-attention."""
+    """Returns the backend names of the self-attention processors, and those of cross-attention."""
     processors = [
         [getattr(block, name).processor for block in transformer.blocks] for name in ("attn1", "attn2")
     ]
@@ -37,7 +36,7 @@ def chosen(transformer):
 
 
 def fresh_config() -> RadialConfig:
-    """Of no other test: a mask keeps the times of its shapes."""
+    """Clears the cache of masks, since a mask keeps the times of its shapes."""
     radial_mask.cache_clear()
     return DENSE
 
@@ -72,20 +71,12 @@ def test_choose_takes_the_fastest_and_says_so_once(caplog):
     assert line.endswith(" ms; not usable: _flash_3")
 
 
-def test_auto_leaves_the_cpu_to_upstream():
-    transformer = wan_transformer()
-    with apply_radial_attention(transformer, DENSE) as handle:
-        run(transformer)
-        assert chosen(transformer) == [{None}, {None}]
-        assert handle.report()["dense_backend"] == {"name": "auto", "backend": "native", "seconds": {}}
-
-
 def test_auto_sets_self_attention_to_the_fastest_and_takes_it_back(timed_here):
     transformer = wan_transformer()
     expected = run(transformer)
     with apply_radial_attention(transformer, fresh_config()) as handle:
         assert chosen(transformer) == [{None}, {None}]
-        torch.testing.assert_close(run(transformer), expected, atol=1e-5, rtol=0)
+        assert_near(run(transformer), expected)
         assert chosen(transformer) == [{"_native_math"}, {None}]
         report = handle.report()["dense_backend"]
     assert report["backend"] == "_native_math" and set(report["seconds"]) == set(OTHERS)
@@ -98,7 +89,7 @@ def test_auto_waits_for_a_dense_call(timed_here):
     radial_mask.cache_clear()
     with apply_radial_attention(transformer, SPARSE, dense_last_steps=1, num_steps=2) as handle:
         for timestep, expected in ((900, None), (500, "_native_math")):
-            run(transformer, **wan_inputs(timestep=timestep))
+            run(transformer, wan_inputs(timestep=timestep))
             assert chosen(transformer)[0] == {expected}
     with apply_radial_attention(transformer, SPARSE) as handle:
         run(transformer)
@@ -140,22 +131,23 @@ def test_a_name_of_the_dispatch_is_set_and_taken_back(timed_here):
     transformer.set_attention_backend("native")
     with apply_radial_attention(transformer, DENSE, dense_backend="_native_math") as handle:
         assert chosen(transformer) == [{"_native_math"}, {"native"}]
-        torch.testing.assert_close(run(transformer), expected, atol=1e-5, rtol=0)
+        assert_near(run(transformer), expected)
         assert handle.report()["dense_backend"]["backend"] == "_native_math"
     assert chosen(transformer) == [{"native"}, {"native"}]
 
 
-def test_native_is_what_upstream_says(timed_here):
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_the_cpu_and_native_are_left_to_upstream(name, request):
+    if name == "native":
+        request.getfixturevalue("timed_here")
     transformer = wan_transformer()
-    with apply_radial_attention(transformer, DENSE, dense_backend="native") as handle:
+    with apply_radial_attention(transformer, DENSE, dense_backend=name) as handle:
         run(transformer)
         assert chosen(transformer) == [{None}, {None}]
-        assert handle.report()["dense_backend"]["backend"] == "native"
+        assert handle.report()["dense_backend"] == {"name": name, "backend": "native", "seconds": {}}
 
 
 def test_the_choice_makes_no_graphs_after_the_first_call(timed_here):
-    from torch._dynamo.testing import CompileCounter
-
     torch._dynamo.reset()
     transformer, counter = wan_transformer(), CompileCounter()
     with apply_radial_attention(transformer, fresh_config()):
@@ -178,9 +170,7 @@ def test_unknown_and_missing_backends_are_one_line():
 
 
 def test_sage_serves_dense_layers_through_the_op(monkeypatch):
-    """Its place is taken by the definition, which needs no GPU."""
-    from radial_attn.kernels import reference
-
+    """Replaces it by the definition, which needs no GPU."""
     seen = []
 
     def attention(*args, **options):
@@ -192,7 +182,7 @@ def test_sage_serves_dense_layers_through_the_op(monkeypatch):
     transformer = wan_transformer()
     expected = run(transformer)
     with apply_radial_attention(transformer, SPARSE, dense_layers=4, dense_backend="sage") as handle:
-        torch.testing.assert_close(run(transformer), expected, atol=1e-5, rtol=0)
+        assert_near(run(transformer), expected)
         report = handle.report()
     assert len(seen) == 4 and all(mask.is_dense for mask in seen)
     assert report["calls"] == {"dense": 4} and report["check"] == {"mode": "nan"}
@@ -211,7 +201,7 @@ def test_auto_on_a_gpu():
     transformer = wan_transformer(attention_head_dim=64).to("cuda", torch.bfloat16)
     inputs = {name: value.to("cuda", torch.bfloat16) for name, value in wan_inputs().items()}
     with apply_radial_attention(transformer, fresh_config()) as handle:
-        assert torch.isfinite(run(transformer, **inputs)).all()
+        assert torch.isfinite(run(transformer, inputs)).all()
         report = handle.report()["dense_backend"]
     assert report["seconds"]["native"] > 0
     assert report["seconds"][report["backend"]] == min(filter(None, report["seconds"].values()))

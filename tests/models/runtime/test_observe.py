@@ -3,32 +3,25 @@
 import pytest
 import torch
 
-from radial_attn import TokenGrid, radial_mask
+from radial_attn import radial_mask
 from radial_attn.kernels import reference
-from radial_attn.models import apply_radial_attention, wan
+from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
-from tests.support.families import DENSE, FAMILIES, SPARSE, Family, run
-from tests.support.generation_cases import generate
+from tests.support.families import DENSE, SPARSE, families, run
+from tests.support.pipelines import generate
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
-from tests.support.tiny_hunyuan import FAMILIES as HUNYUAN
 
-ALL = [Family("wan", wan_transformer, wan_inputs, wan), *FAMILIES, *HUNYUAN]
-families = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
-LENGTHS = {"mochi": [3, 7], "hunyuan_video": [5, 9], "hunyuan_video15": [11, 15]}  # 3 image, 3 glyph tokens
-NUMBERS = {"wan_vace": [0, 2, 0, 1, 2, 3]}  # what the control layers feed, then the layers
+LENGTHS = {"mochi": [5, 3], "hunyuan_video": [3, 1, 7], "hunyuan_video15": [9, 7, 13]}  # and 6 image, glyph
 
 
 def two_steps(family) -> list[dict]:
-    """A call of two samples in each of two steps."""
+    """Returns a call of a batch for each of two steps."""
     times = (200.0, 900.0) if family.name == "mochi" else (900.0, 200.0)
-    batch = {"lengths": (5, 9)} if family in HUNYUAN else {"batch": 2}
-    if family.name == "mochi":
-        batch["lengths"] = (3, 7)
-    return [family.sized(timestep=timestep, **batch) for timestep in times]
+    return [family.sized(timestep=timestep, **family.samples[-1]) for timestep in times]
 
 
 def recorded(monkeypatch) -> list[torch.Tensor]:
-    """The outputs of the attention, as they come."""
+    """Records the outputs of the attention in their order."""
     outputs, attend = [], context._attend
 
     def record(*args, **options):
@@ -47,17 +40,16 @@ def test_every_layer_is_seen_at_every_step_and_nothing_changes(family, dense, mo
         expected = [run(transformer, each) for each in inputs]
     outputs = recorded(monkeypatch)
     with apply_radial_attention(transformer, SPARSE, observe=seen.append, **dense) as handle:
-        found = [run(transformer, each) for each in inputs]
+        actual = [run(transformer, each) for each in inputs]
         layers = handle.report()["layers"]
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
     assert [(each.step, each.layer) for each in seen] == [(s, n) for s in range(2) for n in range(layers)]
-    grid = TokenGrid(6, 6, 8, family.text)
+    grid = family.grid()
     mask, everything = radial_mask(grid, SPARSE), radial_mask(grid, DENSE)
-    numbers = NUMBERS.get(family.name, range(layers))
     for each, output in zip(seen, outputs, strict=True):
         assert each.mask is mask
         assert family.name not in LENGTHS or each.text_lengths.tolist() == LENGTHS[family.name]
-        dense_layer = numbers[each.layer] < dense.get("dense_layers", 0)
+        dense_layer = family.feeds[each.layer] < dense.get("dense_layers", 0)
         kept = everything if dense_layer or each.step < dense.get("dense_steps", 0) else mask
         options = {"text_lengths": each.text_lengths, "scale": each.query.shape[-1] ** -0.5}
         wanted = reference.attention(each.query, each.key, each.value, kept, **options)
@@ -65,25 +57,10 @@ def test_every_layer_is_seen_at_every_step_and_nothing_changes(family, dense, mo
         torch.testing.assert_close(output[:, video], wanted[:, video], atol=1e-5, rtol=0)
 
 
-@families
-def test_remove_leaves_nothing(family):
-    transformer, seen = family.transformer(), []
-    inputs, before = two_steps(family)[0], [a.processor for a in family.fork.attention_layers(transformer)]
-    expected = run(transformer, inputs)
-    handle = apply_radial_attention(transformer, SPARSE, observe=seen.append)
-    run(transformer, inputs)
-    handle.remove()
-    count = len(seen)
-    assert torch.equal(run(transformer, inputs), expected) and len(seen) == count > 0
-    after = [attention.processor for attention in family.fork.attention_layers(transformer)]
-    assert all(a is b for a, b in zip(after, before, strict=True))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
-
-
 def test_both_experts_of_a_pipeline_are_seen_and_a_dense_pattern_has_its_mask():
     pipeline, seen = wan_pipeline(experts=2, num_layers=2), []
     with apply_radial_attention(pipeline, DENSE, observe=seen.append) as handle:
-        generate(pipeline, steps=3, guidance=2.0)
+        generate(pipeline, guidance_scale=2.0)
         assert handle.report()["calls"] == {"dense": 12}
     assert [(each.step, each.layer) for each in seen] == [
         (s, n) for s in range(3) for _ in "ab" for n in (0, 1)
@@ -91,12 +68,12 @@ def test_both_experts_of_a_pipeline_are_seen_and_a_dense_pattern_has_its_mask():
     assert all(each.mask.is_dense for each in seen)
 
 
-def test_a_dense_run_observed_under_a_guard_is_the_same():
+def test_a_dense_run_observed_under_the_check_is_the_same():
     transformer, seen = wan_transformer(), []
     options = {"dense_steps": 1, "check": "nan", "observe": seen.append}
     with apply_radial_attention(transformer, SPARSE, **options):
-        found = run(transformer, wan_inputs())
-    torch.testing.assert_close(found, run(transformer, wan_inputs()), atol=1e-5, rtol=0)
+        actual = run(transformer, wan_inputs())
+    torch.testing.assert_close(actual, run(transformer, wan_inputs()), atol=1e-5, rtol=0)
     assert len(seen) == 4
 
 

@@ -1,4 +1,4 @@
-"""Energy decay: profiles equal the whole softmax, fits are exact, the bound holds where eq. 3 does."""
+"""Energy decay: profiles equal the whole softmax, fits are exact, the bound holds if eq. 3 does."""
 
 import math
 import subprocess
@@ -14,14 +14,14 @@ from radial_attn.analysis import recall as analysis
 from radial_attn.analysis.bound import first_dropped, fit_tail, measure_tails, paper_bound, tail_bound
 from radial_attn.analysis.decay import bands, column_reach, fit_exponential, measure
 from radial_attn.analysis.recall import sample_rows
-from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
+from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, grids, masks, tensors, whole_softmax
 from tests.support.mask_oracle import equation_four
 
 ROOT = Path(__file__).parents[3]
 
 
 def naive_profile(query, key, mask, rows, lengths) -> dict[str, torch.Tensor]:
-    """The sums of a profile, key by key in loops over the whole softmax."""
+    """Sums a profile key by key, in loops over the whole softmax."""
     grid, heads = mask.grid, query.shape[2]
     f, s, reach = grid.frames, grid.tokens_per_frame, column_reach(grid)
     kept = mask.token_mask().expand(heads, -1, -1)
@@ -48,19 +48,19 @@ def naive_profile(query, key, mask, rows, lengths) -> dict[str, torch.Tensor]:
     return sums
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [lambda grid: radial_mask(grid, CONFIG), head_masks], ids=["one", "heads"])
+@grids
+@masks
 @pytest.mark.parametrize("chunk", [700, 1 << 23])
 def test_streamed_sums_equal_the_whole_softmax(grid, make, chunk, monkeypatch):
     monkeypatch.setattr(analysis, "CHUNK", chunk)
     query, key, _ = tensors(grid)
     rows, lengths, mask = sample_rows(grid, 9), LENGTHS[grid.text], make(grid)
-    found = measure(query, key, mask, rows, text_lengths=lengths)
+    actual = measure(query, key, mask, rows, text_lengths=lengths)
     for name, wanted in naive_profile(query, key, mask, rows, lengths).items():
-        torch.testing.assert_close(getattr(found, name) / 18, wanted / 18, atol=1e-6, rtol=0)
-    assert found.rows == 18
+        torch.testing.assert_close(getattr(actual, name) / 18, wanted / 18, atol=1e-6, rtol=0)
+    assert actual.rows == 18
     torch.testing.assert_close(
-        found.mass.sum(1) + found.text, torch.full((3,), 18.0).double(), rtol=0, atol=1e-5
+        actual.mass.sum(1) + actual.text, torch.full((3,), 18.0).double(), rtol=0, atol=1e-5
     )
 
 
@@ -68,11 +68,11 @@ def test_curves_are_means_over_the_keys_at_a_distance():
     """Equal attention on every key: 1 / 159 at every distance, in time and in space."""
     grid = GRIDS[1]
     query, key = torch.zeros(1, 159, 2, 8), torch.zeros(1, 159, 2, 8)
-    found = measure(query, key, radial_mask(grid, CONFIG), sample_rows(grid, 150))
-    for curve, size in ((found.temporal_curve, 6), (found.spatial_curve, 25), (found.planar_curve, 7)):
+    actual = measure(query, key, radial_mask(grid, CONFIG), sample_rows(grid, 150))
+    for curve, size in ((actual.temporal_curve, 6), (actual.spatial_curve, 25), (actual.planar_curve, 7)):
         torch.testing.assert_close(curve, torch.full((2, size), 1 / 159).double(), atol=1e-9, rtol=0)
-    assert found.spatial_pairs.tolist() == [6 * 25] + [6 * 2 * (25 - x) for x in range(1, 25)]
-    assert found.temporal_pairs.tolist() == [25 * 6] + [25 * 2 * (6 - d) for d in range(1, 6)]
+    assert actual.spatial_pairs.tolist() == [6 * 25] + [6 * 2 * (25 - x) for x in range(1, 25)]
+    assert actual.temporal_pairs.tolist() == [25 * 6] + [25 * 2 * (6 - d) for d in range(1, 6)]
 
 
 def test_profiles_add_up():
@@ -90,9 +90,9 @@ def test_heads_are_classed_by_where_their_mass_is():
     frames = torch.nn.functional.one_hot(torch.arange(64) // 16, 16).float()
     places = torch.nn.functional.one_hot(torch.arange(64) % 16, 16).float()
     both = 30 * torch.stack([frames, places], dim=1)[None]
-    found = measure(both, both, radial_mask(grid, CONFIG), sample_rows(grid, 64))
-    assert found.is_temporal.tolist() == [False, True]
-    torch.testing.assert_close(found.mass[:, 0] / 64, torch.tensor([1.0, 0.25]).double(), atol=1e-6, rtol=0)
+    actual = measure(both, both, radial_mask(grid, CONFIG), sample_rows(grid, 64))
+    assert actual.is_temporal.tolist() == [False, True]
+    torch.testing.assert_close(actual.mass[:, 0] / 64, torch.tensor([1.0, 0.25]).double(), atol=1e-6, rtol=0)
 
 
 def test_bands_are_those_of_the_mask():
@@ -114,12 +114,12 @@ def test_the_fit_is_of_y_and_not_of_its_logarithm():
     fit = fit_exponential(np.arange(3.0), np.array([1.0, 0.0, 0.0]))
     assert fit.r2 > 1 - 1e-9 and fit.a > 10
     x, y = np.array([0.0, 1.0, 2.0, np.nan]), np.array([1.0, 0.4, 0.3, 5.0])
-    found = fit_exponential(x, y)
-    rest = np.square(y[:3] - np.exp(found.b - found.a * x[:3])).sum()
+    actual = fit_exponential(x, y)
+    rest = np.square(y[:3] - np.exp(actual.b - actual.a * x[:3])).sum()
     for a in np.linspace(0.1, 3, 100):
         for b in np.linspace(-1, 1, 100):
             assert rest <= np.square(y[:3] - np.exp(b - a * x[:3])).sum()
-    assert found.r2 == pytest.approx(1 - rest / np.square(y[:3] - y[:3].mean()).sum())
+    assert actual.r2 == pytest.approx(1 - rest / np.square(y[:3] - y[:3].mean()).sum())
 
 
 def test_what_has_no_fit():
@@ -138,7 +138,7 @@ def test_what_the_token_mask_drops_is_equation_four(frames, tokens):
 
 
 def decaying_row(grid, row, alpha, beta, noise=0.0) -> torch.Tensor:
-    """Log of a softmax row that obeys eq. 3 with C_rel 1: an exponential, less something at random."""
+    """Returns the log of a softmax row that obeys eq. 3 with C_rel 1: an exponential, less random values."""
     frame = grid.tokens_per_frame
     i, k = torch.arange(grid.video_tokens).double() // frame, torch.arange(grid.video_tokens).double() % frame
     falls = -alpha * (i - row // frame).abs() - beta * (k - row % frame).abs()
@@ -187,20 +187,20 @@ def test_the_papers_bound_fails_where_ours_holds():
     assert fitted.mask_l1 == fitted.mask_bound == 0
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@grids
 def test_the_bound_holds_on_attention(grid):
     query, key, _ = tensors(grid)
     mask, rows, lengths = radial_mask(grid, CONFIG), sample_rows(grid, 9), LENGTHS[grid.text]
-    found = measure_tails(query, key, mask, rows, text_lengths=lengths)
+    actual = measure_tails(query, key, mask, rows, text_lengths=lengths)
     kept = equation_four(grid.frames, grid.tokens_per_frame, sink=False)
     weights = whole_softmax(query, key, grid, lengths)[:, :, rows]
     video = weights[..., : grid.video_tokens]
     wanted = 2 * torch.where(kept[rows], 0, video).sum(-1)
-    torch.testing.assert_close(found.l1, wanted.flatten(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(actual.l1, wanted.flatten(), atol=1e-6, rtol=0)
     unseen = 2 * torch.where(mask.token_mask()[rows], 0, weights).sum(-1)
-    torch.testing.assert_close(found.mask_l1, unseen.flatten(), atol=1e-6, rtol=0)
-    assert (found.l1 <= found.bound).all() and (found.mask_l1 <= found.mask_bound).all()
-    assert (found.c_rel >= 1).all() and found.l1.max() > 0.1
+    torch.testing.assert_close(actual.mask_l1, unseen.flatten(), atol=1e-6, rtol=0)
+    assert (actual.l1 <= actual.bound).all() and (actual.mask_l1 <= actual.mask_bound).all()
+    assert (actual.c_rel >= 1).all() and actual.l1.max() > 0.1
 
 
 LONG = """

@@ -7,7 +7,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.analysis import recall as analysis
 from radial_attn.analysis.recall import attention_rows, kept_by, recall, sample_rows
 from radial_attn.kernels import reference
-from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, head_masks, tensors, whole_softmax
+from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, grids, head_masks, masks, tensors, whole_softmax
 
 
 @pytest.mark.parametrize(("frames", "count"), [(6, 20), (6, 4), (6, 1), (6, 60), (7, 999)])
@@ -29,41 +29,41 @@ def test_rows_depend_on_the_seed_and_few_rows_leave_no_end_out():
         sample_rows(grid, 0)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@grids
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 23])
 def test_rows_equal_the_whole_softmax(grid, chunk, monkeypatch):
     monkeypatch.setattr(analysis, "CHUNK", chunk)
     query, key, _ = tensors(grid)
     rows, lengths = sample_rows(grid, 12), LENGTHS[grid.text]
-    found = attention_rows(query, key, rows, text_lengths=lengths, grid=grid)
+    actual = attention_rows(query, key, rows, text_lengths=lengths, grid=grid)
     wanted = whole_softmax(query, key, grid, lengths)[:, :, rows]
-    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(actual.double(), wanted, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [lambda grid: radial_mask(grid, CONFIG), head_masks], ids=["one", "heads"])
+@grids
+@masks
 def test_recall_is_the_share_of_the_kept_keys(grid, make):
     query, key, _ = tensors(grid)
     rows, lengths, mask = sample_rows(grid, 12), LENGTHS[grid.text], make(grid)
     kept = mask.token_mask().view(-1, grid.tokens, grid.tokens)
     wanted = (whole_softmax(query, key, grid, lengths) * kept).sum(-1)[:, :, rows]
-    found = recall(query, key, mask, rows, text_lengths=lengths)
-    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
-    assert 0 < found.min() < found.max() <= 1
+    actual = recall(query, key, mask, rows, text_lengths=lengths)
+    torch.testing.assert_close(actual.double(), wanted, atol=1e-6, rtol=0)
+    assert 0 < actual.min() < actual.max() <= 1
 
 
 def test_a_mask_of_everything_recalls_all_and_changes_no_output():
     grid = GRIDS[1]
     query, key, value = tensors(grid)
     mask, rows = radial_mask(grid, RadialConfig(block_size=16, pattern="dense")), sample_rows(grid, 12)
-    found = recall(query, key, mask, rows, text_lengths=LENGTHS[9])
-    torch.testing.assert_close(found, torch.ones(2, 3, 12), atol=1e-6, rtol=0)
+    actual = recall(query, key, mask, rows, text_lengths=LENGTHS[9])
+    torch.testing.assert_close(actual, torch.ones(2, 3, 12), atol=1e-6, rtol=0)
     (kept,) = kept_by(query, key, value, [mask], rows, text_lengths=LENGTHS[9])
     assert kept.recall.min() > 1 - 1e-6 and kept.mse.max() < 1e-12
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [lambda grid: radial_mask(grid, CONFIG), head_masks], ids=["one", "heads"])
+@grids
+@masks
 def test_output_error_is_that_of_the_reference(grid, make):
     query, key, value = tensors(grid)
     rows, lengths, mask = sample_rows(grid, 12), LENGTHS[grid.text], make(grid)
@@ -71,12 +71,12 @@ def test_output_error_is_that_of_the_reference(grid, make):
     everything = radial_mask(grid, RadialConfig(block_size=16, pattern="dense"))
     dense = reference.attention(query, key, value, everything, **options)[:, rows].double()
     masked = reference.attention(query, key, value, mask, **options)[:, rows].double()
-    _, found = kept_by(query, key, value, [everything, mask], rows, text_lengths=lengths)
+    _, actual = kept_by(query, key, value, [everything, mask], rows, text_lengths=lengths)
     shares = recall(query, key, mask, rows, text_lengths=lengths)
-    torch.testing.assert_close(found.recall, shares.double().mean(-1), atol=1e-7, rtol=0)
-    torch.testing.assert_close(found.mse, (masked - dense).square().mean(dim=(1, 3)), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found.dense, dense.square().mean(dim=(1, 3)), atol=1e-6, rtol=1e-5)
-    assert found.mse.min() > 1e-4
+    torch.testing.assert_close(actual.recall, shares.double().mean(-1), atol=1e-7, rtol=0)
+    torch.testing.assert_close(actual.mse, (masked - dense).square().mean(dim=(1, 3)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(actual.dense, dense.square().mean(dim=(1, 3)), atol=1e-6, rtol=1e-5)
+    assert actual.mse.min() > 1e-4
 
 
 def test_half_precision_is_worked_out_in_float32():

@@ -1,4 +1,4 @@
-"""The blocks backend against the definition, forward and backward."""
+"""The kernels of the CPU against the definition, forward and backward, and the plans of `blocks`."""
 
 from functools import partial
 
@@ -7,7 +7,9 @@ import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.kernels.blocks import rectangles
-from radial_attn.kernels.blocks.plan import Layout, candidate_plans, plan_attention
+from radial_attn.kernels.blocks.plan import Layout, plan_attention
+from radial_attn.kernels.cpp.build import load_library
+from radial_attn.kernels.cpp.op import SOURCE
 from tests.support.attention_cases import (
     GRIDS,
     assert_as_good_as,
@@ -20,43 +22,31 @@ from tests.support.attention_cases import (
 from tests.support.auto_backend import AUTO
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-kernels = pytest.mark.parametrize("backend", sorted({"blocks", AUTO}))  # with that in C++ where it compiles
+pytestmark = pytest.mark.usefixtures("one_thread")
+kernels = pytest.mark.parametrize("backend", sorted({"blocks", AUTO}))  # and that in C++ if it compiles
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """Equal numbers each time; one thread, for calls as small as these only wait for a second one."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+needs_cpp = pytest.mark.skipif(isinstance(load_library(SOURCE), str), reason="no C++ compiler")
+typed = pytest.mark.parametrize(  # cpp computes in float32 only; other types are in test_cpp.py
+    ("backend", "dtype"),
+    [*(("blocks", dtype) for dtype in DTYPES), pytest.param("cpp", torch.float32, marks=needs_cpp)],
+)
 
 
-@pytest.fixture
-def poison():
-    """Uninitialised memory reads as NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(2).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [10, 12, 64, 96, 128])
+@typed
+@pytest.mark.parametrize("width", [1, 10, 12, 16, 48, 64, 96, 128])
 @pytest.mark.parametrize("tokens", GRIDS)
-def test_equals_definition(tokens, width, dtype, poison):
+def test_equals_definition(tokens, width, backend, dtype, poison):
     grid = GRIDS[tokens]
     batch, heads = (1, 1) if tokens == 1000 else (1 + width % 3, 2)
-    compare("blocks", make_inputs(grid, batch, heads, width), make_mask(grid), dtype)
+    compare(backend, make_inputs(grid, batch, heads, width), make_mask(grid), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@typed
 @pytest.mark.parametrize("lengths", [[0, 0], [11, 11], [0, 11], [4, 9], [5, 5]])
-def test_padded_text(lengths, dtype, poison):
+def test_padded_text(lengths, backend, dtype, poison):
     grid = GRIDS[111]
-    inputs = make_inputs(grid, 2, 3, 12)
-    compare("blocks", inputs, make_mask(grid), dtype, text_lengths=lengths)
+    compare(backend, make_inputs(grid, 2, 3, 12), make_mask(grid), dtype, text_lengths=lengths)
 
 
 @kernels
@@ -123,7 +113,7 @@ def test_scale(backend):
 
 @pytest.mark.parametrize("lengths", [None, [0, 6]])
 def test_path_of_other_devices(lengths):
-    """What a device without SDPA's CPU kernel runs: no merged rows, gradients through SDPA again."""
+    """Runs what a device without SDPA's CPU kernel runs: no merged rows, gradients through SDPA again."""
     grid, mask = GRIDS[111], make_mask(GRIDS[111])
     inputs = make_inputs(grid, 2, 2, 16)
     truth = exact(inputs, mask, torch.float32, text_lengths=lengths)
@@ -144,23 +134,23 @@ def test_path_of_other_devices(lengths):
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("grid, block_size", [(TokenGrid(16, 12, 12), 16), (TokenGrid(32, 8, 16, 50), 64)])
-def test_every_plan_covers_each_kept_block_once(grid, block_size, merge):
+def test_a_plan_covers_each_kept_block_once(grid, block_size, merge):
     config = RadialConfig(block_size=block_size, decimation_width="block")
     wanted = radial_mask(grid, config).blocks
-    plans = candidate_plans(wanted, Layout(block_size, tail=len(wanted) - 1, merge=merge))
-    for plan in plans.values():
-        covered = torch.zeros_like(wanted, dtype=torch.int64)
-        for group in plan:
-            assert merge or not group.merge
-            for piece in group.pieces:
-                assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
-                for index, (rows, keys) in enumerate(zip(piece.rows.blocks, piece.keys.blocks, strict=True)):
-                    covered[rows.unsqueeze(1), keys] += 1 if piece.cells is None else piece.cells[index]
-        assert torch.equal(covered, wanted.long())
+    wanted[5] = False  # as in a part of a mask
+    covered = torch.zeros_like(wanted, dtype=torch.int64)
+    plan = plan_attention(wanted, Layout(block_size, tail=len(wanted) - 1, merge=merge))
+    assert any(group.merge for group in plan) == merge
+    for group in plan:
+        for piece in group.pieces:
+            assert torch.equal(group.rows.blocks[0][piece.slots.blocks], piece.rows.blocks)
+            for rows, keys in zip(piece.rows.blocks, piece.keys.blocks, strict=True):
+                covered[rows.unsqueeze(1), keys] += 1
+    assert torch.equal(covered, wanted.long())
 
 
 @pytest.mark.parametrize("block_size, heads", [(16, None), (64, None), (128, 3)])
-def test_every_plan_computes_the_same(block_size, heads, poison):
+def test_merged_parts_of_few_keys(block_size, heads, poison):
     grid = TokenGrid(9, 10, 11, text=10)
     mask = make_mask(grid, block_size, heads)
     inputs = make_inputs(grid, 2, 1, 16)
@@ -171,13 +161,13 @@ def test_every_plan_computes_the_same(block_size, heads, poison):
     layout = Layout(block_size, tail=grid.video_tokens // block_size, key_bytes=4096)
     truth = exact(inputs, mask, torch.float32, text_lengths=lengths)
     reference = run("reference", inputs, mask, torch.float32, text_lengths=lengths)
-    for plan in candidate_plans(mask.blocks, layout).values():
-        dense = partial(rectangles.dense_cpu, scale=0.25)
-        out, lse = rectangles.forward_plan(inputs[:3], plan, block_size, limit, dense)
-        backward = partial(rectangles.dense_cpu_backward, scale=0.25)
-        tensors = grad, query, key, value, out, lse
-        grads = rectangles.backward_plan(tensors, plan, block_size, limit, backward)
-        assert_as_good_as([out, *grads], reference, truth)
+    plan = plan_attention(mask.blocks, layout)
+    assert all(group.merge for group in plan)
+    dense = partial(rectangles.dense_cpu, scale=0.25)
+    out, lse = rectangles.forward_plan(inputs[:3], plan, block_size, limit, dense)
+    backward = partial(rectangles.dense_cpu_backward, scale=0.25)
+    grads = rectangles.backward_plan((grad, query, key, value, out, lse), plan, block_size, limit, backward)
+    assert_as_good_as([out, *grads], reference, truth)
 
 
 def test_neighbours_with_equal_key_sets_are_one_call():

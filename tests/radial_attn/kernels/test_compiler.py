@@ -14,7 +14,7 @@ SPACED = "needs folders without a space on cpu, got '/opt/my models/torch': inst
 
 @pytest.fixture
 def spaced(monkeypatch, tmp_path):
-    """A machine with a compiler, and with torch in a folder whose name has a space."""
+    """Makes a machine with a compiler, and with torch in a folder whose name has a space."""
     program = tmp_path / "g++"
     program.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(program))
@@ -62,18 +62,18 @@ def test_flex_is_refused(spaced):
 
 
 def test_a_compiled_run_is_refused_before_its_model_is_read(spaced, tmp_path, capsys):
-    words = ["model.compile=blocks", "model.device=cpu", f"output.path={tmp_path / 'a.mp4'}"]
-    assert generate.main([TINY, *words]) == 2
+    arguments = ["model.compile=blocks", "model.device=cpu", f"output.path={tmp_path / 'a.mp4'}"]
+    assert generate.main([TINY, *arguments]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == f"error: model.compile: got 'blocks', which {SPACED}; allowed here: none"
     assert not list(tmp_path.glob("a.*"))
 
 
 def test_the_small_models_are_trained_uncompiled_unless_told(spaced, capsys):
-    words = ["--device", "cpu"]
-    assert not train_tiny.parse(words).compile
+    arguments = ["--device", "cpu"]
+    assert not train_tiny.parse(arguments).compile
     with pytest.raises(SystemExit):
-        train_tiny.parse([*words, "--compile"])
+        train_tiny.parse([*arguments, "--compile"])
     assert f"--compile {SPACED}" in capsys.readouterr().err
 
 

@@ -1,12 +1,10 @@
 """The flashinfer backend against an emulation of the library, and against the library itself on a GPU."""
 
-import inspect
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
 from radial_attn.dispatch import missing, unsuited
@@ -14,14 +12,19 @@ from radial_attn.kernels import flashinfer as kernel
 from radial_attn.kernels import reference
 from radial_attn.kernels.contract import Call
 from tests.support import kernel_emulations
-from tests.support.attention_cases import GRIDS, assert_as_good_as, exact, make_inputs, make_mask
+from tests.support.attention_cases import (
+    GRIDS,
+    assert_as_good_as,
+    assert_near,
+    attend,
+    compare_forward,
+    exact,
+    fresh_mask,
+    make_inputs,
+)
+from tests.support.kernel_emulations import assert_promised
 
 WIDTH = 64
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -33,81 +36,54 @@ def library(monkeypatch):
     kernel.workspace.cache_clear()
 
 
-def new_mask(*args, **options) -> BlockMask:
-    """A mask that holds no plan yet: radial masks of one shape are one object."""
-    mask = make_mask(*args, **options)
-    return BlockMask(mask.grid, mask.block_size, mask.blocks)
-
-
-def attend(backend, inputs, mask, dtype, lengths=None, *, scale=WIDTH**-0.5) -> Tensor:
-    tensors = [x.to(dtype) for x in inputs[:3]]
-    counts = None if lengths is None else torch.tensor(lengths)
-    return backend.attention(*tensors, mask, text_lengths=counts, scale=scale)
-
-
-def assert_near(found: Tensor, wanted: Tensor) -> None:
-    """Equal up to a few roundings of float16."""
-    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
-
-
-def check(inputs, mask, dtype=torch.float16, lengths=None) -> None:
-    found, plain = (attend(backend, inputs, mask, dtype, lengths) for backend in (kernel, reference))
-    assert found.dtype == dtype
-    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, lengths))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("tokens", GRIDS)
 def test_odd_sizes(library, tokens, block_size, heads, dtype):
-    mask = new_mask(GRIDS[tokens], block_size, heads)
-    check(make_inputs(mask.grid, 2, 3, WIDTH), mask, dtype)
+    mask = fresh_mask(GRIDS[tokens], block_size, heads)
+    compare_forward(kernel, make_inputs(mask.grid, 2, 3, WIDTH), mask, dtype)
     plan = library.plans[0]
     assert plan["q_data_type"] == plan["kv_data_type"] == dtype
     if heads is None:
-        assert plan["o_data_type"] == dtype and (plan["M"], plan["N"], plan["R"]) == (
-            tokens,
-            tokens,
-            block_size,
-        )
+        assert (plan["o_data_type"], plan["M"], plan["N"], plan["R"]) == (dtype, tokens, tokens, block_size)
     assert len(library.plans) == 1
 
 
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("lengths", [[0, 11], [4, 7]])
 def test_padded_text(library, lengths, heads):
-    mask = new_mask(GRIDS[111], heads=heads)
+    mask = fresh_mask(GRIDS[111], heads=heads)
     inputs = make_inputs(mask.grid, 2, 2, WIDTH)
     for tensor in inputs[1:3]:
         tensor[0, 100 + lengths[0] :] = torch.nan
-    check([x.nan_to_num() for x in inputs], mask, lengths=lengths)
-    found = attend(kernel, inputs, mask, torch.float16, lengths)
+    compare_forward(kernel, [x.nan_to_num() for x in inputs], mask, lengths=lengths)
+    actual = attend(kernel, inputs, mask, torch.float16, lengths)
     for sample, length in enumerate(lengths):
-        assert not found[sample, 100 + length :].any()
-    assert found.isfinite().all()
+        assert not actual[sample, 100 + length :].any()
+    assert actual.isfinite().all()
     assert len(library.plans) == 2
 
 
 def test_one_plan_for_each_shape_and_one_workspace(library):
-    mask, inputs = new_mask(GRIDS[63]), make_inputs(GRIDS[63], 2, 2, WIDTH)
+    mask, inputs = fresh_mask(GRIDS[63]), make_inputs(GRIDS[63], 2, 2, WIDTH)
     for _ in range(3):
         attend(kernel, inputs, mask, torch.float16)
     assert len(library.plans) == 1
     attend(kernel, inputs, mask, torch.bfloat16)
     attend(kernel, inputs, mask, torch.float16, scale=0.5)
     attend(kernel, [x[:, :, :1] for x in inputs], mask, torch.float16)
-    attend(kernel, inputs, new_mask(GRIDS[63]), torch.float16)
+    attend(kernel, inputs, fresh_mask(GRIDS[63]), torch.float16)
     assert len(library.plans) == 5
     assert len({x.data_ptr() for x in library.workspaces}) == 1
     assert library.workspaces[0].numel() == 128 * 2**20
 
 
 def test_the_scale_is_planned(library):
-    mask, inputs = new_mask(GRIDS[63]), make_inputs(GRIDS[63], 1, 2, WIDTH)
-    found, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
+    mask, inputs = fresh_mask(GRIDS[63]), make_inputs(GRIDS[63], 1, 2, WIDTH)
+    actual, plain = (attend(x, inputs, mask, torch.float16, scale=0.3) for x in (kernel, reference))
     assert library.plans[0]["sm_scale"] == 0.3
-    assert_near(found, plain)
+    assert_near(actual, plain)
     with pytest.raises(ValueError, match="takes a positive scale, got 0"):
         attend(kernel, inputs, mask, torch.float16, scale=0.0)
 
@@ -119,8 +95,8 @@ def test_dense_mask_strided_inputs_and_inputs_left_alone(library):
     packed = torch.randn(2, grid.tokens, WIDTH, 2, 3).half()
     tensors = [x.transpose(2, 3) for x in packed.unbind(-1)]
     before = packed.clone()
-    found, plain = (x.attention(*tensors, mask, text_lengths=None, scale=0.125) for x in (kernel, reference))
-    assert_near(found, plain)
+    actual, plain = (x.attention(*tensors, mask, text_lengths=None, scale=0.125) for x in (kernel, reference))
+    assert_near(actual, plain)
     assert torch.equal(packed, before)
 
 
@@ -133,10 +109,10 @@ def test_rows_without_keys_are_zeros(library, heads):
     blocks[:, 2] = torch.arange(7) == 6
     mask = BlockMask(grid, 16, blocks if heads else blocks[0])
     inputs = make_inputs(grid, 1, 2, WIDTH)
-    found = attend(kernel, inputs, mask, torch.float16, [0])
-    assert not found[:, 16:32].any() and found[:, 96:100].all()
-    assert found[:, 32:48].all()
-    assert_near(found, attend(reference, inputs, mask, torch.float16, [0]))
+    actual = attend(kernel, inputs, mask, torch.float16, [0])
+    assert not actual[:, 16:32].any() and actual[:, 96:100].all()
+    assert actual[:, 32:48].all()
+    assert_near(actual, attend(reference, inputs, mask, torch.float16, [0]))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +121,7 @@ def test_rows_without_keys_are_zeros(library, heads):
 def test_column_lists_are_the_mask(size, tokens, columns):
     """Cut columns, spread on tokens, are the mask on tokens."""
     grid = TokenGrid(1, 1, tokens)
-    mask = new_mask(grid, size, heads=1)
+    mask = fresh_mask(grid, size, heads=1)
     blocks = mask.blocks[0]
     indptr, indices = kernel.column_lists(blocks, size // columns, tokens // columns, "cpu")
     table = torch.zeros(len(blocks), tokens // columns, dtype=torch.bool)
@@ -153,12 +129,12 @@ def test_column_lists_are_the_mask(size, tokens, columns):
         assert (indices[start:stop].diff() > 0).all()
         table[row, indices[start:stop].long()] = True
     assert indptr.dtype == indices.dtype == torch.int32
-    found = table.repeat_interleave(mask.block_tokens, 0).repeat_interleave(columns, 1)
-    assert torch.equal(found, mask.token_mask()[0])
+    actual = table.repeat_interleave(mask.block_tokens, 0).repeat_interleave(columns, 1)
+    assert torch.equal(actual, mask.token_mask()[0])
 
 
 def test_compiled_code_goes_around_the_library(library):
-    mask, inputs = new_mask(GRIDS[63]), make_inputs(GRIDS[63], 1, 2, WIDTH)
+    mask, inputs = fresh_mask(GRIDS[63]), make_inputs(GRIDS[63], 1, 2, WIDTH)
     compiled = torch.compile(lambda *x: attend(kernel, x, mask, torch.float16) + 1, backend="eager")
     assert_near(compiled(*inputs), attend(kernel, inputs, mask, torch.float16) + 1)
 
@@ -175,11 +151,7 @@ def test_signatures_are_those_of_the_installed_library():
     real, emulated = pytest.importorskip("flashinfer"), kernel_emulations.flashinfer()
     for name in ("BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper"):
         for method in ("__init__", "plan", "run"):
-            promised = inspect.signature(getattr(getattr(emulated, name), method)).parameters
-            assert set(promised) <= set(inspect.signature(getattr(getattr(real, name), method)).parameters), (
-                name,
-                method,
-            )
+            assert_promised(*(getattr(getattr(module, name), method) for module in (real, emulated)))
 
 
 @pytest.mark.gpu
@@ -189,12 +161,12 @@ def test_signatures_are_those_of_the_installed_library():
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_on_a_gpu(block_size, heads, dtype, options):
     pytest.importorskip("flashinfer")
-    mask = new_mask(GRIDS[111], block_size, heads)
+    mask = fresh_mask(GRIDS[111], block_size, heads)
     inputs = make_inputs(mask.grid, 2, 3, WIDTH)
     with torch.no_grad():
         tensors = [x.to("cuda", dtype) for x in inputs[:3]]
-        found, plain = (
+        actual, plain = (
             radial_attention(*tensors, mask, backend=name, **options).cpu()
             for name in ("flashinfer", "reference")
         )
-    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, **options))
+    assert_as_good_as([actual], [plain], exact(inputs, mask, dtype, **options))

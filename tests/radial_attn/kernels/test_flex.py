@@ -12,19 +12,14 @@ PROBLEM = compiler_problem("cpu")
 needs_compiler = pytest.mark.skipif(PROBLEM is not None, reason=f"FlexAttention needs {PROBLEM}")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def attend(backend, inputs, mask, dtype, **options) -> torch.Tensor:
     query, key, value = (x.to(dtype) for x in inputs[:3])
     return radial_attention(query, key, value, mask, backend=backend, **options)
 
 
 def check(inputs, mask, dtype, **options) -> None:
-    found, plain = (attend(backend, inputs, mask, dtype, **options) for backend in ("flex", "reference"))
-    assert_as_good_as([found], [plain], exact(inputs, mask, dtype, **options))
+    actual, plain = (attend(backend, inputs, mask, dtype, **options) for backend in ("flex", "reference"))
+    assert_as_good_as([actual], [plain], exact(inputs, mask, dtype, **options))
 
 
 @needs_compiler

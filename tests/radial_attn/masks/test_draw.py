@@ -1,50 +1,31 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
+from radial_attn.__main__ import main
 from radial_attn.masks.draw import draw_mask, frame_distance, layers
 
-SHAPE = ["--frames", "12", "--height", "6", "--width", "10", "--block-size", "16"]
+SHAPE = ["--frames=12", "--height=6", "--width=10", "--block-size=16"]
 
 
-def test_command_draws_a_picture_and_names_the_density(tmp_path):
-    picture = tmp_path / "mask.png"
-    command = [
-        sys.executable,
-        "-m",
-        "radial_attn",
-        "draw",
-        *SHAPE,
-        "--text",
-        "20",
-        "--out",
-        str(picture),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_command_draws_a_picture_and_names_the_density(tmp_path, capsys):
+    main(["draw", *SHAPE, "--text=20", f"--out={tmp_path / 'mask.png'}"])
     density = radial_mask(TokenGrid(12, 6, 10, text=20), RadialConfig(block_size=16)).density
-    assert f"density {density:.4f}" in done.stdout
-    assert not done.stderr
-    assert imread(picture).std() > 0.1
+    printed = capsys.readouterr()
+    assert f"density {density:.4f}" in printed.out and not printed.err
+    assert imread(tmp_path / "mask.png").std() > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
 
 
 @pytest.mark.parametrize("text", [0, 5, 90])
 def test_every_kept_block_has_one_colour(text):
     grid, config = TokenGrid(9, 5, 7, text), RadialConfig(block_size=16, decimation_width="block")
-    found = layers(grid, config)
-    count = sum(layer.member.astype(int) for layer in found)
+    drawn = layers(grid, config)
+    count = sum(layer.member.astype(int) for layer in drawn)
     assert (count == 1).all()
-    names = [layer.label for layer in found]
-    assert names[:4] == [
-        "0 or 1 frames apart",
-        "2 or 3 frames apart",
-        "4 to 7 frames apart",
-        "8 frames apart",
-    ]
+    names = [layer.label for layer in drawn]
+    assert names[:4] == [f"{band} frames apart" for band in ("0 or 1", "2 or 3", "4 to 7", "8")]
     assert ("text" in names) == bool(text)
 
 

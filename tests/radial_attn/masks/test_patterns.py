@@ -26,22 +26,22 @@ def mask(pattern: str, grid: TokenGrid, config: RadialConfig = TOY) -> torch.Ten
 @pytest.mark.parametrize(("grid", "config"), GRIDS, ids=str)
 def test_as_dense_as_the_radial_mask(pattern, grid, config):
     wanted = radial_mask(grid, config).density
-    found = radial_mask(grid, replace(config, pattern=pattern))
-    assert found.density == pytest.approx(wanted, rel=0.05)
-    assert found.blocks.diagonal().all()
+    actual = radial_mask(grid, replace(config, pattern=pattern))
+    assert actual.density == pytest.approx(wanted, rel=0.05)
+    assert actual.blocks.diagonal().all()
     text = grid.video_tokens // config.block_size
     if grid.text:
-        assert found.blocks[text:].all() and found.blocks[:, text:].all()
-    assert found.blocks[:, : grid.tokens_per_frame // config.block_size].all()  # the sink
+        assert actual.blocks[text:].all() and actual.blocks[:, text:].all()
+    assert actual.blocks[:, : grid.tokens_per_frame // config.block_size].all()  # the sink
     solved = resolve_density(grid, replace(config, pattern=pattern, density=0.5))
     assert solved.pattern == pattern and radial_mask(grid, solved).density == pytest.approx(0.5, rel=0.05)
 
 
 def test_a_grid_without_a_mask_about_as_dense():
-    """All powers of two are 0.88 of the 5 blocks a row, where the radial mask keeps 0.36."""
+    """All powers of two are 0.88 of the 5 blocks a row; the radial mask keeps 0.36."""
     grid, config = TokenGrid(5, 4, 4), replace(TOY, pattern="power")
-    said = r"0\.360 for 5 x 4 x 4 .*nearest 0\.880: choose another pattern.* got 'power'"
-    with pytest.raises(ValueError, match=f"^pattern must have a mask within 5%.* {said}$"):
+    message = r"0\.360 for 5 x 4 x 4 .*nearest 0\.880: choose another pattern.* got 'power'"
+    with pytest.raises(ValueError, match=f"^pattern must have a mask within 5%.* {message}$"):
         radial_mask(grid, config)
     assert radial_mask(grid, replace(config, pattern="strided")).density == pytest.approx(0.36)
 
@@ -56,22 +56,22 @@ def test_spatial_keeps_near_frames():
 
 def test_temporal_keeps_the_own_position_in_every_frame():
     blocks = mask("temporal", *GRIDS[2]).view(18, 30, 18, 30)
-    for place in range(30):
-        assert blocks[:, place, :, place].all()
+    for index in range(30):
+        assert blocks[:, index, :, index].all()
     assert not blocks[5, :6, 17, 24:].any() and not blocks[17, 24:, 5, :6].any()
 
 
 @pytest.mark.parametrize("pattern", ["sliding_tile", "harmonic"])
 @pytest.mark.parametrize(("grid", "config"), [*GRIDS, (TokenGrid(9, 8, 8), TOY)], ids=str)
 def test_density_within_two_percent(pattern, grid, config):
-    found = radial_mask.__wrapped__(grid, replace(config, pattern=pattern))
-    assert found.density == pytest.approx(radial_mask(grid, config).density, rel=0.02)
+    actual = radial_mask.__wrapped__(grid, replace(config, pattern=pattern))
+    assert actual.density == pytest.approx(radial_mask(grid, config).density, rel=0.02)
     again = radial_mask.__wrapped__(grid, replace(config, pattern=pattern))
-    assert torch.equal(found.blocks, again.blocks)
+    assert torch.equal(actual.blocks, again.blocks)
 
 
 def windows_by_tokens(grid: TokenGrid, block: int) -> torch.Tensor:
-    """`window_radii` token by token: the windows of 1, 3, 5, ... tiles, what each leaves out of a block."""
+    """Computes `window_radii` token by token: what windows of 1, 3, 5, ... tiles leave out of a block."""
     sides = (grid.frames, grid.height, grid.width)
     places = torch.cartesian_prod(*[torch.arange(size) for size in sides]) // torch.tensor(tile_shape(block))
     outside = torch.zeros(len(places), len(places))
@@ -90,9 +90,9 @@ def windows_by_tokens(grid: TokenGrid, block: int) -> torch.Tensor:
 @pytest.mark.parametrize("grid", [TokenGrid(9, 8, 8), TokenGrid(7, 6, 11), TokenGrid(10, 5, 9, 20)], ids=str)
 def test_windows_of_tiles_against_single_tokens(grid):
     """Tiles cut short at the far borders, frames that begin inside a block, text in the last blocks."""
-    found, wanted = torch.from_numpy(window_radii(grid, 16)), windows_by_tokens(grid, 16)
+    actual, wanted = torch.from_numpy(window_radii(grid, 16)), windows_by_tokens(grid, 16)
     count = -(-grid.video_tokens // 16)
-    assert torch.allclose(found[:count, :count].float(), wanted[:count, :count], atol=1e-5)
+    assert torch.allclose(actual[:count, :count].float(), wanted[:count, :count], atol=1e-5)
 
 
 def test_windows_move_inwards_at_borders():
@@ -111,7 +111,7 @@ def test_sliding_tile_keeps_the_same_count_in_the_nearest_windows():
 
 
 def test_harmonic_narrows_with_frame_distance():
-    """Half-width w / d: where a frame of distance d keeps its corners, so do all nearer ones."""
+    """Half-width w / d: if a frame of distance d keeps its corners, so do all nearer ones."""
     blocks = mask("harmonic", GRIDS[2][0], replace(REAL, sink=False)).view(18, 30, 18, 30)
     kept = [int(blocks[0, 15, distance].sum()) for distance in range(18)]
     assert kept == sorted(kept, reverse=True) and kept[0] == 30 and kept[17] >= 1

@@ -60,13 +60,13 @@ def test_sparsity_is_that_of_the_paper(frames, tokens_per_frame, options, sparsi
     assert 100 * (1 - mask.density) == pytest.approx(sparsity, abs=0.1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(GRIDS, CONFIGS)
 def test_closed_form_equals_expanded_tokens(grid, config):
     assert torch.equal(radial_mask(grid, config).blocks, block_rule(grid, config))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 12), st.integers(1, 6), CONFIGS)
 def test_whole_blocks_pool_the_whole_token_mask(frames, blocks_per_frame, config):
     """With frames of whole blocks no block is shared: pooling all tokens at once must agree, too."""
@@ -78,16 +78,7 @@ def test_whole_blocks_pool_the_whole_token_mask(frames, blocks_per_frame, config
     assert torch.equal(radial_mask(grid, config).blocks, 5 * filled > 3 * touched)
 
 
-@settings(max_examples=100, deadline=None)
-@given(GRIDS, CONFIGS)
-def test_no_query_is_left_without_keys(grid, config):
-    mask = radial_mask(grid, config)
-    assert mask.blocks.diagonal().all()
-    assert 0 < mask.density <= 1
-    assert mask.density == pytest.approx(mask.token_mask().double().mean().item(), rel=1e-12)
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 8), st.sampled_from([0, 16, 40]), CONFIGS)
 def test_symmetric_without_sink_on_whole_blocks(frames, blocks_per_frame, text, config):
     config = replace(config, block_size=16, sink=False)
@@ -95,7 +86,7 @@ def test_symmetric_without_sink_on_whole_blocks(frames, blocks_per_frame, text, 
     assert torch.equal(blocks, blocks.T)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GRIDS, CONFIGS)
 def test_options_only_add_blocks(grid, config):
     blocks = radial_mask(grid, config).blocks
@@ -103,7 +94,7 @@ def test_options_only_add_blocks(grid, config):
         assert (radial_mask(grid, replace(config, **change)).blocks | ~blocks).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GRIDS, CONFIGS)
 def test_neighbour_in_words_is_neighbour_in_numbers(grid, config):
     for word, share in (("full", 1.0), ("half", 0.5)):
@@ -111,21 +102,13 @@ def test_neighbour_in_words_is_neighbour_in_numbers(grid, config):
         assert torch.equal(masks[0].blocks, masks[1].blocks)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GRIDS, CONFIGS, st.floats(0.01, 1), st.floats(1, 3))
 def test_wider_bands_only_add_blocks(grid, config, share, wider):
     narrow = replace(config, neighbour=share)
     wide = replace(config, neighbour=min(share * wider, 1.0), decay_factor=config.decay_factor * wider)
     if share * grid.tokens_per_frame >= config.block_size:
         assert (radial_mask(grid, wide).blocks | ~radial_mask(grid, narrow).blocks).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(GRIDS, CONFIGS)
-def test_text_is_kept_whole(grid, config):
-    tokens = radial_mask(grid, config).token_mask()
-    assert tokens[grid.video_tokens :].all()
-    assert tokens[:, grid.video_tokens :].all()
 
 
 @given(GRIDS, st.sampled_from([16, 64, 128]))

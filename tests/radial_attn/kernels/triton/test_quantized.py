@@ -20,11 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def right_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter loses the carry when fp8 rounds up to the next power of two: torch rounds instead."""
@@ -42,16 +37,16 @@ def right_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantized_errors(monkeypatch, tensors, mask, bits: str, **options) -> tuple[OutputError, OutputError]:
-    """Of the kernel against the definition of its rounding, and of that definition against the exact."""
+    """Compares the kernel with the definition of its rounding, and that definition with the exact result."""
     columns = 32  # of the interpreted launch, whose int8 leaves the values in 16 bits
     as_kernel = partial(quantized_attention, columns=columns, fp8_values=bits == "fp8")
     monkeypatch.setattr(reference, "quantized_attention", as_kernel)
     exact = radial_attention(*(x.float() for x in tensors), mask, backend="reference", **options)
-    defined, found = (
+    defined, actual = (
         radial_attention(*tensors, mask, backend=name, quantize=bits, **options)
         for name in ("reference", "triton")
     )
-    return output_error(found, defined), output_error(defined, exact)
+    return output_error(actual, defined), output_error(defined, exact)
 
 
 @pytest.mark.usefixtures("right_fp8")
@@ -102,9 +97,9 @@ def test_log_sum_exp(bits, most):
     mask = make_mask(grid)
     counts = torch.tensor([104, 111], dtype=torch.int32)
     arguments = query, key, value, mask.blocks, 16, grid.video_tokens, counts, 0.125
-    _, found = quantized(*arguments, bits) if bits else kernel.triton_attention(*arguments)
+    _, actual = quantized(*arguments, bits) if bits else kernel.triton_attention(*arguments)
     keep = mask.token_mask() & (torch.arange(111) < counts.view(-1, 1, 1, 1))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.125
     wanted = scores.masked_fill(~keep, -torch.inf).logsumexp(-1)
-    assert (found - wanted)[0, :, :104].abs().max() < most and (found - wanted)[1].abs().max() < most
-    assert (found[0, :, 104:] == -torch.inf).all()
+    assert (actual - wanted)[0, :, :104].abs().max() < most and (actual - wanted)[1].abs().max() < most
+    assert (actual[0, :, 104:] == -torch.inf).all()

@@ -11,22 +11,22 @@ CPU = torch.device("cpu")
 
 
 def of(mask: BlockMask, *, padded: bool = False) -> tuple[torch.Tensor, Extent]:
-    """The first arguments of the functions that list tiles."""
+    """Returns the first arguments of the functions that list tiles."""
     grid = mask.grid
     return mask.blocks, Extent(grid.tokens, mask.block_size, grid.video_tokens if padded else grid.tokens)
 
 
 def expand(tiles: Tiles, step: int, across: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The listed whole and mixed tiles on tokens, int counts `[H, S, S]`; rows are the side that lists."""
-    found = torch.zeros(2, len(tiles.offsets), tokens, tokens, dtype=torch.int32)
+    """Counts the listed whole and mixed tiles on tokens, int `[H, S, S]`; rows are the side that lists."""
+    actual = torch.zeros(2, len(tiles.offsets), tokens, tokens, dtype=torch.int32)
     for head, offsets in enumerate(tiles.offsets.tolist()):
         for tile, (whole, mixed, end) in enumerate(offsets):
             for kind, listed in enumerate((tiles.starts[whole:mixed], tiles.starts[mixed:end])):
                 assert listed.tolist() == sorted(listed.tolist())
                 for start in listed.tolist():
                     rows = slice(tile * step, (tile + 1) * step)
-                    found[kind, head, rows, start : start + across] += 1
-    return found[0], found[1]
+                    actual[kind, head, rows, start : start + across] += 1
+    return actual[0], actual[1]
 
 
 @pytest.mark.parametrize("heads", [None, 3])

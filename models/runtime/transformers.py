@@ -1,0 +1,22 @@
+"""Finds the transformers of a model."""
+
+from typing import Any
+
+import torch
+
+NAMES = ("transformer", "transformer_2")  # attributes of a pipeline
+
+
+def parts_of(model: Any) -> list[torch.nn.Module]:
+    """Returns the model if it is a module, else the transformers of a pipeline, as they are."""
+    if isinstance(model, torch.nn.Module):
+        return [model]
+    return [part for name in NAMES if (part := getattr(model, name, None)) is not None]
+
+
+def transformers_of(model: Any) -> list[torch.nn.Module]:
+    """Returns the transformers of a model without torch.compile's wrapper; ValueError if it has none."""
+    transformers = [getattr(part, "_orig_mod", part) for part in parts_of(model)]
+    if not transformers:
+        raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
+    return transformers
