@@ -58,9 +58,10 @@ def apply_radial_attention(
     fastest. "native" leaves the choice to upstream, "sage" is our own, and a name of diffusers' dispatch
     ("flash") is set.
 
-    `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer in which
-    an output of `radial_attention` is not finite. The error names the layer (from 0), step (from 1) and
-    backend. "reference" also compares the first radial output of each layer and video size with the
+    `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
+    values that are not finite. It names the step (from 1) and the first bad place: an input, the weights
+    before a layer (from 0), the layer's attention and its backend, its output projection, or what follows the
+    last layer. "reference" also compares the first radial output of each layer and video size with the
     definition, on a sample of query blocks. It logs the errors to "radial_attn" and raises above relative L2
     0.2. "auto" is "nan" for quantised backends and "sage", else "off".
 
@@ -123,7 +124,11 @@ def apply_radial_attention(
 
 
 class RadialAttentionHandle:
-    """Holds one application of radial attention; `remove()`, or leaving its `with` block, undoes it."""
+    """Holds one application of radial attention; `remove()`, or leaving its `with` block, undoes it.
+
+    A copy or a pickle of the model has radial attention too, with a handle of its own, which
+    `radial_attn.disable` finds.
+    """
 
     def __init__(
         self, context: RadialContext, transformers: Sequence[torch.nn.Module], family: ModuleType
@@ -135,6 +140,13 @@ class RadialAttentionHandle:
         for transformer in transformers:
             self._install(transformer, family)
             vars(transformer)[HANDLE] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_transformers": [reference() for reference in self._transformers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        transformers = [weakref.ref(x) for x in state["_transformers"] if x is not None]
+        vars(self).update(state, _transformers=transformers)
 
     def remove(self) -> None:
         """Restores the original processors and removes the hooks; a second call does nothing."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import LayerCheck
+from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -49,6 +49,7 @@ class JointProcessor:
         super().__init__()
         self.dense, self.layer_check = dense, layer_check
 
+    @watched
     def __call__(
         self,
         attn: Attention,

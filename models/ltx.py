@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_ltx import (
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import LayerCheck
+from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = LTXVideoAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
@@ -55,6 +55,7 @@ class RadialProcessor(LTXVideoAttnProcessor):
         super().__init__()
         self.dense, self.layer_check = dense, layer_check
 
+    @watched
     def __call__(
         self,
         attn: LTXAttention,

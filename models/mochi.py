@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import LayerCheck
+from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = MochiAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -48,6 +48,7 @@ class RadialProcessor(MochiAttnProcessor2_0):
         super().__init__()
         self.dense, self.layer_check = dense, layer_check
 
+    @watched
     def __call__(
         self,
         attn: MochiAttention,

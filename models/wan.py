@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from radial_attn import TokenGrid
 
 from .runtime.context import attend
-from .runtime.output_check import LayerCheck
+from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = WanAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
@@ -41,6 +41,7 @@ class RadialProcessor(WanAttnProcessor):
         super().__init__()
         self.dense, self.layer_check = dense, layer_check
 
+    @watched
     def __call__(
         self,
         attn: WanAttention,

@@ -21,7 +21,9 @@ DRAWING = {"matplotlib", "PIL"}
 XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
     "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
-    "radial_attn.models": {"torch", "diffusers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT},
+    "radial_attn.models": {
+        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT)
+    },
     "scripts": {"radial_attn", *LIBRARIES.split()},
 }
 FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts": set()}

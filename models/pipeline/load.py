@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .weights import check_weights
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -57,13 +59,16 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: the folder, hub model, model_index.json or a component does not exist.
-        ValueError: the family is unknown, model_index.json is unreadable or of another family, or a
-            safetensors file is broken. All of these are found before any weight is loaded.
+        ValueError: the family is unknown, model_index.json is unreadable or of another family, a safetensors
+            file is broken, or a part lacks tensors. All of these are found before any weight is loaded.
     """
     import diffusers
 
     check_model(path, family)
     kind = FAMILIES[family]
+    folder = path if is_local(path) else diffusers.DiffusionPipeline.download(path, use_safetensors=True)
+    index = read_index(path)
+    check_weights(Path(folder), index, parts_named(index).difference(parts or ()))
     pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
@@ -159,12 +164,17 @@ def _fetch_index(path: str) -> dict:
         ) from error
 
 
+def parts_named(index: Mapping[str, Any]) -> set[str]:
+    """Returns the parts that a model_index.json names."""
+    return {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+
+
 def _check_components(folder: Path, index: dict) -> None:
     """Raises an error for a component without a folder, or a safetensors file whose header does not fit."""
     from safetensors import SafetensorError, safe_open
 
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
-    for part in parts:
+    parts = parts_named(index)
+    for part in sorted(parts):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
                 f"model folder {folder} lacks {part}/, which its model_index.json names; download it again"

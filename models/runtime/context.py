@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -146,6 +147,13 @@ class RadialContext:
         self._dense_steps = 0
         self._calls: Counter[str] = Counter()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, without the latest calls, whose masks hold kernels."""
+        return {**vars(self), "_family": self._family.__name__, "_radial_call": None, "_dense_call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _family=import_module(state["_family"]))
+
     @torch.compiler.disable
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's."""
@@ -159,7 +167,7 @@ class RadialContext:
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
         mask = None if dense else radial_mask(grid, self.config)
-        compare = self.output_check.begin(transformer, mask, latents.device)
+        compare = self.output_check.begin(transformer, mask, arguments)
         self._dense_call = None
         if dense or self.schedule.dense_layers:
             self._dense_call = self._choose_dense(transformer, latents, grid, lengths)
@@ -181,14 +189,13 @@ class RadialContext:
 
     @torch.compiler.disable
     def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Raises CheckError if a layer's output fails its check, as forward hook of a transformer."""
+        """Raises CheckError if a call fails its check, as forward hook of a transformer."""
         calls = self._radial_call, self._dense_call
-        if not any(calls):
-            return
         planned = self.schedule.num_steps or self._counter.planned_steps
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
         backends = tuple("dense" if call is None else call.backend for call in calls)
-        self.output_check.end(transformer, backends, f"{step}, {str(self._dtype).removeprefix('torch.')}")
+        moment = f"{step}, {str(self._dtype).removeprefix('torch.')}"
+        self.output_check.end(transformer, output[0], backends, moment)
 
     def report(self) -> dict[str, Any]:
         """Returns the counts that RadialAttentionHandle.report explains."""

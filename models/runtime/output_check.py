@@ -1,12 +1,15 @@
-"""Checks attention outputs: a run stops at one that is not finite, or far from the definition.
+"""Checks a run: it stops at values that are not finite, or at attention far from the definition.
 
-Every layer notes on the device whether its output is good, without waiting for the device. After each call of
-a transformer the notes of all its layers are read at once. Notes are tensors that a compiled block writes in
-place, and the comparison is one operator: neither adds a graph break.
+Every layer, dense or not, notes on the device whether hidden states before and after it are finite, without
+waiting for the device. After each call of a transformer all notes are read at once, and the first bad place
+is named. Notes are tensors that a compiled block writes in place, and the comparison is one operator: neither
+adds a graph break.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ MOST_ERROR = 0.2  # relative L2 norm; 8-bit products stay under half of it
 
 
 class CheckError(RuntimeError):
-    """Names layer and backend of an attention output that is not finite or far from the definition."""
+    """Names the first place that is not finite, or an attention output far from the definition."""
 
 
 def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
@@ -41,10 +44,33 @@ def resolve_check(check: str, quantize: str | None, *backends: str) -> str:
     return "nan" if quantize is not None or "sage" in backends else "off"
 
 
-class LayerCheck:
-    """Holds one layer's notes: `bad`, bool `[]`, an output was not finite; `error`, float32 `[2]`.
+def not_finite(*tensors: Tensor) -> Tensor:
+    """Returns whether any value is NaN or infinite, bool `[]` on the device."""
+    extremes = [extreme.float() for x in tensors if x.numel() for extreme in torch.aminmax(x.detach())]
+    extremes = extremes or [tensors[0].new_zeros(())]
+    return torch.stack(extremes).isfinite().all().logical_not()
 
-    `layer`: its name; `dense`: whether it is dense at every step.
+
+def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `__call__` of a processor, so that its layer check notes the hidden states on both sides."""
+
+    @wraps(call)
+    def noted(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = call(self, attn, hidden_states, *args, **kwargs)
+        if self.layer_check is not None:
+            text = args[0] if args else kwargs.get("encoder_hidden_states")
+            inputs = [hidden_states] if text is None else [hidden_states, text]
+            self.layer_check.note_sides(inputs, output if isinstance(output, tuple) else (output,))
+        return output
+
+    return noted
+
+
+class LayerCheck:
+    """Holds one layer's notes: `bad`, bool `[3]`, and `error`, float32 `[2]`.
+
+    `bad` says whether hidden states before the layer, attention, and hidden states after the layer were not
+    finite. `layer`: its name; `dense`: whether it is dense at every step.
     """
 
     def __init__(self, layer: str, dense: bool) -> None:
@@ -54,16 +80,21 @@ class LayerCheck:
     def move_to(self, device: torch.device) -> None:
         """Makes empty notes on another device."""
         with torch.inference_mode(False):
-            self.bad = torch.zeros((), dtype=torch.bool, device=device)
+            self.bad = torch.zeros(3, dtype=torch.bool, device=device)
             self.error = torch.zeros(2, device=device)
+
+    def note_sides(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Notes the hidden states `[B, S, C]` before and after a layer."""
+        before, after = not_finite(*inputs), not_finite(*outputs)
+        self.bad.logical_or_(torch.stack([before, torch.zeros_like(before), after]).to(self.bad.device))
 
     def note(
         self, inputs: Sequence[Tensor], output: Tensor, mask: BlockMask | None, text_lengths: Tensor | None
     ) -> None:
-        """Notes an output `[B, S, H, D]` of `inputs`; with a mask also its error, sampled."""
+        """Notes attention `[B, S, H, D]` of query, key and value; with a mask also its error, sampled."""
         output = output.detach()
-        finite = torch.stack(torch.aminmax(output)).isfinite().all()
-        self.bad.logical_or_(finite.logical_not().to(self.bad.device))
+        bad = not_finite(output)
+        self.bad.logical_or_(torch.stack([torch.zeros_like(bad), bad, bad]).to(self.bad.device))
         if mask is None:
             return
         grid = mask.grid
@@ -111,6 +142,7 @@ class OutputCheck:
         self._layers: dict[torch.nn.Module, list[LayerCheck]] = {}
         self._compared: set[tuple[torch.nn.Module, TokenGrid]] = set()
         self._comparing = False
+        self._inputs: dict[str, Tensor] = {}
         self._errors: list[tuple[str, OutputError]] = []
 
     def add_layer(self, transformer: torch.nn.Module, dense: bool, layer: str) -> LayerCheck | None:
@@ -121,11 +153,20 @@ class OutputCheck:
         layers.append(LayerCheck(layer, dense))
         return layers[-1]
 
-    def begin(self, transformer: torch.nn.Module, mask: BlockMask | None, device: torch.device) -> bool:
-        """Returns whether a call on `device` is compared: the first with a mask, by transformer and grid."""
+    def begin(
+        self, transformer: torch.nn.Module, mask: BlockMask | None, arguments: Mapping[str, Any]
+    ) -> bool:
+        """Returns whether a call is compared: the first with a mask, by transformer and grid.
+
+        Notes which `arguments` of the call are not finite.
+        """
+        device = arguments["hidden_states"].device
         for layer_check in self._layers.get(transformer, []):
             if layer_check.bad.device != device:
                 layer_check.move_to(device)
+        if self.check != "off":
+            given = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and "mask" not in name}
+            self._inputs = {name: not_finite(x) for name, x in given.items() if x.is_floating_point()}
         self._comparing = self.check == "reference" and mask is not None
         if self._comparing:
             call = transformer, mask.grid
@@ -133,29 +174,61 @@ class OutputCheck:
             self._compared.add(call)
         return self._comparing
 
-    def end(self, transformer: torch.nn.Module, backends: tuple[str, str], moment: str) -> None:
-        """Reads the notes of the call that ended, with one wait for the device.
+    def end(
+        self, transformer: torch.nn.Module, output: Tensor, backends: tuple[str, str], moment: str
+    ) -> None:
+        """Reads the notes of the call that ended; names the first place that is not finite.
 
         Args:
             backends: backend of the layers that are not dense at every step, and backend of the others.
             moment: step and dtype, for the message.
 
         Raises:
-            CheckError: an output was not finite, or the error of one is above `MOST_ERROR`.
+            CheckError: values were not finite, or the error of an output is above `MOST_ERROR`.
         """
         layers = self._layers[transformer]
-        bad = torch.stack([layer_check.bad for layer_check in layers]).tolist()
-        if any(bad):
-            layer_check = layers[bad.index(True)]
-            for each in layers:
-                each.bad.zero_()
-            name, backend = self._name(transformer, layer_check), backends[layer_check.dense]
-            raise CheckError(
-                f"non-finite attention output in {name} at {moment}, backend {backend}; try another backend"
-            )
+        inputs, self._inputs = self._inputs, {}
+        notes = [*inputs.values(), *(layer_check.bad for layer_check in layers), not_finite(output)]
+        flags = torch.cat([x.flatten() for x in notes]).tolist()  # one wait for the device
+        if any(flags):
+            for layer_check in layers:
+                layer_check.bad.zero_()
+            raise CheckError(self._first_place(transformer, list(inputs), flags, backends, moment))
         if self._comparing:
             sparse = [layer_check for layer_check in layers if not layer_check.dense]
             self._compare(transformer, sparse, backends[0], moment)
+
+    def _first_place(
+        self,
+        transformer: torch.nn.Module,
+        inputs: Sequence[str],
+        flags: Sequence[bool],
+        backends: tuple[str, str],
+        moment: str,
+    ) -> str:
+        """Describes the first bad place: `flags` of the inputs, `LayerCheck.bad` by layer, of the output."""
+        for name, bad in zip(inputs, flags, strict=False):
+            if bad:
+                return (
+                    f"non-finite values in {name}, an input of the transformer, at {moment}; "
+                    "check what makes it, and its dtype"
+                )
+        layer, place = divmod(flags[len(inputs) :].index(True), 3)
+        if layer == len(self._layers[transformer]):
+            return f"non-finite values after the last layer at {moment}; check the weights, and the dtype"
+        layer_check = self._layers[transformer][layer]
+        name, backend = self._name(transformer, layer_check), backends[layer_check.dense]
+        if place == 0:
+            return (
+                f"non-finite values before the attention of {name} at {moment}; "
+                "check the weights before it, and the dtype"
+            )
+        if place == 2 and backend != "dense":
+            return (
+                f"non-finite values after the output projection of {name} at {moment}, not in its attention; "
+                "check the weights, and the dtype"
+            )
+        return f"non-finite attention output in {name} at {moment}, backend {backend}; try another backend"
 
     def report(self) -> dict[str, object]:
         """Returns `mode`, and if outputs were compared, how many (`compared`) and the `worst` of them."""

@@ -69,15 +69,20 @@ class StepCounter:
     there (every video calls `set_timesteps`) begins a new video. Without a pipeline, or if the timestep is
     not in that list, an equal timestep is the same step (the other guidance half), a lower one the next step,
     and a higher one a new video. With `rising` a higher one is the next step, a lower one a new video. This
-    rule means nothing for random timesteps, as in training.
+    rule means nothing for random timesteps, as in training. A copy or a pickle follows the scheduler that was
+    copied with it.
     """
 
     def __init__(self, pipeline: Any = None, *, rising: bool = False) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._copied_scheduler: Any = None
         self._timesteps: torch.Tensor | None = None
         self._planned: list[float] = []
         self._timestep, self._direction = float("inf"), 1 if rising else -1
         self.step = self.steps_begun = self.videos_begun = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pipeline": None, "_copied_scheduler": self._any_scheduler()}
 
     @property
     def planned_steps(self) -> int | None:
@@ -93,6 +98,8 @@ class StepCounter:
         new_video = self._read_plan() or self.videos_begun == 0
         step = self._planned_step(value, timestep.dtype)
         if step is None:
+            if self._copied_scheduler is not None:
+                self._planned = []  # its pipeline has another scheduler by now
             ahead = self._direction * (value - self._timestep)
             new_video = new_video or ahead < 0
             step = 0 if new_video else self.step + (ahead > 0)
@@ -105,9 +112,11 @@ class StepCounter:
 
     def _scheduler(self) -> Any:
         """Returns the scheduler of the pipeline, None unless its timesteps were set."""
-        pipeline = self._pipeline and self._pipeline()
-        scheduler = getattr(pipeline, "scheduler", None)
+        scheduler = self._any_scheduler()
         return scheduler if getattr(scheduler, "num_inference_steps", None) else None
+
+    def _any_scheduler(self) -> Any:
+        return getattr(self._pipeline and self._pipeline(), "scheduler", self._copied_scheduler)
 
     def _read_plan(self) -> bool:
         """Reads the scheduler's timesteps; returns whether they were set since the last call."""

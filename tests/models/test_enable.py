@@ -1,7 +1,9 @@
 """One line for a pipeline: it runs as with its settings spelled out, refuses with a reason, is taken back."""
 
+import copy
 import gc
 import inspect
+import pickle
 import weakref
 from dataclasses import fields, replace
 
@@ -210,6 +212,46 @@ def test_an_enabled_pipeline_is_freed_at_once():
         assert weak() is None
     finally:
         gc.enable()
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, copy.deepcopy) for name in ("wan-a14b", "hunyuan_video", "mochi", "ltx")),
+        *(
+            (name, pickled) for name in ("wan-a14b", "mochi", "ltx")
+        ),  # hooks of a CLIP encoder are not pickled
+    ],
+)
+def test_a_copy_has_a_handle_of_its_own(name, way):
+    """The copy counts its own steps, before and after the original is taken back."""
+    kind = KINDS[name]
+    pipeline = kind.make()
+    dense = kind.generate(pipeline)
+    handle = enable(pipeline, quiet=True, check="nan", dense_steps=0.25, **SMALL)
+    expected = kind.generate(pipeline, 4)
+    copied = way(pipeline)
+    assert torch.equal(kind.generate(copied, 4), expected)
+    assert disable(pipeline)
+    assert torch.equal(kind.generate(pipeline), dense)
+    assert torch.equal(kind.generate(copied, 4), expected)
+    assert vars(copied.transformer)[HANDLE].report()["steps"] == 12 and handle.report()["steps"] == 4
+    assert disable(copied)
+    assert torch.equal(kind.generate(copied), dense)
+
+
+def test_a_copied_transformer_follows_another_scheduler():
+    pipeline = wan_pipeline()
+    enable(pipeline, quiet=True, dense_steps=0.25, **SMALL)
+    generate(pipeline, steps=4)
+    pipeline = copy.deepcopy(pipeline)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=7.0)
+    with pytest.raises(ValueError, match="needs the number of steps"):
+        generate(pipeline, steps=5)
 
 
 def test_saving_knows_nothing_of_it(tmp_path):

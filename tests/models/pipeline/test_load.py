@@ -1,10 +1,13 @@
 """Loading a pipeline: what is built, and what is refused before any weight is read."""
 
+import re
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from safetensors.torch import load_file, save_file
 
 from radial_attn.models.pipeline.load import check_model, flow_scheduler, load_pipeline
 from tests.support.pipelines import generate
@@ -89,6 +92,52 @@ def test_files_that_are_missing_or_broken(folder, name, content, error, message)
         file.write_bytes(file.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(error, match=message):
         load_pipeline(str(folder), "wan", torch.float32, "cpu")
+
+
+def without_a_tensor(file):
+    """Removes the second of a file's tensors that is no norm's, and returns its name."""
+    tensors = load_file(file)
+    name = [name for name, x in tensors.items() if x.ndim > 1][1]
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        *(("wan-tiny", part) for part in ("transformer", "text_encoder", "vae")),
+        *(("hunyuan-tiny", part) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")),
+        *(("mochi-tiny", part) for part in ("transformer", "text_encoder", "vae")),
+    ],
+)
+def test_a_part_that_lacks_a_tensor(model, part, tmp_path, capfd):
+    folder = tmp_path / model
+    shutil.copytree(f"assets/{model}", folder)
+    name = without_a_tensor(next((folder / part).glob("*.safetensors")))
+    family = {"wan-tiny": "wan", "hunyuan-tiny": "hunyuan_video", "mochi-tiny": "mochi"}[model]
+    message = rf"{model}/{part} lacks 1 tensor of \w+: {re.escape(name)}; download it again"
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(str(folder), family, torch.float32, "cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_a_sharded_part(part, tmp_path):
+    pipeline = wan_pipeline()
+    pipeline.save_pretrained(tmp_path / "tiny")
+    for file in (tmp_path / "tiny" / part).glob("*.safetensors"):
+        file.unlink()
+    getattr(pipeline, part).save_pretrained(tmp_path / "tiny" / part, max_shard_size="3KB")
+    shards = sorted((tmp_path / "tiny" / part).glob("*-of-*.safetensors"))
+    assert len(shards) > 2
+    load_pipeline(str(tmp_path / "tiny"), "wan", torch.float32, "cpu")
+    name = without_a_tensor(shards[1])
+    with pytest.raises(ValueError, match=f"tiny/{part} lacks 1 tensor of .*{re.escape(name)}"):
+        load_pipeline(str(tmp_path / "tiny"), "wan", torch.float32, "cpu")
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"tiny/{part} lacks {shards[1].name}; download it again"):
+        load_pipeline(str(tmp_path / "tiny"), "wan", torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("name", ["absent", "../absent", "some/deep/absent", "assets/tiny"])

@@ -10,7 +10,15 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.output_check import CheckError, resolve_check
 from tests.support.auto_backend import AUTO, automatic
 from tests.support.failing_kernel import fail, one_nan, twice
-from tests.support.families import BY_NAME, SPARSE, assert_near, assert_same_gradients, gradients, run
+from tests.support.families import (
+    BY_NAME,
+    SPARSE,
+    assert_near,
+    assert_same_gradients,
+    families,
+    gradients,
+    run,
+)
 from tests.support.families import video as family_video
 from tests.support.pipelines import generate
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
@@ -161,3 +169,56 @@ def test_the_second_transformer_is_named(monkeypatch):
     message = f"in layer 1 of transformer_2 at step 6 of 6, float32, backend {AUTO}"
     with apply_radial_attention(pipeline, SPARSE, check="nan"), pytest.raises(CheckError, match=message):
         generate(pipeline, steps=6)
+
+
+def spoil(module):
+    """Makes one weight of a module NaN."""
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] = torch.nan
+
+
+@families
+@pytest.mark.parametrize("dense_steps", [0, 9])
+def test_the_place_is_named(family, dense_steps):
+    """Faults before the second layer, in it, behind it and after the last one, in radial and dense steps."""
+    attention = "non-finite attention output in {} at step 1, float32, backend "
+    projection = "non-finite values after the output projection of {} at"
+    messages = {
+        "before": "non-finite values before the attention of {} at step 1, float32; check the weights",
+        "value": attention + ("dense" if dense_steps else AUTO),
+        "projection": attention + "dense" if dense_steps else projection,
+        "last": "non-finite values after the last layer at step 1",
+    }
+    for place, message in messages.items():
+        transformer = family.transformer()
+        first = family.fork.stacks(transformer)[0][0]
+        layer = family.fork.attention_layers(transformer)[1]
+        spoil(
+            {
+                "before": first.ffn if hasattr(first, "ffn") else first.ff,
+                "value": layer.to_v,
+                "projection": layer.to_out[0],
+                "last": transformer.proj_out,
+            }[place]
+        )
+        name = "control layer 1" if family.name == "wan_vace" else "layer 1"
+        with (
+            apply_radial_attention(transformer, SPARSE, check="nan", dense_steps=dense_steps),
+            pytest.raises(CheckError, match=message.format(name)),
+        ):
+            run(transformer, family.sized())
+
+
+@families
+@pytest.mark.parametrize("name", ["hidden_states", "encoder_hidden_states"])
+def test_an_input_that_is_not_finite_is_named(family, name):
+    inputs, transformer = family.sized(), family.transformer()
+    inputs[name] = inputs[name].clone()
+    inputs[name].view(-1)[0] = torch.inf
+    message = (
+        f"non-finite values in {name}, an input of the transformer, at step 1, float32; check what makes it"
+    )
+    with apply_radial_attention(transformer, SPARSE, check="nan"):
+        with pytest.raises(CheckError, match=message):
+            run(transformer, inputs)
+        run(transformer, family.sized())
