@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.run.command_line import FULL_PRESET, choose_config, parse
 from scripts.run.config import help_text, read_config
 from scripts.run.errors import DiskFullError, GenerationError, UsageError
-from scripts.run.processes import (
-    end_all,
-    first_to_speak,
-    interrupted,
-    no_reader,
-    prepare,
-    processes,
-    rank,
-)
+from scripts.run.processes import end_all, first_to_speak, interrupted, no_reader, prepare, processes, rank
 
 if TYPE_CHECKING:
     from scripts.run.plan import RunPlan

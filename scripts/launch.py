@@ -36,7 +36,7 @@ def count(module: str = "scripts.generate") -> int:
     return int(text)
 
 
-def launch(words: list[str], processes: int, module: str = "scripts.generate") -> int:
+def launch(arguments: list[str], processes: int, module: str = "scripts.generate") -> int:
     """Runs a module in every process and returns the exit code of the first that failed, else 0."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -51,7 +51,7 @@ def launch(words: list[str], processes: int, module: str = "scripts.generate") -
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-P", "-m", module, *words)
+        elastic_launch(config, sys.executable)("-P", "-m", module, *arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode not in SPOKEN:
@@ -71,26 +71,26 @@ def _end(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}{hint}"
 
 
-def chosen(words: list[str]) -> list[str]:
-    """Returns the words with a configuration by name: one process chooses for all, by the memory it has."""
-    command = parse(words)
+def chosen(arguments: list[str]) -> list[str]:
+    """Adds the name of a configuration: one process chooses for all, by the memory that it has."""
+    command = parse(arguments)
     if command.help or command.config_file is not None:
-        return words
+        return arguments
     config_file, overrides, reason = choose_config(command)
     print(f"config: {config_file} ({reason})", flush=True)
     return [config_file, *overrides, *(["--dry-run"] if command.dry_run else [])]
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Starts the processes and returns their exit code; one process of training needs no launcher."""
-    if not words or not words[0].startswith(MODULE):
-        return launch(chosen(words), count())
-    module = words.pop(0).removeprefix(MODULE)
+    if not arguments or not arguments[0].startswith(MODULE):
+        return launch(chosen(arguments), count())
+    module = arguments.pop(0).removeprefix(MODULE)
     if module not in WITHOUT_GPU:
         raise UsageError(f"{MODULE}: got {module!r}, allowed: {', '.join(WITHOUT_GPU)}")
     if (processes := count(module)) > 1:
-        return launch(words, processes, module)
-    return import_module(module).main(words)
+        return launch(arguments, processes, module)
+    return import_module(module).main(arguments)
 
 
 if __name__ == "__main__":

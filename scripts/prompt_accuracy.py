@@ -1,7 +1,8 @@
 """Measures how often videos of the bundled models show what the caption says, dense and radial.
 
 `python -m scripts.prompt_accuracy [CONFIG.yaml ...] [key=value ...] [--every N ...] [--batch B] [--out MD]`.
-It makes all captions of the toy world (or every N-th), one seed each, and reads them back. Readings are kept in outputs/prompt_accuracy/ as they come, and the same command resumes. Image to video
+It makes all captions of the toy world (or every N-th), one seed each, and reads them back.
+Readings are kept in outputs/prompt_accuracy/ as they come, and the same command resumes. Image to video
 starts from the first frame of a scene of the caption, so only the motion is left to the model. With
 `--prompt CAPTION ... --seeds N` it makes only these prompts with N seeds each, for one configuration.
 """

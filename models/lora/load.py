@@ -22,6 +22,10 @@ UNMATCHED = ("error", "warn")
 EXPERTS = ("both", "1", "2")
 
 
+class UnmatchedKeysError(ValueError):
+    """Reports keys that mean nothing to the model; with `unmatched="warn"` they are left out."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """Names a safetensors file, its strength, and its transformer if there are two (Wan2.2 A14B)."""
@@ -37,8 +41,9 @@ def match_lora(
     """Returns what each key of a file changes among `parameters`, the shapes of a transformer by name.
 
     Raises:
+        UnmatchedKeysError: with `unmatched="error"`, any key means nothing here.
         ValueError: no key fits, most layers have other shapes (the file is for another model), or with
-            `unmatched="error"` any key means nothing here or has another shape.
+            `unmatched="error"` any key has another shape.
     """
     match, name = match_keys(header.shapes, parameters), Path(file).name
     fitting, strict = len(match.pairs) + len(match.deltas), unmatched == "error"
@@ -53,7 +58,7 @@ def match_lora(
             "use a LoRA for this model"
         )
     if match.unmatched and strict:
-        raise ValueError(_left_out(name, match))
+        raise UnmatchedKeysError(_left_out(name, match))
     return match
 
 

@@ -31,27 +31,33 @@ def check_dense_backend(name: str) -> None:
         ValueError: the name is neither in `CHOICES` nor in diffusers' dispatch; the message has the nearest.
         ImportError: its library is missing; the message says what to install.
     """
-    absent = missing(kernel("sage").NEEDS) if name == "sage" else None
-    if absent is not None:
-        raise ImportError(f"dense_backend 'sage' {absent}")
-    if name in CHOICES:
-        return
-    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
-
-    known = list(dict.fromkeys([*CHOICES, *(member.value for member in AttentionBackendName)]))
-    if name not in known:
+    if name not in (known := known_backends()):
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"dense_backend must be one of {', '.join(known)}, got {name!r}; did you mean {near!r}?"
         )
+    if (reason := dense_obstacle(name)) is not None:
+        raise ImportError(f"dense_backend {name!r} {reason}; allowed here: auto, native")
+
+
+def known_backends() -> list[str]:
+    """Returns the names in `CHOICES` and in diffusers' dispatch."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return list(dict.fromkeys([*CHOICES, *(member.value for member in AttentionBackendName)]))
+
+
+def dense_obstacle(name: str) -> str | None:
+    """Says why a known backend cannot serve dense attention here, whatever the call; None if it can."""
+    if name in CHOICES:
+        return missing(kernel("sage").NEEDS) if name == "sage" else None
+    from diffusers.models.attention_dispatch import attention_backend
+
     try:
         with attention_backend(name):
-            pass
+            return None
     except (RuntimeError, ImportError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ImportError(
-            f"dense_backend {name!r} cannot be used here: {reason}; allowed here: auto, native"
-        ) from error
+        return f"cannot be used here: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def measure(

@@ -28,7 +28,7 @@ softmax mass that the mask keeps, output MSE the mean squared error of an attent
 ratio to the mean square of that output: along the dense run of the first caption, means over all steps,
 layers, heads and the sampled query rows; dense steps and layers keep everything and have no error.
 Attributes are what the toy world's reader finds right. The time of a step is the median of radial and of
-dense steps, in turn with all others, weighted by their number. Values whose masks keep the same are one run."""
+dense steps, in turn with all others, weighted by number. Values whose masks keep the same are one run."""
 
 
 def lines(data: dict[str, Any], picture: str) -> list[str]:

@@ -21,8 +21,8 @@ JUDGED = ("attributes", "whole", "motion_throughout", "size_right", "speed_right
 SHEET_FRAMES = 9
 MEANING = (
     "Percent of the videos of {} captions, one seed a caption and the same in every run, as the toy world's "
-    "reader sees them. Colour, shape, motion, background: of the whole video; all attributes is their mean, a "
-    "whole caption is right when all four are. Motion throughout: every part as long as the model's "
+    "reader sees them. Colour, shape, motion, background: of the whole video; all attributes is their mean, "
+    "a whole caption is right when all four are. Motion throughout: every part as long as the model's "
     "training, read by itself, shows the motion of the caption. Identity held: colour and shape can be read "
     "in the first and the last quarter of the video and are the same; held and right: and are those of the "
     "caption. Size and speed right: radius and period are among those of the toy world, 10 % more or less. "

@@ -1,11 +1,13 @@
 """Parses the command line of generation, and chooses a preset if it names none."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from os.path import isfile
 from pathlib import Path
 
 from scripts.run.config import CALL, read_config
 from scripts.run.errors import UsageError
+from scripts.run.schema import shown
 
 FULL_PRESET, SMALL_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan2.1_t2v_1.3b.yaml"
 TINY_PRESET = "configs/wan_tiny.yaml"
@@ -100,11 +102,7 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
 def schedule_of(preset: str) -> list[str]:
     """Returns the schedule of a preset as overrides for the bundled model, with a separate video folder."""
     config = read_config(preset, [])
-    schedule = []
-    for key in SCHEDULE:
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
-        schedule.append(f"{key}={'null' if value is None else value}")
+    schedule = [f"{key}={shown(attrgetter(key)(config))}" for key in SCHEDULE]
     return [*schedule, f"output.path={config.output.path}_tiny"]
 
 

@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import yaml
 
 from scripts.run.errors import UsageError, nearest_key
-from scripts.run.schema import ROOT, Schema, find_path, key, listing
+from scripts.run.schema import ROOT, Schema, find_path, key, listing, literal
 
-__all__ = ["ROOT", "Config", "allowed", "find_path", "help_text", "keys", "read_config"]
+__all__ = ["ROOT", "Config", "find_path", "help_text", "keys", "read_config"]
 FAMILIES = ("wan", "hunyuan_video", "mochi", "wan_i2v", "hunyuan_video_i2v", "wan_vace")
 CALL = "bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...] [--dry-run] [--help]"
-
-
 LORAS = "model.loras"
 LORA_FORM = (
     "a file, folder or hub id, or a list of {path: ..., weight_name: ..., scale: 1.0, transformer: both}"
@@ -45,8 +44,7 @@ def parse_loras(value: Any) -> list[dict[str, Any]]:
     """
     if isinstance(value, str):
         value = _from_text(value)
-    value = [] if value is None else value
-    entries = value if isinstance(value, list) else [value]
+    entries = value if isinstance(value, list) else [] if value is None else [value]
     return [_entry(f"{LORAS}[{number}]", entry) for number, entry in enumerate(entries)]
 
 
@@ -81,26 +79,18 @@ def _entry(entry_key: str, entry: Any) -> dict[str, Any]:
     if isinstance(expert, bool) or str(expert) not in EXPERTS:
         raise UsageError(f"{entry_key}.transformer: got {expert!r}, allowed: {', '.join(EXPERTS)}")
     return {
-        "path": _literal(path),
-        "weight_name": weight_name and _literal(weight_name),
+        "path": literal(path),
+        "weight_name": weight_name and literal(weight_name),
         "scale": _scale(f"{entry_key}.scale", entry.get("scale", 1.0)),
         "transformer": str(expert),
     }
 
 
-def _literal(text: str) -> str:
-    """Escapes a file's name, so no interpolation applies to it."""
-    return text.replace("${", "\\${")
-
-
 def _scale(scale_key: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"{scale_key}: got {value!r}, must be a number")
-    return number
+    with suppress(TypeError, ValueError):
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    raise UsageError(f"{scale_key}: got {value!r}, must be a number")
 
 
 class VideoSize(NamedTuple):
@@ -158,9 +148,7 @@ class ModelConfig(AnyModelConfig):
         ("none", "fp8", "int8", "nf4"),
     )
     vae_tiling: str = key(
-        "auto",
-        "decode tile by tile; auto: only for HunyuanVideo and Mochi",
-        ("auto", "always", "never"),
+        "auto", "decode tile by tile; auto: only for HunyuanVideo and Mochi", ("auto", "always", "never")
     )
     compile: str = key("none", "compile the transformer's blocks with torch.compile", ("none", "blocks"))
     cache: str = key(
@@ -295,20 +283,11 @@ class Config:
 
 
 SCHEMA = Schema(Config)
-
-
-def keys() -> dict[str, Any]:
-    """Maps each dotted key to its dataclass field, in the order of the schema."""
-    return SCHEMA.keys()
-
-
-def allowed(name: str) -> str:
-    """Describes the values that a key takes."""
-    return SCHEMA.allowed(name)
+keys = SCHEMA.keys
 
 
 def read_config(config_file: str, overrides: list[str]) -> Config:
-    """Returns the resolved configuration; arguments and errors are the same as for `Schema.read`."""
+    """Returns the resolved configuration; see `Schema.read` for arguments and errors."""
     return SCHEMA.read(config_file, overrides)
 
 

@@ -11,7 +11,8 @@ from scripts.run.config import Config, keys
 from scripts.run.families import position_arguments
 from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
-from scripts.run.plan import RunPlan, radial_config, rank_memory
+from scripts.run.plan import RunPlan, radial_config
+from scripts.run.system import pairs
 
 LITTLE = 0.5  # below this share of the operations, the cost of attention hardly matters
 
@@ -140,13 +141,12 @@ def describe_degrees(plan: RunPlan) -> str:
 def describe_decoding(plan: RunPlan) -> list[str]:
     """Returns one line on who decodes a video, if several processes make it."""
     count = plan.degrees.processes // plan.degrees.data
+    pieces = decoded_tiles(plan.model, plan.size, plan.config.model)
     if count == 1:
         return []
-    pieces = decoded_tiles(plan.model, plan.size, plan.config.model)
     if pieces > 1:
         return [f"decoding: {pieces} tiles shared by {min(count, pieces)} processes"]
-    tiled = is_tiled(plan.config.model)
-    hint = "" if tiled else "; set model.vae_tiling=always to share it as tiles"
+    hint = "" if is_tiled(plan.config.model) else "; set model.vae_tiling=always to share it as tiles"
     return [f"decoding: by one process, as one tile{hint}"]
 
 
@@ -166,7 +166,7 @@ def _rank_lines(plan: RunPlan) -> list[str]:
             f"{work.busiest:.3f} of the mean, {work.waiting:.3f} with waiting at each of {plan.degrees.ring} "
             "steps"
         )
-    return [*lines, f"each rank     {gib(rank_memory(plan).total)} of memory"]
+    return [*lines, f"each rank     {gib(plan.rank_memory.total)} of memory"]
 
 
 def describe_positions(plan: RunPlan) -> list[str]:
@@ -241,14 +241,16 @@ def describe_settings(config: Config) -> str:
 def describe_video(record: dict[str, Any], path: object) -> list[str]:
     """Returns the summary of a video: seconds, attention, checks, gain and memory."""
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
+    groups = _step_groups(record).items()
+    steps = {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups}
     calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
     check = record["attention"]["check"]
     peak = {kind.split("_")[0]: f"{size / GIB:.2f} GiB" for kind, size in record["peak_memory"].items()}
     predicted = sum(record["predicted_memory"].values()) / GIB
     lines = [
         f"video      {path} (record: the .json of the same name)",
-        f"seconds    {_pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
-        f"a step     {_pairs(seconds_per_step(record))}",
+        f"seconds    {pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
+        f"a step     {pairs(steps)}",
         f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
     ]
     if (cache := record["cache"])["kind"] != "none":
@@ -259,7 +261,7 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
         worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
         lines.append(f"check      {check['compared']} outputs against the reference, worst in {worst}")
     lines += _measured_gain(record)
-    return [*lines, f"memory     {_pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
+    return [*lines, f"memory     {pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
 
 
 def _measured_gain(record: dict[str, Any]) -> list[str]:
@@ -275,12 +277,6 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def seconds_per_step(record: dict[str, Any]) -> dict[str, str]:
-    """Returns the median seconds of the steps of each pattern, as text."""
-    groups = _step_groups(record)
-    return {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups.items()}
-
-
 def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
     """Groups the seconds of steps by "dense" and the run's pattern, whichever occur."""
     dense, pattern = set(record["dense_steps"]), record["config"]["attention"]["pattern"]
@@ -292,10 +288,6 @@ def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
 
 def _row(name: str, text: str) -> str:
     return f"{name:<13} {text}"
-
-
-def _pairs(values: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _ranges(numbers: range | tuple[int, ...], total: int) -> str:

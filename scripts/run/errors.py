@@ -5,7 +5,8 @@ import difflib
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -44,9 +45,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
-    def divided(self, words: Iterable[str], default: str) -> tuple[str, list[str]]:
-        """Returns the one word without `=`, or the default, and the words `key=value`; two are an error."""
-        arguments = list(words)
+    def divided(self, arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
+        """Returns the one argument without `=`, or the default, and those with it; two are an error."""
         configs = [argument for argument in arguments if "=" not in argument] or [default]
         if len(configs) > 1:
             self.error(f"got {' and '.join(map(repr, configs))}; name one configuration at most")
@@ -62,13 +62,10 @@ def positive(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """Reads an argument that is a number above 0; raises ArgumentTypeError for others."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
 def one_line(error: BaseException) -> str:

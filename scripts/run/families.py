@@ -5,6 +5,7 @@ from typing import Any
 from scripts.run.config import AnyModelConfig, Config, GenerationConfig
 from scripts.run.errors import UsageError
 from scripts.run.model_info import ModelInfo
+from scripts.run.schema import shown
 
 WAN, HUNYUAN = ("wan", "wan_i2v", "wan_vace"), ("hunyuan_video", "hunyuan_video_i2v")
 ONE_CALL = (*HUNYUAN, "mochi")  # a step calls the transformer once
@@ -61,11 +62,8 @@ def check_family(config: Config) -> None:
     for name, (families, needed) in ONLY_WITH.items():
         value = getattr(config.generation, name)
         if family not in families and value != needed:
-            shown = {None: "null", "": "''"}.get(needed, needed)
-            raise UsageError(
-                f"generation.{name}: got {value!r}, which family {family} does not use; "
-                f"set generation.{name}={shown}"
-            )
+            key, remedy = f"generation.{name}", f"set generation.{name}={shown(needed)}"
+            raise UsageError(f"{key}: got {value!r}, which family {family} does not use; {remedy}")
     if family == "mochi" and config.generation.steps < 2:
         raise UsageError("generation.steps: got 1, must be at least 2 with family mochi")
 

@@ -1,25 +1,27 @@
 """Knows the numbers of published models without a download, and reads those of any other model."""
 
+import json
+import math
+import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from radial_attn.models.pipeline.load import check_model, is_local
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.model_info import (
-    CONFIGURED,
-    PARTS,
     WAN_IMAGE,
     WAN_TEXT,
     ModelInfo,
-    count_parameters,
     from_configs,
     hunyuan_video_info,
     mochi_info,
-    read_json,
     wan_time,
 )
 
+PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+CONFIGURED = ("transformer", "vae")
 # Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
@@ -32,72 +34,50 @@ WAN_14B = ModelInfo(
     rope_time=wan_time(128),
     parameters={"transformer": 14_288_491_584, "text_encoder": UMT5_XXL, "vae": WAN_VAE},
 )
-WAN_I2V_14B = replace(
-    WAN_14B,
-    text_tokens=WAN_TEXT + WAN_IMAGE,
-    parameters=WAN_14B.parameters | {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION},
+
+
+def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
+    """Returns Wan 14B with other numbers of weights and other sizes."""
+    return replace(WAN_14B, parameters=WAN_14B.parameters | parts, **sizes)
+
+
+WAN_I2V_14B = _variant(
+    {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION}, text_tokens=WAN_TEXT + WAN_IMAGE
 )
-HUNYUAN_CONFIG = {
-    "num_layers": 20,
-    "num_single_layers": 40,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "mlp_ratio": 4.0,
-    "patch_size": 2,
-    "patch_size_t": 1,
-}
-MOCHI_CONFIG = {"num_layers": 48, "num_attention_heads": 24, "attention_head_dim": 128, "patch_size": 2}
+HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
+HUNYUAN_SIZES = {"num_layers": 20, "num_single_layers": 40, "mlp_ratio": 4.0}
+HUNYUAN_CONFIG = HEADS | HUNYUAN_SIZES | {"patch_size": 2, "patch_size_t": 1}
+HUNYUAN_PARTS = {"transformer": 12_821_012_544, "text_encoder_2": CLIP_TEXT, "vae": HUNYUAN_VAE}
+MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": replace(
-        WAN_14B,
-        layers=30,
-        heads=12,
-        ffn=8960,
-        parameters=WAN_14B.parameters | {"transformer": 1_418_996_800},
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _variant(
+        {"transformer": 1_418_996_800}, layers=30, heads=12, ffn=8960
     ),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": replace(
-        WAN_14B, parameters=WAN_14B.parameters | {"transformer_2": 14_288_491_584}
-    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _variant({"transformer_2": 14_288_491_584}),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_I2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_I2V_14B,
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": replace(
-        WAN_14B,
-        parameters=WAN_14B.parameters | dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _variant(
+        dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184)
     ),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": replace(
-        WAN_14B,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _variant(
+        {"transformer": 4_999_787_712, "vae": WAN22_VAE},
         layers=30,
         heads=24,
         ffn=14336,
         vae_base=64,
         vae_pixels=16,
-        parameters=WAN_14B.parameters | {"transformer": 4_999_787_712, "vae": WAN22_VAE},
     ),
-    "Wan-AI/Wan2.1-VACE-14B-diffusers": replace(
-        WAN_14B,
-        control_layers=(0, 5, 10, 15, 20, 25, 30, 35),
-        parameters=WAN_14B.parameters | {"transformer": 17_337_592_896},
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": _variant(
+        {"transformer": 17_337_592_896}, control_layers=(0, 5, 10, 15, 20, 25, 30, 35)
     ),
     "hunyuanvideo-community/HunyuanVideo": hunyuan_video_info(
-        HUNYUAN_CONFIG,
-        {"block_out_channels": [128]},
-        {
-            "transformer": 12_821_012_544,
-            "text_encoder": LLAMA_8B,
-            "text_encoder_2": CLIP_TEXT,
-            "vae": HUNYUAN_VAE,
-        },
+        HUNYUAN_CONFIG, {"block_out_channels": [128]}, HUNYUAN_PARTS | {"text_encoder": LLAMA_8B}
     ),
     "hunyuanvideo-community/HunyuanVideo-I2V": hunyuan_video_info(
         HUNYUAN_CONFIG | {"image_condition_type": "token_replace"},
         {"block_out_channels": [128]},
-        {
-            "transformer": 12_821_012_544,
-            "text_encoder": LLAVA_8B,
-            "text_encoder_2": CLIP_TEXT,
-            "vae": HUNYUAN_VAE,
-        },
+        HUNYUAN_PARTS | {"text_encoder": LLAVA_8B},
     ),
     "genmo/mochi-1-preview": mochi_info(
         MOCHI_CONFIG,
@@ -117,11 +97,35 @@ def read_model_info(path: str) -> ModelInfo:
     """
     if Path(path).is_dir():
         folder = Path(path)
-        parameters = {part: count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
-        return from_configs(*(read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
+        parameters = {part: _count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
+        return from_configs(*(_read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
     if path in HUB_MODELS:
         return HUB_MODELS[path]
     return from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
+
+
+def _read_json(file: Path) -> dict:
+    """Reads a configuration file; UsageError if it is missing or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.path: {file} is missing or no valid JSON ({one_line(error)})") from error
+
+
+def _count_parameters(folder: Path) -> int:
+    """Counts the weights of the safetensors files in a folder, from their headers."""
+    return sum(_count_file(file) for file in sorted(folder.glob("*.safetensors")))
+
+
+def _count_file(file: Path) -> int:
+    """Counts the elements of a safetensors file from its header: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise UsageError(f"model.path: {file} is not a whole safetensors file ({one_line(error)})") from error
 
 
 def _fetch(path: str, file: str) -> dict:
@@ -130,7 +134,7 @@ def _fetch(path: str, file: str) -> dict:
 
     logging.set_verbosity_error()  # the retries are many lines, the failure is one
     try:
-        return read_json(Path(hf_hub_download(path, file)))
+        return _read_json(Path(hf_hub_download(path, file)))
     except (OSError, ValueError) as error:
         raise UsageError(hub_unreachable(path, error)) from error
 

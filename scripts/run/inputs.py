@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, one_line
+from scripts.run.files import sha256
 
 NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
 FORMATS = ("JPEG", "PNG")
@@ -120,17 +121,16 @@ def _fitted_frames(
 ) -> tuple[list[Image.Image], int]:
     """Returns the first `num_frames` frames, fitted, and the number of all frames."""
     frames, count = [], 0
-    for frame in read_frames(key, name):
-        count += 1
+    for count, frame in enumerate(read_frames(key, name), 1):
         if count <= generation.num_frames:
             frames.append(fit(frame, generation.height, generation.width))
+    wanted = None
     if video_frames not in (None, count):
-        raise UsageError(
-            f"{key}: got {name!r} with {count} frames, must have {video_frames}, as many as the video"
-        )
-    if count < generation.num_frames:
-        least = f"at least {generation.num_frames} (generation.num_frames)"
-        raise UsageError(f"{key}: got {name!r} with {count} frames, must have {least}")
+        wanted = f"{video_frames}, as many as the video"
+    elif count < generation.num_frames:
+        wanted = f"at least {generation.num_frames} (generation.num_frames)"
+    if wanted:
+        raise UsageError(f"{key}: got {name!r} with {count} frames, must have {wanted}")
     return frames, count
 
 
@@ -169,12 +169,11 @@ def video_reader(path: Path) -> Any:
 def _existing(key: str, name: str, wanted: str) -> Path:
     try:
         path = find_path(name)
-        exists = bool(name.strip()) and (path.is_file() or path.is_dir())
+        if name.strip() and (path.is_file() or path.is_dir()):
+            return path
     except BROKEN as error:
         raise _unreadable(key, name, error, wanted) from error
-    if not exists:
-        raise UsageError(f"{key}: got {name!r}, which is no file or folder; name {wanted}")
-    return path
+    raise UsageError(f"{key}: got {name!r}, which is no file or folder; name {wanted}")
 
 
 def _images_in(key: str, folder: Path) -> list[Path]:
@@ -196,11 +195,6 @@ def _identity(name: str) -> dict[str, str]:
     """Returns file name and sha256; for a folder, the sha256 of its images' digests, ordered by name."""
     path = find_path(name)
     if path.is_dir():
-        digests = b"".join(_digest(file).digest() for file in _images_in(name, path))
+        digests = bytes.fromhex("".join(map(sha256, _images_in(name, path))))
         return {"file": path.name, "sha256": hashlib.sha256(digests).hexdigest()}
-    return {"file": path.name, "sha256": _digest(path).hexdigest()}
-
-
-def _digest(file: Path) -> Any:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256")
+    return {"file": path.name, "sha256": sha256(path)}

@@ -1,9 +1,8 @@
 """Finds the LoRAs of a run, checks their headers before any weight is loaded, loads and records them."""
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ import torch
 
 from radial_attn.models.lora.files import Header, read_header
 from radial_attn.models.lora.keys import Match, Shape
-from radial_attn.models.lora.load import Lora, load_loras, match_lora
+from radial_attn.models.lora.load import Lora, UnmatchedKeysError, load_loras, match_lora
 from radial_attn.models.pipeline.load import is_local
 from scripts.run.config import ROOT, LoraConfig, ModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
+from scripts.run.files import sha256
 from scripts.run.hub_models import HUB_MODELS
 from scripts.run.model_info import ModelInfo
 
 MOST_NAMES = 5
+WAN_CLASS = "WanTransformer3DModel"
 # For the hub ids in HUB_MODELS, the classes' defaults have the shapes of their parameters.
 HUB_CLASSES = {
     "hunyuan_video": "HunyuanVideoTransformer3DModel",
@@ -57,31 +58,24 @@ def find_loras(options: ModelConfig, path: str, fetch: bool = True) -> list[Foun
     for number, entry in enumerate(options.loras):
         key = f"model.loras[{number}]"
         if experts == 1 and entry.transformer == "2":
-            raise UsageError(
-                f"{key}.transformer: got '2', but the model has one transformer; allowed: both, 1"
-            )
-        file = find_file(key, entry, fetch)
-        if file is None:
-            loras.append(FoundLora(entry, None))
-            continue
-        loras.append(_check(key, entry, file, parameters, options.lora_unmatched))
+            got = f"{key}.transformer: got '2'"
+            raise UsageError(f"{got}, but the model has one transformer; allowed: both, 1")
+        file, header, match = find_file(key, entry, fetch), None, None
+        try:
+            if file is not None:
+                header = read_header(file)
+            if header is not None and parameters is not None:
+                match = match_lora(file, header, parameters, options.lora_unmatched)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"{key}: {_reason(error)}") from error
+        loras.append(FoundLora(entry, file, header, match))
     return loras
 
 
-def _check(
-    key: str, entry: LoraConfig, file: Path, parameters: dict[str, Shape] | None, unmatched: str
-) -> FoundLora:
-    try:
-        header = read_header(file)
-        match = None if parameters is None else match_lora(file, header, parameters, unmatched)
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(f"{key}: {_hinted(one_line(error))}") from error
-    return FoundLora(entry, file, header, match)
-
-
-def _hinted(reason: str) -> str:
-    hint = "; set model.lora_unmatched=warn to leave them out" if "match nothing" in reason else ""
-    return f"{reason}{hint}"
+def _reason(error: Exception) -> str:
+    unmatched = isinstance(error, UnmatchedKeysError)
+    hint = "; set model.lora_unmatched=warn to leave them out" if unmatched else ""
+    return f"{one_line(error)}{hint}"
 
 
 def find_file(key: str, entry: LoraConfig, fetch: bool = True) -> Path | None:
@@ -89,23 +83,18 @@ def find_file(key: str, entry: LoraConfig, fetch: bool = True) -> Path | None:
 
     `key`: the entry's key, for messages.
     """
-    path = find_path(entry.path)
+    path, got = find_path(entry.path), f"{key}.weight_name: got {entry.weight_name!r}"
     if path.is_file():
         if entry.weight_name:
-            raise UsageError(
-                f"{key}.weight_name: got {entry.weight_name!r}, but {entry.path!r} is a file; set it to "
-                "null, or name a folder or hub id as path"
-            )
+            remedy = "set it to null, or name a folder or hub id as path"
+            raise UsageError(f"{got}, but {entry.path!r} is a file; {remedy}")
         return path
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.safetensors"))
-        name = entry.weight_name or _only(key, entry, names)
-        if not (path / name).is_file():
-            raise UsageError(
-                f"{key}.weight_name: got {name!r}, which {entry.path!r} does not hold; name one of its "
-                f"files{_few(names)}"
-            )
-        return path / name
+        file = path / (entry.weight_name or _only(key, entry, names))
+        if not file.is_file():
+            raise UsageError(f"{got}, which {entry.path!r} does not hold; name one of its files{_few(names)}")
+        return file
     if is_local(entry.path) or (ROOT / entry.path).parent.is_dir():
         raise UsageError(
             f"{key}.path: got {entry.path!r}, which is no file or folder here; name a safetensors file, a "
@@ -114,7 +103,8 @@ def find_file(key: str, entry: LoraConfig, fetch: bool = True) -> Path | None:
     return _on_hub(key, entry, fetch)
 
 
-def _only(key: str, entry: LoraConfig, names: Sequence[str]) -> str:
+def _only(key: str, entry: LoraConfig, files: Sequence[str]) -> str:
+    names = [name for name in files if name.endswith(".safetensors")]
     if len(names) != 1:
         remedy = "several safetensors files; set weight_name to one" if names else "no safetensors file"
         raise UsageError(f"{key}.path: got {entry.path!r}, which holds {remedy}{_few(names)}")
@@ -132,69 +122,42 @@ def _on_hub(key: str, entry: LoraConfig, fetch: bool) -> Path | None:
     huggingface_hub.utils.logging.set_verbosity_error()  # the retries are many lines, the failure is one
     if not fetch and not entry.weight_name:
         return None
-    name = entry.weight_name or _only(key, entry, _names_on_hub(key, entry))
     try:
+        name = entry.weight_name or _only(key, entry, sorted(huggingface_hub.list_repo_files(entry.path)))
         return Path(huggingface_hub.hf_hub_download(entry.path, name, local_files_only=not fetch))
-    except (OSError, ValueError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # connection errors have no common class
         if not fetch:
             return None
-        raise UsageError(_unreachable(key, entry, error)) from error
-
-
-def _names_on_hub(key: str, entry: LoraConfig) -> list[str]:
-    import huggingface_hub
-
-    try:
-        names = huggingface_hub.list_repo_files(entry.path)
-    except Exception as error:  # connection errors have no common class
-        raise UsageError(_unreachable(key, entry, error)) from error
-    return sorted(name for name in names if name.endswith(".safetensors"))
-
-
-def _unreachable(key: str, entry: LoraConfig, error: BaseException) -> str:
-    named = f" with the file {entry.weight_name!r}" if entry.weight_name else ""
-    return (
-        f"{key}.path: got {entry.path!r}, which is no file or folder here and cannot be read from the "
-        f"Hugging Face hub{named} ({one_line(error.__cause__ or error)}); "
-        "name a safetensors file, a folder with one, or a hub id within reach"
-    )
+        named = f" with the file {entry.weight_name!r}" if entry.weight_name else ""
+        raise UsageError(
+            f"{key}.path: got {entry.path!r}, which is no file or folder here and cannot be read from the "
+            f"Hugging Face hub{named} ({one_line(error.__cause__ or error)}); "
+            "name a safetensors file, a folder with one, or a hub id within reach"
+        ) from error
 
 
 def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
     """Returns the transformer without its weights; None if only loading can show its shapes."""
-    settings = Path(path) / "transformer" / "config.json"
+    import diffusers
+
+    file = Path(path) / "transformer" / "config.json"
     if path in HUB_MODELS and family == "wan" and "T2V" in path:
-        build = _wan(HUB_MODELS[path])
+        model = HUB_MODELS[path]
+        sizes = {"num_attention_heads": model.heads, "attention_head_dim": model.head_dim}
+        settings = {"num_layers": model.layers, "ffn_dim": model.ffn} | sizes
     elif path in HUB_MODELS and family in HUB_CLASSES:
-        build = _from_settings({"_class_name": HUB_CLASSES[family]})
-    elif settings.is_file():
-        build = _from_settings(json.loads(settings.read_text(encoding="utf-8")))
+        settings = {"_class_name": HUB_CLASSES[family]}
+    elif file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
     else:
         return None
     try:
         with torch.device("meta"):
-            return build()
+            return getattr(diffusers, settings.get("_class_name", WAN_CLASS)).from_config(settings)
     except (AttributeError, TypeError, ValueError):  # loading the model reports the fault in its config.json
         return None
-
-
-def _wan(model: ModelInfo) -> Callable[[], torch.nn.Module]:
-    from diffusers import WanTransformer3DModel
-
-    return lambda: WanTransformer3DModel(
-        num_layers=model.layers,
-        num_attention_heads=model.heads,
-        attention_head_dim=model.head_dim,
-        ffn_dim=model.ffn,
-    )
-
-
-def _from_settings(settings: dict[str, Any]) -> Callable[[], torch.nn.Module]:
-    import diffusers
-
-    return lambda: getattr(diffusers, settings.get("_class_name", "WanTransformer3DModel")).from_config(
-        settings
-    )
 
 
 def _experts(path: str) -> int | None:
@@ -226,12 +189,6 @@ def put_in(pipeline: Any, options: ModelConfig, loras: Sequence[FoundLora]) -> l
     try:
         report = load_loras(pipeline, wanted, **how).report()
     except (ValueError, OSError) as error:
-        raise UsageError(f"model.loras: {_hinted(one_line(error))}") from error
-    files = {str(lora.file): _identity(lora.file) for lora in loras}
+        raise UsageError(f"model.loras: {_reason(error)}") from error
+    files = {str(x.file): {"bytes": x.file.stat().st_size, "sha256": sha256(x.file)} for x in loras}
     return [entry | files[entry["file"]] | {"mode": options.lora_mode} for entry in report]
-
-
-def _identity(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}

@@ -12,9 +12,9 @@ from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.compiler import compiler_problem
 from radial_attn.kernels.contract import QUANTIZE, Call
 from radial_attn.models.parallel.groups import Degrees, import_xfuser
-from radial_attn.models.runtime.dense_backend import check_dense_backend
+from radial_attn.models.runtime.dense_backend import dense_obstacle, known_backends
 from scripts.run.config import AttentionConfig, MaskConfig, ModelConfig
-from scripts.run.errors import UsageError
+from scripts.run.errors import UsageError, nearest_key
 from scripts.run.memory import gib
 from scripts.run.processes import local_processes
 from scripts.run.system import available_memory
@@ -63,7 +63,7 @@ def missing_kernels(attention: MaskConfig, call: Call, compiled: str, *, radial:
     """
     problems = (
         _radial_problem(attention.backend, call) if radial else None,
-        _dense_problem(attention.dense_backend, call),
+        dense_problem(attention.dense_backend, call),
     )
     yield from filter(None, problems)
     if compiled != "none" and (problem := compiler_problem(call.device.type)):
@@ -83,24 +83,27 @@ def _radial_problem(backend: str, call: Call) -> str | None:
         named = "" if backend == "auto" else f"backend {backend!r} "
         key, got, reason = "quantize", call.quantize, f": {named}{reason}"
     else:
-        served = _served(call) or _served(plain)
+        served = [name for name in BACKENDS if _reason(name, call) is None] or [
+            name for name in BACKENDS if _reason(name, plain) is None
+        ]
         key, got, reason = "backend", backend, f", which {reason}"
     return f"attention.{key}: got {got!r}{reason}; allowed here: {', '.join(served)}"
 
 
-def _dense_problem(backend: str, call: Call) -> str | None:
-    """Returns the error message for `dense_backend`; None if it can serve the call."""
-    try:
-        check_dense_backend(backend)
-    except ValueError as error:
-        raise UsageError(f"attention.dense_backend: got {backend!r}, which is unknown: {error}") from error
-    except ImportError as error:
-        return f"attention.dense_backend: got {backend!r}, which cannot be used here: {error}"
-    if backend != "sage":
-        return None
-    whole = radial_mask(call.mask.grid, RadialConfig(block_size=call.mask.block_size, pattern="dense"))
-    reason = obstacle(backend, replace(call, mask=whole, quantize=None))
-    return reason and f"attention.dense_backend: got 'sage', which {reason}; allowed here: auto, native"
+def dense_problem(backend: str, call: Call | None = None) -> str | None:
+    """Returns the error message for `dense_backend`; None if it can serve the call, or any call.
+
+    Raises UsageError for a name that no machine knows.
+    """
+    got = f"attention.dense_backend: got {backend!r}, which"
+    if backend not in (known := known_backends()):
+        near = nearest_key(backend, known)
+        raise UsageError(f"{got} is unknown; did you mean {near!r}? allowed: {', '.join(known)}")
+    reason = dense_obstacle(backend)
+    if reason is None and backend == "sage" and call is not None:
+        whole = radial_mask(call.mask.grid, RadialConfig(block_size=call.mask.block_size, pattern="dense"))
+        reason = obstacle(backend, replace(call, mask=whole, quantize=None))
+    return reason and f"{got} {reason}; allowed here: auto, native"
 
 
 def _reason(backend: str, call: Call) -> str | None:
@@ -112,10 +115,6 @@ def _reason(backend: str, call: Call) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _served(call: Call) -> list[str]:
-    return [name for name in BACKENDS if _reason(name, call) is None]
 
 
 def check_processes(device: str, degrees: Degrees) -> None:

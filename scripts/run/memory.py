@@ -37,9 +37,9 @@ def peak_memory(
     options: ModelConfig,
     *,
     calls: int,
-    mask_bytes: float,
+    block_size: int,
     device: str,
-    grid: TokenGrid | None = None,
+    tokens: int | None = None,
 ) -> Memory:
     """Predicts the peak of a run on `device`: the peak of the stage that needs the most.
 
@@ -48,17 +48,19 @@ def peak_memory(
 
     Args:
         calls: passes through the transformer in a step.
-        grid: tokens of this process; by default the whole video's.
+        tokens: video tokens of this process; by default the whole video's.
     """
-    grid = grid or model.grid(size)
+    whole = model.grid(size)
+    grid = TokenGrid(1, 1, tokens, model.joint_text) if tokens else whole
     if device == "cpu":
         options = replace(options, offload="none")
     text, transformer, vae = weights_on_device(model, options)
     denoising = transformer_bytes(model, grid, options) + cache_bytes(model, grid, options, calls)
     decoding = decoder_bytes(model, size, options)
-    stages = [(text, 0.0), (transformer, denoising + mask_bytes), (vae, decoding)]
+    mask = mask_bytes(whole, block_size)
+    stages = [(text, 0.0), (transformer, denoising + mask), (vae, decoding)]
     if options.offload == "none":
-        stages = [(text + transformer + vae, max(denoising, decoding) + mask_bytes)]
+        stages = [(text + transformer + vae, max(denoising, decoding) + mask)]
     if device == "cpu":
         stages.append((sum(whole_weights(model, options).values()), 0.0))
     return Memory(*max(stages, key=sum), HOST_BYTES if device == "cpu" else 0.0)

@@ -1,19 +1,14 @@
 """Reads the numbers of a model that decide sizes, FLOPs and memory, without loading a weight."""
 
-import json
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from radial_attn import TokenGrid
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
-PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
-CONFIGURED = ("transformer", "vae")
 MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
 HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
@@ -198,27 +193,3 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "HunyuanVideoTransformer3DModel": hunyuan_video_info,
     "MochiTransformer3DModel": mochi_info,
 }
-
-
-def read_json(file: Path) -> dict:
-    """Reads a configuration file; UsageError if it is missing or not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.path: {file} is missing or no valid JSON ({one_line(error)})") from error
-
-
-def count_parameters(folder: Path) -> int:
-    """Counts the weights of the safetensors files in a folder, from their headers."""
-    return sum(_count_file(file) for file in sorted(folder.glob("*.safetensors")))
-
-
-def _count_file(file: Path) -> int:
-    """Counts the elements of a safetensors file from its header: 8 bytes of length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UsageError(f"model.path: {file} is not a whole safetensors file ({one_line(error)})") from error

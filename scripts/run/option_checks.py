@@ -1,18 +1,30 @@
 """Checks which keys work together, and refuses what no machine can run before any file is read."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 from radial_attn.dispatch import BACKENDS, kernel
 from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
-from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, allowed
+from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
 from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import ONE_CALL, check_family
 from scripts.run.model_info import ModelInfo
 
 GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
+CACHES = "first_block|taylorseer|mag|pab"
+CLASHES = {  # values of two keys that do not work together -> why
+    "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
+    "them again",
+    f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
+    f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
+    "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
+    "model.quantization=fp8|int8|nf4 model.offload=sequential": "both replace a layer's weights as it runs",
+    "model.quantization=fp8 model.compile=blocks": "each cast would break the graph",
+    "model.offload=sequential model.compile=blocks": "moving a layer would break the graph",
+}
 
 
 def check_options(config: Config) -> None:
@@ -22,7 +34,7 @@ def check_options(config: Config) -> None:
     width = attention.decimation_width
     if width != "block" and (isinstance(width, str) or width < 1):
         key = "attention.decimation_width"
-        raise UsageError(f"{key}: got {width!r}, must be {allowed(key)}")
+        raise UsageError(f"{key}: got {width!r}, must be {SCHEMA.allowed(key)}")
     for name in ("dense_steps", "dense_last_steps"):
         value = getattr(attention, name)
         if value > steps:
@@ -34,46 +46,36 @@ def check_options(config: Config) -> None:
         raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
 
 
-def check_combinations(config: Config, experts: int = 1) -> None:
-    """Raises UsageError for keys that do not work together on any machine; `experts`: transformers."""
-    for line in refusals(config, experts):
-        raise UsageError(line)
-
-
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:
-    """Yields a line for each pair of keys that does not work together on any machine, with the reason."""
-    yield from _cache_refusals(config, experts)
-    yield from _storage_refusals(config.model)
+    """Yields a line for each pair of keys that does not work together on any machine, with the reason.
 
-
-def _cache_refusals(config: Config, experts: int) -> Iterator[str]:
-    model, cache = config.model, config.model.cache
-    got = f"model.cache: got {cache!r}"
-    if cache == "pab" and model.compile == "blocks":
+    `experts`: how many transformers the model has.
+    """
+    model = config.model
+    for pair, reason in CLASHES.items():
+        (key, values), (other, others) = (part.split("=") for part in pair.split())
+        got, with_value = attrgetter(key)(config), attrgetter(other)(config)
+        if got in values.split("|") and with_value in others.split("|"):
+            free = [choice for choice in keys()[key].metadata["choices"] if choice not in values.split("|")]
+            yield (
+                f"{key}: got {got!r}, which does not work with {other}={with_value}: {reason}; "
+                f"allowed: {', '.join(free)}"
+            )
+    if model.cache == "pab" and model.family not in ONE_CALL and config.generation.guidance_scale > 1:
         yield (
-            f"{got}, which does not work with model.compile=blocks: pab counts steps inside the blocks, and "
-            "each step would compile them again; allowed: none, first_block, taylorseer, mag"
+            f"model.cache: got 'pab', which does not work with family {model.family} and guidance: pab keeps "
+            "one output a layer and would mix the two calls of a step; set generation.guidance_scale=1, or "
+            "another cache; allowed: none, first_block, taylorseer, mag"
         )
-    if cache == "pab" and model.family not in ONE_CALL and config.generation.guidance_scale > 1:
+    if model.cache == "mag" and experts > 1:
         yield (
-            f"{got}, which does not work with family {model.family} and guidance: pab keeps one output a "
-            "layer and would mix the two calls of a step; set generation.guidance_scale=1, or another cache; "
-            "allowed: none, first_block, taylorseer, mag"
-        )
-    if cache != "none" and model.family == "wan_vace":
-        yield (
-            f"{got}, which does not work with family wan_vace: its control is added between the blocks; "
-            "allowed: none"
-        )
-    if cache == "mag" and experts > 1:
-        yield (
-            f"{got}, which does not work with two experts: mag counts the steps of one; "
+            "model.cache: got 'mag', which does not work with two experts: mag counts the steps of one; "
             "allowed: none, first_block, taylorseer"
         )
-    if cache != "none" and config.attention.check == "reference":
+    if model.quantization in LOADED and model.loras:
         yield (
-            f"attention.check: got 'reference', which does not work with model.cache={cache}: a skipped "
-            "layer has nothing to compare; allowed: auto, off, nan"
+            f"model.quantization: got {model.quantization!r}, which does not work with model.loras: LoRAs "
+            "are checked against and added to whole weights; allowed: none, fp8"
         )
     yield from _ratio_refusals(model)
 
@@ -99,35 +101,6 @@ def _are_ratios(text: str | None) -> bool:
         return bool(read_ratios(text))
     except ValueError:
         return False
-
-
-def _storage_refusals(model: ModelConfig) -> Iterator[str]:
-    got = f"model.quantization: got {model.quantization!r}"
-    if model.quantization in LOADED and model.loras:
-        yield (
-            f"{got}, which does not work with model.loras: LoRAs are checked against and added to whole "
-            "weights; allowed: none, fp8"
-        )
-    if model.quantization in LOADED and model.offload == "group":
-        yield (
-            f"{got}, which does not work with model.offload=group: such weights only move as whole parts; "
-            "allowed: none, fp8"
-        )
-    if model.quantization != "none" and model.offload == "sequential":
-        yield (
-            f"{got}, which does not work with model.offload=sequential: both replace a layer's weights as it "
-            "runs; allowed: none"
-        )
-    if model.quantization == "fp8" and model.compile == "blocks":
-        yield (
-            f"{got}, which does not work with model.compile=blocks: each cast would break the graph; "
-            "allowed: none, int8, nf4"
-        )
-    if model.offload == "sequential" and model.compile == "blocks":
-        yield (
-            "model.offload: got 'sequential', which does not work with model.compile=blocks: moving a layer "
-            "would break the graph; allowed: none, model, group"
-        )
 
 
 def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 
@@ -89,38 +90,26 @@ def writable_folder(config: Config, prompt_file: bool) -> Iterator[Path]:
     Raises:
         UsageError: the folder cannot be made or written, or one file is named for a whole prompt file.
     """
-    target = Path(config.output.path).expanduser()
+    target, got = Path(config.output.path).expanduser(), f"output.path: got {config.output.path!r}"
     if target.suffix == ".mp4" and prompt_file:
-        raise UsageError(f"output.path: got {config.output.path!r}, must be a folder with a prompt file")
+        raise UsageError(f"{got}, must be a folder with a prompt file")
     if target.suffix == ".mp4" and target.is_dir():
-        raise UsageError(
-            f"output.path: got {config.output.path!r}, which is a folder; name a file ending in .mp4"
-        )
+        raise UsageError(f"{got}, which is a folder; name a file ending in .mp4")
     folder = target.parent if target.suffix == ".mp4" else target
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _try_out(folder)
+            with TemporaryFile(dir=folder, buffering=0) as probe:
+                probe.write(b"x")
         except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(
-                f"output.path: got {config.output.path!r}, which cannot be written ({reason}); "
-                "name a folder you may write to"
-            ) from error
+            reason = f"cannot be written ({error.strerror or error})"
+            raise UsageError(f"{got}, which {reason}; name a folder you may write to") from error
         yield folder
     finally:
         for parent in made:
             with suppress(OSError):  # not empty, or never made
                 parent.rmdir()
-
-
-def _try_out(folder: Path) -> None:
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        probe.write_bytes(b"x")
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
@@ -135,7 +124,8 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
     """
     video = path.with_name(f".{os.getpid()}.{path.name}")
     text = path.with_name(f".{os.getpid()}.{path.stem}.json")
-    before = signal.signal(signal.SIGTERM, _leave)
+    # ends the process with the signal's exit code, but through every `finally`
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with timed(record["seconds"], "write"):
             encode(video, frames, fps)
@@ -145,11 +135,6 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
         video.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: Any) -> NoReturn:
-    """Ends the process with a signal's exit code, but through every `finally`."""
-    sys.exit(128 + number)
 
 
 def _publish(video: Path, text: Path, path: Path) -> None:
@@ -171,34 +156,18 @@ def encode(path: Path, frames: np.ndarray, fps: int) -> None:
     The file is read back to count its frames, because imageio hides the encoder's exit status.
     """
     import imageio
-
-    options = {
-        "codec": "libx264",
-        "pixelformat": "yuv420p",
-        "macro_block_size": 1,
-        "ffmpeg_log_level": "quiet",
-    }
-    try:
-        with imageio.get_writer(
-            path, format="FFMPEG", fps=fps, quality=None, output_params=["-crf", str(CRF)], **options
-        ) as writer:
-            for frame in frames:
-                writer.append_data(frame)
-    except OSError:
-        written = -1
-    else:
-        written = _count_frames(path)
-    if written != len(frames):
-        _raise_reason(path)
-
-
-def _count_frames(path: Path) -> int:
     from imageio_ffmpeg import count_frames_and_secs
 
-    try:
-        return count_frames_and_secs(str(path))[0]
-    except RuntimeError:
-        return -1
+    codec = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": ["-crf", str(CRF)]}
+    options = {"fps": fps, "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
+    written = -1
+    with suppress(OSError, RuntimeError):
+        with imageio.get_writer(path, format="FFMPEG", **codec, **options) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+        written = count_frames_and_secs(str(path))[0]
+    if written != len(frames):
+        _raise_reason(path)
 
 
 def _raise_reason(path: Path) -> None:

@@ -80,11 +80,6 @@ def _nothing_fits(wanted: ParallelConfig, heads: int, calls: int, processes: int
     )
 
 
-def planned_processes(wanted: ParallelConfig, started: int) -> int:
-    """Counts the processes that a dry run plans for: by the given degrees, or those that torchrun started."""
-    return max(math.prod(value or 1 for value in vars(wanted).values()), started)
-
-
 @dataclass(frozen=True)
 class Exchange:
     """Holds the bytes that a process sends in a step.
@@ -103,7 +98,7 @@ class Exchange:
 
     @property
     def total(self) -> float:
-        return self.streams + self.text + self.tokens + self.guidance + self.ring
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,7 @@ class RankWork:
 
     Attributes:
         tokens: its video tokens, padded to a whole share; sent: bytes.
-        dense, sparse: operations of self-attention in a dense step, and in a sparse one.
-        other: all other operations; repeated: their excess over an equal part (text, padding).
+        dense, sparse: operations of self-attention in a dense step, and in a sparse one; other: the rest.
         kept_blocks: in a call of a sparse layer, over the heads of the process; the busiest rank in a ring.
         busiest, waiting: kept blocks of a ring's busiest rank over the mean, and the same if each step of the
             ring waits for its busiest rank.
@@ -124,10 +118,9 @@ class RankWork:
     dense: float
     sparse: float
     other: float
-    repeated: float
     kept_blocks: int
-    busiest: float = 1.0
-    waiting: float = 1.0
+    busiest: float
+    waiting: float
 
 
 def rank_work(
@@ -140,29 +133,26 @@ def rank_work(
     dense_layers: int,
     degrees: Degrees,
 ) -> RankWork:
-    """Predicts the work of a process in a step of `calls` passes; ValueError for more halves than calls."""
-    if degrees.cfg not in (1, calls):
-        raise ValueError(f"cfg must be 1 or {calls} with this guidance, got {degrees}")
+    """Predicts the work of a process in a step of `calls` passes; `degrees.cfg` is 1 or `calls`."""
     shards = deal(grid, mask.block_size, degrees.ring)
     tokens = -(-shards.most_tokens // degrees.ulysses)
     heads = -(-model.heads // degrees.ulysses)
     one = count_flops(model, grid, mask.density, dense_layers=dense_layers, calls=calls)
-    part, ring = heads / model.heads / degrees.cfg, _ring_share(shards, mask)
+    part = heads / model.heads / degrees.cfg
+    dense_share, sparse_share, kept, busiest, waiting = _ring_share(shards, mask)
     of_text = 4.0 * model.text_tokens * model.width**2 * model.attention_layers() * calls
     by_token = (one.other - of_text) * ((tokens + grid.text) / grid.tokens)
-    other = (by_token + of_text) / degrees.cfg
     # operations of the sparse layers in a sparse step
     sparse = (one.dense - one.sparse) / (1 / mask.density - 1) if mask.density < 1 else 0.0
     return RankWork(
         tokens,
         _exchange(model, shards, options, calls=calls / degrees.cfg, heads=heads, degrees=degrees),
-        one.dense * part * ring.dense,
-        ((one.sparse - sparse) * ring.dense + sparse * ring.sparse) * part,
-        other,
-        max(0.0, other - one.other / (degrees.ulysses * degrees.ring * degrees.cfg)),
-        heads * ring.kept,
-        ring.busiest,
-        ring.waiting,
+        one.dense * part * dense_share,
+        ((one.sparse - sparse) * dense_share + sparse * sparse_share) * part,
+        (by_token + of_text) / degrees.cfg,
+        heads * kept,
+        busiest,
+        waiting,
     )
 
 
@@ -186,23 +176,16 @@ def _exchange(
     )
 
 
-@dataclass(frozen=True)
-class _RingShare:
-    """Holds the share of a ring's busiest process in a dense and in a sparse layer, and its kept blocks."""
+def _ring_share(shards: Shards, mask: BlockMask) -> tuple[float, float, int, float, float]:
+    """Returns the share of a ring's busiest process in a dense and in a sparse layer, and its kept blocks.
 
-    dense: float
-    sparse: float
-    kept: int
-    busiest: float = 1.0
-    waiting: float = 1.0
-
-
-def _ring_share(shards: Shards, mask: BlockMask) -> _RingShare:
+    `busiest` and `waiting` of RankWork follow.
+    """
     if shards.degree == 1:
-        return _RingShare(1.0, 1.0, int(mask.blocks.sum()))
+        return 1.0, 1.0, int(mask.blocks.sum()), 1.0, 1.0
     grid, most, kept = shards.grid, shards.most_tokens, shards.kept(mask)
     # own rows over all keys, and the text over own keys
     pairs = most * grid.tokens + grid.text * (most + grid.text)
     busiest, waiting = imbalance(kept)
     sparse = waiting * kept.sum().item() / shards.degree / int(mask.blocks.sum())
-    return _RingShare(pairs / grid.tokens**2, sparse, int(kept.sum(dim=1).max()), busiest, waiting)
+    return pairs / grid.tokens**2, sparse, int(kept.sum(dim=1).max()), busiest, waiting

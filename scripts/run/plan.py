@@ -1,5 +1,7 @@
 """Plans a run once: `make_plan` is the only function that checks a configuration and derives from it."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +14,7 @@ from radial_attn.masks.density import resolve_density
 from radial_attn.masks.patterns import COMPARED
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.runtime.schedule import Schedule
-from scripts.run.config import AttentionConfig, Config, GenerationConfig, MaskConfig, ModelConfig, VideoSize
+from scripts.run.config import AttentionConfig, Config, MaskConfig, VideoSize
 from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step
 from scripts.run.hub_models import find_model, read_model_info
@@ -29,15 +31,15 @@ from scripts.run.memory import Memory, gib, host_bytes, mask_bytes, nearest_fit,
 from scripts.run.model_info import ModelInfo
 from scripts.run.operations import Flops, count_flops
 from scripts.run.option_checks import (
-    check_combinations,
     check_frames,
     check_layers,
     check_options,
     check_ring,
     check_shared,
     check_size,
+    refusals,
 )
-from scripts.run.parallel import RankWork, plan_degrees, planned_processes, rank_work
+from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
 from scripts.run.system import room, total_memory
 
@@ -56,7 +58,6 @@ class RunPlan:
         dense_steps: numbers, from 0, of the steps that are dense in every layer.
         dense_layers: how many layers, from the first, are dense at every step.
         degrees: how the processes share the run.
-        memory: predicted peak of one process on the device.
         missing: what this machine lacks; empty except in a dry run that may be for another machine.
         warnings: lines for the user before the run.
     """
@@ -72,7 +73,6 @@ class RunPlan:
     dense_steps: tuple[int, ...]
     dense_layers: int
     degrees: Degrees
-    memory: Memory
     missing: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -97,14 +97,10 @@ class RunPlan:
     @cached_property
     def flops(self) -> Flops:
         """Counts the operations of the whole run."""
-        return self.flops_at(self.block_mask.density)
-
-    def flops_at(self, density: float) -> Flops:
-        """Counts the operations of the whole run with a mask of another density."""
         return count_flops(
             self.model,
             self.grid,
-            density,
+            self.block_mask.density,
             steps=self.config.generation.steps,
             dense_steps=len(self.dense_steps),
             dense_layers=self.dense_layers,
@@ -128,16 +124,28 @@ class RunPlan:
         """Returns "dense", or the pattern of the layers that are not dense at every step."""
         return "dense" if step in self.dense_steps else self.config.attention.pattern
 
-    def memory_of(self, size: VideoSize, device: str | None = None, **options: str) -> Memory:
-        """Predicts the peak of one process for another size, device or keys of the group `model`."""
-        attention, grid = self.config.attention, self.model.grid(size)
+    @cached_property
+    def memory(self) -> Memory:
+        """Predicts the peak of one process that has the whole video."""
+        return self.memory_of(self.size)
+
+    @property
+    def rank_memory(self) -> Memory:
+        """Predicts the peak of one process: all weights, and its share of the tokens."""
+        return self.memory_of(self.size, tokens=self.rank_work.tokens)
+
+    def memory_of(
+        self, size: VideoSize, device: str | None = None, tokens: int | None = None, **options: str
+    ) -> Memory:
+        """Predicts the peak of one process for another size, device, share or keys of the group `model`."""
         return peak_memory(
             self.model,
             size,
             replace(self.config.model, **options),
             calls=self.calls,
-            mask_bytes=mask_bytes(grid, attention.block_size),
+            block_size=self.config.attention.block_size,
             device=device or self.device,
+            tokens=tokens,
         )
 
     def nearest_fit(self, budget: float) -> str:
@@ -172,17 +180,17 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     model = read_model_info(path)
     check_model_options(config, model)
     inputs = read_inputs(config.generation, config.model.family, dry_run)
-    check_combinations(config, 1 + ("transformer_2" in model.parameters))
+    _lacking(refusals(config, 1 + ("transformer_2" in model.parameters)))
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
-    missing = _lacking(list(missing_libraries(config.model, device)), elsewhere)
+    missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
     model = with_loras(model, loras)
     attention, grid = config.attention, model.grid(config.generation.size)
     calls = calls_per_step(config.model.family, config.generation.guidance_scale)
-    count = planned_processes(config.parallel, processes) if dry_run else processes
-    degrees = plan_degrees(
-        config.parallel, heads=model.heads, calls=calls, processes=count, prompts=len(prompts)
-    )
+    if dry_run:
+        processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
+    options = {"heads": model.heads, "calls": calls, "processes": processes, "prompts": len(prompts)}
+    degrees = plan_degrees(config.parallel, **options)
     if degrees.ring > 1:
         check_ring(attention, config.model)
     if degrees.processes > 1 and not dry_run:
@@ -203,23 +211,21 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         dense_steps=dense,
         dense_layers=model.layers if attention.pattern == "dense" else attention.dense_layers,
         degrees=degrees,
-        memory=predict_memory(config.model, config.generation, attention, model=model, device=device),
     )
     warnings = () if dry_run else _memory_warnings(plan)
     radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
     quantize = None if attention.quantize == "none" else attention.quantize
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
-    missing += _lacking(
-        list(missing_kernels(attention, call, config.model.compile, radial=radial)), elsewhere
-    )
+    missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
     return replace(plan, missing=missing, warnings=warnings)
 
 
-def _lacking(problems: list[str], elsewhere: bool) -> tuple[str, ...]:
+def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...]:
     """Returns the problems if the run may be for another machine; else raises UsageError with the first."""
-    if problems and not elsewhere:
-        raise UsageError(problems[0])
+    if not elsewhere:
+        for problem in problems:
+            raise UsageError(problem)
     return tuple(problems)
 
 
@@ -262,25 +268,6 @@ def attention_arguments(attention: AttentionConfig) -> dict[str, Any]:
     return arguments | {"config": radial_config(attention), "quantize": quantize}
 
 
-def predict_memory(
-    options: ModelConfig,
-    generation: GenerationConfig,
-    attention: MaskConfig,
-    *,
-    model: ModelInfo,
-    device: str,
-) -> Memory:
-    """Predicts the peak of one process that has the whole video."""
-    return peak_memory(
-        model,
-        generation.size,
-        options,
-        calls=calls_per_step(options.family, generation.guidance_scale),
-        mask_bytes=mask_bytes(model.grid(generation.size), attention.block_size),
-        device=device,
-    )
-
-
 def memory_needs(config: Config) -> tuple[float, float]:
     """Predicts the bytes of GPU and host memory that a configuration needs on a GPU; reads no weights.
 
@@ -288,11 +275,13 @@ def memory_needs(config: Config) -> tuple[float, float]:
     checked, as they take no memory.
     """
     attention = replace(config.attention, dense_steps=0, dense_layers=0, dense_last_steps=0)
-    config = replace(config, attention=attention)
+    config, generation = replace(config, attention=attention), config.generation
     check_options(config)
     model = read_model_info(find_model(config.model))
     check_model_options(config, model)
-    gpu = predict_memory(config.model, config.generation, attention, model=model, device="cuda")
+    calls = calls_per_step(config.model.family, generation.guidance_scale)
+    options = {"calls": calls, "block_size": attention.block_size, "device": "cuda"}
+    gpu = peak_memory(model, generation.size, config.model, **options)
     return gpu.total, host_bytes(model, config.model)
 
 
@@ -319,7 +308,7 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
     On the CPU the prediction was measured, and a run that does not fit raises UsageError. On a GPU it only
     warns, unless the weights alone are larger than the card or the host's memory.
     """
-    free, need, device = room(plan.device), rank_memory(plan).total, plan.device
+    free, need, device = room(plan.device), plan.rank_memory.total, plan.device
     shared = plan.degrees.processes > 1
     if device == "cpu":
         need *= local_processes() if shared else 1
@@ -354,18 +343,3 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
             f"host memory may be short: the weights take {gib(host)}, but {gib(host_free)} are free"
         )
     return tuple(warnings)
-
-
-def rank_memory(plan: RunPlan) -> Memory:
-    """Predicts the peak of one process: all weights, and its share of the tokens."""
-    if plan.degrees.processes == 1:
-        return plan.memory
-    return peak_memory(
-        plan.model,
-        plan.size,
-        plan.config.model,
-        calls=plan.calls,
-        mask_bytes=mask_bytes(plan.grid, plan.config.attention.block_size),
-        device=plan.device,
-        grid=TokenGrid(1, 1, plan.rank_work.tokens, plan.model.joint_text),
-    )

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
+from radial_attn.models.runtime.transformers import parts_of
 from scripts.run.errors import UsageError
 from scripts.run.processes import end_all
 
-ALONE = Degrees()
 BATCHED = ("mochi",)  # families that batch both halves of guidance in one call
 
 
@@ -30,7 +30,7 @@ class Groups:
         share: the number of this process in the `degrees.data` processes that share the prompts.
     """
 
-    degrees: Degrees = ALONE
+    degrees: Degrees = field(default_factory=Degrees)
     everyone: Any = None
     replica: Any = None
     sequence: Any = None
@@ -113,9 +113,7 @@ def shared_guidance(pipeline: Any, family: str, groups: Groups) -> AbstractConte
         return nullcontext()
     from radial_attn.models.parallel.guidance import GuidanceParallel
 
-    transformers = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
-    present = [transformer for transformer in transformers if transformer is not None]
-    return GuidanceParallel(present, groups.guidance, batched=family in BATCHED)
+    return GuidanceParallel(parts_of(pipeline), groups.guidance, batched=family in BATCHED)
 
 
 def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | None:

@@ -31,7 +31,7 @@ from scripts.run.option_checks import cache_arguments, efficiency_arguments
 from scripts.run.outputs import resolved, write_pair
 from scripts.run.plan import RunPlan, attention_arguments
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
-from scripts.run.system import Clock, hardware, peak_memory, reset_peak, room, synchronizer, timed, versions
+from scripts.run.system import Clock, hardware, peak_memory, room, synchronizer, timed, versions
 
 SHRINK = 0.8  # after a real shortage, a video that fits needs at most this share of the prediction
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -74,7 +74,9 @@ class Sampler:
             except Exception as error:  # the libraries share no class for a folder that they cannot load
                 if is_out_of_memory(error):
                     raise
-                raise UsageError(self._load_failure(error)) from error
+                got = f"model.path: got {model.path!r}, which cannot be loaded: {one_line(error)}"
+                local = is_local(self.plan.path)
+                raise UsageError(got if local else hub_unreachable(self.plan.path, error)) from error
             with reported_choices():
                 self.loras_in = put_in(pipeline, model, self.plan.loras)
             economize(pipeline, self.plan.device, dtype, **efficiency_arguments(model))
@@ -82,13 +84,6 @@ class Sampler:
             extend_positions(pipeline, **position_arguments(model, frames, self.plan.model))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def _load_failure(self, error: Exception) -> str:
-        if is_local(self.plan.path):
-            return (
-                f"model.path: got {self.plan.config.model.path!r}, which cannot be loaded: {one_line(error)}"
-            )
-        return hub_unreachable(self.plan.path, error)
 
     def make_video(self, pipeline: Any, prompt: str, path: Path) -> dict[str, Any] | None:
         """Generates one video, writes it with its JSON and returns the JSON's content.
@@ -101,7 +96,8 @@ class Sampler:
             UsageError: a backend is missing or refuses these shapes, or a file cannot be written.
         """
         seconds = dict(self.seconds)
-        reset_peak(self.plan.device)
+        if self.plan.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the host's peak cannot be reset
         with self.reporting_memory():
             frames, run = self.sample_video(pipeline, prompt, seconds)
         if not self.groups.leads:
@@ -124,21 +120,21 @@ class Sampler:
         Adds its stages to `seconds`, without the time of the attention's observer. `bar` counts the steps of
         several videos. Raises the errors of `make_video`, but leaves a shortage of memory as it is.
         """
-        groups = self.groups
-        whole = whole_tokens(self.plan.config.model.family, groups)
-        options = attention_arguments(self.plan.config.attention)
+        groups, config = self.groups, self.plan.config
+        whole = whole_tokens(config.model.family, groups)
+        options = attention_arguments(config.attention)
         options |= {"parallel": groups.sequence, "agree": groups.agree_on_video}
         options["observe"] = observer and observer.see
         with (
             apply_radial_attention(pipeline, **options) as handle,
-            shared_guidance(pipeline, self.plan.config.model.family, groups),
+            shared_guidance(pipeline, config.model.family, groups),
             shared_decoding(pipeline, groups),
-            cached(pipeline, **cache_arguments(self.plan.config), gather=whole) as cache,
+            cached(pipeline, **cache_arguments(config), gather=whole) as cache,
         ):
             clock = Clock(synchronizer(self.plan.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
             try:
-                with reported_choices(), shown_steps(self.plan.config.generation.steps, bar) as shown:
+                with reported_choices(), shown_steps(config.generation.steps, bar) as shown:
                     step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
@@ -148,10 +144,9 @@ class Sampler:
             return to_bytes(frames) if groups.leads else frames, run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
-        seed = self.plan.config.generation.seed
+        config, options = self.plan.config, {"callback_on_step_end": step_done, **self.plan.inputs.arguments}
         try:
-            options = {"callback_on_step_end": step_done, **self.plan.inputs.arguments}
-            return sample(pipeline, self.plan.config, [prompt], [seed], **options)[0]
+            return sample(pipeline, config, [prompt], [config.generation.seed], **options)[0]
         except (UsageError, GenerationError):
             raise
         except CheckError as error:
@@ -163,20 +158,18 @@ class Sampler:
 
     def _failure(self, error: Exception) -> Exception:
         """Returns the error to raise; it names a backend only if the backend's op raised."""
-        attention = self.plan.config.attention
+        attention, reason = self.plan.config.attention, one_line(error)
         named = attention.dense_backend not in ("auto", "native")
         if named and raised_in(error, DISPATCH):
-            return UsageError(
-                f"attention.dense_backend: got {attention.dense_backend!r}, which failed: {one_line(error)}"
-            )
+            got = attention.dense_backend
+            return UsageError(f"attention.dense_backend: got {got!r}, which failed: {reason}")
         if raised_in(error, *OP):
-            return UsageError(
-                f"attention.backend: got {attention.backend!r}, which failed: {one_line(error)}"
-            )
-        return GenerationError(f"the pipeline failed with {type(error).__name__}: {one_line(error)}")
+            return UsageError(f"attention.backend: got {attention.backend!r}, which failed: {reason}")
+        return GenerationError(f"the pipeline failed with {type(error).__name__}: {reason}")
 
     def _step_watcher(self, clock: Clock, bar: tqdm, handle: Any, observer: Observer | None) -> Callable:
         """Makes the pipeline's callback: clock, progress bar, a stop at the first non-finite latents."""
+        config = self.plan.config
 
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
             if observer is not None:
@@ -187,9 +180,8 @@ class Sampler:
                 calls = handle.report()["calls"]
                 backends = ", ".join(name for name in calls if name != "dense" and pattern != "dense")
                 raise GenerationError(
-                    f"non-finite latents after step {step + 1} of {self.plan.config.generation.steps} "
-                    f"(pattern {pattern}, backend {backends or 'dense'}, {self.plan.config.model.dtype}); "
-                    "no video written"
+                    f"non-finite latents after step {step + 1} of {config.generation.steps} (pattern "
+                    f"{pattern}, backend {backends or 'dense'}, {config.model.dtype}); no video written"
                 )
             bar.set_postfix_str(pattern, refresh=False)
             bar.update()
@@ -239,9 +231,8 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
     go to the pipeline; `output_type="latent"` returns latents `[B, C, frames, height, width]`.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    family = config.model.family
-    arguments = pipeline_arguments(family, config.generation) | options
-    return pipeline(**batch(family, prompts, generators), **arguments).frames
+    arguments = pipeline_arguments(config.model.family, config.generation) | options
+    return pipeline(**batch(config.model.family, prompts, generators), **arguments).frames
 
 
 class LineHandler(logging.Handler):

@@ -6,6 +6,7 @@ Precedence, lowest first: the defaults of the dataclasses, the YAML file, `key=v
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ KINDS = {
 }
 ZERO = "0"  # as `share`: the share may be 0
 NUMBERS = (float, float | None, int | float | str)
+PLAIN = {"choices": (), "low": None, "words": (), "share": None, "parse": None}  # metadata of a key
 
 
 def key(
@@ -44,21 +46,18 @@ def key(
         words: texts that a key of numbers also takes.
         share: for a number above 0 up to 1, says which other values the key takes.
     """
-    meta = {"help": help, "choices": choices, "low": low, "words": words, "share": share, "parse": None}
-    return field(default=default, metadata=meta)
+    meta = {"help": help, "choices": choices, "low": low, "words": words, "share": share}
+    return field(default=default, metadata=PLAIN | meta)
 
 
 def listing(help: str, form: str, parse: Callable[[Any], list]) -> dict[str, Any]:
     """Makes the metadata of a key that holds a list; `form` says what it takes, `parse` makes the entries."""
-    return {
-        "help": help,
-        "choices": (),
-        "low": None,
-        "words": (),
-        "share": None,
-        "parse": parse,
-        "form": form,
-    }
+    return PLAIN | {"help": help, "parse": parse, "form": form}
+
+
+def literal(text: str) -> str:
+    """Escapes text, so that OmegaConf interpolates nothing in it."""
+    return text.replace("${", "\\${")
 
 
 def find_path(name: str) -> Path:
@@ -123,10 +122,11 @@ class Schema:
     def check(self, config: Any) -> None:
         """Raises UsageError for a value outside its choices or its share, or below its smallest number."""
         for name, entry in self.keys().items():
-            group, leaf = name.split(".")
-            value = getattr(getattr(config, group), leaf)
-            if isinstance(value, str) and not _is_unicode(value):
-                raise UsageError(f"{name}: got {value!r}, must be text that UTF-8 can encode")
+            value = attrgetter(name)(config)
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:  # lone surrogates stand for bytes that were not UTF-8
+                raise UsageError(f"{name}: got {value!r}, must be text that UTF-8 can encode") from error
             if not _fits(value, entry):
                 raise self._refusal(name, value)
 
@@ -150,17 +150,18 @@ class Schema:
     def preset_lines(self) -> list[str]:
         """Returns a line for each bundled file: its name and its first comment, which says what to expect."""
         lines = []
-        for preset in sorted(ROOT.glob(self.presets)):
-            expectation = preset.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            lines.append(f"  {preset.relative_to(ROOT).as_posix():<30} {expectation}")
+        for name in self._presets():
+            expectation = (ROOT / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            lines.append(f"  {name:<30} {expectation}")
         return lines
+
+    def _presets(self) -> list[str]:
+        return [preset.relative_to(ROOT).as_posix() for preset in sorted(ROOT.glob(self.presets))]
 
     def _read_yaml(self, config_file: str) -> dict[str, dict]:
         path = find_path(config_file)
         if not path.is_file():
-            names = ", ".join(
-                preset.relative_to(ROOT).as_posix() for preset in sorted(ROOT.glob(self.presets))
-            )
+            names = ", ".join(self._presets())
             raise UsageError(f"config file {config_file!r} not found; bundled files: {names}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -195,10 +196,10 @@ class Schema:
         if meta.get("parse"):
             return value
         if kind in (str, str | None) or value in meta.get("words", ()):
-            return value.replace("${", "\\${")
+            return literal(value)
+        read = yaml.safe_load if kind is bool else float if kind in NUMBERS else int
         try:
-            numbers = dict.fromkeys(NUMBERS, float)
-            return {bool: yaml.safe_load, **numbers}.get(kind, int)(value)
+            return read(value)
         except (ValueError, yaml.YAMLError) as error:
             raise self._refusal(name, value) from error
 
@@ -229,15 +230,6 @@ def _fits(value: Any, entry: Any) -> bool:
         return True
     above = low == 0 and entry.type in (float, float | None)  # 0 is no value of such a key
     return math.isfinite(value) and (value > low if above else value >= low)
-
-
-def _is_unicode(text: str) -> bool:
-    """Returns whether UTF-8 can encode a text; lone surrogates stand for bytes that were not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def shown(value: Any) -> str:

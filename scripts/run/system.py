@@ -5,7 +5,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,8 @@ def pairs(*groups: Mapping[str, Any]) -> str:
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """Returns the version of each package, or "absent"."""
-    installed_versions = {}
-    for name in packages:
-        try:
-            installed_versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed_versions[name] = "absent"
-    return installed_versions
+    distributions = {name: next(iter(metadata.distributions(name=name)), None) for name in packages}
+    return {name: "absent" if package is None else package.version for name, package in distributions.items()}
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -114,12 +109,9 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as stream:
+        return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def peak_memory(device: str) -> dict[str, int]:
@@ -132,17 +124,9 @@ def peak_memory(device: str) -> dict[str, int]:
 
 def _host_peak() -> int:
     """Returns VmHWM of /proc, which restarts with a program; else ru_maxrss, which a child inherits."""
-    try:
-        with open("/proc/self/status", encoding="utf-8") as stream:
-            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak(device: str) -> None:
-    """Resets the GPU's peak; the host's cannot be reset."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as stream:
+        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def room(device: str) -> int:

@@ -16,10 +16,14 @@ PROMPT = "a red circle moving around on a navy background"
 
 def test_the_bundled_model_makes_the_video_that_the_prompt_asks_for(tmp_path):
     assert (ROOT / "assets/wan-tiny/model_index.json").is_file(), "assets/wan-tiny is missing"
-    words = ["configs/wan_tiny.yaml", f"output.path={tmp_path / 'red.mp4'}", f"generation.prompt={PROMPT}"]
+    arguments = [
+        "configs/wan_tiny.yaml",
+        f"output.path={tmp_path / 'red.mp4'}",
+        f"generation.prompt={PROMPT}",
+    ]
     script = str(ROOT / "scripts/wan_t2v_inference.sh")
     result = subprocess.run(
-        ["bash", script, *words], check=False, capture_output=True, text=True, cwd=tmp_path
+        ["bash", script, *arguments], check=False, capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert "denoising: 100%" in result.stderr

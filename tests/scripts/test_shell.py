@@ -14,14 +14,14 @@ from scripts.run.config import ROOT
 SETUP = ROOT / "scripts/setup.sh"
 
 
-def bash(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def bash(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     options = {"env": os.environ | environment, "capture_output": True, "text": True}
-    return subprocess.run(["bash", *words], check=False, cwd=cwd, **options)
+    return subprocess.run(["bash", *arguments], check=False, cwd=cwd, **options)
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A repository of nothing but set-up and an empty requirements.txt, in a path with a space."""
+    """Makes a repository of set-up and an empty requirements.txt, in a path with a space."""
     root = tmp_path / "my copy"
     (root / "scripts").mkdir(parents=True)
     shutil.copy(SETUP, root / "scripts")
@@ -32,7 +32,7 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "script", [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name
 )
-def test_scripts_parse_and_say_what_they_do(script):
+def test_scripts_parse_and_begin_with_a_description(script):
     assert bash("-n", str(script)).returncode == 0
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
@@ -61,18 +61,14 @@ def test_setup_makes_an_environment_once_and_then_changes_nothing(copy, tmp_path
 
 
 def test_setup_recovers_from_an_interruption_and_two_at_once_agree(copy):
-    process = subprocess.Popen(
-        ["bash", str(copy / "scripts/setup.sh")], start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    command = ["bash", str(copy / "scripts/setup.sh")]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     while not (copy / ".venv/bin/python").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (copy / ".venv/setup.sha256").exists()
-    both = [
-        subprocess.Popen(["bash", str(copy / "scripts/setup.sh")], stdout=subprocess.PIPE, text=True)
-        for _ in "ab"
-    ]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in "ab"]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("setup: done" in text for text in printed) == 1
@@ -84,10 +80,8 @@ def test_setup_refuses_an_old_or_missing_python(copy, tmp_path):
     old.chmod(0o755)
     for python in (str(old), "/no/such/python"):
         result = bash(str(copy / "scripts/setup.sh"), PYTHON=python)
-        assert result.returncode == 1
-        assert (
-            result.stderr == f"error: no Python 3.11 or newer among: {python}; set PYTHON=/path/to/python\n"
-        )
+        assert result.returncode == 1 and "set PYTHON=/path/to/python" in result.stderr
+        assert result.stderr.startswith(f"error: no Python 3.11 or newer among: {python};")
     assert not (copy / ".venv").exists()
 
 
@@ -99,9 +93,5 @@ def test_the_inference_script_from_another_directory(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "69120 = 18 latent frames x 48 x 80" in result.stdout
     result = bash(script, "generation.sed=1", cwd=tmp_path)
-    assert result.returncode == 2
-    assert (
-        result.stderr
-        == "error: unknown key 'generation.sed' (command line); did you mean 'generation.seed'?\n"
-    )
+    assert result.returncode == 2 and result.stderr.startswith("error: unknown key 'generation.sed'")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scripts"]

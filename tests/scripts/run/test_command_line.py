@@ -1,4 +1,4 @@
-"""The command line of generation: its words, and the preset that is taken on cards of several sizes."""
+"""The command line of generation: its arguments, and the preset that is taken on cards of several sizes."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return pretend
 
 
-def test_words():
+def test_arguments():
     assert parse([TINY_PRESET, "a.b=1", "--dry-run"]) == Command(TINY_PRESET, ["a.b=1"], dry_run=True)
     assert parse(["--help"]).help and parse(["-h"]).help
     longest = f"generation.prompt={300 * 'cat '}"  # more than a file name may have
@@ -59,9 +59,9 @@ def test_without_a_gpu_the_bundled_model_is_taken():
 
 def test_the_last_device_on_the_command_line_counts(machine):
     machine(80)
-    words = ["model.device=cuda", "model.device=cpu"]
-    assert choose_preset(words) == (TINY_PRESET, words, "model.device=cpu")
-    assert choose_preset(words[::-1])[0] == FULL_PRESET
+    arguments = ["model.device=cuda", "model.device=cpu"]
+    assert choose_preset(arguments) == (TINY_PRESET, arguments, "model.device=cpu")
+    assert choose_preset(arguments[::-1])[0] == FULL_PRESET
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,12 @@ def test_the_last_device_on_the_command_line_counts(machine):
     [
         (2, TINY_PRESET, ()),
         (8, SMALL_PRESET, SAVING),
-        (12, FULL_PRESET, SAVING),
-        (16, FULL_PRESET, SAVING),
-        (24, FULL_PRESET, SAVING),
-        (48, FULL_PRESET, SAVING),
+        *((card, FULL_PRESET, SAVING) for card in (12, 16, 24, 48)),
         (80, FULL_PRESET, ()),
     ],
 )
 def test_the_step_of_the_ladder_that_a_card_takes(card, preset, more, machine):
-    """What comes before it on the ladder is named with what it would need."""
+    """The reason names the steps before it, and the memory that each would need."""
     machine(card)
     chosen, overrides, reason = choose_preset([])
     assert (chosen, overrides) == (preset, list(more))
@@ -93,19 +90,12 @@ def test_the_step_of_the_ladder_that_a_card_takes(card, preset, more, machine):
 
 @pytest.mark.parametrize(
     ("card", "preset", "more"),
-    [
-        (8, HUNYUAN_TINY, ()),
-        (12, HUNYUAN, SAVING),
-        (16, HUNYUAN, SAVING),
-        (24, HUNYUAN, SAVING),
-        (48, HUNYUAN, SAVING),
-        (80, HUNYUAN, ()),
-    ],
+    [(8, HUNYUAN_TINY, ()), *((card, HUNYUAN, SAVING) for card in (12, 16, 24, 48)), (80, HUNYUAN, ())],
 )
 def test_another_preset_has_its_own_stand_in(card, preset, more, machine):
     machine(card)
-    words = [f"--preset={HUNYUAN}", f"--bundled={HUNYUAN_TINY}", "generation.seed=5"]
-    chosen, overrides, reason = choose_config(parse(words))
+    arguments = [f"--preset={HUNYUAN}", f"--bundled={HUNYUAN_TINY}", "generation.seed=5"]
+    chosen, overrides, reason = choose_config(parse(arguments))
     assert (chosen, overrides) == (preset, [*more, "generation.seed=5"])
     assert ("hunyuan_t2v would need 5" in reason) == (card < 80)
     assert (f"hunyuan_t2v {SAVED} would need " in reason) == (preset == HUNYUAN_TINY)
@@ -114,7 +104,7 @@ def test_another_preset_has_its_own_stand_in(card, preset, more, machine):
 
 
 def test_a_host_without_room_takes_a_smaller_model(machine):
-    """All weights are read into it first, whatever is kept on the card."""
+    """All weights are read into host memory first."""
     machine(80, host=36)
     preset, overrides, reason = choose_preset([])
     assert (preset, overrides) == (SMALL_PRESET, [])
@@ -125,7 +115,7 @@ def test_a_host_without_room_takes_a_smaller_model(machine):
     assert reason.startswith("a card has 80 GiB free; Wan 14B would need 40 GiB of host memory; ")
 
 
-def test_keys_of_the_user_stay_the_users(machine):
+def test_keys_of_the_user_are_kept(machine):
     machine(24)
     given = ["model.offload=model", "generation.num_frames=33"]
     preset, overrides, _ = choose_preset(given)
@@ -144,8 +134,8 @@ def test_keys_of_the_user_stay_the_users(machine):
         ("model.cache=mag", ()),  # which lacks its ratios, and is refused whatever is added
     ],
 )
-def test_what_is_added_goes_together_with_the_users_keys(word, saving, machine):
-    """For every card: what is chosen is planned, or refused for the user's own keys."""
+def test_added_keys_work_together_with_the_users_keys(word, saving, machine):
+    """On every card the choice can be planned, unless the user's keys are refused."""
     for card in (8, 12, 24, 48):
         machine(card)
         preset, overrides, _ = choose_preset([word])
@@ -161,15 +151,13 @@ def test_a_model_of_the_user_has_no_smaller_one(machine, tiny_model):
     assert (preset, overrides) == (TINY_PRESET, [word]) and "1.3B" not in reason
     with pytest.raises(UsageError, match=r"model\.path: .*hunyuan"):
         choose_config(parse([f"--preset={HUNYUAN}", word]))
-    assert choose_preset([f"model.path={tiny_model}", "generation.height=64", "generation.width=64"])[:2] == (
-        FULL_PRESET,
-        [f"model.path={tiny_model}", "generation.height=64", "generation.width=64"],
-    )
+    arguments = [f"model.path={tiny_model}", "generation.height=64", "generation.width=64"]
+    assert choose_preset(arguments)[:2] == (FULL_PRESET, arguments)
 
 
 def test_overrides_count_in_what_a_preset_needs(tiny_model, machine):
-    def needs(*words: str) -> tuple[float, float]:
-        return memory_needs(read_config(FULL_PRESET, list(words)))
+    def needs(*arguments: str) -> tuple[float, float]:
+        return memory_needs(read_config(FULL_PRESET, list(arguments)))
 
     gpu, host = needs()
     assert gpu > host > 37 * GIB

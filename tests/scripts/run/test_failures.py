@@ -1,4 +1,4 @@
-"""What can go wrong on the way: memory, disk, network, Ctrl-C, numbers that are not finite."""
+"""Failures during a run: memory, disk, network, Ctrl-C, numbers that are not finite."""
 
 import os
 import re
@@ -20,13 +20,11 @@ from scripts.run.hub_models import HUB_MODELS
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler
 from scripts.run.system import available_memory, room
+from tests.support.plans import TINY
+from tests.support.script_cases import arguments, error_lines, refused
 
-TINY = "configs/wan_tiny.yaml"
 MOVES = 2**25  # what other programs take between two readings of free memory
-SHORT = ["generation.steps=2", "generation.num_frames=5"]
 COMMAND = [sys.executable, "-P", "-m", "scripts.generate"]
-
-
 SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
@@ -38,27 +36,24 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def arguments(model: Path, output: Path, *overrides: str) -> list[str]:
-    return [TINY, f"model.path={model}", f"output.path={output}", *SHORT, *overrides]
-
-
 def start(
     argv: list[str], limits: str = "", command: list[str] = COMMAND, **environment: str
 ) -> subprocess.Popen:
-    """The command in a process of its own, under limits as the shell's `ulimit` takes them."""
+    """Starts the command in its own process, under limits as the shell's `ulimit` takes them."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     shell = ["bash", "-c", f'{limits and f"ulimit {limits}; "}exec "$@"', "bash"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*shell, *command, *argv], env=environment, cwd=ROOT, **pipes)
 
 
-def last_line(process: subprocess.Popen) -> str:
-    """The last line on stderr; no traceback, and nothing but progress before it."""
+def last_line(process: subprocess.Popen, code: int = 2) -> str:
+    """Returns the last line on stderr; checks the exit code, and that only progress is printed before."""
     try:
         errors = process.communicate(timeout=800)[1]
     finally:
         process.kill()
     lines = re.split(r"[\r\n]+", errors.strip())
+    assert process.returncode == code
     assert not [line for line in lines[:-1] if line.strip() and "denoising" not in line], lines
     return lines[-1]
 
@@ -67,36 +62,23 @@ def last_line(process: subprocess.Popen) -> str:
 def test_a_hub_id_out_of_reach(path, tmp_path):
     if path in HUB_MODELS and room("cpu") < 16 * 2**30:  # its memory is known, and checked first
         pytest.skip("less than 16 GiB of memory are free")
-    argv = [TINY, *SHORT, "model.dtype=bfloat16", f"model.path={path}", f"output.path={tmp_path / 'out'}"]
-    process = start(argv, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
-    line = last_line(process)
-    assert process.returncode == 2
+    argv = arguments(path, tmp_path / "out", "model.dtype=bfloat16")
+    line = last_line(start(argv, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub")))
     assert all(word in line for word in ("error: ", "model.path", path, "hub", "configs/wan_tiny.yaml"))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_plan_whose_mask_is_too_large(tiny_model, tmp_path, capsys):
-    sizes = ["generation.height=8192", "generation.width=8192", "generation.num_frames=4093"]
-    assert main(arguments(tiny_model, tmp_path / "out", *sizes, "--dry-run")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of memory: attention.block_size=16 on") and "256" in line
 
 
 def test_memory_that_runs_out_on_the_way(tiny_model, tmp_path):
     small = ["generation.steps=1", "generation.guidance_scale=1", "attention.pattern=dense"]
     sizes = ["generation.height=512", "generation.width=512"]
     argv = arguments(tiny_model, tmp_path / "out", *small, *sizes)
-    process = start(argv, command=[sys.executable, "-c", SHORT_OF_MEMORY])
-    line = last_line(process)
-    assert process.returncode == 2
+    line = last_line(start(argv, command=[sys.executable, "-c", SHORT_OF_MEMORY]))
     assert line.startswith("error: out of memory: generation.height=512") and "would fit: generation." in line
     assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_without_room_for_the_video(tiny_model, tmp_path):
-    process = start(arguments(tiny_model, tmp_path / "out"), limits="-f 2")
-    line = last_line(process)
-    assert process.returncode == 2
+    line = last_line(start(arguments(tiny_model, tmp_path / "out"), limits="-f 2"))
     assert line.startswith("error: output.path: cannot write") and "room" in line
     assert not (tmp_path / "out").exists()
 
@@ -104,9 +86,8 @@ def test_a_disk_without_room_for_the_video(tiny_model, tmp_path):
 def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cab\nabc\nbac\n")
-    process = start(
-        arguments(tiny_model, tmp_path / "out", f"generation.prompt_file={prompts}"), limits="-f 2"
-    )
+    argv = arguments(tiny_model, tmp_path / "out", f"generation.prompt_file={prompts}")
+    process = start(argv, limits="-f 2")
     errors = re.split(r"[\r\n]+", process.communicate(timeout=800)[1])
     first, *others = [line for line in errors if line.startswith("error")]
     assert process.returncode == 1 and first.startswith("error: line 1: output.path: cannot write")
@@ -121,13 +102,12 @@ def test_interrupting_leaves_no_partial_file(tiny_model, tmp_path):
     while "step" not in seen and process.poll() is None:
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
-    assert last_line(process).startswith("interrupted")
-    assert process.returncode == 130
+    assert last_line(process, 130).startswith("interrupted")
     assert not (tmp_path / "out").exists()
 
 
 def smaller_text_encoder(model: Path, folder: Path, **changes: int) -> Path:
-    """The tiny model with another text encoder: one that knows fewer letters, or of another width."""
+    """Returns the tiny model with another text encoder: one that knows fewer letters, or of another width."""
     shutil.copytree(model, folder)
     settings = UMT5Config.from_pretrained(folder / "text_encoder")
     UMT5EncoderModel(UMT5Config(**settings.to_dict() | changes)).save_pretrained(folder / "text_encoder")
@@ -135,21 +115,22 @@ def smaller_text_encoder(model: Path, folder: Path, **changes: int) -> Path:
 
 
 def test_a_pipeline_that_fails_loses_one_prompt_not_the_rest(tiny_model, tmp_path, capsys):
-    """Letters from 'e' on are beyond the encoder's vocabulary, which torch says with an IndexError."""
+    """Letters from 'e' on are beyond the encoder's vocabulary, for which torch raises IndexError."""
     model, out = smaller_text_encoder(tiny_model, tmp_path / "model", vocab_size=8), tmp_path / "out"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("bad\nzzz\ncab\n")
+    capsys.readouterr()  # what made the encoder's files printed
     assert main(arguments(model, out, f"generation.prompt_file={prompts}")) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    (line,) = error_lines(capsys)
     assert line.startswith("error: line 2: the pipeline failed with IndexError: ")
     assert sorted(file.name for file in out.glob("*.mp4")) == ["0001_bad_seed1.mp4", "0003_cab_seed1.mp4"]
 
 
 def test_a_failure_outside_the_op_is_not_the_backends(tiny_model, tmp_path, capsys):
     model = smaller_text_encoder(tiny_model, tmp_path / "model", d_model=24)
-    assert main(arguments(model, tmp_path / "out")) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: the pipeline failed with RuntimeError: ") and "shapes" in line
+    refused(
+        capsys, arguments(model, tmp_path / "out"), "error: the pipeline failed with RuntimeError: ", "shapes"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -157,15 +138,14 @@ def test_a_failure_outside_the_op_is_not_the_backends(tiny_model, tmp_path, caps
 def test_a_failure_of_the_op_names_the_backend(tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert main(arguments(tiny_model, tmp_path / "out", "attention.backend=flex")) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: attention.backend: got 'flex', which failed: ") and "compiler" in line
+    argv = arguments(tiny_model, tmp_path / "out", "attention.backend=flex")
+    refused(capsys, argv, "error: attention.backend: got 'flex', which failed: ", "compiler")
 
 
 def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny_model):
-    """As cuBLAS says it. What would fit depends on what is free and what this process holds already."""
-    words = [f"model.path={tiny_model}", "model.device=cpu"]
-    config = read_config(TINY, [*words, "generation.height=512", "generation.width=512"])
+    """The message is cuBLAS's. Memory that this process holds counts as room for the run."""
+    overrides = [f"model.path={tiny_model}", "model.device=cpu"]
+    config = read_config(TINY, [*overrides, "generation.height=512", "generation.width=512"])
     sampler = Sampler(make_plan(config, dry_run=True))
     held = torch.ones(2**27, dtype=torch.uint8)
     with (
@@ -179,7 +159,7 @@ def test_a_shortage_is_recognised_and_the_loaded_model_is_not_counted_twice(tiny
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_what_torch_holds_of_the_gpu_is_room_for_a_run():
+def test_memory_that_torch_has_reserved_is_room_for_a_run():
     before, held = room("cuda"), torch.ones(2**30, dtype=torch.uint8, device="cuda")
     assert room("cuda") > before - held.nbytes / 2
 
@@ -195,7 +175,5 @@ def test_non_finite_latents_stop_at_their_step(dense_steps, pattern, tiny_model,
     weights["proj_out.bias"] = torch.full_like(weights["proj_out.bias"], float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
     argv = arguments(folder, tmp_path / "out", f"attention.dense_steps={dense_steps}")
-    assert main(argv) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: non-finite latents after step 1 of 2") and pattern in line
+    refused(capsys, argv, "error: non-finite latents after step 1 of 2", pattern)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
-"""The keys of backends and of the output check, through the command: refused before loading, or obeyed."""
+"""Backends and checks of outputs, through the command: refused before weights are loaded, or used."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,67 +13,41 @@ from scripts.run.sampler import Sampler
 from tests.support.auto_backend import AUTO
 from tests.support.failing_kernel import fail, one_nan, twice
 from tests.support.plans import FULL, TINY, plan_of
+from tests.support.script_cases import arguments, error_lines, refused
 
-SHORT = ["generation.steps=2", "generation.num_frames=5"]
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-REFUSED = {
-    "device": (["attention.backend=triton"], "attention.backend: got 'triton', which "),
-    "library": (
-        ["attention.backend=flashinfer"],
-        "attention.backend: got 'flashinfer', which needs flashinfer",
-    ),
-    "bits of a backend": (
-        ["attention.backend=blocks", "attention.quantize=int8"],
-        "attention.quantize: got 'int8': backend 'blocks' has no quantize='int8'; allowed here: none",
-    ),
-    "bits": (["attention.quantize=fp8"], "attention.quantize: got 'fp8': no backend serves this call: "),
-    "dense library": (
-        ["attention.dense_backend=flash"],
-        "attention.dense_backend: got 'flash', which cannot be used here: ",
-    ),
-    "dense": (["attention.dense_backend=sage"], "attention.dense_backend: got 'sage', which "),
+REFUSED = {  # keys of attention -> how the line goes on after `attention.`
+    "backend=triton": "backend: got 'triton', which ",
+    "backend=flashinfer": "backend: got 'flashinfer', which needs flashinfer",
+    "backend=blocks quantize=int8": "quantize: got 'int8': backend 'blocks' has no quantize='int8'; allowed "
+    "here: none",
+    "quantize=fp8": "quantize: got 'fp8': no backend serves this call: ",
+    "dense_backend=flash": "dense_backend: got 'flash', which cannot be used here: ",
+    "dense_backend=sage": "dense_backend: got 'sage', which ",
 }
-
-
-def arguments(model: Path, output: Path, *overrides: str) -> list[str]:
-    return [TINY, f"model.path={model}", f"output.path={output}", *SHORT, *overrides]
-
-
-def error_lines(capsys: pytest.CaptureFixture) -> list[str]:
-    """Lines of errors on stderr, where only the progress bar may stand beside them."""
-    printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    assert not [line for line in printed if line.strip() and not line.startswith(("error", "denoising"))]
-    return [line for line in printed if line.startswith("error")]
 
 
 @on_the_cpu
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_run_here_is_refused_before_weights_are_loaded(
+def test_kernels_that_this_machine_lacks_are_refused_before_weights_are_loaded(
     case, tiny_model, tmp_path, capsys, monkeypatch
 ):
-    overrides, message = REFUSED[case]
+    message = f"attention.{REFUSED[case]}"
     monkeypatch.setattr(Sampler, "load", lambda self: pytest.fail("weights loaded"))
-    argv = arguments(tiny_model, tmp_path / "out", *overrides)
+    argv = arguments(tiny_model, tmp_path / "out", *(f"attention.{word}" for word in case.split()))
     for more in ([], ["model.device=cpu", "--dry-run"]):
-        assert main([*argv, *more]) == 2
-        (line,) = error_lines(capsys)
-        assert line.startswith(f"error: {message}")
-    if case in {"device", "library"}:
+        line = refused(capsys, [*argv, *more], f"error: {message}")
+    if case.startswith("backend=") and "blocks" not in case:
         assert f"; allowed here: auto, reference, {AUTO}" in line
+    if case.startswith("dense_backend"):
+        assert line.endswith("; allowed here: auto, native") and line.count("dense_backend") == 1
     assert not (tmp_path / "out").exists()
     assert main([*argv, "--dry-run"]) == 0  # no GPU was asked for, so the plan may be for another machine
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "not on this machine" in line]
     assert note.startswith("note ") and message in note
 
 
-@on_the_cpu
-def test_a_large_model_is_planned_here_for_a_machine_with_a_gpu(capsys):
-    kernels = ["attention.backend=triton", "attention.quantize=int8", "attention.dense_backend=_native_cudnn"]
-    assert main([FULL, *kernels, "--dry-run"]) == 0
-    assert "not on this machine: attention.backend: got 'triton', which " in capsys.readouterr().out
-
-
-def test_a_backend_that_is_never_called_is_not_looked_at():
+def test_a_backend_that_is_never_called_is_not_checked():
     unused = (["attention.pattern=dense"], ["attention.dense_layers=40"], ["attention.dense_steps=50"])
     for overrides in unused:
         plan = plan_of(read_config(FULL, ["attention.backend=sage", "model.device=cpu", *overrides]))
@@ -86,28 +59,25 @@ def test_the_head_width_counts(tiny_model, monkeypatch):
     from radial_attn.kernels import flex
 
     monkeypatch.setattr(flex, "NEEDS", backends.Needs(widths=(64, 128)))
-    words = ["attention.backend=flex", "model.device=cpu", f"model.path={tiny_model}"]
+    overrides = ["attention.backend=flex", "model.device=cpu", f"model.path={tiny_model}"]
     with pytest.raises(UsageError, match=r"'flex', which takes head widths \(64, 128\), got 12; allowed"):
-        plan_of(read_config(TINY, words))
+        plan_of(read_config(TINY, overrides))
 
 
 @pytest.mark.parametrize("case", [("nan", one_nan), ("reference", one_nan), ("reference", twice)])
 def test_a_failing_kernel_stops_the_run_without_a_file(case, tiny_model, tmp_path, capsys, monkeypatch):
-    """Layer 1 of the first guidance half."""
+    """The call that fails is layer 1 of the first half of guidance."""
     check, how = case
     fail(monkeypatch, 1, how)
-    assert main(arguments(tiny_model, tmp_path / "out", f"attention.check={check}")) == 2
-    (line,) = error_lines(capsys)
     kind = "non-finite" if how is one_nan else "wrong"
-    assert line.startswith(
-        f"error: {kind} attention output in layer 1 at step 1 of 2, float32, backend blocks"
-    )
+    named = f"error: {kind} attention output in layer 1 at step 1 of 2, float32, backend blocks"
+    line = refused(capsys, arguments(tiny_model, tmp_path / "out", f"attention.check={check}"), named)
     assert line.endswith("; no video written")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_kernel_loses_one_prompt_not_the_rest(tiny_model, tmp_path, capsys, monkeypatch):
-    """The second of three videos, at its second step: a video has 2 steps of 2 halves of 4 layers."""
+    """It fails in the second step of the second video: a video has 2 steps of 2 halves of 4 layers."""
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
     fail(monkeypatch, 2 * 2 * 4 + 2 * 4 + 3, one_nan)
@@ -126,12 +96,8 @@ def test_a_failing_kernel_loses_one_prompt_not_the_rest(tiny_model, tmp_path, ca
 
 def test_the_record_has_check_and_dense_backend(tiny_model, tmp_path, capsys):
     path = tmp_path / "a.mp4"
-    overrides = [
-        "attention.check=reference",
-        "attention.dense_steps=1",
-        "attention.dense_backend=_native_math",
-    ]
-    assert main(arguments(tiny_model, path, *overrides)) == 0
+    overrides = ["check=reference", "dense_steps=1", "dense_backend=_native_math"]
+    assert main(arguments(tiny_model, path, *(f"attention.{word}" for word in overrides))) == 0
     attention = json.loads(path.with_suffix(".json").read_text())["attention"]
     assert attention["check"]["compared"] == 4
     assert attention["check"]["worst"]["relative_l2"] < 1e-5 < MOST_ERROR
@@ -146,7 +112,6 @@ def test_the_record_has_check_and_dense_backend(tiny_model, tmp_path, capsys):
 def test_a_dense_backend_that_fails_is_named(tiny_model, tmp_path, capsys):
     """cuDNN's name is known everywhere and its kernel is not."""
     overrides = ["attention.dense_backend=_native_cudnn", "attention.dense_layers=1"]
-    assert main(arguments(tiny_model, tmp_path / "out", *overrides)) == 2
-    (line,) = error_lines(capsys)
-    assert line.startswith("error: attention.dense_backend: got '_native_cudnn', which failed: ")
+    argv = arguments(tiny_model, tmp_path / "out", *overrides)
+    refused(capsys, argv, "error: attention.dense_backend: got '_native_cudnn', which failed: ")
     assert not (tmp_path / "out").exists()

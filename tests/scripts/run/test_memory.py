@@ -27,7 +27,7 @@ latents = torch.randn(1, vae.config.latent_channels, *sizes)
 with torch.no_grad():
     vae.decode(latents[:, :, :2, :8, :8])
     with open("/proc/self/clear_refs", "w") as stream:
-        stream.write("5")  # the peak begins anew
+        stream.write("5")  # resets the peak
     before = peak_memory("cpu")["host_bytes"]
     vae.decode(latents)
 print(peak_memory("cpu")["host_bytes"] - before)
@@ -42,11 +42,11 @@ def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")
 @pytest.mark.parametrize(("family", "frames", "latents"), [("hunyuan_video", 17, 5), ("mochi", 7, 2)])
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
-    """A video larger than a tile, in a process of its own, whose freed tensors go back to the system."""
+    """Decodes a video larger than a tile in its own process, whose freed tensors go back to the system."""
     side = TILE * 3 // 2
-    words = [family, str(latents), str(side // 8), str(side // 8)]
+    arguments = [family, str(latents), str(side // 8), str(side // 8)]
     given = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    command = [sys.executable, "-P", "-c", MEASURE, *words]
+    command = [sys.executable, "-P", "-c", MEASURE, *arguments]
     done = subprocess.run(
         command, check=True, cwd=ROOT, env=os.environ | given, capture_output=True, text=True
     )
@@ -56,7 +56,7 @@ def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames,
 
 
 def test_a_tile_of_hunyuan_video_takes_what_was_measured():
-    """6.3 GiB for 256 x 256 pixels and 17 frames in float32 on the CPU; a long video keeps its tiles too."""
+    """That is 6.3 GiB for 17 frames of 256 x 256 in float32 on the CPU. A long video keeps its tiles too."""
     assert decoding(HUNYUAN, "hunyuan_video", (17, 256, 256), "auto") == pytest.approx(6.3 * GIB, rel=0.05)
     long = decoding(HUNYUAN, "hunyuan_video", (129, 720, 1280), "auto")
     video = 4 * 3 * 720 * 1280 * 129
@@ -76,7 +76,7 @@ def test_whole_frames_of_wan_need_no_more_for_more_of_them_but_the_video():
 
 
 def test_tiles_and_chunks_are_those_of_diffusers():
-    """What is predicted from: tiles of 256 every 192 pixels, chunks of 16 and one frames every 12."""
+    """The prediction assumes tiles of 256 every 192 pixels, and chunks of 17 frames every 12."""
     vaes = {family: CLASSES[family](**VAES[family]) for family in CLASSES} | {"wan": wan_vae()}
     for family, vae in vaes.items():
         assert vae.tile_sample_min_height == vae.tile_sample_min_width == ModelInfo(1, 1, 1, 1).vae_tile

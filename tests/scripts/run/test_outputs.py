@@ -102,7 +102,7 @@ for steps in (20, 21):
 
 @pytest.mark.parametrize("end", ["SIGINT", "SIGKILL"])
 def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(tmp_path, end):
-    """The second video's record is not renamed any more: the first's must not pass for it."""
+    """The second video has no record yet, and the first record must not stand for it."""
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "a.mp4"), end]
     stopped = subprocess.run(command, check=False, cwd=ROOT, capture_output=True)
     assert stopped.returncode != 0
@@ -110,7 +110,7 @@ def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(tmp_path, end):
     assert left == ([] if end == "SIGINT" else ["a.mp4"])
 
 
-def test_the_reason_of_a_full_disk_is_told():
+def test_the_reason_of_a_full_disk_is_reported():
     with pytest.raises(OSError) as raised:
         _raise_reason(Path("/dev/full"))
     assert raised.value.errno == errno.ENOSPC
@@ -146,7 +146,7 @@ def test_the_version_in_records_is_the_projects():
     ],
 )
 def test_a_memory_limit_counts_less_what_is_used(tmp_path, names, droppable):
-    """The files of a control group: what is used does not count as free, but for droppable file pages."""
+    """Used memory of a control group is not free, except for file pages that can be dropped."""
     (tmp_path / "memory").mkdir()
     assert cgroup_free(tmp_path) == []
     for name, text in zip(names, ("1000\n", "700\n", f"anon 1\n{droppable} 50\n"), strict=True):
@@ -156,7 +156,7 @@ def test_a_memory_limit_counts_less_what_is_used(tmp_path, names, droppable):
     assert cgroup_free(tmp_path) == []
 
 
-def test_what_the_process_holds_is_counted():
+def test_the_memory_of_the_process_is_counted():
     before, size = own_memory("cpu"), 2**27
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages that no earlier test has left behind
     with mmap.mmap(-1, size, flags=private) as held:

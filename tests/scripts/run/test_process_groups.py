@@ -1,4 +1,4 @@
-"""Several processes: degrees, what is refused, prompts shared, and how all end when one does."""
+"""Several processes: degrees, refusals, shared prompts, and how all end when one does."""
 
 import json
 import os
@@ -15,28 +15,28 @@ import pytest
 
 from radial_attn.models.parallel.groups import Degrees
 from scripts.generate import main
-from scripts.launch import count
 from scripts.run.config import ROOT, ParallelConfig, read_config
 from scripts.run.describe import describe_degrees
 from scripts.run.errors import UsageError
 from scripts.run.model_info import ModelInfo
-from scripts.run.parallel import plan_degrees, planned_processes
+from scripts.run.parallel import plan_degrees
 from scripts.run.plan import RunPlan
 from scripts.run.process_groups import Groups
 from tests.support.plans import TINY, plan_of
-
-SHORT = ["generation.steps=2", "generation.num_frames=5"]
+from tests.support.script_cases import SHORT
 
 
 def chosen(processes: int, *, heads: int = 4, halves: int = 2, prompts: int = 1, **given: int) -> Degrees:
-    """The degrees of a model with this many heads and halves of guidance; `given`: keys of `parallel`."""
+    """Chooses the degrees for so many heads and halves of guidance; `given`: keys of `parallel`."""
     options = {"heads": heads, "calls": halves, "processes": processes, "prompts": prompts}
     return plan_degrees(ParallelConfig(**given), **options)
 
 
-def planned(processes: int, *words: str, heads: int = 4, **options: object) -> RunPlan:
-    """A plan of several processes."""
-    return plan_of(read_config(TINY, list(words)), ModelInfo(2, heads, 8, 64), processes=processes, **options)
+def planned(processes: int, *overrides: str, heads: int = 4, **options: object) -> RunPlan:
+    """Plans a run of several processes."""
+    return plan_of(
+        read_config(TINY, list(overrides)), ModelInfo(2, heads, 8, 64), processes=processes, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_given_degrees_stay_and_the_rest_is_chosen():
 
 
 def test_a_dry_run_plans_for_the_processes_that_the_degrees_name():
-    wanted = ParallelConfig(ulysses_degree=4, cfg_degree=2)
-    assert planned_processes(wanted, 1) == 8 and planned_processes(wanted, 16) == 16
-    words = ("parallel.ulysses_degree=4", "parallel.cfg_degree=2")
-    assert planned(1, *words).degrees == Degrees(ulysses=4, cfg=2)
+    overrides = ("parallel.ulysses_degree=4", "parallel.cfg_degree=2")
+    assert planned(1, *overrides).degrees == Degrees(ulysses=4, cfg=2)
+    with pytest.raises(UsageError, match="parallel: got 16 processes"):
+        planned(16, *overrides)
     with pytest.raises(UsageError, match=r"parallel\.ulysses_degree: got 4, must be 1 in one process"):
-        planned(1, *words, dry_run=False)
+        planned(1, *overrides, dry_run=False)
 
 
 @pytest.mark.parametrize(
@@ -105,22 +105,17 @@ def test_a_ring_takes_what_the_heads_leave(processes, heads, expected):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (
-            "backend",
-            "flex",
-            r"attention\.backend: got 'flex'.*; allowed: auto, reference, blocks, triton",
-        ),
+        ("backend", "flex", r"attention\.backend: got 'flex'.*; allowed: auto, reference, blocks, triton"),
         ("compile", "blocks", r"model\.compile: got 'blocks'.*; allowed: none$"),
         ("quantize", "int8", r"attention\.quantize: .*'int8'.*without quantization"),
         ("check", "reference", r"attention\.check: .*'reference'.*allowed: auto, off, nan"),
         ("dense_backend", "sage", r"attention\.dense_backend: .*'sage'.*allowed: auto, native"),
     ],
 )
-def test_what_a_ring_refuses(key, value, message):
+def test_options_that_a_ring_refuses(key, value, message):
     group = "model" if key == "compile" else "attention"
-    with pytest.raises(UsageError) as stop:
+    with pytest.raises(UsageError, match=message):
         planned(2, "generation.guidance_scale=1", "parallel.ring_degree=2", f"{group}.{key}={value}")
-    assert re.search(message, str(stop.value)) and "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize(
@@ -130,73 +125,60 @@ def test_what_a_ring_refuses(key, value, message):
         ({"cfg_degree": 2}, 1, 2, "parallel.cfg_degree: got 2, must be at most 1"),
         ({"cfg_degree": 3}, 2, 3, "parallel.cfg_degree: got 3, must be at most 2"),
         ({"data_degree": 2}, 2, 2, "parallel.data_degree: got 2, must be at most 1"),
-        (
-            {"ring_degree": 2},
-            1,
-            3,
-            "parallel: got 3 processes, but no degrees (ring_degree 2) share 4 heads and 1 prompts",
-        ),
+        ({"ring_degree": 2}, 1, 3, "but no degrees (ring_degree 2) share 4 heads and 1 prompts"),
         ({"ring_degree": 2}, 1, 1, "parallel.ring_degree: got 2, must be 1 in one process; start"),
         ({"ulysses_degree": 2}, 1, 3, "numbers of processes that work: 2"),
     ],
 )
-def test_degrees_that_nothing_fits(parallel, halves, processes, message):
-    with pytest.raises(UsageError) as stop:
+def test_degrees_that_do_not_fit(parallel, halves, processes, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
         chosen(processes, halves=halves, **parallel)
-    assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
-def refused(*words: str, device: str = "cpu") -> str:
-    """Why two processes of this machine are refused."""
-    with pytest.raises(UsageError) as stop:
-        planned(2, *words, device=device, dry_run=False)
-    return str(stop.value)
+def check_refused(pattern: str, *overrides: str, device: str = "cpu") -> None:
+    """Checks that two processes of this machine are refused."""
+    with pytest.raises(UsageError, match=pattern):
+        planned(2, *overrides, device=device, dry_run=False)
 
 
-def test_what_several_processes_refuse(monkeypatch):
-    text = refused("model.cache=mag", "model.cache_ratios=calibrate")
-    assert "model.cache_ratios: got 'calibrate'" in text and "numbers" in text
-    text = refused("model.compile=blocks", "parallel.ring_degree=2")
-    assert "model.compile: got 'blocks'" in text and text.endswith("allowed: none")
-    text = refused("attention.check=reference")
-    assert "got 'reference'" in text and "parallel.cfg_degree=2" in text and "auto, off, nan" in text
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9999")
-    text = refused(device="cuda")
-    assert "--nproc_per_node: got 9999" in text and text.endswith("one process a GPU")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+def test_options_that_several_processes_refuse(monkeypatch):
+    check_refused("cache_ratios: got 'calibrate'.*numbers", "model.cache=mag", "model.cache_ratios=calibrate")
+    check_refused("compile: got 'blocks'.*: none$", "model.compile=blocks", "parallel.ring_degree=2")
+    pattern = "attention.check: got 'reference'.*parallel.cfg_degree=2.*auto, off, nan"
+    check_refused(pattern, "attention.check=reference")
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "9999")
+        check_refused("--nproc_per_node: got 9999.*one process a GPU$", device="cuda")
     for name in [name for name in sys.modules if name.startswith("xfuser")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "xfuser", None)
-    assert re.match("several processes need xfuser .*install it with", refused())
+    check_refused("several processes need xfuser .*install it with")
 
 
-def test_bad_counts(monkeypatch):
-    for text in ("0", "two", "-1"):
-        monkeypatch.setenv("NPROC", text)
-        with pytest.raises(UsageError, match="NPROC: got"):
-            count()
+def start(*overrides: str, processes: int = 2) -> subprocess.Popen:
+    """Starts the command of `dist_*.sh` in this many processes of one thread."""
+    settings = {"NPROC": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "scripts.launch", TINY, *overrides]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, **pipes)
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "scripts.launch", TINY, *words]
-
-
-def launched(*words: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
-    """The command of `dist_*.sh` in this many processes of one thread."""
-    settings = {"NPROC": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    options = {"capture_output": True, "text": True, "env": os.environ | settings}
-    return subprocess.run(command(*words), cwd=ROOT, check=False, **options)
+def launched(*overrides: str, processes: int = 2, code: int = 0) -> tuple[str, str]:
+    """Runs the command to its end; checks the exit code, and returns stdout and stderr."""
+    process = start(*overrides, processes=processes)
+    out, errors = process.communicate()
+    assert process.returncode == code, errors
+    return out, errors
 
 
 def test_several_processes_make_the_video_of_one(tiny_model: Path, tmp_path: Path):
-    words = [f"model.path={tiny_model}", *SHORT, "generation.height=272", "model.vae_tiling=always"]
-    words += ["model.cache=first_block", "model.cache_threshold=0.9"]
-    assert launched(*words, f"output.path={tmp_path / 'one.mp4'}", processes=1).returncode == 0
-    result = launched(*words, f"output.path={tmp_path / 'many.mp4'}", processes=4)
-    assert result.returncode == 0, result.stderr
-    assert "4 processes: cfg 2 (shares the halves of guidance), ulysses 2 (shares 2 heads)" in result.stdout
-    assert "decoding: 2 tiles shared by 2 processes" in result.stdout
-    assert result.stdout.count("video ") == 1 and "DEBUG" not in result.stdout
+    overrides = [f"model.path={tiny_model}", *SHORT, "generation.height=272", "model.vae_tiling=always"]
+    overrides += ["model.cache=first_block", "model.cache_threshold=0.9"]
+    launched(*overrides, f"output.path={tmp_path / 'one.mp4'}", processes=1)
+    out, _ = launched(*overrides, f"output.path={tmp_path / 'many.mp4'}", processes=4)
+    assert "4 processes: cfg 2 (shares the halves of guidance), ulysses 2 (shares 2 heads)" in out
+    assert "decoding: 2 tiles shared by 2 processes" in out
+    assert out.count("video ") == 1 and "DEBUG" not in out
     assert (tmp_path / "many.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
     record = json.loads((tmp_path / "many.json").read_text())
     assert record["cache"]["computed"] < record["cache"]["due"]
@@ -204,15 +186,12 @@ def test_several_processes_make_the_video_of_one(tiny_model: Path, tmp_path: Pat
 
 
 def test_a_ring_makes_the_video_of_one(tiny_model: Path, tmp_path: Path):
-    words = [f"model.path={tiny_model}", *SHORT]
-    assert main([TINY, *words, f"output.path={tmp_path / 'one.mp4'}"]) == 0
-    words += ["parallel.ring_degree=2", "parallel.cfg_degree=1", f"output.path={tmp_path / 'many.mp4'}"]
-    result = launched(*words)
-    assert result.returncode == 0, result.stderr
-    assert "2 processes: ring 2 (given)" in result.stdout
-    one, many = (
-        np.stack(imageio.mimread(tmp_path / f"{name}.mp4", memtest=False)) for name in ("one", "many")
-    )
+    overrides = [f"model.path={tiny_model}", *SHORT]
+    assert main([TINY, *overrides, f"output.path={tmp_path / 'one.mp4'}"]) == 0
+    overrides += ["parallel.ring_degree=2", "parallel.cfg_degree=1", f"output.path={tmp_path / 'many.mp4'}"]
+    assert "2 processes: ring 2 (given)" in launched(*overrides)[0]
+    files = (tmp_path / "one.mp4", tmp_path / "many.mp4")
+    one, many = (np.stack(imageio.mimread(file, memtest=False)) for file in files)
     assert one.shape == many.shape  # sums in another order: a few values round the other way
     assert np.abs(one.astype(int) - many).mean() < 0.1
     record = json.loads((tmp_path / "many.json").read_text())
@@ -222,57 +201,43 @@ def test_a_ring_makes_the_video_of_one(tiny_model: Path, tmp_path: Path):
 def test_prompts_are_shared_and_a_second_run_makes_none_again(tiny_model: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\na cow\n")
-    words = [f"model.path={tiny_model}", *SHORT, f"generation.prompt_file={prompts}"]
-    words += [f"output.path={tmp_path / 'out'}", "parallel.data_degree=2"]
-    assert launched(*words).returncode == 0
+    overrides = [f"model.path={tiny_model}", *SHORT, f"generation.prompt_file={prompts}"]
+    overrides += [f"output.path={tmp_path / 'out'}", "parallel.data_degree=2"]
+    launched(*overrides)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert len(names) == 6 and not [name for name in names if name.startswith(".")]
-    alone = [word for word in words if not word.startswith("parallel")]
-    again = launched(*words)
-    assert "0 of 3 videos to make" in again.stdout and again.returncode == 0
+    alone = [word for word in overrides if not word.startswith("parallel")]
+    assert "0 of 3 videos to make" in launched(*overrides)[0]
     assert main([TINY, *alone]) == 0
 
 
 def test_bad_input_is_one_line_of_all_processes(tmp_path: Path):
-    result = launched("generation.height=65", f"output.path={tmp_path / 'out'}")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    _, errors = launched("generation.height=65", f"output.path={tmp_path / 'out'}", code=2)
+    (line,) = errors.splitlines()
     assert line.startswith("error: generation.height: got 65") and not (tmp_path / "out").exists()
 
 
-def test_a_failure_of_all_is_told_once(tiny_model: Path, tmp_path: Path):
-    """The latents of all turn out not to be finite."""
-    words = [f"model.path={tiny_model}", *SHORT, "model.dtype=float16", "generation.guidance_scale=1e38"]
-    result = launched(*words, f"output.path={tmp_path / 'out'}")
-    assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+def test_a_failure_of_all_is_reported_once(tiny_model: Path, tmp_path: Path):
+    """Every process has latents that are not finite."""
+    overrides = [f"model.path={tiny_model}", *SHORT, "model.dtype=float16", "generation.guidance_scale=1e38"]
+    _, errors = launched(*overrides, f"output.path={tmp_path / 'out'}", code=2)
+    (line,) = [line for line in errors.splitlines() if "error" in line]
     assert re.match("error: rank [01]: non-finite latents after step", line) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_path: Path):
-    words = [f"model.path={tiny_model}", "generation.steps=100000", f"output.path={tmp_path / 'out'}"]
-    settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | settings
-    )
-    ranks = wait_for_steps(process)
+    process, ranks = endless(tiny_model, tmp_path)
     os.kill(ranks[victim], signal.SIGKILL)
     _, errors = process.communicate(timeout=800)  # the steps alone would take hours
     assert process.returncode != 0
     assert f"error: rank {victim} was ended by SIGKILL" in errors
     assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1
-    assert not any(psutil.pid_exists(pid) for pid in ranks)
-    assert not list(tmp_path.rglob("*.mp4"))
+    assert not any(psutil.pid_exists(pid) for pid in ranks) and not list(tmp_path.rglob("*.mp4"))
 
 
 def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):
-    words = [f"model.path={tiny_model}", "generation.steps=100000", f"output.path={tmp_path / 'out'}"]
-    settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | settings
-    )
-    ranks = wait_for_steps(process)
+    process, ranks = endless(tiny_model, tmp_path)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=800)
     assert process.returncode == 130 and "Traceback" not in errors
@@ -280,18 +245,19 @@ def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):
     assert not any(psutil.pid_exists(pid) for pid in ranks) and not list(tmp_path.rglob("*.mp4"))
 
 
-def test_what_differs_between_machines_is_told(monkeypatch):
+def test_files_that_differ_between_machines_are_reported(monkeypatch):
     monkeypatch.setattr(Groups, "agree", lambda self, value: ["another"])
     with pytest.raises(UsageError, match="differ from those of rank 0"):
         Groups(everyone="all").compare(["mine"])
 
 
-def wait_for_steps(process: subprocess.Popen) -> list[int]:
-    """Process numbers by rank, once the progress bar has moved."""
-    seen = ""
+def endless(model: Path, folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """Starts a run of too many steps; when its progress bar moves, returns it and its processes by rank."""
+    overrides = [f"model.path={model}", "generation.steps=100000", f"output.path={folder / 'out'}"]
+    process, seen = start(*overrides), ""
     while "3/100000" not in seen:
         assert process.poll() is None, seen
         seen = seen[-200:] + process.stderr.read(40)
     children = psutil.Process(process.pid).children(recursive=True)
     ranks = {int(child.environ()["RANK"]): child.pid for child in children if "RANK" in child.environ()}
-    return [ranks[number] for number in sorted(ranks)]
+    return process, [ranks[number] for number in sorted(ranks)]
