@@ -27,10 +27,10 @@ from scripts.evaluation.ablation import (
     runs_of,
 )
 from scripts.evaluation.ablation_report import COLUMNS, draw, lines
-from scripts.evaluation.files import head, publish, results_file
 from scripts.run.config import read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import make_plan
+from scripts.run.results import head, publish, results_file
 from scripts.run.schema import shown
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import mean_step

@@ -19,11 +19,11 @@ from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.attention_report import content
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.attention_tables import draw, fit_lines, lines
-from scripts.evaluation.files import publish, results_file
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
+from scripts.run.results import publish, results_file
 from scripts.run.sampler import Sampler
 
 TINY = "configs/wan_tiny.yaml"

@@ -29,8 +29,8 @@ from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.attention import dense_attention
 from scripts.benchmarks.cpu_report import Case, Row
 from scripts.benchmarks.timing import median_seconds
-from scripts.evaluation.files import write_text
 from scripts.run.errors import OneLineParser, exit_code
+from scripts.run.files import write_text
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long

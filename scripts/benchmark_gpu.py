@@ -22,8 +22,8 @@ from typing import Any
 
 from scripts.benchmarks.cases import CASES, DENSE, MEASURED, SPARSE, STEPS, Case, Task, shrink, tasks
 from scripts.benchmarks.findings import Findings
+from scripts.benchmarks.gpu_report import write
 from scripts.benchmarks.machine import QUERY, Session, flashinfer_obstacle, run_tests, short_name, smi
-from scripts.benchmarks.report import write
 from scripts.benchmarks.worker import Answer, Worker
 from scripts.run.errors import OneLineParser, one_line, positive_number
 

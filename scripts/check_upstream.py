@@ -25,8 +25,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scripts.evaluation.files import table, write_text
 from scripts.run.errors import OneLineParser
+from scripts.run.files import write_text
+from scripts.run.results import table
 from scripts.run.system import installed, pairs
 
 ROOT = Path(__file__).parent.parent

@@ -20,11 +20,11 @@ import torch
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from scripts.benchmarks.timing import medians_in_turn
 from scripts.evaluation.cost_tables import draw, lines
-from scripts.evaluation.files import head, publish, results_file
 from scripts.run.config import VideoSize, read_config
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.run.option_checks import check_size
 from scripts.run.plan import RunPlan, make_plan, radial_config, solve_mask
+from scripts.run.results import head, publish, results_file
 
 PRESETS = {
     "wan_tiny": "configs/wan_tiny.yaml",

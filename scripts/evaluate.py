@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation import folders
-from scripts.evaluation.files import head, results_file, write_json, write_text
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.settings import (
     DENSE,
@@ -30,9 +29,11 @@ from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_
 from scripts.evaluation.videos import Evaluation, Take, make_missing
 from scripts.run.config import Config
 from scripts.run.errors import OneLineParser, UsageError, exit_code
+from scripts.run.files import write_text
 from scripts.run.inputs import read_prompts
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
+from scripts.run.results import head, results_file, write_json
 
 PRESET = "configs/wan_tiny.yaml"
 SCORE_WORD = f"{SCORES}="

@@ -16,8 +16,9 @@ from tempfile import NamedTemporaryFile
 
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
 from scripts.benchmarks.kernel_sources import Variant, source, variants
-from scripts.evaluation.files import table, write_text
 from scripts.run.errors import OneLineParser
+from scripts.run.files import write_text
+from scripts.run.results import table
 
 SHARED_BYTES = {  # the most that one program may have
     "sm80": 166_912,

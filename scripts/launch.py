@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import uuid
-from importlib import import_module
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -82,7 +81,7 @@ def chosen(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Starts the processes and returns their exit code; one process of training needs no launcher."""
+    """Starts the processes and returns their exit code; one process of training replaces this one."""
     if not arguments or not arguments[0].startswith(MODULE):
         return launch(chosen(arguments), count())
     module = arguments.pop(0).removeprefix(MODULE)
@@ -90,7 +89,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{MODULE}: got {module!r}, allowed: {', '.join(WITHOUT_GPU)}")
     if (processes := count(module)) > 1:
         return launch(arguments, processes, module)
-    return import_module(module).main(arguments)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
 
 
 if __name__ == "__main__":

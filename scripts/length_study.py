@@ -37,8 +37,8 @@ from scripts.run.plan import RunPlan, make_plan
 from scripts.run.sampler import Sampler, to_bytes
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import readings, whole_run_seconds
-from scripts.toyworld.files import render_videos
 from scripts.toyworld.render import Attributes
+from scripts.toyworld.videos import render_videos
 
 READINGS, SHOWN = "readings.json", "shown.mp4"
 SET_BY_RUNS = {f"data.{name}" for name in ("folder", "table", "latents", "sizes")}

@@ -17,13 +17,14 @@ from statistics import mean
 import torch
 
 from radial_attn.models.runtime.output_check import CheckError
-from scripts.evaluation.files import table, write_text
 from scripts.length.seeds import PATTERNS, seed_records, seed_table
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, exit_code, positive
+from scripts.run.files import write_text
 from scripts.run.plan import RunPlan, make_plan
+from scripts.run.results import table
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, pairs, versions
 from scripts.toyworld import all_attributes

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from scripts.run.errors import OneLineParser, one_line, positive
-from scripts.toyworld.files import render_videos
+from scripts.toyworld.videos import render_videos
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from scripts.evaluation.files import write_text
 from scripts.evaluation.page.clips import MIB, find_clips, packed
 from scripts.evaluation.page.render import render
 from scripts.evaluation.page.run_files import find_runs
 from scripts.run.errors import OneLineParser, UsageError, exit_code, one_line, positive
+from scripts.run.files import write_text
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

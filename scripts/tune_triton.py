@@ -40,8 +40,8 @@ from scripts.benchmarks.cases import CASES, Case, Task, shrink
 from scripts.benchmarks.machine import short_name
 from scripts.benchmarks.timing import Timer
 from scripts.benchmarks.worker import Worker
-from scripts.evaluation.files import write_text
 from scripts.run.errors import OneLineParser, positive, positive_number
+from scripts.run.files import write_text
 
 GRADIENTS = ("query gradient", "key gradients")
 TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)

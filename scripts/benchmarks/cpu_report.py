@@ -12,7 +12,8 @@ from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.draw import save_figure
-from scripts.evaluation.files import number, subplots, table, write_text
+from scripts.run.files import write_text
+from scripts.run.results import number, subplots, table
 from scripts.run.system import hardware
 
 FRAME = TokenGrid(1, 32, 32)  # 1024 tokens

@@ -17,12 +17,12 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.training.adapter import add_adapter
 from radial_attn.models.training.flow import predict_velocity
 from scripts.benchmarks.timing import medians_in_turn
-from scripts.evaluation.files import document, subplots, table
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import SizePlan, TrainPlan
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError, positive
 from scripts.run.plan import RunPlan, attention_arguments, make_plan
+from scripts.run.results import document, subplots, table
 from scripts.run.system import hardware, versions
 
 if TYPE_CHECKING:

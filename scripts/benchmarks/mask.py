@@ -13,8 +13,8 @@ import torch
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from scripts.benchmarks.timing import median_seconds
-from scripts.evaluation.files import subplots, table
 from scripts.run.errors import UsageError, positive
+from scripts.run.results import subplots, table
 from scripts.run.system import hardware
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from radial_attn.analysis.sampled_error import OutputError, output_error
 from radial_attn.kernels.quantized_reference import quantized_attention
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
-from scripts.evaluation.files import table
 from scripts.run.config import read_config
 from scripts.run.plan import make_plan
+from scripts.run.results import table
 from scripts.run.sampler import Sampler, sample
 
 NAME = "quantization_cpu"

@@ -13,7 +13,6 @@ import yaml
 
 from radial_attn.masks.density_curve import density_curve
 from radial_attn.models import apply_radial_attention
-from scripts.evaluation.files import read_json, write_json
 from scripts.evaluation.metrics import psnr, ssim
 from scripts.evaluation.recall import KINDS, Readings
 from scripts.run.config import ROOT, AttentionConfig, Config
@@ -21,6 +20,7 @@ from scripts.run.digest import digest
 from scripts.run.errors import UsageError
 from scripts.run.files import replacing
 from scripts.run.plan import RunPlan, attention_arguments, make_plan
+from scripts.run.results import read_json, write_json
 from scripts.run.sampler import Sampler, sample, to_bytes
 from scripts.run.system import hardware, synchronizer
 from scripts.toyworld import all_attributes

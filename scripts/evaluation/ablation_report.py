@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from scripts.evaluation.files import document, number, style, subplots, table
+from scripts.run.results import document, number, style, subplots, table
 from scripts.run.schema import shown
 from scripts.run.system import pairs
 

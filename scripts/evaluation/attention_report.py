@@ -12,8 +12,8 @@ from radial_attn import TokenGrid
 from radial_attn.analysis.bound import Tail
 from radial_attn.analysis.decay import Fit, Profile, bands, column_reach, fit_exponential
 from scripts.evaluation.attention_run import Looks
-from scripts.evaluation.files import head, rounded
 from scripts.run.plan import RunPlan
+from scripts.run.results import head, rounded
 
 CURVES = ("temporal", "spatial", "planar")
 MOST_POINTS = 256  # of a curve in the JSON; fits use all

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scripts.evaluation.files import document, number, options_text, subplots, table
+from scripts.run.results import document, number, options_text, subplots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

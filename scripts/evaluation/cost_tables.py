@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.evaluation.files import document, number, options_text, style, subplots, table
+from scripts.run.results import document, number, options_text, style, subplots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,11 +6,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.evaluation.files import read_json, write_json
 from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare, no_lpips
 from scripts.evaluation.tables import COSTS, means
 from scripts.run.errors import UsageError
+from scripts.run.results import read_json, write_json
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif")
 READINGS = "readings.json"

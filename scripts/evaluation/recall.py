@@ -13,7 +13,7 @@ from torch import Tensor
 from radial_attn import RadialConfig, radial_mask
 from radial_attn.analysis.recall import Kept, kept_by, sample_rows
 from radial_attn.models.runtime.observe import Seen
-from scripts.evaluation.files import rounded
+from scripts.run.results import rounded
 
 KINDS = Kept._fields
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from scripts.evaluation import files
-from scripts.evaluation.files import number
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.recall import averaged
 from scripts.evaluation.settings import DENSE
 from scripts.evaluation.videos import Evaluation, Take, machine
+from scripts.run import results
 from scripts.run.describe import describe_settings
+from scripts.run.results import number
 
 METRICS = ("psnr", "ssim", "lpips")
 STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, without loading and saving
@@ -128,7 +128,7 @@ def table(data: dict[str, Any]) -> list[str]:
         [row["name"], *(number(row.get(key), form) or "" for key, (_, form) in columns.items())]
         for row in rows
     )
-    return files.table("|".join(titles), cells)
+    return results.table("|".join(titles), cells)
 
 
 def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
@@ -136,7 +136,7 @@ def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
     title = "Fidelity to dense attention" if evaluation else f"Fidelity to the videos of {data['reference']}"
     made = settings(data, evaluation) if evaluation else []
     lines = table(data), explained(data, evaluation), scores(data.get("scores", {})), made
-    return "\n".join(files.document(data, title, *lines)) + "\n"
+    return "\n".join(results.document(data, title, *lines)) + "\n"
 
 
 def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
@@ -189,7 +189,7 @@ def scores(by_setting: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         [f"{judge} {name}", *(number(x.get(judge, {}).get(name), ".4f") or "" for x in by_setting.values())]
         for judge, name in sorted(kinds)
     )
-    return files.table("|".join(["score", *by_setting]), rows)
+    return results.table("|".join(["score", *by_setting]), rows)
 
 
 def settings(data: dict[str, Any], evaluation: Evaluation) -> list[str]:

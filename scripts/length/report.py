@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radial_attn.masks.draw import save_figure
-from scripts.evaluation.files import number, style, table, write_text
 from scripts.evaluation.frame_sheet import read_frames, sheet
 from scripts.length.runs import Result, Study, title
 from scripts.length.scores import SCORES, by_part, difference, parts, shares
 from scripts.lora.latents import LatentStore
 from scripts.run.describe import describe_settings
+from scripts.run.files import write_text
 from scripts.run.machine_checks import find_device
+from scripts.run.results import number, style, table
 from scripts.run.system import hardware, pairs, versions
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scripts.evaluation.files import table
 from scripts.length.scores import judged, record
 from scripts.run.files import write_text
 from scripts.run.inputs import Inputs
 from scripts.run.plan import RunPlan, make_plan
+from scripts.run.results import table
 from scripts.run.sampler import Sampler
 from scripts.toyworld.accuracy import first_frame, with_pattern
 from scripts.toyworld.render import parse_caption

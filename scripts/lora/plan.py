@@ -15,12 +15,12 @@ from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
+from scripts.run.flops import Flops, count_flops
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
 from scripts.run.machine_checks import find_device, missing_kernels
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
-from scripts.run.operations import Flops, count_flops
 from scripts.run.option_checks import check_frames, check_layers, check_size
 from scripts.run.plan import radial_config, solve_mask
 from scripts.run.processes import local_processes, processes

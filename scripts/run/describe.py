@@ -8,7 +8,6 @@ from typing import Any
 from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
 from scripts.run.config import Config, keys
-from scripts.run.families import position_arguments
 from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan, radial_config
@@ -175,8 +174,7 @@ def describe_positions(plan: RunPlan) -> list[str]:
         return []
     time = plan.model.rope_time
     frequencies = None if time is None else temporal_frequencies(*time)
-    arguments = position_arguments(plan.config.model, plan.size.frames, plan.model)
-    return [f"positions: {describe(**arguments, frequencies=frequencies)}"]
+    return [f"positions: {describe(**plan.position_arguments(), frequencies=frequencies)}"]
 
 
 def describe_loras(plan: RunPlan) -> list[str]:

@@ -21,10 +21,12 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole text, or leaves the file as it was and raises OSError."""
+def write_text(path: Path, text: str) -> Path:
+    """Makes the folder and writes the whole file; OSError if that fails, and then no file changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any
 
 from radial_attn.dispatch import BACKENDS, kernel
 from radial_attn.models.parallel.groups import ring_refusal
@@ -176,22 +175,3 @@ def check_frames(key: str, frames: int, model: ModelInfo) -> None:
         below, above = multiples_around(frames, step, offset=1)
         nearest = below if frames - below <= above - frames else above
         raise UsageError(f"{key}: got {frames}, must be {step}k + 1; nearest: {nearest}")
-
-
-def efficiency_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Returns the keyword arguments of `models.pipeline.efficiency.economize`."""
-    names = ("offload", "quantization", "compile", "vae_tiling")
-    return {name: getattr(model, name) for name in names} | {"stream": model.cache == "none"}
-
-
-def cache_arguments(config: Config) -> dict[str, Any]:
-    """Returns the keyword arguments of `models.pipeline.caches.cached`."""
-    model, attention = config.model, config.attention
-    return {
-        "kind": model.cache,
-        "steps": config.generation.steps,
-        "dense_steps": attention.dense_steps,
-        "dense_last_steps": attention.dense_last_steps,
-        "threshold": model.cache_threshold,
-        "ratios": model.cache_ratios,
-    }

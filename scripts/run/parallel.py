@@ -10,9 +10,9 @@ from radial_attn.models.parallel.groups import Degrees
 from radial_attn.shards import Shards, deal, imbalance
 from scripts.run.config import AnyModelConfig, ParallelConfig
 from scripts.run.errors import UsageError
+from scripts.run.flops import count_flops
 from scripts.run.memory import DTYPE_BYTES
 from scripts.run.model_info import ModelInfo
-from scripts.run.operations import count_flops
 
 STREAMS = 4  # query, key and value to the processes that have the heads, the output back
 

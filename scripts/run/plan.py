@@ -16,7 +16,8 @@ from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.runtime.schedule import Schedule
 from scripts.run.config import AttentionConfig, Config, MaskConfig, VideoSize
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step
+from scripts.run.families import calls_per_step, position_arguments
+from scripts.run.flops import Flops, count_flops
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
 from scripts.run.loras import FoundLora, find_loras, with_loras
@@ -29,7 +30,6 @@ from scripts.run.machine_checks import (
 )
 from scripts.run.memory import Memory, gib, host_bytes, mask_bytes, nearest_fit, peak_memory
 from scripts.run.model_info import ModelInfo
-from scripts.run.operations import Flops, count_flops
 from scripts.run.option_checks import (
     check_frames,
     check_layers,
@@ -119,6 +119,27 @@ class RunPlan:
             dense_layers=self.dense_layers,
             degrees=self.degrees,
         )
+
+    def efficiency_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `models.pipeline.efficiency.economize`."""
+        model, names = self.config.model, ("offload", "quantization", "compile", "vae_tiling")
+        return {name: getattr(model, name) for name in names} | {"stream": model.cache == "none"}
+
+    def position_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `models.pipeline.rope_scaling.extend_positions`."""
+        return position_arguments(self.config.model, self.size.frames, self.model)
+
+    def cache_arguments(self) -> dict[str, Any]:
+        """Returns the keyword arguments of `models.pipeline.caches.cached`."""
+        model, attention = self.config.model, self.config.attention
+        return {
+            "kind": model.cache,
+            "steps": self.config.generation.steps,
+            "dense_steps": attention.dense_steps,
+            "dense_last_steps": attention.dense_last_steps,
+            "threshold": model.cache_threshold,
+            "ratios": model.cache_ratios,
+        }
 
     def pattern(self, step: int) -> str:
         """Returns "dense", or the pattern of the layers that are not dense at every step."""
@@ -306,7 +327,7 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
     """Compares the predicted peak with the memory of this machine, and returns warnings.
 
     On the CPU the prediction was measured, and a run that does not fit raises UsageError. On a GPU it only
-    warns, unless the weights alone are larger than the card or the host's memory.
+    warns, unless the weights alone are larger than the card.
     """
     free, need, device = room(plan.device), plan.rank_memory.total, plan.device
     shared = plan.degrees.processes > 1
@@ -327,12 +348,6 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
             f"GPU, but it has {gib(card)}; set model.offload=group, or use a smaller model"
         )
     host, host_free = host_bytes(plan.model, plan.config.model), room("cpu") / local_processes()
-    if host > total_memory("cpu"):
-        raise UsageError(
-            f"out of memory: model.path={plan.config.model.path} is read into host memory before it moves to "
-            f"the GPU; this takes {gib(host)}, but the host has {gib(total_memory('cpu'))}; use a smaller "
-            "model, such as configs/wan_tiny.yaml"
-        )
     warnings = []
     if need > free:
         warnings.append(

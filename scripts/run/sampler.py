@@ -23,11 +23,10 @@ from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.run.config import Config
 from scripts.run.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
-from scripts.run.families import batch, pipeline_arguments, position_arguments
+from scripts.run.families import batch, pipeline_arguments
 from scripts.run.hub_models import hub_unreachable
 from scripts.run.loras import put_in
 from scripts.run.machine_checks import is_out_of_memory
-from scripts.run.option_checks import cache_arguments, efficiency_arguments
 from scripts.run.outputs import resolved, write_pair
 from scripts.run.plan import RunPlan, attention_arguments
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
@@ -79,9 +78,8 @@ class Sampler:
                 raise UsageError(got if local else hub_unreachable(self.plan.path, error)) from error
             with reported_choices():
                 self.loras_in = put_in(pipeline, model, self.plan.loras)
-            economize(pipeline, self.plan.device, dtype, **efficiency_arguments(model))
-            frames = self.plan.size.frames
-            extend_positions(pipeline, **position_arguments(model, frames, self.plan.model))
+            economize(pipeline, self.plan.device, dtype, **self.plan.efficiency_arguments())
+            extend_positions(pipeline, **self.plan.position_arguments())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -129,7 +127,7 @@ class Sampler:
             apply_radial_attention(pipeline, **options) as handle,
             shared_guidance(pipeline, config.model.family, groups),
             shared_decoding(pipeline, groups),
-            cached(pipeline, **cache_arguments(config), gather=whole) as cache,
+            cached(pipeline, **self.plan.cache_arguments(), gather=whole) as cache,
         ):
             clock = Clock(synchronizer(self.plan.device))
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)

@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from radial_attn import RadialConfig, TokenGrid
 from radial_attn.masks.draw import MOST_BLOCKS, draw_mask, save_figure
 from scripts.evaluation import ablation_report, attention_tables, cost_tables, tables
-from scripts.evaluation.files import number
 from scripts.evaluation.page.clips import Clip
 from scripts.evaluation.page.run_files import MADE_BY, Run
 from scripts.run.errors import UsageError, one_line
+from scripts.run.results import number
 from scripts.run.system import pairs
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from scripts.benchmarks import attention as gpu_attention
 from scripts.benchmarks.attention import AttentionBench
 from scripts.benchmarks.cases import CASES, DENSE, MEASURED, STAGES, STEPS, Task, shrink, tasks
 from scripts.benchmarks.findings import Findings, whole_ms
+from scripts.benchmarks.gpu_report import report
 from scripts.benchmarks.machine import flashinfer_obstacle, read_log, short_name
-from scripts.benchmarks.report import report
 from scripts.benchmarks.worker import Worker, describe
 from scripts.run.config import ROOT
 from tests.support.breaking_worker import Breakable

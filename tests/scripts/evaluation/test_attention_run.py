@@ -17,9 +17,9 @@ from scripts.analyse_attention import main, planned
 from scripts.evaluation import attention_run as analyse_run
 from scripts.evaluation.attention_report import stacked, thinned
 from scripts.evaluation.attention_run import Looks, gather
-from scripts.evaluation.files import write_json
 from scripts.run.config import LoraConfig, read_config
 from scripts.run.plan import attention_arguments
+from scripts.run.results import write_json
 from scripts.run.sampler import Sampler, sample
 from tests.support.map_cases import CONFIG, GRIDS, tensors
 

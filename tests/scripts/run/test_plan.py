@@ -156,7 +156,7 @@ def test_weights_that_exceed_the_card_are_refused(monkeypatch):
 
 
 def test_the_weights_of_a_gpu_run_pass_through_the_host(monkeypatch):
-    """A busy host gives a warning; a host that is too small is refused."""
+    """A host without room for them gives a warning, as files are mapped and not held."""
     config = read_config(FULL, [])
     assert host_bytes(FOURTEEN, config.model) > plan_of(config, device="cuda").memory.weights > 37 * GIB
     cards(monkeypatch, (79, 80), (20, 64))
@@ -165,9 +165,6 @@ def test_the_weights_of_a_gpu_run_pass_through_the_host(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes of this machine, each of which reads all
     (warning,) = for_gpu().warnings
     assert "5.00 GiB are free" in warning
-    cards(monkeypatch, (79, 80), (20, 32))
-    with pytest.raises(UsageError, match=r"out of memory: model\.path=.* host .* 32 GiB; .*wan_tiny\.yaml"):
-        for_gpu()
 
 
 def test_a_cpu_without_room_refuses_with_what_would_fit(monkeypatch):

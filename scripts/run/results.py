@@ -1,4 +1,4 @@
-"""Writes what the evaluation commands share: the head of their JSON, tables, whole files."""
+"""Writes results: the head of their JSON, tables, pictures, Markdown."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from radial_attn.masks.draw import save_figure
-from scripts.run import files
+from scripts.run.files import write_text
 from scripts.run.system import hardware, pairs, versions
 
 if TYPE_CHECKING:
@@ -79,15 +79,8 @@ def options_text(mask: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in mask.items() if value is not None)
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Makes the folder and writes the whole file; OSError if that fails, and then no file changes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, text)
-    return path
-
-
 def write_json(path: Path, data: Any) -> Path:
-    """Does the same for JSON; numbers that are not finite become null."""
+    """Writes a whole JSON file, its folder too; numbers that are not finite become null."""
     return write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
 
 

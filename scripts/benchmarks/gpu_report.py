@@ -8,7 +8,8 @@ from typing import Any
 from radial_attn.masks.draw import save_figure
 from scripts.benchmarks.cases import BACKWARD_CASES, CASES, DENSE, SPARSE, STEPS
 from scripts.benchmarks.findings import STEPS_OF_A_VIDEO, Findings
-from scripts.evaluation.files import number, subplots, table, write_text
+from scripts.run.files import write_text
+from scripts.run.results import number, subplots, table
 
 GIB = 2**30
 NOTES = """Inputs are random normal, batch 1; times are medians of up to 10 calls by events, after calls that

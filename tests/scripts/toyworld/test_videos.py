@@ -9,7 +9,7 @@ import torch
 from scripts.render_toyworld import main
 from scripts.run.inputs import read_frames
 from scripts.toyworld import all_attributes, parse_caption, read, render
-from scripts.toyworld.files import draw_scene
+from scripts.toyworld.videos import draw_scene
 
 
 def frames_of(path: Path) -> torch.Tensor:
