@@ -27,6 +27,12 @@ LONG = (
     "lora/test_runs",
     "evaluation/test_evaluate",
     "tests/test_golden",
+    "training/test_training",
+    "run/test_option_checks",
+    "run/test_failures",
+    "run/test_plan",
+    "tests/test_package",
+    "lora/test_prepare",
 )
 
 

@@ -140,8 +140,7 @@ def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("chosen", [("whole", False), ("head", True)], ids=["host", "kernel"])
-@pytest.mark.parametrize("text", [0, 11], ids=["video", "text"])
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("block_size", "text"), [(16, 11), (64, 0)])
 def test_tensor_descriptors(block_size, text, chosen):
     """Reads keys and values through descriptors of the host, or of the kernel with one loop for all tiles."""
     grid = TokenGrid(4, 8, 8, text)
