@@ -25,6 +25,7 @@ from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record
 from scripts.lora.checkpoint import LOG
 from scripts.lora.config import SCHEMA as TRAINING
+from scripts.lora.plan import plan_training
 from scripts.lora.prepare import prepare_latents
 from scripts.lora.setup import prepared
 from scripts.lora.train import train
@@ -56,7 +57,7 @@ def study(options: Study, names: list[str]) -> dict[str, Result]:
     for name in names:
         print(f"run        {name}: {title(options.config(name), name)}", flush=True)
         if ROWS[name].tuned:
-            with prepared(options.training_config(name)) as (run, checkpoints):
+            with prepared(plan_training(options.training_config(name))) as (run, checkpoints):
                 train(run, checkpoints)
         plans[name] = plan = make_plan(options.config(name))
         pipelines[name], folder = Sampler(plan).load(), work_folder(options, plan)
@@ -124,7 +125,7 @@ def held_out_loss(options: Study, name: str) -> float | None:
         return [entry["validation_loss"] for entry in logged(options, name) if "validation_loss" in entry][-1]
     with TemporaryDirectory() as folder:
         config.output.path, config.validation.videos = folder, 0
-        with prepared(config) as (run, _):
+        with prepared(plan_training(config)) as (run, _):
             return validate(run, Path(folder), 0)["validation_loss"]
 
 

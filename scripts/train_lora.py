@@ -60,10 +60,13 @@ def run(argv: list[str]) -> None:
     from scripts.lora.train import train
 
     config, dry_run = arguments
+    plan = plan_training(config, dry_run=dry_run)
     if dry_run:
-        print(describe_training(plan_training(config)))
+        print(describe_training(plan))
         return
-    with prepared(config) as (run, checkpoints):
+    for warning in plan.warnings:
+        print(f"note: {warning}", flush=True)
+    with prepared(plan) as (run, checkpoints):
         print("\n".join(announced(run)), flush=True)
         train(run, checkpoints)
         print(f"adapter    {checkpoints.folder / FILE}", flush=True)

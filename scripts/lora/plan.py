@@ -1,7 +1,7 @@
 """Plans a LoRA training once: checks it and predicts its needs before any weight is loaded."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class TrainPlan:
         model: numbers of the model; path: its folder, or its hub id; device: "cpu" or "cuda".
         sizes: in the order of `data.sizes`.
         adapter: count of the adapter's parameters; None if only loading the model shows it.
+        warnings: lines for the user before the run.
     """
 
     config: LoraTrainConfig
@@ -61,6 +62,7 @@ class TrainPlan:
     device: str
     sizes: tuple[SizePlan, ...]
     adapter: int | None
+    warnings: tuple[str, ...] = ()
 
     def flops(self, size: SizePlan) -> Flops:
         """Counts the operations of one video forward and backward.
@@ -127,8 +129,10 @@ class TrainPlan:
         return about | {"sizes": sizes}
 
 
-def plan_training(config: LoraTrainConfig) -> TrainPlan:
+def plan_training(config: LoraTrainConfig, *, dry_run: bool = False) -> TrainPlan:
     """Plans a training, and checks everything that needs neither weights nor latents.
+
+    `dry_run` ignores the number of processes and the memory of this machine.
 
     Raises:
         UsageError: training does not support sizes, targets, dense layers, backends or other values.
@@ -154,7 +158,11 @@ def plan_training(config: LoraTrainConfig) -> TrainPlan:
         is_radial = config.attention.pattern != "dense"
         for problem in missing_kernels(config.attention, call, "none", radial=is_radial):
             raise UsageError(problem)
-    return TrainPlan(config, model, path, device, tuple(sizes), _adapter_numbers(config, path))
+    plan = TrainPlan(config, model, path, device, tuple(sizes), _adapter_numbers(config, path))
+    if dry_run:
+        return plan
+    _check_processes(config, processes())
+    return replace(plan, warnings=memory_warnings(plan))
 
 
 def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
@@ -167,12 +175,26 @@ def check_data_sizes(data: DataConfig, model: ModelInfo) -> None:
         check_size(VideoSize(*size), model, keys)
 
 
-def check_room(plan: TrainPlan) -> None:
-    """Raises UsageError if the CPU has less memory free than predicted; warns on a GPU, not measured yet."""
+def _check_processes(config: LoraTrainConfig, world: int) -> None:
+    """Raises UsageError for options that do not work with this number of processes."""
+    ulysses, shard = config.parallel.ulysses_degree, config.parallel.shard
+    if world % ulysses:
+        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, must divide the {world} processes")
+    if shard != "none" and world == 1:
+        raise UsageError(
+            f"parallel.shard: got {shard!r}, must be none in one process; start several with NPROC=2 or more"
+        )
+
+
+def memory_warnings(plan: TrainPlan) -> tuple[str, ...]:
+    """Returns a warning if a GPU has less memory free than predicted, which was not measured there yet.
+
+    Raises UsageError if the CPU has less.
+    """
     need, free = max(map(plan.memory, plan.sizes)), room(plan.device)
     here = local_processes() if plan.device == "cpu" else 1
     if need * here <= free:
-        return
+        return ()
     short = (
         f"training needs about {need * here / GIB:.1f} GiB, but {free / GIB:.1f} GiB are free on the device; "
         "set train.checkpointing=true, train.batch=1, a larger parallel.ulysses_degree, "
@@ -180,7 +202,7 @@ def check_room(plan: TrainPlan) -> None:
     )
     if plan.device == "cpu":
         raise UsageError(f"out of memory: {short}")
-    print(f"note: memory may be short: {short}", flush=True)
+    return (f"memory may be short: {short}",)
 
 
 def _refused(config: LoraTrainConfig, model: ModelInfo) -> Iterator[tuple[str, Any, str]]:

@@ -21,27 +21,25 @@ from scripts.lora.config import LoraTrainConfig
 from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import BucketSampler, LatentStore
-from scripts.lora.plan import check_room, plan_training, unknown_targets
+from scripts.lora.plan import TrainPlan, unknown_targets
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
 from scripts.run.processes import processes
 
 
 @contextmanager
-def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
-    """Yields the run, with its model on its device and its samples, while the block runs.
+def prepared(plan: TrainPlan) -> Iterator[tuple[Run, Checkpoints]]:
+    """Yields the run of a plan, with its model on its device and its samples, while the block runs.
 
     Raises:
         UsageError: latents are missing, unfinished or of another model, the folder holds another run, or
             weights cannot be loaded.
     """
-    plan = plan_training(config)
+    config = plan.config
     store = LatentStore.open(config.data.latents)
     store.check(fingerprint(plan.path, config.model.family))
     trains, held_out = divided(config, store)
     world, ulysses = processes(), config.parallel.ulysses_degree
-    check_processes(config, world)
-    check_room(plan)
     accelerator, parallel = _start(plan.device, world, ulysses)
     keys = {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
     keys |= {"processes": world // ulysses, "samples": store.digest([*chain(*trains.values()), *held_out])}
@@ -79,17 +77,6 @@ def prepared(config: LoraTrainConfig) -> Iterator[tuple[Run, Checkpoints]]:
         )
         yield run, checkpoints
         accelerator.end_training()
-
-
-def check_processes(config: LoraTrainConfig, world: int) -> None:
-    """Raises UsageError for options that do not work with this number of processes."""
-    ulysses, shard = config.parallel.ulysses_degree, config.parallel.shard
-    if world % ulysses:
-        raise UsageError(f"parallel.ulysses_degree: got {ulysses}, must divide the {world} processes")
-    if shard != "none" and world == 1:
-        raise UsageError(
-            f"parallel.shard: got {shard!r}, must be none in one process; start several with NPROC=2 or more"
-        )
 
 
 def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, SequenceParallel | None]:

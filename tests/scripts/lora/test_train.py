@@ -12,6 +12,7 @@ from radial_attn.models.training.flow import predict_velocity, stack_text
 from scripts.generate import main as generate
 from scripts.lora import step
 from scripts.lora.config import SCHEMA
+from scripts.lora.plan import plan_training
 from scripts.lora.setup import prepared
 from scripts.lora.step import learning_rate, noise_levels
 from scripts.run.plan import radial_config
@@ -63,7 +64,7 @@ def test_generation_says_what_an_adapter_was_trained_for(lora_run, tiny_model, c
 def test_loss_is_that_of_flow_matching(lora_config, tmp_path):
     """The loss is the error of the velocity against noise - video, with some captions left out."""
     parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}"])
-    with prepared(parsed) as (run, _):
+    with prepared(plan_training(parsed)) as (run, _):
         indices, sigma = [0, 4], torch.tensor([0.25, 0.75])
         random = torch.Generator().manual_seed(SEED)
         loss = step.flow_loss(run, run.plain, indices, sigma, random=random, drop=0.5)
@@ -81,7 +82,7 @@ def test_loss_is_that_of_flow_matching(lora_config, tmp_path):
 
 def test_training_uses_radial_attention(lora_config, tmp_path):
     parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}", "attention.neighbour=0.1"])
-    with prepared(parsed) as (run, _), torch.no_grad():
+    with prepared(plan_training(parsed)) as (run, _), torch.no_grad():
         latents, text = run.store.load(0)
         inputs = latents[None], torch.tensor([0.5]), stack_text([text])
         radial = predict_velocity(run.plain, "wan", *inputs)
@@ -137,7 +138,8 @@ def test_validation(lora_config, lora_run, tmp_path):
     videos = sorted((tmp_path / "videos" / "000002").glob("*"))
     assert [file.suffix for file in videos] == [".mp4", ".txt"]
     assert videos[1].read_text().strip() in CAPTIONS
-    with prepared(SCHEMA.read(str(lora_config), [f"output.path={tmp_path / 'x'}", *words])) as (run, _):
+    config = SCHEMA.read(str(lora_config), [f"output.path={tmp_path / 'x'}", *words])
+    with prepared(plan_training(config)) as (run, _):
         trained = {i for members in run.sampler.buckets.values() for i in members}
         assert run.held_out == [2, 6] and trained == set(range(8)) - {2, 6}
 
