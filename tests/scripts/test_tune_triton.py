@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts import tune_triton
-from scripts.tune_triton import KINDS, LAUNCHES, Launch, candidates, entry, fits, launch, row, show
+from scripts.benchmarks.tuner import KINDS, LAUNCHES, Launch, candidates, entry, fits, launch, row, show
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from scripts import cost
-from scripts.cost import Case, Rates, curves, exponent, fit, main, n_log_n, sparsities
+from scripts.cost import main
+from scripts.evaluation.cost import Case, Rates, curves, exponent, fit, n_log_n, sparsities
 from scripts.run.config import AttentionConfig, Config, GenerationConfig, ModelConfig
 from scripts.run.errors import UsageError
 from scripts.run.model_info import ModelInfo
