@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from radial_attn.kernels.triton.configs import KINDS
 from scripts import tune_triton
-from scripts.benchmarks.tuner import KINDS, LAUNCHES, Launch, candidates, entry, fits, launch, row, show
+from scripts.benchmarks.tuner import LAUNCHES, Launch, candidates, entry, fits, launch, row, show
 
 
 @pytest.mark.parametrize("kind", KINDS)
