@@ -7,6 +7,7 @@ failure is reported in one line; then all processes are stopped.
 
 import logging
 import os
+import runpy
 import signal
 import sys
 import uuid
@@ -81,7 +82,7 @@ def chosen(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Starts the processes and returns their exit code; one process of training replaces this one."""
+    """Starts the processes and returns their exit code; one process of training runs here."""
     if not arguments or not arguments[0].startswith(MODULE):
         return launch(chosen(arguments), count())
     module = arguments.pop(0).removeprefix(MODULE)
@@ -89,7 +90,12 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{MODULE}: got {module!r}, allowed: {', '.join(WITHOUT_GPU)}")
     if (processes := count(module)) > 1:
         return launch(arguments, processes, module)
-    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 if __name__ == "__main__":
