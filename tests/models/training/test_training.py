@@ -89,11 +89,8 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
         ("wan", {"num_layers": 10}, "reference", 5, SCHEDULE),  # one more for the calls that are compared
         ("hunyuan_video", {}, "nan", 9, SCHEDULE),  # two kinds of blocks, and two graphs for the inputs
         ("hunyuan_video15", {}, "nan", 5, SCHEDULE),
-        ("mochi", {}, "off", 2, {}),  # the last block has no text
-        ("mochi", {}, "nan", 2, {}),
-        ("wan_vace", {}, "off", 3, {}),
+        ("mochi", {}, "nan", 2, {}),  # the last block has no text
         ("wan_vace", {}, "nan", 3, {}),
-        ("ltx", {}, "off", 1, {}),
         ("ltx", {}, "nan", 1, {}),
     ],
 )
