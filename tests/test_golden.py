@@ -88,6 +88,8 @@ def bad_files(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("code", "named", "line"), BAD, ids=[golden.replaced(row[2]) for row in BAD])
 def test_bad_input(code, named, line, bad_files):
+    if "compile=blocks" in line and " " in str(ROOT):
+        pytest.skip("torch.compile needs a folder without a space")
     key, *others = named.split(" & ")
     before = {folder: sorted(folder.rglob("*")) for folder in (bad_files, ROOT / "results")}
     for option in ("", "--dry-run") if BOTH in line else ("",):

@@ -144,7 +144,8 @@ def replaced(text: str) -> str:
 
 def table(name: str) -> list[list[str]]:
     """Reads a table that is written by hand: rows of stripped cells; lines that begin with # are left out."""
-    lines = (DATA / name).read_text(encoding="utf-8").replace("{ROOT}", str(ROOT)).splitlines()
+    root = str(ROOT).replace(" ", "\\ ")  # command lines are split as a shell does
+    lines = (DATA / name).read_text(encoding="utf-8").replace("{ROOT}", root).splitlines()
     return [[cell.strip() for cell in line.split(" | ")] for line in lines if line and line[0] != "#"]
 
 

@@ -26,8 +26,9 @@ def test_folders_of_the_linker_are_looked_at(monkeypatch, tmp_path):
     folders = compiler._linked_folders()
     assert folders[0] == torch.__path__[0]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a b"))
-    assert compiler._linked_folders()[-1] == str(tmp_path / "a b")
-    assert "a b" in compiler_problem("cpu")
+    spaced = [folder for folder in compiler._linked_folders() if " " in folder]
+    assert spaced[-1] == str(tmp_path / "a b")
+    assert repr(spaced[0]) in compiler_problem("cpu")
 
 
 def test_a_space_matters_on_the_cpu_only(spaced, monkeypatch, tmp_path):
