@@ -67,8 +67,8 @@ def load_pipeline(
     check_model(path, family)
     kind = FAMILIES[family]
     folder = path if is_local(path) else diffusers.DiffusionPipeline.download(path, use_safetensors=True)
-    index = read_index(path)
-    check_weights(Path(folder), index, parts_named(index).difference(parts or ()))
+    index = read_index(str(folder))
+    check_weights(Path(folder), index, sorted(parts_named(index).difference(parts or ())))
     pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
@@ -173,8 +173,8 @@ def _check_components(folder: Path, index: dict) -> None:
     """Raises an error for a component without a folder, or a safetensors file whose header does not fit."""
     from safetensors import SafetensorError, safe_open
 
-    parts = parts_named(index)
-    for part in sorted(parts):
+    parts = sorted(parts_named(index))
+    for part in parts:
         if not (folder / part).is_dir():
             raise FileNotFoundError(
                 f"model folder {folder} lacks {part}/, which its model_index.json names; download it again"

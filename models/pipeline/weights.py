@@ -21,7 +21,7 @@ def check_weights(folder: Path, index: Mapping[str, Any], parts: Iterable[str]) 
 
     Raises:
         FileNotFoundError: a file of weights does not exist.
-        ValueError: a file has not all tensors of the part, or in other shapes; the message names them.
+        ValueError: a part lacks tensors; the message names them.
     """
     import diffusers
     import transformers

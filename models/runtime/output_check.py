@@ -189,7 +189,8 @@ class OutputCheck:
         layers = self._layers[transformer]
         inputs, self._inputs = self._inputs, {}
         notes = [*inputs.values(), *(layer_check.bad for layer_check in layers), not_finite(output)]
-        flags = torch.cat([x.flatten() for x in notes]).tolist()  # one wait for the device
+        # one wait for the device; a caller may keep an input elsewhere, such as the timestep
+        flags = torch.cat([x.flatten().to(layers[0].bad.device) for x in notes]).tolist()
         if any(flags):
             for layer_check in layers:
                 layer_check.bad.zero_()
