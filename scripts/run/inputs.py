@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, one_line
-from scripts.run.files import sha256
+from scripts.run.files import read_lines, sha256
 
 NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
 FORMATS = ("JPEG", "PNG")
@@ -44,11 +44,11 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     if not name.strip():
         raise UsageError(f"generation.prompt_file: got {name!r}, must be a text file, or null")
     try:
-        lines = Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        lines = read_lines(Path(name).expanduser())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
-    prompts = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    prompts = {number: line.strip() for number, line in lines.items()}
     if not prompts:
         raise UsageError(f"generation.prompt_file: got {name!r}, which is empty; write one prompt a line")
     return prompts
