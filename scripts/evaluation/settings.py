@@ -11,7 +11,7 @@ import yaml
 
 from scripts.run.config import Config
 from scripts.run.errors import UsageError
-from scripts.run.schema import Schema, key, listing
+from scripts.run.schema import Schema, TextLoader, key, listing
 
 DENSE = "dense"
 GROUPS = ("attention.", "model.")  # a setting may change keys of these groups
@@ -49,7 +49,7 @@ def _pairs(key_name: str, form: str, value: Any) -> list[tuple[Any, Any]]:
     """Reads text as YAML if it begins with a bracket, else splits it at semicolons."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            value = yaml.safe_load(value)
+            value = yaml.load(value, TextLoader)
         except yaml.YAMLError as error:
             raise UsageError(f"{key_name}: got {value!r}, must be {form}") from error
     elif isinstance(value, str):
@@ -80,7 +80,7 @@ def numbers(key_name: str) -> Callable[[Any], list[int]]:
     """Makes a parser of whole numbers of at least 0, each once; the parser raises UsageError for others."""
 
     def parse(value: Any) -> list[int]:
-        text = str(value).strip().strip("[]")
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value).strip().strip("[]")
         parts = [part.strip() for part in text.split(",")] if text not in ("", "null", "None") else []
         if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
             raise UsageError(f"{key_name}: got {value!r}, must be {NUMBERS_FORM}, each once")

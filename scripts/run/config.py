@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from scripts.run.errors import UsageError, nearest_key
-from scripts.run.schema import ROOT, Schema, find_path, key, listing, literal
+from scripts.run.schema import ROOT, Schema, TextLoader, find_path, key, listing, literal
 
 __all__ = ["ROOT", "Config", "find_path", "help_text", "keys", "read_config"]
 FAMILIES = ("wan", "hunyuan_video", "mochi", "wan_i2v", "hunyuan_video_i2v", "wan_vace")
@@ -55,7 +55,7 @@ def _from_text(text: str) -> Any:
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, TextLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"{LORAS}: got {text!r}, must be {LORA_FORM}") from error
 
