@@ -5,8 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -22,12 +20,12 @@ from tqdm import tqdm
 from radial_attn.models.lora.keys import listed
 from scripts.lora.config import DataConfig
 from scripts.run.errors import UsageError, one_line
-from scripts.run.inputs import BROKEN, fit, read_frames, video_reader
+from scripts.run.files import sha256
+from scripts.run.inputs import fit
 from scripts.run.schema import find_path
+from scripts.run.video_files import SUFFIXES, is_video_name, probe_video, read_video
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 SAME_RATE = 0.01  # share by which a rate may be missed: 24 includes films at 23.976
-UNEVEN = 0.02  # share of the frames that may be more or fewer than rate and seconds give
 SAME_SHAPE = 0.1  # between logarithms of width / height: 480 x 832 counts as 720 x 1280
 
 
@@ -107,11 +105,7 @@ def _find(data: DataConfig) -> tuple[str, list[Entry]]:
     if data.table is not None:
         return "data.table", _in_table(data.table)
     folder = find_path(data.folder)
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    ]
+    files = [file for file in sorted(folder.rglob("*")) if is_video_name(file) and file.is_file()]
     if not files:
         kind = "has no videos" if folder.is_dir() else "is no folder"
         raise UsageError(
@@ -162,34 +156,12 @@ def _caption(entry: Entry) -> str | ValueError:
 
 
 def _probe(entry: Entry) -> tuple[str, int, float, int, int] | ValueError:
-    """Returns digest, frames, frame rate, height and width, or an error; decodes the whole video to count."""
+    """Returns digest, frames, frame rate, height and width, or an error; decodes the whole video."""
     try:
-        with entry.path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        with video_reader(entry.path) as reader:
-            fps, (height, width) = float(reader.get_meta_data()["fps"]), reader.get_data(0).shape[:2]
-        frames, seconds = _count(entry.path)
-    except BROKEN as error:
+        info = probe_video(entry.path)
+        return sha256(entry.path), info.frames, info.fps, info.height, info.width
+    except (OSError, ValueError) as error:
         return ValueError(getattr(error, "strerror", None) or one_line(error))
-    if abs(frames - fps * seconds) > max(1.5, UNEVEN * frames):
-        return ValueError(
-            f"its frame rate varies, {fps:g} on average; `ffmpeg -i IN -vf fps={fps:.0f} OUT` mends that"
-        )
-    return digest, frames, fps, height, width
-
-
-def _count(path: Path) -> tuple[int, float]:
-    """Counts frames and seconds at a constant rate, as a reader gets them; ValueError if there are none."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    output = ["-map", "0:v:0", "-f", "image2pipe", "-c:v", "rawvideo", "-y", os.devnull]
-    command = [get_ffmpeg_exe(), "-nostdin", "-i", str(path), *output]
-    log = subprocess.run(command, capture_output=True, check=False).stderr.decode(errors="replace")
-    progress = re.findall(r"frame=\s*(\d+).*?time=(\d+):(\d+):([\d.]+)", log)
-    if not progress or not int(progress[-1][0]):
-        raise ValueError("no frames")
-    frames, hours, minutes, seconds = progress[-1]
-    return int(frames), 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
 def _refuse(key: str, entries: list[Entry], results: list, failing: str) -> None:
@@ -203,14 +175,15 @@ def _refuse(key: str, entries: list[Entry], results: list, failing: str) -> None
 def _check_rates(videos: list[Video], fps: float | None) -> None:
     rates: dict[float, list[str]] = {}
     for video in videos:
-        rates.setdefault(round(video.fps, 2), []).append(video.name)
+        if video.frames > 1:
+            rates.setdefault(round(video.fps, 2), []).append(video.name)
     if fps is None and len(rates) > 1:
         texts = [f"{rate:g} ({len(names)}, as {names[0]})" for rate, names in sorted(rates.items())]
         raise UsageError(
             f"data.fps: got null, but the videos' rates are {', '.join(texts)} frames a second; set data.fps "
             f"to a number up to {min(rates):g}, or use videos of one rate"
         )
-    slow = [video.name for video in videos if fps is not None and video.fps < fps * (1 - SAME_RATE)]
+    slow = [video.name for video in videos if fps and 0 < video.fps < fps * (1 - SAME_RATE)]
     if slow:
         raise UsageError(
             f"data.fps: got {fps:g}, but {len(slow)} of {len(videos)} videos have fewer frames a second: "
@@ -270,15 +243,18 @@ def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]
     """Yields each clip of a video with its frames, uint8 `[F, height, width, 3]`; decodes the video once.
 
     Raises:
-        UsageError: the video breaks off before a clip ends.
+        UsageError: the video cannot be read, or breaks off before a clip ends.
     """
     number = -1
-    with closing(read_frames("data", str(video.path))) as frames:
+    with closing(read_video(video.path)) as frames:
         for clip in clips:
             picked = np.empty((len(clip.frames), clip.height, clip.width, 3), dtype=np.uint8)
             for index, wanted in enumerate(clip.frames):
-                while number < wanted:
-                    frame, number = next(frames, None), number + 1
+                try:
+                    while number < wanted:
+                        frame, number = next(frames, None), number + 1
+                except (OSError, ValueError) as error:
+                    raise UsageError(f"data: {video.name} cannot be read ({one_line(error)})") from error
                 if frame is None:
                     raise UsageError(
                         f"data: {video.name} breaks off at frame {number} of {video.frames}; remove it, and "
