@@ -83,7 +83,7 @@ def read_scores(file: str) -> dict[str, dict[str, float]]:
 def _read(key: str, file: str, start: str, otherwise: Callable[[Path], Any]) -> Any:
     """Reads a file: as JSON if it begins with `start`, else by `otherwise`."""
     try:
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         text = read_text(path)
         return parse_json(text) if text.lstrip()[:1] == start else otherwise(path)
     except (OSError, ValueError) as error:
