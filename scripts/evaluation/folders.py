@@ -1,6 +1,7 @@
 """Compares finished videos with those of the same name in another folder."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _folders(words: list[str]) -> dict[str, Path]:
         name, _, folder = word.partition("=")
         if not (name and folder) or name in folders:
             raise UsageError(f"--folders: got {word!r}, must be NAME=DIR, each name once")
-        folders[name] = Path(folder).expanduser()
+        folders[name] = Path(os.path.expanduser(folder))
     if len(folders) < 2:
         raise UsageError("--folders: got one; name two or more, the first is the reference")
     return folders

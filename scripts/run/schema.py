@@ -5,6 +5,7 @@ Precedence, lowest first: the defaults of the dataclasses, the file (YAML or JSO
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -66,7 +67,7 @@ def literal(text: str) -> str:
 
 def find_path(name: str) -> Path:
     """Returns `name` from the current directory, or from the repository root if only that has it."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # it leaves the home of an unknown user as it is
     return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
