@@ -31,12 +31,13 @@ def solve_density(
        block each way (the sparse end of the authors' family), to the one at which each is a whole frame;
     2. `neighbour`, the half-width at frame distance 1: below that family down to a block, above it up to the
        whole frame; in a gap between two decay factors down from the upper one;
-    3. `decimation_width`: for sparser masks up by powers of two, past the one that leaves only the frames at
-       power-of-two distances to the one that leaves each frame alone; for denser ones down until no frame is
-       skipped. Widths between powers of two are tried only in a gap. For each width the first two options
-       are solved again and use up what it gained beyond the target;
+    3. `decimation_width`: for sparser masks up by powers of two to the largest in a frame, which leaves only
+       the far frames at power-of-two distances; for denser ones down until no frame is skipped. Widths
+       between powers of two are tried only in a gap. For each width the first two options are solved again
+       and use up what it gained beyond the target;
     4. `sink`: off below, on above, with the first three solved again;
-    5. in a gap that is left below the sparse end, `neighbour` below a block, with all widths up to the last.
+    5. in a gap that is left, and below all these, `neighbour` below a block, with widths up to twice the
+       largest, which leaves each frame alone.
 
     Blocks are kept whole, so densities come in steps. The possible range depends on the grid and the block
     size alone, the result on all arguments. It has no `density` of its own. A density of 1 is met exactly.
@@ -125,22 +126,26 @@ def neighbours(
 
 
 def decimation_widths(grid: TokenGrid, config: RadialConfig, denser: bool = False) -> Sequence[int | str]:
-    """Returns the configured width, then powers of two: down if `denser`, else up, one past a frame.
+    """Returns the configured width, then powers of two: up to the largest in a frame or, if `denser`, down.
 
-    Leaves out widths that skip no frame of this grid: those below twice the last of the denser ones. The
-    last of the others leaves each frame alone.
+    Leaves out widths that skip no frame of this grid: those below twice the last of the denser ones.
     """
     given = config.block_size if config.decimation_width == "block" else config.decimation_width
     level, farthest = grid.tokens_per_frame.bit_length() - 1, max(grid.frames - 1, 1).bit_length() - 1
     powers, idle = (
-        [1 << step for step in range(max(level + 1, given.bit_length()) + 1)],
+        [1 << step for step in range(max(level, given.bit_length()) + 1)],
         1 << max(level - farthest, 0),
     )
     if denser:
         further = [width for width in reversed(powers) if idle <= width < given >= 2 * idle]
     else:
-        further = [width for width in powers if max(given + 1, 2 * idle) <= width <= 2 << level]
+        further = [width for width in powers if max(given + 1, 2 * idle) <= width <= 1 << level]
     return [config.decimation_width, *further]
+
+
+def alone_width(grid: TokenGrid) -> int:
+    """Returns the least `decimation_width` that leaves each frame alone."""
+    return 1 << grid.tokens_per_frame.bit_length()
 
 
 class _Search:
@@ -163,8 +168,8 @@ class _Search:
         """Yields options of width and sink that span the target, each with the least `neighbour` for them.
 
         First the start, then decimation widths, then the same with the other sink; widths between two powers
-        of two come after those, for a gap that whole blocks leave. Last, for a gap below the sparse end,
-        neighbours below a block.
+        of two come after those, for a gap that whole blocks leave. Last, for a gap that is left, widths from
+        the largest power of two in a frame to twice that, with neighbours below a block.
         """
         yield self._start, None
         denser = max(self._tried.values()) < self._target
@@ -179,9 +184,9 @@ class _Search:
                 option = replace(self._start, sink=sink, decimation_width=width)
                 if self.spans(option, denser):
                     yield option, None
-        power = 1 << (self._grid.tokens_per_frame.bit_length() - 1)
-        for sink, part in product((True, False), range(17)):
-            option = replace(self._start, sink=sink, decimation_width=power + power * part // 16)
+        alone = alone_width(self._grid)
+        for sink, part in product((True, False), range(16, 33)):
+            option = replace(self._start, sink=sink, decimation_width=max(1, alone * part // 32))
             if self.spans(option, True) and self.spans(option, False, LEAST):
                 yield option, LEAST
 
@@ -235,7 +240,7 @@ class _Search:
     def failure(self) -> str:
         """Returns the message that says which densities there are, once every combination was tried."""
         grid, target, start = self._grid, self._target, self._start
-        thin = replace(start, sink=False, decimation_width=decimation_widths(grid, start)[-1])
+        thin = replace(start, sink=False, decimation_width=alone_width(grid))
         thick = replace(start, sink=True, decimation_width=decimation_widths(grid, start, denser=True)[-1])
         low, high = self.density(self.sparsest(thin)), self.density(self.densest(thick))
         densities = sorted(density for density in set(self._tried.values()) if low <= density <= high)

@@ -91,6 +91,11 @@ class DataConfig:
         low=0.0,
     )
     clips: int = key(1, "maximum of clips from a long video; they do not overlap, spread evenly", low=1)
+    skip_bad: bool = key(
+        False,
+        "go on without videos that cannot be used, listed in left_out.txt of latents",
+        (True, False),
+    )
     shard_mb: int = key(512, "MiB of a file of latents; an interruption loses at most one file", low=1)
 
 

@@ -3,8 +3,8 @@
 Precedence, lowest first: the defaults of the dataclasses, the file (YAML or JSON), `key=value` arguments.
 """
 
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from scripts.run.errors import UsageError, nearest_key, one_line
 from scripts.run.files import read_text
+from scripts.run.tables import parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -66,7 +67,7 @@ def literal(text: str) -> str:
 
 def find_path(name: str) -> Path:
     """Returns `name` from the current directory, or from the repository root if only that has it."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # it leaves the home of an unknown user as it is
     return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
@@ -98,7 +99,7 @@ def read_mapping(path: Path) -> Any:
     """
     text = read_text(path)
     if path.suffix.lower() == ".json":
-        content = json.loads(text, object_pairs_hook=unique)
+        content = parse_json(text)
         return content["config"] if isinstance(content, dict) and "config" in content else content
     try:
         return yaml.load(text, TextLoader)
@@ -107,15 +108,6 @@ def read_mapping(path: Path) -> Any:
         raise ValueError(f"line {mark.line + 1}: {reason}" if mark else str(reason)) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes the dict of a JSON object; ValueError for a key that is there twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
-    return content
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def test_the_curve_rises_and_says_what_changed(name):
     grid, config = GRIDS[name]
     curve = density_curve(grid, config)
     assert [share for share, _ in curve] == sorted({density_of(grid, point) for _, point in curve})
-    assert len(curve) <= 10
+    assert len(curve) <= 11
     assert curve_lines(grid, replace(config, density=0.3)) == curve_lines(grid, config)
 
 

@@ -26,7 +26,8 @@ OPTIONAL = {
     "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
     "cache_ratios positions positions_frames",
     "attention": "density",
-    "generation": "prompt_file image video mask guidance_scale_2 prompt_template",
+    "generation": "prompt_file image video mask guidance_scale_2 prompt_template seeds",
+    "output": "overwrite",
     "parallel": "ulysses_degree ring_degree cfg_degree data_degree",
 }
 
@@ -153,8 +154,8 @@ def test_a_value_of_a_file_is_what_its_key_takes(tmp_path, text, name, value):
         ("a.yaml", "? [a]\n: b", "line 1: found unhashable key"),
         ("a.yaml", "[" * 5000, "RecursionError|recursion"),
         ("a.yaml", b"generation: {prompt: \xe9}", "line 1 is not UTF-8"),
-        ("a.json", '{"generation": {"seed": 1, "seed": 2}}', "'seed' twice"),
-        ("a.json", '{"generation": {', "line 1"),
+        ("a.json", '{"generation": {"seed": 1, "seed": 2}}', "'seed' is given twice"),
+        ("a.json", '{"generation":\n {', "line 2"),
     ],
 )
 def test_a_file_that_cannot_be_read_as_written_is_refused(tmp_path, name, text, reason):
