@@ -214,7 +214,12 @@ def test_several_seeds_of_several_prompts(tiny_model, tmp_path, capsys):
     assert "0 of 4 videos to make" in capsys.readouterr().out
     assert run(tiny_model, tmp_path, words[1], "generation.prompt=a", "generation.seeds=1,2") == 0
     assert re.search(r"\nvideo 2 of 2, about \d+ s left: seed 2: a\n", capsys.readouterr().out)
-    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["a_seed1.mp4", "a_seed2.mp4", "one.mp4", "same.mp4"]
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == [
+        "a_seed1.mp4",
+        "a_seed2.mp4",
+        "one.mp4",
+        "same.mp4",
+    ]
 
 
 def test_two_runs_share_a_prompt_file(tiny_model, tmp_path, capsys):
