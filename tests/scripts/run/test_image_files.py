@@ -81,5 +81,5 @@ def test_a_damaged_image_says_so(tmp_path):
     Image.effect_noise((64, 64), 50).save(stream, "PNG")
     for size in (20, 2000):
         (tmp_path / "a.png").write_bytes(stream.getvalue()[:size])
-        with pytest.raises(BROKEN, match="(?i)truncated"):
+        with pytest.raises(BROKEN, match=r"(?i)truncated"):
             read_image(tmp_path / "a.png")
