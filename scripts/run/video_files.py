@@ -331,7 +331,8 @@ def _filtered(graph: Any, frame: Any, turn: Image.Transpose | None) -> Iterator[
             except (BlockingIOError, EOFError):
                 break
     for image in images:
-        picture = upright(Image.fromarray(image.to_ndarray()))
+        picture = Image.fromarray(image.to_ndarray())
+        picture = upright(picture) if picture.mode == "RGBA" else picture
         yield picture if turn is None else picture.transpose(turn)
 
 
