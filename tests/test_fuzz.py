@@ -94,11 +94,11 @@ def captions_of(file: Path) -> list[tuple[str, str]]:
     return [(video.name, video.caption) for video in read_dataset(config.data, dry_run=True).videos]
 
 
-def videos(folder: Path, *cases: str) -> list[bytes]:
+def videos(folder: Path) -> list[bytes]:
     """Makes a second of video of each case, options of ffmpeg; the table names the damaged file."""
     (folder / "videos.csv").write_text("video,caption\ninput.mp4,a red circle\n")
     source = "testsrc=s=96x64:r=16:d=1"
-    return [make(folder / f"{n}.mp4", source, options).read_bytes() for n, options in enumerate(cases)]
+    return [make(folder / f"{n}.mp4", source, options).read_bytes() for n, options in enumerate(CASES)]
 
 
 def check_video(file: Path) -> None:
@@ -198,9 +198,7 @@ KINDS = {
         ("generate", "configs/wan_i2v_tiny.yaml", "--dry-run", "generation.image={}"),
         check_image,
     ),
-    "mp4": Kind(
-        ".mp4", lambda folder: videos(folder, *CASES), (*PREPARE, "data.table=videos.csv"), check_video
-    ),
+    "mp4": Kind(".mp4", videos, (*PREPARE, "data.table=videos.csv"), check_video),
     "csv": Kind(".csv", csv_files, (*PREPARE, "data.table={}"), check_csv, is_text=True),
     "jsonl": Kind(".jsonl", jsonl_files, (*PREPARE, "data.table={}"), check_jsonl, is_text=True),
     "yaml": Kind(".yaml", presets, ("generate", "{}", "--dry-run"), check_yaml, is_text=True),
