@@ -117,6 +117,7 @@ COLOURS = {  # how a colour is coded, and how that is marked
     "full": ("scale=out_color_matrix=bt709:out_range=pc,format=yuv444p", "-colorspace bt709 -color_range pc"),
     "BT.2020 matrix": ("scale=out_color_matrix=bt2020:out_range=tv,format=yuv444p10", "-colorspace bt2020nc"),
     "10 bits": ("scale=out_color_matrix=bt709:out_range=tv,format=yuv420p10", "-colorspace bt709"),
+    "BT.601 of Europe": ("scale=out_color_matrix=bt470bg:out_range=tv,format=yuv420p", "-colorspace bt470bg"),
     "small, unmarked": ("scale=out_color_matrix=bt601:out_range=tv,format=yuv444p", ""),
     "HD, unmarked": ("scale=1280:720:out_color_matrix=bt709:out_range=tv,format=yuv420p", ""),
     "RGB": ("format=gbrp", "-c:v libx264rgb"),
@@ -153,6 +154,26 @@ def test_hdr_is_tone_mapped(kind, tmp_path):
     assert low < white.min() and white.max() < high and np.ptp(white) <= 2
     assert black.max() <= 2 and gray.max() < white.min() - 30
     assert red[0] > 90 and red[1:].max() < red[0] / 2
+
+
+def test_wide_colours_are_mapped(tmp_path):
+    """A red that BT.709 has, written with the primaries of Display P3, comes back."""
+    coded = f"{LINEAR},zscale=p=smpte432:m=709:r=tv,format=yuv444p10le"
+    marks = "-c:v libx264 -qp 0 -color_primaries smpte432 -color_trc bt709 -colorspace bt709"
+    path = make(tmp_path / "a.mkv", f"{RED},{coded}", marks)
+    assert np.abs(frames_of(path)[0, 32, 48] - (230, 20, 20)).max() <= 3
+
+
+def test_hdr_is_refused_by_name_if_ffmpeg_cannot_map_it(tmp_path, monkeypatch):
+    path = make(
+        tmp_path / "a.mkv", RED, "-c:v libx264 -color_trc smpte2084 -vf setparams=color_trc=smpte2084"
+    )
+    other = tmp_path / "ffmpeg"
+    other.write_text("#!/bin/sh\necho \"No such filter: 'zscale'\" >&2\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(other))
+    expected = "it is HDR (PQ), and ffmpeg did not convert frame 0 to BT.709 (No such filter: 'zscale')"
+    assert reason(path) == expected
 
 
 CLEAR = {
