@@ -311,6 +311,23 @@ def test_a_rate_is_found_in_rounded_times(rate, tick):
     assert constant_rate(times, tick) == pytest.approx(rate, rel=2e-5 if rate in (24, 25, 60) else 2e-3)
 
 
+def test_a_title_of_another_encoding_is_no_reason_to_refuse(tmp_path):
+    path = make(tmp_path / "a.mkv", RED, f"{H264} -metadata title=cafe?")
+    replace(path, b"cafe?", b"caf\xe9 ")
+    assert probe_video(path).frames == 4
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "flv", "avi"])
+def test_slow_videos_are_whole(suffix, tmp_path):
+    path = make(tmp_path / f"a.{suffix}", RED.replace("r=10:d=0.4", "r=1:d=5"), KINDS[suffix])
+    assert (probe_video(path).frames, probe_video(path).fps) == (5, 1)
+
+
+def test_an_aspect_that_cannot_be_right_is_refused(tmp_path):
+    path = make(tmp_path / "a.mp4", f"{RED},setsar=1/30")
+    assert reason(path) == "its pixels are 0.0333 times as wide as high, which cannot be right"
+
+
 def test_one_frame_has_no_rate(tmp_path):
     about = probe_video(make(tmp_path / "a.mp4", RED, "-frames:v 1"))
     assert (about.frames, about.fps) == (1, 0)
