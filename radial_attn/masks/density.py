@@ -161,7 +161,7 @@ class _Search:
         denser = max(self._tried.values()) < self._target
         widths = decimation_widths(self._grid, self._start, denser)
         between = {width * part // 8 for width in widths[1:] for part in (5, 6, 7)} - {0, *widths}
-        for sink in dict.fromkeys((self._start.sink, denser)):
+        for sink in dict.fromkeys((self._start.sink, denser and (self._start.sink or True))):
             options = [replace(self._start, sink=sink, decimation_width=width) for width in widths]
             yield from (option for option in options if option != self._start and self.spans(option, denser))
             if self.spans(options[-1], denser):
@@ -220,7 +220,9 @@ class _Search:
         """Returns the message that says which densities there are, once every combination was tried."""
         grid, target, start = self._grid, self._target, self._start
         thin = replace(start, sink=False, decimation_width=decimation_widths(grid, start)[-1])
-        thick = replace(start, sink=True, decimation_width=decimation_widths(grid, start, denser=True)[-1])
+        thick = replace(
+            start, sink=start.sink or True, decimation_width=decimation_widths(grid, start, denser=True)[-1]
+        )
         low, high = self.density(self.sparsest(thin)), self.density(self.densest(thick))
         densities = sorted(density for density in set(self._tried.values()) if low <= density <= high)
         text = f" and {grid.text} text" if grid.text else ""

@@ -44,6 +44,7 @@ def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
 WAN_I2V_14B = _variant(
     {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION}, text_tokens=WAN_TEXT + WAN_IMAGE
 )
+FLF2V_IMAGES = 2 * WAN_IMAGE  # tokens of the two images, each with an embedding of 1280
 HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
 HUNYUAN_SIZES = {"num_layers": 20, "num_single_layers": 40, "mlp_ratio": 4.0}
 HUNYUAN_CONFIG = HEADS | HUNYUAN_SIZES | {"patch_size": 2, "patch_size_t": 1}
@@ -57,8 +58,13 @@ HUB_MODELS = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _variant({"transformer_2": 14_288_491_584}),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_I2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_I2V_14B,
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _variant(
+        {"transformer": 16_394_878_784 + 1280 * FLF2V_IMAGES, "image_encoder": CLIP_VISION},
+        text_tokens=WAN_TEXT + FLF2V_IMAGES,
+        last_image="needed",
+    ),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _variant(
-        dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184)
+        dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184), last_image="taken"
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _variant(
         {"transformer": 4_999_787_712, "vae": WAN22_VAE},
