@@ -1,6 +1,7 @@
 """Compares finished videos with those of the same name in another folder."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def videos_in(name: str, folder: Path) -> dict[str, Path]:
     """Returns the videos of a folder by name without suffix, sorted; UsageError if there are none."""
     if not folder.is_dir():
         raise UsageError(f"--folders: {name} is {str(folder)!r}, which is no folder; name a folder of videos")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    shown = (path for path in folder.iterdir() if not path.name.startswith("."))  # no half-written files
+    files = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
     if not files:
         raise UsageError(f"--folders: {name} is {str(folder)!r}, which has no videos ({', '.join(SUFFIXES)})")
     by_name = {path.stem: path for path in files}
@@ -75,7 +77,7 @@ def _folders(words: list[str]) -> dict[str, Path]:
         name, _, folder = word.partition("=")
         if not (name and folder) or name in folders:
             raise UsageError(f"--folders: got {word!r}, must be NAME=DIR, each name once")
-        folders[name] = Path(folder).expanduser()
+        folders[name] = Path(os.path.expanduser(folder))
     if len(folders) < 2:
         raise UsageError("--folders: got one; name two or more, the first is the reference")
     return folders

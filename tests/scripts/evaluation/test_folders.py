@@ -122,7 +122,13 @@ def test_scores_of_other_judges_come_back(pair: Path, capsys):
     assert "| visionreward mean | 0.2000 | 0.2000 |" in table
 
 
-@pytest.mark.parametrize("text", ["{}", '{"a": "b"}', "a,1,2", "[1]", '{"a": [1], "b": 2}', "{", "a,nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{}", '{"a": "b"}', "a,1,2", "[1]", '{"a": [1], "b": 2}', "{", "a,nan", "a,1\na,2", 'a"b,1'),
+        '{"a": 1, "a": 2}',
+    ],
+)
 def test_other_score_files_are_refused(tmp_path: Path, text: str):
     (tmp_path / "s").write_text(text)
     with pytest.raises(UsageError, match=r"^evaluate.scores: got .*/s'"):
@@ -136,9 +142,9 @@ def test_visionreward_scores_may_be_json(tmp_path: Path):
 
 def test_prompts_come_from_text_and_from_vbenchs_json(tmp_path: Path):
     text, info = tmp_path / "p.txt", tmp_path / "full_info.json"
-    text.write_text("a dog\n\n a cat, slowly \na dog\n")
+    text.write_text("a dog\n\n a cat,\u2028slowly \r\na dog\n", encoding="utf-8-sig")
     info.write_text(json.dumps(INFO))
-    assert listed_prompts(str(text), None) == ["a dog", "a cat, slowly"]
+    assert listed_prompts(str(text), None) == ["a dog", "a cat,\u2028slowly"]
     assert listed_prompts(str(info), None) == ["In a still frame, a stop sign", "a dog", "a red car"]
     assert listed_prompts(str(info), "color") == ["a red car", "a dog"]
     assert listed_prompts(str(info), "color, temporal_flickering")[0] == "In a still frame, a stop sign"
@@ -150,12 +156,14 @@ def test_prompts_come_from_text_and_from_vbenchs_json(tmp_path: Path):
         ("", None, "has no prompts"),
         ("[{}]", None, "entries without prompt_en"),
         ("[1", None, "which cannot be read"),
+        ('["a \\ud800"]', None, "half of a surrogate pair"),
+        ("caf\udce9", None, r"line 1 is not UTF-8 \(byte 0xe9\)"),
         ("a\n", "color", "evaluate.dimensions: .* has no dimensions; set evaluate.dimensions=null"),
         (json.dumps(INFO), "colour", "got 'colour', allowed: color, dynamic_degree, subject"),
     ],
 )
 def test_other_prompt_files_are_refused(tmp_path: Path, text, dimensions, line):
-    (tmp_path / "p").write_text(text)
+    (tmp_path / "p").write_text(text, errors="surrogateescape")
     with pytest.raises(UsageError, match=line):
         listed_prompts(str(tmp_path / "p"), dimensions)
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from scripts.generate import main
 from scripts.run.config import read_config
-from scripts.run.inputs import fit, open_image, read_inputs
+from scripts.run.errors import UsageError
+from scripts.run.inputs import fit, open_image, read_inputs, read_prompts
 from tests.support.script_cases import SMALL, refused
 from tests.support.tiny import CHANNELS
 from tests.support.tiny_hunyuan import hunyuan_image_pipeline, hunyuan_pipeline
@@ -21,6 +22,7 @@ from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipelin
 
 WAN, HUNYUAN, TEXT = "configs/wan2.1_i2v_14b_480p.yaml", "configs/hunyuan_i2v.yaml", "configs/wan_tiny.yaml"
 FRAMES = ["generation.num_frames=9"]
+AGAIN = ["output.overwrite=true"]
 LAST = "generation.last_image={last}"
 VACE = ["configs/wan2.1_t2v_14b.yaml", "model.family=wan_vace", "model.path=Wan-AI/Wan2.1-VACE-14B-diffusers"]
 
@@ -91,7 +93,7 @@ def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
 def test_the_last_image_changes_the_video_and_a_model_that_needs_it_says_so(tmp_path, capsys):
     model = saved(partial(i2v_pipeline, last=True), tmp_path)
     image = picture(tmp_path / "first.png")
-    argv = [WAN, *SMALL, *FRAMES, *model, "attention.check=off", f"generation.image={image}"]
+    argv = [WAN, *SMALL, *FRAMES, *model, *AGAIN, "attention.check=off", f"generation.image={image}"]
     refused(capsys, argv, "generation.last_image: got null, but this model needs a first and a last image")
     assert main([*argv, "--dry-run"]) == 0
     videos = []
@@ -110,7 +112,7 @@ def test_reference_images_of_vace_are_frames_that_every_query_sees(tmp_path, cap
     """Two images in front of 3 latent frames; the sink covers both and the video's first frame."""
     files = [str(picture(tmp_path / f"{color}.png", (40, 90), color)) for color in ("red", "blue")]
     names = f"generation.reference_images=[{', '.join(files)}]"
-    argv = [*VACE, *SMALL, *FRAMES, *saved(vace_pipeline, tmp_path), "attention.dense_steps=0"]
+    argv = [*VACE, *SMALL, *FRAMES, *saved(vace_pipeline, tmp_path), *AGAIN, "attention.dense_steps=0"]
     assert main([*argv, names]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["attention"]["grid"] == [5, 4, 4] and record["tokens"] == 80
@@ -138,7 +140,7 @@ def test_true_guidance_of_hunyuan_video_makes_two_calls_a_step(build, tmp_path, 
         *FRAMES,
         *pipeline,
     ]
-    argv += ["generation.guidance_scale=1", "attention.check=off"]
+    argv += ["generation.guidance_scale=1", "attention.check=off", *AGAIN]
     videos, flops = [], []
     for scale, negative in ((1, ""), (3, "a"), (3, "zzz")):
         options = [f"generation.true_cfg_scale={scale}", f"generation.negative_prompt={negative}"]
@@ -167,11 +169,23 @@ def test_a_tiny_random_vace(given, tmp_path):
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
 
 
+def test_comments_are_no_prompts(tmp_path):
+    """A prompt that begins with # is written with a backslash; any other backslash stays."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("# cats\n a # b\n\n\t# dogs\n\\# c\n\\d\n\\\\#\n")
+    generation = read_config(WAN, [f"generation.prompt_file={file}"]).generation
+    assert read_prompts(generation) == {2: "a # b", 5: "# c", 6: "\\d", 7: "\\\\#"}
+    file.write_text("# nothing\n")
+    with pytest.raises(UsageError, match="which is empty"):
+        read_prompts(generation)
+
+
 def test_a_prompt_file_resumes_unless_the_image_changed(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     image = picture(tmp_path / "first.png")
     model, _ = saved(a14b_i2v_pipeline, tmp_path)
-    options = [*SMALL, *FRAMES, model, "generation.steps=1", f"output.path={tmp_path / 'out'}"]
+    options = [*SMALL, *FRAMES, model, "generation.steps=1", "output.overwrite=true"]
+    options.append(f"output.path={tmp_path / 'out'}")
     argv = [WAN, *options, f"generation.prompt_file={tmp_path / 'prompts.txt'}"]
 
     def run(file: Path) -> str:
