@@ -104,8 +104,8 @@ def gain(plan: RunPlan) -> list[str]:
 
 
 def notes(plan: RunPlan) -> list[str]:
-    """Warns of unknown weights, little to gain, and a mask that keeps too little."""
-    lines, attention = [], plan.config.attention
+    """Returns the plan's notes; warns of unknown weights, little gain, and a mask that keeps too little."""
+    lines, attention = list(plan.notes), plan.config.attention
     if not sum(plan.model.parameters.values()):
         path = plan.config.model.path
         lines.append(f"memory: not checked, the size of the weights of {path} is unknown before loading")

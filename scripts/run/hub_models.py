@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from radial_attn.models.pipeline.load import check_model, is_local
+from radial_attn.models.pipeline.load import absent_expert, check_model, is_local, read_index
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.model_info import (
@@ -103,8 +103,12 @@ def read_model_info(path: str) -> ModelInfo:
     """
     if Path(path).is_dir():
         folder = Path(path)
-        parameters = {part: _count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
-        return from_configs(*(_read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
+        folders = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+        if "transformer" not in folders:  # it may hold Wan2.2's second expert alone
+            folders["transformer"] = folders.pop("transformer_2", folder / "transformer")
+        parameters = {part: _count_parameters(weights) for part, weights in folders.items()}
+        configs = (_read_json(folders.get(part, folder / part) / "config.json") for part in CONFIGURED)
+        return from_configs(*configs, parameters)
     if path in HUB_MODELS:
         return HUB_MODELS[path]
     return from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
@@ -143,6 +147,17 @@ def _fetch(path: str, file: str) -> dict:
         return _read_json(Path(hf_hub_download(path, file)))
     except (OSError, ValueError) as error:
         raise UsageError(hub_unreachable(path, error)) from error
+
+
+def expert_notes(path: str) -> tuple[str, ...]:
+    """Returns a line if a folder holds only one of two experts, which then makes every step."""
+    absent = absent_expert(path, read_index(path)) if is_local(path) else ""
+    if not absent:
+        return ()
+    kept, steps = {"transformer": ("transformer_2", "last"), "transformer_2": ("transformer", "first")}[
+        absent
+    ]
+    return (f"model.path has no {absent}: {kept}, the expert of the {steps} steps, makes every step",)
 
 
 def hub_unreachable(path: str, error: BaseException) -> str:

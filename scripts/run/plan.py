@@ -19,7 +19,7 @@ from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step, position_arguments
 from scripts.run.files import sha256
 from scripts.run.flops import Flops, count_flops
-from scripts.run.hub_models import find_model, read_model_info
+from scripts.run.hub_models import expert_notes, find_model, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
 from scripts.run.loras import FoundLora, find_loras, with_loras
 from scripts.run.machine_checks import (
@@ -42,6 +42,7 @@ from scripts.run.option_checks import (
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
+from scripts.run.prompt_notes import prompt_notes
 from scripts.run.system import room, total_memory
 
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
@@ -60,7 +61,7 @@ class RunPlan:
         dense_layers: how many layers, from the first, are dense at every step.
         degrees: how the processes share the run.
         missing: what this machine lacks; empty except in a dry run that may be for another machine.
-        warnings: lines for the user before the run.
+        warnings: lines for the user before the run; notes: also for a dry run.
     """
 
     config: Config
@@ -76,6 +77,7 @@ class RunPlan:
     degrees: Degrees
     missing: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> VideoSize:
@@ -247,7 +249,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
-    return replace(plan, missing=missing, warnings=warnings)
+    unread = prompt_notes(path, config.model.family, config.generation, prompts, fetch=not dry_run)
+    return replace(plan, missing=missing, warnings=warnings, notes=(*expert_notes(path), *unread))
 
 
 def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...]:
