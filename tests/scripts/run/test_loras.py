@@ -116,7 +116,8 @@ def test_another_scale_makes_the_videos_of_a_prompt_file_again(lora, tiny_model,
     assert run(tiny_model, tmp_path / "out", *overrides) == 0
     assert run(tiny_model, tmp_path / "out", *overrides) == 0
     assert "0 of 1 videos to make" in capsys.readouterr().out
-    assert run(tiny_model, tmp_path / "out", *overrides[:1], f"model.loras={{path: {lora}, scale: 0.9}}") == 0
+    again = (overrides[0], f"model.loras={{path: {lora}, scale: 0.9}}", "output.overwrite=true")
+    assert run(tiny_model, tmp_path / "out", *again) == 0
     assert "made with other settings (model.loras): made again" in capsys.readouterr().out
 
 
