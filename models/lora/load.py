@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .files import Header, read_header, read_weights
-from .keys import HALF, Match, Shape, listed, match_keys
+from .keys import HALF, WHOLE, Match, Shape, listed, match_keys
 from .kinds import other_kind
 
 MODES = ("separate", "fused")
@@ -74,8 +74,9 @@ def match_lora(
             f"{listed(match.misfits, 2)}; use a LoRA for this model"
         )
     if not fitting:
+        what = "whole weights, no changes" if WHOLE in match.unmatched.values() else "nothing"
         raise ValueError(
-            f"LoRA {name} holds nothing for this model, its keys are {listed(header.shapes.keys())}; "
+            f"LoRA {name} holds {what} for this model, its keys are {listed(header.shapes.keys())}; "
             "use a LoRA for this model"
         )
     halves = [key for key, reason in match.unmatched.items() if reason == HALF]

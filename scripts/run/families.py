@@ -90,5 +90,5 @@ def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -
     return {
         "method": options.positions,
         "train_frames": model.latent_frames(trained),
-        "frames": model.latent_frames(frames),
+        "frames": model.latent_frames(frames) + model.references,
     }

@@ -42,7 +42,7 @@ from scripts.run.option_checks import (
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
-from scripts.run.prompt_notes import prompt_notes
+from scripts.run.prompt_notes import prompt_notes, texts_of
 from scripts.run.system import room, total_memory
 
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
@@ -249,7 +249,9 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
-    unread = prompt_notes(path, config.model.family, config.generation, prompts, fetch=not dry_run)
+    texts = texts_of(config.generation, config.model.family, prompts)
+    options = {"plain": config.generation.prompt_template == "plain", "fetch": not dry_run}
+    unread = prompt_notes(path, config.model.family, texts, **options)
     return replace(plan, missing=missing, warnings=warnings, notes=(*expert_notes(path), *unread))
 
 

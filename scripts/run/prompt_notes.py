@@ -17,26 +17,32 @@ SMALL = 10**5  # bytes of a file that may hold a vocabulary of words
 SHOWN = 60  # characters of a part that is cut
 
 
+def texts_of(generation: GenerationConfig, family: str, prompts: Mapping[int, str]) -> dict[str, str]:
+    """Returns the prompts of a run, as of `read_prompts`, and its negative prompt, by what to call them."""
+    texts = {f"line {number}" if number else "the prompt": text for number, text in prompts.items()}
+    if calls_per_step(family, generation) > 1:
+        texts["generation.negative_prompt"] = generation.negative_prompt
+    return texts
+
+
 def prompt_notes(
-    path: str, family: str, generation: GenerationConfig, prompts: Mapping[int, str], fetch: bool = True
+    path: str, family: str, texts: Mapping[str, str], *, plain: bool = False, fetch: bool = False
 ) -> list[str]:
-    """Returns a line for each tokenizer that cuts a prompt, and one for words that it does not know.
+    """Returns a line for each tokenizer that cuts a text, and one for words that it does not know.
 
     Args:
         path: folder or hub id of the model.
-        prompts: by line, as of `read_prompts`.
+        texts: by what to call them.
+        plain: leaves out HunyuanVideo's template of a prompt.
         fetch: downloads a tokenizer that is needed; without it one that is not here is not asked.
     """
-    texts = {f"line {number}" if number else "the prompt": text for number, text in prompts.items()}
-    if generation.negative_prompt and calls_per_step(family, generation) > 1:
-        texts["generation.negative_prompt"] = generation.negative_prompt
     (limits,) = (limits for name, limits in LIMITS.items() if family.startswith(name))
     notes = []
     for name, limit in limits.items():
         long = {key: text for key, text in texts.items() if not text.isascii() or len(text) >= limit - 2}
         tokenizer = _tokenizer(path, name, fetch) if long else None
         if tokenizer is not None:
-            start, crop = _template(family, generation) if name == "tokenizer" else ("", 0)
+            start, crop = ("", 0) if plain or name != "tokenizer" else _template(family)
             cut = {key: _cut(tokenizer, start, text, limit + crop) for key, text in long.items()}
             notes += _first(cut, f"{name} passes on {limit} tokens; it cuts, from {{key}}: {{text}}")
     if words := _vocabulary(path):
@@ -65,9 +71,9 @@ def _tokenizer(path: str, name: str, fetch: bool) -> Any:
         return None
 
 
-def _template(family: str, generation: GenerationConfig) -> tuple[str, int]:
+def _template(family: str) -> tuple[str, int]:
     """Returns what HunyuanVideo's pipeline puts before a prompt, and by how many tokens its limit grows."""
-    if family not in HUNYUAN or generation.prompt_template == "plain":
+    if family not in HUNYUAN:
         return "", 0
     from diffusers.pipelines.hunyuan_video import (
         pipeline_hunyuan_video,

@@ -134,6 +134,7 @@ STEM = "diffusion_model.blocks.0.self_attn"
             {f"{STEM}.norm_q.diff": torch.ones(25)},
             r"1 layers do not fit: blocks.0.attn1.norm_q.weight \(25 for 24\)",
         ),
+        (None, {f"{STEM}.q.weight": torch.ones(24, 24)}, "holds whole weights, no changes for this model"),
         (None, {"encoder.weight": torch.ones(2)}, r"holds nothing .*encoder\.weight; use a LoRA for this"),
     ],
 )

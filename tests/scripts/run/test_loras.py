@@ -148,7 +148,15 @@ def _other(folder: Path) -> str:
     return str(write(folder / "a.safetensors", spell(pairs, "kohya")))
 
 
+def _dora(folder: Path) -> str:
+    state = spell(random_pairs(wan_transformer()), "original")
+    return str(
+        write(folder / "a.safetensors", state | {"blocks.0.self_attn.q.dora_scale": torch.ones(24, 1)})
+    )
+
+
 BAD = {
+    "dora": (_dora, "{}", ["model.loras[0]: LoRA a.safetensors is a DoRA (blocks.0", "use a plain LoRA"]),
     "several": (_several, "{}", ["model.loras[0].path", "set weight_name", "a.safetensors, b.safetensors"]),
     "other name": (_several, "{{path: {}, weight_name: c}}", ["weight_name", "'c'", "a.saf"]),
     "name of a file": (_other, "{{path: {}, weight_name: c}}", ["weight_name", "is a file"]),
@@ -162,7 +170,8 @@ def test_bad_loras_are_refused_before_anything_is_written(case, option, tiny_mod
     make, entry, parts = BAD[case]
     (tmp_path / "loras").mkdir()
     argv = [TINY, f"model.path={tiny_model}", f"output.path={tmp_path / 'out'}"]
-    refused(capsys, [*argv, f"model.loras={entry.format(make(tmp_path / 'loras'))}", *option], *parts)
+    line = refused(capsys, [*argv, f"model.loras={entry.format(make(tmp_path / 'loras'))}", *option], *parts)
+    assert "lora_unmatched" not in line
     assert not (tmp_path / "out").exists()
 
 

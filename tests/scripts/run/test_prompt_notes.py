@@ -6,7 +6,7 @@ import transformers
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan, describe_start
 from scripts.run.families import PLAIN_TEMPLATE
-from scripts.run.prompt_notes import LIMITS, prompt_notes
+from scripts.run.prompt_notes import LIMITS, prompt_notes, texts_of
 from tests.support.plans import plan_of
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan_pipeline
@@ -17,7 +17,9 @@ WORDS = "moving on background red green blue yellow white circle square triangle
 def notes(preset: str, *prompts: str, overrides: tuple[str, ...] = ()) -> list[str]:
     config = read_config(f"configs/{preset}.yaml", list(overrides))
     numbered = {0: prompts[0]} if len(prompts) == 1 else dict(enumerate(prompts, 1))
-    return prompt_notes(config.model.path, config.model.family, config.generation, numbered, fetch=False)
+    texts = texts_of(config.generation, config.model.family, numbered)
+    plain = config.generation.prompt_template == "plain"
+    return prompt_notes(config.model.path, config.model.family, texts, plain=plain)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +40,6 @@ def test_a_prompt_of_a_bundled_model_is_cut_at_its_limit(preset, kept):
         assert note == f"{name} passes on {limit + 1} tokens; it cuts, from the prompt: 'blue .'"
 
 
-PLAIN = "generation.prompt_template=plain"
-
-
 @pytest.mark.parametrize("build", [wan_pipeline, hunyuan_pipeline])
 def test_what_is_cut_is_what_a_pipeline_does_not_pass_on(build, tmp_path):
     """Counts the letters that reach each text encoder; one more is cut, and no letter less."""
@@ -54,16 +53,16 @@ def test_what_is_cut_is_what_a_pipeline_does_not_pass_on(build, tmp_path):
         )
     options = {"max_sequence_length": 512} if build is wan_pipeline else {"prompt_template": PLAIN_TEMPLATE}
     pipeline.encode_prompt(600 * "b", **options)
-    preset, override = ("wan2.1_t2v_14b", []) if build is wan_pipeline else ("hunyuan_t2v", [PLAIN])
-    config = read_config(f"configs/{preset}.yaml", override)
-    model = str(tmp_path), config.model.family, config.generation
+    family = "wan" if build is wan_pipeline else "hunyuan_video"
+
+    def found(text: str) -> list[str]:
+        notes = prompt_notes(str(tmp_path), family, {"it": text}, plain=True)
+        return [note for note in notes if note.startswith(f"{name} ")]
+
     for name, ids in zip(names, seen, strict=False):
         passed = getattr(pipeline, name).decode(ids[0]).count("b")
-        (note,) = (
-            note for note in prompt_notes(*model, {0: passed * "b" + "ccc"}) if note.startswith(f"{name} ")
-        )
-        assert note.endswith("the prompt: 'ccc'")
-        assert not [x for x in prompt_notes(*model, {0: passed * "b"}) if x.startswith(f"{name} ")]
+        (note,) = found(passed * "b" + "ccc")
+        assert note.endswith("cuts, from it: 'ccc'") and not found(passed * "b")
 
 
 def test_words_that_a_bundled_model_does_not_know():
