@@ -24,6 +24,7 @@ UNMATCHED = ("error", "warn")
 EXPERTS = ("both", "1", "2")
 LOADED = "_radial_loras"  # attribute of a transformer with LoRAs of an open handle
 FOLLOWED = (  # methods of diffusers that change which adapters count, and how much
+    "load_lora_adapter",
     "set_adapters",
     "set_adapter",
     "disable_lora",
