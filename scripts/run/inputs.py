@@ -98,7 +98,7 @@ def read_inputs(
     files = {name: getattr(generation, name) for name in arguments}
     references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
     if references:
-        images = [open_image(f"generation.{key}", name) for key, name in references.items()]
+        images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
         arguments["reference_images"] = images
     return Inputs(arguments, {key: _identity(name) for key, name in (files | references).items()})
 
@@ -108,13 +108,13 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def open_image(key: str, name: str) -> Image.Image:
-    """Reads a file as 8-bit RGB, upright, in sRGB and composited on black; else raises UsageError."""
+def open_image(key: str, name: str, ground: str = "black") -> Image.Image:
+    """Reads a file as 8-bit RGB, upright, in sRGB and composited on `ground`; else raises UsageError."""
     path = _existing(key, name, IMAGE)
     if path.is_dir():
         raise UsageError(f"{key}: got {name!r}, which is a folder; name {IMAGE}")
     try:
-        return read_image(path)
+        return read_image(path, ground)
     except BROKEN as error:
         raise _unreadable(key, name, error, IMAGE) from error
 

@@ -108,6 +108,13 @@ def test_the_last_image_changes_the_video_and_a_model_that_needs_it_says_so(tmp_
         refused(capsys, wrong, "generation.last_image: got", "takes no last image; set")
 
 
+def test_a_reference_image_is_white_where_it_is_clear_like_the_ground_that_it_stands_on(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 51)).save(tmp_path / "clear.png")
+    config = read_config(TEXT, [f"generation.reference_images={tmp_path / 'clear.png'}"])
+    (image,) = read_inputs(config.generation, "wan_vace").arguments["reference_images"]
+    assert image.size == (8, 8) and image.getpixel((0, 0)) == (255, 204, 204)
+
+
 def test_reference_images_of_vace_are_frames_that_every_query_sees(tmp_path, capsys):
     """Two images in front of 3 latent frames; the sink covers both and the video's first frame."""
     files = [str(picture(tmp_path / f"{color}.png", (40, 90), color)) for color in ("red", "blue")]
