@@ -18,6 +18,7 @@ from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
 from scripts.benchmarks.kernel_sources import Variant, source, variants
 from scripts.run.errors import OneLineParser
 from scripts.run.files import write_text
+from scripts.run.processes import end_with_parent
 from scripts.run.results import table
 
 SHARED_BYTES = {  # the most that one program may have
@@ -116,7 +117,7 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 def compile_all(archs: list[str]) -> list[Compiled]:
     """Compiles every kernel, width and kind of mask, on all cores."""
     work = [(arch, variant) for arch in archs for variant in variants(arch)]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
         return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
 
 
