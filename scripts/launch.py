@@ -100,7 +100,7 @@ def _end(code: int) -> str:
 def chosen(arguments: list[str]) -> list[str]:
     """Adds the name of a configuration: one process chooses for all, by the memory that it has."""
     command = parse(arguments)
-    if command.help or command.config_file is not None:
+    if command.config_file is not None:
         return arguments
     config_file, overrides, reason = choose_config(command)
     print(f"config: {config_file} ({reason})", flush=True)
@@ -108,14 +108,15 @@ def chosen(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Starts the processes and returns their exit code; one process of training runs here."""
-    if not arguments or not arguments[0].startswith(MODULE):
-        return launch(chosen(arguments), count())
-    module = arguments.pop(0).removeprefix(MODULE)
-    if module not in WITHOUT_GPU:
-        raise UsageError(f"{MODULE}: got {module!r}, allowed: {', '.join(WITHOUT_GPU)}")
-    if (processes := count(module)) > 1:
-        return launch(arguments, processes, module)
+    """Starts the processes and returns their exit code; one process of training, and help, run here."""
+    module = "scripts.generate"
+    if arguments and arguments[0].startswith(MODULE):
+        module = arguments.pop(0).removeprefix(MODULE)
+        if module not in WITHOUT_GPU:
+            raise UsageError(f"{MODULE}: got {module!r}, allowed: {', '.join(WITHOUT_GPU)}")
+    needs_help = "--help" in arguments or "-h" in arguments
+    if not needs_help and (module == "scripts.generate" or count(module) > 1):
+        return launch(chosen(arguments) if module == "scripts.generate" else arguments, count(module), module)
     sys.argv[1:] = arguments
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
