@@ -23,11 +23,11 @@ def main(argv: list[str] | None = None) -> int:
 
             config, dry_run = arguments
             prepare_latents(config, dry_run=dry_run)
-    except (UsageError, GenerationError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return no_reader()
+    except (UsageError, GenerationError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return interrupted("the files that were written are whole; run the same command to resume")
     return 0

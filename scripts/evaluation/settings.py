@@ -11,7 +11,7 @@ import yaml
 
 from scripts.run.config import NUMBERS_FORM, Config, numbers
 from scripts.run.errors import UsageError
-from scripts.run.schema import Schema, key, listing
+from scripts.run.schema import Schema, TextLoader, key, listing
 
 DENSE = "dense"
 GROUPS = ("attention.", "model.")  # a setting may change keys of these groups
@@ -48,7 +48,7 @@ def _pairs(key_name: str, form: str, value: Any) -> list[tuple[Any, Any]]:
     """Reads text as YAML if it begins with a bracket, else splits it at semicolons."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            value = yaml.safe_load(value)
+            value = yaml.load(value, TextLoader)
         except yaml.YAMLError as error:
             raise UsageError(f"{key_name}: got {value!r}, must be {form}") from error
     elif isinstance(value, str):

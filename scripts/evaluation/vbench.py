@@ -5,16 +5,17 @@ Forms as of github.com/Vchitect/VBench 0.1.5: the prompts are a JSON list of `{"
 prints its scores; a file of them is JSON `{video: score}`, or CSV lines `video,score`.
 """
 
-import csv
-import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from scripts.run.errors import UsageError, one_line
+from scripts.run.files import read_lines, read_text, replacing
+from scripts.run.tables import parse_json, read_csv
 
 LONGEST = 255  # bytes of a file's name
 
@@ -24,11 +25,11 @@ def listed_prompts(file: str, dimensions: str | None) -> list[str]:
 
     Raises UsageError for a file that cannot be read, has no prompts, or none of these dimensions.
     """
-    entries = _read("evaluate.prompts", file, "[", str.splitlines)
+    entries = _read("evaluate.prompts", file, "[", lambda path: list(read_lines(path).values()))
     wanted = {name.strip() for name in (dimensions or "").split(",") if name.strip()}
     if wanted:
         lists = [entry.get("dimension") if isinstance(entry, dict) else None for entry in entries]
-        if not all(isinstance(names, list) for names in lists):
+        if not all(isinstance(x, list) and all(isinstance(name, str) for name in x) for x in lists):
             raise UsageError(f"evaluate.dimensions: {file!r} has no dimensions; set evaluate.dimensions=null")
         known = {name for names in lists for name in names}
         if wanted - known:
@@ -54,14 +55,12 @@ def video_name(prompt: str, index: int) -> str:
 def place(video: Path, folder: Path, name: str) -> None:
     """Puts the video into `folder` under another name: a hard link, or a copy if that is not possible."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{os.getpid()}.mp4"
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(video, draft)
-    except OSError:
-        shutil.copyfile(video, draft)
-    draft.replace(folder / name)
-    draft.unlink(missing_ok=True)  # a rename to a link of the same file leaves it
+    with replacing(folder / name, ".mp4") as part:
+        part.unlink(missing_ok=True)  # of a killed process with the same number
+        try:
+            os.link(video, part)
+        except OSError:
+            shutil.copyfile(video, part)
 
 
 def read_scores(file: str) -> dict[str, dict[str, float]]:
@@ -69,7 +68,7 @@ def read_scores(file: str) -> dict[str, dict[str, float]]:
 
     Raises UsageError for a file that cannot be read, or of another form.
     """
-    content = _read("evaluate.scores", file, "{", lambda text: dict(csv.reader(text.splitlines())))
+    content = _read("evaluate.scores", file, "{", _score_rows)
     try:
         if content and all(isinstance(value, list) for value in content.values()):
             return {"vbench": {name: _number(value[0]) for name, value in content.items()}}
@@ -81,14 +80,27 @@ def read_scores(file: str) -> dict[str, dict[str, float]]:
         raise UsageError(f"evaluate.scores: got {file!r} ({one_line(error)}), must be {form}") from error
 
 
-def _read(key: str, file: str, start: str, otherwise: Any) -> Any:
+def _read(key: str, file: str, start: str, otherwise: Callable[[Path], Any]) -> Any:
     """Reads a file: as JSON if it begins with `start`, else by `otherwise`."""
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
-        return json.loads(text) if text.lstrip()[:1] == start else otherwise(text)
+        path = Path(os.path.expanduser(file))
+        text = read_text(path)
+        return parse_json(text) if text.lstrip()[:1] == start else otherwise(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"{key}: got {file!r}, which cannot be read ({reason})") from error
+
+
+def _score_rows(path: Path) -> dict[str, str]:
+    """Reads the rows `video,score` of a CSV file; ValueError for others, or a video that is given twice."""
+    scores: dict[str, str] = {}
+    for line, cells in read_csv(path).items():
+        if len(cells) != 2:
+            raise ValueError(f"line {line} has {len(cells)} cells, must have a video and its score")
+        if cells[0] in scores:
+            raise ValueError(f"line {line} gives {cells[0]!r} a second time")
+        scores[cells[0]] = cells[1]
+    return scores
 
 
 def _number(value: Any) -> float:

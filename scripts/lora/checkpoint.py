@@ -33,6 +33,7 @@ FREE = (  # beginnings of keys that do not change what is learnt
     "data.folder",
     "data.table",
     "data.latents",
+    "data.skip_bad",
     "data.shard_mb",
     "parallel.shard",
 )

@@ -75,7 +75,8 @@ class LatentShards:
         first = 1 + max((int(Path(shard).stem.rpartition("-")[2]) for shard in used), default=-1)
         for number, part in enumerate(self._parts(items), first):
             shard = f"{kind}-{number:05d}.safetensors"
-            self._write(shard, save({name: x for _, tensors in part for name, x in tensors.items()}))
+            content = save({name: x for _, tensors in part for name, x in tensors.items()})
+            write_whole(self.folder / shard, content)
             yield shard, part
 
     def _parts(self, items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -91,20 +92,22 @@ class LatentShards:
 
     def _write_index(self) -> None:
         text = json.dumps(self.content, indent=1, ensure_ascii=False) + "\n"
-        self._write(INDEX, text.encode())
+        write_whole(self.folder / INDEX, text.encode())
 
-    def _write(self, name: str, content: bytes) -> None:
-        """Writes a file under a temporary name first; UsageError, or DiskFullError, if that fails."""
-        try:
-            with replacing(self.folder / name) as file, file.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise (DiskFullError if error.errno in FULL else UsageError)(
-                f"data.latents: cannot write {str(self.folder / name)!r} ({error.strerror}); make room, then "
-                "run the same command to resume: files that were written are whole"
-            ) from error
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Makes the folder and writes a whole file; UsageError, or DiskFullError, if that fails."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as part, part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise (DiskFullError if error.errno in FULL else UsageError)(
+            f"data.latents: cannot write {str(file)!r} ({error.strerror}); make room, or name a folder that "
+            "you may write to, then run the same command to resume: files that were written are whole"
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A folder holds `index.json` and shards: `latents-00000.safetensors` with a tenso
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,7 +78,7 @@ class LatentStore:
     @classmethod
     def open(cls, folder: str | Path) -> "LatentStore":
         """Opens a folder; UsageError if it has no index, is unfinished, or has broken files."""
-        folder = Path(folder).expanduser()
+        folder = Path(os.path.expanduser(folder))
         content = read_index(folder)
         if content is None:
             raise UsageError(f"data.latents: got {str(folder)!r}, which has no {INDEX}; {AGAIN}")

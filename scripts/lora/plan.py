@@ -1,5 +1,6 @@
 """Plans a LoRA training once: checks it and predicts its needs before any weight is loaded."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -270,6 +271,6 @@ def describe_training(plan: TrainPlan) -> str:
             f"{'':<10} attention {flops.dense / 1e12:.4g} TFLOP a video dense ({flops.share:.0%} of all), "
             f"{flops.sparse / 1e12:.4g} with the mask: {flops.fewer:.2f}x fewer operations in all",
         ]
-    if not (data := Path(config.data.latents).expanduser()).is_dir():
+    if not (data := Path(os.path.expanduser(config.data.latents))).is_dir():
         lines.append(f"{'note':<10} {data} is not there yet; run prepare_latents.sh")
     return "\n".join(lines)

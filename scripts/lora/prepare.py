@@ -1,6 +1,6 @@
 """Encodes videos and captions as latents and text embeddings, the input of LoRA training."""
 
-import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +18,12 @@ from radial_attn.models.lora.keys import listed
 from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora.config import LoraTrainConfig
+from scripts.lora.dataset import Dataset, read_dataset, write_left_out
 from scripts.lora.fingerprint import fingerprint, parts, parts_folder
 from scripts.lora.latent_shards import LatentShards, locked
 from scripts.lora.latents import text_key
 from scripts.lora.plan import check_data_sizes
-from scripts.lora.videos import Clip, Video, is_enlarged, plan_clips, read_clips, read_videos, too_short
+from scripts.lora.videos import Clip, is_enlarged, plan_clips, read_clips, taken_frames, too_short
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.hub_models import find_model, hub_unreachable, read_model_info
 from scripts.run.machine_checks import find_device, is_out_of_memory
@@ -42,7 +43,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.data.latents).expanduser()
+        return Path(os.path.expanduser(self.config.data.latents))
 
     @property
     def captions(self) -> dict[str, str]:
@@ -87,25 +88,34 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
         UsageError: a model, video or caption cannot be used.
         GenerationError: a clip or caption cannot be encoded.
     """
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every rotated video
     device, path = find_device(config.model.device), find_model(config.model)
     check_data_sizes(config.data, read_model_info(path))
-    videos = read_videos(config.data)
+    dataset = read_dataset(config.data, dry_run=dry_run)
+    videos = dataset.videos
     job = Job(config, path, device, plan_clips(videos, config.data))
     if not job.clips:
+        most, rate = max(len(taken_frames(video, config.data.fps)) for video in videos), config.data.fps
+        at = "" if rate is None else f" at data.fps={rate:g}"
         raise UsageError(
             f"data.sizes: none of {len(videos)} videos has enough frames for any size; add a size of at most "
-            f"{max(video.frames for video in videos)} frames, as many as the longest video has"
+            f"{most} frames, as many as the longest video has{at}"
         )
-    print("\n".join(summary(videos, job)), flush=True)
-    if not dry_run:
-        prepare(job)
+    print("\n".join(summary(dataset, job)), flush=True)
+    left_out = dataset.bad | dataset.others
+    left_out |= too_short(videos, config.data)
+    if dry_run:
+        print("\n".join(f"left out   {name}: {reason}" for name, reason in left_out.items()), end="")
+        return
+    file = write_left_out(config.data, left_out)
+    if left_out:
+        print(f"left out   {len(left_out)}, listed with reasons in {file}", flush=True)
+    prepare(job)
 
 
-def summary(videos: list[Video], job: Job) -> list[str]:
+def summary(dataset: Dataset, job: Job) -> list[str]:
     """Describes the videos and their clips: how many, left out, enlarged, and encoded already."""
-    data, clips = job.config.data, job.clips
-    rates = sorted({f"{video.fps:g}" for video in videos}, key=float)
+    data, clips, videos = job.config.data, job.clips, dataset.videos
+    rates = sorted({f"{video.fps:g}" for video in videos if video.frames > 1}, key=float)
     taken = "" if data.fps is None else f", taken at {data.fps:g}"
     shapes = Counter(clip.shape for clip in clips)
     counts = (f"{shape} {shapes[shape]}" for shape in ("x".join(map(str, size)) for size in data.sizes))
@@ -113,6 +123,12 @@ def summary(videos: list[Video], job: Job) -> list[str]:
         f"videos     {len(videos)} with captions, {', '.join(rates)} frames a second{taken}",
         f"clips      {len(clips)}: {', '.join(counts)}",
     ]
+    if dataset.bad:
+        lines.append(f"skipped    {len(dataset.bad)} of {dataset.count} videos: {listed(dataset.bad, 3)}")
+    if dataset.others:
+        kinds = Counter(Path(name).suffix or name for name in dataset.others)
+        counts = (f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        lines.append(f"not read   {len(dataset.others)} other files: {', '.join(counts)}")
     if short := too_short(videos, data):
         least = min(frames for frames, _, _ in data.sizes)
         lines.append(f"dropped    {len(short)} of under {least} frames: {listed(short, 3)}")

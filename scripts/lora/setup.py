@@ -1,5 +1,6 @@
 """Sets up a run of LoRA training from its configuration: processes, model, adapter, optimizer, samples."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -43,7 +44,7 @@ def prepared(plan: TrainPlan) -> Iterator[tuple[Run, Checkpoints]]:
     accelerator, parallel = _start(plan.device, world, ulysses)
     keys = {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
     keys |= {"processes": world // ulysses, "samples": store.digest([*chain(*trains.values()), *held_out])}
-    checkpoints = Checkpoints(Path(config.output.path).expanduser(), keys, config.output.keep)
+    checkpoints = Checkpoints(Path(os.path.expanduser(config.output.path)), keys, config.output.keep)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(checkpoints.folder, "output.path"))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from scripts.run.errors import UsageError, nearest_key
-from scripts.run.schema import ROOT, Schema, find_path, key, listing, literal
+from scripts.run.schema import ROOT, Schema, TextLoader, find_path, key, listing, literal
 
 __all__ = ["ROOT", "Config", "find_path", "help_text", "keys", "read_config"]
 FAMILIES = ("wan", "hunyuan_video", "mochi", "wan_i2v", "hunyuan_video_i2v", "wan_vace")
@@ -56,7 +56,7 @@ def _from_text(text: str) -> Any:
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, TextLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"{LORAS}: got {text!r}, must be {LORA_FORM}") from error
 
@@ -98,7 +98,7 @@ def numbers(key_name: str) -> Callable[[Any], list[int]]:
     """Makes a parser of whole numbers of at least 0, each once; the parser raises UsageError for others."""
 
     def parse(value: Any) -> list[int]:
-        text = str(value).strip().strip("[]")
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value).strip().strip("[]")
         parts = [part.strip() for part in text.split(",")] if text not in ("", "null", "None") else []
         if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
             raise UsageError(f"{key_name}: got {value!r}, must be {NUMBERS_FORM}, each once")
@@ -234,12 +234,12 @@ class GenerationConfig:
     )
     image: str | None = key(
         None,
-        "JPEG or PNG that image to video starts from, one for all prompts; rotated by EXIF, composited on "
+        "image that image to video starts from, one for all prompts; rotated by EXIF, composited on "
         "black, resized to cover height x width (Lanczos), centre-cropped",
     )
     video: str | None = key(
         None,
-        "VACE: mp4, gif or folder of images that controls the video; the first num_frames frames, each "
+        "VACE: video or folder of images that controls the video; the first num_frames frames, each "
         "resized and cropped like image",
     )
     mask: str | None = key(

@@ -111,11 +111,15 @@ def test_a_prompt_file_resumes(tiny_model, tmp_path, capsys):
     assert json.loads((out / "0003_a-dog_seed1.json").read_text())["prompt"] == "a dog"
     times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     (out / "0003_a-dog_seed1.mp4").unlink()
+    cut, whole = out / "0001_a-cat_seed1.mp4", (out / "0001_a-cat_seed1.mp4").read_bytes()
+    cut.write_bytes(whole[:1000])
     capsys.readouterr()
     assert run(tiny_model, out, *overrides) == 0
-    assert "1 of 3 videos to make" in capsys.readouterr().out
-    kept = [file for file in times if "dog" not in file.name]
+    printed = capsys.readouterr().out
+    assert f"{cut} is damaged: made again" in printed and "2 of 3 videos to make" in printed
+    kept = [file for file in times if file.name.startswith("0004")]
     assert all(file.stat().st_mtime_ns == times[file] for file in kept)
+    assert cut.read_bytes() == whole
     assert (out / "0003_a-dog_seed1.mp4").is_file()
     assert run(tiny_model, out, *overrides) == 0
     assert "0 of 3 videos to make" in capsys.readouterr().out
@@ -208,11 +212,18 @@ def test_several_seeds_of_several_prompts(tiny_model, tmp_path, capsys):
     assert (record["prompt"], record["seed"], generation["seed"], generation["seeds"]) == ("#c", 7, 7, [])
     assert run(tiny_model, tmp_path / "one.mp4", words[1], "generation.prompt=#c", "generation.seed=7") == 0
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "out/0004_c_seed7.mp4").read_bytes()
+    assert main([str(tmp_path / "out/0004_c_seed7.json"), f"output.path={tmp_path / 'same.mp4'}"]) == 0
+    assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
     assert run(tiny_model, tmp_path / "out", *words, "generation.seeds=7,3") == 0
     assert "0 of 4 videos to make" in capsys.readouterr().out
     assert run(tiny_model, tmp_path, words[1], "generation.prompt=a", "generation.seeds=1,2") == 0
     assert re.search(r"\nvideo 2 of 2, about \d+ s left: seed 2: a\n", capsys.readouterr().out)
-    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["a_seed1.mp4", "a_seed2.mp4", "one.mp4"]
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == [
+        "a_seed1.mp4",
+        "a_seed2.mp4",
+        "one.mp4",
+        "same.mp4",
+    ]
 
 
 def test_two_runs_share_a_prompt_file(tiny_model, tmp_path, capsys):

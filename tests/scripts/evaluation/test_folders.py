@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import imageio
 import numpy as np
 import pytest
 
@@ -61,6 +62,24 @@ def test_folders_are_scored_by_name(pair: Path):
     assert data["means"]["radial"]["psnr"] == pytest.approx(expected["psnr"])
     table = (pair / "t.md").read_text()
     assert f"| radial | {expected['psnr']:.2f} |" in table and "PSNR of 1 equal video" in table
+
+
+def test_hidden_and_half_written_files_are_left_out_with_a_note(pair: Path, capsys):
+    names = (".7.b.mp4", "._b.mp4", ".b.mp4.0123abcd-7.part.mp4")
+    for name in names:
+        (pair / "radial" / name).write_bytes(b"x")
+    assert scored(pair) == 0
+    note = f"note: radial: {min(names)} and 2 more left out, a hidden or half-written file"
+    assert note in capsys.readouterr().out
+
+
+def test_a_gif_is_compared(pair: Path):
+    for name in ("dense", "radial"):
+        frames = [np.full((32, 48, 3), 60 * i, dtype=np.uint8) for i in range(4)]
+        imageio.mimwrite(pair / name / "c.gif", frames, duration=100)
+    assert scored(pair) == 0
+    videos = json.loads((pair / "work" / "evaluation.json").read_text())["videos"]
+    assert [entry["metrics"]["radial"]["psnr"] for entry in videos if entry["prompt"] == "c"] == [None]
 
 
 def test_readings_of_unchanged_files_are_kept(pair: Path, monkeypatch):
@@ -122,7 +141,13 @@ def test_scores_of_other_judges_come_back(pair: Path, capsys):
     assert "| visionreward mean | 0.2000 | 0.2000 |" in table
 
 
-@pytest.mark.parametrize("text", ["{}", '{"a": "b"}', "a,1,2", "[1]", '{"a": [1], "b": 2}', "{", "a,nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{}", '{"a": "b"}', "a,1,2", "[1]", '{"a": [1], "b": 2}', "{", "a,nan", "a,1\na,2", 'a"b,1'),
+        '{"a": 1, "a": 2}',
+    ],
+)
 def test_other_score_files_are_refused(tmp_path: Path, text: str):
     (tmp_path / "s").write_text(text)
     with pytest.raises(UsageError, match=r"^evaluate.scores: got .*/s'"):
@@ -136,9 +161,9 @@ def test_visionreward_scores_may_be_json(tmp_path: Path):
 
 def test_prompts_come_from_text_and_from_vbenchs_json(tmp_path: Path):
     text, info = tmp_path / "p.txt", tmp_path / "full_info.json"
-    text.write_text("a dog\n\n a cat, slowly \na dog\n")
+    text.write_text("a dog\n\n a cat,\u2028slowly \r\na dog\n", encoding="utf-8-sig")
     info.write_text(json.dumps(INFO))
-    assert listed_prompts(str(text), None) == ["a dog", "a cat, slowly"]
+    assert listed_prompts(str(text), None) == ["a dog", "a cat,\u2028slowly"]
     assert listed_prompts(str(info), None) == ["In a still frame, a stop sign", "a dog", "a red car"]
     assert listed_prompts(str(info), "color") == ["a red car", "a dog"]
     assert listed_prompts(str(info), "color, temporal_flickering")[0] == "In a still frame, a stop sign"
@@ -150,12 +175,14 @@ def test_prompts_come_from_text_and_from_vbenchs_json(tmp_path: Path):
         ("", None, "has no prompts"),
         ("[{}]", None, "entries without prompt_en"),
         ("[1", None, "which cannot be read"),
+        ('["a \\ud800"]', None, "half of a surrogate pair"),
+        ("caf\udce9", None, r"line 1 is not UTF-8 \(byte 0xe9\)"),
         ("a\n", "color", "evaluate.dimensions: .* has no dimensions; set evaluate.dimensions=null"),
         (json.dumps(INFO), "colour", "got 'colour', allowed: color, dynamic_degree, subject"),
     ],
 )
 def test_other_prompt_files_are_refused(tmp_path: Path, text, dimensions, line):
-    (tmp_path / "p").write_text(text)
+    (tmp_path / "p").write_text(text, errors="surrogateescape")
     with pytest.raises(UsageError, match=line):
         listed_prompts(str(tmp_path / "p"), dimensions)
 

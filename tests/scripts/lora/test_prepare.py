@@ -69,8 +69,9 @@ def prepared(config, videos, tmp_path_factory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Returns the files by name, without the lock."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
+    """Returns the index and the shards by name."""
+    files = [folder / "index.json", *folder.glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def fitted(path: Path, frames: int, height: int, width: int, first: int = 0) -> torch.Tensor:
@@ -118,13 +119,14 @@ def test_a_dry_run_counts_and_loads_nothing(config, videos, prepared, tmp_path, 
     assert lines[:4] == [
         "videos     4 with captions, 16 frames a second",
         "clips      3: 17x32x48 1, 9x32x32 1, 9x48x32 1",
-        "dropped    1 of under 9 frames: d.mp4",
+        "dropped    1 of under 9 frames: d.mp4 (8 frames)",
         f"latents    {tmp_path / 'new'}: 0 of 3 clips and 0 of 3 texts are there",
     ]
     assert not (tmp_path / "new").exists()
     assert run(config, videos, prepared, "data.sizes=17x64x64", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:4] == ["dropped    3 of under 17 frames: b.mp4, d.mp4, deep/c.mp4", ENLARGED]
+    short = "b.mp4 (9 frames), d.mp4 (8 frames), deep/c.mp4 (16 frames)"
+    assert lines[2:4] == [f"dropped    3 of under 17 frames: {short}", ENLARGED]
     assert lines[4].endswith("0 of 1 clips and 2 of 2 texts are there")
 
 
@@ -140,11 +142,11 @@ def stop_at(call: int, function: Callable) -> Callable:
     return stopping
 
 
-@pytest.mark.parametrize("moment", [1, 2, 8, "second clip of a shard"])
+@pytest.mark.parametrize("moment", [1, 3, 4, 10, "second clip of a shard"])
 def test_a_stopped_run_resumes_and_ends_with_the_same_files(
     moment, config, videos, prepared, *, tmp_path, monkeypatch, capsys
 ):
-    """Numbers count renames: the index, then each shard and the index after it."""
+    """Numbers count renames: readings, list and index, then each shard and the index after it."""
     monkeypatch.setattr(prepare_latents, "MIB", SHARD)
     with monkeypatch.context() as patch:
         if isinstance(moment, int):

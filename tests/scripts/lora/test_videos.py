@@ -3,13 +3,13 @@
 import subprocess
 from pathlib import Path
 
-import imageio
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from scripts.lora import prepare as prepare_latents
 from scripts.lora.config import DataConfig
-from scripts.lora.videos import Video, plan_clips, read_clips, read_videos, too_short
+from scripts.lora.dataset import Dataset, read_dataset
+from scripts.lora.videos import Video, plan_clips, read_clips, too_short
 from tests.support.latent_cases import run, table, write_video
 
 CONFIG = Path("configs/train/wan_tiny_4x.yaml")
@@ -38,16 +38,19 @@ def write_second(folder: Path, fps: int) -> None:
     (folder / "b.txt").write_text("b")
 
 
-UNREAD = "1 of 1 videos cannot be read: a.mp4 ("
+UNREAD = "1 of 1 videos cannot be used: a.mp4 ("
 BAD_FILES = {  # what is done to the folder, and parts of the message
     "no video": (lambda f: (f / "a.mp4").unlink(), ["data.folder", "has no videos", ".mp4"]),
-    "no caption": (lambda f: (f / "a.txt").unlink(), ["1 of 1 videos have no caption", "(a.txt: No such"]),
+    "no caption": (lambda f: (f / "a.txt").unlink(), [UNREAD, "(a.txt: No such file"]),
     "empty caption": (lambda f: (f / "a.txt").write_text(" \n"), ["a.mp4 (it is empty)"]),
-    "no UTF-8": (lambda f: (f / "a.txt").write_bytes(b"caf\xe9"), ["a.mp4 (a.txt is not UTF-8)"]),
+    "no UTF-8": (
+        lambda f: (f / "a.txt").write_bytes(b"caf\xe9"),
+        ["(a.txt: line 1 is not UTF-8 (byte 0xe9)"],
+    ),
     "text as video": (lambda f: (f / "a.mp4").write_text("text"), [UNREAD]),
     "empty video": (lambda f: (f / "a.mp4").write_bytes(b""), [UNREAD]),
     "mixed fps": (lambda f: write_second(f, 24), ["data.fps: got null", "16 (1, as a.mp4), 24", "up to 16"]),
-    "varying fps": (lambda f: vary_rate(f / "a.mp4"), [UNREAD, "on average", "ffmpeg -i"]),
+    "varying fps": (lambda f: vary_rate(f / "a.mp4"), [UNREAD, "frame rate varies", "ffmpeg -i"]),
 }
 BAD_WORDS = {
     "data.folder=nope": ["data.folder", "'nope'", "is no folder"],
@@ -60,14 +63,24 @@ BAD_WORDS = {
     "model.family=mochi": ["must hold a MochiPipeline"],
     "model.path=nope": ["model.path: got 'nope'"],
 }
+GOOD = '{"video": "a.mp4", "caption": "b"}\n'
 BAD_TABLES = {  # name and content, and parts of the message
     ("t.txt", ""): ["data.table", ".jsonl or .csv"],
     ("t.jsonl", None): ["t.jsonl'", "No such file"],
-    ("t.jsonl", '{"video": '): ["data.table", "cannot be read"],
+    ("t.jsonl", GOOD + '\n{"video": '): ["data.table", "cannot be read: line 3: Expecting value"],
     ("t.jsonl", ""): ["data.table", "is empty"],
-    ("t.csv", "file,caption\na.mp4,b\n"): ["data.table", "line 2", "`video` and `caption`"],
-    ("t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'): ["1 of 1 videos", "read: b.mp4 (No such file"],
-    ("t.csv", "video,caption\na.mp4,\n"): ["1 of 1 videos have no caption", "a.mp4 (it is empty)"],
+    ("t.jsonl", GOOD + GOOD): ["line 2 has the video of line 1, 'a.mp4'; give each once"],
+    ("t.jsonl", GOOD + "[1]"): ["line 2 is no object"],
+    ("t.jsonl", '{"video": "a.mp4", "caption": "x \\ud800 y"}'): ["line 1: \\ud800 is half of"],
+    ("t.jsonl", '{"video": "a.mp4", "caption": 3}'): ["line 1 has a `caption` that is no text: 3"],
+    ("t.csv", "file,caption\na.mp4,b\n"): ["data.table", "line 2 has no `video`, only 'file', 'caption'"],
+    ("t.csv", "video;caption\na.mp4;b\n"): ["separated by semicolons"],
+    ("t.csv", "video,caption\na.mp4,a red circle, moving\n"): ["line 2 has 3 cells, but there are 2"],
+    ("t.csv", 'video,caption\na.mp4,"a red\nb.mp4,"\n'): ["line 2 has a quoted cell that goes on over"],
+    ("t.csv", "video,caption\na.mp4,b\nx/../a.mp4,c\n"): ["line 3 has the video of line 2"],
+    ("t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'): ["1 of 1 videos cannot be used: b.mp4 (No such"],
+    ("t.jsonl", '{"video": "\\u0000", "caption": "b"}'): ["1 of 1 videos cannot be used", "null byte"],
+    ("t.csv", "video,caption\na.mp4,\n"): [UNREAD, "a.mp4 (it is empty)"],
 }
 
 
@@ -78,7 +91,7 @@ def check_refusal(folder: Path, capsys: pytest.CaptureFixture[str], parts: list[
         assert run(CONFIG, folder, folder / "out", "data.sizes=9x32x32", *words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and all(part in line for part in parts), line
-    assert not (folder / "out").exists()
+    assert not list((folder / "out").glob("[!rl]*"))  # but the readings, and the list of what is left out
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -98,6 +111,12 @@ def test_bad_tables_are_refused(name, content, folder, capsys):
     check_refusal(folder, capsys, BAD_TABLES[name, content], *table(folder, name, content))
 
 
+def dataset_of(videos: Path, **keys: object) -> Dataset:
+    """Reads the videos of a folder, or as other keys say, and keeps the readings beside it."""
+    latents = str(videos.with_name(f"{videos.name}-latents"))
+    return read_dataset(DataConfig(**{"folder": str(videos), "latents": latents} | keys))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -108,24 +127,10 @@ def test_bad_tables_are_refused(name, content, folder, capsys):
 def test_a_table_names_videos_and_captions(name, content, folder):
     (folder / "x").mkdir()
     table(folder, name, content)
-    by_table, by_folder = DataConfig(table=str(folder / name)), DataConfig(folder=str(folder))
-    (video,), (expected,) = read_videos(by_table), read_videos(by_folder)
+    (video,) = dataset_of(folder, folder=None, table=str(folder / name)).videos
+    (expected,) = dataset_of(folder).videos
     assert (video.name, video.caption) == ("x/../a.mp4", "a red, round one")
     assert (video.digest, video.frames, video.fps) == (expected.digest, 9, 16)
-
-
-def test_a_good_video_is_read_although_imageio_fails_once(folder, monkeypatch):
-    reader, calls = imageio.get_reader, []
-
-    def failing_once(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise OSError("Could not load meta information")
-        return reader(*arguments, **options)
-
-    monkeypatch.setattr(imageio, "get_reader", failing_once)
-    (only,) = read_videos(DataConfig(folder=str(folder), sizes=[[9, 32, 32]]))
-    assert (only.name, only.frames, len(calls)) == ("a.mp4", 9, 2)
 
 
 def test_a_video_that_breaks_off_is_named(tmp_path):
@@ -163,7 +168,8 @@ def test_clips_are_spread_evenly_and_do_not_overlap(frames, clips, starts):
 def test_frames_are_taken_at_a_rate(fps, rate, frames, taken):
     (clip,) = plan_clips([video(frames, fps)], DataConfig(sizes=[[5, 64, 64]], fps=rate))
     assert clip.frames == taken
-    assert too_short([video(taken[-1], fps)], DataConfig(sizes=[[5, 64, 64]], fps=rate)) == ["v.mp4"]
+    short = too_short([video(taken[-1], fps)], DataConfig(sizes=[[5, 64, 64]], fps=rate))
+    assert short == {"v.mp4": "4 frames" if rate is None else f"4 frames at data.fps={rate}"}
 
 
 def test_a_video_gets_the_size_nearest_in_shape_that_needs_no_enlarging():
