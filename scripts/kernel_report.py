@@ -19,7 +19,7 @@ from scripts.benchmarks.kernel_sources import Variant, source, variants
 from scripts.run.errors import OneLineParser
 from scripts.run.files import write_text
 from scripts.run.processes import end_with_parent
-from scripts.run.results import table
+from scripts.run.results import RESULTS, table
 
 SHARED_BYTES = {  # the most that one program may have
     "sm80": 166_912,
@@ -147,7 +147,7 @@ def report(rows: list[Compiled]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Writes the table; returns 1 if a kernel has a fault."""
     parser = OneLineParser(prog="python -m scripts.kernel_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/kernels_compiled.md"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels_compiled.md", help="file of the table")
     parser.add_argument("--arch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     options = parser.parse_args(argv)
     rows = compile_all(options.arch)
