@@ -202,6 +202,8 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
         OSError: the disk is full, or the file cannot be written.
     """
     video, text = temporary(path, ".mp4"), temporary(path.with_suffix(".json"))
+    for file in (path, path.with_suffix(".json")):
+        remove_leftovers(path.parent, file.name)
     # ends the process with the signal's exit code, but through every `finally`
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -176,6 +176,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any, list[str]]]:
             if stream is None or stream.disposition & Disposition.attached_pic:
                 others = {other.type for other in container.streams if other is not stream}
                 raise ValueError(f"it has no video, only {' and '.join(sorted(others)) or 'a header'}")
+            if stream.codec_context is None:
+                raise ValueError("its codec is unknown; `ffmpeg -i IN OUT.mp4` may help")
             stream.codec_context.thread_count = 1  # errors are collected by thread
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
             yield container, stream, _reported(logs, container.format.name)
