@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     if not name.strip():
         raise UsageError(f"generation.prompt_file: got {name!r}, must be a text file, or null")
     try:
-        prompts = prompt_lines(read_lines(Path(expanduser(name))))
+        prompts = prompt_lines(read_lines(find_path(name)))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
