@@ -240,6 +240,8 @@ def _decoded(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
             if packet.stream is stream:
                 packets, here = packets + 1, float(packet.pts * packet.time_base)
         damage = _reported(logs, *parts) + reports
+        if packet is not None and packet.is_discard:  # cut off by an edit list, it may lack what came before
+            damage, is_cut, reports = [], False, []
         if damage or is_cut or any(frame.is_corrupt for frame in frames):
             reason = damage[0] if damage else "a part is missing"
             raise ValueError(f"it is damaged at {max(0.0, here - start):.2f} s ({reason})")

@@ -72,12 +72,16 @@ def test_a_sound_track_that_starts_first_repeats_no_frame(tmp_path, counting):
     assert probe_video(tmp_path / "late.mp4") == probe_video(counting)
 
 
-def test_an_edit_list_is_followed(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [(f"{H264} -g 32", 8), ("-c:v libx264 -x264-params open-gop=1:keyint=12:bframes=3 -qp 10", 17)],
+)
+def test_an_edit_list_is_followed(options, first, tmp_path):
     """The cut begins within a group of frames; those before it are in the file, but never shown."""
-    long = make(tmp_path / "long.mp4", options=f"{H264} -g 32")
-    ffmpeg("-ss", 0.5, "-i", long, "-c", "copy", tmp_path / "cut.mp4")
-    assert np.array_equal(frames_of(tmp_path / "cut.mp4"), frames_of(long)[8:])
-    assert probe_video(tmp_path / "cut.mp4").frames == 24
+    long = make(tmp_path / "long.mp4", options=options)
+    ffmpeg("-ss", first / 16, "-i", long, "-c", "copy", tmp_path / "cut.mp4")
+    assert np.array_equal(frames_of(tmp_path / "cut.mp4"), frames_of(long)[first:])
+    assert probe_video(tmp_path / "cut.mp4").frames == 32 - first
 
 
 ASPECTS = {"2": (64, 192), "1/2": (128, 96), "16/11": (64, 140)}
