@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from radial_attn.models.lora.keys import listed
-from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local
+from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local, read_index
+from radial_attn.models.pipeline.weights import check_weights
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.dataset import Dataset, read_dataset, write_left_out
@@ -68,6 +69,8 @@ class Job:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations of one library in another
             try:
+                kept_parts = [name for name in parts(folder) if name not in without]
+                check_weights(folder, read_index(str(folder)), kept_parts)
                 pipeline = getattr(diffusers, FAMILIES[model.family].pipeline).from_pretrained(
                     folder, dtype=dtype, use_safetensors=True, **without
                 )

@@ -14,8 +14,9 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.fsdp import shared_weights
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start
 from radial_attn.models.parallel.ulysses import SequenceParallel
-from radial_attn.models.pipeline.load import read_index
+from radial_attn.models.pipeline.load import is_local, read_index
 from radial_attn.models.pipeline.rope_scaling import extend_positions
+from radial_attn.models.pipeline.weights import check_weights
 from radial_attn.models.training.adapter import add_adapter
 from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.config import LoraTrainConfig
@@ -116,13 +117,17 @@ def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, li
 
 
 def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:
-    """Loads the transformer to train; UsageError if it cannot be loaded."""
+    """Loads the transformer to train; UsageError if it cannot be loaded, or lacks weights."""
     from diffusers import AutoModel
+    from huggingface_hub import snapshot_download
 
     part = "transformer" if config.model.expert == 1 else "transformer_2"
     try:
+        patterns = [f"{part}/*.json", f"{part}/*.safetensors"]
+        folder = Path(path if is_local(path) else snapshot_download(path, allow_patterns=patterns))
+        check_weights(folder, read_index(path), [part])
         dtype = getattr(torch, config.model.dtype)
-        return AutoModel.from_pretrained(path, subfolder=part, dtype=dtype, use_safetensors=True)
+        return AutoModel.from_pretrained(str(folder), subfolder=part, dtype=dtype, use_safetensors=True)
     except Exception as error:  # the libraries share no class for a folder that they cannot load
         raise UsageError(
             f"model.path: got {config.model.path!r}, whose {part} cannot be loaded: {one_line(error)}"

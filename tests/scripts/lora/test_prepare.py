@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text, encode_video
@@ -243,6 +245,21 @@ def test_a_model_of_16_bits_makes_latents_of_16_bits(config, videos, tmp_path):
     assert run(config, videos, tmp_path, "model.dtype=bfloat16", "data.sizes=9x32x32") == 0
     latents, text = LatentStore.open(tmp_path).load(0)
     assert latents.dtype == torch.bfloat16 and text["prompt_embeds"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_model_that_lacks_a_tensor_makes_no_latents(part, videos, tmp_path, capsys):
+    shutil.copytree(ROOT / MODEL, tmp_path / "model")
+    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
+    state = load_file(file)
+    name = [name for name, x in state.items() if x.ndim > 1][1]
+    del state[name]
+    save_file(state, file, {"format": "pt"})
+    config = write_model(tmp_path / "config.yaml", tmp_path / "model")
+    assert run(config, videos, tmp_path / "out", "data.sizes=9x32x32") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model.path" in line and f"model/{part} lacks 1 tensor" in line and name in line
+    assert not list((tmp_path / "out").glob("latents-*"))
 
 
 @pytest.mark.parametrize(

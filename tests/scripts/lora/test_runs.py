@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from radial_attn.models.lora.files import read_header
 from scripts.lora import checkpoint
@@ -139,6 +141,19 @@ def test_options_that_do_not_fit_the_latents_are_refused(lora_config, tmp_path, 
     assert train(lora_config, tmp_path / "out", word) == 2
     assert message in error_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["lacks 1 tensor of", "of shape"])
+def test_a_transformer_that_is_not_whole_is_not_trained(change, lora_config, tiny_model, *, tmp_path, capsys):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    name = "blocks.1.attn1.to_q.weight"
+    whole = state.pop(name)
+    save_file(state if "lacks" in change else state | {name: whole[1:].clone()}, file, {"format": "pt"})
+    assert train(lora_config, tmp_path / "out", f"model.path={tmp_path / 'model'}") == 2
+    line = error_line(capsys)
+    assert "model.path" in line and "transformer" in line and change in line and name in line
 
 
 def test_a_run_that_stops_before_its_adapter_writes_it_later(lora_config, lora_run, tmp_path, monkeypatch):
