@@ -95,7 +95,7 @@ def takes_of(config: EvaluationConfig) -> list[Take]:
         prompts = read_prompts(config.generation)
     else:
         prompts = dict(enumerate(listed_prompts(wanted.prompts, wanted.dimensions), 1))
-    seeds = wanted.seeds or [config.generation.seed]
+    seeds = wanted.seeds or config.generation.all_seeds
     numbered = list(enumerate(seeds))
     takes = [Take(text, seed, number, i) for number, text in prompts.items() for i, seed in numbered]
     if wanted.vbench != "off":

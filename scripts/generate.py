@@ -5,12 +5,16 @@ says why; 130 interrupted.
 """
 
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from scripts.run.command_line import FULL_PRESET, choose_config, parse
-from scripts.run.config import help_text, read_config
+from scripts.run.config import Config, help_text, read_config
 from scripts.run.errors import DiskFullError, GenerationError, UsageError
 from scripts.run.processes import end_all, first_to_speak, interrupted, no_reader, prepare, processes, rank
 
@@ -62,75 +66,164 @@ def run(argv: list[str]) -> int:
     return generate(plan)
 
 
+@dataclass(frozen=True)
+class Video:
+    """Holds one video of a run: its line of the prompt file (0: none), its own configuration, its file."""
+
+    number: int
+    config: Config
+    path: Path
+
+    @property
+    def prompt(self) -> str:
+        return self.config.generation.prompt
+
+
+def videos_of(plan: "RunPlan") -> list[Video]:
+    """Lists every prompt with every seed."""
+    from scripts.run.outputs import of_video, video_path
+
+    videos = []
+    for number, prompt in plan.prompts.items():
+        for seed in plan.config.generation.all_seeds:
+            config = of_video(plan.config, prompt, seed)
+            videos.append(Video(number, config, video_path(config, prompt, number)))
+    return videos
+
+
 def generate(plan: "RunPlan") -> int:
-    """Makes the videos of all prompts; with a prompt file, skips videos that are there already."""
-    from scripts.run.outputs import resolved, video_path, writable_folder
+    """Makes the videos of all prompts and seeds; if there are several, skips those that are there already."""
+    from scripts.run.outputs import resolved, writable_folder
     from scripts.run.process_groups import process_groups
     from scripts.run.sampler import Sampler
 
-    config, from_file = plan.config, plan.config.generation.prompt_file is not None
-    paths = {number: video_path(config, prompt, number) for number, prompt in plan.prompts.items()}
-    missing = [n for n in plan.prompts if not (from_file and is_there(plan, n, paths[n]))]
-    if from_file:
-        print(f"{len(missing)} of {len(plan.prompts)} videos to make", flush=True)
+    videos, config = videos_of(plan), plan.config
+    several = config.generation.prompt_file is not None or len(videos) > 1
+    missing = missing_videos(plan, videos, again=not several)
+    if several:
+        print(f"{len(missing)} of {len(videos)} videos to make", flush=True)
     with process_groups(plan.degrees, plan.device) as groups:
         groups.compare([resolved(config, ""), plan.prompts, plan.inputs.files])
-        mine = groups.agree(missing)[groups.share :: plan.degrees.data]
+        mine = [videos[n] for n in groups.agree(missing)[groups.share :: plan.degrees.data]]
         sampler = Sampler(plan, groups)
-        with writable_folder(config, from_file) if groups.leads else nullcontext():
+        with writable_folder(config) if groups.leads else nullcontext():
             pipeline = sampler.load() if mine else None
-            if from_file:
-                return generate_missing(sampler, pipeline, {number: paths[number] for number in mine})
-            make_one(sampler, pipeline, plan.prompts[0], paths[0])
+            if several:
+                return generate_missing(sampler, pipeline, mine)
+            if not make_one(sampler, pipeline, mine[0], again=True):
+                print(f"{mine[0].path} is being made by another run", flush=True)
             return 0
 
 
-def generate_missing(sampler: "Sampler", pipeline: Any, paths: dict[int, Path]) -> int:
-    """Makes the videos of these lines of the prompt file; returns 1 if any failed, else 0.
+def missing_videos(plan: "RunPlan", videos: Sequence[Video], *, again: bool) -> list[int]:
+    """Returns the numbers of the videos to make, and prints which are there; `again`: makes those too.
+
+    Raises UsageError if one was made with other settings and `output.overwrite` is false.
+    """
+    from scripts.run.outputs import refuse_other_settings
+
+    missing, others = [], {}
+    for number, video in enumerate(videos):
+        done, changed = made_before(plan, video)
+        if done:
+            end = "was made with these settings: made again" if again else "is there already"
+            print(f"{video.path} {end}", flush=True)
+        unknown = not (done or changed) and video.path.is_file() and again
+        if changed or (unknown and plan.config.output.path.endswith(".mp4")):
+            others[video.path] = changed
+        if again or not done:
+            missing.append(number)
+    refuse_other_settings(plan.config, others)
+    for path, changed in others.items():
+        print(f"{path} was made with other settings ({', '.join(changed) or 'unknown'}): made again")
+    return missing
+
+
+def made_before(plan: "RunPlan", video: Video) -> tuple[bool, list[str]]:
+    """Returns whether a video was made with these settings, and the keys that differ."""
+    from scripts.run.outputs import finished
+
+    return finished(video.path, video.config, video.prompt, plan.inputs.files, plan.lora_digests)
+
+
+def generate_missing(sampler: "Sampler", pipeline: Any, videos: Sequence[Video]) -> int:
+    """Makes these videos, unless another run makes them; returns 1 if any failed, else 0.
 
     Only a full disk stops the rest. With several processes any failure ends them all: the others would wait
     for the one that failed.
     """
-    failures: dict[int, str] = {}
-    full = False
-    for number, path in paths.items():
-        if full:
-            failures[number] = "not tried, the disk is full; make room, then run the same command to resume"
-            continue
-        prompt = sampler.plan.prompts[number]
-        print(f"line {number}: {prompt}", flush=True)
-        try:
-            make_one(sampler, pipeline, prompt, path)
-        except (UsageError, GenerationError) as error:
-            if sampler.plan.degrees.processes > 1:
-                raise type(error)(f"line {number}: {error}") from error
-            failures[number] = str(error)  # the exception would hold its frames' tensors
-            full = isinstance(error, DiskFullError)
-    for number, error in failures.items():
-        print(f"error: line {number}: {error}", file=sys.stderr)
+    from scripts.run.describe import duration
+
+    failures: dict[str, str] = {}
+    seconds: list[float] = []
+    waiting, full, moved = list(videos), False, True
+    while waiting and moved:  # what another run made, or left, is looked at once more
+        elsewhere, moved = [], False
+        for number, video in enumerate(waiting):
+            title, left = title_of(sampler.plan, video), len(waiting) - number + len(elsewhere)
+            if full:
+                failures[title] = (
+                    "not tried, the disk is full; make room, then run the same command to resume"
+                )
+                continue
+            time_left = f", about {duration(median(seconds) * left)} left" if seconds else ""
+            count = f"video {len(videos) - left + 1} of {len(videos)}{time_left}"
+            print(f"{count}: {title}: {video.prompt}", flush=True)
+            start = time.monotonic()
+            try:
+                if make_one(sampler, pipeline, video):
+                    seconds.append(time.monotonic() - start)
+                    moved = True
+                else:
+                    elsewhere.append(video)
+            except (UsageError, GenerationError) as error:
+                if sampler.plan.degrees.processes > 1:
+                    raise type(error)(f"{title}: {error}") from error
+                failures[title] = str(error)  # the exception would hold its frames' tensors
+                full = isinstance(error, DiskFullError)
+        waiting = elsewhere
+    if waiting:
+        print(f"{len(waiting)} of these videos are being made by another run; this one has no more to make")
+    for title, error in failures.items():
+        print(f"error: {title}: {error}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def make_one(sampler: "Sampler", pipeline: Any, prompt: str, path: Path) -> None:
-    """Makes one video; the process that leads writes it and prints its times."""
+def title_of(plan: "RunPlan", video: Video) -> str:
+    """Names a video by line and seed, whichever has several."""
+    line = [f"line {video.number}"] if plan.config.generation.prompt_file is not None else []
+    seed = [f"seed {video.config.generation.seed}"] if plan.config.generation.seeds else []
+    return ", ".join([*line, *seed])
+
+
+def make_one(sampler: "Sampler", pipeline: Any, video: Video, *, again: bool = False) -> bool:
+    """Makes one video; the process that leads writes it and prints its times.
+
+    Returns False, and makes nothing, if another run makes it. Unless `again`, keeps one that another run has
+    made since this one began.
+    """
     from scripts.run.describe import describe_video
+    from scripts.run.files import claim
+    from scripts.run.outputs import refuse_other_settings, unwritable
 
-    record = sampler.make_video(pipeline, prompt, path)
-    sampler.groups.wait()
-    if record is not None:
-        print("\n".join(describe_video(record, path)), flush=True)
-
-
-def is_there(plan: "RunPlan", number: int, path: Path) -> bool:
-    """Returns whether the video was made with these settings; prints that, or which settings differ."""
-    from scripts.run.outputs import finished
-
-    done, changed = finished(path, plan.config, plan.prompts[number], plan.inputs.files)
-    if done:
-        print(f"{path} is there already")
-    elif changed:
-        print(f"{path} was made with other settings ({', '.join(changed)}): made again")
-    return done
+    path, groups = video.path, sampler.groups
+    try:
+        with claim(path) if groups.leads else nullcontext(True) as claimed:
+            if not groups.agree_on_video(claimed):
+                return False
+            done, changed = (False, []) if again else made_before(sampler.plan, video)
+            refuse_other_settings(sampler.plan.config, {path: changed} if changed else {})
+            if groups.agree_on_video(done):
+                print(f"{path} is there already: another run made it", flush=True)
+                return True
+            own = replace(sampler, plan=replace(sampler.plan, config=video.config))
+            record = own.make_video(pipeline, video.prompt, path)
+            groups.wait()
+            if record is not None:
+                print("\n".join(describe_video(record, path)), flush=True)
+            return True
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 if __name__ == "__main__":

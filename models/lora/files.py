@@ -36,7 +36,8 @@ def read_header(file: str | Path) -> Header:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a whole safetensors file, or its settings are not a JSON object.
+        ValueError: it is not a whole safetensors file, holds whole numbers as weights, or its settings are
+            not a JSON object.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -47,11 +48,17 @@ def read_header(file: str | Path) -> Header:
         with safe_open(file, framework="pt") as stream:
             keys = sorted(stream.keys())
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in keys}
+            types = {key: stream.get_slice(key).get_dtype() for key in keys if math.prod(shapes[key]) > 1}
             metadata = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"LoRA file {file} is not a whole safetensors file ({error}); download or save it again"
         ) from error
+    if coded := {key: name for key, name in types.items() if "F" not in name}:
+        raise ValueError(
+            f"LoRA {file.name} holds no floating point numbers in {listed(coded)}; use a file that is not "
+            "quantised"
+        )
     text, config_file = metadata.get(METADATA_KEY), file.with_name(PEFT_CONFIG)
     if text is None and file.name == PEFT_FILE and config_file.is_file():
         text = config_file.read_text(encoding="utf-8")
@@ -113,8 +120,9 @@ def read_weights(
 
 
 def _taken(tensors: Mapping[str, torch.Tensor], part: Part) -> torch.Tensor:
-    """Returns a file's tensor, or the rows that belong to the layer."""
+    """Returns a file's tensor, or the rows that belong to the layer; float32 if it has 8 bits."""
     tensor = tensors[part.key]
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
     return torch.cat([tensor[start:end] for start, end in part.rows]) if part.rows else tensor
 
 

@@ -2,8 +2,9 @@
 
 Formats: diffusers and peft (`transformer.` or `base_model.model.` before the module's name), the authors'
 names (`diffusion_model.blocks.0.self_attn.q`, with `diff`, `diff_b` and `diff_m` for changes without a rank)
-and kohya (`lora_unet_blocks_0_self_attn_q`), with `lora_A` and `lora_B` or `lora_down` and `lora_up`. If the
-authors keep query, key and value in one matrix, as in HunyuanVideo and Mochi, each layer takes its rows.
+and kohya (`lora_unet_blocks_0_self_attn_q`; Wan Fun writes `lora_unet__`), with `lora_A` and `lora_B` or
+`lora_down` and `lora_up`. If the authors keep query, key and value in one matrix, as in HunyuanVideo and
+Mochi, each layer takes its rows.
 """
 
 import math
@@ -19,11 +20,18 @@ Shape = tuple[int, ...]
 
 PREFIXES = (
     "base_model.model.",
-    "model.diffusion_model.",
+    "model.",
+    "module.",
+    "_orig_mod.",
     "diffusion_model.",
     "transformer.",
+    "pipe.",
+    "dit.",
+    "lora_unet__",
     "lora_unet_",
     "lora_transformer_",
+    "lycoris_",
+    "Hunyuan_video_I2V_lora_",
 )
 # Endings of a key by its effect on the layer. In `lora_A.default.weight` the word in the middle is the
 # adapter's name; Mochi's own fine-tuner stops at `lora_A`.
@@ -32,11 +40,12 @@ KINDS = {
     "up": r"\.(?:(?:lora_B|lora_up|lora\.up)(?:\.[^.]+)?\.weight|lora_B)",
     "up_bias": r"\.lora_B(?:\.[^.]+)?\.bias",
     "alpha": r"\.alpha",
-    "weight": r"\.diff",
-    "bias": r"\.diff_b",
+    "weight": r"\.(?:diff|w_norm)",
+    "bias": r"\.(?:diff_b|b_norm)",
     "modulation": r"\.diff_m",
 }
 LOW_RANK = ("down", "up", "up_bias", "alpha")
+HALF, WHOLE = "half of a pair", "a whole weight, no change of one"  # reasons
 BY_ROWS = ("up", "up_bias", "weight", "bias")  # the other kinds serve all layers of a fused one
 # Names in diffusers and in the original Wan, if they differ; `norm2` is a block's affine norm.
 ORIGINAL_WAN = (
@@ -49,20 +58,23 @@ ORIGINAL_WAN = (
     (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
     (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
     (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
-    (r"(blocks\.\d+)\.scale_shift_table", r"\1.modulation"),
+    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
+    (r"(vace_blocks\.\d+)\.proj_in", r"\1.before_proj"),
+    (r"(vace_blocks\.\d+)\.proj_out", r"\1.after_proj"),
+    (r"((?:vace_)?blocks\.\d+)\.scale_shift_table", r"\1.modulation"),
     (r"scale_shift_table", "head.modulation"),
     (r"proj_out", "head.head"),
-    (r"(blocks\.\d+)\.norm2", r"\1.norm3"),
-    (r"(blocks\.\d+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
-    (r"(blocks\.\d+)\.ffn\.net\.2", r"\1.ffn.2"),
-    (r"(blocks\.\d+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
-    (r"(blocks\.\d+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
-    (r"(blocks\.\d+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
-    (r"(blocks\.\d+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
-    (r"(blocks\.\d+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
-    (r"(blocks\.\d+)\.attn2\.norm_added_k", r"\1.cross_attn.norm_k_img"),
-    (r"(blocks\.\d+)\.attn1\.(norm_[qk])", r"\1.self_attn.\2"),
-    (r"(blocks\.\d+)\.attn2\.(norm_[qk])", r"\1.cross_attn.\2"),
+    (r"((?:vace_)?blocks\.\d+)\.norm2", r"\1.norm3"),
+    (r"((?:vace_)?blocks\.\d+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+    (r"((?:vace_)?blocks\.\d+)\.ffn\.net\.2", r"\1.ffn.2"),
+    (r"((?:vace_)?blocks\.\d+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+    (r"((?:vace_)?blocks\.\d+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+    (r"((?:vace_)?blocks\.\d+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+    (r"((?:vace_)?blocks\.\d+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+    (r"((?:vace_)?blocks\.\d+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+    (r"((?:vace_)?blocks\.\d+)\.attn2\.norm_added_k", r"\1.cross_attn.norm_k_img"),
+    (r"((?:vace_)?blocks\.\d+)\.attn1\.(norm_[qk])", r"\1.self_attn.\2"),
+    (r"((?:vace_)?blocks\.\d+)\.attn2\.(norm_[qk])", r"\1.cross_attn.\2"),
 )
 
 
@@ -111,7 +123,7 @@ def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> 
         if {"down", "up"} <= pair.keys():
             _add_pair(match, layer, pair)
         else:
-            match.unmatched |= {part.key: "half of a pair" for part in pair.values()}
+            match.unmatched |= {part.key: HALF for part in pair.values()}
         for kind, part in kinds.items():
             _add_delta(match, layer if layer in parameters else f"{layer}.{kind}", part)
     return match
@@ -126,10 +138,11 @@ def _by_layer(match: Match) -> dict[str, dict[str, Part]]:
     layers: dict[str, dict[str, Part]] = {}
     for key in match.shapes:
         stem, kind = split_key(key)
-        parts = known.get(stem, ())
+        parts = known.get(stem) or known.get(stem.replace(".", "_"), ())
         first = next((layers[part.layer][kind] for part in parts if kind in layers.get(part.layer, {})), None)
         if not kind or not parts:
-            match.unmatched[key] = "no such layer" if kind else "no LoRA key"
+            whole = re.sub(r"\.(weight|bias)$", "", stem) in known and not kind
+            match.unmatched[key] = "no such layer" if kind else WHOLE if whole else "no LoRA key"
         elif first:
             match.unmatched[key] = f"second to {first.key}"
         else:

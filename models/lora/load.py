@@ -9,17 +9,31 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .files import Header, read_header, read_weights
-from .keys import Match, Shape, listed, match_keys
+from .keys import HALF, Match, Shape, listed, match_keys
+from .kinds import other_kind
 
 MODES = ("separate", "fused")
 UNMATCHED = ("error", "warn")
 EXPERTS = ("both", "1", "2")
+LOADED = "_radial_loras"  # attribute of a transformer with LoRAs of an open handle
+FOLLOWED = (  # methods of diffusers that change which adapters count, and how much
+    "set_adapters",
+    "set_adapter",
+    "disable_lora",
+    "enable_lora",
+    "disable_adapters",
+    "enable_adapters",
+    "delete_adapters",
+    "unload_lora",
+    "fuse_lora",
+)
 
 
 class UnmatchedKeysError(ValueError):
@@ -42,10 +56,17 @@ def match_lora(
 
     Raises:
         UnmatchedKeysError: with `unmatched="error"`, any key means nothing here.
-        ValueError: no key fits, most layers have other shapes (the file is for another model), or with
-            `unmatched="error"` any key has another shape.
+        ValueError: the file is no plain LoRA (DoRA, LoKr, ...), parts of it are missing, no key fits, most
+            layers have other shapes (the file is for another model), or with `unmatched="error"` any key has
+            another shape.
     """
-    match, name = match_keys(header.shapes, parameters), Path(file).name
+    name = Path(file).name
+    if kind := other_kind(header.shapes, header.settings):
+        raise ValueError(
+            f"LoRA {name} is a {kind}, which is not supported; use a plain LoRA, or a model into which its "
+            "trainer has merged it"
+        )
+    match = match_keys(header.shapes, parameters)
     fitting, strict = len(match.pairs) + len(match.deltas), unmatched == "error"
     if len(match.misfits) > (0 if strict else fitting):
         raise ValueError(
@@ -56,6 +77,14 @@ def match_lora(
         raise ValueError(
             f"LoRA {name} holds nothing for this model, its keys are {listed(header.shapes.keys())}; "
             "use a LoRA for this model"
+        )
+    halves = [key for key, reason in match.unmatched.items() if reason == HALF]
+    bare = [parts["down"].key for parts in match.pairs.values() if "alpha" not in parts]
+    bare = bare if len(bare) < len(match.pairs) else []
+    if halves or bare:
+        what = "the other half of" if halves else "the alpha, which other layers have, of"
+        raise ValueError(
+            f"LoRA {name} is not whole: it lacks {what} {listed(halves or bare)}; download or save it again"
         )
     if match.unmatched and strict:
         raise UnmatchedKeysError(_left_out(name, match))
@@ -76,12 +105,15 @@ def load_loras(
     All files are checked against the model before it changes. `mode="separate"` keeps the LoRAs in layers of
     peft. "fused" adds them to the weights, which costs nothing later and cannot be undone. Keys that mean
     nothing to the model are an error, or with `unmatched="warn"` a line in the log of "radial_attn". Works
-    before and after `apply_radial_attention`.
+    before and after `apply_radial_attention`, and beside adapters of the user's own, which it leaves alone.
+    Separate LoRAs follow diffusers' methods, such as `set_adapters`, `disable_lora` and `unload_lora`, with
+    their changes of norms and biases too.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file does not match (see `match_lora`), an option is unknown, values are not finite, the
-            model lacks a second transformer, or it has adapters already.
+            model lacks a second transformer, or it has LoRAs of another `load_loras`, or adapters that are
+            disabled or fused.
     """
     _check_option("mode", mode, MODES)
     _check_option("unmatched", unmatched, UNMATCHED)
@@ -141,33 +173,54 @@ class Target:
     """Holds one transformer that LoRAs are loaded into."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
-        if present := getattr(transformer, "peft_config", None):
+        kind, self.transformer = type(transformer).__name__, transformer
+        if names := getattr(transformer, LOADED, None):
+            raise ValueError(f"this {kind} has LoRAs ({', '.join(names)}); remove them by their handle first")
+        if any(layer.disable_adapters or layer.merged for _, layer in self._layers()):
             raise ValueError(
-                f"this {type(transformer).__name__} has adapters ({', '.join(present)}); remove them first"
+                f"this {kind} has adapters that are disabled or fused; call enable_lora() or unfuse_lora()"
             )
-        self.transformer = transformer
-        self.parameters = dict(transformer.named_parameters())
+        self._present = tuple(getattr(transformer, "peft_config", None) or ())
+        self._active = transformer.active_adapters() if self._present else []
+        self._trained = {value: value.requires_grad for value in transformer.parameters()}
+        self.parameters = self._base_parameters()
         self.shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
         self.report: list[dict[str, Any]] = []
         self._scales: dict[str, float] = {}
-        self._sums: dict[str, torch.Tensor] = {}
+        self._adapters: list[str] = []
+        self._deltas: dict[str, dict[str, torch.Tensor]] = {}
         self._before: dict[str, torch.Tensor] = {}
-        self._trained = [name for name, value in self.parameters.items() if value.requires_grad]
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        """Returns name and module of each layer of peft."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        modules = self.transformer.named_modules()
+        return [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
+
+    def _base_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Returns the model's own parameters, by their names without adapters."""
+        layers, base = tuple(f"{name}." for name, _ in self._layers()), ".base_layer."
+        return {
+            name.replace(base, "."): value
+            for name, value in self.transformer.named_parameters()
+            if base in name or not name.startswith(layers)
+        }
 
     def add(self, lora: Lora, header: Header, match: Match) -> None:
-        """Adds one file: its pairs as an adapter, its other changes to the sums of `activate`."""
+        """Adds one file: its pairs as an adapter, its other changes for `activate`."""
         state, deltas = read_weights(lora.file, header, match, self.parameters)
+        taken = {*self._present, *self._scales}
+        name = next(name for number in count() if (name := f"lora_{number}") not in taken)
+        self._scales[name], self._deltas[name] = lora.scale, deltas
         if state:
-            name = f"lora_{len(self.report)}"
-            self._scales[name] = lora.scale
+            self._adapters.append(name)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a second adapter is intended
                 self.transformer.load_lora_adapter(
                     state, prefix=None, adapter_name=name, low_cpu_mem_usage=True
                 )
             self._verify(lora.file, name, state)
-        for parameter, delta in deltas.items():
-            self._sums[parameter] = self._sums.get(parameter, 0) + lora.scale * delta
         ranks = (header.shapes[parts["down"].key][0] for parts in match.pairs.values())
         entry = {"file": str(lora.file), "scale": lora.scale, "rank": max(ranks, default=0)}
         entry |= {"pairs": len(match.pairs), "deltas": len(match.deltas)}
@@ -191,29 +244,93 @@ class Target:
 
     def activate(self, fuse: bool) -> None:
         """Sets the scales, and adds changes without a rank in float32; `fuse` adds the adapters as well."""
-        if self._scales:
-            self.transformer.set_adapters(list(self._scales), list(self._scales.values()))
-        for name, delta in self._sums.items():
-            value = self.parameters[name].data
-            self._before[name] = value.clone()
-            value.copy_(value.float() + delta.to(value.device))
-        if fuse and self._scales:
-            self.transformer.fuse_lora(adapter_names=list(self._scales))
+        for _, layer in self._layers() if self._adapters else ():
+            layer.set_adapter([*self._active, *self._adapters])
+            for name in self._adapters:
+                layer.set_scale(name, self._scales[name])
+        changed = dict.fromkeys(name for deltas in self._deltas.values() for name in deltas)
+        self._before = {name: self.parameters[name].data.clone() for name in changed}
+        self._change(self._scales)
+        if fuse:
+            if self._adapters:
+                self.transformer.fuse_lora(adapter_names=self._adapters)
+            self._unload()
+            return
+        setattr(self.transformer, LOADED, tuple(self._scales))
+        for name in FOLLOWED:
+            setattr(self.transformer, name, Followed(self, name))
+
+    def _change(self, scales: Mapping[str, float]) -> None:
+        """Sets the changed parameters to their own values plus each LoRA's changes times its scale."""
+        for name, before in self._before.items():
+            changes = [
+                scale * self._deltas[lora][name]
+                for lora, scale in scales.items()
+                if name in self._deltas[lora]
+            ]
+            value = before.float() + sum(changes).to(before.device) if changes else before
+            self.parameters[name].data.copy_(value)
+
+    def follow(self, unloaded: bool) -> None:
+        """Scales the changes without a rank as peft now scales the adapters of the same files."""
+        layers = [layer for _, layer in self._layers()]
+        scales = dict(self._scales)
+        for name in self._adapters:
+            active = (layer for layer in layers if name in layer.active_adapters and name in layer.r)
+            scales[name] = next((layer.scaling[name] for layer in active), 0.0)
+        off = unloaded or any(layer.disable_adapters for layer in layers)
+        self._change({} if off else {name: scale for name, scale in scales.items() if scale})
+        if unloaded:
             self._unload()
 
     def remove(self) -> None:
         """Restores the modules, and the values that `activate` changed."""
-        self._unload()
-        for name, value in self._before.items():
-            self.parameters[name].data.copy_(value)
-        self._before = {}
+        if self._scales:
+            self._unload()
+            self._change({})
 
     def _unload(self) -> None:
-        if self._scales:
+        """Takes out the adapters of these LoRAs; those of the user stay as they are."""
+        for name in (LOADED, *FOLLOWED):
+            vars(self.transformer).pop(name, None)
+        present = getattr(self.transformer, "peft_config", {})
+        if present.keys() - self._adapters:
+            for path, layer in self._layers():
+                self._take_out(path, layer)
+            for name in self._adapters:
+                present.pop(name, None)
+        elif self._adapters:
             self.transformer.unload_lora()
-            for name in self._trained:
-                self.parameters[name].requires_grad_(True)
-        self._scales = {}
+        for value, trained in self._trained.items():
+            value.requires_grad_(trained)
+        self._scales, self._adapters = {}, []
+
+    def _take_out(self, path: str, layer: Any) -> None:
+        active = [name for name in layer.active_adapters if name not in self._adapters]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft chooses another active adapter
+            for name in self._adapters:
+                layer.delete_adapter(name)
+        layer.merged_adapters = [name for name in layer.merged_adapters if name not in self._adapters]
+        layer.set_adapter(active)
+        if not layer.r:
+            parent, _, child = path.rpartition(".")
+            setattr(self.transformer.get_submodule(parent), child, layer.get_base_layer())
+
+
+class Followed:
+    """Calls a method of diffusers, after which changes without a rank follow the adapters; can be copied."""
+
+    def __init__(self, target: Target, name: str) -> None:
+        self._target, self._name = target, name
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self._name == "fuse_lora":
+            raise ValueError("fuse_lora could not be undone with these LoRAs; use load_loras(mode='fused')")
+        transformer = self._target.transformer
+        result = getattr(type(transformer), self._name)(transformer, *args, **options)
+        self._target.follow(unloaded=self._name == "unload_lora")
+        return result
 
 
 def _chosen(targets: Sequence[Target], lora: Lora) -> Sequence[Target]:

@@ -95,7 +95,7 @@ def save_adapter(
     }
     header = {f"{PREFIX}.{name}": value for name, value in settings.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))}
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(save(tensors, metadata))
         os.replace(part, path)

@@ -8,12 +8,14 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 
 from ..grid import TokenGrid
 from .radial import RadialConfig, half_width, is_share, radial_rule_mask
 
 TOLERANCE = 0.02
 CLOSE = 0.25  # part of the tolerance at which the search of one option ends
+LEAST = 0.001  # smallest share of a frame that `neighbour` is tried at
 STEPS = 256  # decay factors to each doubling: from one to the next a half-width grows by 0.3 %
 
 
@@ -33,10 +35,13 @@ def solve_density(
        the far frames at power-of-two distances; for denser ones down until no frame is skipped. Widths
        between powers of two are tried only in a gap. For each width the first two options are solved again
        and use up what it gained beyond the target;
-    4. `sink`: off below, on above, with the first three solved again.
+    4. `sink`: off below, on above, with the first three solved again;
+    5. in a gap that is left, and below all these, `neighbour` below a block, with widths up to twice the
+       largest, which leaves each frame alone.
 
-    Blocks are kept whole, so densities come in steps. The result has no `density` of its own and depends on
-    the arguments alone. A density of 1 is met exactly. A call takes the time of one to forty masks;
+    Blocks are kept whole, so densities come in steps. The possible range depends on the grid and the block
+    size alone, the result on all arguments. It has no `density` of its own. A density of 1 is met exactly.
+    A call takes the time of one to forty masks, in a gap of step 5 of up to a hundred;
     `RadialConfig(density=...)` solves each grid once.
 
     Raises:
@@ -49,8 +54,8 @@ def solve_density(
         raise ValueError(f"pattern must be 'radial' to solve for a density, got {config.pattern!r}")
     tolerance = tolerance if target < 1 else 0.0
     search = _Search(grid, replace(config, density=None), target, tolerance)
-    for combination in search.combinations():
-        solved = search.nearest(combination)
+    for combination, least in search.combinations():
+        solved = search.nearest(combination, least)
         if search.error(solved) <= tolerance:
             return solved
     raise ValueError(search.failure())
@@ -105,13 +110,15 @@ def decay_factors(grid: TokenGrid, config: RadialConfig) -> Sequence[float]:
     return [float(f"{low * 2 ** (step / STEPS):.4g}") for step in range(count + 1)]
 
 
-def neighbours(grid: TokenGrid, config: RadialConfig, wider: bool = False) -> Sequence[float | str]:
-    """Returns ascending values of `neighbour`, 0.001 apart: from a block to the configured value.
+def neighbours(
+    grid: TokenGrid, config: RadialConfig, least: float | None = None, wider: bool = False
+) -> Sequence[float | str]:
+    """Returns rising values of `neighbour`, 0.001 apart, from `least`, or a block, to the configured one.
 
-    With `wider` they go from the configured value to "full".
+    With `wider` they go from that to "full".
     """
-    given, least = config.neighbour, config.block_size / grid.tokens_per_frame
-    share = config.neighbour_share
+    given, share = config.neighbour, config.neighbour_share
+    least = least or config.block_size / grid.tokens_per_frame
     if wider:
         steps = range(math.floor(1000 * share) + 1, 1000)
         return [given, *(step / 1000 for step in steps), *(["full"] if share < 1 else [])]
@@ -136,6 +143,11 @@ def decimation_widths(grid: TokenGrid, config: RadialConfig, denser: bool = Fals
     return [config.decimation_width, *further]
 
 
+def alone_width(grid: TokenGrid) -> int:
+    """Returns the least `decimation_width` that leaves each frame alone."""
+    return 1 << grid.tokens_per_frame.bit_length()
+
+
 class _Search:
     """Keeps the density of every mask that a search has tried, and compares it with the target."""
 
@@ -152,47 +164,56 @@ class _Search:
         """Returns the relative distance from the target."""
         return abs(self.density(config) / self._target - 1)
 
-    def combinations(self) -> Iterator[RadialConfig]:
-        """Yields the start, the decimation widths that span the target, then the same with the other sink.
+    def combinations(self) -> Iterator[tuple[RadialConfig, float | None]]:
+        """Yields options of width and sink that span the target, each with the least `neighbour` for them.
 
-        Widths between two powers of two come last, for a gap that whole blocks leave.
+        First the start, then decimation widths, then the same with the other sink; widths between two powers
+        of two come after those, for a gap that whole blocks leave. Last, for a gap that is left, widths from
+        the largest power of two in a frame to twice that, with neighbours below a block.
         """
-        yield self._start
+        yield self._start, None
         denser = max(self._tried.values()) < self._target
         widths = decimation_widths(self._grid, self._start, denser)
-        between = {width * part // 8 for width in widths[1:] for part in (5, 6, 7)} - {0, *widths}
         for sink in dict.fromkeys((self._start.sink, denser)):
             options = [replace(self._start, sink=sink, decimation_width=width) for width in widths]
-            yield from (option for option in options if option != self._start and self.spans(option, denser))
-            if self.spans(options[-1], denser):
-                further = sorted(between, reverse=denser)
-                options = [replace(self._start, sink=sink, decimation_width=width) for width in further]
-                yield from (option for option in options if self.spans(option, denser))
+            options = [option for option in options if self.spans(option, denser)]
+            yield from ((option, None) for option in options if option != self._start)
+            powers = widths[1:] if denser else [option.decimation_width for option in options]
+            between = {width * part // 8 for width in powers if width in widths[1:] for part in (5, 6, 7)}
+            for width in sorted(between - {0, *widths}, reverse=denser) if options else ():
+                option = replace(self._start, sink=sink, decimation_width=width)
+                if self.spans(option, denser):
+                    yield option, None
+        alone = alone_width(self._grid)
+        for sink, part in product((True, False), range(16, 33)):
+            option = replace(self._start, sink=sink, decimation_width=max(1, alone * part // 32))
+            if self.spans(option, True) and self.spans(option, False, LEAST):
+                yield option, LEAST
 
-    def spans(self, config: RadialConfig, denser: bool) -> bool:
+    def spans(self, config: RadialConfig, denser: bool, least: float | None = None) -> bool:
         """Tells whether decay factor and neighbour reach the target: as dense if `denser`, else as sparse."""
         if denser:
             return self.density(self.densest(config)) >= self._target * (1 - self._tolerance)
-        return self.density(self.sparsest(config)) <= self._target * (1 + self._tolerance)
+        return self.density(self.sparsest(config, least)) <= self._target * (1 + self._tolerance)
 
-    def sparsest(self, config: RadialConfig) -> RadialConfig:
+    def sparsest(self, config: RadialConfig, least: float | None = None) -> RadialConfig:
         """Returns `config` with the least decay factor and neighbour."""
         decay = decay_factors(self._grid, config)[0]
-        return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config)[0])
+        return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config, least)[0])
 
     def densest(self, config: RadialConfig) -> RadialConfig:
         """Returns `config` with the largest decay factor and neighbour."""
         decay = decay_factors(self._grid, config)[-1]
         return replace(config, decay_factor=decay, neighbour=neighbours(self._grid, config, wider=True)[-1])
 
-    def nearest(self, config: RadialConfig) -> RadialConfig:
+    def nearest(self, config: RadialConfig, least: float | None = None) -> RadialConfig:
         """Returns the nearest options by decay factor, or by neighbour too if those miss the tolerance."""
         candidates = self.around(config, "decay_factor", decay_factors(self._grid, config))
         best = min(candidates, key=self.error)
         if self.error(best) > self._tolerance:
             upper = max(candidates, key=self.density)
             wider = self.density(upper) < self._target
-            candidates += self.around(upper, "neighbour", neighbours(self._grid, config, wider))
+            candidates += self.around(upper, "neighbour", neighbours(self._grid, config, least, wider))
         return min(candidates, key=self.error)
 
     def around(self, config: RadialConfig, name: str, values: Sequence) -> list[RadialConfig]:
@@ -219,7 +240,7 @@ class _Search:
     def failure(self) -> str:
         """Returns the message that says which densities there are, once every combination was tried."""
         grid, target, start = self._grid, self._target, self._start
-        thin = replace(start, sink=False, decimation_width=decimation_widths(grid, start)[-1])
+        thin = replace(start, sink=False, decimation_width=alone_width(grid))
         thick = replace(start, sink=True, decimation_width=decimation_widths(grid, start, denser=True)[-1])
         low, high = self.density(self.sparsest(thin)), self.density(self.densest(thick))
         densities = sorted(density for density in set(self._tried.values()) if low <= density <= high)

@@ -11,7 +11,15 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ..grid import TokenGrid
-from .density import decay_factors, decimation_widths, density_of, estimate, neighbours, solve_density
+from .density import (
+    alone_width,
+    decay_factors,
+    decimation_widths,
+    density_of,
+    estimate,
+    neighbours,
+    solve_density,
+)
 from .make import radial_mask
 from .radial import RadialConfig
 
@@ -35,8 +43,9 @@ def changes(config: RadialConfig, start: RadialConfig) -> str:
 def density_curve(grid: TokenGrid, config: RadialConfig) -> list[tuple[float, RadialConfig]]:
     """Returns density against the options that `solve_density` changes, in its order, from least to most.
 
-    There are up to ten points: sink off, the widest decimation, the narrowest neighbour; then all these as in
-    `config` with decay factors from the least to the most; then the whole neighbour and no decimation. A
+    There are up to eleven points: each frame alone, sink off, the widest decimation, the narrowest neighbour;
+    then all these as in `config` with decay factors from the least to the most; then the whole neighbour and
+    no decimation. A
     point is left out if it keeps no more blocks than the one before, or if another pattern has no mask about
     as dense.
     """
@@ -50,8 +59,10 @@ def density_curve(grid: TokenGrid, config: RadialConfig) -> list[tuple[float, Ra
     rising = [_by_decay(grid, start, low + part * (high - low) / 4) for part in (1, 2, 3)]
     whole = replace(filled, neighbour=neighbours(grid, start, wider=True)[-1])
     every = replace(whole, decimation_width=decimation_widths(grid, start, denser=True)[-1])
+    bare = replace(thin, sink=False)
+    alone = replace(bare, decimation_width=alone_width(grid))
     curve: dict[float, RadialConfig] = {}
-    for point in (least, *rising, filled, whole, every, narrow, thin, replace(thin, sink=False)):
+    for point in (least, *rising, filled, whole, every, narrow, thin, bare, alone):
         with suppress(ValueError):  # a pattern may have no mask about as dense as the radial one
             curve.setdefault(radial_mask.__wrapped__(grid, point).density, point)  # kept by no cache
     return sorted(curve.items(), key=lambda entry: entry[0])

@@ -61,7 +61,8 @@ def videos_in(name: str, folder: Path) -> dict[str, Path]:
     """Returns the videos of a folder by name without suffix, sorted; UsageError if there are none."""
     if not folder.is_dir():
         raise UsageError(f"--folders: {name} is {str(folder)!r}, which is no folder; name a folder of videos")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    shown = (path for path in folder.iterdir() if not path.name.startswith("."))  # no half-written files
+    files = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
     if not files:
         raise UsageError(f"--folders: {name} is {str(folder)!r}, which has no videos ({', '.join(SUFFIXES)})")
     by_name = {path.stem: path for path in files}

@@ -9,16 +9,15 @@ from typing import Any
 
 import yaml
 
-from scripts.run.config import Config
+from scripts.run.config import NUMBERS_FORM, Config, numbers
 from scripts.run.errors import UsageError
-from scripts.run.schema import Schema, key, listing
+from scripts.run.schema import Schema, TextLoader, key, listing
 
 DENSE = "dense"
 GROUPS = ("attention.", "model.")  # a setting may change keys of these groups
 COMPARE, SCORES, SEEDS, STEPS = (f"evaluate.{name}" for name in ("compare", "scores", "seeds", "steps"))
 SETTINGS_FORM = "settings separated by ; or a list: NAME, or NAME: attention.key=value ..."
 SCORES_FORM = "score files separated by ; or a list: NAME: FILE ..."
-NUMBERS_FORM = "whole numbers separated by commas"
 
 
 @dataclass
@@ -49,7 +48,7 @@ def _pairs(key_name: str, form: str, value: Any) -> list[tuple[Any, Any]]:
     """Reads text as YAML if it begins with a bracket, else splits it at semicolons."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            value = yaml.safe_load(value)
+            value = yaml.load(value, TextLoader)
         except yaml.YAMLError as error:
             raise UsageError(f"{key_name}: got {value!r}, must be {form}") from error
     elif isinstance(value, str):
@@ -76,19 +75,6 @@ def _entry(key_name: str, form: str, name: Any, text: Any) -> dict[str, Any]:
     return {"name": name, "words": [part.replace("${", "\\${") for part in parts]}
 
 
-def numbers(key_name: str) -> Callable[[Any], list[int]]:
-    """Makes a parser of whole numbers of at least 0, each once; the parser raises UsageError for others."""
-
-    def parse(value: Any) -> list[int]:
-        text = str(value).strip().strip("[]")
-        parts = [part.strip() for part in text.split(",")] if text not in ("", "null", "None") else []
-        if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-            raise UsageError(f"{key_name}: got {value!r}, must be {NUMBERS_FORM}, each once")
-        return [int(part) for part in parts]
-
-    return parse
-
-
 @dataclass
 class EvaluateConfig:
     prompts: str | None = key(
@@ -99,7 +85,7 @@ class EvaluateConfig:
     )
     seeds: list[int] = field(
         default_factory=list,
-        metadata=listing("seeds of each prompt; none: generation.seed", NUMBERS_FORM, numbers(SEEDS)),
+        metadata=listing("seeds of each prompt; none: those of generation", NUMBERS_FORM, numbers(SEEDS)),
     )
     compare: list[NamedWords] = field(
         default_factory=list,

@@ -22,7 +22,7 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.files import replacing
-from scripts.run.outputs import finished, resolved, video_path, write_pair
+from scripts.run.outputs import finished, of_video, resolved, video_path, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, synchronizer
@@ -53,8 +53,7 @@ class Evaluation:
 
     def config(self, name: str, take: Take) -> Config:
         """Returns the configuration of one video."""
-        config = self.plans[name].config
-        return replace(config, generation=replace(config.generation, seed=take.seed, prompt=take.prompt))
+        return of_video(self.plans[name].config, take.prompt, take.seed)
 
     def path(self, name: str, take: Take) -> Path:
         config = self.config(name, take)

@@ -9,7 +9,7 @@ import yaml
 from scripts.run.command_line import parse
 from scripts.run.config import AnyModelConfig, MaskConfig
 from scripts.run.errors import UsageError
-from scripts.run.schema import Schema, key, listing
+from scripts.run.schema import Schema, TextLoader, key, listing
 
 FAMILIES = ("wan", "hunyuan_video", "mochi")
 SIZES = "data.sizes"
@@ -34,12 +34,12 @@ def _entries(value: Any) -> list:
     if isinstance(value, str) and value.lstrip()[:1] != "[":
         return [part for part in value.split(",") if part.strip()]
     try:
-        entries = yaml.safe_load(value) if isinstance(value, str) else value
+        entries = yaml.load(value, TextLoader) if isinstance(value, str) else value
     except yaml.YAMLError:
         entries = None
     if not isinstance(entries, list):
         raise UsageError(f"{SIZES}: got {value!r}, must be {SIZES_FORM}")
-    return [entries] if entries and all(isinstance(number, int) for number in entries) else entries
+    return [entries] if entries and all(str(number).isdecimal() for number in entries) else entries
 
 
 def _size(entry: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """Defines the configuration of a run: its keys and its help text. The defaults match the 14B preset."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from scripts.run.errors import UsageError, nearest_key
-from scripts.run.schema import ROOT, Schema, find_path, key, listing, literal
+from scripts.run.schema import ROOT, Schema, TextLoader, find_path, key, listing, literal
 
 __all__ = ["ROOT", "Config", "find_path", "help_text", "keys", "read_config"]
 FAMILIES = ("wan", "hunyuan_video", "mochi", "wan_i2v", "hunyuan_video_i2v", "wan_vace")
@@ -19,6 +19,7 @@ LORA_FORM = (
     "a file, folder or hub id, or a list of {path: ..., weight_name: ..., scale: 1.0, transformer: both}"
 )
 EXPERTS = ("both", "1", "2")
+NUMBERS_FORM = "whole numbers separated by commas"
 
 
 @dataclass
@@ -55,7 +56,7 @@ def _from_text(text: str) -> Any:
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, TextLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"{LORAS}: got {text!r}, must be {LORA_FORM}") from error
 
@@ -91,6 +92,19 @@ def _scale(scale_key: str, value: Any) -> float:
         if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
     raise UsageError(f"{scale_key}: got {value!r}, must be a number")
+
+
+def numbers(key_name: str) -> Callable[[Any], list[int]]:
+    """Makes a parser of whole numbers of at least 0, each once; the parser raises UsageError for others."""
+
+    def parse(value: Any) -> list[int]:
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value).strip().strip("[]")
+        parts = [part.strip() for part in text.split(",")] if text not in ("", "null", "None") else []
+        if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+            raise UsageError(f"{key_name}: got {value!r}, must be {NUMBERS_FORM}, each once")
+        return [int(part) for part in parts]
+
+    return parse
 
 
 class VideoSize(NamedTuple):
@@ -215,7 +229,9 @@ class AttentionConfig(MaskConfig):
 @dataclass
 class GenerationConfig:
     prompt: str = key("A cat walks on the grass, realistic", "text that the video shows")
-    prompt_file: str | None = key(None, "text file with one prompt per line; replaces prompt")
+    prompt_file: str | None = key(
+        None, "text file with one prompt per line, without lines that begin with #; replaces prompt"
+    )
     image: str | None = key(
         None,
         "JPEG or PNG that image to video starts from, one for all prompts; rotated by EXIF, composited on "
@@ -246,6 +262,19 @@ class GenerationConfig:
         "default", "plain: HunyuanVideo's prompt without a template", ("default", "plain")
     )
     seed: int = key(0, "seed of the initial noise", low=0)
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata=listing(
+            "a video of each prompt with each of these seeds; none: seed alone",
+            NUMBERS_FORM,
+            numbers("generation.seeds"),
+        ),
+    )
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Returns the seeds of each prompt."""
+        return self.seeds or [self.seed]
 
     @property
     def size(self) -> VideoSize:
@@ -257,6 +286,9 @@ class GenerationConfig:
 class OutputConfig:
     path: str = key("outputs", "folder, or a file name ending in .mp4; relative to the current directory")
     fps: int = key(16, "frames per second of the file", low=1)
+    overwrite: bool = key(
+        False, "replace a video that was made with other settings; false: refuse the run", (True, False)
+    )
 
 
 @dataclass

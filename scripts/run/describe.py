@@ -38,6 +38,9 @@ def describe_plan(plan: RunPlan) -> str:
         "transformer": f"{whole} ({flops.fewer:.2f}x fewer)",
         "memory": _describe_memory(plan.memory),
     }
+    if (count := len(plan.prompts) * len(generation.all_seeds)) > 1:
+        seeds = ", ".join(map(str, generation.all_seeds))
+        rows["videos"] = f"{count}: {len(plan.prompts)} prompts, seeds {seeds}"
     lines = [_row(name, text) for name, text in rows.items()] + _memory_choices(plan)
     if attention.pattern != "dense":
         lines += [_row("curve", line) for line in curve_lines(grid, radial_config(attention))]
@@ -282,6 +285,14 @@ def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
     for step, seconds in enumerate(record["step_seconds"]):
         groups.setdefault("dense" if step in dense else pattern, []).append(seconds)
     return groups
+
+
+def duration(seconds: float) -> str:
+    """Writes a time to wait in the unit that fits it: `40 s`, `12 min`, `2 h`, `3 days`."""
+    for limit, size, unit in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{max(1, round(seconds / size))} {unit}"
+    return f"{round(seconds / 86400)} days"
 
 
 def _row(name: str, text: str) -> str:

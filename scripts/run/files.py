@@ -1,26 +1,114 @@
 """Reads text as it was written, writes files whole or not at all, and tells their content apart."""
 
+import errno
+import fcntl
 import hashlib
 import os
+import re
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
+LONGEST = 255  # bytes of a file name on Linux
+LEFT = re.compile(r"\.(.*)\.(?:(\w{8})-)?(\d+)\.part(?:\.\w+)?")  # of `temporary`, or without a machine
+LOCK = ".lock"
+DAY = 24 * 3600
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some network file systems
 BYTE_ORDER_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
+
+
+@cache
+def machine() -> str:
+    """Names this start of this machine, or of this container: here a process number means one process."""
+    names = [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("".join(names).encode()).hexdigest()[:8]
+
+
+def temporary(path: Path, suffix: str = "") -> Path:
+    """Returns the name next to `path` of the file that this process writes: `.NAME.MACHINE-PID.part`.
+
+    `suffix`: the end of the name. A name too long for the file system is cut.
+    """
+    end = f".{machine()}-{os.getpid()}.part{suffix}"
+    return path.with_name(f".{_cut(path.name, LONGEST - 1 - len(end))}{end}")
+
+
+def _cut(name: str, length: int) -> str:
+    return os.fsencode(name)[:length].decode(errors="ignore")
 
 
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yields a file next to `path`. It replaces `path` if the block ends without an error, else is removed.
 
-    `suffix`: the end of its name, for programs that infer the format from it.
+    `suffix`: the end of its name, for programs that infer the format from it. What a dead process left of the
+    same file is removed.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{suffix}")
+    part = temporary(path, suffix)
+    remove_leftovers(path.parent, _cut(path.name, LONGEST - 1))
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files and locks of dead processes from a folder; `name`: only those of this file.
+
+    A video without a record, whose temporary file is there, is half of a pair, and goes too. Files of other
+    machines go after a day.
+    """
+    with suppress(OSError):
+        files = [file for file in folder.iterdir() if file.name.startswith(f".{name or ''}")]
+        for file in files:
+            match = LEFT.fullmatch(file.name)
+            if match and (name is None or match[1] == name) and _is_dead(file, match[2], int(match[3])):
+                video = file.with_name(match[1]).with_suffix(".mp4")
+                if name is None and not video.with_suffix(".json").exists():
+                    video.unlink(missing_ok=True)
+                file.unlink() if file.is_file() else shutil.rmtree(file, ignore_errors=True)
+            elif file.name.endswith(LOCK) and name is None:
+                with claim(file.with_name(file.name[1 : -len(LOCK)])):  # removes it, unless it is held
+                    pass
+
+
+def _is_dead(file: Path, of: str | None, number: int) -> bool:
+    """Returns whether the process that wrote a temporary file has ended."""
+    if of == machine():
+        return not Path(f"/proc/{number}").exists()
+    return time.time() - file.stat().st_mtime > DAY
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Claims a file that several processes may want to make; yields whether this process has the claim.
+
+    The claim is a lock on `.NAME.lock` next to it. It ends with the block, or with the process, however that
+    ends. On a file system without locks every process has the claim.
+    """
+    file = path.with_name(f".{_cut(path.name, LONGEST - 1 - len(LOCK))}{LOCK}")
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+        except OSError as error:
+            current, held = True, error.errno not in NO_LOCKS
+        else:
+            held = False
+        if current:
+            break
+        os.close(descriptor)  # another process removed it between the two calls
+    try:
+        yield not held
+    finally:
+        if not held:
+            file.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def read_text(path: Path) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ class Inputs:
 
 
 def read_prompts(generation: GenerationConfig) -> dict[int, str]:
-    """Reads the prompts by number: `{0: prompt}`, or the non-empty lines of the prompt file, from 1."""
+    """Reads the prompts by number: `{0: prompt}`, or those of the prompt file by line, from 1.
+
+    Blank lines, and lines that begin with `#`, are no prompts; `\\#` stands for `#` there.
+    """
     name = generation.prompt_file
     if name is None:
         if not generation.prompt.strip():
@@ -44,14 +48,23 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     if not name.strip():
         raise UsageError(f"generation.prompt_file: got {name!r}, must be a text file, or null")
     try:
-        lines = read_lines(Path(name).expanduser())
+        prompts = prompt_lines(read_lines(Path(expanduser(name))))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
-    prompts = {number: line.strip() for number, line in lines.items()}
     if not prompts:
         raise UsageError(f"generation.prompt_file: got {name!r}, which is empty; write one prompt a line")
     return prompts
+
+
+def prompt_lines(lines: dict[int, str]) -> dict[int, str]:
+    """Returns the prompts among the lines of a file: without comments, `\\#` at the start made `#`."""
+    stripped = {number: line.strip() for number, line in lines.items()}
+    return {
+        n: line.removeprefix("\\") if line.startswith("\\#") else line
+        for n, line in stripped.items()
+        if not line.startswith("#")
+    }
 
 
 def read_inputs(generation: GenerationConfig, family: str, dry_run: bool = False) -> Inputs:

@@ -10,6 +10,7 @@ from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, Mode
 from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import ONE_CALL, check_family
 from scripts.run.model_info import ModelInfo
+from scripts.run.outputs import check_target
 
 GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
@@ -39,10 +40,12 @@ def check_options(config: Config) -> None:
         if value > steps:
             raise UsageError(f"attention.{name}: got {value}, must be 0 to {steps} (generation.steps)")
     check_family(config)
-    if config.generation.seed >= 2**63:
-        raise UsageError(f"generation.seed: got {config.generation.seed}, must be 0 to 2^63 - 1")
+    for name, seeds in {"seed": [config.generation.seed], "seeds": config.generation.seeds}.items():
+        if seeds and max(seeds) >= 2**63:
+            raise UsageError(f"generation.{name}: got {max(seeds)}, must be 0 to 2^63 - 1")
     if not config.output.path.strip():
         raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
+    check_target(config)
 
 
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:

@@ -1,14 +1,16 @@
 """Names the files of a run, writes them whole or not at all, and finds them when a run resumes."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from scripts.run.config import Config
-from scripts.run.errors import UsageError
+from scripts.run.errors import DiskFullError, UsageError, one_line
+from scripts.run.files import remove_leftovers, temporary
 from scripts.run.system import timed
 
 SLUG_LENGTH = 60
@@ -24,7 +27,11 @@ CRF = 10  # for libx264: visually lossless, small videos stay crisp
 PROBE_BYTES = 2**20
 INPUTS = ("generation.image", "generation.video", "generation.mask")  # content counts, the name does not
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
-NO_FRAMES = ("output.path", "generation.prompt_file", "attention.check", *INPUTS, *DEGREES)
+NO_FRAMES = (
+    *("output.path", "output.overwrite", "generation.prompt_file", "generation.seeds", "attention.check"),
+    *INPUTS,
+    *DEGREES,
+)
 
 
 def video_path(config: Config, prompt: str, number: int = 0) -> Path:
@@ -32,11 +39,16 @@ def video_path(config: Config, prompt: str, number: int = 0) -> Path:
 
     `number` is the line of the prompt file, 0 without one. Words beyond 60 characters become a hash.
     """
-    path = Path(config.output.path).expanduser()
+    path = Path(expanduser(config.output.path))
     if path.suffix == ".mp4":
         return path
     prefix = f"{number:04d}_" if number else ""
     return path / f"{prefix}{_slug(prompt)}_seed{config.generation.seed}.mp4"
+
+
+def of_video(config: Config, prompt: str, seed: int) -> Config:
+    """Returns the configuration of one of several videos: its own prompt and seed."""
+    return replace(config, generation=replace(config.generation, prompt=prompt, seed=seed, seeds=[]))
 
 
 def _slug(prompt: str) -> str:
@@ -55,12 +67,20 @@ def resolved(config: Config, prompt: str) -> dict[str, Any]:
 
 
 def finished(
-    path: Path, config: Config, prompt: str, inputs: dict[str, dict[str, str]] | None = None
+    path: Path,
+    config: Config,
+    prompt: str,
+    inputs: dict[str, dict[str, str]] | None = None,
+    loras: Sequence[str] | None = None,
 ) -> tuple[bool, list[str]]:
     """Returns whether `path` and its JSON were made with this configuration, and the keys that differ.
 
-    Output path, name of the prompt file, check and processes do not count: they change no frame. `inputs`
-    (image, video, mask) has file names and sha256 like the record; only the sha256 counts.
+    Output path, name of the prompt file, check and processes do not count: they change no frame. A key that
+    an older record lacks had its default.
+
+    Args:
+        inputs: image, video, mask: file names and sha256 like the record; only the sha256 counts.
+        loras: sha256 of the files of `model.loras`; None: they do not count.
     """
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
@@ -68,10 +88,14 @@ def finished(
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         before = _comparable(content["config"], content.get("inputs", {}))
+        files = [entry["sha256"] for entry in content.get("loras") or ()]
     except (ValueError, KeyError, TypeError, AttributeError):
         return False, ["config"]
     now = _comparable(resolved(config, prompt), inputs or {})
+    before = _comparable(asdict(Config()), {}) | before
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if loras is not None and list(loras) != files and "model.loras" not in changed:
+        changed.append("content of model.loras")
     return not changed, changed
 
 
@@ -81,21 +105,47 @@ def _comparable(content: dict[str, dict], inputs: dict[str, dict]) -> dict[str, 
     return kept | {f"generation.{name}": file["sha256"] for name, file in inputs.items()}
 
 
+def refuse_other_settings(config: Config, changed: dict[Path, list[str]]) -> None:
+    """Raises UsageError for videos made with other settings, by the keys that differ, if they are to stay.
+
+    A video that `output.path` names must have a record, which tells its settings.
+    """
+    if config.output.overwrite or not changed:
+        return
+    (path, keys), *others = changed.items()
+    more = f" (and {len(others)} more)" if others else ""
+    had = f"was made with other settings ({', '.join(keys)})" if keys else "has no record of its settings"
+    raise UsageError(
+        f"output.path: {str(path)!r}{more} is there and {had}; name another output.path, or set "
+        "output.overwrite=true"
+    )
+
+
+def check_target(config: Config) -> Path:
+    """Returns the folder of the run's videos; UsageError if `output.path` cannot name it or the video."""
+    target, got = Path(expanduser(config.output.path)), f"output.path: got {config.output.path!r}"
+    is_file = target.suffix == ".mp4"
+    if is_file and (config.generation.prompt_file is not None or len(config.generation.all_seeds) > 1):
+        raise UsageError(f"{got}, must be a folder with a prompt file or several seeds")
+    try:
+        target.with_suffix(".json").exists()  # its name is the longest
+        if is_file and target.is_dir():
+            raise UsageError(f"{got}, which is a folder; name a file ending in .mp4")
+    except OSError as error:
+        raise UsageError(f"{got}, which cannot be used ({error.strerror}); name another") from error
+    return target.parent if is_file else target
+
+
 @contextmanager
-def writable_folder(config: Config, prompt_file: bool) -> Iterator[Path]:
-    """Makes the folder of the run's videos and tests that it can be written.
+def writable_folder(config: Config) -> Iterator[Path]:
+    """Makes the folder of the run's videos, tests that it can be written, and tidies up after dead runs.
 
     At the end, folders that were made here and are still empty are removed.
 
     Raises:
-        UsageError: the folder cannot be made or written, or one file is named for a whole prompt file.
+        UsageError: the folder cannot be made or written, or one file is named for several videos.
     """
-    target, got = Path(config.output.path).expanduser(), f"output.path: got {config.output.path!r}"
-    if target.suffix == ".mp4" and prompt_file:
-        raise UsageError(f"{got}, must be a folder with a prompt file")
-    if target.suffix == ".mp4" and target.is_dir():
-        raise UsageError(f"{got}, which is a folder; name a file ending in .mp4")
-    folder = target.parent if target.suffix == ".mp4" else target
+    folder = check_target(config)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         try:
@@ -104,12 +154,24 @@ def writable_folder(config: Config, prompt_file: bool) -> Iterator[Path]:
                 probe.write(b"x")
         except OSError as error:
             reason = f"cannot be written ({error.strerror or error})"
-            raise UsageError(f"{got}, which {reason}; name a folder you may write to") from error
+            raise UsageError(
+                f"output.path: got {config.output.path!r}, which {reason}; name a folder you may write to"
+            ) from error
+        remove_leftovers(folder)
         yield folder
     finally:
         for parent in made:
             with suppress(OSError):  # not empty, or never made
                 parent.rmdir()
+
+
+def unwritable(path: Path, error: OSError) -> UsageError:
+    """Returns the error for a video that cannot be written; it tells whether the disk is full."""
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return (DiskFullError if full else UsageError)(
+        f"output.path: cannot write {str(path)!r} ({error.strerror or one_line(error)}); name a folder with "
+        "room for the video"
+    )
 
 
 def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
@@ -122,14 +184,14 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
     Raises:
         OSError: the disk is full, or the file cannot be written.
     """
-    video = path.with_name(f".{os.getpid()}.{path.name}")
-    text = path.with_name(f".{os.getpid()}.{path.stem}.json")
+    video, text = temporary(path, ".mp4"), temporary(path.with_suffix(".json"))
     # ends the process with the signal's exit code, but through every `finally`
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with timed(record["seconds"], "write"):
             encode(video, frames, fps)
-        text.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        text.write_text(content, encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a pair
         _publish(video, text, path)
     finally:
         video.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: i
 
     Args:
         heads: of the model; calls: passes through the transformer in a step, 2 with guidance.
+        prompts: how many videos the run makes, each with a prompt and a seed.
 
     Raises:
         UsageError: the degrees do not make up the processes, or the run has no use for them.
@@ -32,7 +33,10 @@ def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: i
     halves = "there are no two halves of guidance" if calls == 1 else "guidance has two halves"
     limits = {
         "cfg_degree": (min(calls, 2), halves),
-        "data_degree": (prompts, "there are no more prompts to share (generation.prompt_file)"),
+        "data_degree": (
+            prompts,
+            "there are no more videos to share (generation.prompt_file, generation.seeds)",
+        ),
     }
     for name, (most, reason) in limits.items():
         got = getattr(wanted, name)

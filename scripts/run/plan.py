@@ -17,6 +17,7 @@ from radial_attn.models.runtime.schedule import Schedule
 from scripts.run.config import AttentionConfig, Config, MaskConfig, VideoSize
 from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step, position_arguments
+from scripts.run.files import sha256
 from scripts.run.flops import Flops, count_flops
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
@@ -120,6 +121,11 @@ class RunPlan:
             degrees=self.degrees,
         )
 
+    @cached_property
+    def lora_digests(self) -> list[str]:
+        """Returns the SHA-256 of the file of each LoRA."""
+        return [sha256(lora.file) for lora in self.loras if lora.file is not None]
+
     def efficiency_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `models.pipeline.efficiency.economize`."""
         model, names = self.config.model, ("offload", "quantization", "compile", "vae_tiling")
@@ -210,7 +216,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     calls = calls_per_step(config.model.family, config.generation.guidance_scale)
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
-    options = {"heads": model.heads, "calls": calls, "processes": processes, "prompts": len(prompts)}
+    videos = len(prompts) * len(config.generation.all_seeds)
+    options = {"heads": model.heads, "calls": calls, "processes": processes, "prompts": videos}
     degrees = plan_degrees(config.parallel, **options)
     if degrees.ring > 1:
         check_ring(attention, config.model)

@@ -1,6 +1,5 @@
 """Loads the pipeline of a plan, and samples its videos."""
 
-import errno
 import logging
 import sys
 import warnings
@@ -22,12 +21,12 @@ from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.run.config import Config
-from scripts.run.errors import DiskFullError, GenerationError, UsageError, one_line, raised_in
+from scripts.run.errors import GenerationError, UsageError, one_line, raised_in
 from scripts.run.families import batch, pipeline_arguments
 from scripts.run.hub_models import hub_unreachable
 from scripts.run.loras import put_in
 from scripts.run.machine_checks import is_out_of_memory
-from scripts.run.outputs import resolved, write_pair
+from scripts.run.outputs import resolved, unwritable, write_pair
 from scripts.run.plan import RunPlan, attention_arguments
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
 from scripts.run.system import Clock, hardware, peak_memory, room, synchronizer, timed, versions
@@ -101,7 +100,10 @@ class Sampler:
         if not self.groups.leads:
             return None
         record = self._record(prompt, run, seconds)
-        _write(path, frames, self.plan.config.output.fps, record)
+        try:
+            write_pair(path, frames, self.plan.config.output.fps, record)
+        except OSError as error:
+            raise unwritable(path, error) from error
         return record
 
     def sample_video(
@@ -266,17 +268,6 @@ def to_bytes(frames: np.ndarray) -> np.ndarray:
     if not np.isfinite(frames).all():
         raise GenerationError("non-finite values in the decoded frames (VAE, float32); no video written")
     return (frames * 255).round().astype(np.uint8)
-
-
-def _write(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
-    try:
-        write_pair(path, frames, fps, record)
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        raise (DiskFullError if full else UsageError)(
-            f"output.path: cannot write {str(path)!r} ({reason}); name a folder with room for the video"
-        ) from error
 
 
 def quiet_libraries() -> None:

@@ -1,21 +1,24 @@
 """Reads, checks and documents a configuration whose schema is dataclasses.
 
-Precedence, lowest first: the defaults of the dataclasses, the YAML file, `key=value` on the command line.
+Precedence, lowest first: the defaults of the dataclasses, the file (YAML or JSON), `key=value` arguments.
 """
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scripts.run.errors import UsageError, nearest_key, one_line
+from scripts.run.files import read_text
+from scripts.run.tables import parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -25,6 +28,7 @@ KINDS = {
     float | None: "a number",
     int | str: "a positive whole number or 'block'",
 }
+NULL_OR_MERGE = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 ZERO = "0"  # as `share`: the share may be 0
 NUMBERS = (float, float | None, int | float | str)
 PLAIN = {"choices": (), "low": None, "words": (), "share": None, "parse": None}  # metadata of a key
@@ -58,13 +62,52 @@ def listing(help: str, form: str, parse: Callable[[Any], list]) -> dict[str, Any
 
 def literal(text: str) -> str:
     """Escapes text, so that OmegaConf interpolates nothing in it."""
-    return text.replace("${", "\\${")
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", text)
 
 
 def find_path(name: str) -> Path:
     """Returns `name` from the current directory, or from the repository root if only that has it."""
     path = Path(os.path.expanduser(name))  # it leaves the home of an unknown user as it is
     return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+
+
+class TextLoader(yaml.SafeLoader):
+    """Reads YAML with every value as text, which its key's type then parses; only null becomes None."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in NULL_OR_MERGE]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Makes a mapping; ConstructorError for a key that is there twice."""
+        seen = set()
+        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
+            if name.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name.value!r} twice", name.start_mark)
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(path: Path) -> Any:
+    """Reads a YAML file, or a JSON file such as the record beside a video, whose `config` it then returns.
+
+    Numbers and true and false of YAML stay text.
+
+    Raises:
+        OSError, ValueError: the file cannot be read; the message has the line.
+    """
+    text = read_text(path)
+    if path.suffix.lower() == ".json":
+        content = parse_json(text)
+        return content["config"] if isinstance(content, dict) and "config" in content else content
+    try:
+        return yaml.load(text, TextLoader)
+    except yaml.MarkedYAMLError as error:
+        mark, reason = error.problem_mark or error.context_mark, error.problem or error.context
+        raise ValueError(f"line {mark.line + 1}: {reason}" if mark else str(reason)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +139,7 @@ class Schema:
             UsageError: the file is missing or unreadable, a key is unknown, a value has the wrong type.
         """
         config = OmegaConf.structured(self.root)
-        self._update(config, self._read_yaml(config_file), source=config_file)
+        self._update(config, self._read_file(config_file), source=config_file)
         self._update(config, self._read_overrides(overrides), source="command line")
         try:
             return OmegaConf.to_object(config)
@@ -159,25 +202,31 @@ class Schema:
     def _presets(self) -> list[str]:
         return [preset.relative_to(ROOT).as_posix() for preset in sorted(ROOT.glob(self.presets))]
 
-    def _read_yaml(self, config_file: str) -> dict[str, dict]:
-        path = find_path(config_file)
+    def _read_file(self, config_file: str) -> dict[str, dict]:
+        """Returns the values of a file by group and key; text that is not of a list is parsed by its key."""
+        path, groups = find_path(config_file), ", ".join(group.name for group in fields(self.root))
         if not path.is_file():
             names = ", ".join(self._presets())
             raise UsageError(f"config file {config_file!r} not found; bundled files: {names}")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"config file {config_file!r} cannot be read as YAML: {reason}") from error
-        content = content if isinstance(content, dict) else {str(content): None}
+            content = read_mapping(path)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UsageError(f"config file {config_file!r} cannot be read: {reason}") from error
+        if not isinstance(content, dict):
+            kind = "is empty" if content is None else f"holds a {type(content).__name__}"
+            raise UsageError(f"config file {config_file!r} {kind}, must hold groups of keys: {groups}")
         for group, values in content.items():
             if not isinstance(values, dict):
-                groups = ", ".join(group.name for group in fields(self.root))
+                wrong = f"config file {config_file!r}: {group!r} is not a group of keys"
+                if group in self.keys():
+                    first, _, leaf = group.partition(".")
+                    raise UsageError(f"{wrong}; write {first!r}, and {leaf!r} below it, indented")
                 nearest = nearest_key(str(group), self.keys())
-                raise UsageError(
-                    f"config file {config_file!r}: {group!r} is not a group of keys; allowed: {groups}; "
-                    f"did you mean {nearest!r}?"
-                )
+                raise UsageError(f"{wrong}; allowed: {groups}; did you mean {nearest!r}?")
+            for leaf, value in values.items():
+                if isinstance(value, str):
+                    values[leaf] = self._parse_value(f"{group}.{leaf}", value, null=None)
         return content
 
     def _read_overrides(self, overrides: Sequence[str]) -> dict[str, dict]:
@@ -188,11 +237,14 @@ class Schema:
             content.setdefault(group, {})[leaf] = self._parse_value(name, value)
         return content
 
-    def _parse_value(self, name: str, value: str) -> Any:
-        """Parses a value by its key's type: text literally (no YAML or interpolation), numbers in decimal."""
+    def _parse_value(self, name: str, value: str, null: str | None = "null") -> Any:
+        """Parses a value by its key's type: text literally (no YAML or interpolation), numbers in decimal.
+
+        `null`: the text that stands for None, if the key may be None.
+        """
         entry = self.keys().get(name)
         kind, meta = (str, {}) if entry is None else (entry.type, entry.metadata)
-        if kind in (str | None, float | None, int | None) and value == "null":
+        if kind in (str | None, float | None, int | None) and value == null:
             return None
         if meta.get("parse"):
             return value

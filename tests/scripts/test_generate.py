@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from scripts.generate import main
 from scripts.run.errors import UsageError
+from scripts.run.files import claim
 from tests.support.auto_backend import AUTO, AUTO_BFLOAT16
 from tests.support.plans import TINY
 from tests.support.script_cases import error_lines
@@ -117,7 +119,7 @@ def test_a_prompt_file_resumes(tiny_model, tmp_path, capsys):
     assert (out / "0003_a-dog_seed1.mp4").is_file()
     assert run(tiny_model, out, *overrides) == 0
     assert "0 of 3 videos to make" in capsys.readouterr().out
-    assert run(tiny_model, out, *overrides, "generation.steps=2") == 0
+    assert run(tiny_model, out, *overrides, "generation.steps=2", "output.overwrite=true") == 0
     assert "made with other settings (generation.steps): made again" in capsys.readouterr().out
 
 
@@ -159,8 +161,73 @@ def test_failures_keep_no_exception_and_so_no_tensors(tiny_model, tmp_path, monk
     assert stream.alive == [before, before]
 
 
-def test_a_video_that_is_there_is_replaced(tiny_model, tmp_path):
+def test_other_settings_overwrite_only_if_asked(tiny_model, tmp_path, capsys):
+    """The same settings make the same file again."""
+    words, video = ["generation.prompt=a", "generation.steps=1"], tmp_path / "a_seed1.mp4"
+    assert run(tiny_model, tmp_path, *words) == 0
+    before, record = video.read_bytes(), video.with_suffix(".json").read_text()
+    assert run(tiny_model, tmp_path, *words, "parallel.cfg_degree=1") == 0
+    assert f"{video} was made with these settings: made again" in capsys.readouterr().out
+    assert video.read_bytes() == before
+    record = video.with_suffix(".json").read_text()
+    (tmp_path / "prompts.txt").write_text("a\n")
+    for out in (tmp_path, video):
+        differs = [*words, "model.positions=riflex", "attention.pattern=dense"]
+        assert run(tiny_model, out, *differs) == 2
+        (line,) = error_lines(capsys)
+        had = "is there and was made with other settings (attention.pattern, model.positions)"
+        remedy = "name another output.path, or set output.overwrite=true"
+        assert line == f"error: output.path: {str(video)!r} {had}; {remedy}"
+    assert video.read_bytes() == before and video.with_suffix(".json").read_text() == record
+    assert run(tiny_model, tmp_path, *differs, "output.overwrite=true") == 0
+    assert "other settings (attention.pattern, model.positions): made again" in capsys.readouterr().out
+    assert json.loads(video.with_suffix(".json").read_text())["config"]["attention"]["pattern"] == "dense"
+
+
+def test_a_named_file_of_someone_else_is_replaced_only_if_asked(tiny_model, tmp_path, capsys):
     file = tmp_path / "a.mp4"
     file.write_bytes(b"before")
-    assert run(tiny_model, file) == 0
+    assert run(tiny_model, file) == 2
+    assert "has no record of its settings" in error_lines(capsys)[0] and file.read_bytes() == b"before"
+    assert run(tiny_model, file, "output.overwrite=true") == 0
     assert file.stat().st_size > 1000 and (tmp_path / "a.json").is_file()
+
+
+def test_several_seeds_of_several_prompts(tiny_model, tmp_path, capsys):
+    """Each video is that of its seed alone; comments are no prompts."""
+    (tmp_path / "prompts.txt").write_text("# of the first week\na\n  # b\n\\#c\n")
+    words = [f"generation.prompt_file={tmp_path / 'prompts.txt'}", "generation.steps=1"]
+    assert run(tiny_model, tmp_path / "out", *words, "generation.seeds=3,7") == 0
+    printed = capsys.readouterr().out
+    assert "4 of 4 videos to make" in printed and "video 1 of 4: line 2, seed 3: a\n" in printed
+    assert re.search(r"\nvideo 4 of 4, about \d+ s left: line 4, seed 7: #c\n", printed)
+    names = ["0002_a_seed3", "0002_a_seed7", "0004_c_seed3", "0004_c_seed7"]
+    assert sorted(file.stem for file in tmp_path.glob("out/*.mp4")) == names
+    record = json.loads((tmp_path / "out/0004_c_seed7.json").read_text())
+    generation = record["config"]["generation"]
+    assert (record["prompt"], record["seed"], generation["seed"], generation["seeds"]) == ("#c", 7, 7, [])
+    assert run(tiny_model, tmp_path / "one.mp4", words[1], "generation.prompt=#c", "generation.seed=7") == 0
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "out/0004_c_seed7.mp4").read_bytes()
+    assert run(tiny_model, tmp_path / "out", *words, "generation.seeds=7,3") == 0
+    assert "0 of 4 videos to make" in capsys.readouterr().out
+    assert run(tiny_model, tmp_path, words[1], "generation.prompt=a", "generation.seeds=1,2") == 0
+    assert re.search(r"\nvideo 2 of 2, about \d+ s left: seed 2: a\n", capsys.readouterr().out)
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["a_seed1.mp4", "a_seed2.mp4", "one.mp4"]
+
+
+def test_two_runs_share_a_prompt_file(tiny_model, tmp_path, capsys):
+    """A video that another run claims is left to it; one that is not claimed any more is made."""
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    words = [f"generation.prompt_file={tmp_path / 'prompts.txt'}", "generation.steps=1"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".0003_c_seed1.mp4.lock").touch()  # of a run that was killed
+    with claim(out / "0002_b_seed1.mp4") as mine:
+        assert mine and run(tiny_model, out, *words) == 0
+    printed = capsys.readouterr().out
+    assert "1 of these videos are being made by another run; this one has no more to make" in printed
+    names = [f"{name}_seed1.{end}" for name in ("0001_a", "0003_c") for end in ("json", "mp4")]
+    assert sorted(file.name for file in out.iterdir()) == names
+    assert run(tiny_model, out, *words) == 0
+    assert sorted(file.name for file in out.glob("*.mp4"))[1] == "0002_b_seed1.mp4"
+    assert not list(out.glob(".*"))

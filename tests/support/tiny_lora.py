@@ -41,7 +41,20 @@ NORMS = {  # full changes without a matrix: diffusers' parameter, original key
     "norm2.bias": "norm3.diff_b",
     "scale_shift_table": "diff_m",
 }
-FORMATS = ("diffusers", "adapter", "peft", "original", "original down", "diffsynth", "kohya")
+FORMATS = (
+    "diffusers",
+    "adapter",
+    "peft",
+    "compiled",
+    "original",
+    "original down",
+    "diffsynth",
+    "diffsynth model",
+    "kohya",
+    "kohya dots",
+    "fun",
+    "lycoris",
+)
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -72,6 +85,7 @@ def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torc
     names = original_names(40)
     state = {}
     for layer, (down, up) in pairs.items():
+        flat = names[layer].replace(".", "_")
         stem, a, b = {
             "diffusers": (f"transformer.{layer}", "lora_A", "lora_B"),
             "adapter": (layer, "lora_A", "lora_B"),
@@ -79,7 +93,12 @@ def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torc
             "original": (f"diffusion_model.{names[layer]}", "lora_A", "lora_B"),
             "original down": (f"diffusion_model.{names[layer]}", "lora_down", "lora_up"),
             "diffsynth": (names[layer], "lora_A.default", "lora_B.default"),
-            "kohya": (f"lora_unet_{names[layer].replace('.', '_')}", "lora_down", "lora_up"),
+            "diffsynth model": (f"pipe.dit.{names[layer]}", "lora_A.default", "lora_B.default"),
+            "compiled": (f"transformer._orig_mod.{layer}", "lora_A", "lora_B"),
+            "kohya": (f"lora_unet_{flat}", "lora_down", "lora_up"),
+            "kohya dots": (f"lora_unet_{names[layer].replace('.', '_', 1)}", "lora_down", "lora_up"),
+            "fun": (f"lora_unet__{flat}", "lora_down", "lora_up"),
+            "lycoris": (f"lycoris_{flat}", "lora_down", "lora_up"),
         }[form]
         state |= {f"{stem}.{a}.weight": down.clone(), f"{stem}.{b}.weight": up.clone()}
         if alpha is not None or form == "kohya":

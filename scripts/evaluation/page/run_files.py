@@ -86,7 +86,7 @@ def _files(path: Path) -> list[Path]:
         return [path.with_suffix(".json") if path.suffix == ".mp4" else path]
     names = [f"{kind}.json" for kind in MADE_BY if kind != "generation"]
     files = [path / name for name in names if (path / name).is_file()]
-    records = [video.with_suffix(".json") for video in sorted(path.glob("*.mp4"))]
+    records = [video.with_suffix(".json") for video in sorted(path.glob("[!.]*.mp4"))]
     files = files or [record for record in records if record.is_file()]
     if not files:
         raise UsageError(f"{path}: has no {', '.join(names)}, nor an mp4 with its JSON; name a run's folder")

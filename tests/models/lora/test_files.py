@@ -11,7 +11,8 @@ from radial_attn.models.lora.keys import match_keys, original_name, split_key
 from radial_attn.models.lora.load import Lora, load_loras
 from tests.support.families import run
 from tests.support.tiny import wan_transformer
-from tests.support.tiny_lora import changed, original_names, product, random_pairs, spell, write
+from tests.support.tiny_lora import changed, loaded, original_names, product, random_pairs, spell, write
+from tests.support.tiny_wan import vace_transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
@@ -22,8 +23,12 @@ def pairs():
 
 
 def test_names_of_the_original_are_those_that_diffusers_converts():
-    """Checks every parameter, also those that only image-to-video models have."""
-    names = [name for name, _ in wan_transformer(image_dim=16, added_kv_proj_dim=24).named_parameters()]
+    """Checks every parameter, also those that only image-to-video and VACE models have."""
+    image = {"image_dim": 16, "added_kv_proj_dim": 24}
+    parameters = dict(wan_transformer(**image).named_parameters()) | dict(
+        vace_transformer().named_parameters()
+    )
+    names = list(parameters)
     layers = [re.sub(r"\.(weight|bias)$", "", name) for name in names]
     theirs = [original_name(layer) + name[len(layer) :] for layer, name in zip(layers, names, strict=True)]
     state = {name: torch.tensor(number) for number, name in enumerate(theirs)}
@@ -47,6 +52,10 @@ def test_names_of_the_original_are_those_that_diffusers_converts():
         ("blocks.0.self_attn.o.lora_B.default.weight", "blocks.0.attn1.to_out.0", "up"),
         ("base_model.model.blocks.0.attn1.to_out.0.lora_B.weight", "blocks.0.attn1.to_out.0", "up"),
         ("transformer.blocks.0.attn2.to_v.lora.up.weight", "blocks.0.attn2.to_v", "up"),
+        ("diffusion_model.img_emb.emb_pos.diff", "condition_embedder.image_embedder.pos_embed", "weight"),
+        ("lora_unet_blocks_0_norm3.w_norm", "blocks.0.norm2", "weight"),
+        ("diffusion_model.vace_blocks.1.self_attn.q.lora_A.weight", "vace_blocks.1.attn1.to_q", "down"),
+        ("diffusion_model.vace_blocks.0.before_proj.diff_b", "vace_blocks.0.proj_in", "bias"),
     ],
 )
 def test_real_keys(key, layer, kind):
@@ -75,7 +84,8 @@ def test_what_keys_are_unmatched_for():
     stem = "diffusion_model.blocks.0.self_attn.q"
     reasons = {
         f"{stem}.lora_down.weight": "half of a pair",
-        f"{stem}.dora_scale": "no LoRA key",
+        f"{stem}.lora_C.weight": "no LoRA key",
+        f"{stem}.weight": "a whole weight, no change of one",
         "diffusion_model.blocks.0.self_attn.norm_q.diff_b": "there is no blocks.0.attn1.norm_q.bias",
         "diffusion_model.blocks.9.self_attn.q.lora_down.weight": "no such layer",
         "text_encoder.layers.0.lora_A.weight": "no such layer",
@@ -148,6 +158,31 @@ def test_with_the_option_a_shape_that_does_not_fit_is_left_out_but_not_most_of_t
         load_loras(wan_transformer(), [Lora(file)], unmatched="warn")
 
 
+@pytest.mark.parametrize("unmatched", ["error", "warn"])
+@pytest.mark.parametrize("lost", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_a_file_that_is_not_whole_is_refused_with_either_option(lost, unmatched, pairs, tmp_path):
+    state = spell(pairs, "kohya", 6.0)
+    del state[f"lora_unet_blocks_1_ffn_0.{lost}"]
+    message = r"LoRA a.safetensors is not whole: .*lora_unet_blocks_1_ffn_0\.(?!.*warn)"
+    with pytest.raises(ValueError, match=message):
+        load_loras(wan_transformer(), [Lora(write(tmp_path / "a.safetensors", state))], unmatched=unmatched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float64])
+def test_values_of_other_types(dtype, pairs, tmp_path):
+    rounded = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in pairs.items()}
+    expected = product({name: (down.float(), up.float()) for name, (down, up) in rounded.items()})
+    file = write(tmp_path / "a.safetensors", spell(rounded, "original"))
+    torch.testing.assert_close(loaded(file), changed(expected), **CLOSE)
+
+
+def test_whole_numbers_are_no_weights(pairs, tmp_path):
+    state = spell(pairs, "original")
+    state["diffusion_model.blocks.0.ffn.0.lora_A.weight"] = torch.ones(3, 24, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"no floating point numbers in .*ffn.0.lora_A.weight \(I8\)"):
+        load_loras(wan_transformer(), [Lora(write(tmp_path / "a.safetensors", state))])
+
+
 def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
     transformer = wan_transformer()
     plain = run(transformer)
@@ -162,7 +197,7 @@ def test_a_failure_leaves_the_model_as_it_was(pairs, tmp_path):
     assert torch.equal(run(transformer), plain) and not hasattr(transformer, "peft_config")
     assert all(value.requires_grad for value in transformer.parameters())
     load_loras(transformer, [good])
-    with pytest.raises(ValueError, match=r"has adapters \(lora_0\); remove them first"):
+    with pytest.raises(ValueError, match=r"has LoRAs \(lora_0\); remove them by their handle first"):
         load_loras(transformer, [good])
 
 

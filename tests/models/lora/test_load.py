@@ -1,5 +1,6 @@
 """LoRAs of every format in tiny Wan models: each key lands, and does what it says."""
 
+import copy
 import json
 
 import pytest
@@ -114,9 +115,116 @@ def test_removal_leaves_no_trace(tmp_path):
     handle.remove()
     after = dict(transformer.named_parameters())
     assert list(after) == list(before)
-    for name, (value, copy, trained) in before.items():
-        assert after[name] is value and torch.equal(value, copy) and value.requires_grad == trained, name
+    for name, (value, old, trained) in before.items():
+        assert after[name] is value and torch.equal(value, old) and value.requires_grad == trained, name
     assert not hasattr(transformer, "peft_config")
+
+
+def own_adapter(transformer, name: str = "mine", seed: int = 3) -> None:
+    """Adds an adapter of the user's own with random values, and makes it the active one."""
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "proj_out"]), name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, value in transformer.named_parameters():
+            if f".{name}." in key:
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+
+
+@pytest.fixture
+def distilled(tmp_path):
+    state, change = random_distilled(wan_transformer())
+    return Lora(write(tmp_path / "distilled.safetensors", state), 0.5), change
+
+
+def test_adapters_of_the_user_from_before_count_with_the_loras_and_stay(distilled):
+    lora, change = distilled
+    transformer, plain = wan_transformer(), wan_transformer()
+    own_adapter(transformer)
+    transformer.set_adapters("mine", 0.7)
+    with torch.no_grad():
+        for name, delta in change.items():
+            plain.get_parameter(name).add_(0.5 * delta)
+    own_adapter(plain)
+    plain.set_adapters("mine", 0.7)
+    before = {name: (value, value.clone()) for name, value in transformer.named_parameters()}
+    trained = {name: value.requires_grad for name, value in transformer.named_parameters()}
+    expected = run(transformer)
+    for mode in ("separate", "fused"):
+        handle = load_loras(transformer, [lora], mode=mode)
+        torch.testing.assert_close(run(transformer), run(plain), **CLOSE)
+        assert transformer.active_adapters() == (["mine", "lora_0"] if mode == "separate" else ["mine"])
+        if mode == "separate":
+            handle.remove()
+            assert torch.equal(run(transformer), expected)
+            after = dict(transformer.named_parameters())
+            assert list(after) == list(before)
+            assert all(after[name] is old and torch.equal(old, copy) for name, (old, copy) in before.items())
+            assert {name: value.requires_grad for name, value in after.items()} == trained
+        assert list(transformer.peft_config) == ["mine"]
+
+
+def test_adapters_of_the_user_from_after_stay(distilled):
+    transformer, alone = wan_transformer(), wan_transformer()
+    own_adapter(alone)
+    handle = load_loras(transformer, [distilled[0]])
+    own_adapter(transformer)
+    assert torch.equal(run(transformer), run(alone))  # the new adapter is the active one
+    transformer.set_adapters(["mine", "lora_0"], [1.0, 0.5])
+    assert not torch.equal(run(transformer), run(alone))
+    handle.remove()
+    assert torch.equal(run(transformer), run(alone)) and list(transformer.peft_config) == ["mine"]
+    assert list(dict(transformer.named_parameters())) == list(dict(alone.named_parameters()))
+    load_loras(transformer, [distilled[0]]).remove()
+    assert torch.equal(run(transformer), run(alone))
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+@pytest.mark.parametrize(
+    ("method", "arguments", "scale"),
+    [
+        ("set_adapters", ("lora_0", 0.0), 0.0),
+        ("set_adapters", ("lora_0", -1.5), -1.5),
+        ("disable_lora", (), 0.0),
+        ("disable_adapters", (), 0.0),
+        ("delete_adapters", ("lora_0",), 0.0),
+        ("unload_lora", (), 0.0),
+    ],
+)
+def test_changes_of_weights_follow_the_methods_of_diffusers(method, arguments, scale, copied, distilled):
+    lora, change = distilled
+    transformer = wan_transformer()
+    handle = load_loras(transformer, [lora])
+    transformer = copy.deepcopy(transformer) if copied else transformer
+    getattr(transformer, method)(*arguments)
+    torch.testing.assert_close(run(transformer), changed(change, scale), **CLOSE)
+    if method.startswith("disable"):
+        getattr(transformer, method.replace("disable", "enable"))()
+        torch.testing.assert_close(run(transformer), changed(change, 0.5), **CLOSE)
+    if not copied:
+        handle.remove()
+        assert torch.equal(run(transformer), run(wan_transformer()))
+        load_loras(transformer, [lora])
+        torch.testing.assert_close(run(transformer), changed(change, 0.5), **CLOSE)
+
+
+def test_a_pipeline_unloads_a_lora_without_pairs_and_does_not_fuse_it(tmp_path):
+    pipeline, delta = wan_pipeline(), torch.ones(24)
+    file = write(tmp_path / "a.safetensors", {"diffusion_model.blocks.0.self_attn.q.diff_b": delta})
+    load_loras(pipeline, [Lora(file)])
+    torch.testing.assert_close(run(pipeline.transformer), changed({"blocks.0.attn1.to_q.bias": delta}))
+    with pytest.raises(ValueError, match=r"fuse_lora could not be undone with these LoRAs; use .*fused"):
+        pipeline.transformer.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert torch.equal(run(pipeline.transformer), run(wan_transformer()))
+
+
+@pytest.mark.parametrize("method", ["disable_lora", "fuse_lora"])
+def test_adapters_that_would_hide_a_lora_are_refused(method, distilled):
+    transformer = wan_transformer()
+    own_adapter(transformer)
+    getattr(transformer, method)()
+    with pytest.raises(ValueError, match="adapters that are disabled or fused; call enable_lora"):
+        load_loras(transformer, [distilled[0]])
 
 
 def test_fused_loras_cannot_be_taken_back(pairs, tmp_path):

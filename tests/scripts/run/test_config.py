@@ -1,9 +1,12 @@
 """Schema, YAML, overrides and presets."""
 
+import json
 from dataclasses import asdict
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from radial_attn import RadialConfig
 from radial_attn.block_mask import BLOCK_SIZES
@@ -13,7 +16,7 @@ from radial_attn.models.pipeline.load import FAMILIES
 from radial_attn.models.pipeline.rope_scaling import METHODS
 from radial_attn.models.runtime.output_check import CHECKS
 from scripts.run.config import ROOT, AttentionConfig, keys, read_config
-from scripts.run.errors import multiples_around, nearest_key, one_line
+from scripts.run.errors import UsageError, multiples_around, nearest_key, one_line
 from scripts.run.option_checks import check_options
 from scripts.run.plan import attention_arguments, radial_config
 
@@ -23,7 +26,8 @@ OPTIONAL = {
     "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
     "cache_ratios positions positions_frames",
     "attention": "density",
-    "generation": "prompt_file image video mask guidance_scale_2 prompt_template",
+    "generation": "prompt_file image video mask guidance_scale_2 prompt_template seeds",
+    "output": "overwrite",
     "parallel": "ulysses_degree ring_degree cfg_degree data_degree",
 }
 
@@ -108,6 +112,74 @@ def test_precedence_defaults_then_file_then_command_line(tmp_path):
 def test_values_of_the_command_line(override, value):
     group, name = override.split("=")[0].split(".")
     assert asdict(read_config(TINY, [override]))[group][name] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("generation: {prompt: no}", "prompt", "no"),
+        ("generation: {prompt: 1.50}", "prompt", "1.50"),
+        ("generation: {prompt: 2026-11-29}", "prompt", "2026-11-29"),
+        ("generation: {prompt: 12:30}", "prompt", "12:30"),
+        ("generation: {prompt: '${oc.env:HOME} ${5}'}", "prompt", "${oc.env:HOME} ${5}"),
+        ("generation: {prompt: 'a\u2028b'}", "prompt", "a\u2028b"),
+        ("generation: {prompt_file: 'null'}", "prompt_file", "null"),
+        ("generation: {prompt_file: null}", "prompt_file", None),
+        ("generation: {prompt_file: ~}", "prompt_file", None),
+        ("generation: {seed: 010}", "seed", 10),
+        ("generation: {guidance_scale: 1e1}", "guidance_scale", 10.0),
+        ("x: &x {seed: 3}\ngeneration: {<<: *x}", "seed", UsageError),
+    ],
+)
+def test_a_value_of_a_file_is_what_its_key_takes(tmp_path, text, name, value):
+    (tmp_path / "mine.yaml").write_text(text)
+    if value is UsageError:
+        with pytest.raises(UsageError, match=r"unknown key 'x\.seed'"):
+            read_config(str(tmp_path / "mine.yaml"), [])
+    else:
+        assert getattr(read_config(str(tmp_path / "mine.yaml"), []).generation, name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.yaml", "generation: {seed: 1}\nmodel: {}\ngeneration: {steps: 2}", "line 3: 'generation' twice"),
+        ("a.yaml", "generation:\n  seed: 1\n  seed: 2", "line 3: 'seed' twice"),
+        ("a.yaml", "model.path: a", "write 'model', and 'path' below it, indented"),
+        ("a.yaml", "model:\n\tpath: a", "line 2: found character"),
+        ("a.yaml", "[a]", "holds a list, must hold groups of keys: model, "),
+        ("a.yaml", "", "is empty, must hold groups"),
+        ("a.yaml", "generation: {seed: 0x10}", "generation.seed: got '0x10', must be a whole number"),
+        ("a.yaml", "generation: {prompt: [a]}", "generation.prompt: got"),
+        ("a.yaml", "? [a]\n: b", "line 1: found unhashable key"),
+        ("a.yaml", "[" * 5000, "RecursionError|recursion"),
+        ("a.yaml", b"generation: {prompt: \xe9}", "line 1 is not UTF-8"),
+        ("a.json", '{"generation": {"seed": 1, "seed": 2}}', "'seed' is given twice"),
+        ("a.json", '{"generation":\n {', "line 2"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_written_is_refused(tmp_path, name, text, reason):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=reason) as refusal:
+        read_config(str(tmp_path / name), [])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_record_is_a_configuration(tmp_path):
+    words = [
+        "generation.prompt=${a} \\${b} 😀",
+        "generation.flow_shift=null",
+        "model.loras=[{path: no, scale: 0.5}]",
+    ]
+    before = read_config("configs/wan_tiny_4x.yaml", words)
+    (tmp_path / "a.json").write_text(json.dumps({"config": asdict(before), "seconds": {}}))
+    assert read_config(str(tmp_path / "a.json"), []) == before
+    assert read_config(str(tmp_path / "a.json"), ["generation.seed=5"]).generation.seed == 5
+
+
+@given(st.text(alphabet="\\\\${}ab:\"' ", min_size=1, max_size=9))
+def test_text_is_taken_literally(text):
+    assert read_config(TINY, [f"generation.prompt={text}"]).generation.prompt == text
 
 
 def test_a_config_is_found_from_any_directory(tmp_path, monkeypatch):

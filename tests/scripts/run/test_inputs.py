@@ -12,7 +12,8 @@ from PIL import Image
 
 from scripts.generate import main
 from scripts.run.config import read_config
-from scripts.run.inputs import fit, open_image, read_inputs
+from scripts.run.errors import UsageError
+from scripts.run.inputs import fit, open_image, read_inputs, read_prompts
 from tests.support.script_cases import SMALL, refused
 from tests.support.tiny import CHANNELS
 from tests.support.tiny_hunyuan import hunyuan_image_pipeline
@@ -95,11 +96,23 @@ def test_a_tiny_random_vace(given, tmp_path):
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
 
 
+def test_comments_are_no_prompts(tmp_path):
+    """A prompt that begins with # is written with a backslash; any other backslash stays."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("# cats\n a # b\n\n\t# dogs\n\\# c\n\\d\n\\\\#\n")
+    generation = read_config(WAN, [f"generation.prompt_file={file}"]).generation
+    assert read_prompts(generation) == {2: "a # b", 5: "# c", 6: "\\d", 7: "\\\\#"}
+    file.write_text("# nothing\n")
+    with pytest.raises(UsageError, match="which is empty"):
+        read_prompts(generation)
+
+
 def test_a_prompt_file_resumes_unless_the_image_changed(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     image = picture(tmp_path / "first.png")
     model, _ = saved(a14b_i2v_pipeline, tmp_path)
-    options = [*SMALL, *FRAMES, model, "generation.steps=1", f"output.path={tmp_path / 'out'}"]
+    options = [*SMALL, *FRAMES, model, "generation.steps=1", "output.overwrite=true"]
+    options.append(f"output.path={tmp_path / 'out'}")
     argv = [WAN, *options, f"generation.prompt_file={tmp_path / 'prompts.txt'}"]
 
     def run(file: Path) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,16 @@ import pytest
 import radial_attn
 from scripts.run.config import ROOT, read_config
 from scripts.run.errors import UsageError
-from scripts.run.outputs import _raise_reason, finished, resolved, video_path, writable_folder, write_pair
+from scripts.run.files import claim, temporary
+from scripts.run.outputs import (
+    _raise_reason,
+    check_target,
+    finished,
+    resolved,
+    video_path,
+    writable_folder,
+    write_pair,
+)
 from scripts.run.system import cgroup_free, installed, own_memory, versions
 
 TINY = "configs/wan_tiny.yaml"
@@ -100,6 +110,40 @@ for steps in (20, 21):
 """
 
 
+def test_a_run_removes_what_killed_runs_left(tmp_path):
+    """A video without a record, whose temporary record is there, is half of a pair."""
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "a.mp4"), "SIGKILL"]
+    subprocess.run(command, check=False, cwd=ROOT)
+    (left,) = tmp_path.glob(".*.part")
+    assert left.name.startswith(".a.json.") and (tmp_path / "a.mp4").is_file()
+    kept = [
+        temporary(tmp_path / "b.mp4", ".mp4"),
+        tmp_path / ".c.mp4.0a1b2c3d-1.part.mp4",
+        tmp_path / "d.mp4",
+    ]
+    old = tmp_path / ".c.mp4.0a1b2c3d-2.part.mp4"  # of another machine
+    for file in (*kept, old, tmp_path / ".e.mp4.lock"):
+        file.touch()
+    os.utime(old, (0, 0))
+    with claim(tmp_path / "f.mp4") as mine, writable_folder(read_config(TINY, [f"output.path={tmp_path}"])):
+        assert mine and set(tmp_path.iterdir()) == {*kept, tmp_path / ".f.mp4.lock"}
+        with claim(tmp_path / "f.mp4") as again:
+            assert not again
+    assert set(tmp_path.iterdir()) == set(kept)
+
+
+def test_a_file_name_of_the_greatest_length(tmp_path):
+    path = tmp_path / f"{'ж' * 125}x.mp4"  # 255 bytes; that of its record is longer by one
+    config = read_config(TINY, [f"output.path={path}"])
+    with pytest.raises(UsageError, match=r"cannot be used .*too long"):
+        check_target(config)
+    path = path.with_name(path.name[1:])
+    with claim(path) as mine:
+        assert mine
+        write_pair(path, moving_square(), 16, {"seconds": {}})
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, path.with_suffix(".json").name}
+
+
 @pytest.mark.parametrize("end", ["SIGINT", "SIGKILL"])
 def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(tmp_path, end):
     """The second video has no record yet, and the first record must not stand for it."""
@@ -118,11 +162,11 @@ def test_the_reason_of_a_full_disk_is_reported():
 
 def test_folders_made_for_nothing_are_removed(tmp_path):
     config = read_config(TINY, [f"output.path={tmp_path / 'a/b/c'}"])
-    with pytest.raises(UsageError), writable_folder(config, prompt_file=False) as folder:
+    with pytest.raises(UsageError), writable_folder(config) as folder:
         assert folder.is_dir()
         raise UsageError("later")
     assert not (tmp_path / "a").exists()
-    with writable_folder(config, prompt_file=False) as folder:
+    with writable_folder(config) as folder:
         (folder / "kept").touch()
     assert [file.name for file in folder.iterdir()] == ["kept"]
 
@@ -172,6 +216,16 @@ def test_finished_compares_what_changes_a_frame(tmp_path):
     write_pair(path, moving_square(), 16, {"seconds": {}, "config": resolved(config, "a")})
     assert finished(path, config, "a") == (True, [])
     assert finished(path, read_config(TINY, ["output.path=elsewhere"]), "a") == (True, [])
+    assert finished(path, config, "a", loras=["0" * 64]) == (False, ["content of model.loras"])
+    record = path.with_suffix(".json")
+    content = json.loads(record.read_text())
+    del (
+        content["config"]["generation"]["seeds"],
+        content["config"]["attention"]["quantize"],
+    )  # of an old version
+    record.write_text(json.dumps(content | {"loras": [{"sha256": "0" * 64}]}))
+    assert finished(path, config, "a", loras=["0" * 64]) == (True, [])
+    assert finished(path, config, "a", loras=["1" * 64]) == (False, ["content of model.loras"])
     more = read_config(TINY, ["generation.steps=21", "model.dtype=bfloat16"])
     assert finished(path, more, "a") == (False, ["generation.steps", "model.dtype"])
     path.with_suffix(".json").write_text("{")
