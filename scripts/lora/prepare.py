@@ -140,6 +140,8 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
     if small := [clip.name for clip in clips if is_enlarged(clip.video, clip.height, clip.width)]:
         lines.append(f"note: {len(small)} clips are enlarged: {listed(small, 3)}")
     shards, keys, captions = job.shards(), {clip.key for clip in clips}, job.captions
+    if shards.lost:
+        lines.append(f"note: {len(shards.lost)} files are made again: {listed(shards.lost, 3)}")
     done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
     lines.append(
         f"latents    {job.folder}: {done} of {len(keys)} clips and {texts} of {len(captions)} texts are there"
