@@ -190,7 +190,7 @@ def _in_folder(name: str, dataset: Dataset) -> list[Entry]:
                 dataset.others[label] = "a caption without a video"
         elif stem in captions and stem not in videos:
             dataset.bad[label] = f"it has a caption, but is {NO_VIDEO}"
-        else:
+        elif file.suffix.lower() != ".json" or stem not in videos:  # else it is the video's record
             dataset.others[label] = NO_VIDEO
     if not entries and not dataset.bad:
         raise UsageError(

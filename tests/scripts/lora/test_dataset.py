@@ -113,6 +113,7 @@ def make_others(folder: Path) -> None:
     add(folder / ".cache", "d")
     (folder / "._a.mp4").write_text("of macOS")
     (folder / "a.json").write_text("{}")
+    (folder / "b.json").write_text("{}")
     (folder / "lone.txt").write_text("a caption")
 
 
@@ -124,7 +125,7 @@ def test_other_files_are_named_and_links_are_followed_without_a_circle(folder):
     links = dict.fromkeys(("0/", "deep/up/", "out/"), kind)
     assert dataset.others == links | {
         ".cache/": "a hidden folder",
-        "a.json": datasets.NO_VIDEO,
+        "b.json": datasets.NO_VIDEO,
         "lone.txt": "a caption without a video",
     }
 
