@@ -1,7 +1,6 @@
 """Reads frames of videos, tiles them into one picture, and puts videos side by side in a GIF."""
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from scripts.run import video_files
 from scripts.run.errors import UsageError, one_line
-from scripts.run.inputs import BROKEN, video_reader
 
 GAP = 4  # white pixels between frames
 LABEL, FONT = 20, 12  # pixels: height of the label above a video, size of its letters
@@ -21,10 +20,8 @@ STILL = 8  # levels of 255: in a GIF a pixel that changes by less is held, which
 def read_video(path: Path) -> np.ndarray:
     """Reads all frames of a video file, uint8 `[T, H, W, 3]`; UsageError if that fails."""
     try:
-        with warnings.catch_warnings(), video_reader(path) as reader:
-            warnings.simplefilter("ignore")
-            return np.stack(list(reader.iter_data()))
-    except BROKEN as error:
+        return np.stack([np.asarray(frame) for frame in video_files.read_video(path)])
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read frames of {path}: {one_line(error)}") from error
 
 

@@ -14,16 +14,17 @@ from tqdm import tqdm
 from radial_attn.models.lora.keys import listed
 from scripts.lora.config import DataConfig
 from scripts.lora.latent_shards import write_whole
-from scripts.lora.videos import SUFFIXES, Video, probe
+from scripts.lora.videos import Video, probe
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import read_text
 from scripts.run.inputs import BROKEN
 from scripts.run.schema import find_path
 from scripts.run.tables import read_json_lines, read_table
+from scripts.run.video_files import SUFFIXES
 
 SAME_RATE = 0.01  # share by which a rate may be missed: 24 includes films at 23.976
 READINGS, LEFT_OUT = "readings.json", "left_out.txt"
-READER = 1  # version of how a video is read; raise it if a file gives another reading
+READER = 2  # version of how a video is read; raise it if a file gives another reading
 SAVE_EVERY = 10.0  # seconds between two writes of the readings
 NO_VIDEO = f"no video of a kind that is read ({', '.join(SUFFIXES)})"
 READING = {"digest": str, "frames": int, "fps": float, "height": int, "width": int}
@@ -329,16 +330,17 @@ def _state(path: Path) -> list[int]:
 def _check_rates(dataset: Dataset, data: DataConfig) -> None:
     """Raises UsageError if rates differ without `data.fps`, or are below it and `data.skip_bad` is false."""
     fps, videos = data.fps, dataset.videos
-    rates = Counter(round(video.fps, 2) for video in videos)
+    moving = [video for video in videos if video.frames > 1]
+    rates = Counter(round(video.fps, 2) for video in moving)
     if fps is None and len(rates) > 1:
-        first = {round(video.fps, 2): video.name for video in reversed(videos)}
+        first = {round(video.fps, 2): video.name for video in reversed(moving)}
         texts = [f"{rate:g} ({count}, as {first[rate]})" for rate, count in sorted(rates.items())]
         raise UsageError(
             f"data.fps: got null, but the videos' rates are {', '.join(texts)} frames a second; set data.fps "
             f"to a number up to {min(rates):g}, or use videos of one rate"
         )
     least = 0.0 if fps is None else fps * (1 - SAME_RATE)
-    slow = {video.name: f"{video.fps:g} frames a second" for video in videos if video.fps < least}
+    slow = {video.name: f"{video.fps:g} frames a second" for video in moving if video.fps < least}
     if slow and not data.skip_bad:
         raise UsageError(
             f"data.fps: got {fps:g}, but {len(slow)} of {len(videos)} videos have fewer frames a second: "

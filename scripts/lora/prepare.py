@@ -1,6 +1,5 @@
 """Encodes videos and captions as latents and text embeddings, the input of LoRA training."""
 
-import logging
 import os
 import warnings
 from collections import Counter
@@ -92,7 +91,6 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
         UsageError: a model, video or caption cannot be used.
         GenerationError: a clip or caption cannot be encoded.
     """
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every rotated video
     device, path = find_device(config.model.device), find_model(config.model)
     check_data_sizes(config.data, read_model_info(path))
     dataset = read_dataset(config.data, dry_run=dry_run)
@@ -120,7 +118,7 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
 def summary(dataset: Dataset, job: Job) -> list[str]:
     """Describes the videos and their clips: how many, left out, enlarged, and encoded already."""
     data, clips, videos = job.config.data, job.clips, dataset.videos
-    rates = sorted({f"{video.fps:g}" for video in videos}, key=float)
+    rates = sorted({f"{video.fps:g}" for video in videos if video.frames > 1}, key=float)
     taken = "" if data.fps is None else f", taken at {data.fps:g}"
     shapes = Counter(clip.shape for clip in clips)
     counts = (f"{shape} {shapes[shape]}" for shape in ("x".join(map(str, size)) for size in data.sizes))

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,12 +14,11 @@ import torch
 from torch import Tensor
 
 from scripts.lora.config import DataConfig
-from scripts.run.errors import UsageError
+from scripts.run.errors import UsageError, one_line
 from scripts.run.files import sha256
-from scripts.run.inputs import fit, read_frames, video_reader
+from scripts.run.inputs import fit
+from scripts.run.video_files import probe_video, read_video
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-UNEVEN = 0.02  # share of the frames that may be more or fewer than rate and seconds give
 SAME_SHAPE = 0.1  # between logarithms of width / height: 480 x 832 counts as 720 x 1280
 
 
@@ -68,33 +64,9 @@ class Clip:
 
 
 def probe(path: Path) -> tuple[str, int, float, int, int]:
-    """Returns digest, frames, frame rate, height and width; decodes the whole video to count.
-
-    Raises an error of `BROKEN` if it cannot be read or its rate varies.
-    """
-    digest = sha256(path)
-    with video_reader(path) as reader:
-        fps, (height, width) = float(reader.get_meta_data()["fps"]), reader.get_data(0).shape[:2]
-    frames, seconds = _count(path)
-    if abs(frames - fps * seconds) > max(1.5, UNEVEN * frames):
-        raise ValueError(
-            f"its frame rate varies, {fps:g} on average; `ffmpeg -i IN -vf fps={fps:.0f} OUT` mends that"
-        )
-    return digest, frames, fps, height, width
-
-
-def _count(path: Path) -> tuple[int, float]:
-    """Counts frames and seconds at a constant rate, as a reader gets them; ValueError if there are none."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    output = ["-map", "0:v:0", "-f", "image2pipe", "-c:v", "rawvideo", "-y", os.devnull]
-    command = [get_ffmpeg_exe(), "-nostdin", "-i", str(path), *output]
-    log = subprocess.run(command, capture_output=True, check=False).stderr.decode(errors="replace")
-    progress = re.findall(r"frame=\s*(\d+).*?time=(\d+):(\d+):([\d.]+)", log)
-    if not progress or not int(progress[-1][0]):
-        raise ValueError("no frames")
-    frames, hours, minutes, seconds = progress[-1]
-    return int(frames), 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    """Returns digest, frames, frame rate, height and width; raises as `probe_video`."""
+    about = probe_video(path)
+    return sha256(path), about.frames, about.fps, about.height, about.width
 
 
 def plan_clips(videos: list[Video], data: DataConfig) -> list[Clip]:
@@ -151,15 +123,18 @@ def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]
     """Yields each clip of a video with its frames, uint8 `[F, height, width, 3]`; decodes the video once.
 
     Raises:
-        UsageError: the video breaks off before a clip ends.
+        UsageError: the video cannot be read, or breaks off before a clip ends.
     """
     number = -1
-    with closing(read_frames("data", str(video.path))) as frames:
+    with closing(read_video(video.path)) as frames:
         for clip in clips:
             picked = np.empty((len(clip.frames), clip.height, clip.width, 3), dtype=np.uint8)
             for index, wanted in enumerate(clip.frames):
-                while number < wanted:
-                    frame, number = next(frames, None), number + 1
+                try:
+                    while number < wanted:
+                        frame, number = next(frames, None), number + 1
+                except (OSError, ValueError) as error:
+                    raise UsageError(f"data: {video.name} cannot be read ({one_line(error)})") from error
                 if frame is None:
                     raise UsageError(
                         f"data: {video.name} breaks off at frame {number} of {video.frames}; remove it, and "

@@ -234,12 +234,12 @@ class GenerationConfig:
     )
     image: str | None = key(
         None,
-        "JPEG or PNG that image to video starts from, one for all prompts; rotated by EXIF, composited on "
+        "image that image to video starts from, one for all prompts; rotated by EXIF, composited on "
         "black, resized to cover height x width (Lanczos), centre-cropped",
     )
     video: str | None = key(
         None,
-        "VACE: mp4, gif or folder of images that controls the video; the first num_frames frames, each "
+        "VACE: video or folder of images that controls the video; the first num_frames frames, each "
         "resized and cropped like image",
     )
     mask: str | None = key(

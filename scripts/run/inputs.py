@@ -7,19 +7,17 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import read_lines, sha256
+from scripts.run.image_files import BROKEN, is_image_name, read_image
+from scripts.run.video_files import read_video
 
 NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
-FORMATS = ("JPEG", "PNG")
-SUFFIXES = {".jpg", ".jpeg", ".png"}
-IMAGE = "a JPEG or PNG file of 8 bits a channel"
-VIDEO = "an mp4 or gif file, or a folder of JPEG or PNG files"
-# Pillow and ffmpeg raise these for a file that is broken or of another kind.
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, RuntimeError, Image.DecompressionBombError)
+IMAGE = "a JPEG, PNG, WebP or AVIF file of 8 bits a channel"
+VIDEO = "a video, or a folder of images (JPEG, PNG, WebP or AVIF)"
 
 
 @dataclass(frozen=True)
@@ -96,28 +94,14 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def open_image(key: str, name: str) -> Image.Image:
-    """Reads a file as 8-bit RGB, rotated by its EXIF tag and composited on black; else raises UsageError."""
+    """Reads a file as 8-bit RGB, upright, in sRGB and composited on black; else raises UsageError."""
     path = _existing(key, name, IMAGE)
     if path.is_dir():
         raise UsageError(f"{key}: got {name!r}, which is a folder; name {IMAGE}")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return upright(image)
-    except UnidentifiedImageError as error:
-        raise UsageError(f"{key}: got {name!r}, which is no JPEG or PNG; name {IMAGE}") from error
+        return read_image(path)
     except BROKEN as error:
         raise _unreadable(key, name, error, IMAGE) from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Makes 8-bit RGB, rotated by EXIF and composited on black; ValueError for more than 8 bits a channel."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
-    image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    black = Image.new("RGBA", image.size, "black")
-    return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
 
 
 def _read_video(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
@@ -148,35 +132,16 @@ def _fitted_frames(
 
 
 def read_frames(key: str, name: str) -> Iterator[Image.Image]:
-    """Yields the frames, 8-bit RGB, of a video file, a gif, or a folder of images in order of their names."""
+    """Yields the frames, 8-bit RGB, of a video file, or of a folder of images in order of their names."""
     path = _existing(key, name, VIDEO)
     if path.is_dir():
         for file in _images_in(key, path):
             yield open_image(key, str(file))
         return
     try:
-        if path.suffix.lower() == ".gif":
-            with Image.open(path, formats=("GIF",)) as image:
-                yield from map(upright, ImageSequence.Iterator(image))
-        else:
-            with video_reader(path) as reader:
-                yield from map(Image.fromarray, reader.iter_data())
+        yield from read_video(path)
     except BROKEN as error:
         raise _unreadable(key, name, error, VIDEO) from error
-
-
-def video_reader(path: Path) -> Any:
-    """Returns imageio's reader of a video file, a context manager; raises one of BROKEN if it cannot be read.
-
-    About once in a hundred files, imageio misses ffmpeg's answer on a good file
-    (https://github.com/imageio/imageio/issues/273). So a file is refused only at the second try.
-    """
-    import imageio
-
-    try:
-        return imageio.get_reader(path, format="FFMPEG")
-    except OSError:
-        return imageio.get_reader(path, format="FFMPEG")
 
 
 def _existing(key: str, name: str, wanted: str) -> Path:
@@ -191,7 +156,7 @@ def _existing(key: str, name: str, wanted: str) -> Path:
 
 def _images_in(key: str, folder: Path) -> list[Path]:
     try:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in folder.iterdir() if is_image_name(file))
     except OSError as error:
         raise _unreadable(key, str(folder), error, VIDEO) from error
     if not files:

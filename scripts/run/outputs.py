@@ -60,9 +60,9 @@ def _slug(prompt: str) -> str:
 
 
 def resolved(config: Config, prompt: str) -> dict[str, Any]:
-    """Returns the configuration as the JSON holds it, with the prompt of this video."""
+    """Returns the configuration as the JSON holds it: the one that makes this video alone."""
     content = asdict(config)
-    content["generation"]["prompt"] = prompt
+    content["generation"] |= {"prompt": prompt, "prompt_file": None}
     return content
 
 

@@ -208,11 +208,18 @@ def test_several_seeds_of_several_prompts(tiny_model, tmp_path, capsys):
     assert (record["prompt"], record["seed"], generation["seed"], generation["seeds"]) == ("#c", 7, 7, [])
     assert run(tiny_model, tmp_path / "one.mp4", words[1], "generation.prompt=#c", "generation.seed=7") == 0
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "out/0004_c_seed7.mp4").read_bytes()
+    assert main([str(tmp_path / "out/0004_c_seed7.json"), f"output.path={tmp_path / 'same.mp4'}"]) == 0
+    assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
     assert run(tiny_model, tmp_path / "out", *words, "generation.seeds=7,3") == 0
     assert "0 of 4 videos to make" in capsys.readouterr().out
     assert run(tiny_model, tmp_path, words[1], "generation.prompt=a", "generation.seeds=1,2") == 0
     assert re.search(r"\nvideo 2 of 2, about \d+ s left: seed 2: a\n", capsys.readouterr().out)
-    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["a_seed1.mp4", "a_seed2.mp4", "one.mp4"]
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == [
+        "a_seed1.mp4",
+        "a_seed2.mp4",
+        "one.mp4",
+        "same.mp4",
+    ]
 
 
 def test_two_runs_share_a_prompt_file(tiny_model, tmp_path, capsys):

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from scripts.evaluation.page.run_files import Run
 from scripts.evaluation.tables import METRICS, STAGES
 from scripts.run.errors import UsageError, one_line
-from scripts.run.inputs import BROKEN, video_reader
 from scripts.run.outputs import NO_FRAMES, encode
+from scripts.run.video_files import probe_video, read_video
 
 MIB = 2**20
 
@@ -149,16 +149,13 @@ def _packed(clip: Clip, scratch: Path) -> dict[str, Any]:
 
 def _playable(file: Path, scratch: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the file, or H.264 for browsers written to `scratch`; and its frames, fps, height and width."""
-    from imageio_ffmpeg import count_frames_and_secs
-
     try:
-        with video_reader(file) as reader:
-            meta = reader.get_meta_data()
-            frames, (width, height) = count_frames_and_secs(str(file))[0], meta["size"]
-            if (file.suffix, meta["codec"], meta["pix_fmt"].split("(")[0]) != (".mp4", "h264", "yuv420p"):
-                odd = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p needs even sizes
-                encode(scratch, np.stack([np.pad(frame, odd, mode="edge") for frame in reader]), meta["fps"])
-                file = scratch
-    except (LookupError, *BROKEN) as error:
+        about = probe_video(file)
+        if (file.suffix, about.coding) != (".mp4", "h264 yuv420p"):
+            odd = ((0, about.height % 2), (0, about.width % 2), (0, 0))  # yuv420p needs even sizes
+            frames = [np.pad(np.asarray(frame), odd, mode="edge") for frame in read_video(file)]
+            encode(scratch, np.stack(frames), about.fps)
+            file = scratch
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read as a video ({one_line(error)}); run it again") from error
-    return file, {"frames": frames, "fps": meta["fps"], "height": height, "width": width}
+    return file, {"frames": about.frames, "fps": about.fps, "height": about.height, "width": about.width}

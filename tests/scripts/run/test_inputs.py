@@ -190,7 +190,7 @@ def test_video_and_mask_are_fitted_and_cut(kind, tmp_path):
 BAD = {
     "deep": ([WAN, "generation.image={here}/deep.png"], ["deep.png", "more than 8 bits a channel"]),
     "too long": ([WAN, f"generation.image={300 * 'x'}"], ["cannot be read", "too long"]),
-    "gif": ([WAN, "generation.image={here}/short.gif"], ["short.gif", "no JPEG or PNG"]),
+    "gif": ([WAN, "generation.image={here}/short.gif"], ["short.gif", "it is animated, with 5 frames"]),
     "truncated": ([WAN, "generation.image={here}/cut.png"], ["cut.png", "cannot be read", "truncated"]),
     "truncated jpg": ([HUNYUAN, "generation.image={here}/cut.jpg"], ["cut.jpg", "truncated"]),
     "truncated video": ([*VACE, "generation.video={here}/cut.mp4"], ["cut.mp4", "cannot be read"]),
