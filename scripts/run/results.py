@@ -84,9 +84,24 @@ def write_json(path: Path, data: Any) -> Path:
     return write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns what a cache file contains; empty if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Returns what a cache file contains, a `kind` that is empty if there is none.
+
+    A file that is damaged counts as empty, and a note says that its content is made again.
+    """
+    try:
+        if path.is_file() and isinstance(content := json.loads(path.read_bytes()), kind):
+            return content
+    except (OSError, ValueError, RecursionError):
+        pass
+    if path.exists():
+        note_damage(path)
+    return kind()
+
+
+def note_damage(path: Path) -> None:
+    """Prints that a cache file is damaged."""
+    print(f"note: {path} is damaged; what it held is made again", flush=True)
 
 
 def style(index: int) -> dict[str, str]:
