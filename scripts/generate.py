@@ -128,7 +128,10 @@ def missing_videos(plan: "RunPlan", videos: Sequence[Video], *, again: bool) -> 
         if done:
             end = "was made with these settings: made again" if again else "is there already"
             print(f"{video.path} {end}", flush=True)
-        unknown = not (done or changed) and video.path.is_file() and again
+        there, recorded = video.path.is_file(), video.path.with_suffix(".json").is_file()
+        if there and recorded and not (done or changed):
+            print(f"{video.path} is damaged: made again", flush=True)
+        unknown = there and not recorded and again
         if changed or (unknown and plan.config.output.path.endswith(".mp4")):
             others[video.path] = changed
         if again or not done:
@@ -140,10 +143,11 @@ def missing_videos(plan: "RunPlan", videos: Sequence[Video], *, again: bool) -> 
 
 
 def made_before(plan: "RunPlan", video: Video) -> tuple[bool, list[str]]:
-    """Returns whether a video was made with these settings, and the keys that differ."""
-    from scripts.run.outputs import finished
+    """Returns whether a video was made with these settings and is whole, and the keys that differ."""
+    from scripts.run.outputs import finished, is_whole
 
-    return finished(video.path, video.config, video.prompt, plan.inputs.files, plan.lora_digests)
+    done, changed = finished(video.path, video.config, video.prompt, plan.inputs.files, plan.lora_digests)
+    return done and is_whole(video.path), changed
 
 
 def generate_missing(sampler: "Sampler", pipeline: Any, videos: Sequence[Video]) -> int:

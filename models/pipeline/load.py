@@ -1,6 +1,7 @@
 """Loads pipelines of each family: safetensors only, fp32 VAE, the family's scheduler."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,8 +132,8 @@ def read_index(path: str) -> dict:
 
 def is_local(path: str) -> bool:
     """Returns whether `path` means a local folder: it or its parent exists, or it is not `owner/name`."""
-    folder = Path(path)
-    return folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.parent.is_dir()
+    parent = os.path.dirname(path)  # os.path, as a name may be longer than a file system takes
+    return os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or os.path.isdir(parent)
 
 
 def _read_index(folder: Path) -> dict:

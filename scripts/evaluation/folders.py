@@ -12,8 +12,8 @@ from scripts.evaluation.metrics import compare, no_lpips
 from scripts.evaluation.tables import COSTS, means
 from scripts.run.errors import UsageError
 from scripts.run.results import read_json, write_json
+from scripts.run.video_files import READER, SUFFIXES, is_video_name
 
-SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif")
 READINGS = "readings.json"
 UNKNOWN = ("grid", "mask", *COSTS)
 
@@ -37,7 +37,7 @@ def scored(words: list[str], work: Path) -> dict[str, Any]:
         for stem, path in listed[reference].items():
             metrics = {}
             for name in others:
-                key = json.dumps([_state(path), _state(listed[name][stem]), no_lpips() is None])
+                key = json.dumps([_state(path), _state(listed[name][stem]), no_lpips() is None, READER])
                 if key not in kept:
                     kept[key] = _metrics(path, listed[name][stem])
                     write_json(file, kept)
@@ -61,8 +61,11 @@ def videos_in(name: str, folder: Path) -> dict[str, Path]:
     """Returns the videos of a folder by name without suffix, sorted; UsageError if there are none."""
     if not folder.is_dir():
         raise UsageError(f"--folders: {name} is {str(folder)!r}, which is no folder; name a folder of videos")
-    shown = (path for path in folder.iterdir() if not path.name.startswith("."))  # no half-written files
-    files = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
+    listed = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = [path for path in listed if is_video_name(path) and path.is_file()]
+    if left := [path.name for path in listed if path not in files]:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        print(f"note: {name}: {left[0]}{more} left out, a hidden or half-written file", flush=True)
     if not files:
         raise UsageError(f"--folders: {name} is {str(folder)!r}, which has no videos ({', '.join(SUFFIXES)})")
     by_name = {path.stem: path for path in files}

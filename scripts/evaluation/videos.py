@@ -23,7 +23,7 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.files import replacing
-from scripts.run.outputs import finished, of_video, resolved, video_path, write_pair
+from scripts.run.outputs import finished, is_whole, of_video, resolved, video_path, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, synchronizer
@@ -135,7 +135,7 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     if changed:
         keys = ", ".join(changed)
         raise UsageError(f"{path} was made with other settings ({keys}); use these, or another --work")
-    return done and not _is_outdated(evaluation, name, take)
+    return done and is_whole(path) and not _is_outdated(evaluation, name, take)
 
 
 def _has_frames(evaluation: Evaluation, take: Take) -> bool:

@@ -20,11 +20,10 @@ from scripts.run.files import read_text
 from scripts.run.inputs import BROKEN
 from scripts.run.schema import find_path
 from scripts.run.tables import read_json_lines, read_table
-from scripts.run.video_files import SUFFIXES
+from scripts.run.video_files import READER, SUFFIXES
 
 SAME_RATE = 0.01  # share by which a rate may be missed: 24 includes films at 23.976
 READINGS, LEFT_OUT = "readings.json", "left_out.txt"
-READER = 2  # version of how a video is read; raise it if a file gives another reading
 SAVE_EVERY = 10.0  # seconds between two writes of the readings
 NO_VIDEO = f"no video of a kind that is read ({', '.join(SUFFIXES)})"
 READING = {"digest": str, "frames": int, "fps": float, "height": int, "width": int}

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from dataclasses import replace
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,9 @@ def find_model(options: AnyModelConfig) -> str:
         UsageError: the folder is missing, empty or not a model of the family, or a file in it is broken.
     """
     path = str(find_path(options.path)) if options.path else ""
-    local, folder = is_local(path) or (ROOT / path).parent.is_dir(), Path(path)
-    empty = bool(path) and folder.is_dir() and not any(folder.iterdir())
-    if not path or empty or (local and not folder.is_dir()):
+    local, is_folder = is_local(path) or isdir((ROOT / path).parent), isdir(path)
+    empty = bool(path) and is_folder and not any(Path(path).iterdir())
+    if not path or empty or (local and not is_folder):
         raise UsageError(
             f"model.path: got {options.path!r}, which is {'an empty' if empty else 'no'} folder; name a "
             "folder in diffusers format (with model_index.json), or a hub id owner/name"

@@ -19,11 +19,16 @@ import numpy as np
 
 from scripts.run.config import Config
 from scripts.run.errors import DiskFullError, UsageError, one_line
-from scripts.run.files import remove_leftovers, temporary
+from scripts.run.files import remove_leftovers, sha256, temporary
 from scripts.run.system import timed
+from scripts.run.video_files import probe_video
 
 SLUG_LENGTH = 60
 CRF = 10  # for libx264: visually lossless, small videos stay crisp
+TO_BT709 = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=lanczos+accurate_rnd+full_chroma_int+full_chroma_inp,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
 PROBE_BYTES = 2**20
 INPUTS = ("generation.image", "generation.video", "generation.mask")  # content counts, the name does not
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
@@ -97,6 +102,17 @@ def finished(
     if loras is not None and list(loras) != files and "model.loras" not in changed:
         changed.append("content of model.loras")
     return not changed, changed
+
+
+def is_whole(path: Path) -> bool:
+    """Returns whether a video is as its record says; one with an older record must be readable to its end."""
+    try:
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("video")
+        if about is None:
+            return probe_video(path).frames > 0
+        return path.stat().st_size == about["bytes"] and sha256(path) == about["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _comparable(content: dict[str, dict], inputs: dict[str, dict]) -> dict[str, Any]:
@@ -179,7 +195,8 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
-        record: the content of the JSON; its `seconds` get the time of encoding as `write`.
+        record: the content of the JSON; its `seconds` get the time of encoding as `write`, and its `video`
+            size and sha256 of the file.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -190,6 +207,7 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
     try:
         with timed(record["seconds"], "write"):
             encode(video, frames, fps)
+        record["video"] = {"bytes": video.stat().st_size, "sha256": sha256(video)}
         content = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         text.write_text(content, encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a pair
         _publish(video, text, path)
@@ -212,22 +230,24 @@ def _publish(video: Path, text: Path, path: Path) -> None:
         raise
 
 
-def encode(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 `[T, H, W, 3]` as H.264 in mp4; OSError if that fails.
+def encode(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes uint8 `[T, H, W, 3]` as H.264 in mp4, BT.709 and marked so; OSError if that fails.
 
-    The file is read back to count its frames, because imageio hides the encoder's exit status.
+    Odd sizes are written without halving the colours. The file is read back, because imageio hides the
+    encoder's exit status.
     """
     import imageio
-    from imageio_ffmpeg import count_frames_and_secs
 
-    codec = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": ["-crf", str(CRF)]}
+    is_odd = frames.shape[1] % 2 or frames.shape[2] % 2
+    codec = {"codec": "libx264", "pixelformat": "yuv444p" if is_odd else "yuv420p"}
     options = {"fps": fps, "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
+    options |= {"output_params": ["-crf", str(CRF), "-vf", TO_BT709]}
     written = -1
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, ValueError):
         with imageio.get_writer(path, format="FFMPEG", **codec, **options) as writer:
             for frame in frames:
                 writer.append_data(frame)
-        written = count_frames_and_secs(str(path))[0]
+        written = probe_video(path).frames
     if written != len(frames):
         _raise_reason(path)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, ClassVar
 
 import yaml
@@ -32,6 +33,9 @@ NULL_OR_MERGE = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 ZERO = "0"  # as `share`: the share may be 0
 NUMBERS = (float, float | None, int | float | str)
 PLAIN = {"choices": (), "low": None, "words": (), "share": None, "parse": None}  # metadata of a key
+
+SHORT = Repr()  # of a value in a message
+SHORT.maxstring = SHORT.maxother = 300
 
 
 def key(
@@ -68,7 +72,7 @@ def literal(text: str) -> str:
 def find_path(name: str) -> Path:
     """Returns `name` from the current directory, or from the repository root if only that has it."""
     path = Path(os.path.expanduser(name))  # it leaves the home of an unknown user as it is
-    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+    return ROOT / path if not os.path.exists(path) and os.path.exists(ROOT / path) else path
 
 
 class TextLoader(yaml.SafeLoader):
@@ -177,7 +181,7 @@ class Schema:
     def _refusal(self, name: str, value: Any) -> UsageError:
         """Returns the error for a value that a key does not take."""
         verb = "allowed:" if self.keys()[name].metadata["choices"] else "must be"
-        return UsageError(f"{name}: got {value!r}, {verb} {self.allowed(name)}")
+        return UsageError(f"{name}: got {SHORT.repr(value)}, {verb} {self.allowed(name)}")
 
     def help_lines(self) -> list[str]:
         """Returns a line for each key: default, meaning, allowed values."""
@@ -279,6 +283,8 @@ def _fits(value: Any, entry: Any) -> bool:
     if meta["share"] and value not in (None, *meta["words"]):
         return isinstance(value, int | float) and (0 < value <= 1 or (meta["share"] == ZERO and value == 0))
     low = meta["low"]
+    if isinstance(value, int) and abs(value) >= 2**63:  # no library takes more
+        return False
     if low is None or value is None:
         return True
     above = low == 0 and entry.type in (float, float | None)  # 0 is no value of such a key

@@ -20,9 +20,10 @@ from PIL import Image
 from scripts.run.image_files import file_kind, upright
 
 SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".dv", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
-    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf", ".vob", ".dv"),
 )
+READER = 2  # version; raise it if a file gives other frames than before
 RATES = (24, 25, 30, 48, 50, 60, 8, 10, 12, 15, 16, 20, 100, 120)
 STEP = (0.5, 1.5)  # least and greatest time between two frames of a constant rate, in frames
 DRIFT = 1.0  # most that a frame may be off its place at a constant rate, in frames

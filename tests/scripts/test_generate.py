@@ -111,11 +111,15 @@ def test_a_prompt_file_resumes(tiny_model, tmp_path, capsys):
     assert json.loads((out / "0003_a-dog_seed1.json").read_text())["prompt"] == "a dog"
     times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     (out / "0003_a-dog_seed1.mp4").unlink()
+    cut, whole = out / "0001_a-cat_seed1.mp4", (out / "0001_a-cat_seed1.mp4").read_bytes()
+    cut.write_bytes(whole[:1000])
     capsys.readouterr()
     assert run(tiny_model, out, *overrides) == 0
-    assert "1 of 3 videos to make" in capsys.readouterr().out
-    kept = [file for file in times if "dog" not in file.name]
+    printed = capsys.readouterr().out
+    assert f"{cut} is damaged: made again" in printed and "2 of 3 videos to make" in printed
+    kept = [file for file in times if file.name.startswith("0004")]
     assert all(file.stat().st_mtime_ns == times[file] for file in kept)
+    assert cut.read_bytes() == whole
     assert (out / "0003_a-dog_seed1.mp4").is_file()
     assert run(tiny_model, out, *overrides) == 0
     assert "0 of 3 videos to make" in capsys.readouterr().out

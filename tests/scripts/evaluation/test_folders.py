@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import imageio
 import numpy as np
 import pytest
 
@@ -61,6 +62,24 @@ def test_folders_are_scored_by_name(pair: Path):
     assert data["means"]["radial"]["psnr"] == pytest.approx(expected["psnr"])
     table = (pair / "t.md").read_text()
     assert f"| radial | {expected['psnr']:.2f} |" in table and "PSNR of 1 equal video" in table
+
+
+def test_hidden_and_half_written_files_are_left_out_with_a_note(pair: Path, capsys):
+    names = (".7.b.mp4", "._b.mp4", ".b.mp4.0123abcd-7.part.mp4")
+    for name in names:
+        (pair / "radial" / name).write_bytes(b"x")
+    assert scored(pair) == 0
+    note = f"note: radial: {min(names)} and 2 more left out, a hidden or half-written file"
+    assert note in capsys.readouterr().out
+
+
+def test_a_gif_is_compared(pair: Path):
+    for name in ("dense", "radial"):
+        frames = [np.full((32, 48, 3), 60 * i, dtype=np.uint8) for i in range(4)]
+        imageio.mimwrite(pair / name / "c.gif", frames, duration=100)
+    assert scored(pair) == 0
+    videos = json.loads((pair / "work" / "evaluation.json").read_text())["videos"]
+    assert [entry["metrics"]["radial"]["psnr"] for entry in videos if entry["prompt"] == "c"] == [None]
 
 
 def test_readings_of_unchanged_files_are_kept(pair: Path, monkeypatch):

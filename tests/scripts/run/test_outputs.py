@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import imageio
 import numpy as np
 import pytest
@@ -19,13 +20,16 @@ from scripts.run.files import claim, temporary
 from scripts.run.outputs import (
     _raise_reason,
     check_target,
+    encode,
     finished,
+    is_whole,
     resolved,
     video_path,
     writable_folder,
     write_pair,
 )
 from scripts.run.system import cgroup_free, installed, own_memory, versions
+from scripts.run.video_files import read_video
 
 TINY = "configs/wan_tiny.yaml"
 
@@ -67,6 +71,43 @@ def test_a_video_is_written_whole_and_reads_back(tmp_path, size):
     assert np.abs(back.astype(float) - frames).mean() < 4
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["prompt"] == "квадрат" and written["seconds"]["write"] > 0
+
+
+PLAIN = ((230, 20, 20), (20, 200, 40), (30, 60, 220), (255, 255, 255), (0, 0, 0), (90, 110, 130))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 80), (33, 51), (32, 31), (720, 1280)])
+def test_colours_are_written_in_bt709_and_marked(tmp_path, size):
+    """A reader that follows the marks gets the colours back, and so does one that takes HD to be BT.709."""
+    height, width = size
+    slope = np.linspace(40, 200, width, dtype=np.uint8)[None, :, None].repeat(height, 0).repeat(3, 2)
+    videos = [np.broadcast_to(np.array(colour, np.uint8), (2, *size, 3)) for colour in PLAIN]
+    videos += [np.broadcast_to(slope, (2, *size, 3))] * (width > 40)
+    for frames in videos if height < 720 else videos[:1]:
+        encode(tmp_path / "a.mp4", frames, 16)
+        back = np.stack([np.asarray(frame) for frame in read_video(tmp_path / "a.mp4")])
+        assert back.shape == frames.shape
+        assert np.abs(back.astype(int) - frames).max() <= 3
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        about = container.streams.video[0].codec_context
+        marks = (about.color_primaries, about.color_trc, about.colorspace, about.color_range)
+    assert marks == (1, 1, 1, 1)  # BT.709 three times, limited range
+    assert about.pix_fmt == ("yuv444p" if height % 2 or width % 2 else "yuv420p")
+
+
+@pytest.mark.parametrize(("keep", "spoiled"), [(0, 0), (0.5, 0), (1, 1)])
+def test_a_video_that_is_not_as_its_record_says_is_not_whole(tmp_path, keep, spoiled):
+    path, content = tmp_path / "a.mp4", {"seconds": {}}
+    write_pair(path, moving_square(), 16, content)
+    assert is_whole(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) - spoiled] + b"x" * spoiled)
+    assert not is_whole(path)
+    path.write_bytes(whole)
+    (tmp_path / "a.json").write_text(json.dumps({"seconds": {}}))  # a record of before
+    assert is_whole(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert not is_whole(path)
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):
