@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
     file = write_left_out(config.data, left_out)
     if left_out:
         print(f"left out   {len(left_out)}, listed with reasons in {file}", flush=True)
-    prepare(job)
+    if failed := prepare(job):
+        write_left_out(config.data, left_out | failed)
+        print(f"left out   {len(failed)} more, which could not be read: {listed(failed, 3)}", flush=True)
 
 
 def summary(dataset: Dataset, job: Job) -> list[str]:
@@ -147,8 +149,13 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
     return lines
 
 
-def prepare(job: Job) -> None:
-    """Encodes what is missing: first captions, with only the text encoders loaded, then videos."""
+def prepare(job: Job) -> dict[str, str]:
+    """Encodes what is missing: first captions, with only the text encoders loaded, then videos.
+
+    Returns the videos that changed since they were checked and cannot be read, with the reasons; UsageError
+    for one unless `data.skip_bad` is true.
+    """
+    failed: dict[str, str] = {}
     if not is_local(job.path):
         _check_hub(job)
     mark = fingerprint(job.path, job.config.model.family)
@@ -161,11 +168,14 @@ def prepare(job: Job) -> None:
                 shards.add_texts(texts)
         clips = list({clip.key: clip for clip in job.clips if clip.key not in shards.latents}.values())
         if clips:
-            with closing(_latents(job, clips)) as latents:
+            with closing(_latents(job, clips, failed)) as latents:
                 shards.add_latents(latents)
+        if failed:
+            shards.begin(mark, [clip.entry() for clip in job.clips if clip.video.name not in failed])
     files = sorted(job.folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files) / MIB
     print(f"done       {job.folder}: {len(files)} files, {size:.1f} MiB")
+    return failed
 
 
 def _check_hub(job: Job) -> None:
@@ -189,18 +199,29 @@ def _texts(job: Job, captions: dict[str, str]) -> Iterator[tuple[str, dict[str, 
         yield key, text
 
 
-def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
+def _latents(job: Job, clips: list[Clip], failed: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     pipeline = job.load(text=False)
     dtype = torch.float32 if job.config.model.dtype == "float32" else torch.bfloat16
-    groups = groupby(clips, key=lambda clip: clip.video)
-    decoded = chain.from_iterable(read_clips(video, list(group)) for video, group in groups)
-    for clip, frames in tqdm(decoded, total=len(clips), desc="clips", unit="clip", dynamic_ncols=True):
+    for clip, frames in tqdm(
+        _decoded(job, clips, failed), total=len(clips), desc="clips", unit="clip", dynamic_ncols=True
+    ):
         with _reporting(f"{clip.name} as {clip.shape}"):
             pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
             latents = encode_video(pipeline, pixels)[0]
         if not torch.isfinite(latents).all():
             raise GenerationError(f"the VAE gives values that are not finite for {clip.name}")
         yield clip.key, latents.to(dtype)
+
+
+def _decoded(job: Job, clips: list[Clip], failed: dict[str, str]) -> Iterator[tuple[Clip, Tensor]]:
+    """Yields clips with their frames; if bad videos are to be skipped, adds their names to `failed`."""
+    for video, group in groupby(clips, key=lambda clip: clip.video):
+        try:
+            yield from read_clips(video, list(group))
+        except UsageError as error:
+            if not job.config.data.skip_bad:
+                raise
+            failed[video.name] = one_line(error.__cause__ or error)
 
 
 @contextmanager

@@ -162,6 +162,24 @@ def test_slow_videos_are_skipped(folder):
         dataset_of(folder, fps=100.0, skip_bad=True)
 
 
+def test_a_video_that_changes_after_its_reading_is_skipped(folder, tmp_path, capsys):
+    for name, frames in {"b": 10, "c": 11}.items():
+        add(folder, name)
+        write_video(folder / f"{name}.mp4", frames, 32, 32)
+    out = tmp_path / "latents"
+    dataset_of(folder)
+    about = (folder / "b.mp4").stat()
+    (folder / "b.mp4").write_bytes(bytes(about.st_size))
+    os.utime(folder / "b.mp4", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert run(CONFIG, folder, out, "data.sizes=9x32x32") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "data: b.mp4 cannot be read" in line and "data.skip_bad=true" in line
+    assert run(CONFIG, folder, out, "data.sizes=9x32x32", "data.skip_bad=true") == 0
+    assert "left out   1 more, which could not be read: b.mp4 (" in capsys.readouterr().out
+    assert [sample.name for sample in LatentStore.open(out).samples] == ["a.mp4", "c.mp4"]
+    assert (out / LEFT_OUT).read_text().startswith("b.mp4\t")
+
+
 def test_the_command_goes_on_without_bad_videos_and_lists_them(folder, tmp_path, capsys):
     for name in ("b", "c", "d", "e"):
         add(folder, name, caption=None)
