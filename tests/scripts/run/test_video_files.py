@@ -37,6 +37,7 @@ KINDS = {
     "mkv": "-c:v ffv1",
     "webm": "-c:v libvpx -b:v 1M",
     "avi": "-c:v mpeg4 -q:v 2 -bf 2",
+    "h264.avi": "-c:v libx264 -pix_fmt yuv420p -bf 3",
     "gif": "",
     "m4v": "-c:v libx264 -f mp4",
     "ts": "-c:v libx264 -pix_fmt yuv420p",
@@ -228,12 +229,17 @@ NO_VIDEOS = {
     "sound": (lambda path: make(path, "sine=d=1", "-c:a aac"), "it has no video, only audio"),
     "unfinished": (lambda path: cut(make(path)), "its index (moov) is missing"),
     "noise": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "moov"),
+    "unknown codec": (lambda path: make(path) and replace(path, b"avc1", b"zzzz"), "codec is not known"),
     "pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         "it is no video but a pointer of Git LFS (`git lfs pull` fetches the file)",
     ),
     "playlist": (lambda path: path.write_text("ffconcat version 1.0\nfile a.mp4\n"), "no video but text"),
 }
+
+
+def replace(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new))
 
 
 def cut(path: Path) -> None:
