@@ -25,7 +25,7 @@ from scripts.run.digest import digest
 from scripts.run.families import HUNYUAN
 from scripts.run.files import replacing
 from scripts.run.plan import RunPlan, attention_arguments
-from scripts.run.results import note_damage
+from scripts.run.results import note_damage, read_tensors
 from scripts.run.sampler import Sampler, reported_choices, sample
 
 
@@ -125,10 +125,10 @@ def _kept(file: Path) -> dict[str, dict[int, list]] | None:
     if not file.exists():
         return None
     try:
-        content = torch.load(file, weights_only=True)
+        content = read_tensors(file)
         if content["profiles"].keys() == content["tails"].keys() != set():
             return content
-    except Exception:  # a broken pickle may raise anything
+    except (ValueError, KeyError, AttributeError):
         pass
     note_damage(file)
     return None

@@ -24,6 +24,7 @@ from scripts.lora.step import Run
 from scripts.run.errors import DiskFullError, UsageError, one_line
 from scripts.run.files import replacing, write_text
 from scripts.run.processes import rank
+from scripts.run.results import read_tensors
 
 FREE = (  # beginnings of keys that do not change what is learnt
     "output.",
@@ -178,12 +179,12 @@ class Checkpoints:
         for step in reversed(self.steps()):
             file = self.path(step) / STATE
             try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                state = read_tensors(file)
                 if not state.keys() >= STATE_KEYS or state["step"] != step:
                     raise ValueError("it is no checkpoint of this step")
                 if names and state["trained"].keys() != set(names):
                     raise ValueError("it holds another adapter")
-            except Exception as error:  # a broken pickle may raise anything
+            except ValueError as error:
                 damaged[str(file)] = one_line(error)
                 continue
             if damaged:

@@ -7,6 +7,7 @@ A folder holds `index.json` and shards: `latents-00000.safetensors` with a tenso
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +20,11 @@ from torch import Tensor
 from radial_attn.models.training.flow import Text
 from scripts.lora.fingerprint import FORMAT, Fingerprint
 from scripts.run.errors import UsageError, one_line
+from scripts.run.files import read_text
+from scripts.run.tables import parse_json
 
 INDEX = "index.json"
+SHARD = re.compile(r"(latents|text)-\d{5,9}\.safetensors")
 OPEN_FILES = 16
 AGAIN = "run the same scripts/prepare_latents.sh command again, which makes what is missing"
 SAMPLE = {"name": str, "caption": str, "frames": int, "height": int, "width": int, "key": str}
@@ -142,17 +146,17 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
         version = content["fingerprint"]["format"]
         if lacking := {"latents", "samples", "texts"} - content.keys():
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         for key, entry in content["latents"].items():
-            if not isinstance(entry["shard"], str) or not all(isinstance(x, int) for x in entry["shape"]):
+            if not SHARD.fullmatch(entry["shard"]) or not all(isinstance(x, int) for x in entry["shape"]):
                 raise ValueError(f"its entry {key} is damaged")
         for entry in content["samples"]:
             if entry.keys() != SAMPLE.keys() or not all(isinstance(entry[x], SAMPLE[x]) for x in SAMPLE):
                 raise ValueError("a sample is damaged")
-        if not all(isinstance(shard, str) for shard in content["texts"].values()):
+        if not all(map(SHARD.fullmatch, content["texts"].values())):
             raise ValueError("a text is damaged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedIndexError(

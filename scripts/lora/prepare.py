@@ -92,6 +92,8 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
         UsageError: a model, video or caption cannot be used.
         GenerationError: a clip or caption cannot be encoded.
     """
+    if not config.data.latents.strip():
+        raise UsageError(f"data.latents: got {config.data.latents!r}, must be a folder")
     device, path = find_device(config.model.device), find_model(config.model)
     check_data_sizes(config.data, read_model_info(path))
     dataset = read_dataset(config.data, dry_run=dry_run)

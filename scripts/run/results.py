@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile
 
 import torch
 
 from radial_attn.masks.draw import save_figure
+from scripts.run.errors import one_line
 from scripts.run.files import write_text
 from scripts.run.system import hardware, pairs, versions
 
@@ -102,6 +104,20 @@ def read_json(path: Path, kind: type = dict) -> Any:
 def note_damage(path: Path) -> None:
     """Prints that a cache file is damaged."""
     print(f"note: {path} is damaged; what it held is made again", flush=True)
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Returns the dictionary that `torch.save` wrote; ValueError if it is damaged, by its checksums too."""
+    try:
+        with ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise ValueError(f"{part} does not fit its checksum")
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a broken archive may raise anything
+        raise ValueError(one_line(error)) from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds another kind of data")
+    return content
 
 
 def style(index: int) -> dict[str, str]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from scripts.run.errors import one_line
 from scripts.run.files import replacing
+from scripts.run.results import read_tensors
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def run_stage(stage: Stage, work: Path, device: str, save_every: int) -> nn.Modu
 
 def _read(path: Path, device: str) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read_tensors(path, device)
         if {"model", "average", "optimizers", "step"} <= state.keys():
             return state
         raise ValueError("it is no checkpoint")
-    except Exception as error:  # a broken pickle may raise anything
+    except ValueError as error:
         raise ValueError(
             f"checkpoint {path} cannot be read ({one_line(error)}); remove it to train this stage from its "
             "beginning"

@@ -105,6 +105,14 @@ BROKEN = {  # what is done to the folder, and the message
     "other texts": (lambda f: shutil.copy(f / CLIP, f / WORDS), f"{WORDS} lacks a caption"),
     "numbers": (lambda f: edit(f / INDEX, texts={text_key(""): 3}), "index.json is not an index"),
     "no entry": (lambda f: edit(f / INDEX, latents={"a": {}}), "index.json is not an index"),
+    "another folder": (
+        lambda f: edit(f / INDEX, latents={"a": {"shard": "../a.safetensors", "shape": [4, 3, 2, 2]}}),
+        "index.json is not an index",
+    ),
+    "half a pair": (
+        lambda f: edit(f / INDEX, samples=[entry("a") | {"caption": "\ud800"}]),
+        "index.json is not an index .*half of a surrogate pair",
+    ),
     "no name": (lambda f: edit(f / INDEX, samples=[{"key": "a"}]), "index.json is not an index"),
 }
 

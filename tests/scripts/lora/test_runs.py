@@ -23,6 +23,7 @@ from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.latents import LatentStore
 from scripts.lora.step import Run
 from scripts.run.config import ROOT
+from scripts.train_lora import as_line
 from tests.support.lora_cases import FILE, adapter, cut, launch_training, log, losses, same, train
 
 
@@ -84,6 +85,13 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     """Returns the one error line of a command, which may have a progress bar before it."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
+
+
+def test_an_error_of_the_disk_names_the_file_if_there_is_one():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert as_line(full).startswith("output.path: cannot write (No space left on device); the last")
+    full.filename = "a/log.jsonl"
+    assert as_line(full).startswith("output.path: cannot write a/log.jsonl (No space left on device); the")
 
 
 def test_steps_that_are_not_finite_are_skipped(lora_config, tmp_path, monkeypatch, capsys):
@@ -172,12 +180,21 @@ def blank_second_line(file: Path) -> None:
     file.write_bytes(b"\n".join([lines[0], bytes(len(lines[1])), *lines[2:]]))
 
 
+def flipped(file: Path) -> None:
+    """Changes a bit here and there."""
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 32, len(content), len(content) // 16):
+        content[place] ^= 4
+    file.write_bytes(content)
+
+
 DAMAGES = {  # file in the folder of a run; its damage; part of the note, None without one
     "adapter cut": (FILE, halved, None),
     "adapter zeroed": (FILE, zeroed, None),
     "checkpoint cut": ("step_000004/state.pt", halved, "state.pt ("),
     "checkpoint zeroed": ("step_000004/state.pt", zeroed, "resuming from step 2"),
     "checkpoint empty": ("step_000004/state.pt", lambda file: file.write_bytes(b""), "resuming from step 2"),
+    "checkpoint flipped": ("step_000004/state.pt", flipped, "resuming from step 2"),
     "log cut": ("log.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-9]), "1 line of"),
     "log with NUL": ("log.jsonl", blank_second_line, "1 line of"),
     "settings cut": ("config.json", halved, "config.json cannot be read"),
