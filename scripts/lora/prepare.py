@@ -234,7 +234,7 @@ def _reporting(what: str) -> Iterator[None]:
     """Reports a lack of memory, or a failure of the model, in one line."""
     try:
         yield
-    except (MemoryError, RuntimeError, IndexError, ValueError) as error:
+    except (MemoryError, RuntimeError, IndexError, ValueError, TypeError) as error:
         reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
         raise GenerationError(
             f"{what} cannot be encoded: {reason}; files that were written are whole"
