@@ -7,7 +7,6 @@ generation and of LoRA training. Results are kept in --work, and the same comman
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from radial_attn.models.runtime.output_check import CheckError
 from scripts.length.report import write
 from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
 from scripts.length.scores import Record, record
-from scripts.lora.checkpoint import LOG
+from scripts.lora.checkpoint import read_log
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import plan_training
 from scripts.lora.prepare import prepare_latents
@@ -131,8 +130,7 @@ def held_out_loss(options: Study, name: str) -> float | None:
 
 def logged(options: Study, name: str) -> list[dict[str, Any]]:
     """Returns the trainer's log of a run: an entry a step."""
-    lines = (options.work / name / LOG).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_log(options.work / name)
 
 
 def training_seconds(options: Study, name: str) -> float:

@@ -45,7 +45,8 @@ def as_line(error: Exception) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory while training ({one_line(error)}); the last checkpoint is whole"
     if isinstance(error, OSError):
-        return f"output.path: cannot write {error.filename} ({error.strerror}); the last checkpoint is whole"
+        file = f" {error.filename}" if error.filename else ""  # a write to an open file names none
+        return f"output.path: cannot write{file} ({error.strerror or error}); the last checkpoint is whole"
     return " ".join(str(error).split()) if isinstance(error, UsageError | GenerationError) else None
 
 

@@ -5,7 +5,6 @@ Every batch is drawn from a generator seeded by the step, so a run that was stop
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,14 +12,17 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from radial_attn.kernels.compiler import compiler_problem
+from radial_attn.models.pipeline.load import read_index
 from scripts.run.config import find_path
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.run.files import replacing
+from scripts.run.results import note_damage, read_json, write_json
 from scripts.toyworld import all_attributes
 from scripts.toyworld.render import Attributes
 from scripts.toyworld.train.loop import Stage
@@ -35,9 +37,12 @@ def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attrib
     """Returns latents `[videos, C, F, H, W]` and attributes of random scenes, kept in the work folder."""
     path = options.work / "latents.safetensors"
     combinations = all_attributes()
-    if path.exists():
+    try:
         stored = load_file(path)
         return stored["latents"], [combinations[i] for i in stored["attributes"].tolist()]
+    except (OSError, SafetensorError, KeyError, IndexError):
+        if path.exists():
+            note_damage(path)
     latents, names = [], []
     for first in tqdm(range(0, options.videos, options.batch), desc="encode", mininterval=1):
         indices = range(first, min(first + options.batch, options.videos))
@@ -125,13 +130,15 @@ def prepare(options: Options) -> None:
         for part in sorted(options.start.rglob("*.safetensors")):
             weights.update(part.read_bytes())
         now["weights of start"] = weights.hexdigest()[:16]
-    before = json.loads(file.read_text()) if file.exists() else now
+    before = read_json(file) if file.exists() else now
+    if not before:
+        raise ValueError(f"{file} is damaged, so the options of its run are unknown; give another --work")
     changed = [f"{name} {before.get(name)} -> {x}" for name, x in now.items() if before.get(name) != x]
     if changed:
         raise ValueError(
             f"{options.work} holds a run with other options ({', '.join(changed)}); give another --work"
         )
-    file.write_text(json.dumps(now))
+    write_json(file, now)
 
 
 def check_start(options: Options) -> None:
@@ -141,7 +148,7 @@ def check_start(options: Options) -> None:
         return
     if options.start is None or not (options.start / "model_index.json").is_file():
         raise ValueError(f"start must be the folder of a model, got {options.start}")
-    kind = json.loads((options.start / "model_index.json").read_text()).get("_class_name")
+    kind = read_index(str(options.start)).get("_class_name")
     known = {family.denoiser.PIPELINE.__name__} | ({"WanPipeline"} if family.start else set())
     if kind not in known:
         raise ValueError(f"start must hold a {' or '.join(sorted(known))}, got {options.start}, a {kind}")

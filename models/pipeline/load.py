@@ -175,7 +175,7 @@ def _fetch_index(path: str) -> dict:
 
 def parts_named(index: Mapping[str, Any]) -> set[str]:
     """Returns the parts that a model_index.json names."""
-    return {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+    return {name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0] is not None}
 
 
 def absent_expert(path: str, index: Mapping[str, Any]) -> str:

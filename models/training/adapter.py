@@ -89,10 +89,7 @@ def save_adapter(
     """
     from safetensors.torch import save
 
-    tensors = {
-        f"{PREFIX}.{name.replace(f'.{NAME}.', '.')}": value.detach().cpu().contiguous()  # peft's names
-        for name, value in trained.items()
-    }
+    tensors = _by_key(trained)
     header = {f"{PREFIX}.{name}": value for name, value in settings.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -101,6 +98,27 @@ def save_adapter(
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def holds_adapter(path: Path, trained: Mapping[str, Tensor]) -> bool:
+    """Returns whether a file is whole and has these values."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError):
+        return False
+    wanted = _by_key(trained)
+    return stored.keys() == wanted.keys() and all(torch.equal(stored[key], x) for key, x in wanted.items())
+
+
+def _by_key(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the adapter's tensors on the CPU by the keys that peft gives them in a file."""
+    return {
+        f"{PREFIX}.{name.replace(f'.{NAME}.', '.')}": value.detach().cpu().contiguous()
+        for name, value in trained.items()
+    }
 
 
 def adapter_settings(transformer: torch.nn.Module) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Plans the runs of the lists in configs/ablation, and measures them."""
 
 import math
+import zlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -20,7 +22,7 @@ from scripts.run.digest import digest
 from scripts.run.errors import UsageError
 from scripts.run.files import replacing
 from scripts.run.plan import RunPlan, attention_arguments, make_plan
-from scripts.run.results import read_json, write_json
+from scripts.run.results import note_damage, read_json, write_json
 from scripts.run.sampler import Sampler, sample, to_bytes
 from scripts.run.system import hardware, synchronizer
 from scripts.toyworld import all_attributes
@@ -149,17 +151,27 @@ class Ablation:
         """
         kept = self.folder(self.dense)
 
+        def frames_file(caption: str) -> Path:
+            return kept / f"{caption.replace(' ', '-')}.npz"
+
         def judge(video: np.ndarray, attributes: Attributes) -> Entry:
-            frames, file = to_bytes(video), kept / f"{attributes.caption.replace(' ', '-')}.npz"
+            frames, file = to_bytes(video), frames_file(attributes.caption)
             if config == self.dense:
                 with replacing(file) as part, part.open("wb") as stream:
                     np.savez_compressed(stream, frames=frames)
-            dense = np.load(file)["frames"]
+            dense = _frames(file)
+            if dense is None:
+                raise UsageError(f"{file} is damaged; run the same command again, which makes it again")
             near = None if np.array_equal(frames, dense) else psnr(frames, dense)
             return reading(video, attributes) | {"psnr": near, "ssim": ssim(frames, dense)}
 
-        file = self.folder(config) / "readings.json"
-        entries = readings(self.pipeline, config, self.captions, self.batch, file, judge=judge)
+        def has_frames(entry: Entry) -> bool:
+            return _frames(frames_file(entry["caption"])) is not None
+
+        file, arguments = self.folder(config) / "readings.json", {"judge": judge}
+        if config == self.dense:
+            arguments["is_kept"] = has_frames
+        entries = readings(self.pipeline, config, self.captions, self.batch, file, **arguments)
         by_caption = {entry["caption"]: entry for entry in entries}
         return [by_caption[attributes.caption] for attributes in self.captions]
 
@@ -189,12 +201,23 @@ class Ablation:
         configs = {run.pace: without_warm_up(run.plan.config) for run in runs} | {DENSE: self.dense}
         file, here = self.folder(self.dense) / "seconds.json", hardware(self.plan.device)
         known = read_json(file)
-        if known.get("hardware") != here or not configs.keys() <= known["seconds"].keys():
+        if known.get("hardware") != here or not configs.keys() <= known.get("seconds", {}).keys():
             print(f"timing     {len(configs)} kinds of step in turn", flush=True)
             timed = {name: (self.pipeline, config) for name, config in configs.items()}
             known = {"hardware": here, "seconds": seconds_in_turn(timed, self.captions[0])}
             write_json(file, known)
         return known["seconds"]
+
+
+def _frames(file: Path) -> np.ndarray | None:
+    """Returns the frames of a dense video, None if the file is missing or damaged."""
+    try:
+        return np.load(file)["frames"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):  # numpy and zlib share no class
+        note_damage(file)
+        return None
 
 
 def attention_of(run: Run, table: dict[str, Any]) -> dict[str, float]:

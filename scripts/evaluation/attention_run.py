@@ -25,6 +25,7 @@ from scripts.run.digest import digest
 from scripts.run.families import HUNYUAN
 from scripts.run.files import replacing
 from scripts.run.plan import RunPlan, attention_arguments
+from scripts.run.results import note_damage, read_tensors
 from scripts.run.sampler import Sampler, reported_choices, sample
 
 
@@ -95,7 +96,8 @@ def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile
     """
     program, prompts = digest(plan.config, plan.path), plan.prompts
     files = {number: folder / f"{_name(program, plan, number, looks)}.pt" for number in prompts}
-    missing = [number for number in prompts if not files[number].exists()]
+    known = {number: _kept(file) for number, file in files.items()}
+    missing = [number for number in prompts if known[number] is None]
     pipeline = Sampler(plan).load() if missing else None
     steps = max(1, len(looks.steps))
     with tqdm(total=steps * len(prompts), initial=steps * (len(prompts) - len(missing)), unit="step") as bar:
@@ -107,15 +109,29 @@ def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile
             }
             with replacing(files[number]) as part:
                 torch.save(plain, part)
+            known[number] = plain
             bar.update()
     profiles: dict[int, Profile] = {}
     tails: dict[int, Tail] = {}
-    for file in files.values():
-        content = torch.load(file, weights_only=True)
+    for content in known.values():
         for layer in sorted(content["profiles"]):
             profile, tail = Profile(*content["profiles"][layer]), Tail(*content["tails"][layer])
             add(profiles, tails, layer, profile, tail)
     return profiles, tails
+
+
+def _kept(file: Path) -> dict[str, dict[int, list]] | None:
+    """Returns what a file of readings holds, None if it is missing or damaged."""
+    if not file.exists():
+        return None
+    try:
+        content = read_tensors(file)
+        if content["profiles"].keys() == content["tails"].keys() != set():
+            return content
+    except (ValueError, KeyError, AttributeError):
+        pass
+    note_damage(file)
+    return None
 
 
 def _look(plan: RunPlan, pipeline: Any, prompt: str, gatherer: Gatherer) -> Gatherer:

@@ -77,7 +77,7 @@ def write_gif(videos: Sequence[Path], rows: Sequence[np.ndarray], scale: int, ou
     try:
         records = [json.loads(video.with_suffix(".json").read_text(encoding="utf-8")) for video in videos]
         labels, fps = [label(record) for record in records], records[0]["config"]["output"]["fps"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"a GIF needs the .json record of each video: {one_line(error)}") from error
     first, *rest = animation(rows, labels, scale)
     first.save(out, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=True)

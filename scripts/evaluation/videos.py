@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from radial_attn import RadialConfig
+from radial_attn.models.lora.keys import listed
 from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.recall import Readings
@@ -61,8 +62,12 @@ class Evaluation:
         return self.work / "videos" / name / video_path(config, take.prompt, take.number)
 
     def record(self, name: str, take: Take) -> dict[str, Any]:
-        """Reads the JSON of a video that is done."""
-        return json.loads(self.path(name, take).with_suffix(".json").read_text(encoding="utf-8"))
+        """Reads the JSON of a video; {} if it is missing or damaged."""
+        try:
+            content = json.loads(self.path(name, take).with_suffix(".json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            content = {}
+        return content if isinstance(content, dict) else {}
 
     @cached_property
     def programs(self) -> dict[str, str]:
@@ -87,6 +92,9 @@ def make_missing(evaluation: Evaluation) -> None:
     if outdated := sum(_is_outdated(evaluation, name, take) for name, take in missing):
         videos = f"{outdated} video{'s are' if outdated > 1 else ' is'}"
         print(f"note: {videos} made again, because program, weights or device have changed", flush=True)
+    here = [evaluation.path(name, take) for name, take in missing if not evaluation.record(name, take)]
+    if damaged := [path for path in here if path.with_suffix(".json").exists()]:
+        print(f"note: {listed(map(str, damaged), 3)} made again, because the record is damaged", flush=True)
     steps = evaluation.plans[DENSE].config.generation.steps
     total = len(evaluation.plans) * len(evaluation.takes)
     with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
@@ -104,7 +112,7 @@ def missing_videos(evaluation: Evaluation) -> list[tuple[str, Take]]:
     missing = []
     for take in evaluation.takes:
         names = [x for x in evaluation.plans if x != DENSE and not _is_done(evaluation, x, take)]
-        frames = evaluation.path(DENSE, take).with_suffix(FRAMES).is_file() or not names
+        frames = not names or _has_frames(evaluation, take)
         if not (_is_done(evaluation, DENSE, take) and frames and _is_read(evaluation, take)):
             names.insert(0, DENSE)
         missing += [(name, take) for name in names]
@@ -120,6 +128,8 @@ def same_pipeline(plans: dict[str, RunPlan]) -> list[list[str]]:
 
 
 def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
+    if not evaluation.record(name, take):
+        return False
     path, inputs = evaluation.path(name, take), evaluation.plans[name].inputs.files
     done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
     if changed:
@@ -128,12 +138,20 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     return done and is_whole(path) and not _is_outdated(evaluation, name, take)
 
 
+def _has_frames(evaluation: Evaluation, take: Take) -> bool:
+    """Returns whether the frames of the dense video are there, all of them."""
+    try:
+        frames = read_video(evaluation.path(DENSE, take).with_suffix(FRAMES))
+    except (OSError, ValueError):
+        return False
+    return len(frames) == evaluation.config(DENSE, take).generation.num_frames
+
+
 def _is_outdated(evaluation: Evaluation, name: str, take: Take) -> bool:
     """Returns whether a video was made with another program, other weights or on another device."""
     path = evaluation.path(name, take)
-    if not (path.is_file() and path.with_suffix(".json").is_file()):
-        return False
-    return evaluation.record(name, take).get("program") != evaluation.programs[name]
+    record = evaluation.record(name, take)
+    return path.is_file() and bool(record) and record.get("program") != evaluation.programs[name]
 
 
 def _is_read(evaluation: Evaluation, take: Take) -> bool:

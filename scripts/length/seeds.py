@@ -16,7 +16,7 @@ from scripts.length.scores import judged, record
 from scripts.run.files import write_text
 from scripts.run.inputs import Inputs
 from scripts.run.plan import RunPlan, make_plan
-from scripts.run.results import table
+from scripts.run.results import read_json, table
 from scripts.run.sampler import Sampler
 from scripts.toyworld.accuracy import first_frame, with_pattern
 from scripts.toyworld.render import parse_caption
@@ -36,7 +36,7 @@ def seed_records(
 
     A record is that of `scripts.length.scores` with `pattern`, `seed`, `density` and `denoise` (s) added.
     """
-    records = json.loads(file.read_text()) if file.exists() else []
+    records = read_json(file, list)
     made = {(entry["caption"], entry["seed"], entry["pattern"]) for entry in records}
     missing = [key for key in product(prompts, seeds, PATTERNS) if key not in made]
     pipeline = Sampler(plan).load() if missing else None

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import torch
 from torch.distributed.checkpoint import state_dict as state_dicts
 
 from radial_attn.models.lora.files import read_header
-from radial_attn.models.training.adapter import FILE, adapter_settings, save_adapter
+from radial_attn.models.lora.keys import listed
+from radial_attn.models.training.adapter import FILE, adapter_settings, holds_adapter, save_adapter
 from scripts.lora.latent_shards import FULL
 from scripts.lora.step import Run
 from scripts.run.errors import DiskFullError, UsageError, one_line
 from scripts.run.files import replacing, write_text
+from scripts.run.processes import rank
+from scripts.run.results import read_tensors
 
 FREE = (  # beginnings of keys that do not change what is learnt
     "output.",
@@ -41,6 +45,7 @@ NEVER = ("model.", "lora.rank", "lora.targets")  # beginnings of keys that no re
 WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 BEST = "best"
 STATE, CONFIG, LOG = "state.pt", "config.json", "log.jsonl"
+STATE_KEYS = {"step", "trained", "optimizer", "average", "skipped", "in_a_row", "best"}
 PREFIX = "step_"
 
 
@@ -57,23 +62,36 @@ class Checkpoints:
         `accept`: whether to allow differences in all keys but those of `NEVER`.
         """
         file = self.folder / CONFIG
-        if not file.is_file():
+        if not file.is_file() and not self.steps():
             return
         try:
             before = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, OSError) as error:
-            raise UsageError(
-                f"output.path: {file} cannot be read ({one_line(error)}); use another folder"
-            ) from error
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            before = self._keys_of_checkpoint(error)
         keys = sorted(before.keys() | self.keys.keys())
         changed = [key for key in keys if before.get(key) != self.keys.get(key) and not key.startswith(FREE)]
         never = [key for key in changed if key.startswith(NEVER)]
         if refused := never if accept else changed:
-            listed = ", ".join(f"{key} {before.get(key)} -> {self.keys.get(key)}" for key in refused)
+            texts = {key: f"{key} {before.get(key)} -> {self.keys.get(key)}" for key in refused}
+            if "samples" in texts:
+                texts["samples"] = "other clips, captions or held-out samples in data.latents"
             raise UsageError(
-                f"output.path: {self.folder} holds a run with other settings ({listed}); use the same "
-                f"settings, or another folder{'' if never else ', or output.accept_changes=true'}"
+                f"output.path: {self.folder} holds a run with other settings ({', '.join(texts.values())}); "
+                "use the same settings, or another folder"
+                f"{'' if never else ', or output.accept_changes=true'}"
             )
+
+    def _keys_of_checkpoint(self, error: Exception) -> dict[str, Any]:
+        """Returns the keys of the run from its newest checkpoint, if `config.json` cannot be read."""
+        file, reason = self.folder / CONFIG, getattr(error, "strerror", None) or one_line(error)
+        state = self._read() or {"keys": self.keys}  # without a checkpoint there is nothing to protect
+        if "keys" not in state:
+            raise UsageError(
+                f"output.path: {file} cannot be read ({reason}), so the run's settings are unknown; use "
+                "another folder"
+            ) from error
+        _note(f"{file} cannot be read ({reason}); it is written again")
+        return state["keys"]
 
     def steps(self) -> list[int]:
         """Returns the steps of the whole checkpoints, ascending."""
@@ -96,6 +114,7 @@ class Checkpoints:
         if run.accelerator.is_main_process:
             state = {"step": step, "trained": trained, "optimizer": optimizer, "average": run.average}
             state |= {"skipped": run.skipped, "in_a_row": run.in_a_row, "best": run.best}
+            state |= {"keys": self.keys}
             self._write(step, state)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old))
@@ -124,10 +143,12 @@ class Checkpoints:
         """Loads the newest checkpoint into the run, and returns the step to resume from; 0 without one.
 
         Raises:
-            UsageError: the checkpoint cannot be read.
+            UsageError: there are checkpoints, but none can be read.
         """
-        state = self._read()
+        state = self._read(run.trained)
         if run.accelerator.is_main_process:
+            for part in self.folder.rglob(".*.part*"):  # of a killed run: this one has the folder's lock
+                part.unlink()
             write_text(self.folder / CONFIG, json.dumps(self.keys, indent=2))
         if state is None:
             return 0
@@ -138,24 +159,43 @@ class Checkpoints:
             mean = state["average"] or state["trained"]
             run.average = {name: x.to(run.accelerator.device) for name, x in mean.items()}
         run.skipped, run.in_a_row, run.best = state["skipped"], state["in_a_row"], state["best"]
-        file = self.folder / FILE
         if run.accelerator.is_main_process:
-            written = read_header(file).trained.get("step") if file.is_file() else None
-            if written != state["step"]:  # the run stopped between checkpoint and adapter
-                write_adapter(run, self.folder, state["step"])
+            file = self.folder / FILE
+            values = run.trained if run.average is None else run.average
+            if _trained_steps(file) != state["step"] or not holds_adapter(file, values):
+                write_adapter(run, self.folder, state["step"])  # the run stopped before it, or it is damaged
+        best = self.folder / BEST / FILE
+        if math.isfinite(run.best) and _trained_steps(best) is None:
+            run.best = math.inf
+            _note(f"{best} is missing or damaged; the next validation writes it again")
         return state["step"]
 
-    def _read(self) -> dict[str, Any] | None:
-        if not (steps := self.steps()):
-            return None
-        file = self.path(steps[-1]) / STATE
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken pickle may raise anything
+    def _read(self, names: Iterable[str] = ()) -> dict[str, Any] | None:
+        """Returns the newest checkpoint that can be read and has these parameters, None if there are none.
+
+        Raises UsageError if none of them can be read.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            file = self.path(step) / STATE
+            try:
+                state = read_tensors(file)
+                if not state.keys() >= STATE_KEYS or state["step"] != step:
+                    raise ValueError("it is no checkpoint of this step")
+                if names and state["trained"].keys() != set(names):
+                    raise ValueError("it holds another adapter")
+            except ValueError as error:
+                damaged[str(file)] = one_line(error)
+                continue
+            if damaged:
+                _note(f"{listed(damaged)} cannot be read; resuming from step {step}")
+            return state
+        if damaged:
             raise UsageError(
-                f"checkpoint {file} cannot be read ({one_line(error)}); remove its folder to resume from the "
-                "one before"
-            ) from error
+                f"output.path: no checkpoint can be read: {listed(damaged)}; remove their folders to begin "
+                "again, or use another folder"
+            )
+        return None
 
     def save_best(self, run: Run, loss: float, step: int) -> None:
         """Writes the adapter to the folder `best` if its validation loss is the lowest so far."""
@@ -173,6 +213,34 @@ def write_adapter(run: Run, folder: Path, step: int) -> None:
     save_adapter(folder / FILE, values, adapter_settings(run.plain), run.plan.about() | {"step": step})
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Reads the log of a run, an entry a step; leaves out lines that cannot be read, and says so."""
+    file = folder / LOG
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    entries, bad = [], 0
+    for line in filter(None, lines):
+        try:
+            entries.append({"step": int(json.loads(line)["step"])} | json.loads(line))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            bad += 1
+    if bad:
+        _note(f"{bad} line{'s' if bad > 1 else ''} of {file} cannot be read and left out")
+    return entries
+
+
+def _note(text: str) -> None:
+    if rank() == 0:
+        print(f"note: {text}", flush=True)
+
+
+def _trained_steps(adapter: Path) -> int | None:
+    """Returns after how many steps an adapter was written; None if it is missing or not whole."""
+    try:
+        return read_header(adapter).trained.get("step")
+    except (OSError, ValueError):
+        return None
+
+
 class Log:
     """Writes a line of JSON for each step, and the same numbers for TensorBoard."""
 
@@ -181,10 +249,8 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = folder / LOG
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
-        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= first]
-        write_text(self._file, "".join(f"{line}\n" for line in kept))
+        kept = [entry for entry in read_log(folder) if entry["step"] <= first]
+        write_text(self._file, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

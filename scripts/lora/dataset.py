@@ -198,7 +198,7 @@ def _in_folder(name: str, dataset: Dataset) -> list[Entry]:
                 )
         elif stem in captions and stem not in videos:
             dataset.bad[label] = f"it has a caption, but is {NO_VIDEO}"
-        else:
+        elif file.suffix.lower() != ".json" or stem not in videos:  # else it is the video's record
             dataset.others[label] = NO_VIDEO
     if not entries and not dataset.bad:
         raise UsageError(
@@ -254,7 +254,7 @@ def _in_table(name: str) -> list[Entry]:
         rows = read_json_lines(path) if kind == ".jsonl" else read_table(path)
         for number, row in rows.items():
             video, caption = _columns(number, row)
-            if _holds_a_row(caption):
+            if kind == ".csv" and _holds_a_row(caption):
                 raise ValueError(f"line {number} has a quoted cell that goes on over the rows below it")
             file = path.parent / os.path.expanduser(video)
             before = lines.setdefault(os.path.abspath(file), number)
@@ -285,9 +285,9 @@ def _columns(number: int, row: Any) -> tuple[str, str]:
 
 
 def _holds_a_row(caption: str) -> bool:
-    """Returns whether a line of the caption, but not its first, begins as a row of another video does."""
-    names = (line.split(",")[0].strip('" ') for line in caption.split("\n")[1:])
-    return any(Path(name).suffix.lower() in SUFFIXES for name in names)
+    """Returns whether a line of the caption, but not its first, has a cell that names a video or an image."""
+    cells = (Path(cell.strip('" \r')) for line in caption.split("\n")[1:] for cell in line.split(","))
+    return any(cell.suffix.lower() in SUFFIXES or is_image_name(cell) for cell in cells)
 
 
 def _caption(entry: Entry) -> str:

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from radial_attn.models.pipeline.load import is_local
+from radial_attn.models.pipeline.load import is_local, parts_named, read_index
 from scripts.run.errors import UsageError, one_line
 from scripts.run.hub_models import hub_unreachable
 
@@ -49,7 +49,7 @@ def fingerprint(path: str, family: str) -> Fingerprint:
             "vae": _hexdigest([_config(vae, VAE_CONFIG), *map(_content, _weights(vae))]),
             "text encoder": _hexdigest([_text_part(folder / name) for name in text_parts(folder)]),
         }
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
         reason = one_line(error)
         raise UsageError(
             f"model.path: got {path!r}, which cannot be read ({reason}); get it again"
@@ -96,8 +96,7 @@ def text_parts(folder: Path) -> list[str]:
 
 def parts(folder: Path) -> list[str]:
     """Lists the parts that the pipeline's index has, in order of their names."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return sorted(name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None)
+    return sorted(parts_named(read_index(str(folder))))
 
 
 def _has_weights(part: Path) -> bool:
@@ -105,8 +104,11 @@ def _has_weights(part: Path) -> bool:
     lists = list(part.glob("*.safetensors.index.json"))
     if not lists:
         return bool(_weights(part))
-    names = {name for file in lists for name in json.loads(file.read_text())["weight_map"].values()}
-    return all((part / name).is_file() for name in names)
+    try:
+        names = {name for file in lists for name in json.loads(file.read_bytes())["weight_map"].values()}
+        return all((part / name).is_file() for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _weights(part: Path) -> list[Path]:

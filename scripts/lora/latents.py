@@ -7,6 +7,7 @@ A folder holds `index.json` and shards: `latents-00000.safetensors` with a tenso
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +20,14 @@ from torch import Tensor
 from radial_attn.models.training.flow import Text
 from scripts.lora.fingerprint import FORMAT, Fingerprint
 from scripts.run.errors import UsageError, one_line
+from scripts.run.files import read_text
+from scripts.run.tables import parse_json
 
 INDEX = "index.json"
+SHARD = re.compile(r"(latents|text)-\d{5,9}\.safetensors")
 OPEN_FILES = 16
-AGAIN = "prepare it with bash scripts/prepare_latents.sh"
+AGAIN = "run the same scripts/prepare_latents.sh command again, which makes what is missing"
+SAMPLE = {"name": str, "caption": str, "frames": int, "height": int, "width": int, "key": str}
 
 Bucket = tuple[int, int, int]  # latent frames, rows and columns
 
@@ -91,8 +96,13 @@ class LatentStore:
                 "run the same scripts/prepare_latents.sh command to resume"
             )
         store = cls(folder, content)
-        for shard in {sample.shard for sample in store.samples} | set(content["texts"].values()):
-            store.file(shard)
+        here = {shard: tensors(folder / shard) for shard in shards_of(content)}
+        for sample in store.samples:
+            if here[sample.shard].get(sample.key) != sample.latent_shape:
+                raise UsageError(f"data.latents: {folder / sample.shard} lacks {sample.name}; {AGAIN}")
+        for key in captions:
+            if not any(name.startswith(f"{key}.") for name in here[content["texts"][key]]):
+                raise UsageError(f"data.latents: {folder / content['texts'][key]} lacks a caption; {AGAIN}")
         return store
 
     @property
@@ -121,24 +131,54 @@ class LatentStore:
         return {name.removeprefix(f"{key}."): file.get_tensor(name) for name in names}
 
 
+class DamagedIndexError(UsageError):
+    """Reports an index of latents that cannot be read."""
+
+
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """Returns the content of the index, None without one; UsageError if it is broken or of another format."""
+    """Returns the content of the index, None without one.
+
+    Raises:
+        DamagedIndexError: it cannot be read as an index.
+        UsageError: it has another format.
+    """
     file = folder / INDEX
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
         version = content["fingerprint"]["format"]
-        lacking = {"latents", "samples", "texts"} - content.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
+        if lacking := {"latents", "samples", "texts"} - content.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        for key, entry in content["latents"].items():
+            if not SHARD.fullmatch(entry["shard"]) or not all(isinstance(x, int) for x in entry["shape"]):
+                raise ValueError(f"its entry {key} is damaged")
+        for entry in content["samples"]:
+            if entry.keys() != SAMPLE.keys() or not all(isinstance(entry[x], SAMPLE[x]) for x in SAMPLE):
+                raise ValueError("a sample is damaged")
+        if not all(map(SHARD.fullmatch, content["texts"].values())):
+            raise ValueError("a text is damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedIndexError(
             f"data.latents: {file} is not an index of latents ({one_line(error)}); {AGAIN}"
         ) from error
     if version != str(FORMAT):
-        raise UsageError(f"data.latents: {file} has format {version}, must be {FORMAT}; {AGAIN}")
-    if lacking:
-        raise UsageError(f"data.latents: {file} lacks {', '.join(sorted(lacking))}; {AGAIN}")
+        raise UsageError(
+            f"data.latents: {file} has format {version}, must be {FORMAT}; prepare the videos in another "
+            "folder with scripts/prepare_latents.sh, or remove this one first"
+        )
     return content
+
+
+def shards_of(content: Mapping[str, Any]) -> set[str]:
+    """Returns the files that an index names."""
+    return {entry["shard"] for entry in content["latents"].values()} | set(content["texts"].values())
+
+
+def tensors(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a shard's tensors by name; UsageError if it is missing or not whole."""
+    shard = open_shard(file)
+    return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
 
 
 def open_shard(file: Path) -> Any:

@@ -253,11 +253,13 @@ def describe_training(plan: TrainPlan) -> str:
     config = plan.config
     train, lora = config.train, config.lora
     numbers = "unknown before loading" if plan.adapter is None else f"{plan.adapter:,}"
-    each = train.batch * train.accumulate
+    each, share = train.batch * train.accumulate, config.parallel.ulysses_degree
+    videos = f"{each} video{'s' if each > 1 else ''}"
+    videos += " a process" if share == 1 else f"{', each' if each > 1 else ''} shared by {share} processes"
     rows = {
         "model": f"{config.model.path} ({config.model.family}, {config.model.dtype}) on {plan.device}",
         "adapter": f"rank {lora.rank} on {', '.join(lora.targets)}: {numbers} trainable parameters",
-        "steps": f"{train.steps}, {each} videos a process, rate {train.rate:g}, {train.schedule}",
+        "steps": f"{train.steps}, {videos}, rate {train.rate:g}, {train.schedule}",
     }
     if config.parallel.shard != "none":
         count = plan.sharers

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from radial_attn.models.lora.keys import listed
-from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local
+from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local, read_index
+from radial_attn.models.pipeline.weights import check_weights
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora.config import LoraTrainConfig
 from scripts.lora.dataset import Dataset, read_dataset, write_left_out
@@ -69,6 +70,8 @@ class Job:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations of one library in another
             try:
+                kept_parts = [name for name in parts(folder) if name not in without]
+                check_weights(folder, read_index(str(folder)), kept_parts)
                 pipeline = getattr(diffusers, FAMILIES[model.family].pipeline).from_pretrained(
                     folder, dtype=dtype, use_safetensors=True, **without
                 )
@@ -90,6 +93,8 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
         UsageError: a model, video or caption cannot be used.
         GenerationError: a clip or caption cannot be encoded.
     """
+    if not config.data.latents.strip():
+        raise UsageError(f"data.latents: got {config.data.latents!r}, must be a folder")
     device, path = find_device(config.model.device), find_model(config.model)
     check_data_sizes(config.data, read_model_info(path))
     dataset = read_dataset(config.data, dry_run=dry_run)
@@ -111,7 +116,9 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
     file = write_left_out(config.data, left_out)
     if left_out:
         print(f"left out   {len(left_out)}, listed with reasons in {file}", flush=True)
-    prepare(job)
+    if failed := prepare(job):
+        write_left_out(config.data, left_out | failed)
+        print(f"left out   {len(failed)} more, which could not be read: {listed(failed, 3)}", flush=True)
 
 
 def summary(dataset: Dataset, job: Job) -> list[str]:
@@ -141,6 +148,8 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
     read = {f"the caption of {clip.video.name}": clip.video.caption for clip in clips}
     lines += (f"note: {note}" for note in prompt_notes(job.path, job.config.model.family, read))
     shards, keys, captions = job.shards(), {clip.key for clip in clips}, job.captions
+    if shards.lost:
+        lines.append(f"note: {len(shards.lost)} files are made again: {listed(shards.lost, 3)}")
     done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
     lines.append(
         f"latents    {job.folder}: {done} of {len(keys)} clips and {texts} of {len(captions)} texts are there"
@@ -148,8 +157,13 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
     return lines
 
 
-def prepare(job: Job) -> None:
-    """Encodes what is missing: first captions, with only the text encoders loaded, then videos."""
+def prepare(job: Job) -> dict[str, str]:
+    """Encodes what is missing: first captions, with only the text encoders loaded, then videos.
+
+    Returns the videos that changed since they were checked and cannot be read, with the reasons; UsageError
+    for one unless `data.skip_bad` is true.
+    """
+    failed: dict[str, str] = {}
     if not is_local(job.path):
         _check_hub(job)
     mark = fingerprint(job.path, job.config.model.family)
@@ -162,11 +176,14 @@ def prepare(job: Job) -> None:
                 shards.add_texts(texts)
         clips = list({clip.key: clip for clip in job.clips if clip.key not in shards.latents}.values())
         if clips:
-            with closing(_latents(job, clips)) as latents:
+            with closing(_latents(job, clips, failed)) as latents:
                 shards.add_latents(latents)
+        if failed:
+            shards.begin(mark, [clip.entry() for clip in job.clips if clip.video.name not in failed])
     files = sorted(job.folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files) / MIB
     print(f"done       {job.folder}: {len(files)} files, {size:.1f} MiB")
+    return failed
 
 
 def _check_hub(job: Job) -> None:
@@ -190,12 +207,12 @@ def _texts(job: Job, captions: dict[str, str]) -> Iterator[tuple[str, dict[str, 
         yield key, text
 
 
-def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
+def _latents(job: Job, clips: list[Clip], failed: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     pipeline = job.load(text=False)
     dtype = torch.float32 if job.config.model.dtype == "float32" else torch.bfloat16
-    groups = groupby(clips, key=lambda clip: clip.video)
-    decoded = chain.from_iterable(read_clips(video, list(group)) for video, group in groups)
-    for clip, frames in tqdm(decoded, total=len(clips), desc="clips", unit="clip", dynamic_ncols=True):
+    for clip, frames in tqdm(
+        _decoded(job, clips, failed), total=len(clips), desc="clips", unit="clip", dynamic_ncols=True
+    ):
         with _reporting(f"{clip.name} as {clip.shape}"):
             pixels = frames.to(job.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
             latents = encode_video(pipeline, pixels)[0]
@@ -204,12 +221,23 @@ def _latents(job: Job, clips: list[Clip]) -> Iterator[tuple[str, Tensor]]:
         yield clip.key, latents.to(dtype)
 
 
+def _decoded(job: Job, clips: list[Clip], failed: dict[str, str]) -> Iterator[tuple[Clip, Tensor]]:
+    """Yields clips with their frames; if bad videos are to be skipped, adds their names to `failed`."""
+    for video, group in groupby(clips, key=lambda clip: clip.video):
+        try:
+            yield from read_clips(video, list(group))
+        except UsageError as error:
+            if not job.config.data.skip_bad:
+                raise
+            failed[video.name] = one_line(error.__cause__ or error)
+
+
 @contextmanager
 def _reporting(what: str) -> Iterator[None]:
     """Reports a lack of memory, or a failure of the model, in one line."""
     try:
         yield
-    except (MemoryError, RuntimeError, IndexError, ValueError) as error:
+    except (MemoryError, RuntimeError, IndexError, ValueError, TypeError) as error:
         reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
         raise GenerationError(
             f"{what} cannot be encoded: {reason}; files that were written are whole"

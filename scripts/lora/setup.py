@@ -14,8 +14,9 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.fsdp import shared_weights
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start
 from radial_attn.models.parallel.ulysses import SequenceParallel
-from radial_attn.models.pipeline.load import read_index
+from radial_attn.models.pipeline.load import is_local, read_index
 from radial_attn.models.pipeline.rope_scaling import extend_positions
+from radial_attn.models.pipeline.weights import check_weights
 from radial_attn.models.training.adapter import add_adapter
 from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.config import LoraTrainConfig
@@ -73,7 +74,7 @@ def prepared(plan: TrainPlan) -> Iterator[tuple[Run, Checkpoints]]:
             rank=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
-            boundary=read_index(plan.path).get("boundary_ratio"),
+            boundary=_boundary(plan.path),
             leads=accelerator.process_index % ulysses == 0,
         )
         yield run, checkpoints
@@ -90,6 +91,17 @@ def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, Sequence
     if ulysses == 1:
         return accelerator, None
     return accelerator, SequenceParallel(import_xfuser(device).get_sp_group().ulysses_group)
+
+
+def _boundary(path: str) -> float | None:
+    """Returns the noise level at which Wan2.2 changes its expert, None with one expert."""
+    ratio = read_index(path).get("boundary_ratio")
+    if ratio is None or (isinstance(ratio, float) and 0 < ratio < 1):
+        return ratio
+    raise UsageError(
+        f"model.path: model_index.json gives {ratio!r:.40} as boundary_ratio, must be null or from 0 to 1; "
+        "download it again"
+    )
 
 
 def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, list[int]], list[int]]:
@@ -116,13 +128,17 @@ def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, li
 
 
 def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:
-    """Loads the transformer to train; UsageError if it cannot be loaded."""
+    """Loads the transformer to train; UsageError if it cannot be loaded, or lacks weights."""
     from diffusers import AutoModel
+    from huggingface_hub import snapshot_download
 
     part = "transformer" if config.model.expert == 1 else "transformer_2"
     try:
+        patterns = [f"{part}/*.json", f"{part}/*.safetensors"]
+        folder = Path(path if is_local(path) else snapshot_download(path, allow_patterns=patterns))
+        check_weights(folder, read_index(path), [part])
         dtype = getattr(torch, config.model.dtype)
-        return AutoModel.from_pretrained(path, subfolder=part, dtype=dtype, use_safetensors=True)
+        return AutoModel.from_pretrained(str(folder), subfolder=part, dtype=dtype, use_safetensors=True)
     except Exception as error:  # the libraries share no class for a folder that they cannot load
         raise UsageError(
             f"model.path: got {config.model.path!r}, whose {part} cannot be loaded: {one_line(error)}"

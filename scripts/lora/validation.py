@@ -11,6 +11,7 @@ from radial_attn.models.pipeline.load import load_pipeline
 from scripts.lora.step import Run, flow_loss, generator
 from scripts.run.config import GenerationConfig
 from scripts.run.families import pipeline_arguments
+from scripts.run.files import replacing, write_text
 from scripts.run.outputs import encode
 from scripts.run.sampler import to_bytes
 
@@ -73,9 +74,9 @@ def make_videos(run: Run, folder: Path) -> None:
         number = chosen[index]
         frames = to_bytes(sampled(run, pipeline, number))
         if run.leads and counts:
-            encode(folder / f"{number:05d}.mp4", frames, round(run.config.data.fps or FPS))
-            caption = run.store.samples[number].caption
-            (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
+            with replacing(folder / f"{number:05d}.mp4", ".mp4") as part:
+                encode(part, frames, round(run.config.data.fps or FPS))
+            write_text(folder / f"{number:05d}.txt", run.store.samples[number].caption + "\n")
 
 
 def sampled(run: Run, pipeline: Any, number: int) -> np.ndarray:

@@ -19,8 +19,9 @@ from scripts.run.errors import UsageError, one_line
 from scripts.run.files import sha256
 from scripts.run.image_files import BROKEN, is_image_name, read_image
 from scripts.run.inputs import fit
-from scripts.run.video_files import probe_video, read_video
+from scripts.run.video_files import READER, probe_video, read_video
 
+REMEDY = "remove it, or set data.skip_bad=true, and run the same command to resume"
 SAME_SHAPE = 0.1  # between logarithms of width / height: 480 x 832 counts as 720 x 1280
 
 
@@ -56,7 +57,7 @@ class Clip:
     @property
     def key(self) -> str:
         """Returns a key that depends on the file's content, the frames and the size, not on names."""
-        taken = [self.video.digest, self.frames, self.height, self.width]
+        taken = [self.video.digest, self.frames, self.height, self.width, READER]
         return hashlib.sha256(json.dumps(taken).encode()).hexdigest()[:24]
 
     def entry(self) -> dict[str, Any]:
@@ -147,11 +148,11 @@ def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]
                     while number < wanted:
                         frame, number = next(frames, None), number + 1
                 except BROKEN as error:
-                    raise UsageError(f"data: {video.name} cannot be read ({one_line(error)})") from error
+                    reason = f"{video.name} cannot be read ({one_line(error)})"
+                    raise UsageError(f"data: {reason}; {REMEDY}") from error
                 if frame is None:
                     raise UsageError(
-                        f"data: {video.name} breaks off at frame {number} of {video.frames}; remove it, and "
-                        "run the same command to resume"
+                        f"data: {video.name} breaks off at frame {number} of {video.frames}; {REMEDY}"
                     )
                 picked[index] = fit(frame, clip.height, clip.width)
             yield clip, torch.from_numpy(picked)

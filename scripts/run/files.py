@@ -71,7 +71,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 if name is None and not video.with_suffix(".json").exists():
                     video.unlink(missing_ok=True)
                 file.unlink() if file.is_file() else shutil.rmtree(file, ignore_errors=True)
-            elif file.name.endswith(LOCK) and name is None:
+            elif file.name.endswith(LOCK) and file.name != LOCK and name is None:
                 with claim(file.with_name(file.name[1 : -len(LOCK)])):  # removes it, unless it is held
                     pass
 

@@ -118,9 +118,11 @@ def read_model_info(path: str) -> ModelInfo:
 def _read_json(file: Path) -> dict:
     """Reads a configuration file; UsageError if it is missing or not JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.path: {file} is missing or no valid JSON ({one_line(error)})") from error
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"model.path: {file} is missing or holds no JSON object ({one_line(error)}); download it again"
+        ) from error
 
 
 def _count_parameters(folder: Path) -> int:
@@ -135,7 +137,7 @@ def _count_file(file: Path) -> int:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, file.stat().st_size)))
         return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise UsageError(f"model.path: {file} is not a whole safetensors file ({one_line(error)})") from error
 
 

@@ -158,8 +158,8 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
     try:
         with torch.device("meta"):
             return getattr(diffusers, settings.get("_class_name", WAN_CLASS)).from_config(settings)
-    except (AttributeError, TypeError, ValueError):  # loading the model reports the fault in its config.json
-        return None
+    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError):
+        return None  # loading the model reports the fault in its config.json
 
 
 def _experts(path: str) -> int | None:

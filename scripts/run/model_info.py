@@ -20,6 +20,9 @@ WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
+MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance")
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """Holds the shape of a video pipeline.
@@ -111,9 +114,23 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
     if name not in READERS:
         raise UsageError(f"model.path: the transformer is a {name}; allowed: {', '.join(READERS)}")
     try:
-        return READERS[name](transformer, vae, parameters)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        model = READERS[name](transformer, vae, parameters)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise UsageError(f"model.path: transformer/config.json has no usable {one_line(error)}") from error
+    for name, value in vars(model).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        least = 0 if name in MAY_BE_ZERO else 1
+        if name != "parameters" and not all(_is_number(number, least) for number in numbers):
+            raise UsageError(
+                f"model.path: the config.json files of transformer and vae give {value!r:.40} as `{name}`; "
+                "download them again"
+            )
+    return model
+
+
+def _is_number(value: Any, least: int) -> bool:
+    """Returns whether a value of a ModelInfo is a number from `least` on, None or a bool."""
+    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and value >= least)
 
 
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:

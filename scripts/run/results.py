@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile
 
 import torch
 
 from radial_attn.masks.draw import save_figure
+from scripts.run.errors import one_line
 from scripts.run.files import write_text
 from scripts.run.system import hardware, pairs, versions
 
@@ -90,9 +92,38 @@ def write_json(path: Path, data: Any) -> Path:
     return write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns what a cache file contains; empty if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Returns what a cache file contains, a `kind` that is empty if there is none.
+
+    A file that is damaged counts as empty, and a note says that its content is made again.
+    """
+    try:
+        if path.is_file() and isinstance(content := json.loads(path.read_bytes()), kind):
+            return content
+    except (OSError, ValueError, RecursionError):
+        pass
+    if path.exists():
+        note_damage(path)
+    return kind()
+
+
+def note_damage(path: Path) -> None:
+    """Prints that a cache file is damaged."""
+    print(f"note: {path} is damaged; what it held is made again", flush=True)
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Returns the dictionary that `torch.save` wrote; ValueError if it is damaged, by its checksums too."""
+    try:
+        with ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise ValueError(f"{part} does not fit its checksum")
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a broken archive may raise anything
+        raise ValueError(one_line(error)) from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds another kind of data")
+    return content
 
 
 def style(index: int) -> dict[str, str]:

@@ -19,6 +19,7 @@ from scripts.run.config import Config
 from scripts.run.files import write_text
 from scripts.run.inputs import NEED_IMAGE
 from scripts.run.plan import attention_arguments, dense_steps
+from scripts.run.results import read_json
 from scripts.run.sampler import sample
 from scripts.run.system import synchronizer
 from scripts.toyworld import random_scene, read, render
@@ -50,12 +51,15 @@ def readings(
     file: Path,
     *,
     judge: Callable[[np.ndarray, Attributes], dict[str, Any]] = reading,
+    is_kept: Callable[[dict], bool] = lambda entry: True,
 ) -> list[dict]:
     """Returns a record for the video of each caption; makes those that `file` does not hold yet.
 
-    `judge` makes a record from frames `[T, H, W, 3]` of 0 .. 1 and the caption's attributes.
+    Args:
+        judge: makes a record from frames `[T, H, W, 3]` of 0 .. 1 and the caption's attributes.
+        is_kept: says whether a record that `file` holds is taken, else it is made again.
     """
-    done = json.loads(file.read_text()) if file.exists() else []
+    done = [entry for entry in read_json(file, list) if is_kept(entry)]
     seen = {entry["caption"] for entry in done}
     missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
     name = f"{config.attention.pattern} {config.generation.num_frames} frames"

@@ -54,6 +54,17 @@ def test_a_caption_keeps_its_seed_in_a_resumed_run(tmp_path: Path, pipeline, con
     assert readings(pipeline, config, CAPTIONS, 1, part) == whole
 
 
+@pytest.mark.parametrize("content", [b"", b'[{"caption": ', b"{}", bytes(40)])
+def test_damaged_readings_are_made_again(content, tmp_path: Path, pipeline, config, capsys):
+    file = tmp_path / "readings.json"
+    file.write_bytes(content)
+    entries = readings(pipeline, config, CAPTIONS[:1], 1, file)
+    assert [e["caption"] for e in entries] == [CAPTIONS[0].caption] and json.loads(
+        file.read_text()
+    ) == entries
+    assert f"note: {file} is damaged" in capsys.readouterr().out
+
+
 def test_row_counts_attributes_and_whole_captions(config):
     entries = [entry("a", *VOCABULARY), entry("b", "colour", "shape"), entry("c"), entry("d", "colour")]
     cells = ["wan-tiny", "5", "radial", "0.500", "75.0", "50.0", "25.0", "25.0", "43.8", "25.0", "4", "0.250"]

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scripts.run.errors import one_line
 from scripts.run.files import replacing
+from scripts.run.results import read_tensors
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run_stage(stage: Stage, work: Path, device: str, save_every: int) -> nn.Modu
     optimizers = build_optimizers(stage)
     average, first = copy.deepcopy(stage.model), 0
     if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = _read(path, device)
         stage.model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
@@ -73,6 +76,19 @@ def run_stage(stage: Stage, work: Path, device: str, save_every: int) -> nn.Modu
             with open(work / "log.txt", "a") as log:
                 log.write(f"{stage.name} {step + 1} {smooth:.5f} {time.time():.0f}\n")
     return average
+
+
+def _read(path: Path, device: str) -> dict[str, Any]:
+    try:
+        state = read_tensors(path, device)
+        if {"model", "average", "optimizers", "step"} <= state.keys():
+            return state
+        raise ValueError("it is no checkpoint")
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({one_line(error)}); remove it to train this stage from its "
+            "beginning"
+        ) from error
 
 
 def train_step(

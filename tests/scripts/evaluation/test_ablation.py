@@ -194,6 +194,15 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):
     made[:] = [None] * 10
     assert main(words) == 0 and len(made) == 10
     assert not list((tmp_path / "work").rglob("*.part"))
+    frames, *_ = sorted((tmp_path / "work").rglob("*.npz"))
+    frames.write_bytes(frames.read_bytes()[:-100])
+    (frames.parent / "seconds.json").write_bytes(b'{"hardware": {')
+    assert main(words) == 0 and len(made) == 11
+    out = capsys.readouterr().out
+    assert f"note: {frames} is damaged" in out and "seconds.json is damaged" in out
+    remade = json.loads((tmp_path / "work" / "ablation.json").read_text())
+    untimed = ([[row[:-1] for row in x["rows"]] for x in data["tables"]] for data in (remade, whole))
+    assert next(untimed) == next(untimed)
 
 
 def test_files(whole):

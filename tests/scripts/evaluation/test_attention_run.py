@@ -125,7 +125,7 @@ def test_readings_follow_from_version_weights_loras_and_the_prompts_number(tmp_p
     assert name() != second
 
 
-def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
+def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch, capsys):
     """Averages two prompts; after an interruption only the second is observed."""
     words = ["--layers", "1", "--steps", "2", f"generation.prompt_file={tmp_path / 'prompts.txt'}"]
     (tmp_path / "prompts.txt").write_text("a red circle moving left on a black background\na blue square\n")
@@ -144,6 +144,13 @@ def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch):
     again = []
     monkeypatch.setattr(analyse_run, "_look", lambda *given: again.append(given[2]) or look(*given))
     assert main(command) == 0 and again == ["a blue square"]
+    file = min((tmp_path / "work").glob("*.pt"))
+    whole = file.read_bytes()
+    for damaged in (whole[:99], whole[: len(whole) // 2].ljust(len(whole), b"\0")):
+        file.write_bytes(damaged)
+        again.clear()
+        assert main(command) == 0 and len(again) == 1
+        assert f"note: {file} is damaged" in capsys.readouterr().out
     data = json.loads((tmp_path / "work" / "analysis.json").read_text())
     assert data["layers"] == [1] and len(data["prompts"]) == 2 and data["tail"]["rows"] == 2 * 2 * 4 * 2
     plan = planned(read_config(WAN, [words[-1], *SHORT]))

@@ -1,6 +1,7 @@
 """Tests the evaluation from end to end on the bundled model: what it measures, resumes and refuses."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,26 @@ def test_videos_of_another_version_or_other_weights_are_made_again(changed, run:
         make_missing(other)
     line = "note: 8 videos are made again, because program, weights or device have changed"
     assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_damaged_records_and_frames_are_made_again(run: Path, tmp_path: Path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    evaluation = planned(tmp_path / "run", *COMPARE)
+    first, second = evaluation.takes
+    record = evaluation.path("thin", first).with_suffix(".json")
+    record.write_bytes(record.read_bytes()[:100])
+    assert missing_videos(evaluation) == [("thin", first)]
+    frames = evaluation.path("dense", first).with_suffix(".mkv")
+    frames.write_bytes(frames.read_bytes()[:-2000])
+    assert missing_videos(evaluation) == [("dense", first), ("thin", first)]
+    evaluation.path("dense", second).with_suffix(".json").write_bytes(bytes(50))
+    assert missing_videos(evaluation)[2:] == [("dense", second)]
+    monkeypatch.setattr(Sampler, "load", lambda sampler: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        make_missing(evaluation)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: ") and line.endswith("made again, because the record is damaged")
+    assert evaluation.path("thin", first).name in line
 
 
 def test_seconds_of_another_machine_are_left_out(run: Path, monkeypatch):

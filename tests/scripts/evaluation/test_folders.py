@@ -91,6 +91,20 @@ def test_readings_of_unchanged_files_are_kept(pair: Path, monkeypatch):
     assert scored(pair) == 0 and taken[2:] == ["b.mp4"]
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"a', b"[]", bytes(30)])
+def test_damaged_readings_are_made_again(damaged: bytes, pair: Path, capsys):
+    assert scored(pair) == 0
+    file, wanted = (
+        pair / "work" / "readings.json",
+        json.loads((pair / "work" / "evaluation.json").read_text()),
+    )
+    whole = file.read_bytes()
+    file.write_bytes(damaged)
+    assert scored(pair) == 0 and file.read_bytes() == whole
+    assert f"note: {file} is damaged; what it held is made again" in capsys.readouterr().out
+    assert json.loads((pair / "work" / "evaluation.json").read_text())["videos"] == wanted["videos"]
+
+
 def refused(pair: Path, capsys: pytest.CaptureFixture, *words: str) -> str:
     """Returns the line that the command ends with, below its progress bar."""
     assert scored(pair, *words) == 2

@@ -113,6 +113,7 @@ def make_others(folder: Path) -> None:
     add(folder / ".cache", "d")
     (folder / "._a.mp4").write_text("of macOS")
     (folder / "a.json").write_text("{}")
+    (folder / "b.json").write_text("{}")
     (folder / "lone.txt").write_text("a caption")
 
 
@@ -124,7 +125,7 @@ def test_other_files_are_named_and_links_are_followed_without_a_circle(folder):
     links = dict.fromkeys(("0/", "deep/up/", "out/"), kind)
     assert dataset.others == links | {
         ".cache/": "a hidden folder",
-        "a.json": datasets.NO_VIDEO,
+        "b.json": datasets.NO_VIDEO,
         "lone.txt": "a caption without a video",
     }
 
@@ -159,6 +160,24 @@ def test_slow_videos_are_skipped(folder):
     assert dataset_of(folder, fps=16.0, skip_bad=True).bad == {"b.mp4": "8 frames a second"}
     with pytest.raises(UsageError, match=r"data.folder: none of 2 videos can be used: a.mp4 \(16 frames"):
         dataset_of(folder, fps=100.0, skip_bad=True)
+
+
+def test_a_video_that_changes_after_its_reading_is_skipped(folder, tmp_path, capsys):
+    for name, frames in {"b": 10, "c": 11}.items():
+        add(folder, name)
+        write_video(folder / f"{name}.mp4", frames, 32, 32)
+    out = tmp_path / "latents"
+    dataset_of(folder)
+    about = (folder / "b.mp4").stat()
+    (folder / "b.mp4").write_bytes(bytes(about.st_size))
+    os.utime(folder / "b.mp4", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert run(CONFIG, folder, out, "data.sizes=9x32x32") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "data: b.mp4 cannot be read" in line and "data.skip_bad=true" in line
+    assert run(CONFIG, folder, out, "data.sizes=9x32x32", "data.skip_bad=true") == 0
+    assert "left out   1 more, which could not be read: b.mp4 (" in capsys.readouterr().out
+    assert [sample.name for sample in LatentStore.open(out).samples] == ["a.mp4", "c.mp4"]
+    assert (out / LEFT_OUT).read_text().startswith("b.mp4\t")
 
 
 def test_the_command_goes_on_without_bad_videos_and_lists_them(folder, tmp_path, capsys):

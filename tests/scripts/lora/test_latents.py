@@ -88,7 +88,7 @@ def cut_off(file: Path) -> None:
 INDEX, CLIP, WORDS = "index.json", "latents-00001.safetensors", "text-00000.safetensors"
 OTHER_CLIP = entry("b") | {"key": "z"}
 BROKEN = {  # what is done to the folder, and the message
-    "no index": (lambda f: (f / INDEX).unlink(), "no index.json; .*bash scripts/prepare_latents.sh"),
+    "no index": (lambda f: (f / INDEX).unlink(), "no index.json; .*scripts/prepare_latents.sh command again"),
     "no JSON": (lambda f: (f / INDEX).write_text('{"latents": {'), "index.json is not an index"),
     "a list": (lambda f: (f / INDEX).write_text("[]"), "index.json is not an index"),
     "no samples": (lambda f: (f / INDEX).write_text('{"fingerprint": {"format": "1"}}'), "lacks latents"),
@@ -98,6 +98,22 @@ BROKEN = {  # what is done to the folder, and the message
     "empty": (lambda f: edit(f / INDEX, samples=[]), r"unfinished \(0 of 0 clips\)"),
     "no shard": (lambda f: (f / CLIP).unlink(), f"{CLIP} cannot be read"),
     "a cut shard": (lambda f: cut_off(f / WORDS), f"{WORDS} cannot be read"),
+    "another shard": (
+        lambda f: shutil.copy(f / "latents-00000.safetensors", f / CLIP),
+        f"{CLIP} lacks c.mp4",
+    ),
+    "other texts": (lambda f: shutil.copy(f / CLIP, f / WORDS), f"{WORDS} lacks a caption"),
+    "numbers": (lambda f: edit(f / INDEX, texts={text_key(""): 3}), "index.json is not an index"),
+    "no entry": (lambda f: edit(f / INDEX, latents={"a": {}}), "index.json is not an index"),
+    "another folder": (
+        lambda f: edit(f / INDEX, latents={"a": {"shard": "../a.safetensors", "shape": [4, 3, 2, 2]}}),
+        "index.json is not an index",
+    ),
+    "half a pair": (
+        lambda f: edit(f / INDEX, samples=[entry("a") | {"caption": "\ud800"}]),
+        "index.json is not an index .*half of a surrogate pair",
+    ),
+    "no name": (lambda f: edit(f / INDEX, samples=[{"key": "a"}]), "index.json is not an index"),
 }
 
 

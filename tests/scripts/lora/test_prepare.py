@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from radial_attn.models.pipeline.load import load_pipeline
 from radial_attn.models.training.flow import encode_text, encode_video
@@ -23,6 +25,7 @@ from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import LatentStore
 from scripts.run.config import ROOT
+from scripts.run.errors import UsageError
 from scripts.run.inputs import fit, read_frames
 from tests.support.latent_cases import SIZES, run, write_video
 from tests.support.tiny_hunyuan import hunyuan_pipeline
@@ -210,6 +213,54 @@ def test_further_videos_and_sizes_are_added(config, videos, tmp_path, capsys):
     assert all(after[name] == content for name, content in before.items() if name != "index.json")
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+DAMAGES = {  # what is done to the folder, and the parts of the note
+    "no shard": (
+        lambda f: (f / "latents-00000.safetensors").unlink(),
+        ["latents-00000.safetensors (missing)"],
+    ),
+    "cut shard": (lambda f: cut(f / "latents-00001.safetensors"), ["latents-00001", "not fully covered"]),
+    "cut text": (lambda f: cut(f / "text-00002.safetensors"), ["text-00002", "not fully covered"]),
+    "NUL": (lambda f: (f / "text-00000.safetensors").write_bytes(bytes(99)), ["text-00000"]),
+    "swapped": (
+        lambda f: shutil.copy(f / "latents-00001.safetensors", f / "latents-00000.safetensors"),
+        ["latents-00000.safetensors (it lacks clips)"],
+    ),
+    "cut index": (lambda f: cut(f / "index.json"), ["index.json"]),
+    "no JSON": (lambda f: (f / "index.json").write_bytes(bytes(20)), ["index.json"]),
+    "both": (
+        lambda f: (cut(f / "index.json"), cut(f / "text-00000.safetensors")),
+        ["index.json", "text-00000"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_is_damaged_is_made_again(case, config, videos, prepared, *, tmp_path, monkeypatch, capsys):
+    """Training names the one command, which encodes what is missing and nothing else."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "latents"))
+    damage, parts = DAMAGES[case]
+    damage(folder)
+    before = {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
+    with pytest.raises(UsageError, match=r"run the same scripts/prepare_latents.sh command again"):
+        LatentStore.open(folder)
+    monkeypatch.setattr(prepare_latents, "MIB", SHARD)
+    assert run(config, videos, folder) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "made again" in line]
+    count = 2 if case == "both" else 1
+    assert note.startswith(f"note: {count} files are made again: ") and all(part in note for part in parts)
+    expected, store = LatentStore.open(prepared), LatentStore.open(folder)
+    for i in range(len(expected.samples)):
+        (latents, text), (wanted, words) = store.load(i), expected.load(i)
+        assert torch.equal(latents, wanted) and all(torch.equal(text[name], words[name]) for name in words)
+    after = {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
+    kept = [name for name in before if after.get(name) == before[name]]
+    assert len(kept) == len(before) - (case not in ("no shard", "cut index", "no JSON"))
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_files(config, videos, tmp_path, capsys):
     assert run(config, videos, tmp_path, "data.sizes=9x32x32") == 0
     before = contents(tmp_path)
@@ -252,6 +303,21 @@ def test_a_model_of_16_bits_makes_latents_of_16_bits(config, videos, tmp_path):
     assert run(config, videos, tmp_path, "model.dtype=bfloat16", "data.sizes=9x32x32") == 0
     latents, text = LatentStore.open(tmp_path).load(0)
     assert latents.dtype == torch.bfloat16 and text["prompt_embeds"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_model_that_lacks_a_tensor_makes_no_latents(part, videos, tmp_path, capsys):
+    shutil.copytree(ROOT / MODEL, tmp_path / "model")
+    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
+    state = load_file(file)
+    name = [name for name, x in state.items() if x.ndim > 1][1]
+    del state[name]
+    save_file(state, file, {"format": "pt"})
+    config = write_model(tmp_path / "config.yaml", tmp_path / "model")
+    assert run(config, videos, tmp_path / "out", "data.sizes=9x32x32") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model.path" in line and f"model/{part} lacks 1 tensor" in line and name in line
+    assert not list((tmp_path / "out").glob("latents-*"))
 
 
 @pytest.mark.parametrize(

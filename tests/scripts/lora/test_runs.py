@@ -1,8 +1,10 @@
 """Runs of LoRA training: stopped and resumed, in several processes, refused."""
 
 import errno
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from radial_attn.models.lora.files import read_header
 from scripts.lora import checkpoint
@@ -20,7 +23,8 @@ from scripts.lora.checkpoint import Checkpoints
 from scripts.lora.latents import LatentStore
 from scripts.lora.step import Run
 from scripts.run.config import ROOT
-from tests.support.lora_cases import FILE, adapter, launch_training, log, losses, same, train
+from scripts.train_lora import as_line
+from tests.support.lora_cases import FILE, adapter, cut, launch_training, log, losses, same, train
 
 
 def train_until(last: int, config: Path, out: Path, *words: str) -> None:
@@ -83,6 +87,13 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+def test_an_error_of_the_disk_names_the_file_if_there_is_one():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert as_line(full).startswith("output.path: cannot write (No space left on device); the last")
+    full.filename = "a/log.jsonl"
+    assert as_line(full).startswith("output.path: cannot write a/log.jsonl (No space left on device); the")
+
+
 def test_steps_that_are_not_finite_are_skipped(lora_config, tmp_path, monkeypatch, capsys):
     real = LatentStore.load
 
@@ -122,7 +133,7 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
     line = error_line(capsys)
     assert "output.path" in line and "(lora.rank 4 -> 8)" in line and line.endswith("another folder")
     assert train(lora_config, lora_run, "validation.every=2") == 2  # other samples to learn from
-    assert "samples" in capsys.readouterr().err
+    assert "other clips, captions or held-out samples in data.latents" in error_line(capsys)
     assert train(lora_config, lora_run, "output.keep=9") == 0  # nothing that changes what is learnt
 
 
@@ -139,6 +150,103 @@ def test_options_that_do_not_fit_the_latents_are_refused(lora_config, tmp_path, 
     assert train(lora_config, tmp_path / "out", word) == 2
     assert message in error_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["lacks 1 tensor of", "of shape"])
+def test_a_transformer_that_is_not_whole_is_not_trained(change, lora_config, tiny_model, *, tmp_path, capsys):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    name = "blocks.1.attn1.to_q.weight"
+    whole = state.pop(name)
+    save_file(state if "lacks" in change else state | {name: whole[1:].clone()}, file, {"format": "pt"})
+    assert train(lora_config, tmp_path / "out", f"model.path={tmp_path / 'model'}") == 2
+    line = error_line(capsys)
+    assert "model.path" in line and "transformer" in line and change in line and name in line
+
+
+def zeroed(file: Path) -> None:
+    """Fills the second half with zeros, as a file system may after a loss of power."""
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+
+
+def halved(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def blank_second_line(file: Path) -> None:
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([lines[0], bytes(len(lines[1])), *lines[2:]]))
+
+
+def flipped(file: Path) -> None:
+    """Changes a bit here and there."""
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 32, len(content), len(content) // 16):
+        content[place] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES = {  # file in the folder of a run; its damage; part of the note, None without one
+    "adapter cut": (FILE, halved, None),
+    "adapter zeroed": (FILE, zeroed, None),
+    "checkpoint cut": ("step_000004/state.pt", halved, "state.pt ("),
+    "checkpoint zeroed": ("step_000004/state.pt", zeroed, "resuming from step 2"),
+    "checkpoint empty": ("step_000004/state.pt", lambda file: file.write_bytes(b""), "resuming from step 2"),
+    "checkpoint flipped": ("step_000004/state.pt", flipped, "resuming from step 2"),
+    "log cut": ("log.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-9]), "1 line of"),
+    "log with NUL": ("log.jsonl", blank_second_line, "1 line of"),
+    "settings cut": ("config.json", halved, "config.json cannot be read"),
+    "settings gone": ("config.json", Path.unlink, "config.json cannot be read"),
+    "parts of a killed run": ("step_000004/.state.pt.1.part", lambda file: file.write_bytes(b"x"), None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_run_with_a_damaged_file_ends_the_same(case, lora_config, lora_run, *, tmp_path, capsys):
+    """What a resumed run reads is made again, or the checkpoint before is taken."""
+    folder = cut(lora_run, tmp_path / "run", 4)
+    name, damage, note = DAMAGES[case]
+    damage(folder / name)
+    assert train(lora_config, folder) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(lines) == (note is not None) and all(note in line for line in lines)
+    first, second = adapter(folder), adapter(lora_run)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    lost = {2} if case == "log with NUL" else set()  # what is past is not measured again
+    assert {entry["step"] for entry in log(folder)} == {1, 2, 3, 4, 5, 6} - lost
+    keys, expected = (json.loads((run / "config.json").read_text()) for run in (folder, lora_run))
+    assert {key for key in expected if keys.get(key) != expected[key]} <= {"output.keep", "output.path"}
+    assert not list(folder.rglob("*.part*"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(lora_config, lora_run, tmp_path, capsys):
+    folder = cut(lora_run, tmp_path / "run", 4)
+    for file in folder.rglob("state.pt"):
+        halved(file)
+    before = {
+        file: file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and "tensorboard" not in str(file)
+    }
+    assert train(lora_config, folder) == 2
+    line = error_line(capsys)
+    assert (
+        "output.path: no checkpoint can be read: " in line and "remove their folders to begin again" in line
+    )
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_a_damaged_best_adapter_is_written_again(lora_config, tmp_path, monkeypatch, capsys):
+    validated = iter([2.0, 3.0, 2.5])
+    monkeypatch.setattr(lora_validation, "validation_loss", lambda run: next(validated))
+    assert train(lora_config, tmp_path, "validation.every=2", "train.steps=4", "train.schedule=constant") == 0
+    halved(tmp_path / "best" / FILE)
+    words = ["validation.every=2", "train.schedule=constant", "output.accept_changes=true"]
+    assert train(lora_config, tmp_path, *words) == 0
+    assert "the next validation writes it again" in capsys.readouterr().out
+    assert read_header(tmp_path / "best" / FILE).trained["step"] == 6
 
 
 def test_a_run_that_stops_before_its_adapter_writes_it_later(lora_config, lora_run, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Compares the known numbers of published models with those of models on the meta device."""
 
+import json
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -7,9 +10,9 @@ import transformers
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
-from scripts.run.config import VideoSize, read_config
+from scripts.run.config import ROOT, VideoSize, read_config
 from scripts.run.errors import UsageError
-from scripts.run.hub_models import HUB_MODELS, HUNYUAN_CONFIG
+from scripts.run.hub_models import HUB_MODELS, HUNYUAN_CONFIG, read_model_info
 from scripts.run.model_info import ModelInfo, from_configs
 from scripts.run.plan import check_model_options
 from tests.support.tiny_wan import vace_transformer
@@ -171,3 +174,25 @@ def test_guidance_that_a_model_has_no_place_for_is_refused():
         check_model_options(read_config("configs/hunyuan_t2v.yaml", guided), model)
     check_model_options(read_config("configs/hunyuan_t2v.yaml", alone), model)
     check_model_options(read_config("configs/hunyuan_i2v.yaml", guided), model)
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [
+        ("vae", "[1]", r"vae/config.json .* holds no JSON object"),
+        ("transformer", '"x"', r"transformer/config.json .* holds no JSON object"),
+        ("transformer", {"ffn_dim": {"a": 1}}, r"give \{'a': 1\} as `ffn`"),
+        ("transformer", {"num_layers": -1}, r"give -1 as `layers`"),
+        ("transformer", {"patch_size": [1, 0, 2]}, r"give \(1, 0, 2\) as `patch`"),
+        ("vae", {"decoder_base_dim": "96"}, r"no usable"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(part, content, message, tmp_path):
+    for name in ("transformer", "vae"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "assets" / "wan-tiny" / name / "config.json", tmp_path / name)
+    file = tmp_path / part / "config.json"
+    new = content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content)
+    file.write_text(new)
+    with pytest.raises(UsageError, match=f"^model.path: .*{message}"):
+        read_model_info(str(tmp_path))

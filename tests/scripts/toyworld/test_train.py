@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,6 +49,30 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path):
     resumed = run(linear_stage(parts), parts).state_dict()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert not list(parts.work.glob("*.part"))
+
+
+@pytest.mark.parametrize("damaged", [b"", b"PK\x03\x04", bytes(500)])
+def test_a_damaged_checkpoint_is_one_line(damaged, tmp_path):
+    options = Options(work=tmp_path, save_every=4)
+    run(linear_stage(options), options)
+    (tmp_path / "linear.pt").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"checkpoint .*linear.pt cannot be read .*; remove it to train"):
+        run(linear_stage(options), options)
+
+
+def test_damaged_latents_are_made_again_and_damaged_options_refused(tmp_path, capsys):
+    options = shortest("wan", tmp_path, steps=1)
+    train(options)
+    file = options.work / "latents.safetensors"
+    whole = {name: x.clone() for name, x in load_file(file).items()}  # not a map of the file
+    file.write_bytes(file.read_bytes()[:-5])
+    train(options)
+    assert f"note: {file} is damaged" in capsys.readouterr().out
+    again = load_file(file)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    (options.work / "options.json").write_bytes(b'{"seed": ')
+    with pytest.raises(ValueError, match=r"options.json is damaged, .*; give another --work"):
+        train(options)
 
 
 def test_learning_rate_warms_up_and_decays():
