@@ -21,7 +21,7 @@ def enable(
     density: float | None = None,
     decay_factor: float | None = None,
     block_size: int | None = None,
-    sink: bool | None = None,
+    sink: bool | int | None = None,
     neighbour: float | str | None = None,
     decimation_width: int | str | None = None,
     pattern: str | None = None,

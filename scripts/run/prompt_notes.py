@@ -1,6 +1,7 @@
 """Says what of a prompt a model does not get: text beyond its tokenizers' limits, unknown words."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,15 @@ def _first(texts: Mapping[str, str], form: str) -> list[str]:
 
 def _tokenizer(path: str, name: str, fetch: bool) -> Any:
     """Returns a tokenizer of the model; None if it is not here, or cannot be read (loading says why)."""
+    import huggingface_hub
     from transformers import AutoTokenizer
 
-    try:
-        if is_local(path):
-            return AutoTokenizer.from_pretrained(Path(path) / name, local_files_only=True)
-        return AutoTokenizer.from_pretrained(path, subfolder=name, local_files_only=not fetch)
-    except Exception:  # the libraries share no class for what they cannot read
-        return None
+    huggingface_hub.utils.logging.set_verbosity_error()  # the retries are many lines
+    where = (str(Path(path) / name), "") if is_local(path) else (path, name)
+    for here in (True, False) if fetch and not is_local(path) else (True,):
+        with suppress(Exception):  # the libraries share no class for what they cannot read
+            return AutoTokenizer.from_pretrained(where[0], subfolder=where[1], local_files_only=here)
+    return None
 
 
 def _template(family: str) -> tuple[str, int]:
