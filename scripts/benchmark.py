@@ -160,6 +160,7 @@ def other_table(name: str, argv: list[str]) -> int:
     stem = f"{module.NAME.format(**vars(options))}_{time.strftime('%Y-%m-%d')}"
 
     def work() -> None:
+        options.out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
         lines, figure = module.measured(options, command, f"{stem}.png")
         file = write_text(options.out / f"{stem}.md", "\n".join(lines) + "\n")
         if figure is not None:
@@ -194,6 +195,7 @@ def attention_table(options: argparse.Namespace, argv: list[str]) -> None:
     """Measures and writes the times and the memory of the kernels."""
     from scripts.benchmarks.cpu_report import write
 
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     start, device, others = time.perf_counter(), options.device, cpu_of_others()
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
     with torch.no_grad():
