@@ -33,6 +33,7 @@ from scripts.run.files import write_text
 from scripts.run.inputs import read_prompts
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
+from scripts.run.prompt_notes import prompt_notes
 from scripts.run.results import OUT, head, results_file, write_json
 
 PRESET = "configs/wan_tiny.yaml"
@@ -51,6 +52,9 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
         rows = [planned(evaluation, name) for name in settings]
         print(*table({"settings": rows, "means": {}})[1:], sep="\n")
         return
+    plan, texts = evaluation.plans[DENSE], {f"prompt {take.number}": take.prompt for take in evaluation.takes}
+    for note in prompt_notes(plan.path, plan.config.model.family, texts):
+        print(f"note: {note}", flush=True)
     if no_lpips():
         print(f"note: {no_lpips()}", flush=True)
     make_missing(evaluation)

@@ -70,7 +70,7 @@ class TrainModelConfig(AnyModelConfig):
 @dataclass
 class DataConfig:
     folder: str | None = key(
-        None, "folder of videos, each with its caption in a .txt of the same name; or use table"
+        None, "folder of videos or images, each with its caption in a .txt of the same name; or use table"
     )
     table: str | None = key(
         None, ".jsonl or .csv with `video` and `caption`, paths relative to it; replaces folder"

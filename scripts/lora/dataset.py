@@ -17,7 +17,7 @@ from scripts.lora.latent_shards import write_whole
 from scripts.lora.videos import Video, probe
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import read_text
-from scripts.run.inputs import BROKEN
+from scripts.run.image_files import BROKEN, is_image_name
 from scripts.run.schema import find_path
 from scripts.run.tables import read_json_lines, read_table
 from scripts.run.video_files import READER, SUFFIXES
@@ -178,7 +178,8 @@ def _in_folder(name: str, dataset: Dataset) -> list[Entry]:
     if not folder.is_dir():
         raise UsageError(f"data.folder: got {name!r}, which is no folder; name a folder of videos")
     files = sorted(_walk(folder, dataset))
-    videos = {file.with_suffix(""): file for file in files if file.suffix.lower() in SUFFIXES}
+    videos = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    images = {file.with_suffix("") for file in files if is_image_name(file)}
     captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     entries = []
     for file in files:
@@ -186,8 +187,15 @@ def _in_folder(name: str, dataset: Dataset) -> list[Entry]:
         if file.suffix.lower() in SUFFIXES:
             entries.append(Entry(label, file, captions.get(stem, stem.with_name(f"{stem.name}.txt"))))
         elif file.suffix.lower() == ".txt":
-            if stem not in videos:
+            if stem not in videos | images:
                 dataset.others[label] = "a caption without a video"
+        elif is_image_name(file):
+            if stem in captions and stem not in videos:
+                entries.append(Entry(label, file, captions[stem]))
+            else:
+                dataset.others[label] = (
+                    f"an image {'beside its video' if stem in videos else 'without a caption'}"
+                )
         elif stem in captions and stem not in videos:
             dataset.bad[label] = f"it has a caption, but is {NO_VIDEO}"
         else:

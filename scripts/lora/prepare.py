@@ -26,7 +26,9 @@ from scripts.lora.plan import check_data_sizes
 from scripts.lora.videos import Clip, is_enlarged, plan_clips, read_clips, taken_frames, too_short
 from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.hub_models import find_model, hub_unreachable, read_model_info
+from scripts.run.image_files import is_image_name
 from scripts.run.machine_checks import find_device, is_out_of_memory
+from scripts.run.prompt_notes import prompt_notes
 from scripts.run.sampler import quiet_libraries
 
 MIB = 2**20
@@ -117,10 +119,12 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
     data, clips, videos = job.config.data, job.clips, dataset.videos
     rates = sorted({f"{video.fps:g}" for video in videos if video.frames > 1}, key=float)
     taken = "" if data.fps is None else f", taken at {data.fps:g}"
+    moving = f", {', '.join(rates)} frames a second{taken}" if rates else ""
+    stills = sum(is_image_name(video.path) for video in videos)
     shapes = Counter(clip.shape for clip in clips)
     counts = (f"{shape} {shapes[shape]}" for shape in ("x".join(map(str, size)) for size in data.sizes))
     lines = [
-        f"videos     {len(videos)} with captions, {', '.join(rates)} frames a second{taken}",
+        f"videos     {len(videos)} with captions{moving}{f'; {stills} are images' if stills else ''}",
         f"clips      {len(clips)}: {', '.join(counts)}",
     ]
     if dataset.bad:
@@ -134,6 +138,8 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
         lines.append(f"dropped    {len(short)} of under {least} frames: {listed(short, 3)}")
     if small := [clip.name for clip in clips if is_enlarged(clip.video, clip.height, clip.width)]:
         lines.append(f"note: {len(small)} clips are enlarged: {listed(small, 3)}")
+    read = {f"the caption of {clip.video.name}": clip.video.caption for clip in clips}
+    lines += (f"note: {note}" for note in prompt_notes(job.path, job.config.model.family, read))
     shards, keys, captions = job.shards(), {clip.key for clip in clips}, job.captions
     done, texts = len(keys & shards.latents.keys()), len(captions.keys() & shards.texts.keys())
     lines.append(

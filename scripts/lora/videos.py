@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from scripts.lora.config import DataConfig
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import sha256
+from scripts.run.image_files import BROKEN, is_image_name, read_image
 from scripts.run.inputs import fit
 from scripts.run.video_files import probe_video, read_video
 
@@ -64,9 +66,20 @@ class Clip:
 
 
 def probe(path: Path) -> tuple[str, int, float, int, int]:
-    """Returns digest, frames, frame rate, height and width; raises as `probe_video`."""
+    """Returns digest, frames, frame rate (0 for an image), height and width; raises as the readers do."""
+    if is_image_name(path):
+        image = read_image(path)
+        return sha256(path), 1, 0.0, image.height, image.width
     about = probe_video(path)
     return sha256(path), about.frames, about.fps, about.height, about.width
+
+
+def read_frames(path: Path) -> Iterator[Image.Image]:
+    """Yields the frames of a video, or the one of an image, as 8-bit RGB."""
+    if is_image_name(path):
+        yield read_image(path)
+    else:
+        yield from read_video(path)
 
 
 def plan_clips(videos: list[Video], data: DataConfig) -> list[Clip]:
@@ -126,14 +139,14 @@ def read_clips(video: Video, clips: list[Clip]) -> Iterator[tuple[Clip, Tensor]]
         UsageError: the video cannot be read, or breaks off before a clip ends.
     """
     number = -1
-    with closing(read_video(video.path)) as frames:
+    with closing(read_frames(video.path)) as frames:
         for clip in clips:
             picked = np.empty((len(clip.frames), clip.height, clip.width, 3), dtype=np.uint8)
             for index, wanted in enumerate(clip.frames):
                 try:
                     while number < wanted:
                         frame, number = next(frames, None), number + 1
-                except (OSError, ValueError) as error:
+                except BROKEN as error:
                     raise UsageError(f"data: {video.name} cannot be read ({one_line(error)})") from error
                 if frame is None:
                     raise UsageError(

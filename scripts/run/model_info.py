@@ -41,6 +41,8 @@ class ModelInfo:
         takes_guidance: False for a HunyuanVideo whose transformer has no guidance built in.
         parameters: the number of weights of each component, empty if unknown.
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
+        last_image: "needed" beside the first one, "taken", or "none".
+        references: frames of tokens in front of the video, one for each reference image of VACE.
     """
 
     layers: int
@@ -64,6 +66,8 @@ class ModelInfo:
     takes_guidance: bool = True
     parameters: dict[str, int] = field(default_factory=dict)
     control_layers: tuple[int, ...] = ()
+    last_image: str = "none"
+    references: int = 0
 
     @property
     def width(self) -> int:
@@ -88,9 +92,9 @@ class ModelInfo:
         return ((frames - 1) // self.vae_frames + 1) // self.patch[0]
 
     def grid(self, size: VideoSize) -> TokenGrid:
-        """Returns the tokens of the transformer: latent frames and pixels over the patch size."""
+        """Returns the tokens of the transformer: latent frames and pixels over the patch size, references."""
         return TokenGrid(
-            self.latent_frames(size.frames),
+            self.latent_frames(size.frames) + self.references,
             size.height // self.vae_pixels // self.patch[1],
             size.width // self.vae_pixels // self.patch[2],
             self.joint_text,
@@ -115,13 +119,16 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
     widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
     base = widest // (vae.get("patch_size") or 1) ** 2  # the last layers make a patch's pixels at once
+    image, both = transformer.get("image_dim"), transformer.get("pos_embed_seq_len")  # CLIP's tokens of both
+    conditioned = transformer.get("in_channels", 16) > transformer.get("out_channels", 16)
     return ModelInfo(
         layers=transformer["num_layers"],
         heads=transformer["num_attention_heads"],
         head_dim=transformer["attention_head_dim"],
         ffn=transformer["ffn_dim"],
         patch=tuple(transformer["patch_size"]),
-        text_tokens=WAN_TEXT + (WAN_IMAGE if transformer.get("image_dim") else 0),
+        text_tokens=WAN_TEXT + (both or (WAN_IMAGE if image else 0)),
+        last_image="needed" if both else "taken" if conditioned and not image else "none",
         control_layers=tuple(transformer.get("vace_layers", ())),
         rope_length=transformer.get("rope_max_seq_len", 1024),
         rope_time=wan_time(transformer["attention_head_dim"]),

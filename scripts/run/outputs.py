@@ -30,7 +30,8 @@ TO_BT709 = (
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
 PROBE_BYTES = 2**20
-INPUTS = ("generation.image", "generation.video", "generation.mask")  # content counts, the name does not
+FILES = ("image", "last_image", "video", "mask", "reference_images")
+INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
 NO_FRAMES = (
     *("output.path", "output.overwrite", "generation.prompt_file", "generation.seeds", "attention.check"),
@@ -84,7 +85,7 @@ def finished(
     an older record lacks had its default.
 
     Args:
-        inputs: image, video, mask: file names and sha256 like the record; only the sha256 counts.
+        inputs: images, video, mask: file names and sha256 like the record; only the sha256 counts.
         loras: sha256 of the files of `model.loras`; None: they do not count.
     """
     record = path.with_suffix(".json")

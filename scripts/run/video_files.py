@@ -42,6 +42,7 @@ TURNS = {  # (a, b, c, d) of the display matrix, which moves (x, y) to (ax + cy,
     (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own decoders of these leave alpha out
 DEINTERLACE = "mode=send_frame:deint=interlaced"
 SIDEWAYS = {turn for (a, *_), turn in TURNS.items() if a == 0}
 
@@ -170,35 +171,61 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any, list[str]]]:
                         reason = "its index (moov) is missing, so its recording or copy was not finished"
                 raise ValueError(reason) from error
         with container:
-            stream = container.streams.best("video")
             if container.format.name.endswith("_pipe"):
                 raise ValueError(f"it is no video but {kind}")
-            if stream is None or stream.disposition & Disposition.attached_pic:
-                others = {other.type for other in container.streams if other is not stream}
-                raise ValueError(f"it has no video, only {' and '.join(sorted(others)) or 'a header'}")
-            if stream.codec_context is None:
-                raise ValueError("its codec is unknown; `ffmpeg -i IN OUT.mp4` may help")
-            stream.codec_context.thread_count = 1  # errors are collected by thread
-            stream.codec_context.options = {"err_detect": "crccheck+explode"}
-            yield container, stream, _reported(logs, container.format.name)
+            yield container, _video_stream(container), _reported(logs, container.format.name)
+
+
+def _video_stream(container: Any) -> Any:
+    """Returns the largest video; ValueError if there is none, or its codec is unknown."""
+    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not videos:
+        others = {stream.type for stream in container.streams if stream.type != "video"}
+        others |= {"a cover picture"} if container.streams.video else set()
+        raise ValueError(f"it has no video, only {' and '.join(sorted(others)) or 'a header'}")
+    if any(stream.codec_context is None for stream in videos):
+        raise ValueError("its codec is not known to ffmpeg")
+    stream = max(videos, key=lambda stream: stream.width * stream.height)
+    return stream
 
 
 def _frames(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
-    """Yields the frames of a stream; ValueError where it is damaged, breaks off, or changes its size."""
-    packets, count, size, frame = 0, 0, None, None
+    """Yields the frames of a stream with their times; ValueError as `_decoded`, or if their size changes."""
+    size, tick, count = None, -1, 0
+    for frame in _decoded(container, stream, reports):
+        if container.format.name == "avi":  # states no times to show at; frames come in order, one a tick
+            frame.pts = tick + 1 if frame.dts is None else frame.dts
+        if frame.pts is None:
+            raise ValueError(f"frame {count} has no time; `ffmpeg -i IN OUT.mp4` mends that")
+        if size not in (None, (frame.width, frame.height)):
+            raise ValueError(f"its size changes at frame {count}, at {frame.time:.2f} s")
+        size, tick, count = (frame.width, frame.height), frame.pts, count + 1
+        yield frame
+    if not count:
+        raise ValueError("it has no frames")
+
+
+def _decoded(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
+    """Yields the frames of a stream; ValueError where it is damaged or breaks off."""
+    packets, frame, packet, demuxed = 0, None, True, container.demux()
     here = ended = start = (stream.start_time or 0) * float(stream.time_base)
-    demuxed, packet = container.demux(), True
-    parts = container.format.name, stream.codec_context.name, stream.codec_context.codec.name
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and decoder.codec.name in WITH_ALPHA:
+        decoder = av.CodecContext.create(WITH_ALPHA[decoder.codec.name], "r")
+    decoder.thread_count = 1  # errors are collected by thread
+    decoder.options = {"err_detect": "crccheck+explode"}
+    parts = container.format.name, decoder.name, decoder.codec.name
     while packet is not None:
-        frames = []
+        frames, is_cut = [], False
         with _listening() as logs:
             try:
                 packet = next(demuxed, None)
                 if packet is not None and packet.stream is stream:
+                    is_cut = packet.is_corrupt
                     if frame and not packet.size and packet.pts is not None:  # shows the last frame again
                         frame.pts, frames = packet.pts, [frame]
                     else:
-                        frames = packet.decode()
+                        frames = decoder.decode(packet)
             except av.FFmpegError as error:
                 reports = [*reports, error.strerror or "it cannot be decoded"]
         if packet is not None and packet.pts is not None:
@@ -206,24 +233,17 @@ def _frames(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
             if packet.stream is stream:
                 packets, here = packets + 1, float(packet.pts * packet.time_base)
         damage = _reported(logs, *parts) + reports
-        if damage or (packet and packet.is_corrupt) or any(frame.is_corrupt for frame in frames):
+        if damage or is_cut or any(frame.is_corrupt for frame in frames):
             reason = damage[0] if damage else "a part is missing"
             raise ValueError(f"it is damaged at {max(0.0, here - start):.2f} s ({reason})")
         for frame in frames:
-            if size not in (None, (frame.width, frame.height)):
-                raise ValueError(f"its size changes at frame {count}, at {here - start:.2f} s")
-            if frame.pts is None:
-                raise ValueError(f"frame {count} has no time; `ffmpeg -i IN OUT.mp4` mends that")
-            size, count = (frame.width, frame.height), count + 1
             yield frame
     _check_end(container, stream, packets, ended)
-    if not count:
-        raise ValueError("it has no frames")
 
 
 def _check_end(container: Any, stream: Any, packets: int, ended: float) -> None:
     """Compares what was read with what the file states; ValueError if a part is missing."""
-    if packets < stream.frames:
+    if packets < stream.frames and container.format.name != "avi":  # which counts empty packets
         raise ValueError(f"it breaks off after {packets} of {stream.frames} frames")
     whole = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
     if ended < whole - TAIL:
@@ -311,7 +331,8 @@ def _filtered(graph: Any, frame: Any, turn: Image.Transpose | None) -> Iterator[
             except (BlockingIOError, EOFError):
                 break
     for image in images:
-        picture = upright(Image.fromarray(image.to_ndarray()))
+        picture = Image.fromarray(image.to_ndarray())
+        picture = upright(picture) if picture.mode == "RGBA" else picture
         yield picture if turn is None else picture.transpose(turn)
 
 

@@ -3,8 +3,10 @@
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
 
 from scripts.lora import prepare as prepare_latents
 from scripts.lora.config import DataConfig
@@ -131,6 +133,33 @@ def test_a_table_names_videos_and_captions(name, content, folder):
     (expected,) = dataset_of(folder).videos
     assert (video.name, video.caption) == ("x/../a.mp4", "a red, round one")
     assert (video.digest, video.frames, video.fps) == (expected.digest, 9, 16)
+
+
+def test_an_image_is_a_video_of_one_frame(tmp_path):
+    """It has no rate, so it fits videos of any; an image beside a video of its name is a thumbnail."""
+    write_video(tmp_path / "a.mp4", 9, 32, 48)
+    for name in ("a.jpg", "b.png", "c.webp", "d.png"):
+        Image.new("RGB", (48, 32), (200, 40, 60)).save(tmp_path / name)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    dataset = dataset_of(tmp_path, fps=16)
+    assert {video.name: (video.frames, video.fps) for video in dataset.videos} == {
+        "a.mp4": (9, 16),
+        "b.png": (1, 0),
+        "c.webp": (1, 0),
+    }
+    assert dataset.others == {
+        "a.jpg": "an image beside its video",
+        "d.png": "an image without a caption",
+    }
+    data = DataConfig(sizes=[[9, 32, 48], [1, 32, 32]])
+    clips = plan_clips(dataset.videos, data)
+    assert [clip.shape for clip in clips] == ["9x32x48", "1x32x32", "1x32x32"]
+    ((_, frames),) = read_clips(clips[1].video, [clips[1]])
+    assert np.array_equal(frames, np.broadcast_to((200, 40, 60), (1, 32, 32, 3)))
+    assert list(too_short(dataset.videos, DataConfig(sizes=[[9, 32, 48]]))) == ["b.png", "c.webp"]
+    (tmp_path / "b.png").write_bytes(b"\0\0\0\x18ftypheic")
+    assert dataset_of(tmp_path, skip_bad=True).bad == {"b.png": "it is HEIC; save it as PNG"}
 
 
 def test_a_video_that_breaks_off_is_named(tmp_path):
