@@ -160,7 +160,6 @@ def other_table(name: str, argv: list[str]) -> int:
     stem = f"{module.NAME.format(**vars(options))}_{time.strftime('%Y-%m-%d')}"
 
     def work() -> None:
-        options.out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
         lines, figure = module.measured(options, command, f"{stem}.png")
         file = write_text(options.out / f"{stem}.md", "\n".join(lines) + "\n")
         if figure is not None:
