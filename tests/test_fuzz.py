@@ -241,11 +241,11 @@ def is_read(kind: Kind, file: Path) -> bool:
         kind.check(file)
         return True
     if said.code != 2 or not re.fullmatch(rf"error: .*({NAMED}).*\n", said.err):
-        raise AssertionError(f"exit code {said.code}, {said.err[-500:]!r}")
+        raise AssertionError(f"exit code {said.code}, {said.err[:300]!r}")
     return False
 
 
-NAMED = r"input\.\w+|(?<![\w.])(model|attention|generation|output|parallel)\.\w+|config file"
+NAMED = r"input\.\w+|(?<![\w.])(model|attention|generation|output|parallel|data)\.\w+|config file"
 
 
 @contextmanager
