@@ -150,6 +150,22 @@ def test_every_command_shows_its_help_or_one_line(fault, tmp_path):
         assert sorted(file.name for file in tmp_path.iterdir()) == ["stderr", "stdout"], name
 
 
+def test_ctrl_c_while_a_command_is_loaded_is_one_line(tmp_path):
+    def ctrl_c(name: str, *_: object) -> None:
+        if name in interrupted:
+            raise KeyboardInterrupt
+
+    interrupted: set[str] = set()
+    finder = type("Finder", (), {"find_spec": staticmethod(ctrl_c)})
+    for name in COMMANDS:
+        interrupted |= {f"scripts.{name}"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, f"scripts.{name}", raising=False)
+            patch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+            result = started(tmp_path, lambda: None, name)
+        assert (result[0], result[2]) == (130, "interrupted; nothing was written\n"), name
+
+
 def test_every_command_refuses_an_argument_that_is_not_utf8(tmp_path):
     for name in COMMANDS:
         result = started(tmp_path, lambda: None, name, "--out=caf\udce9.md")
