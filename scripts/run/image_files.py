@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF")
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".avif"))
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"))
 # Pillow raises these for a file that is broken or of another kind.
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, RuntimeError, Image.DecompressionBombError)
 HEAD = 4096  # bytes that tell what a file is

@@ -29,6 +29,7 @@ STEP = (0.5, 1.5)  # least and greatest time between two frames of a constant ra
 DRIFT = 1.0  # most that a frame may be off its place at a constant rate, in frames
 RARE = 0.1  # share of the steps up to which others are called jumps in a constant rate
 TAIL = 0.2  # seconds that a file may end before the duration it states
+WIDEST = 8  # most that a pixel may be wider than high, or higher than wide
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9  # these and the next numbers are those of ITU-T H.273
 HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}
 WIDE = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
@@ -142,11 +143,17 @@ def constant_rate(times: list[float], tick: float, stated: Sequence[Fraction | N
 
 @contextmanager
 def _listening() -> Iterator[list[tuple[int, str, str]]]:
-    """Collects what the libraries of ffmpeg report as errors: level, name of the part, message."""
+    """Collects what the libraries of ffmpeg report as errors: level, name of the part, message.
+
+    Raises their own exceptions as ValueError.
+    """
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
-    with av.logging.Capture() as logs:
-        yield logs
+    try:
+        with av.logging.Capture() as logs:
+            yield logs
+    except av.FFmpegError as error:
+        raise ValueError(f"its frames cannot be converted ({error.strerror or error})") from error
 
 
 def _reported(logs: list[tuple[int, str, str]], *parts: str) -> list[str]:
@@ -162,7 +169,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any, list[str]]]:
     with path.open("rb") as file:
         with _listening() as logs:
             try:
-                container = av.open(file, options={"err_detect": "crccheck", "protocol_whitelist": ""})
+                options = {"err_detect": "crccheck", "protocol_whitelist": ""}
+                container = av.open(file, options=options, metadata_errors="replace")
             except av.FFmpegError as error:
                 reason = f"it is no video but {kind}"
                 if kind.startswith(("a video", "an unknown")):
@@ -185,8 +193,7 @@ def _video_stream(container: Any) -> Any:
         raise ValueError(f"it has no video, only {' and '.join(sorted(others)) or 'a header'}")
     if any(stream.codec_context is None for stream in videos):
         raise ValueError("its codec is not known to ffmpeg")
-    stream = max(videos, key=lambda stream: stream.width * stream.height)
-    return stream
+    return max(videos, key=lambda stream: stream.width * stream.height)
 
 
 def _frames(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
@@ -233,6 +240,8 @@ def _decoded(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
             if packet.stream is stream:
                 packets, here = packets + 1, float(packet.pts * packet.time_base)
         damage = _reported(logs, *parts) + reports
+        if packet is not None and packet.is_discard:  # cut off by an edit list, it may lack what came before
+            damage, is_cut, reports = [], False, []
         if damage or is_cut or any(frame.is_corrupt for frame in frames):
             reason = damage[0] if damage else "a part is missing"
             raise ValueError(f"it is damaged at {max(0.0, here - start):.2f} s ({reason})")
@@ -245,8 +254,9 @@ def _check_end(container: Any, stream: Any, packets: int, ended: float) -> None:
     """Compares what was read with what the file states; ValueError if a part is missing."""
     if packets < stream.frames and container.format.name != "avi":  # which counts empty packets
         raise ValueError(f"it breaks off after {packets} of {stream.frames} frames")
-    whole = ((container.duration or 0) + (container.start_time or 0)) / av.time_base
-    if ended < whole - TAIL:
+    start, whole = ((number or 0) / av.time_base for number in (container.start_time, container.duration))
+    whole += start
+    if ended < whole - max(TAIL, 2 * (ended - start) / max(packets, 1)):  # a last frame may have no duration
         raise ValueError(f"it breaks off at {ended:.2f} of {whole:.2f} s")
 
 
@@ -256,7 +266,7 @@ def _turn(frame: Any) -> Image.Transpose | None:
     if matrix is None:
         return None
     a, b, _, c, d, *_ = (round(number / 65536) for number in struct.unpack("=9i", matrix))
-    if (a, b, c, d) == (1, 0, 0, 1):
+    if (a, b, c, d) in ((1, 0, 0, 1), (0, 0, 0, 0)):
         return None
     if (a, b, c, d) not in TURNS:
         raise ValueError(f"it is rotated by {frame.rotation} degrees; `ffmpeg -i IN OUT.mp4` turns it")
@@ -266,8 +276,8 @@ def _turn(frame: Any) -> Image.Transpose | None:
 def _stretched(frame: Any, stream: Any) -> tuple[int, int]:
     """Returns width and height with square pixels; a side grows, none shrinks."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
-    if aspect <= 0:
-        aspect = Fraction(1)
+    if not 1 / WIDEST <= aspect <= WIDEST:
+        raise ValueError(f"its pixels are {float(aspect):.3g} times as wide as high, which cannot be right")
     return round(frame.width * max(aspect, 1)), round(frame.height / min(aspect, 1))
 
 
@@ -287,6 +297,8 @@ def _converted(path: Path, stream: Any, frames: Iterator[Any]) -> Iterator[Image
             yield from _mapped(path, stream, chain([frame], frames), _turn(frame))
             return
         if now != kind:
+            if frame.color_trc in HDR:
+                raise ValueError(f"it becomes {HDR[frame.color_trc]} at {frame.time:.2f} s")
             if graph:
                 yield from _filtered(graph, None, turn)
             kind, graph, turn = now, _graph(frame, stream), _turn(frame)
@@ -305,18 +317,15 @@ def _graph(frame: Any, stream: Any) -> Any:
         matrix = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
     has_alpha = any(component.is_alpha for component in frame.format.components)
     size = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={stream.time_base}"
-    graph = av.filter.Graph()
-    filters = [
-        graph.add("buffer", f"{size}:colorspace={matrix if is_yuv else RGB}:range={frame.color_range}")
-    ]
-    if is_yuv:
-        filters.append(graph.add("setparams", f"colorspace={matrix}"))
-    if frame.interlaced_frame:
-        filters.append(graph.add("bwdif", DEINTERLACE))
-    filters.append(graph.add("scale", f"{width}:{height}:flags=lanczos+accurate_rnd+full_chroma_int"))
-    filters.append(graph.add("format", "rgba" if has_alpha else "rgb24"))
-    filters.append(graph.add("buffersink"))
-    graph.link_nodes(*filters).configure()
+    marks = f"colorspace={matrix if is_yuv else RGB}:range={frame.color_range}"
+    steps = [("buffer", f"{size}:{marks}"), ("setparams", f"colorspace={matrix if is_yuv else RGB}")]
+    steps += [("bwdif", DEINTERLACE)] * frame.interlaced_frame
+    steps += [("scale", f"{width}:{height}:flags=lanczos+accurate_rnd+full_chroma_int")]
+    steps += [("format", "rgba" if has_alpha else "rgb24")]
+    with _listening():
+        graph = av.filter.Graph()
+        filters = [graph.add(name, arguments) for name, arguments in steps]
+        graph.link_nodes(*filters, graph.add("buffersink")).configure()
     return graph
 
 

@@ -55,6 +55,13 @@ def test_several_frames_are_no_image(image_format, tmp_path):
         read_image(tmp_path / "a.png")
 
 
+def test_the_first_picture_of_a_phones_jpeg_is_taken(tmp_path):
+    """Phones add a second picture, as of the depth, to a JPEG, which Pillow calls MPO."""
+    first, second = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert np.abs(np.asarray(read_image(tmp_path / "a.jpg")).astype(int) - (255, 0, 0)).max() <= 2
+
+
 def swapped_profile() -> bytes:
     """Makes a colour profile that is sRGB, but whose red is green and whose green is red."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

@@ -72,12 +72,16 @@ def test_a_sound_track_that_starts_first_repeats_no_frame(tmp_path, counting):
     assert probe_video(tmp_path / "late.mp4") == probe_video(counting)
 
 
-def test_an_edit_list_is_followed(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [(f"{H264} -g 32", 8), ("-c:v libx264 -x264-params open-gop=1:keyint=12:bframes=3 -qp 10", 17)],
+)
+def test_an_edit_list_is_followed(options, first, tmp_path):
     """The cut begins within a group of frames; those before it are in the file, but never shown."""
-    long = make(tmp_path / "long.mp4", options=f"{H264} -g 32")
-    ffmpeg("-ss", 0.5, "-i", long, "-c", "copy", tmp_path / "cut.mp4")
-    assert np.array_equal(frames_of(tmp_path / "cut.mp4"), frames_of(long)[8:])
-    assert probe_video(tmp_path / "cut.mp4").frames == 24
+    long = make(tmp_path / "long.mp4", options=options)
+    ffmpeg("-ss", first / 16, "-i", long, "-c", "copy", tmp_path / "cut.mp4")
+    assert np.array_equal(frames_of(tmp_path / "cut.mp4"), frames_of(long)[first:])
+    assert probe_video(tmp_path / "cut.mp4").frames == 32 - first
 
 
 ASPECTS = {"2": (64, 192), "1/2": (128, 96), "16/11": (64, 140)}
@@ -309,6 +313,23 @@ def test_uneven_times_are_refused_with_a_remedy_that_works(kind, tmp_path, count
 def test_a_rate_is_found_in_rounded_times(rate, tick):
     times = [round(number / rate / tick) * tick for number in range(40)]
     assert constant_rate(times, tick) == pytest.approx(rate, rel=2e-5 if rate in (24, 25, 60) else 2e-3)
+
+
+def test_a_title_of_another_encoding_is_no_reason_to_refuse(tmp_path):
+    path = make(tmp_path / "a.mkv", RED, f"{H264} -metadata title=cafe?")
+    replace(path, b"cafe?", b"caf\xe9 ")
+    assert probe_video(path).frames == 4
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "flv", "avi"])
+def test_slow_videos_are_whole(suffix, tmp_path):
+    path = make(tmp_path / f"a.{suffix}", RED.replace("r=10:d=0.4", "r=1:d=5"), KINDS[suffix])
+    assert (probe_video(path).frames, probe_video(path).fps) == (5, 1)
+
+
+def test_an_aspect_that_cannot_be_right_is_refused(tmp_path):
+    path = make(tmp_path / "a.mp4", f"{RED},setsar=1/30")
+    assert reason(path) == "its pixels are 0.0333 times as wide as high, which cannot be right"
 
 
 def test_one_frame_has_no_rate(tmp_path):
