@@ -194,6 +194,7 @@ def attention_table(options: argparse.Namespace, argv: list[str]) -> None:
     """Measures and writes the times and the memory of the kernels."""
     from scripts.benchmarks.cpu_report import write
 
+    Path(options.out).mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     start, device, others = time.perf_counter(), options.device, cpu_of_others()
     frames = (2, 4, 8) if options.quick else (2, 4, 8, 16, 32)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scripts.evaluation.frame_sheet import read_frames, sheet, write_gif
 from scripts.run.errors import OneLineParser, UsageError, one_line, positive
+from scripts.run.files import replacing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,10 +27,11 @@ def main(argv: list[str] | None = None) -> None:
         if len({row.shape for row in rows}) > 1:
             sizes = sorted({row.shape[:3] for row in rows})
             raise UsageError(f"got videos of several sizes, {sizes}; use videos of one size")
-        if is_gif:
-            write_gif(options.videos, rows, options.scale, options.out)
-        else:
-            imageio.imwrite(options.out, sheet(rows, options.scale))
+        with replacing(options.out, options.out.suffix) as part:
+            if is_gif:
+                write_gif(options.videos, rows, options.scale, part)
+            else:
+                imageio.imwrite(part, sheet(rows, options.scale))
     except (OSError, UsageError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -110,8 +110,7 @@ def generate(plan: "RunPlan") -> int:
             pipeline = sampler.load() if mine else None
             if several:
                 return generate_missing(sampler, pipeline, mine)
-            if not make_one(sampler, pipeline, mine[0], again=True):
-                print(f"{mine[0].path} is being made by another run", flush=True)
+            make_one(sampler, pipeline, mine[0], again=True)
             return 0
 
 
@@ -214,6 +213,7 @@ def make_one(sampler: "Sampler", pipeline: Any, video: Video, *, again: bool = F
     try:
         with claim(path) if groups.leads else nullcontext(True) as claimed:
             if not groups.agree_on_video(claimed):
+                print(f"{path} is being made by another run", flush=True)
                 return False
             done, changed = (False, []) if again else made_before(sampler.plan, video)
             refuse_other_settings(sampler.plan.config, {path: changed} if changed else {})

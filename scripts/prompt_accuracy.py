@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
         command += ["--prompt", *map(shlex.quote, options.prompt), "--seeds", str(options.seeds)]
     else:
         title, rows = "Prompt accuracy of the bundled models", []
+        print(TITLES.replace("|", " | "), flush=True)
         for plan, every in zip(plans, options.every, strict=True):
             rows += measure(plan, every, options.batch)
         lines = [*table(TITLES, rows), "", MEANING]

@@ -78,8 +78,9 @@ def _by_decay(grid: TokenGrid, config: RadialConfig, density: float) -> RadialCo
 
 
 def curve_lines(grid: TokenGrid, config: RadialConfig) -> list[str]:
-    """Formats `density_curve` as lines: `0.2641  decay_factor 0.125`."""
-    return [f"{density:.4f}  {changes(point, config)}" for density, point in density_curve(grid, config)]
+    """Formats `density_curve` as lines below a head: `0.2641   decay_factor 0.125`."""
+    curve = density_curve(grid, config)
+    return ["density  options", *(f"{density:.4f}   {changes(point, config)}" for density, point in curve)]
 
 
 def target_table(grid: TokenGrid, config: RadialConfig, targets: Sequence[float]) -> str:

@@ -95,7 +95,7 @@ def _memory_choices(plan: RunPlan) -> list[str]:
 
 def gain(plan: RunPlan) -> list[str]:
     """Returns the share of attention and what the mask saves, if it is much; `notes` says if it is little."""
-    if plan.flops.share < LITTLE and plan.config.attention.pattern != "dense":
+    if plan.flops.share < LITTLE or plan.config.attention.pattern == "dense":
         return []
     return [
         f"attention is {plan.flops.share:.0%} of the operations: {plan.flops.fewer:.2f}x fewer in all with "
@@ -258,9 +258,9 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
         f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
     ]
     if (cache := record["cache"])["kind"] != "none":
-        lines.append(
-            f"cache      {cache['kind']}: {cache['computed']} of {cache['due']} of these calls were computed"
-        )
+        skipped, has_threshold = cache["due"] - cache["computed"], cache["kind"] in ("first_block", "mag")
+        hint = "; a larger model.cache_threshold skips more" if not skipped and has_threshold else ""
+        lines.append(f"cache      {cache['kind']}: {skipped} of {cache['due']} attention calls skipped{hint}")
     if "worst" in check:
         worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
         lines.append(f"check      {check['compared']} outputs against the reference, worst in {worst}")

@@ -45,13 +45,21 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yields a file next to `path`. It replaces `path` if the block ends without an error, else is removed.
 
     `suffix`: the end of its name, for programs that infer the format from it. What a dead process left of the
-    same file is removed.
+    same file is removed. An OSError names the file, also one that torch hides in an error of its own.
     """
     part = temporary(path, suffix)
     remove_leftovers(path.parent, _cut(path.name, LONGEST - 1))
     try:
         yield part
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            reason.filename = reason.filename or str(path)
+            raise reason from None
+        if "inline_container" in str(error):  # of torch's writer, which does not say more
+            raise OSError(errno.EIO, "torch cannot write it; is the disk full?", str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 

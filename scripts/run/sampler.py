@@ -52,6 +52,7 @@ class Sampler:
     groups: Groups = field(default_factory=Groups)
     seconds: dict[str, float] = field(default_factory=dict)
     loras_in: list[dict[str, Any]] = field(default_factory=list)
+    begun: set[str] = field(default_factory=set)  # the patterns of steps that were done, so compiled
 
     def load(self) -> Any:
         """Loads the pipeline; UsageError if weights are missing, broken, misshapen or out of reach."""
@@ -135,6 +136,7 @@ class Sampler:
             hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
             try:
                 with reported_choices(), shown_steps(config.generation.steps, bar) as shown:
+                    self._announce(shown, 0)
                     step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
@@ -183,13 +185,22 @@ class Sampler:
                     f"non-finite latents after step {step + 1} of {config.generation.steps} (pattern "
                     f"{pattern}, backend {backends or 'dense'}, {config.model.dtype}); no video written"
                 )
+            self.begun.add(pattern)
             bar.set_postfix_str(pattern, refresh=False)
             bar.update()
+            self._announce(bar, step + 1)
             if step + 1 == bar.total:
                 bar.close()
             return {}
 
         return step_done
+
+    def _announce(self, bar: tqdm, step: int) -> None:
+        """Shows on the bar that a step compiles the model first, which takes minutes."""
+        if self.plan.config.model.compile == "none" or step >= self.plan.config.generation.steps:
+            return
+        if (pattern := self.plan.pattern(step)) not in self.begun:
+            bar.set_postfix_str(f"compiling for {pattern} steps")
 
     def _record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         return {

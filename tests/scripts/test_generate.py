@@ -89,6 +89,19 @@ def test_other_dtype_and_no_guidance(overrides, tiny_model, tmp_path):
     assert record["attention"]["calls"][AUTO if halves == 1 else AUTO_BFLOAT16] == 3 * 4 * halves
 
 
+def test_a_dense_run_has_its_steps_and_a_cache_says_what_it_skipped(tiny_model, tmp_path, capsys):
+    cache = ["model.cache=first_block", "attention.dense_steps=1", "model.cache_threshold="]
+    assert run(tiny_model, tmp_path / "a.mp4", "attention.pattern=dense", *cache[:2], f"{cache[2]}1e-9") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\na step +dense \d+\.\d{3} s \(median of 3\)\n", printed) and "fewer" not in printed
+    assert "first_block: 0 of 24 attention calls skipped; a larger model.cache_threshold skips" in printed
+    assert run(tiny_model, tmp_path / "b.mp4", *cache[:2], f"{cache[2]}1e9") == 0
+    skipped = re.search(r"first_block: (\d+) of 24 attention calls skipped\n", capsys.readouterr().out)
+    assert (
+        int(skipped[1]) == 2 * 2 * 3
+    )  # after the dense step, two of each half of guidance; not the first block
+
+
 def test_a_wanted_density_is_solved_printed_and_recorded(tiny_model, tmp_path, capsys):
     size = ["generation.num_frames=33", "generation.height=64", "generation.width=64"]
     assert run(tiny_model, tmp_path, *size, "attention.density=0.5") == 0
@@ -236,6 +249,7 @@ def test_two_runs_share_a_prompt_file(tiny_model, tmp_path, capsys):
     with claim(out / "0002_b_seed1.mp4") as mine:
         assert mine and run(tiny_model, out, *words) == 0
     printed = capsys.readouterr().out
+    assert "0002_b_seed1.mp4 is being made by another run\n" in printed
     assert "1 of these videos are being made by another run; this one has no more to make" in printed
     names = [f"{name}_seed1.{end}" for name in ("0001_a", "0003_c") for end in ("json", "mp4")]
     assert sorted(file.name for file in out.iterdir()) == names

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import re
+import resource
 import runpy
 import signal
 import sys
@@ -74,6 +76,20 @@ def another_user() -> None:
         libc.prctl(AMBIENT, RAISE, MAY_READ, 0, 0)  # for the programs that it starts
 
 
+def read_only_folder() -> None:
+    os.mkdir("closed", 0o555)
+    another_user()
+    os.chdir("closed")
+
+
+def full_disk() -> None:
+    """Lets files have at most 2000 bytes."""
+    os.mkdir("full")
+    os.chdir("full")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
 FAULTS = {  # what changes -> the exit code of --help, and its line on stderr
     full_output: (2, "No space left on device"),
     no_reader: (1, ""),
@@ -134,11 +150,48 @@ def test_every_command_shows_its_help_or_one_line(fault, tmp_path):
         assert sorted(file.name for file in tmp_path.iterdir()) == ["stderr", "stdout"], name
 
 
+def test_ctrl_c_while_a_command_is_loaded_is_one_line(tmp_path):
+    def ctrl_c(name: str, *_: object) -> None:
+        if name in interrupted:
+            raise KeyboardInterrupt
+
+    interrupted: set[str] = set()
+    finder = type("Finder", (), {"find_spec": staticmethod(ctrl_c)})
+    for name in COMMANDS:
+        interrupted |= {f"scripts.{name}"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, f"scripts.{name}", raising=False)
+            patch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+            result = started(tmp_path, lambda: None, name)
+        assert (result[0], result[2]) == (130, "interrupted; nothing was written\n"), name
+
+
 def test_every_command_refuses_an_argument_that_is_not_utf8(tmp_path):
     for name in COMMANDS:
         result = started(tmp_path, lambda: None, name, "--out=caf\udce9.md")
         line = "error: got '--out=caf\\udce9.md', which is not UTF-8; use other characters"
         assert (result[0], result[2].strip()) == (2, line), name
+
+
+@pytest.mark.parametrize("fault", [read_only_folder, full_disk], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cost", "--models", "wan_tiny", "--frames", "33", "--size", "64x64", "--no-times"],
+        ["render_toyworld", "out", "--videos", "1", "--frames", "9"],
+        ["evaluate", "--folders", "a=.", "b=."],
+        ["generate", str(ROOT / TINY), *SHORT, "generation.steps=1", "model.path={model}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_folder_without_room_is_one_line_with_its_name(words, fault, tiny_model, tmp_path):
+    words = [word.format(model=tiny_model) for word in words]
+    code, _, errors = started(tmp_path, fault, *words)
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in errors
+    assert re.search(r"'(outputs|out|a|\.)(/|'| )|into out ", lines[0]), lines[0]
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.stat().st_size == 2000 or file.name.startswith(".")]  # cut
 
 
 @pytest.mark.parametrize(

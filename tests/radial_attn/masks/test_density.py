@@ -229,7 +229,8 @@ def test_a_picture_of_a_wanted_density():
 def test_the_command_prints_curve_or_table(capsys):
     shape = ["--frames=18", "--height=48", "--width=80", "--decay-factor=0.2", "--neighbour=half"]
     main(["density", *shape])
-    assert "0.2634  decay_factor 0.125\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("density  options\n") and "0.2634   decay_factor 0.125\n" in printed
     main(["density", *shape, "--target", "0.2", "0.01"])
     table = capsys.readouterr().out.splitlines()
     assert table[2] == "| 0.2 | 0.2016 | 0.125 | 0.061 | 128 | true |"

@@ -1,8 +1,13 @@
-"""Tests of reading text as it was written."""
+"""Tests of reading text as it was written, and of whole files."""
+
+import re
+import resource
+import signal
 
 import pytest
+import torch
 
-from scripts.run.files import read_lines, read_text
+from scripts.run.files import read_lines, read_text, replacing
 
 
 @pytest.mark.parametrize(
@@ -39,3 +44,24 @@ def test_a_carriage_return_inside_a_line_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\nb\rc\n")
     with pytest.raises(ValueError, match="line 2 holds a carriage return"):
         read_lines(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("how", ["text", "torch to a file", "torch to a stream"])
+def test_a_full_disk_names_the_file_and_leaves_none(tmp_path, how):
+    """Files may have at most 100 bytes here."""
+    file, before = tmp_path / "a", resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(file))), replacing(file) as part:
+            if how == "text":
+                part.write_text("a" * 1000)
+            elif how == "torch to a file":
+                torch.save(torch.zeros(1000), part)
+            else:
+                with part.open("wb") as stream:
+                    torch.save(torch.zeros(1000), stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.iterdir())

@@ -233,3 +233,4 @@ def test_the_gain_is_printed_before_a_run():
     (line,) = gain(plan_of(read_config(FULL, [])))
     assert line == "attention is 70% of the operations: 1.62x fewer in all with this mask"
     assert gain(plan_of(read_config(TINY, []), TOY)) == []
+    assert gain(plan_of(read_config(FULL, ["attention.pattern=dense"]))) == []
