@@ -30,7 +30,7 @@ from scripts.evaluation.ablation_report import COLUMNS, draw, lines
 from scripts.run.config import read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import make_plan
-from scripts.run.results import head, publish, results_file
+from scripts.run.results import OUT, head, publish, results_file
 from scripts.run.schema import shown
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import mean_step
@@ -121,14 +121,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=12, help="videos generated at once")
     parser.add_argument("--rows", type=positive, default=32, help="query rows whose attention is observed")
     parser.add_argument("--work", type=Path, help="folder of results (outputs/ablation/CONFIG)")
-    parser.add_argument("--out", type=Path, help="file of the tables (results/ablation_CONFIG_...md)")
+    parser.add_argument("--out", type=Path, help=OUT)
     options = parser.parse_args(argv)
     if options.captions > len(all_attributes()):
         parser.error(f"--captions: got {options.captions}, must be 1 to {len(all_attributes())}")
     options.config, options.words = parser.divided(options.words, "configs/wan_tiny.yaml")
     stem = Path(options.config).stem
     options.work = options.work or Path("outputs/ablation") / stem
-    options.out = options.out or results_file("ablation", stem)
+    options.out = results_file(options.out, "ablation", stem)
     return options
 
 

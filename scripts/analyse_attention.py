@@ -19,11 +19,11 @@ from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.attention_report import content
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.attention_tables import draw, fit_lines, lines
-from scripts.run.config import ROOT, Config, read_config
+from scripts.run.config import Config, read_config
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
-from scripts.run.results import publish, results_file
+from scripts.run.results import OUT, publish, results_file
 from scripts.run.sampler import Sampler
 
 TINY = "configs/wan_tiny.yaml"
@@ -81,17 +81,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tail-rows", type=positive, default=4, help="number of these rows that get a bound")
     parser.add_argument("--layers", type=_layer, nargs="+", default=[], help="layers, from 0 (all)")
     parser.add_argument("--work", type=Path, help="folder of readings and analysis.json")
-    parser.add_argument(
-        "--out", type=Path, help="file of the tables (results/attention_decay_CONFIG_HARDWARE_DATE.md)"
-    )
+    parser.add_argument("--out", type=Path, help=OUT)
     given = sys.argv[1:] if argv is None else argv
     # keys go first, or an option of several numbers before them would take them as its own
     options = parser.parse_intermixed_args(sorted(given, key=lambda word: not KEY.match(word)))
     options.given = given
     options.config, options.overrides = parser.divided(options.words, TINY)
     kind = Path(options.config).stem
-    options.work = options.work or ROOT / "outputs" / "analysis" / kind
-    options.out = options.out or results_file("attention_decay", kind)
+    options.work = options.work or Path("outputs", "analysis", kind)
+    options.out = results_file(options.out, "attention_decay", kind)
     return options
 
 

@@ -31,6 +31,7 @@ from scripts.benchmarks.cpu_report import Case, Row
 from scripts.benchmarks.timing import median_seconds
 from scripts.run.errors import OneLineParser, exit_code
 from scripts.run.files import write_text
+from scripts.run.results import RESULTS
 
 REPEATS = 5
 CALL_SECONDS = 5  # a measurement stops repeating after this long
@@ -110,7 +111,7 @@ def memory(device: str, frames: int) -> dict[str, dict[str, float]]:
     for case in (Case(frames, dtype, device=device) for dtype in DTYPES):
         for backend in serving(TRAINABLE, case):
             words = ["--memory-of", backend, json.dumps(asdict(case))]
-            command = [sys.executable, "-m", "scripts.benchmark", *words]
+            command = [sys.executable, "-P", "-m", "scripts.benchmark", *words]
             mib = float(subprocess.check_output(command, text=True))
             peaks.setdefault(case.dtype, {})[backend] = mib
             show(case, f"memory {backend:7} {mib:7.1f} MiB")
@@ -151,7 +152,7 @@ def other_table(name: str, argv: list[str]) -> int:
     """Writes the table and the picture of a module of scripts/benchmarks; returns the exit code."""
     module = import_module(f"scripts.benchmarks.{name}")
     parser = OneLineParser(prog=f"scripts/benchmark.sh --{name}", description=module.__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder ({RESULTS})")
     if hasattr(module, "arguments"):
         module.arguments(parser)
     options = parser.parse_args(argv)
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="scripts/benchmark.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2k to 8k tokens only")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", default="results", help="folder of table and plot (default: results)")
+    parser.add_argument("--out", default=str(RESULTS), help=f"folder of table and plot ({RESULTS})")
     for name, about in OTHERS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead: {about}; has its own --help")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)

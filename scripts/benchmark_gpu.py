@@ -1,6 +1,6 @@
 """Benchmarks attention and whole denoising steps on one GPU, correctness first, within a few minutes.
 
-    python -m scripts.benchmark_gpu [--minutes 8] [--out results] [--only wan-69 ...] [--backends triton ...]
+    python -m scripts.benchmark_gpu [--minutes 8] [--out FOLDER] [--only wan-69 ...] [--backends triton ...]
     python -m scripts.benchmark_gpu --device cpu --tiny       rehearses the same path on tiny shapes
 
 Writes gpu_<name>_<date>.md, .json and .png after every measurement. A child process measures: what crashes,
@@ -237,7 +237,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=positive_number, default=8.0, help="time for all of it (default: 8)"
     )
-    parser.add_argument("--out", type=Path, help="folder (default: results, of a rehearsal outputs)")
+    parser.add_argument("--out", type=Path, help="folder (outputs/results)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--backends", nargs="+", choices=SPARSE, metavar="BACKEND")
     parser.add_argument("--skip-steps", action="store_true", help="attention alone")
@@ -251,7 +251,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--device cpu only rehearses: it needs --tiny")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         parser.error(f"--out must be a folder, got {options.out}")
-    options.out = options.out or Path("outputs" if options.tiny else "results")
+    options.out = options.out or Path("outputs/results")
     options.backends = options.backends or (("blocks",) if options.device == "cpu" else MEASURED)
     options.command = " ".join(["bash scripts/benchmark_gpu.sh", *argv])
     return options

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures attention and denoising steps on one GPU, correctness first; writes results/gpu_<name>_<date>.md.
+# Measures attention and denoising steps on one GPU, correctness first; writes gpu_<name>_<date>.md to outputs/results; --out names another folder.
 #   bash scripts/benchmark_gpu.sh                              at most 8 minutes
 #   bash scripts/benchmark_gpu.sh --only wan-69 --skip-steps   one case; --help lists the options
 #   bash scripts/benchmark_gpu.sh --device cpu --tiny          rehearsal without a GPU
@@ -29,6 +29,5 @@ if [[ -z "$chosen" ]]; then
         "PYTHON=/path/to/python" >&2
     exit 2
 fi
-cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$chosen" -m scripts.benchmark_gpu "$@"
+exec "$chosen" -P -m scripts.benchmark_gpu "$@"

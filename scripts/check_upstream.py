@@ -8,7 +8,6 @@ otherwise with the fork.
 """
 
 import argparse
-import datetime
 import functools
 import json
 import os
@@ -27,7 +26,7 @@ import pytest
 
 from scripts.run.errors import OneLineParser
 from scripts.run.files import write_text
-from scripts.run.results import table
+from scripts.run.results import OUT, results_file, table
 from scripts.run.system import installed, pairs
 
 ROOT = Path(__file__).parent.parent
@@ -95,17 +94,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--own-package", action="store_true", help="test the package of that tree, not the installed"
     )
-    parser.add_argument("--out", type=Path, help="results file")
+    parser.add_argument("--out", type=Path, help=OUT)
     parser.add_argument("pytest", nargs="*", help="options for pytest, after --")
     options = parser.parse_args(arguments)
     tests = FAMILIES[options.family].file
     if not (options.source / tests).is_file():
         parser.error(f"--source must be a source tree of diffusers with {tests}, got {options.source}")
-    import torch
-
-    hardware = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
-    name = f"upstream_{options.family}_{hardware}_{datetime.date.today().isoformat()}.md"
-    options.out = options.out or ROOT / "results" / name
+    options.out = results_file(options.out, "upstream", options.family)
     return options
 
 

@@ -20,7 +20,7 @@ from scripts.evaluation.cost import PRESETS, Rates, curves, read, sparsities
 from scripts.evaluation.cost_tables import draw, lines
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.run.plan import radial_config
-from scripts.run.results import head, publish, results_file
+from scripts.run.results import OUT, head, publish, results_file
 
 REPEATS = 3
 
@@ -92,11 +92,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-times", action="store_true", help="neither measure nor predict")
     parser.add_argument("--work", type=Path, help="folder of cost.json (outputs/cost, or outputs/cost/NAMES)")
-    parser.add_argument("--out", type=Path, help="file of the tables (results/cost_NAMES_...md)")
+    parser.add_argument("--out", type=Path, help=OUT)
     options = parser.parse_args(argv)
     chosen = [] if options.models == list(PRESETS) else [Path(name).stem for name in options.models]
     options.work = options.work or Path("outputs/cost", "_".join(chosen))
-    options.out = options.out or results_file("cost", *chosen)
+    options.out = results_file(options.out, "cost", *chosen)
     if len(options.rate) > 2:
         parser.error(f"--rate: got {len(options.rate)} numbers, must be 1 or 2 (dense, radial)")
     unknown = [name for name in options.models if name not in PRESETS and not name.endswith(".yaml")]

@@ -33,7 +33,8 @@ from scripts.run.files import write_text
 from scripts.run.inputs import read_prompts
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
-from scripts.run.results import head, results_file, write_json
+from scripts.run.prompt_notes import prompt_notes
+from scripts.run.results import OUT, head, results_file, write_json
 
 PRESET = "configs/wan_tiny.yaml"
 SCORE_WORD = f"{SCORES}="
@@ -44,12 +45,16 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     if processes() > 1:
         raise UsageError(f"got {processes()} processes, but the evaluation needs one; run without torchrun")
     config, settings = settings_of(options.config, options.words)
-    evaluation = examined(config, {name: setting for name, (_, setting) in settings.items()}, options.work)
+    configs = {name: setting for name, (_, setting) in settings.items()}
+    evaluation = examined(config, configs, options.work, dry_run=options.dry_run)
     scores = read_all(config.evaluate.scores, list(settings))
     if options.dry_run:
         rows = [planned(evaluation, name) for name in settings]
         print(*table({"settings": rows, "means": {}})[1:], sep="\n")
         return
+    plan, texts = evaluation.plans[DENSE], {f"prompt {take.number}": take.prompt for take in evaluation.takes}
+    for note in prompt_notes(plan.path, plan.config.model.family, texts):
+        print(f"note: {note}", flush=True)
     if no_lpips():
         print(f"note: {no_lpips()}", flush=True)
     make_missing(evaluation)
@@ -70,12 +75,14 @@ def score_folders(options: argparse.Namespace, command: str) -> None:
     publish(data, options, markdown(data, None))
 
 
-def examined(config: EvaluationConfig, settings: dict[str, Config], work: Path) -> Evaluation:
+def examined(
+    config: EvaluationConfig, settings: dict[str, Config], work: Path, *, dry_run: bool = False
+) -> Evaluation:
     """Plans the evaluation; UsageError for all that can be refused without weights."""
     plans: dict[str, RunPlan] = {}
     for name, setting in settings.items():
         try:
-            plans[name] = make_plan(setting)
+            plans[name] = make_plan(setting, dry_run=dry_run)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
     steps = observed_steps(config)
@@ -149,9 +156,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--folders", nargs="+", metavar="NAME=DIR", help="finished videos; the first is the reference"
     )
     parser.add_argument("--work", type=Path, help="folder of videos and results (outputs/evaluation/CONFIG)")
-    parser.add_argument(
-        "--out", type=Path, help="file of the table (results/evaluation_CONFIG_HARDWARE_DATE.md)"
-    )
+    parser.add_argument("--out", type=Path, help=OUT)
     parser.add_argument("--dry-run", action="store_true", help="print only densities and operations")
     options = parser.parse_intermixed_args(argv)
     options.config, options.words = parser.divided(options.given, PRESET)
@@ -161,9 +166,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.words = [word for word in words if word.startswith(SCORE_WORD)]
     kind = "folders" if options.folders else Path(options.config).stem
     options.work = options.work or Path("outputs") / "evaluation" / kind
-    options.out = options.out or results_file("evaluation", kind)
-    if options.out.is_dir():
-        parser.error(f"--out: got {str(options.out)!r}, which is a folder; name a file")
+    options.out = results_file(options.out, "evaluation", kind)
     if options.work.is_file():
         parser.error(f"--work: got {str(options.work)!r}, which is a file; name a folder")
     return options

@@ -18,7 +18,8 @@ from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
 from scripts.benchmarks.kernel_sources import Variant, source, variants
 from scripts.run.errors import OneLineParser
 from scripts.run.files import write_text
-from scripts.run.results import table
+from scripts.run.processes import end_with_parent
+from scripts.run.results import RESULTS, table
 
 SHARED_BYTES = {  # the most that one program may have
     "sm80": 166_912,
@@ -116,7 +117,7 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 def compile_all(archs: list[str]) -> list[Compiled]:
     """Compiles every kernel, width and kind of mask, on all cores."""
     work = [(arch, variant) for arch in archs for variant in variants(arch)]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
         return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
 
 
@@ -146,7 +147,7 @@ def report(rows: list[Compiled]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Writes the table; returns 1 if a kernel has a fault."""
     parser = OneLineParser(prog="python -m scripts.kernel_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/kernels_compiled.md"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels_compiled.md", help="file of the table")
     parser.add_argument("--arch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     options = parser.parse_args(argv)
     rows = compile_all(options.arch)

@@ -8,7 +8,6 @@ generation and of LoRA training. Results are kept in --work, and the same comman
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -29,11 +28,12 @@ from scripts.lora.prepare import prepare_latents
 from scripts.lora.setup import prepared
 from scripts.lora.train import train
 from scripts.lora.validation import validate
-from scripts.run.config import ROOT, Config, keys, read_config
+from scripts.run.config import Config, keys, read_config
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.outputs import encode
 from scripts.run.plan import RunPlan, make_plan
+from scripts.run.results import OUT, results_file
 from scripts.run.sampler import Sampler, to_bytes
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import readings, whole_run_seconds
@@ -155,9 +155,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/length_study"), help="folder of all that is made"
     )
-    name = f"length_extension_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
+    parser.add_argument("--out", type=Path, help=OUT)
     options = parser.parse_args(argv)
+    options.out = results_file(options.out, "length_extension")
     if options.captions > len(all_attributes()):
         parser.error(f"--captions: got {options.captions}, must be 1 to {len(all_attributes())}")
     try:

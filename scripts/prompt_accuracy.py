@@ -10,21 +10,18 @@ starts from the first frame of a scene of the caption, so only the motion is lef
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.length.seeds import PATTERNS, seed_records, seed_table
-from scripts.run.config import ROOT, Config, read_config
+from scripts.run.config import Config, read_config
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.files import write_text
 from scripts.run.plan import RunPlan, make_plan
-from scripts.run.results import table
+from scripts.run.results import OUT, results_file, table
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, pairs, versions
 from scripts.toyworld import all_attributes
@@ -64,7 +61,7 @@ def report(title: str, command: str, lines: list[str], plans: list[RunPlan]) -> 
 
 def work_folder(plan: RunPlan) -> Path:
     """Makes the folder of the readings of this configuration, program and weights."""
-    folder = ROOT / "outputs" / "prompt_accuracy" / digest(plan.config, plan.path)[:12]
+    folder = Path("outputs", "prompt_accuracy") / digest(plan.config, plan.path)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -116,9 +113,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompt", nargs="+", default=[], metavar="CAPTION", help="measure only these captions"
     )
     parser.add_argument("--seeds", type=positive, default=10, help="number of seeds of each --prompt")
-    name = f"prompt_accuracy_{'gpu' if torch.cuda.is_available() else 'cpu'}_{time.strftime('%Y-%m-%d')}.md"
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / name, help="file of the table")
+    parser.add_argument("--out", type=Path, help=OUT)
     options = parser.parse_args(argv)
+    options.out = results_file(options.out, "prompt_accuracy")
     options.configs = [word for word in options.words if "=" not in word] or ["configs/wan_tiny.yaml"]
     options.overrides = [word for word in options.words if "=" in word]
     if len(options.every) == 1:

@@ -4,6 +4,6 @@
 #   bash scripts/report.sh outputs/wan_tiny --out report.html           a folder of generated videos
 #   bash scripts/report.sh outputs/evaluation/wan_tiny --videos 2 --amplify 8    two prompts, the difference brighter
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
-exec .venv/bin/python -m scripts.report "$@"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/scripts/setup.sh"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$root/.venv/bin/python" -P -m scripts.report "$@"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from radial_attn.kernels.compiler import compiler_problem
 from radial_attn.models.pipeline.load import read_index
+from scripts.run.config import find_path
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.run.files import replacing
 from scripts.run.results import note_damage, read_json, write_json
@@ -187,9 +188,11 @@ def parse(argv: list[str] | None = None) -> Options:
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", compile=None)
     name = parser.parse_args(argv).family
     family, short = FAMILIES[name], name.removesuffix("_video")
-    parser.set_defaults(out=Path(f"assets/{short.replace('_', '-')}-tiny"), start=family.start)
+    parser.set_defaults(out=Path(f"outputs/{short.replace('_', '-')}-tiny"), start=family.start)
     parser.set_defaults(work=Path(f"outputs/train_{short}_tiny"), frames=family.frames, **family.defaults)
     options = Options(**vars(parser.parse_args(argv)))
+    if options.start is not None:
+        options = replace(options, start=find_path(str(options.start)))
     device = options.device.split(":")[0]
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"--device: got {options.device!r}, must be cpu, or cuda if there is a GPU")

@@ -5,6 +5,6 @@
 #   bash scripts/train_tiny.sh --family mochi     or hunyuan_video, or wan_i2v, which starts from assets/wan-tiny
 #   bash scripts/train_tiny.sh --steps 8000 --batch 16 --out outputs/wan-tiny-longer --work outputs/train_longer
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
-exec .venv/bin/python -m scripts.train_tiny "$@"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/scripts/setup.sh"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$root/.venv/bin/python" -P -m scripts.train_tiny "$@"

@@ -45,7 +45,7 @@ KINDS = {
     "modulation": r"\.diff_m",
 }
 LOW_RANK = ("down", "up", "up_bias", "alpha")
-HALF, WHOLE = "half of a pair", "a whole weight, no change of one"  # reasons
+HALF, RANKS, WHOLE = "half of a pair", "halves of two ranks", "a whole weight, no change of one"  # reasons
 BY_ROWS = ("up", "up_bias", "weight", "bias")  # the other kinds serve all layers of a fused one
 # Names in diffusers and in the original Wan, if they differ; `norm2` is a block's affine norm.
 ORIGINAL_WAN = (
@@ -216,6 +216,8 @@ def _add_pair(match: Match, layer: str, parts: dict[str, Part]) -> None:
     pair = {kind: match.shapes[part.key] for kind, part in parts.items()}
     if len(weight) < 2:
         match.unmatched |= {part.key: "not a layer with a matrix" for part in parts.values()}
+    elif pair["down"][:1] != (math.prod(pair["up"][1:]),):
+        match.unmatched |= {parts[kind].key: RANKS for kind in ("down", "up")}
     elif not fits(pair, weight):
         down, up = pair["down"], pair["up"]
         match.misfits[layer] = f"{_text(up)} times {_text(down)} for a weight of {_text(weight)}"

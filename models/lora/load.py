@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .files import Header, read_header, read_weights
-from .keys import HALF, Match, Shape, listed, match_keys
+from .keys import HALF, RANKS, WHOLE, Match, Shape, listed, match_keys
 from .kinds import other_kind
 
 MODES = ("separate", "fused")
@@ -24,6 +24,7 @@ UNMATCHED = ("error", "warn")
 EXPERTS = ("both", "1", "2")
 LOADED = "_radial_loras"  # attribute of a transformer with LoRAs of an open handle
 FOLLOWED = (  # methods of diffusers that change which adapters count, and how much
+    "load_lora_adapter",
     "set_adapters",
     "set_adapter",
     "disable_lora",
@@ -67,6 +68,15 @@ def match_lora(
             "trainer has merged it"
         )
     match = match_keys(header.shapes, parameters)
+    bare = [parts["down"].key for parts in match.pairs.values() if "alpha" not in parts]
+    faults = {
+        "it lacks the other half of": [key for key, reason in match.unmatched.items() if reason == HALF],
+        "the halves differ in rank of": [key for key, reason in match.unmatched.items() if reason == RANKS],
+        "it lacks the alpha, which other layers have, of": bare if len(bare) < len(match.pairs) else [],
+    }
+    for fault, broken in faults.items():
+        if broken:
+            raise ValueError(f"LoRA {name} is not whole: {fault} {listed(broken)}; download or save it again")
     fitting, strict = len(match.pairs) + len(match.deltas), unmatched == "error"
     if len(match.misfits) > (0 if strict else fitting):
         raise ValueError(
@@ -74,17 +84,10 @@ def match_lora(
             f"{listed(match.misfits, 2)}; use a LoRA for this model"
         )
     if not fitting:
+        what = "whole weights, no changes" if WHOLE in match.unmatched.values() else "nothing"
         raise ValueError(
-            f"LoRA {name} holds nothing for this model, its keys are {listed(header.shapes.keys())}; "
+            f"LoRA {name} holds {what} for this model, its keys are {listed(header.shapes.keys())}; "
             "use a LoRA for this model"
-        )
-    halves = [key for key, reason in match.unmatched.items() if reason == HALF]
-    bare = [parts["down"].key for parts in match.pairs.values() if "alpha" not in parts]
-    bare = bare if len(bare) < len(match.pairs) else []
-    if halves or bare:
-        what = "the other half of" if halves else "the alpha, which other layers have, of"
-        raise ValueError(
-            f"LoRA {name} is not whole: it lacks {what} {listed(halves or bare)}; download or save it again"
         )
     if match.unmatched and strict:
         raise UnmatchedKeysError(_left_out(name, match))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..runtime.transformers import NAMES
 from .weights import check_weights
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def load_pipeline(
     Weights are loaded in `dtype`, the VAE's in float32. The scheduler gets `flow_shift`, or keeps the shift
     that the model's own scheduler names; for Wan it becomes UniPC on flow sigmas. The VAEs of HunyuanVideo
     and Mochi decode tile by tile. `quantization_config`: diffusers' configuration for some of the components.
-    `parts`: components that are loaded already, by name; None leaves a component out.
+    `parts`: components that are loaded already, by name; None leaves a component out. If a folder of a model
+    of two experts holds only one, that one is the pipeline's `transformer` and makes every step.
 
     Raises:
         FileNotFoundError: the folder, hub model, model_index.json or a component does not exist.
@@ -69,14 +71,20 @@ def load_pipeline(
     kind = FAMILIES[family]
     folder = path if is_local(path) else diffusers.DiffusionPipeline.download(path, use_safetensors=True)
     index = read_index(str(folder))
-    check_weights(Path(folder), index, sorted(parts_named(index).difference(parts or ())))
+    absent = absent_expert(str(folder), index)
+    parts = ({absent: None} if absent else {}) | dict(parts or {})
+    check_weights(Path(folder), index, sorted(parts_named(index).difference(parts)))
     pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
         use_safetensors=True,
         quantization_config=quantization_config,
-        **(parts or {}),
+        **parts,
     )
+    if absent:
+        (kept,) = (getattr(pipeline, name) for name in NAMES if name != absent)
+        pipeline.register_modules(transformer=kept, transformer_2=None)
+        pipeline.register_to_config(boundary_ratio=None)
     if kind.unipc:
         pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
     elif flow_shift is not None:
@@ -170,11 +178,22 @@ def parts_named(index: Mapping[str, Any]) -> set[str]:
     return {name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0] is not None}
 
 
+def absent_expert(path: str, index: Mapping[str, Any]) -> str:
+    """Returns the transformer that a model of two experts (Wan2.2 A14B) lacks; "" if it has both, or one.
+
+    `index`: its model_index.json. A local folder lacks a transformer without a folder of its own.
+    """
+    named = parts_named(index)
+    there = [name for name in NAMES if name in named and (not is_local(path) or (Path(path) / name).is_dir())]
+    two = index.get("boundary_ratio") is not None or NAMES[1] in named
+    return next(name for name in NAMES if name not in there) if two and len(there) == 1 else ""
+
+
 def _check_components(folder: Path, index: dict) -> None:
     """Raises an error for a component without a folder, or a safetensors file whose header does not fit."""
     from safetensors import SafetensorError, safe_open
 
-    parts = sorted(parts_named(index))
+    parts = sorted(parts_named(index) - {absent_expert(str(folder), index)})
     for part in parts:
         if not (folder / part).is_dir():
             raise FileNotFoundError(

@@ -163,7 +163,7 @@ class RadialContext:
         if self.parallel is not None:
             self.parallel.begin(grid, self.config.block_size)
         step, begins = self._counter.advance(arguments["timestep"])
-        if begins and step == 0 and self.config.pattern != "dense":
+        if begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
             self.schedule.check_run(self._counter.planned_steps)
         dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
         self._dense_steps += begins and dense

@@ -174,7 +174,7 @@ class _Search:
         yield self._start, None
         denser = max(self._tried.values()) < self._target
         widths = decimation_widths(self._grid, self._start, denser)
-        for sink in dict.fromkeys((self._start.sink, denser)):
+        for sink in dict.fromkeys((self._start.sink, denser and (self._start.sink or True))):
             options = [replace(self._start, sink=sink, decimation_width=width) for width in widths]
             options = [option for option in options if self.spans(option, denser)]
             yield from ((option, None) for option in options if option != self._start)
@@ -241,7 +241,9 @@ class _Search:
         """Returns the message that says which densities there are, once every combination was tried."""
         grid, target, start = self._grid, self._target, self._start
         thin = replace(start, sink=False, decimation_width=alone_width(grid))
-        thick = replace(start, sink=True, decimation_width=decimation_widths(grid, start, denser=True)[-1])
+        thick = replace(
+            start, sink=start.sink or True, decimation_width=decimation_widths(grid, start, denser=True)[-1]
+        )
         low, high = self.density(self.sparsest(thin)), self.density(self.densest(thick))
         densities = sorted(density for density in set(self._tried.values()) if low <= density <= high)
         text = f" and {grid.text} text" if grid.text else ""

@@ -33,7 +33,8 @@ class RadialConfig:
     Attributes:
         decay_factor: scales the half-width of the band at frame distances of 2 and more.
         block_size: tokens of a block, 16, 32, 64, 128 or 256.
-        sink: every query keeps the tokens of frame 0 as keys.
+        sink: every query keeps the tokens of frame 0 as keys; a number means so many first frames, as for the
+            reference images in front of a video.
         neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full" is 1, "half" 0.5.
         decimation_width: bands narrower than this many tokens keep only every so many frame distances;
             "block" ties it to `block_size`.
@@ -49,7 +50,7 @@ class RadialConfig:
 
     decay_factor: float = 1.0
     block_size: int = 128
-    sink: bool = True
+    sink: bool | int = True
     neighbour: float | str = "full"
     decimation_width: int | str = 128
     pattern: str = "radial"
@@ -71,7 +72,9 @@ class RadialConfig:
             )
         if self.decimation_width != "block":
             require_int("decimation_width", self.decimation_width, 1)
-        choices = {"block_size": BLOCK_SIZES, "sink": (True, False), "pattern": PATTERNS}
+        if not isinstance(self.sink, bool):
+            require_int("sink", self.sink, 0)
+        choices = {"block_size": BLOCK_SIZES, "pattern": PATTERNS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -112,10 +115,10 @@ def radial_rule_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
     """Applies eq. 4 of the paper to blocks as the authors' code does; `config` has no density.
 
     Every pair of frames has a band of tokens around its diagonal (`half_width`); the sink adds all of
-    frame 0 as keys. In each block that the band meets, a column counts as filled if more than a third of
-    the block's query tokens keep it. The block is kept if more than 60 % of the columns that the band
-    touches are filled. A block that several frame pairs share is kept if one of them alone asks for it.
-    Blocks with any text token are kept whole.
+    frame 0, or of more first frames, as keys. In each block that the band meets, a column counts as filled
+    if more than a third of the block's query tokens keep it. The block is kept if more than 60 % of the
+    columns that the band touches are filled. A block that several frame pairs share is kept if one of them
+    alone asks for it. Blocks with any text token are kept whole.
 
     No token is dropped. If the grid is not a multiple of the block, this goes beyond the authors' code:
     the last block is short, and "a third of its query tokens" counts only the ones it has; a frame that
@@ -146,9 +149,9 @@ def band_blocks(grid: TokenGrid, config: RadialConfig, half_width: Callable[[int
             stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=width))
             stamp(queries=range(frames - distance), key=distance, step=1)
             stamp(queries=range(distance, frames), key=0, step=1)
-    if config.sink:
+    for seen in range(min(config.sink, frames)):
         stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=frame))
-        stamp(queries=range(frames), key=0, step=0)
+        stamp(queries=range(frames), key=seen, step=0)
     np.fill_diagonal(blocks, True)
     if grid.text:
         blocks[grid.video_tokens // config.block_size :] = True

@@ -114,7 +114,11 @@ def run_tests(seconds: float) -> dict[str, Any]:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*command, *TESTS], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, *TESTS],
+            cwd=Path(__file__).parents[2],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = process.wait(seconds)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scripts.run.errors import one_line
+from scripts.run.processes import end_with_parent
 
 LONGEST = 200  # characters of a failure that a table has room for
 
@@ -86,6 +87,7 @@ class Worker:
 
 def serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
     """Answers tasks in the child until the parent is gone."""
+    end_with_parent()
     with suppress(OSError):
         os.setpgid(0, 0)
     session = make(*arguments)

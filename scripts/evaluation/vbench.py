@@ -13,8 +13,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from scripts.run.config import find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import read_lines, read_text, replacing
+from scripts.run.inputs import prompt_lines
 from scripts.run.tables import parse_json, read_csv
 
 LONGEST = 255  # bytes of a file's name
@@ -25,7 +27,7 @@ def listed_prompts(file: str, dimensions: str | None) -> list[str]:
 
     Raises UsageError for a file that cannot be read, has no prompts, or none of these dimensions.
     """
-    entries = _read("evaluate.prompts", file, "[", lambda path: list(read_lines(path).values()))
+    entries = _read("evaluate.prompts", file, "[", lambda path: list(prompt_lines(read_lines(path)).values()))
     wanted = {name.strip() for name in (dimensions or "").split(",") if name.strip()}
     if wanted:
         lists = [entry.get("dimension") if isinstance(entry, dict) else None for entry in entries]
@@ -83,7 +85,7 @@ def read_scores(file: str) -> dict[str, dict[str, float]]:
 def _read(key: str, file: str, start: str, otherwise: Callable[[Path], Any]) -> Any:
     """Reads a file: as JSON if it begins with `start`, else by `otherwise`."""
     try:
-        path = Path(os.path.expanduser(file))
+        path = find_path(file)
         text = read_text(path)
         return parse_json(text) if text.lstrip()[:1] == start else otherwise(path)
     except (OSError, ValueError) as error:

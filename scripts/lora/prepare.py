@@ -29,6 +29,7 @@ from scripts.run.errors import GenerationError, UsageError, one_line
 from scripts.run.hub_models import find_model, hub_unreachable, read_model_info
 from scripts.run.image_files import is_image_name
 from scripts.run.machine_checks import find_device, is_out_of_memory
+from scripts.run.prompt_notes import prompt_notes
 from scripts.run.sampler import quiet_libraries
 
 MIB = 2**20
@@ -144,6 +145,8 @@ def summary(dataset: Dataset, job: Job) -> list[str]:
         lines.append(f"dropped    {len(short)} of under {least} frames: {listed(short, 3)}")
     if small := [clip.name for clip in clips if is_enlarged(clip.video, clip.height, clip.width)]:
         lines.append(f"note: {len(small)} clips are enlarged: {listed(small, 3)}")
+    read = {f"the caption of {clip.video.name}": clip.video.caption for clip in clips}
+    lines += (f"note: {note}" for note in prompt_notes(job.path, job.config.model.family, read))
     shards, keys, captions = job.shards(), {clip.key for clip in clips}, job.captions
     if shards.lost:
         lines.append(f"note: {len(shards.lost)} files are made again: {listed(shards.lost, 3)}")

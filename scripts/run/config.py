@@ -19,6 +19,7 @@ LORA_FORM = (
     "a file, folder or hub id, or a list of {path: ..., weight_name: ..., scale: 1.0, transformer: both}"
 )
 EXPERTS = ("both", "1", "2")
+NAMES_FORM = "a file, or a list of files as [a.png, b.png]"
 NUMBERS_FORM = "whole numbers separated by commas"
 
 
@@ -44,13 +45,24 @@ def parse_loras(value: Any) -> list[dict[str, Any]]:
         UsageError: another form, an unknown key, a value that is not allowed.
     """
     if isinstance(value, str):
-        value = _from_text(value)
+        value = _from_text(LORAS, value, LORA_FORM)
     entries = value if isinstance(value, list) else [] if value is None else [value]
     return [_entry(f"{LORAS}[{number}]", entry) for number, entry in enumerate(entries)]
 
 
-def _from_text(text: str) -> Any:
-    """Reads text as YAML if it begins with a bracket, else as a path."""
+def parse_names(value: Any) -> list[str]:
+    """Returns the file names of `generation.reference_images`: none, one, a list, or a list as text."""
+    name = "generation.reference_images"
+    if isinstance(value, str):
+        value = _from_text(name, value, NAMES_FORM)
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(entry, str) and entry.strip() for entry in names):
+        raise UsageError(f"{name}: got {value!r}, must be {NAMES_FORM}")
+    return [literal(entry) for entry in names]
+
+
+def _from_text(name: str, text: str, form: str) -> Any:
+    """Reads text as YAML if it begins with a bracket, else as a path; `name` and `form` are for the error."""
     if text.strip() in ("", "null"):
         return None
     if text.lstrip()[:1] not in ("[", "{"):
@@ -58,7 +70,7 @@ def _from_text(text: str) -> Any:
     try:
         return yaml.load(text, TextLoader)
     except yaml.YAMLError as error:
-        raise UsageError(f"{LORAS}: got {text!r}, must be {LORA_FORM}") from error
+        raise UsageError(f"{name}: got {text!r}, must be {form}") from error
 
 
 def _entry(entry_key: str, entry: Any) -> dict[str, Any]:
@@ -237,6 +249,10 @@ class GenerationConfig:
         "image that image to video starts from, one for all prompts; rotated by EXIF, composited on "
         "black, resized to cover height x width (Lanczos), centre-cropped",
     )
+    last_image: str | None = key(
+        None,
+        "image that the video ends with, read like image; Wan2.1-FLF2V needs it, Wan2.2-I2V-A14B takes it",
+    )
     video: str | None = key(
         None,
         "VACE: video or folder of images that controls the video; the first num_frames frames, each "
@@ -246,7 +262,17 @@ class GenerationConfig:
         None,
         "VACE: parts of video to generate (white) or keep (black), with as many frames; null: generate all",
     )
-    negative_prompt: str = key("", "text that guidance moves away from")
+    reference_images: list[str] = field(
+        default_factory=list,
+        metadata=listing(
+            "VACE: images of what the video shows, each resized to fit into height x width, on white",
+            NAMES_FORM,
+            parse_names,
+        ),
+    )
+    negative_prompt: str = key(
+        "", "text that guidance moves away from; HunyuanVideo: with true_cfg_scale above 1"
+    )
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
     num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1", low=1)
@@ -254,6 +280,11 @@ class GenerationConfig:
     guidance_scale: float = key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
     guidance_scale_2: float | None = key(
         None, "guidance of Wan2.2's second expert; null: same as guidance_scale", low=1.0
+    )
+    true_cfg_scale: float = key(
+        1.0,
+        "HunyuanVideo: guidance away from negative_prompt, beside its own; 1: none, in half the time",
+        low=1.0,
     )
     flow_shift: float | None = key(
         5.0, "shift of the flow schedule towards noise; null: the model's own", low=0.0

@@ -22,13 +22,14 @@ def describe_plan(plan: RunPlan) -> str:
     grid, flops = plan.grid, plan.flops
     blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
     shift = "of the model" if generation.flow_shift is None else f"{generation.flow_shift:g}"
+    true = f", true guidance {generation.true_cfg_scale:g}" if generation.true_cfg_scale > 1 else ""
     density = f"{plan.block_mask.density:.4f} ({attention.pattern})"
     whole = f"{_flops(flops.dense + flops.other)} dense, {_flops(flops.sparse + flops.other)} as configured"
     rows = {
         "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
         "video": f"{generation.height}x{generation.width}, {generation.num_frames} frames at "
         f"{plan.config.output.fps} per second",
-        "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}, flow shift {shift}",
+        "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}{true}, flow shift {shift}",
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
         "density": "; ".join([density, *describe_density(plan)]),
         "dense steps": _ranges(plan.dense_steps, generation.steps),
@@ -43,7 +44,9 @@ def describe_plan(plan: RunPlan) -> str:
         rows["videos"] = f"{count}: {len(plan.prompts)} prompts, seeds {seeds}"
     lines = [_row(name, text) for name, text in rows.items()] + _memory_choices(plan)
     if attention.pattern != "dense":
-        lines += [_row("curve", line) for line in curve_lines(grid, radial_config(attention))]
+        lines += [
+            _row("curve", line) for line in curve_lines(grid, radial_config(attention, plan.model.references))
+        ]
     lines += [_row("note", note) for note in notes(plan)]
     lines += [_row("note", f"not on this machine: {problem}") for problem in plan.missing]
     lines += [*_rank_lines(plan), *describe_decoding(plan), *describe_further(plan)]
@@ -69,7 +72,7 @@ def describe_further(plan: RunPlan) -> list[str]:
 
 def describe_density(plan: RunPlan) -> list[str]:
     """Returns how `attention.density` was solved, if given: `density 0.25: decay_factor 0.125, ...`."""
-    wanted = radial_config(plan.config.attention)
+    wanted = radial_config(plan.config.attention, plan.model.references)
     if wanted.density is None or wanted.pattern == "dense":
         return []
     return [f"density {wanted.density:g}: {changes(plan.mask, wanted)}"]
@@ -101,8 +104,8 @@ def gain(plan: RunPlan) -> list[str]:
 
 
 def notes(plan: RunPlan) -> list[str]:
-    """Warns of unknown weights, little to gain, and a mask that keeps too little."""
-    lines, attention = [], plan.config.attention
+    """Returns the plan's notes; warns of unknown weights, little gain, and a mask that keeps too little."""
+    lines, attention = list(plan.notes), plan.config.attention
     if not sum(plan.model.parameters.values()):
         path = plan.config.model.path
         lines.append(f"memory: not checked, the size of the weights of {path} is unknown before loading")

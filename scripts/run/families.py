@@ -8,15 +8,17 @@ from scripts.run.model_info import ModelInfo
 from scripts.run.schema import shown
 
 WAN, HUNYUAN = ("wan", "wan_i2v", "wan_vace"), ("hunyuan_video", "hunyuan_video_i2v")
-ONE_CALL = (*HUNYUAN, "mochi")  # a step calls the transformer once
+BATCHED = ("mochi",)  # one call has both halves of guidance
 ONLY_WITH = {  # key -> the families that use it, and its value with all others
-    "negative_prompt": ((*WAN, "mochi"), ""),  # HunyuanVideo has its guidance built in
+    "true_cfg_scale": (HUNYUAN, 1.0),
     "guidance_scale_2": (WAN, None),
     "flow_shift": ((*WAN, *HUNYUAN), None),  # Mochi has noise levels of its own
     "prompt_template": (("hunyuan_video",), "default"),  # the template of image to video holds the image
     "image": (("wan_i2v", "hunyuan_video_i2v"), None),
+    "last_image": (("wan_i2v",), None),
     "video": (("wan_vace",), None),
     "mask": (("wan_vace",), None),
+    "reference_images": (("wan_vace",), []),
 }
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 USUAL_FRAMES = {"wan": 81, "hunyuan_video": 129, "mochi": 163}  # family -> frames of a training video
@@ -36,6 +38,11 @@ def pipeline_arguments(family: str, generation: GenerationConfig) -> dict[str, A
         arguments["guidance_scale_2"] = generation.guidance_scale_2
     if family not in HUNYUAN:
         return arguments | {"negative_prompt": generation.negative_prompt}
+    if generation.true_cfg_scale > 1:
+        arguments |= {
+            "true_cfg_scale": generation.true_cfg_scale,
+            "negative_prompt": generation.negative_prompt,
+        }
     return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 
 
@@ -51,9 +58,10 @@ def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
     return {"prompt": prompts[0], "generator": generators[0]}
 
 
-def calls_per_step(family: str, guidance_scale: float) -> int:
-    """Counts a sample's passes through the transformer in a step; HunyuanVideo's guidance is built in."""
-    return 2 if guidance_scale > 1 and family not in HUNYUAN else 1
+def calls_per_step(family: str, generation: GenerationConfig) -> int:
+    """Counts a sample's passes through the transformer in a step, 2 with guidance that is not built in."""
+    scale = generation.true_cfg_scale if family in HUNYUAN else generation.guidance_scale
+    return 2 if scale > 1 else 1
 
 
 def check_family(config: Config) -> None:
@@ -64,6 +72,12 @@ def check_family(config: Config) -> None:
         if family not in families and value != needed:
             key, remedy = f"generation.{name}", f"set generation.{name}={shown(needed)}"
             raise UsageError(f"{key}: got {value!r}, which family {family} does not use; {remedy}")
+    negative = config.generation.negative_prompt
+    if family in HUNYUAN and negative and config.generation.true_cfg_scale == 1:
+        raise UsageError(
+            f"generation.negative_prompt: got {negative!r}, which family {family} uses only with true "
+            "guidance; set generation.true_cfg_scale above 1, or generation.negative_prompt=''"
+        )
     if family == "mochi" and config.generation.steps < 2:
         raise UsageError("generation.steps: got 1, must be at least 2 with family mochi")
 
@@ -76,5 +90,5 @@ def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -
     return {
         "method": options.positions,
         "train_frames": model.latent_frames(trained),
-        "frames": model.latent_frames(frames),
+        "frames": model.latent_frames(frames) + model.references,
     }

@@ -8,7 +8,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Any
 
-from radial_attn.models.pipeline.load import check_model, is_local
+from radial_attn.models.pipeline.load import absent_expert, check_model, is_local, read_index
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.model_info import (
@@ -45,6 +45,7 @@ def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
 WAN_I2V_14B = _variant(
     {"transformer": 16_394_878_784, "image_encoder": CLIP_VISION}, text_tokens=WAN_TEXT + WAN_IMAGE
 )
+FLF2V_IMAGES = 2 * WAN_IMAGE  # tokens of the two images, each with an embedding of 1280
 HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
 HUNYUAN_SIZES = {"num_layers": 20, "num_single_layers": 40, "mlp_ratio": 4.0}
 HUNYUAN_CONFIG = HEADS | HUNYUAN_SIZES | {"patch_size": 2, "patch_size_t": 1}
@@ -58,8 +59,13 @@ HUB_MODELS = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _variant({"transformer_2": 14_288_491_584}),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": WAN_I2V_14B,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": WAN_I2V_14B,
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _variant(
+        {"transformer": 16_394_878_784 + 1280 * FLF2V_IMAGES, "image_encoder": CLIP_VISION},
+        text_tokens=WAN_TEXT + FLF2V_IMAGES,
+        last_image="needed",
+    ),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _variant(
-        dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184)
+        dict.fromkeys(("transformer", "transformer_2"), 14_288_901_184), last_image="taken"
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _variant(
         {"transformer": 4_999_787_712, "vae": WAN22_VAE},
@@ -98,8 +104,12 @@ def read_model_info(path: str) -> ModelInfo:
     """
     if Path(path).is_dir():
         folder = Path(path)
-        parameters = {part: _count_parameters(folder / part) for part in PARTS if (folder / part).is_dir()}
-        return from_configs(*(_read_json(folder / part / "config.json") for part in CONFIGURED), parameters)
+        folders = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+        if "transformer" not in folders:  # it may hold Wan2.2's second expert alone
+            folders["transformer"] = folders.pop("transformer_2", folder / "transformer")
+        parameters = {part: _count_parameters(weights) for part, weights in folders.items()}
+        configs = (_read_json(folders.get(part, folder / part) / "config.json") for part in CONFIGURED)
+        return from_configs(*configs, parameters)
     if path in HUB_MODELS:
         return HUB_MODELS[path]
     return from_configs(*(_fetch(path, f"{part}/config.json") for part in CONFIGURED), {})
@@ -140,6 +150,17 @@ def _fetch(path: str, file: str) -> dict:
         return _read_json(Path(hf_hub_download(path, file)))
     except (OSError, ValueError) as error:
         raise UsageError(hub_unreachable(path, error)) from error
+
+
+def expert_notes(path: str) -> tuple[str, ...]:
+    """Returns a line if a folder holds only one of two experts, which then makes every step."""
+    absent = absent_expert(path, read_index(path)) if is_local(path) else ""
+    if not absent:
+        return ()
+    kept, steps = {"transformer": ("transformer_2", "last"), "transformer_2": ("transformer", "first")}[
+        absent
+    ]
+    return (f"model.path has no {absent}: {kept}, the expert of the {steps} steps, makes every step",)
 
 
 def hub_unreachable(path: str, error: BaseException) -> str:

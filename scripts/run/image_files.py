@@ -60,7 +60,7 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, ground: str = "black") -> Image.Image:
     """Reads a file of one image as 8-bit RGB, as `upright` does.
 
     Raises:
@@ -71,7 +71,7 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 raise ValueError(f"it is animated, with {image.n_frames} frames; save one of them as PNG")
-            return upright(image)
+            return upright(image, ground)
     except UnidentifiedImageError as error:
         kind = file_kind(path)
         if kind.upper() in FORMATS:
@@ -80,8 +80,8 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"it is {kind}{remedy}") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Makes 8-bit RGB, rotated by EXIF, in sRGB and composited on black.
+def upright(image: Image.Image, ground: str = "black") -> Image.Image:
+    """Makes 8-bit RGB, rotated by EXIF, in sRGB and composited on the colour `ground`.
 
     Raises ValueError for more than 8 bits a channel.
     """
@@ -98,5 +98,5 @@ def upright(image: Image.Image) -> Image.Image:
             image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     image = image.convert("RGB")
     if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size), alpha)
+        image = Image.composite(image, Image.new("RGB", image.size, ground), alpha)
     return image

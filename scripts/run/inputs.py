@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ class Inputs:
     """Holds the inputs of the pipeline besides the prompt.
 
     Attributes:
-        arguments: `image`, or lists `video` and `mask`, as Pillow images of `generation.height` x `width`.
-        files: file name and sha256 by key, for the record.
+        arguments: `image` and `last_image`, or lists `video` and `mask`, as Pillow images of
+            `generation.height` x `width`; `reference_images` in their own sizes.
+        files: file name and sha256 by key, for the record; `reference_images` are numbered.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     if not name.strip():
         raise UsageError(f"generation.prompt_file: got {name!r}, must be a text file, or null")
     try:
-        prompts = prompt_lines(read_lines(Path(expanduser(name))))
+        prompts = prompt_lines(read_lines(find_path(name)))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
@@ -65,27 +65,41 @@ def prompt_lines(lines: dict[int, str]) -> dict[int, str]:
     }
 
 
-def read_inputs(generation: GenerationConfig, family: str, dry_run: bool = False) -> Inputs:
-    """Reads the files that the configuration names; a dry run may leave out the image that a run needs.
+def read_inputs(
+    generation: GenerationConfig, family: str, dry_run: bool = False, needs_last: bool = False
+) -> Inputs:
+    """Reads the files that the configuration names; a dry run may leave out the images that a run needs.
+
+    `needs_last`: whether the model needs a last image.
 
     Raises:
-        UsageError: a file is missing, broken or of another kind; the family needs an image; a mask has no
+        UsageError: a file is missing, broken or of another kind; the model needs an image; a mask has no
             video, or more or fewer frames than its video; a video has too few frames.
     """
     if generation.image is None and family in NEED_IMAGE and not dry_run:
         raise UsageError(f"generation.image: got null, but family {family} needs an image; name {IMAGE}")
+    if generation.last_image is None and needs_last and not dry_run:
+        raise UsageError(
+            f"generation.last_image: got null, but this model needs a first and a last image; name {IMAGE}"
+        )
     if generation.mask is not None and generation.video is None:
         raise UsageError(
             f"generation.mask: got {generation.mask!r} without generation.video; set generation.video, or "
             "generation.mask=null"
         )
     arguments: dict[str, Any] = {}
-    if generation.image is not None:
-        image = open_image("generation.image", generation.image)
-        arguments["image"] = fit(image, generation.height, generation.width)
+    for name in ("image", "last_image"):
+        if (file := getattr(generation, name)) is not None:
+            image = open_image(f"generation.{name}", file)
+            arguments[name] = fit(image, generation.height, generation.width)
     if generation.video is not None:
         arguments |= _read_video(generation)
-    return Inputs(arguments, {name: _identity(getattr(generation, name)) for name in arguments})
+    files = {name: getattr(generation, name) for name in arguments}
+    references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
+    if references:
+        images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
+        arguments["reference_images"] = images
+    return Inputs(arguments, {key: _identity(name) for key, name in (files | references).items()})
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -93,13 +107,13 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def open_image(key: str, name: str) -> Image.Image:
-    """Reads a file as 8-bit RGB, upright, in sRGB and composited on black; else raises UsageError."""
+def open_image(key: str, name: str, ground: str = "black") -> Image.Image:
+    """Reads a file as 8-bit RGB, upright, in sRGB and composited on `ground`; else raises UsageError."""
     path = _existing(key, name, IMAGE)
     if path.is_dir():
         raise UsageError(f"{key}: got {name!r}, which is a folder; name {IMAGE}")
     try:
-        return read_image(path)
+        return read_image(path, ground)
     except BROKEN as error:
         raise _unreadable(key, name, error, IMAGE) from error
 

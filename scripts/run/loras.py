@@ -13,6 +13,7 @@ from radial_attn.models.lora.files import Header, read_header
 from radial_attn.models.lora.keys import Match, Shape
 from radial_attn.models.lora.load import Lora, UnmatchedKeysError, load_loras, match_lora
 from radial_attn.models.pipeline.load import is_local
+from radial_attn.models.runtime.transformers import NAMES
 from scripts.run.config import ROOT, LoraConfig, ModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import sha256
@@ -142,7 +143,8 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
     """Returns the transformer without its weights; None if only loading can show its shapes."""
     import diffusers
 
-    file = Path(path) / "transformer" / "config.json"
+    files = [Path(path) / name / "config.json" for name in NAMES]
+    file = next((file for file in files if file.is_file()), files[0])
     if path in HUB_MODELS and family == "wan" and "T2V" in path:
         model = HUB_MODELS[path]
         sizes = {"num_attention_heads": model.heads, "attention_head_dim": model.head_dim}
@@ -164,7 +166,7 @@ def _experts(path: str) -> int | None:
     """Counts the transformers of the model's folder or known hub id; None if unknown."""
     if path in HUB_MODELS:
         return 1 + ("transformer_2" in HUB_MODELS[path].parameters)
-    return 1 + (Path(path) / "transformer_2").is_dir() if Path(path).is_dir() else None
+    return sum((Path(path) / name).is_dir() for name in NAMES) if Path(path).is_dir() else None
 
 
 def with_loras(model: ModelInfo, loras: Sequence[FoundLora]) -> ModelInfo:

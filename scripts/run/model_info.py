@@ -20,7 +20,7 @@ WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
-MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance")
+AT_LEAST_1 = ("layers", "heads", "head_dim", "ffn", "patch", "vae_base", "vae_frames", "vae_pixels")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class ModelInfo:
         takes_guidance: False for a HunyuanVideo whose transformer has no guidance built in.
         parameters: the number of weights of each component, empty if unknown.
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
+        last_image: "needed" beside the first one, "taken", or "none".
+        references: frames of tokens in front of the video, one for each reference image of VACE.
     """
 
     layers: int
@@ -67,6 +69,8 @@ class ModelInfo:
     takes_guidance: bool = True
     parameters: dict[str, int] = field(default_factory=dict)
     control_layers: tuple[int, ...] = ()
+    last_image: str = "none"
+    references: int = 0
 
     @property
     def width(self) -> int:
@@ -91,9 +95,9 @@ class ModelInfo:
         return ((frames - 1) // self.vae_frames + 1) // self.patch[0]
 
     def grid(self, size: VideoSize) -> TokenGrid:
-        """Returns the tokens of the transformer: latent frames and pixels over the patch size."""
+        """Returns the tokens of the transformer: latent frames and pixels over the patch size, references."""
         return TokenGrid(
-            self.latent_frames(size.frames),
+            self.latent_frames(size.frames) + self.references,
             size.height // self.vae_pixels // self.patch[1],
             size.width // self.vae_pixels // self.patch[2],
             self.joint_text,
@@ -113,10 +117,10 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
         model = READERS[name](transformer, vae, parameters)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise UsageError(f"model.path: transformer/config.json has no usable {one_line(error)}") from error
-    for name, value in vars(model).items():
+    for name in AT_LEAST_1:
+        value = getattr(model, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in MAY_BE_ZERO else 1
-        if name != "parameters" and not all(_is_number(number, least) for number in numbers):
+        if not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise UsageError(
                 f"model.path: the config.json files of transformer and vae give {value!r:.40} as `{name}`; "
                 "download them again"
@@ -124,21 +128,19 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
     return model
 
 
-def _is_number(value: Any, least: int) -> bool:
-    """Returns whether a value of a ModelInfo is a number from `least` on, None or a bool."""
-    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and value >= least)
-
-
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
     widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
     base = widest // (vae.get("patch_size") or 1) ** 2  # the last layers make a patch's pixels at once
+    image, both = transformer.get("image_dim"), transformer.get("pos_embed_seq_len")  # CLIP's tokens of both
+    conditioned = transformer.get("in_channels", 16) > transformer.get("out_channels", 16)
     return ModelInfo(
         layers=transformer["num_layers"],
         heads=transformer["num_attention_heads"],
         head_dim=transformer["attention_head_dim"],
         ffn=transformer["ffn_dim"],
         patch=tuple(transformer["patch_size"]),
-        text_tokens=WAN_TEXT + (WAN_IMAGE if transformer.get("image_dim") else 0),
+        text_tokens=WAN_TEXT + (both or (WAN_IMAGE if image else 0)),
+        last_image="needed" if both else "taken" if conditioned and not image else "none",
         control_layers=tuple(transformer.get("vace_layers", ())),
         rope_length=transformer.get("rope_max_seq_len", 1024),
         rope_time=wan_time(transformer["attention_head_dim"]),

@@ -8,7 +8,7 @@ from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
 from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
 from scripts.run.errors import UsageError, multiples_around
-from scripts.run.families import ONE_CALL, check_family
+from scripts.run.families import BATCHED, HUNYUAN, calls_per_step, check_family
 from scripts.run.model_info import ModelInfo
 from scripts.run.outputs import check_target
 
@@ -40,9 +40,8 @@ def check_options(config: Config) -> None:
         if value > steps:
             raise UsageError(f"attention.{name}: got {value}, must be 0 to {steps} (generation.steps)")
     check_family(config)
-    for name, seeds in {"seed": [config.generation.seed], "seeds": config.generation.seeds}.items():
-        if seeds and max(seeds) >= 2**63:
-            raise UsageError(f"generation.{name}: got {max(seeds)}, must be 0 to 2^63 - 1")
+    if max(config.generation.all_seeds) >= 2**63:
+        raise UsageError(f"generation.seeds: got {max(config.generation.seeds)}, must be 0 to 2^63 - 1")
     if not config.output.path.strip():
         raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
     check_target(config)
@@ -63,11 +62,13 @@ def refusals(config: Config, experts: int = 1) -> Iterator[str]:
                 f"{key}: got {got!r}, which does not work with {other}={with_value}: {reason}; "
                 f"allowed: {', '.join(free)}"
             )
-    if model.cache == "pab" and model.family not in ONE_CALL and config.generation.guidance_scale > 1:
+    calls = 1 if model.family in BATCHED else calls_per_step(model.family, config.generation)
+    if model.cache == "pab" and calls > 1:
+        scale = "true_cfg_scale" if model.family in HUNYUAN else "guidance_scale"
         yield (
             f"model.cache: got 'pab', which does not work with family {model.family} and guidance: pab keeps "
-            "one output a layer and would mix the two calls of a step; set generation.guidance_scale=1, or "
-            "another cache; allowed: none, first_block, taylorseer, mag"
+            f"one output a layer and would mix the two calls of a step; set generation.{scale}=1, or another "
+            "cache; allowed: none, first_block, taylorseer, mag"
         )
     if model.cache == "mag" and experts > 1:
         yield (

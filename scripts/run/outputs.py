@@ -30,7 +30,8 @@ TO_BT709 = (
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
 PROBE_BYTES = 2**20
-INPUTS = ("generation.image", "generation.video", "generation.mask")  # content counts, the name does not
+FILES = ("image", "last_image", "video", "mask", "reference_images")
+INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
 NO_FRAMES = (
     *("output.path", "output.overwrite", "generation.prompt_file", "generation.seeds", "attention.check"),
@@ -84,7 +85,7 @@ def finished(
     an older record lacks had its default.
 
     Args:
-        inputs: image, video, mask: file names and sha256 like the record; only the sha256 counts.
+        inputs: images, video, mask: file names and sha256 like the record; only the sha256 counts.
         loras: sha256 of the files of `model.loras`; None: they do not count.
     """
     record = path.with_suffix(".json")
@@ -202,6 +203,8 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
         OSError: the disk is full, or the file cannot be written.
     """
     video, text = temporary(path, ".mp4"), temporary(path.with_suffix(".json"))
+    for file in (path, path.with_suffix(".json")):
+        remove_leftovers(path.parent, file.name)
     # ends the process with the signal's exit code, but through every `finally`
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -19,7 +19,7 @@ from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step, position_arguments
 from scripts.run.files import sha256
 from scripts.run.flops import Flops, count_flops
-from scripts.run.hub_models import find_model, read_model_info
+from scripts.run.hub_models import expert_notes, find_model, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
 from scripts.run.loras import FoundLora, find_loras, with_loras
 from scripts.run.machine_checks import (
@@ -42,6 +42,7 @@ from scripts.run.option_checks import (
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
+from scripts.run.prompt_notes import prompt_notes, texts_of
 from scripts.run.system import room, total_memory
 
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
@@ -60,7 +61,7 @@ class RunPlan:
         dense_layers: how many layers, from the first, are dense at every step.
         degrees: how the processes share the run.
         missing: what this machine lacks; empty except in a dry run that may be for another machine.
-        warnings: lines for the user before the run.
+        warnings: lines for the user before the run; notes: also for a dry run.
     """
 
     config: Config
@@ -76,6 +77,7 @@ class RunPlan:
     degrees: Degrees
     missing: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> VideoSize:
@@ -84,7 +86,7 @@ class RunPlan:
     @property
     def calls(self) -> int:
         """Counts a sample's passes through the transformer in a step."""
-        return calls_per_step(self.config.model.family, self.config.generation.guidance_scale)
+        return calls_per_step(self.config.model.family, self.config.generation)
 
     @cached_property
     def grid(self) -> TokenGrid:
@@ -206,14 +208,15 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     device, path = find_device(config.model.device), find_model(config.model)
     model = read_model_info(path)
     check_model_options(config, model)
-    inputs = read_inputs(config.generation, config.model.family, dry_run)
+    inputs = read_inputs(config.generation, config.model.family, dry_run, model.last_image == "needed")
     _lacking(refusals(config, 1 + ("transformer_2" in model.parameters)))
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
-    model = with_loras(model, loras)
+    references = len(config.generation.reference_images)
+    model = replace(with_loras(model, loras), references=references)
     attention, grid = config.attention, model.grid(config.generation.size)
-    calls = calls_per_step(config.model.family, config.generation.guidance_scale)
+    calls = calls_per_step(config.model.family, config.generation)
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
     videos = len(prompts) * len(config.generation.all_seeds)
@@ -225,7 +228,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees.cfg)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    mask = solve_mask(attention, grid)
+    mask = solve_mask(attention, grid, references)
     dense = dense_steps(attention, config.generation.steps)
     plan = RunPlan(
         config=config,
@@ -246,7 +249,10 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
-    return replace(plan, missing=missing, warnings=warnings)
+    texts = texts_of(config.generation, config.model.family, prompts)
+    options = {"plain": config.generation.prompt_template == "plain", "fetch": not dry_run}
+    unread = prompt_notes(path, config.model.family, texts, **options)
+    return replace(plan, missing=missing, warnings=warnings, notes=(*expert_notes(path), *unread))
 
 
 def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...]:
@@ -263,17 +269,23 @@ def dense_steps(attention: AttentionConfig, steps: int) -> tuple[int, ...]:
     return tuple(s for s in range(steps) if attention.pattern == "dense" or schedule.is_dense(s, None))
 
 
-def radial_config(attention: MaskConfig) -> RadialConfig:
-    """Returns the group `attention` as the method's own options."""
-    return RadialConfig(**{name: getattr(attention, name) for name in MASK_OPTIONS})
+def radial_config(attention: MaskConfig, references: int = 0) -> RadialConfig:
+    """Returns the group `attention` as the method's own options.
+
+    With a sink every query also sees the frames of VACE's `references`, which come before the video's first.
+    """
+    options = {name: getattr(attention, name) for name in MASK_OPTIONS}
+    if references and attention.sink:
+        options["sink"] = references + 1
+    return RadialConfig(**options)
 
 
-def solve_mask(attention: MaskConfig, grid: TokenGrid) -> RadialConfig:
+def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> RadialConfig:
     """Returns the options of the mask with `attention.density` solved for this grid.
 
     Raises UsageError if the grid has no mask of that density, or if another pattern has none about as dense.
     """
-    wanted = radial_config(attention)
+    wanted = radial_config(attention, references)
     try:
         solved = resolve_density(grid, wanted)
     except ValueError as error:
@@ -288,12 +300,12 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid) -> RadialConfig:
     return solved
 
 
-def attention_arguments(attention: AttentionConfig) -> dict[str, Any]:
+def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict[str, Any]:
     """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
     names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
     arguments = {name: getattr(attention, name) for name in names}
     quantize = None if attention.quantize == "none" else attention.quantize
-    return arguments | {"config": radial_config(attention), "quantize": quantize}
+    return arguments | {"config": radial_config(attention, references), "quantize": quantize}
 
 
 def memory_needs(config: Config) -> tuple[float, float]:
@@ -307,7 +319,7 @@ def memory_needs(config: Config) -> tuple[float, float]:
     check_options(config)
     model = read_model_info(find_model(config.model))
     check_model_options(config, model)
-    calls = calls_per_step(config.model.family, generation.guidance_scale)
+    calls = calls_per_step(config.model.family, generation)
     options = {"calls": calls, "block_size": attention.block_size, "device": "cuda"}
     gpu = peak_memory(model, generation.size, config.model, **options)
     return gpu.total, host_bytes(model, config.model)
@@ -322,6 +334,11 @@ def check_model_options(config: Config, model: ModelInfo) -> None:
     if generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
         got = generation.guidance_scale_2
         raise UsageError(f"generation.guidance_scale_2: got {got:g}, must be null: the model has one expert")
+    if generation.last_image is not None and model.last_image == "none":
+        raise UsageError(
+            f"generation.last_image: got {generation.last_image!r}, but this model takes no last image; set "
+            "generation.last_image=null, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B"
+        )
     if config.model.family == "hunyuan_video" and generation.guidance_scale != 1 and not model.takes_guidance:
         got = generation.guidance_scale
         raise UsageError(

@@ -11,9 +11,8 @@ from torch import Tensor
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 from radial_attn.models.runtime.transformers import parts_of
 from scripts.run.errors import UsageError
+from scripts.run.families import BATCHED
 from scripts.run.processes import end_all
-
-BATCHED = ("mochi",)  # families that batch both halves of guidance in one call
 
 
 @dataclass(frozen=True)

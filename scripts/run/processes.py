@@ -1,6 +1,8 @@
 """Numbers this process among torchrun's, silences all but the first, and ends it so no other must wait."""
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -9,6 +11,8 @@ from typing import NoReturn
 from scripts.run.errors import UsageError, one_line
 
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "process group")
+LAUNCHER = "RADIAL_LAUNCHER"  # variable of the environment: the number of the process that starts others
+PARENT_DEATH_SIGNAL = 1  # option of prctl
 PATIENCE = {"first": 0.0, "other": 2.0, "lost": 10.0}  # seconds before a process reports its failure
 
 
@@ -28,9 +32,10 @@ def rank() -> int:
 
 
 def prepare() -> None:
-    """Silences every process but the first, as all would print the same, and gives each its own GPU."""
+    """Prepares one of several processes: silences all but the first, and gives each its own GPU."""
     if processes() == 1:
         return
+    end_with_parent()
     import torch
 
     if (local := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
@@ -38,6 +43,13 @@ def prepare() -> None:
     if rank() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
         os.environ["TQDM_DISABLE"] = "1"
+
+
+def end_with_parent() -> None:
+    """Makes the kernel end this process with the one that started it, however that ends."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        leave(2)  # it ended before the line above
 
 
 def end_all(error: Exception) -> NoReturn:

@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 MARKERS = "osD^vP*Xh"  # the colours are those of Okabe and Ito, and a grey
 DIGITS = 6
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS = Path("outputs/results")  # from where the user stands
+OUT = f"file of the tables, or its folder ({RESULTS})"  # help of --out
 
 
-def results_file(*words: str) -> Path:
-    """Returns results/WORDS_DEVICE_DATE.md, its words joined by `_`."""
+def results_file(out: Path | None, *words: str) -> Path:
+    """Returns the file that `--out` names, else WORDS_DEVICE_DATE.md in the folder that it names, or here.
+
+    The words are joined by `_`.
+    """
+    if out is not None and out.suffix and not out.is_dir():
+        return out
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    return RESULTS / f"{'_'.join([*words, device, time.strftime('%Y-%m-%d')])}.md"
+    return (out or RESULTS) / f"{'_'.join([*words, device, time.strftime('%Y-%m-%d')])}.md"
 
 
 def head(kind: str, command: str, device: str, config: "Config | None" = None) -> dict[str, Any]:

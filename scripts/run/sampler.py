@@ -122,7 +122,7 @@ class Sampler:
         """
         groups, config = self.groups, self.plan.config
         whole = whole_tokens(config.model.family, groups)
-        options = attention_arguments(config.attention)
+        options = attention_arguments(config.attention, self.plan.model.references)
         options |= {"parallel": groups.sequence, "agree": groups.agree_on_video}
         options["observe"] = observer and observer.see
         with (

@@ -42,6 +42,7 @@ TURNS = {  # (a, b, c, d) of the display matrix, which moves (x, y) to (ax + cy,
     (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own decoders of these leave alpha out
 DEINTERLACE = "mode=send_frame:deint=interlaced"
 SIDEWAYS = {turn for (a, *_), turn in TURNS.items() if a == 0}
 
@@ -176,7 +177,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any, list[str]]]:
 
 
 def _video_stream(container: Any) -> Any:
-    """Returns the largest video, ready to decode; ValueError if there is none, or its codec is unknown."""
+    """Returns the largest video; ValueError if there is none, or its codec is unknown."""
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:
         others = {stream.type for stream in container.streams if stream.type != "video"}
@@ -185,8 +186,6 @@ def _video_stream(container: Any) -> Any:
     if any(stream.codec_context is None for stream in videos):
         raise ValueError("its codec is not known to ffmpeg")
     stream = max(videos, key=lambda stream: stream.width * stream.height)
-    stream.codec_context.thread_count = 1  # errors are collected by thread
-    stream.codec_context.options = {"err_detect": "crccheck+explode"}
     return stream
 
 
@@ -210,7 +209,12 @@ def _decoded(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
     """Yields the frames of a stream; ValueError where it is damaged or breaks off."""
     packets, frame, packet, demuxed = 0, None, True, container.demux()
     here = ended = start = (stream.start_time or 0) * float(stream.time_base)
-    parts = container.format.name, stream.codec_context.name, stream.codec_context.codec.name
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and decoder.codec.name in WITH_ALPHA:
+        decoder = av.CodecContext.create(WITH_ALPHA[decoder.codec.name], "r")
+    decoder.thread_count = 1  # errors are collected by thread
+    decoder.options = {"err_detect": "crccheck+explode"}
+    parts = container.format.name, decoder.name, decoder.codec.name
     while packet is not None:
         frames, is_cut = [], False
         with _listening() as logs:
@@ -221,7 +225,7 @@ def _decoded(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
                     if frame and not packet.size and packet.pts is not None:  # shows the last frame again
                         frame.pts, frames = packet.pts, [frame]
                     else:
-                        frames = packet.decode()
+                        frames = decoder.decode(packet)
             except av.FFmpegError as error:
                 reports = [*reports, error.strerror or "it cannot be decoded"]
         if packet is not None and packet.pts is not None:
@@ -327,7 +331,8 @@ def _filtered(graph: Any, frame: Any, turn: Image.Transpose | None) -> Iterator[
             except (BlockingIOError, EOFError):
                 break
     for image in images:
-        picture = upright(Image.fromarray(image.to_ndarray()))
+        picture = Image.fromarray(image.to_ndarray())
+        picture = upright(picture) if picture.mode == "RGBA" else picture
         yield picture if turn is None else picture.transpose(turn)
 
 

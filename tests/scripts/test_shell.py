@@ -40,6 +40,35 @@ def test_scripts_parse_and_begin_with_a_description(script):
     assert any("set -euo pipefail" in line for line in lines)
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
+def test_scripts_stay_where_the_user_stands(script):
+    """Only the tests, and set-up in a process of its own, are about the checkout."""
+    text = script.read_text()
+    stays = [line for line in text.splitlines() if line.startswith("cd ")]
+    assert script.name == "test.sh" or not stays
+    if "python" in text and script.name not in ("setup.sh", "test.sh"):
+        assert "-P -m scripts." in text and 'PYTHONPATH="$root' in text
+
+
+def test_a_measuring_script_writes_where_the_user_stands(tmp_path):
+    """Bundled configurations are found from anywhere."""
+    before = set((ROOT / "results").iterdir())
+    words = ["--models", "configs/wan_tiny.yaml", "--frames", "33", "--size", "64x64", "--no-times"]
+    assert bash(str(ROOT / "scripts/cost.sh"), *words, cwd=tmp_path).returncode == 0
+    assert len(list(tmp_path.glob("outputs/results/cost_wan_tiny_*.md"))) == 1
+    assert set((ROOT / "results").iterdir()) == before
+
+
+def test_the_demo_shows_its_help_and_takes_no_arguments(tmp_path):
+    script = str(ROOT / "scripts/length_extension_demo.sh")
+    helped = bash(script, "--help", cwd=tmp_path)
+    assert helped.returncode == 0 and "WORK, VIDEOS, STEPS" in helped.stdout
+    refused = bash(script, "configs/wan_tiny.yaml", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: got 'configs/wan_tiny.yaml', but this script takes no arguments\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_setup_makes_an_environment_once_and_then_changes_nothing(copy, tmp_path):
     first = bash(str(copy / "scripts/setup.sh"), cwd=tmp_path)
     assert first.returncode == 0, first.stderr

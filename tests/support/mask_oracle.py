@@ -25,7 +25,7 @@ def pair_rule(query_frame: int, key_frame: int, tokens_per_frame: int, config: R
     """The tokens that the authors' code keeps between two frames, bool `[s, s]`."""
     s, d = tokens_per_frame, abs(query_frame - key_frame)
     k, l = torch.arange(s)[:, None], torch.arange(s)[None, :]  # noqa: E741
-    if d == 0 or (config.sink and key_frame == 0):
+    if d == 0 or key_frame < config.sink:
         return torch.ones(s, s, dtype=torch.bool)
     reach = 2 ** math.floor(math.log2(s)) / 2 ** math.floor(math.log2(d))
     threshold = config.block_size if config.decimation_width == "block" else config.decimation_width

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import MochiPipeline
+from diffusers import HunyuanVideoPipeline, MochiPipeline
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
@@ -24,7 +24,7 @@ from radial_attn.models.parallel.ring import RingParallel, share_sequence
 from radial_attn.models.parallel.ulysses import SequenceParallel
 from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
-from tests.support.tiny_hunyuan import hunyuan_transformer
+from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 
 RADIAL = {"config": SPARSE}
@@ -34,6 +34,7 @@ PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two
     "wan": wan_pipeline,
     "wan2.2": partial(wan_pipeline, experts=2),
     "mochi": mochi_pipeline,
+    "hunyuan_video": hunyuan_pipeline,
 }
 Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], dict]
 
@@ -98,6 +99,8 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
 def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
     """Returns the final latents with radial attention; `guided`: with its two halves on two processes."""
     options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
+    if type(pipeline) is HunyuanVideoPipeline:
+        options |= {"true_cfg_scale": 3.0, "negative_prompt": prompts * ["no"], "prompt_template": TEMPLATE}
     sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
     generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
     parts = [part for part in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if part]

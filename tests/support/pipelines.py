@@ -40,6 +40,9 @@ KINDS = {
     "wan": Kind(wan_pipeline, GUIDED, halves=2),
     "wan-a14b": Kind(partial(wan_pipeline, experts=2), EXPERTS, halves=2),
     "wan-i2v": Kind(i2v_pipeline, GUIDED | {"image": IMAGE}, halves=2),
+    "wan-flf2v": Kind(
+        partial(i2v_pipeline, last=True), GUIDED | {"image": IMAGE, "last_image": IMAGE}, halves=2
+    ),
     "wan-i2v-a14b": Kind(a14b_i2v_pipeline, EXPERTS | {"image": IMAGE}, halves=2),
     "wan-ti2v": Kind(ti2v_pipeline, GUIDED, halves=2),
     "wan-ti2v-image": Kind(partial(ti2v_pipeline, image=True), GUIDED | {"image": IMAGE}, halves=2),

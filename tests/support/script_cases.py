@@ -1,6 +1,7 @@
 """Arguments that make a run small, and what a run that fails prints."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +41,10 @@ def refused(capsys: pytest.CaptureFixture, argv: list[str], *parts: str) -> str:
     (line,) = error_lines(capsys)
     assert line.startswith("error: ") and not [part for part in parts if part not in line], line
     return line
+
+
+def timeless(data: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out of an evaluation's numbers its times, and what else differs between two calls."""
+    times = dict.fromkeys(("seconds_step", "seconds_video"))
+    settings = [setting | times for setting in data["settings"]]
+    return data | {"settings": settings, "command": None, "hardware": None}

@@ -38,9 +38,11 @@ def image_encoder(seed: int = 0) -> CLIPVisionModel:
     return seeded(seed, CLIPVisionModel, config)
 
 
-def i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
-    """Makes one like Wan2.1 I2V: image embeddings in cross-attention."""
+def i2v_pipeline(seed: int = 0, last: bool = False) -> WanImageToVideoPipeline:
+    """Makes one like Wan2.1 I2V, image embeddings in cross-attention; `last`: of two images, as FLF2V."""
     channels = {"in_channels": 2 * CHANNELS + 4, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 24}
+    if last:
+        channels["pos_embed_seq_len"] = 2 * 5  # of each image 4 patches and the class
     return assemble(
         WanImageToVideoPipeline,
         seed,

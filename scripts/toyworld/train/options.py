@@ -25,7 +25,7 @@ class Options:
     """Holds what the command line can set (`--name value`)."""
 
     family: str = "wan"
-    out: Path = Path("assets/wan-tiny")
+    out: Path = Path("outputs/wan-tiny")
     start: Path | None = None  # a model to start from; its VAE is not trained
     work: Path = Path("outputs/train_wan_tiny")
     device: str = "cpu"  # on the command line: CUDA if there is one

@@ -127,13 +127,14 @@ STEM = "diffusion_model.blocks.0.self_attn"
         (
             12,
             {f"{STEM}.q.lora_A.weight": torch.ones(5, 24)},
-            "1 layers do not fit: blocks.0.attn1.to_q .24x3 times 5x24 for a weight of 24x24",
+            rf"a.safetensors is not whole: the halves differ in rank of {STEM}.q.lora_A.weight, .*lora_B",
         ),
         (
             12,
             {f"{STEM}.norm_q.diff": torch.ones(25)},
             r"1 layers do not fit: blocks.0.attn1.norm_q.weight \(25 for 24\)",
         ),
+        (None, {f"{STEM}.q.weight": torch.ones(24, 24)}, "holds whole weights, no changes for this model"),
         (None, {"encoder.weight": torch.ones(2)}, r"holds nothing .*encoder\.weight; use a LoRA for this"),
     ],
 )

@@ -207,6 +207,21 @@ def test_changes_of_weights_follow_the_methods_of_diffusers(method, arguments, s
         torch.testing.assert_close(run(transformer), changed(change, 0.5), **CLOSE)
 
 
+def test_a_lora_that_diffusers_loads_later_is_the_active_one(distilled, pairs, tmp_path):
+    pipeline, alone = wan_pipeline(), wan_pipeline()
+    mine = write(tmp_path / "mine.safetensors", spell(pairs, "diffusers"))
+    handle = load_loras(pipeline, [distilled[0]])
+    for one in (pipeline, alone):
+        one.load_lora_weights(mine, adapter_name="mine")
+    assert torch.equal(run(pipeline.transformer), run(alone.transformer))
+    pipeline.set_adapters(["lora_0"], [0.5])
+    torch.testing.assert_close(run(pipeline.transformer), changed(distilled[1], 0.5), **CLOSE)
+    handle.remove()
+    assert pipeline.get_list_adapters() == {"transformer": ["mine"]}
+    pipeline.set_adapters("mine")
+    assert torch.equal(run(pipeline.transformer), run(alone.transformer))
+
+
 def test_a_pipeline_unloads_a_lora_without_pairs_and_does_not_fuse_it(tmp_path):
     pipeline, delta = wan_pipeline(), torch.ones(24)
     file = write(tmp_path / "a.safetensors", {"diffusion_model.blocks.0.self_attn.q.diff_b": delta})

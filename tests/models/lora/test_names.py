@@ -72,10 +72,14 @@ FORMATS = {  # prefix, names of the two matrices
     "down": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
     "comfy": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
     "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight"),
+    "authors' i2v": ("Hunyuan_video_I2V_lora_", "lora_down.weight", "lora_up.weight"),
     "short": ("", "lora_A", "lora_B"),
     "short diffusion_model": ("diffusion_model.", "lora_A", "lora_B"),
     "short transformer": ("transformer.", "lora_A", "lora_B"),
 }
+
+
+FLAT = ("kohya", "authors' i2v")  # with `_` for dots
 
 
 def numbered(table: Names, theirs: str, ours: str, count: int) -> Names:
@@ -131,7 +135,7 @@ def spell(pairs: Pairs, form: str, alpha: float | None = None) -> dict[str, torc
         stem = name
         for original, other in COMFY.items() if form == "comfy" else ():
             stem = stem.removesuffix(original) + other if stem.endswith(original) else stem
-        stem = prefix + (stem.replace(".", "_") if form == "kohya" else stem)
+        stem = prefix + (stem.replace(".", "_") if form in FLAT else stem)
         state |= {f"{stem}.{a}": down.clone(), f"{stem}.{b}": up.clone()}
         if alpha is not None or form == "kohya":
             state[f"{stem}.alpha"] = torch.tensor(float(alpha or down.shape[0]))
@@ -185,7 +189,7 @@ def test_the_names_and_rows_are_those_that_diffusers_converts(family, tables, co
     ("family", "form"),
     [
         *(("hunyuan_video", form) for form in FORMATS),
-        *(("mochi", form) for form in FORMATS if form not in ("comfy", "kohya")),
+        *(("mochi", form) for form in FORMATS if form not in ("comfy", *FLAT)),
     ],
 )
 def test_a_format_is_what_is_added_by_hand(family, form, tmp_path):

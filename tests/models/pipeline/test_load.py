@@ -1,5 +1,6 @@
 """Loading a pipeline: what is built, and what is refused before any weight is read."""
 
+import json
 import re
 import shutil
 from functools import partial
@@ -52,6 +53,31 @@ def test_flow_shift(scheduler, shift, expected):
     assert made.config.flow_shift == expected
     sigma = 0.75025  # the second of linspace(1, 1 / 1000, 5)
     assert made.timesteps[1] == int(1000 * expected * sigma / (1 + (expected - 1) * sigma))
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["without its folder", "not listed"])
+@pytest.mark.parametrize("absent", ["transformer", "transformer_2"])
+def test_one_expert_of_two_makes_every_step(absent, listed, tmp_path):
+    """As in a folder without the weights of the other, or one whose index says that there are none."""
+    pipeline = wan_pipeline(experts=2)
+    kept = pipeline.transformer if absent == "transformer_2" else pipeline.transformer_2
+    pipeline.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / absent)
+    if not listed:
+        index = json.loads((tmp_path / INDEX).read_text())
+        (tmp_path / INDEX).write_text(json.dumps(index | {absent: [None, None]}))
+    check_model(str(tmp_path), "wan")
+    loaded = quiet(load_pipeline(str(tmp_path), "wan", torch.float32, "cpu"))
+    assert loaded.transformer_2 is None and loaded.config.boundary_ratio is None
+    alone = wan_pipeline()
+    alone.transformer = kept
+    small = {"height": 32, "width": 32, "num_frames": 5}
+    expected = generate(alone, 4, **small)
+    torch.testing.assert_close(generate(loaded, 4, **small), expected, atol=1e-5, rtol=0)
+    assert (generate(wan_pipeline(experts=2), 4, **small) - expected).abs().max() > 1e-3
+    shutil.rmtree(tmp_path / ("transformer_2" if absent == "transformer" else "transformer"))
+    with pytest.raises(FileNotFoundError, match="lacks transformer"):
+        check_model(str(tmp_path), "wan")
 
 
 WEIGHTS, INDEX = "transformer/diffusion_pytorch_model.safetensors", "model_index.json"

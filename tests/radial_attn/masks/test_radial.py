@@ -22,7 +22,7 @@ CONFIGS = st.builds(
     RadialConfig,
     decay_factor=st.sampled_from([0.05, 0.2, 0.5, 0.8, 0.95, 1.0, 1.7, 40.0]),
     block_size=st.sampled_from([16, 16, 32, 64]),
-    sink=st.booleans(),
+    sink=st.sampled_from([False, True, True, 2, 3]),
     neighbour=st.sampled_from(["full", "half", 1, 0.82, 0.5, 0.3, 0.07]),
     decimation_width=st.sampled_from([1, 7, 16, 50, 64, 128, "block"]),
 )
@@ -90,7 +90,7 @@ def test_symmetric_without_sink_on_whole_blocks(frames, blocks_per_frame, text, 
 @given(GRIDS, CONFIGS)
 def test_options_only_add_blocks(grid, config):
     blocks = radial_mask(grid, config).blocks
-    for change in ({"sink": True}, {"neighbour": "full"}, {"pattern": "dense"}):
+    for change in ({"sink": config.sink + 1}, {"neighbour": "full"}, {"pattern": "dense"}):
         assert (radial_mask(grid, replace(config, **change)).blocks | ~blocks).all()
 
 
@@ -185,7 +185,8 @@ def test_equal_arguments_return_the_same_mask():
         ({"decay_factor": float("nan")}, "decay_factor must be .* got nan"),
         ({"decay_factor": "1"}, "decay_factor must be .* got '1'"),
         ({"block_size": 100}, r"block_size must be one of \(16, 32, 64, 128, 256\), got 100"),
-        ({"sink": "yes"}, r"sink must be one of \(True, False\), got 'yes'"),
+        ({"sink": "yes"}, "sink must be an integer >= 0, got 'yes'"),
+        ({"sink": -1}, "sink must be an integer >= 0, got -1"),
         ({"neighbour": "none"}, r"neighbour must be one of \('full', 'half'\) or a number .* got 'none'"),
         ({"neighbour": 0.0}, r"neighbour must be .* a number in \(0, 1\], got 0.0"),
         ({"neighbour": True}, "neighbour must be .* got True"),

@@ -60,8 +60,8 @@ def test_json_holds_every_layer_and_head(both_steps):
     assert 0 < data["tail"]["mask_l1"] <= data["tail"]["mask_bound"]
 
 
-def test_bands_hold_all_and_keep_what_recall_says(both_steps):
-    """Observes the dense run of the same noise, with the same rows, without the command."""
+def test_bands_hold_all_and_keep_what_recall_says(both_steps, caplog):
+    """Observes the dense run of the same noise, with the same rows, without the command or any warning."""
     _, data = both_steps
     plan, recalls = planned(read_config(WAN, SHORT)), []
 
@@ -73,6 +73,7 @@ def test_bands_hold_all_and_keep_what_recall_says(both_steps):
     options = attention_arguments(config.attention) | {"dense_steps": 2}
     with apply_radial_attention(pipeline, **options, observe=look):
         sample(pipeline, config, [plan.prompts[0]], [config.generation.seed], output_type="latent")
+    assert not caplog.records
     assert [band["frames"] for band in data["bands"]] == ["0", "1", "2"]
     assert sum(band["mass"] for band in data["bands"]) == pytest.approx(1, abs=1e-5)
     kept = sum(band["mass"] * band["kept"] for band in data["bands"])

@@ -23,6 +23,7 @@ from scripts.run import sampler as video
 from scripts.run.config import ROOT, read_config
 from scripts.run.plan import attention_arguments, make_plan, radial_config
 from scripts.run.sampler import Sampler, sample, to_bytes
+from tests.support.script_cases import timeless
 
 TINY = "configs/wan_tiny.yaml"
 SHORT = ["generation.num_frames=17", "generation.steps=2"]
@@ -43,13 +44,6 @@ def planned(folder: Path, *words: str) -> Evaluation:
     """Plans the evaluation of these words."""
     config, settings = settings_of(TINY, [*SHORT, *words])
     return examined(config, {name: setting for name, (_, setting) in settings.items()}, folder / "work")
-
-
-def timeless(data: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out times, and what else differs between two calls."""
-    times = dict.fromkeys(("seconds_step", "seconds_video"))
-    settings = [setting | times for setting in data["settings"]]
-    return data | {"settings": settings, "command": None, "hardware": None}
 
 
 @pytest.fixture(scope="module")

@@ -98,4 +98,7 @@ def test_files_are_named_by_the_configuration(parse, words, work, start):
     options = parse(words)
     assert options.work.parts[-work.count("/") - 2 :] == ("outputs", *work.split("/"))
     assert re.fullmatch(rf"{start}_(cpu|gpu)_\d{{4}}-\d\d-\d\d\.md", options.out.name)
+    assert options.out.parent == Path("outputs/results") and not options.work.is_absolute()
+    assert parse([*words, "--out", "there"]).out == Path("there", options.out.name)
+    assert parse([*words, "--out", "there/a.md"]).out == Path("there/a.md")
     assert parse([*words, "--work", "here"]).work == Path("here")

@@ -116,6 +116,15 @@ def test_latents_and_texts_are_those_of_the_pipeline(prepared, videos):
     ]
 
 
+def test_a_caption_that_the_model_reads_in_part_is_noted(config, tmp_path, capsys):
+    write_video(tmp_path / "videos/a.mp4", 9, 32, 32)
+    (tmp_path / "videos/a.txt").write_text(512 * "red " + "blue dragon\n")
+    assert run(config, tmp_path / "videos", tmp_path / "new", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "note: tokenizer passes on 512 tokens; it cuts, from the caption of a.mp4: 'red blue" in out
+    assert "note: the model does not know, in the caption of a.mp4: dragon; its words: a moving" in out
+
+
 def test_a_dry_run_counts_and_loads_nothing(config, videos, prepared, tmp_path, capsys):
     assert run(config, videos, tmp_path / "new", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -26,7 +26,8 @@ OPTIONAL = {
     "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
     "cache_ratios positions positions_frames",
     "attention": "density",
-    "generation": "prompt_file image video mask guidance_scale_2 prompt_template seeds",
+    "generation": "prompt_file image last_image video mask reference_images guidance_scale_2 true_cfg_scale "
+    "prompt_template seeds",
     "output": "overwrite",
     "parallel": "ulysses_degree ring_degree cfg_degree data_degree",
 }

@@ -19,6 +19,12 @@ from tests.support.tiny_wan import vace_transformer
 
 WAN_INPUTS = {  # of the transformers that take more than the latents of a video
     "Wan2.1-I2V": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "Wan2.1-FLF2V": {
+        "in_channels": 36,
+        "image_dim": 1280,
+        "added_kv_proj_dim": 5120,
+        "pos_embed_seq_len": 514,
+    },
     "Wan2.2-I2V": {"in_channels": 36},
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
@@ -74,7 +80,7 @@ def t5(kind: str, vocabulary: int) -> torch.nn.Module:
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if name.startswith("Wan-AI"):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name:
+        if "Wan2.1-I2V" in name or "FLF2V" in name:
             built["image_encoder"] = transformers.CLIPVisionModel(clip_vision(image_size=224))
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "Hunyuan" in name:
@@ -143,6 +149,7 @@ def test_control_layers_are_counted_as_they_are_applied(dense_layers):
     ("name", "text", "joint", "factor"),
     [
         ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 769, 0, 16),
+        ("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", 1026, 0, 16),
         ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 512, 0, 16),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 512, 0, 32),
         ("hunyuanvideo-community/HunyuanVideo-I2V", 0, 396, 16),

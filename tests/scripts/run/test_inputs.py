@@ -1,6 +1,7 @@
 """Image to video and VACE through the command: tiny random pipelines, the rule of fitting, refused files."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import imageio
@@ -16,11 +17,13 @@ from scripts.run.errors import UsageError
 from scripts.run.inputs import fit, open_image, read_inputs, read_prompts
 from tests.support.script_cases import SMALL, refused
 from tests.support.tiny import CHANNELS
-from tests.support.tiny_hunyuan import hunyuan_image_pipeline
+from tests.support.tiny_hunyuan import hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
 
 WAN, HUNYUAN, TEXT = "configs/wan2.1_i2v_14b_480p.yaml", "configs/hunyuan_i2v.yaml", "configs/wan_tiny.yaml"
 FRAMES = ["generation.num_frames=9"]
+AGAIN = ["output.overwrite=true"]
+LAST = "generation.last_image={last}"
 VACE = ["configs/wan2.1_t2v_14b.yaml", "model.family=wan_vace", "model.path=Wan-AI/Wan2.1-VACE-14B-diffusers"]
 
 
@@ -46,7 +49,9 @@ def ti2v() -> WanPipeline:
 
 RUNS = {
     "wan2.1": (i2v_pipeline, [WAN]),
+    "wan2.1 flf2v": (partial(i2v_pipeline, last=True), [WAN, LAST]),
     "wan2.2": (a14b_i2v_pipeline, ["configs/wan2.2_i2v_a14b.yaml"]),
+    "wan2.2 last": (a14b_i2v_pipeline, ["configs/wan2.2_i2v_a14b.yaml", LAST]),
     "wan2.2 5B": (ti2v, [WAN]),
     "hunyuan": (lambda: hunyuan_image_pipeline("token_replace", image_size=336), [HUNYUAN]),
     "hunyuan 33ch": (lambda: hunyuan_image_pipeline("latent_concat", image_size=336), [HUNYUAN]),
@@ -73,14 +78,89 @@ def saved(build, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
     build, preset = RUNS[name]
-    image = picture(tmp_path / "cat.png")
+    image, last = picture(tmp_path / "cat.png"), picture(tmp_path / "last.png", color="blue")
+    preset = [word.format(last=last) for word in preset]
     argv = [*preset, *SMALL, *FRAMES, *saved(build, tmp_path), f"generation.image={image}"]
     assert main(argv) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["inputs"]["image"]["file"] == "cat.png" and len(record["inputs"]["image"]["sha256"]) == 64
+    assert [file["file"] for file in record["inputs"].values()][1:] == ["last.png"] * (len(preset) - 1)
     assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
     assert record["attention"]["grid"] == ([3, 2, 2] if name == "wan2.2 5B" else [3, 4, 4])
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+
+
+def test_the_last_image_changes_the_video_and_a_model_that_needs_it_says_so(tmp_path, capsys):
+    model = saved(partial(i2v_pipeline, last=True), tmp_path)
+    image = picture(tmp_path / "first.png")
+    argv = [WAN, *SMALL, *FRAMES, *model, *AGAIN, "attention.check=off", f"generation.image={image}"]
+    refused(capsys, argv, "generation.last_image: got null, but this model needs a first and a last image")
+    assert main([*argv, "--dry-run"]) == 0
+    videos = []
+    for color in ("red", "blue"):
+        last = picture(tmp_path / "last.png", color=color)
+        assert main([*argv, f"generation.last_image={last}"]) == 0
+        videos.append((tmp_path / "out.mp4").read_bytes())
+    assert videos[0] != videos[1]
+    for build in (i2v_pipeline, ti2v):
+        other = saved(build, tmp_path / build.__name__)
+        wrong = [WAN, *SMALL, *FRAMES, *other, f"generation.image={image}", f"generation.last_image={last}"]
+        refused(capsys, wrong, "generation.last_image: got", "takes no last image; set")
+
+
+def test_a_reference_image_is_white_where_it_is_clear_like_the_ground_that_it_stands_on(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 51)).save(tmp_path / "clear.png")
+    config = read_config(TEXT, [f"generation.reference_images={tmp_path / 'clear.png'}"])
+    (image,) = read_inputs(config.generation, "wan_vace").arguments["reference_images"]
+    assert image.size == (8, 8) and image.getpixel((0, 0)) == (255, 204, 204)
+
+
+def test_reference_images_of_vace_are_frames_that_every_query_sees(tmp_path, capsys):
+    """Two images in front of 3 latent frames; the sink covers both and the video's first frame."""
+    files = [str(picture(tmp_path / f"{color}.png", (40, 90), color)) for color in ("red", "blue")]
+    names = f"generation.reference_images=[{', '.join(files)}]"
+    argv = [*VACE, *SMALL, *FRAMES, *saved(vace_pipeline, tmp_path), *AGAIN, "attention.dense_steps=0"]
+    assert main([*argv, names]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["attention"]["grid"] == [5, 4, 4] and record["tokens"] == 80
+    assert record["mask"]["sink"] == 3 and record["config"]["generation"]["reference_images"] == files
+    inputs = {key: file["file"] for key, file in record["inputs"].items()}
+    assert inputs == {"reference_images[0]": "red.png", "reference_images[1]": "blue.png"}
+    assert record["attention"]["density"] == pytest.approx(record["density"])
+    assert imageio.v3.imread(tmp_path / "out.mp4").shape == (9, 64, 64, 3)
+    assert main([*argv, names, "--dry-run"]) == 0
+    assert "80 = 5 latent frames x 4 x 4" in capsys.readouterr().out
+    assert main([*argv, f"generation.reference_images={files[0]}"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["mask"]["sink"] == 2
+    refused(
+        capsys, [*argv, f"generation.reference_images=[{files[0]}, x.png]"], "reference_images[1]", "'x.png'"
+    )
+
+
+@pytest.mark.parametrize("build", [hunyuan_pipeline, RUNS["hunyuan"][0]], ids=["text", "image"])
+def test_true_guidance_of_hunyuan_video_makes_two_calls_a_step(build, tmp_path, capsys):
+    pipeline = saved(build, tmp_path)
+    preset = [HUNYUAN, f"generation.image={picture(tmp_path / 'a.png')}"]
+    argv = [
+        *(["configs/hunyuan_t2v.yaml"] if build is hunyuan_pipeline else preset),
+        *SMALL,
+        *FRAMES,
+        *pipeline,
+    ]
+    argv += ["generation.guidance_scale=1", "attention.check=off", *AGAIN]
+    videos, flops = [], []
+    for scale, negative in ((1, ""), (3, "a"), (3, "zzz")):
+        options = [f"generation.true_cfg_scale={scale}", f"generation.negative_prompt={negative}"]
+        assert main([*argv, *options]) == 0
+        record = json.loads((tmp_path / "out.json").read_text())
+        assert sum(record["attention"]["calls"].values()) == 3 * 4 * min(scale, 2)
+        videos.append((tmp_path / "out.mp4").read_bytes())
+        capsys.readouterr()
+        assert main([*argv, *options, "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert ("true guidance 3" in out) == (scale == 3)
+        flops.append(float(out.split("transformer")[1].split()[0]))
+    assert len(set(videos)) == 3 and flops[1] == flops[2] == pytest.approx(2 * flops[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("given", ["nothing", "video", "video and mask"])

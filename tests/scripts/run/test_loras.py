@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from scripts.run.config import EXPERTS as NAMED_EXPERTS
 from scripts.run.config import ROOT, LoraConfig, keys, read_config
 from scripts.run.loras import find_loras
 from tests.support.script_cases import refused
-from tests.support.tiny import wan_transformer
+from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_lora import random_distilled, random_pairs, spell, write
 
 TINY = "configs/wan_tiny.yaml"
@@ -115,7 +116,8 @@ def test_another_scale_makes_the_videos_of_a_prompt_file_again(lora, tiny_model,
     assert run(tiny_model, tmp_path / "out", *overrides) == 0
     assert run(tiny_model, tmp_path / "out", *overrides) == 0
     assert "0 of 1 videos to make" in capsys.readouterr().out
-    assert run(tiny_model, tmp_path / "out", *overrides[:1], f"model.loras={{path: {lora}, scale: 0.9}}") == 0
+    again = (overrides[0], f"model.loras={{path: {lora}, scale: 0.9}}", "output.overwrite=true")
+    assert run(tiny_model, tmp_path / "out", *again) == 0
     assert "made with other settings (model.loras): made again" in capsys.readouterr().out
 
 
@@ -146,7 +148,15 @@ def _other(folder: Path) -> str:
     return str(write(folder / "a.safetensors", spell(pairs, "kohya")))
 
 
+def _dora(folder: Path) -> str:
+    state = spell(random_pairs(wan_transformer()), "original")
+    return str(
+        write(folder / "a.safetensors", state | {"blocks.0.self_attn.q.dora_scale": torch.ones(24, 1)})
+    )
+
+
 BAD = {
+    "dora": (_dora, "{}", ["model.loras[0]: LoRA a.safetensors is a DoRA (blocks.0", "use a plain LoRA"]),
     "several": (_several, "{}", ["model.loras[0].path", "set weight_name", "a.safetensors, b.safetensors"]),
     "other name": (_several, "{{path: {}, weight_name: c}}", ["weight_name", "'c'", "a.saf"]),
     "name of a file": (_other, "{{path: {}, weight_name: c}}", ["weight_name", "is a file"]),
@@ -160,7 +170,8 @@ def test_bad_loras_are_refused_before_anything_is_written(case, option, tiny_mod
     make, entry, parts = BAD[case]
     (tmp_path / "loras").mkdir()
     argv = [TINY, f"model.path={tiny_model}", f"output.path={tmp_path / 'out'}"]
-    refused(capsys, [*argv, f"model.loras={entry.format(make(tmp_path / 'loras'))}", *option], *parts)
+    line = refused(capsys, [*argv, f"model.loras={entry.format(make(tmp_path / 'loras'))}", *option], *parts)
+    assert "lora_unmatched" not in line
     assert not (tmp_path / "out").exists()
 
 
@@ -170,6 +181,25 @@ def test_a_folder_with_one_file_or_a_name(lora, tiny_model, tmp_path):
     for text in (f"{tmp_path / 'deep'}", f"{{path: {tmp_path}, weight_name: deep/a.safetensors}}"):
         (entry,) = find_loras(read_config(TINY, [f"model.loras={text}"]).model, str(tiny_model))
         assert entry.file == tmp_path / "deep/a.safetensors"
+
+
+@pytest.mark.parametrize("absent", ["transformer", "transformer_2"])
+def test_a_folder_with_one_of_two_experts_runs_with_a_note_and_refuses_what_needs_both(
+    absent, lora, tmp_path, capsys
+):
+    wan_pipeline(experts=2, patch_size=(1, 1, 1)).save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / absent)
+    kept = (
+        "transformer_2, the expert of the last" if absent == "transformer" else "transformer, the expert of"
+    )
+    for option in ([], ["--dry-run"]):
+        assert run(tmp_path / "model", tmp_path / "a.mp4", f"model.loras={lora}", *option) == 0
+        assert f"model.path has no {absent}: {kept}" in capsys.readouterr().out
+    assert [entry["transformer"] for entry in json.loads((tmp_path / "a.json").read_text())["loras"]] == [1]
+    argv = [TINY, f"model.path={tmp_path / 'model'}"]
+    refused(capsys, [*argv, "generation.guidance_scale_2=2"], "generation.guidance_scale_2", "one expert")
+    second = f"model.loras={{path: {lora}, transformer: 2}}"
+    refused(capsys, [*argv, second], "model.loras[0].transformer", "has one transformer")
 
 
 def test_values_that_are_not_finite_are_one_line(tiny_model, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from radial_attn.models.parallel.groups import Degrees
 from scripts.generate import main
+from scripts.launch import machines
 from scripts.run.config import ROOT, ParallelConfig, read_config
 from scripts.run.describe import describe_degrees
 from scripts.run.errors import UsageError
@@ -155,12 +157,12 @@ def test_options_that_several_processes_refuse(monkeypatch):
     check_refused("several processes need xfuser .*install it with")
 
 
-def start(*overrides: str, processes: int = 2) -> subprocess.Popen:
+def start(*overrides: str, processes: int = 2, **environment: str) -> subprocess.Popen:
     """Starts the command of `dist_*.sh` in this many processes of one thread."""
     settings = {"NPROC": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-m", "scripts.launch", TINY, *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings | environment, **pipes)
 
 
 def launched(*overrides: str, processes: int = 2, code: int = 0) -> tuple[str, str]:
@@ -234,6 +236,49 @@ def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_pat
     assert f"error: rank {victim} was ended by SIGKILL" in errors
     assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1
     assert not any(psutil.pid_exists(pid) for pid in ranks) and not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_killed_launcher_ends_all(tiny_model: Path, tmp_path: Path):
+    process, ranks = endless(tiny_model, tmp_path)
+    running = [psutil.Process(pid) for pid in ranks]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=800)
+    assert psutil.wait_procs(running, timeout=60)[1] == [] and not list(tmp_path.rglob("*.mp4"))
+
+
+def test_two_machines_share_a_video(tiny_model: Path, tmp_path: Path):
+    """Both are this one, with a process each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    overrides = [f"model.path={tiny_model}", *SHORT, f"output.path={tmp_path}"]
+    node = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    both = [start(*overrides, processes=1, **node, NODE_RANK=str(rank)) for rank in range(2)]
+    first, _ = (process.communicate(timeout=800)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert "2 processes: cfg 2" in first and len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "line"),
+    [
+        ({"NNODES": "2"}, "NNODES: got 2, so set MASTER_ADDR to the address of the first machine"),
+        ({"NNODES": "two"}, "NNODES: got 'two', must be a whole number of at least 1"),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "localhost", "NODE_RANK": "2"},
+            "NODE_RANK to 0 on the first, up to 1",
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "a.invalid", "NODE_RANK": "0"},
+            "MASTER_ADDR: got 'a.invalid', which",
+        ),
+    ],
+)
+def test_machines_that_cannot_find_each_other_are_refused(node, line, monkeypatch):
+    for name, value in node.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=re.escape(line)):
+        machines()
 
 
 def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):

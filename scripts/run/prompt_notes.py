@@ -1,0 +1,120 @@
+"""Says what of a prompt a model does not get: text beyond its tokenizers' limits, unknown words."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from radial_attn.models.pipeline.load import is_local
+from scripts.run.config import GenerationConfig
+from scripts.run.families import HUNYUAN, calls_per_step
+
+LIMITS = {  # tokens that diffusers' pipelines pass on by default; HunyuanVideo's second text encoder is CLIP
+    "wan": {"tokenizer": 512},
+    "hunyuan_video": {"tokenizer": 256, "tokenizer_2": 77},
+    "mochi": {"tokenizer": 256},
+}
+SMALL = 10**5  # bytes of a file that may hold a vocabulary of words
+SHOWN = 60  # characters of a part that is cut
+
+
+def texts_of(generation: GenerationConfig, family: str, prompts: Mapping[int, str]) -> dict[str, str]:
+    """Returns the prompts of a run, as of `read_prompts`, and its negative prompt, by what to call them."""
+    texts = {f"line {number}" if number else "the prompt": text for number, text in prompts.items()}
+    if calls_per_step(family, generation) > 1:
+        texts["generation.negative_prompt"] = generation.negative_prompt
+    return texts
+
+
+def prompt_notes(
+    path: str, family: str, texts: Mapping[str, str], *, plain: bool = False, fetch: bool = False
+) -> list[str]:
+    """Returns a line for each tokenizer that cuts a text, and one for words that it does not know.
+
+    Args:
+        path: folder or hub id of the model.
+        texts: by what to call them.
+        plain: leaves out HunyuanVideo's template of a prompt.
+        fetch: downloads a tokenizer that is needed; without it one that is not here is not asked.
+    """
+    (limits,) = (limits for name, limits in LIMITS.items() if family.startswith(name))
+    notes = []
+    for name, limit in limits.items():
+        long = {key: text for key, text in texts.items() if not text.isascii() or len(text) >= limit - 2}
+        tokenizer = _tokenizer(path, name, fetch) if long else None
+        if tokenizer is not None:
+            start, crop = ("", 0) if plain or name != "tokenizer" else _template(family)
+            cut = {key: _cut(tokenizer, start, text, limit + crop) for key, text in long.items()}
+            notes += _first(cut, f"{name} passes on {limit} tokens; it cuts, from {{key}}: {{text}}")
+    if words := _vocabulary(path):
+        known = " ".join(word for word in sorted(words.get_vocab(), key=words.token_to_id) if word.isalpha())
+        unknown = {key: _unknown(words, text) for key, text in texts.items()}
+        notes += _first(unknown, f"the model does not know, in {{key}}: {{text}}; its words: {known}")
+    return notes
+
+
+def _first(texts: Mapping[str, str], form: str) -> list[str]:
+    """Returns one line on the first text that is not empty, with the number of others; none without any."""
+    given = {key: text for key, text in texts.items() if text}
+    more = f" (and {len(given) - 1} more)" if len(given) > 1 else ""
+    return [form.format(key=f"{key}{more}", text=text) for key, text in given.items()][:1]
+
+
+def _tokenizer(path: str, name: str, fetch: bool) -> Any:
+    """Returns a tokenizer of the model; None if it is not here, or cannot be read (loading says why)."""
+    from transformers import AutoTokenizer
+
+    try:
+        if is_local(path):
+            return AutoTokenizer.from_pretrained(Path(path) / name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, subfolder=name, local_files_only=not fetch)
+    except Exception:  # the libraries share no class for what they cannot read
+        return None
+
+
+def _template(family: str) -> tuple[str, int]:
+    """Returns what HunyuanVideo's pipeline puts before a prompt, and by how many tokens its limit grows."""
+    if family not in HUNYUAN:
+        return "", 0
+    from diffusers.pipelines.hunyuan_video import (
+        pipeline_hunyuan_video,
+        pipeline_hunyuan_video_image2video,
+    )
+
+    image = family == "hunyuan_video_i2v"
+    module = pipeline_hunyuan_video_image2video if image else pipeline_hunyuan_video
+    template = module.DEFAULT_PROMPT_TEMPLATE
+    return template["template"].partition("{}")[0], template["crop_start"]
+
+
+def _cut(tokenizer: Any, start: str, text: str, limit: int) -> str:
+    """Returns the part of a text that is cut, shortened; "" if nothing is.
+
+    The limit also counts the tokens of `start` before it, and those that the tokenizer adds, such as </s>.
+    """
+    before = len(tokenizer(start, verbose=False).input_ids)
+    tokens = tokenizer(" ".join(text.split()), add_special_tokens=False, verbose=False).input_ids
+    cut = tokenizer.decode(tokens[max(limit - before, 0) :], skip_special_tokens=True).strip()
+    cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
+    return repr(cut) if cut else ""
+
+
+def _vocabulary(path: str) -> Any:
+    """Returns the tokenizer of a model with a vocabulary of words, as the bundled ones; None for others."""
+    file = Path(path) / "tokenizer" / "tokenizer.json"
+    if not file.is_file() or file.stat().st_size > SMALL:
+        return None
+    from tokenizers import Tokenizer, models
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # its errors have no class; loading says what is wrong
+        return None
+    return tokenizer if isinstance(tokenizer.model, models.WordLevel) else None
+
+
+def _unknown(tokenizer: Any, text: str) -> str:
+    """Lists the words of a text that are not in the vocabulary."""
+    encoded, unknown = tokenizer.encode(text), tokenizer.token_to_id(tokenizer.model.unk_token)
+    spans = zip(encoded.ids, encoded.offsets, strict=True)
+    words = [text[begin:end] for number, (begin, end) in spans if number == unknown]
+    return ", ".join(word for word in dict.fromkeys(words) if word.isalnum())
