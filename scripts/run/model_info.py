@@ -21,6 +21,7 @@ HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once,
 
 
 MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance")
+NO_NUMBERS = ("parameters", "last_image")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
     for name, value in vars(model).items():
         numbers = value if isinstance(value, tuple) else (value,)
         least = 0 if name in MAY_BE_ZERO else 1
-        if name != "parameters" and not all(_is_number(number, least) for number in numbers):
+        if name not in NO_NUMBERS and not all(_is_number(number, least) for number in numbers):
             raise UsageError(
                 f"model.path: the config.json files of transformer and vae give {value!r:.40} as `{name}`; "
                 "download them again"
