@@ -20,7 +20,7 @@ WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
-MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance")
+MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "references", "takes_guidance")
 NO_NUMBERS = ("parameters", "last_image")
 
 
