@@ -19,8 +19,8 @@ HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
-
-MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance")
+MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance", "references")
+NO_NUMBERS = ("parameters", "last_image")
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,13 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
     for name, value in vars(model).items():
         numbers = value if isinstance(value, tuple) else (value,)
         least = 0 if name in MAY_BE_ZERO else 1
-        if name != "parameters" and not all(_is_number(number, least) for number in numbers):
+        is_right = all(x is None or (isinstance(x, int | float) and x >= least) for x in numbers)
+        if name not in NO_NUMBERS and not is_right:
             raise UsageError(
                 f"model.path: the config.json files of transformer and vae give {value!r:.40} as `{name}`; "
                 "download them again"
             )
     return model
-
-
-def _is_number(value: Any, least: int) -> bool:
-    """Returns whether a value of a ModelInfo is a number from `least` on, None or a bool."""
-    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and value >= least)
 
 
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
