@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scripts.run.errors import OneLineParser, one_line, positive
+from scripts.run.errors import OneLineParser, positive, reason_of
 from scripts.toyworld.videos import render_videos
 
 
@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             options.out, options.videos, frames=options.frames, size=options.size, seed=options.seed
         )
     except OSError as error:
-        reason = error.strerror or one_line(error)
-        print(f"error: cannot write into {options.out} ({reason})", file=sys.stderr)
+        print(f"error: cannot write into {options.out} ({reason_of(error)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from scripts.evaluation.page.clips import MIB, find_clips, packed
 from scripts.evaluation.page.render import render
 from scripts.evaluation.page.run_files import find_runs
-from scripts.run.errors import OneLineParser, UsageError, exit_code, one_line, positive
+from scripts.run.errors import OneLineParser, UsageError, exit_code, positive, reason_of
 from scripts.run.files import write_text
 
 
@@ -42,9 +42,7 @@ def write(options: argparse.Namespace) -> None:
     try:
         write_text(options.out, page)
     except OSError as error:
-        raise UsageError(
-            f"--out: cannot write {options.out} ({error.strerror or one_line(error)})"
-        ) from error
+        raise UsageError(f"--out: cannot write {options.out} ({reason_of(error)})") from error
     print(f"{options.out}: {options.out.stat().st_size / MIB:.1f} MiB, open it in a browser")
 
 

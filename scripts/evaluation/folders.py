@@ -1,7 +1,6 @@
 """Compares finished videos with those of the same name in another folder."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare, no_lpips
 from scripts.evaluation.tables import COSTS, means
 from scripts.run.errors import UsageError
+from scripts.run.files import user_path
 from scripts.run.results import read_json, write_json
 from scripts.run.video_files import READER, SUFFIXES, is_video_name
 
@@ -80,7 +80,7 @@ def _folders(words: list[str]) -> dict[str, Path]:
         name, _, folder = word.partition("=")
         if not (name and folder) or name in folders:
             raise UsageError(f"--folders: got {word!r}, must be NAME=DIR, each name once")
-        folders[name] = Path(os.path.expanduser(folder))
+        folders[name] = user_path(folder)
     if len(folders) < 2:
         raise UsageError("--folders: got one; name two or more, the first is the reference")
     return folders

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from scripts.run.config import find_path
-from scripts.run.errors import UsageError, one_line
+from scripts.run.errors import UsageError, one_line, reason_of
 from scripts.run.files import read_lines, read_text, replacing
 from scripts.run.inputs import prompt_lines
 from scripts.run.tables import parse_json, read_csv
@@ -89,8 +89,7 @@ def _read(key: str, file: str, start: str, otherwise: Callable[[Path], Any]) -> 
         text = read_text(path)
         return parse_json(text) if text.lstrip()[:1] == start else otherwise(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"{key}: got {file!r}, which cannot be read ({reason})") from error
+        raise UsageError(f"{key}: got {file!r}, which cannot be read ({reason_of(error)})") from error
 
 
 def _score_rows(path: Path) -> dict[str, str]:

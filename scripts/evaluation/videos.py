@@ -21,7 +21,7 @@ from scripts.evaluation.recall import Readings
 from scripts.evaluation.settings import DENSE
 from scripts.run.config import Config
 from scripts.run.digest import digest
-from scripts.run.errors import GenerationError, UsageError, one_line
+from scripts.run.errors import GenerationError, UsageError, one_line, reason_of
 from scripts.run.files import replacing
 from scripts.run.outputs import Contents, finished, is_whole, of_video, resolved, video_path, write_pair
 from scripts.run.plan import RunPlan
@@ -197,7 +197,7 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
             record["metrics"] = compare(frames, reference)
         write_pair(path, frames, plan.config.output.fps, record)
     except OSError as error:
-        raise UsageError(f"--work: cannot write {path} ({error.strerror or one_line(error)})") from error
+        raise UsageError(f"--work: cannot write {path} ({reason_of(error)})") from error
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from torch.distributed.checkpoint import state_dict as state_dicts
 from radial_attn.models.lora.files import read_header
 from radial_attn.models.lora.keys import listed
 from radial_attn.models.training.adapter import FILE, adapter_settings, holds_adapter, save_adapter
-from scripts.lora.latent_shards import FULL
 from scripts.lora.step import Run
-from scripts.run.errors import DiskFullError, UsageError, one_line
+from scripts.run.errors import UsageError, cannot_write, one_line, reason_of
 from scripts.run.files import replacing, write_text
 from scripts.run.processes import rank
 from scripts.run.results import read_tensors
@@ -83,7 +82,7 @@ class Checkpoints:
 
     def _keys_of_checkpoint(self, error: Exception) -> dict[str, Any]:
         """Returns the keys of the run from its newest checkpoint, if `config.json` cannot be read."""
-        file, reason = self.folder / CONFIG, getattr(error, "strerror", None) or one_line(error)
+        file, reason = self.folder / CONFIG, reason_of(error)
         state = self._read() or {"keys": self.keys}  # without a checkpoint there is nothing to protect
         if "keys" not in state:
             raise UsageError(
@@ -129,15 +128,11 @@ class Checkpoints:
                 torch.save(state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-        except (OSError, RuntimeError) as error:  # torch may hide the reason behind an error of its own
+        except OSError as error:
             with suppress(OSError):  # unless it holds a checkpoint
                 folder.rmdir()
-            cause = error if isinstance(error, OSError) else error.__context__
-            number = getattr(cause, "errno", None)
-            reason = os.strerror(number) if number else one_line(error)
-            raise (DiskFullError if number in FULL else UsageError)(
-                f"{folder} cannot be written ({reason}); the checkpoint before it is whole"
-            ) from error
+            message = f"{folder} cannot be written ({reason_of(error)}); the checkpoint before it is whole"
+            raise cannot_write(error, message) from error
 
     def restore(self, run: Run) -> int:
         """Loads the newest checkpoint into the run, and returns the step to resume from; 0 without one.

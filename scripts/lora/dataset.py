@@ -15,8 +15,8 @@ from radial_attn.models.lora.keys import listed
 from scripts.lora.config import DataConfig
 from scripts.lora.latent_shards import write_whole
 from scripts.lora.videos import Video, probe
-from scripts.run.errors import UsageError, one_line
-from scripts.run.files import read_text
+from scripts.run.errors import UsageError, one_line, reason_of
+from scripts.run.files import read_text, user_path
 from scripts.run.image_files import BROKEN, is_image_name
 from scripts.run.schema import find_path
 from scripts.run.tables import read_json_lines, read_table
@@ -131,7 +131,7 @@ def read_dataset(data: DataConfig, *, dry_run: bool = False) -> Dataset:
     probes = _probe_all(list(captions), data, dry_run=dry_run)
     for entry, reading in probes.items():
         if isinstance(reading, Exception):
-            dataset.bad[entry.name] = getattr(reading, "strerror", None) or one_line(reading)
+            dataset.bad[entry.name] = reason_of(reading)
         else:
             dataset.videos.append(Video(entry.name, entry.path, captions[entry], *reading))
     _refuse(key, data, dataset, dry_run=dry_run)
@@ -148,7 +148,7 @@ def printable(path: Path | str) -> str:
 
 def write_left_out(data: DataConfig, reasons: dict[str, str]) -> Path:
     """Writes names and reasons to a file in `data.latents`, a line each, and returns its path."""
-    file = Path(os.path.expanduser(data.latents)) / LEFT_OUT
+    file = user_path(data.latents) / LEFT_OUT
     if reasons:
         lines = [f"{name}\t{reason}".replace("\n", " ") for name, reason in reasons.items()]
         write_whole(file, "\n".join([*lines, ""]).encode(errors="backslashreplace"))
@@ -256,14 +256,13 @@ def _in_table(name: str) -> list[Entry]:
             video, caption = _columns(number, row)
             if kind == ".csv" and _holds_a_row(caption):
                 raise ValueError(f"line {number} has a quoted cell that goes on over the rows below it")
-            file = path.parent / os.path.expanduser(video)
+            file = path.parent / user_path(video)
             before = lines.setdefault(os.path.abspath(file), number)
             if before != number:
                 raise ValueError(f"line {number} has the video of line {before}, {video!r}; give each once")
             entries.append(Entry(video, file, caption))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"data.table: got {name!r}, which cannot be read: {reason}") from error
+        raise UsageError(f"data.table: got {name!r}, which cannot be read: {reason_of(error)}") from error
     if not entries:
         raise UsageError(f"data.table: got {name!r}, which is empty; write a line for each video")
     return entries
@@ -295,10 +294,8 @@ def _caption(entry: Entry) -> str:
     caption = entry.caption
     try:
         text = caption if isinstance(caption, str) else read_text(caption)
-    except OSError as error:
-        raise ValueError(f"{printable(caption.name)}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{printable(caption.name)}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{printable(caption.name)}: {reason_of(error)}") from error
     if not text.strip():
         raise ValueError("it is empty")
     return text.strip()
@@ -306,7 +303,7 @@ def _caption(entry: Entry) -> str:
 
 def _probe_all(entries: list[Entry], data: DataConfig, *, dry_run: bool) -> dict[Entry, Reading | Exception]:
     """Returns the reading of each video, or the error; reads those whose readings were not kept."""
-    readings = Readings(Path(os.path.expanduser(data.latents)) / READINGS)
+    readings = Readings(user_path(data.latents) / READINGS)
     results = {entry: readings.find(entry.path) for entry in entries}
     missing = [entry for entry, result in results.items() if result is None]
     if not missing:

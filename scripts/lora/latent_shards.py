@@ -1,6 +1,5 @@
 """Writes the folder of prepared latents shard by shard, each whole or not at all."""
 
-import errno
 import fcntl
 import json
 import os
@@ -22,10 +21,9 @@ from scripts.lora.latents import (
     shards_of,
     tensors,
 )
-from scripts.run.errors import DiskFullError, UsageError, one_line
+from scripts.run.errors import UsageError, cannot_write, one_line
 from scripts.run.files import remove_leftovers, replacing
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK = ".lock"
 MADE_BY = "made_by"  # key of a shard's header: fingerprint and dtype, from which a lost index is made again
 
@@ -163,9 +161,10 @@ def write_whole(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise (DiskFullError if error.errno in FULL else UsageError)(
+        raise cannot_write(
+            error,
             f"data.latents: cannot write {str(file)!r} ({error.strerror}); make room, or name a folder that "
-            "you may write to, then run the same command to resume: files that were written are whole"
+            "you may write to, then run the same command to resume: files that were written are whole",
         ) from error
 
 

@@ -6,7 +6,6 @@ A folder holds `index.json` and shards: `latents-00000.safetensors` with a tenso
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from radial_attn.models.training.flow import Text
 from scripts.lora.fingerprint import FORMAT, Fingerprint
 from scripts.run.errors import UsageError, one_line
-from scripts.run.files import read_text
+from scripts.run.files import read_text, user_path
 from scripts.run.tables import parse_json
 
 INDEX = "index.json"
@@ -83,7 +82,7 @@ class LatentStore:
     @classmethod
     def open(cls, folder: str | Path) -> "LatentStore":
         """Opens a folder; UsageError if it has no index, is unfinished, or has broken files."""
-        folder = Path(os.path.expanduser(folder))
+        folder = user_path(folder)
         content = read_index(folder)
         if content is None:
             raise UsageError(f"data.latents: got {str(folder)!r}, which has no {INDEX}; {AGAIN}")

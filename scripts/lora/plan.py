@@ -1,10 +1,8 @@
 """Plans a LoRA training once: checks it and predicts its needs before any weight is loaded."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
+from scripts.run.files import user_path
 from scripts.run.flops import Flops, count_flops
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
@@ -273,6 +272,6 @@ def describe_training(plan: TrainPlan) -> str:
             f"{'':<10} attention {flops.dense / 1e12:.4g} TFLOP a video dense ({flops.share:.0%} of all), "
             f"{flops.sparse / 1e12:.4g} with the mask: {flops.fewer:.2f}x fewer operations in all",
         ]
-    if not (data := Path(os.path.expanduser(config.data.latents))).is_dir():
+    if not (data := user_path(config.data.latents)).is_dir():
         lines.append(f"{'note':<10} {data} is not there yet; run prepare_latents.sh")
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """Encodes videos and captions as latents and text embeddings, the input of LoRA training."""
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from scripts.lora.latents import text_key
 from scripts.lora.plan import check_data_sizes
 from scripts.lora.videos import Clip, is_enlarged, plan_clips, read_clips, taken_frames, too_short
 from scripts.run.errors import GenerationError, UsageError, one_line
+from scripts.run.files import user_path
 from scripts.run.hub_models import find_model, hub_unreachable, read_model_info
 from scripts.run.image_files import is_image_name
 from scripts.run.machine_checks import find_device, is_out_of_memory
@@ -46,7 +46,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(os.path.expanduser(self.config.data.latents))
+        return user_path(self.config.data.latents)
 
     @property
     def captions(self) -> dict[str, str]:

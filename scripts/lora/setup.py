@@ -1,6 +1,5 @@
 """Sets up a run of LoRA training from its configuration: processes, model, adapter, optimizer, samples."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from scripts.lora.latents import BucketSampler, LatentStore
 from scripts.lora.plan import TrainPlan, unknown_targets
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
+from scripts.run.files import user_path
 from scripts.run.processes import processes
 
 
@@ -45,7 +45,7 @@ def prepared(plan: TrainPlan) -> Iterator[tuple[Run, Checkpoints]]:
     accelerator, parallel = _start(plan.device, world, ulysses)
     keys = {f"{group}.{name}": x for group, values in asdict(config).items() for name, x in values.items()}
     keys |= {"processes": world // ulysses, "samples": store.digest([*chain(*trains.values()), *held_out])}
-    checkpoints = Checkpoints(Path(os.path.expanduser(config.output.path)), keys, config.output.keep)
+    checkpoints = Checkpoints(user_path(config.output.path), keys, config.output.keep)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(checkpoints.folder, "output.path"))

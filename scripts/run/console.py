@@ -8,7 +8,7 @@ import os
 import sys
 from types import TracebackType
 
-from scripts.run.errors import one_line
+from scripts.run.errors import reason_of
 
 
 def adapt() -> None:
@@ -40,7 +40,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         os._exit(1)
     if issubclass(kind, OSError):
         name = f": {error.filename!r}" if error.filename else ""
-        print(f"error: {error.strerror or one_line(error)}{name}", file=sys.stderr)
+        print(f"error: {reason_of(error)}{name}", file=sys.stderr)
         os._exit(2)
     sys.__excepthook__(kind, error, trace)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import math
 import sys
 import traceback
@@ -72,6 +73,17 @@ def one_line(error: BaseException) -> str:
     """Returns the first non-empty line of an exception's message, or the exception's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what the system says of an OSError, without number and file; else as `one_line`."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def cannot_write(error: OSError, message: str) -> UsageError:
+    """Returns the error with this message, which tells by its type whether the disk is full."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (DiskFullError if full else UsageError)(message)
 
 
 def raised_in(error: BaseException, *modules: str) -> bool:

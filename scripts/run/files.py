@@ -161,6 +161,11 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def user_path(name: str | Path) -> Path:
+    """Returns a path with `~` expanded; that of an unknown user, which pathlib refuses, stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's content, as hex."""
     with path.open("rb") as stream:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from scripts.run.config import GenerationConfig, find_path
-from scripts.run.errors import UsageError, one_line
+from scripts.run.errors import UsageError, reason_of
 from scripts.run.files import read_lines, sha256
 from scripts.run.image_files import BROKEN, is_image_name, read_image
 from scripts.run.video_files import read_video
@@ -48,8 +48,9 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     try:
         prompts = prompt_lines(read_lines(find_path(name)))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"generation.prompt_file: got {name!r}, which cannot be read ({reason})") from error
+        raise UsageError(
+            f"generation.prompt_file: got {name!r}, which cannot be read ({reason_of(error)})"
+        ) from error
     if not prompts:
         raise UsageError(f"generation.prompt_file: got {name!r}, which is empty; write one prompt a line")
     return prompts
@@ -179,8 +180,7 @@ def _images_in(key: str, folder: Path) -> list[Path]:
 
 
 def _unreadable(key: str, name: str, error: BaseException, wanted: str) -> UsageError:
-    reason = getattr(error, "strerror", None) or one_line(error)
-    return UsageError(f"{key}: got {name!r}, which cannot be read ({reason}); name {wanted}")
+    return UsageError(f"{key}: got {name!r}, which cannot be read ({reason_of(error)}); name {wanted}")
 
 
 def _identity(name: str) -> dict[str, str]:

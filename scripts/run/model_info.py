@@ -20,8 +20,7 @@ WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
-MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "references", "takes_guidance")
-NO_NUMBERS = ("parameters", "last_image")
+AT_LEAST_1 = ("layers", "heads", "head_dim", "ffn", "patch", "vae_base", "vae_frames", "vae_pixels")
 
 
 @dataclass(frozen=True)
@@ -118,20 +117,15 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
         model = READERS[name](transformer, vae, parameters)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise UsageError(f"model.path: transformer/config.json has no usable {one_line(error)}") from error
-    for name, value in vars(model).items():
+    for name in AT_LEAST_1:
+        value = getattr(model, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in MAY_BE_ZERO else 1
-        if name not in NO_NUMBERS and not all(_is_number(number, least) for number in numbers):
+        if not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise UsageError(
                 f"model.path: the config.json files of transformer and vae give {value!r:.40} as `{name}`; "
                 "download them again"
             )
     return model
-
-
-def _is_number(value: Any, least: int) -> bool:
-    """Returns whether a value of a ModelInfo is a number from `least` on, None or a bool."""
-    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and value >= least)
 
 
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:

@@ -1,6 +1,5 @@
 """Names the files of a run, writes them whole or not at all, and finds them when a run resumes."""
 
-import errno
 import hashlib
 import json
 import os
@@ -10,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from scripts.run.config import Config
-from scripts.run.errors import DiskFullError, UsageError, one_line
-from scripts.run.files import remove_leftovers, sha256, temporary
+from scripts.run.errors import UsageError, cannot_write, reason_of
+from scripts.run.files import remove_leftovers, sha256, temporary, user_path
 from scripts.run.system import timed
 from scripts.run.video_files import probe_video
 
@@ -45,7 +43,7 @@ def video_path(config: Config, prompt: str, number: int = 0) -> Path:
 
     `number` is the line of the prompt file, 0 without one. Words beyond 60 characters become a hash.
     """
-    path = Path(expanduser(config.output.path))
+    path = user_path(config.output.path)
     if path.suffix == ".mp4":
         return path
     prefix = f"{number:04d}_" if number else ""
@@ -156,7 +154,7 @@ def refuse_other_settings(config: Config, changed: dict[Path, list[str]]) -> Non
 
 def check_target(config: Config) -> Path:
     """Returns the folder of the run's videos; UsageError if `output.path` cannot name it or the video."""
-    target, got = Path(expanduser(config.output.path)), f"output.path: got {config.output.path!r}"
+    target, got = user_path(config.output.path), f"output.path: got {config.output.path!r}"
     is_file = target.suffix == ".mp4"
     if is_file and (config.generation.prompt_file is not None or len(config.generation.all_seeds) > 1):
         raise UsageError(f"{got}, must be a folder with a prompt file or several seeds")
@@ -186,9 +184,9 @@ def writable_folder(config: Config) -> Iterator[Path]:
             with TemporaryFile(dir=folder, buffering=0) as probe:
                 probe.write(b"x")
         except OSError as error:
-            reason = f"cannot be written ({error.strerror or error})"
             raise UsageError(
-                f"output.path: got {config.output.path!r}, which {reason}; name a folder you may write to"
+                f"output.path: got {config.output.path!r}, which cannot be written ({reason_of(error)}); "
+                "name a folder you may write to"
             ) from error
         remove_leftovers(folder)
         yield folder
@@ -200,10 +198,10 @@ def writable_folder(config: Config) -> Iterator[Path]:
 
 def unwritable(path: Path, error: OSError) -> UsageError:
     """Returns the error for a video that cannot be written; it tells whether the disk is full."""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    return (DiskFullError if full else UsageError)(
-        f"output.path: cannot write {str(path)!r} ({error.strerror or one_line(error)}); name a folder with "
-        "room for the video"
+    return cannot_write(
+        error,
+        f"output.path: cannot write {str(path)!r} ({reason_of(error)}); name a folder with room for "
+        "the video",
     )
 
 

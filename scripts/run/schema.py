@@ -17,8 +17,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from scripts.run.errors import UsageError, nearest_key, one_line
-from scripts.run.files import read_text
+from scripts.run.errors import UsageError, nearest_key, one_line, reason_of
+from scripts.run.files import read_text, user_path
 from scripts.run.tables import parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def literal(text: str) -> str:
 
 def find_path(name: str) -> Path:
     """Returns `name` from the current directory, or from the repository root if only that has it."""
-    path = Path(os.path.expanduser(name))  # it leaves the home of an unknown user as it is
+    path = user_path(name)
     return ROOT / path if not os.path.exists(path) and os.path.exists(ROOT / path) else path
 
 
@@ -215,8 +215,7 @@ class Schema:
         try:
             content = read_mapping(path)
         except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or one_line(error)
-            raise UsageError(f"config file {config_file!r} cannot be read: {reason}") from error
+            raise UsageError(f"config file {config_file!r} cannot be read: {reason_of(error)}") from error
         if not isinstance(content, dict):
             kind = "is empty" if content is None else f"holds a {type(content).__name__}"
             raise UsageError(f"config file {config_file!r} {kind}, must hold groups of keys: {groups}")

@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 from scripts.evaluation.tables import COSTS
-from scripts.run.errors import UsageError, one_line
+from scripts.run.errors import UsageError, one_line, reason_of
 
 MADE_BY = {
     "evaluation": "evaluate.sh",
@@ -97,7 +97,7 @@ def _read(file: Path, name: str) -> Run:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise UsageError(f"{file}: cannot be read ({reason_of(error)})") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{file}: is no JSON ({one_line(error)}); name a run's JSON file") from error
     kind = content.get("kind", "generation") if isinstance(content, dict) else None
