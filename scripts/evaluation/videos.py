@@ -23,7 +23,7 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line, reason_of
 from scripts.run.files import replacing
-from scripts.run.outputs import finished, is_whole, of_video, resolved, video_path, write_pair
+from scripts.run.outputs import Contents, finished, is_whole, of_video, resolved, video_path, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, synchronizer
@@ -131,7 +131,7 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     if not evaluation.record(name, take):
         return False
     path, inputs = evaluation.path(name, take), evaluation.plans[name].inputs.files
-    done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
+    done, changed = finished(path, evaluation.config(name, take), take.prompt, Contents(inputs))
     if changed:
         keys = ", ".join(changed)
         raise UsageError(f"{path} was made with other settings ({keys}); use these, or another --work")
