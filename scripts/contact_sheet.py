@@ -10,6 +10,8 @@ from scripts.evaluation.frame_sheet import read_frames, sheet, write_gif
 from scripts.run.errors import OneLineParser, UsageError, one_line, positive
 from scripts.run.files import replacing
 
+KINDS = (".png", ".jpg", ".gif")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 after an error."""
@@ -21,7 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=positive, help="frames of each video (9; in a GIF all)")
     parser.add_argument("--scale", type=positive, default=1, help="enlargement")
     options = parser.parse_args(argv)
-    is_gif = options.out.suffix.lower() == ".gif"
+    kind = options.out.suffix.lower()
+    if kind not in KINDS:
+        parser.error(f"--out: got {str(options.out)!r}; allowed endings: {', '.join(KINDS)}")
+    is_gif = kind == ".gif"
     try:
         rows = [read_frames(video, options.frames or (None if is_gif else 9)) for video in options.videos]
         if len({row.shape for row in rows}) > 1:

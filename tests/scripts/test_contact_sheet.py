@@ -75,3 +75,11 @@ def test_small_changes_are_held_until_they_add_up():
     shades = np.array([100, 100 + STILL - 1, 100 + STILL, 100 + STILL + 1, 180], np.uint8)
     video = np.broadcast_to(shades[:, None, None, None], (5, 2, 2, 3))
     assert _steady(video)[:, 0, 0, 0].tolist() == [100, 100, 108, 108, 180]
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", "dense", 1, 20)
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "a.mp4"), "--out", str(tmp_path / "a.xyz")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "a.xyz" in line and ".png, .jpg, .gif" in line
