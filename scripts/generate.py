@@ -150,6 +150,8 @@ def missing_videos(plan: "RunPlan", videos: Sequence[Video], *, again: bool) -> 
         unknown = there and not recorded and again
         if changed or (unknown and plan.config.output.path.endswith(".mp4")):
             others[video.path] = changed
+        elif there and not recorded:
+            print(f"{video.path} has no record of its settings: made again", flush=True)
         if again or not done:
             missing.append(number)
     refuse_other_settings(plan.config, others)

@@ -228,6 +228,9 @@ def test_a_named_file_of_someone_else_is_replaced_only_if_asked(tiny_model, tmp_
     assert "has no record of its settings" in error_lines(capsys)[0] and file.read_bytes() == b"before"
     assert run(tiny_model, file, "output.overwrite=true") == 0
     assert file.stat().st_size > 1000 and (tmp_path / "a.json").is_file()
+    (tmp_path / "a_seed1.mp4").write_bytes(b"before")
+    assert run(tiny_model, tmp_path, "generation.prompt=a", "generation.steps=1") == 0
+    assert "a_seed1.mp4 has no record of its settings: made again" in capsys.readouterr().out
 
 
 def test_several_seeds_of_several_prompts(tiny_model, tmp_path, capsys):
