@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..lora.keys import listed
+
 FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 AGAIN = "download it again"
 
@@ -43,16 +45,19 @@ def check_weights(folder: Path, index: Mapping[str, Any], parts: Iterable[str]) 
         cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name or "", None)
         if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
             continue
-        stored = _stored(folder / part, FILES[library])
-        is_quantized = "quantization_config" in _read_json(folder / part / "config.json")
+        stored = {
+            tensor: Stored(file, shape)
+            for file in _weight_files(folder / part, FILES[library])
+            for tensor, shape in read_shapes(file).items()
+        }
+        is_quantized = "quantization_config" in read_object(folder / part / "config.json")
         compare = _compare_diffusers if library == "diffusers" else _compare_transformers
         missing, shapes = compare(cls, folder / part, stored)
         if is_quantized:
             missing, shapes = [name for name in missing if not _is_packed(name, stored)], {}
         if missing:
-            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
-            raise ValueError(f"{folder / part} lacks {count} of {name}: {names}; {AGAIN}")
+            raise ValueError(f"{folder / part} lacks {count} of {name}: {listed(missing, 3)}; {AGAIN}")
         for tensor, (here, wanted) in sorted(shapes.items()):
             file = stored[tensor].file if tensor in stored else folder / part
             raise ValueError(
@@ -101,22 +106,20 @@ def _is_packed(name: str, stored: Mapping[str, Stored]) -> bool:
     return any(map(packed.match, stored))
 
 
-def _stored(folder: Path, name: str) -> dict[str, Stored]:
-    """Returns the tensors in the file `name` of a part, or in the shards that its index names."""
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a safetensors file by tensor; ValueError if it is not whole."""
     from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, Stored] = {}
-    for file in _weight_files(folder, name):
-        try:
-            with safe_open(file, framework="pt") as content:
-                for tensor in content.keys():  # noqa: SIM118
-                    tensors[tensor] = Stored(file, tuple(content.get_slice(tensor).get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); {AGAIN}") from error
-    return tensors
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = content.keys()
+            return {name: tuple(content.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}); {AGAIN}") from error
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
+    """Returns the file `name` of a part, or the shards that its index names."""
     single, index = folder / name, folder / f"{name}.index.json"
     if single.is_file() and (name == FILES["transformers"] or not index.is_file()):  # as each library chooses
         return [single]
@@ -124,7 +127,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         others = sorted(x.name for x in folder.glob("*") if x.suffix in (".bin", ".safetensors", ".gguf"))
         only = f", only {', '.join(others[:3])}, which is not read" if others else ""
         raise FileNotFoundError(f"{folder} has no {name}{only}; {AGAIN} with its {name}")
-    shards = _read_json(index).get("weight_map")
+    shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ValueError(f"{index} does not name the file of each tensor; {AGAIN}")
     files = [folder / shard for shard in sorted(set(shards.values()))]
@@ -134,7 +137,8 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file; ValueError if it is no object."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
