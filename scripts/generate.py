@@ -220,8 +220,8 @@ def make_one(sampler: "Sampler", pipeline: Any, video: Video, *, again: bool = F
             if groups.agree_on_video(done):
                 print(f"{path} is there already: another run made it", flush=True)
                 return True
-            own = replace(sampler, plan=replace(sampler.plan, config=video.config))
-            record = own.make_video(pipeline, video.prompt, path)
+            maker = replace(sampler, plan=replace(sampler.plan, config=video.config))
+            record = maker.make_video(pipeline, video.prompt, path)
             groups.wait()
             if record is not None:
                 print("\n".join(describe_video(record, path)), flush=True)

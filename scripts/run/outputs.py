@@ -86,14 +86,13 @@ def finished(
         inputs: images, video, mask: file names and sha256 like the record; only the sha256 counts.
         loras: sha256 of the files of `model.loras`; None: they do not count.
     """
-    record = path.with_suffix(".json")
-    if not (path.is_file() and record.is_file()):
+    if not (path.is_file() and path.with_suffix(".json").is_file()):
         return False, []
+    content = read_record(path)
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
         before = _comparable(content["config"], content.get("inputs", {}))
         files = [entry["sha256"] for entry in content.get("loras") or ()]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return False, ["config"]
     now = _comparable(resolved(config, prompt), inputs or {})
     before = _comparable(asdict(Config()), {}) | before
@@ -103,14 +102,23 @@ def finished(
     return not changed, changed
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads the JSON beside a video; {} if it is missing or damaged."""
+    try:
+        content = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def is_whole(path: Path) -> bool:
     """Returns whether a video is as its record says; one with an older record must be readable to its end."""
+    record = read_record(path)
     try:
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("video")
-        if about is None:
-            return probe_video(path).frames > 0
+        if (about := record.get("video")) is None:
+            return bool(record) and probe_video(path).frames > 0
         return path.stat().st_size == about["bytes"] and sha256(path) == about["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
