@@ -27,7 +27,7 @@ from scripts.evaluation.ablation import (
     runs_of,
 )
 from scripts.evaluation.ablation_report import COLUMNS, draw, lines
-from scripts.run.config import read_config
+from scripts.run.config import read_one_seed
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import make_plan
 from scripts.run.results import OUT, head, publish, results_file
@@ -103,7 +103,7 @@ def equal(runs: Sequence[Run], entries: dict[Any, list[Entry]]) -> list[str]:
 
 def prepare(options: argparse.Namespace) -> Ablation:
     """Plans the configuration; UsageError for one that cannot run."""
-    plan = make_plan(read_config(options.config, options.words))
+    plan = make_plan(read_one_seed(options.config, options.words))
     for (group, name), needed in NEEDED.items():
         if (got := getattr(getattr(plan.config, group), name)) != needed:
             raise UsageError(f"{group}.{name}: got {got!r}, must be {shown(needed)} here")

@@ -19,7 +19,7 @@ from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.attention_report import content
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.attention_tables import draw, fit_lines, lines
-from scripts.run.config import Config, read_config
+from scripts.run.config import Config, read_one_seed
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     """Observes the attention, and writes JSON, table and picture."""
     if processes() > 1:
         raise UsageError(f"got {processes()} processes, but only one can be observed; run without torchrun")
-    config = read_config(options.config, options.overrides)
+    config = read_one_seed(options.config, options.overrides)
     plan = planned(config)
     looks = looks_of(options, config, plan.model.attention_layers())
     options.work.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from statistics import mean
 
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.length.seeds import PATTERNS, seed_records, seed_table
-from scripts.run.config import Config, read_config
+from scripts.run.config import Config, read_one_seed
 from scripts.run.describe import describe_settings
 from scripts.run.digest import digest
 from scripts.run.errors import OneLineParser, exit_code, positive
@@ -82,7 +82,7 @@ def measure(plan: RunPlan, every: int, batch: int) -> list[list[str]]:
 
 def run(options: argparse.Namespace) -> None:
     """Measures all configurations, or the prompts of `--prompt`, and writes the table."""
-    plans = [make_plan(read_config(name, options.overrides)) for name in options.configs]
+    plans = [make_plan(read_one_seed(name, options.overrides)) for name in options.configs]
     command = ["bash scripts/prompt_accuracy.sh", *options.configs, *options.overrides]
     if options.prompt:
         (plan,), title = plans, "Prompts over several seeds"

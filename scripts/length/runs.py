@@ -7,7 +7,7 @@ from radial_attn.models.training.adapter import FILE
 from scripts.length.scores import Record
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.config import LoraTrainConfig
-from scripts.run.config import Config, read_config
+from scripts.run.config import Config, read_one_seed
 from scripts.toyworld import all_attributes
 from scripts.toyworld.render import Attributes
 
@@ -68,7 +68,7 @@ class Study:
             words += [f"model.loras={self.work / name / FILE}", "model.lora_mode=fused"]
         else:
             words += ["model.loras=null"]
-        config = read_config(PRESET, [*self.generation_words, *words])
+        config = read_one_seed(PRESET, [*self.generation_words, *words])
         if not row.longer:
             config.generation.num_frames = config.model.positions_frames
         return config

@@ -354,6 +354,17 @@ def read_config(config_file: str, overrides: list[str]) -> Config:
     return SCHEMA.read(config_file, overrides)
 
 
+def read_one_seed(config_file: str, overrides: list[str]) -> Config:
+    """Returns the configuration of a command that counts seeds itself; UsageError for several seeds."""
+    config = read_config(config_file, overrides)
+    if config.generation.seeds:
+        raise UsageError(
+            f"generation.seeds: got {config.generation.seeds}, but this command counts on from one; set "
+            "generation.seed instead"
+        )
+    return config
+
+
 def help_text() -> str:
     """Returns the call form, the presets, and every key with its default and meaning."""
     presets = "presets (default: the script's own if a GPU has room for it, else that of a bundled model):"

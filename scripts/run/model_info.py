@@ -19,8 +19,8 @@ HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
-MAY_BE_ZERO = ("text_tokens", "joint_text", "token_macs", "control_layers", "takes_guidance", "references")
-NO_NUMBERS = ("parameters", "last_image")
+
+AT_LEAST_1 = ("layers", "heads", "head_dim", "ffn", "patch", "vae_base", "vae_frames", "vae_pixels")
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,10 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
         model = READERS[name](transformer, vae, parameters)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise UsageError(f"model.path: transformer/config.json has no usable {one_line(error)}") from error
-    for name, value in vars(model).items():
+    for name in AT_LEAST_1:
+        value = getattr(model, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in MAY_BE_ZERO else 1
-        is_right = all(x is None or (isinstance(x, int | float) and x >= least) for x in numbers)
-        if name not in NO_NUMBERS and not is_right:
+        if not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise UsageError(
                 f"model.path: the config.json files of transformer and vae give {value!r:.40} as `{name}`; "
                 "download them again"

@@ -261,7 +261,7 @@ def test_a_work_folder_of_another_run_is_refused(tmp_path):
 
 def test_a_family_sets_the_defaults():
     options = parse(["--family", "hunyuan_video"])
-    assert (options.out, options.frames, options.start) == (Path("assets/hunyuan-tiny"), 33, None)
+    assert (options.out, options.frames, options.start) == (Path("outputs/hunyuan-tiny"), 33, None)
     assert options.outline_steps == 1000 and parse([]).outline_steps == 1200
     assert parse(["--family", "hunyuan_video", "--outline-steps", "7"]).outline_steps == 7
     options = parse(["--family", "wan_i2v", "--frames", "5"])
