@@ -186,7 +186,7 @@ def generate_missing(sampler: "Sampler", pipeline: Any, videos: Sequence[Video])
                 full = isinstance(error, DiskFullError)
         waiting = elsewhere
     if waiting:
-        print(f"{len(waiting)} of these videos are being made by another run; this one has no more to make")
+        print(f"videos that another run makes: {len(waiting)}; this one has no more to make")
     for title, error in failures.items():
         print(f"error: {title}: {error}", file=sys.stderr)
     return 1 if failures else 0
