@@ -93,21 +93,23 @@ def finished(
     Output path, name of the prompt file, check and processes do not count: they change no frame. A key that
     an older record lacks had its default.
     """
-    record = path.with_suffix(".json")
-    if not (path.is_file() and record.is_file()):
+    if not (path.is_file() and path.with_suffix(".json").is_file()):
         return False, []
-    changed = differing(record, config, prompt, contents or Contents())
+    changed = differing(path, config, prompt, contents or Contents())
     return not changed, changed
 
 
-def differing(record: Path, config: Config, prompt: str, contents: Contents) -> list[str]:
-    """Returns the keys in which a record differs from a run; `config` if it cannot be read."""
+def differing(path: Path, config: Config, prompt: str, contents: Contents) -> list[str]:
+    """Returns the keys in which the record beside a video, or a record, differs from a run.
+
+    Returns `config` if it cannot be read.
+    """
+    content = read_record(path)
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
         before = _comparable(content["config"], content.get("inputs", {}))
         files = [entry["sha256"] for entry in content.get("loras") or ()]
         model = content.get("model", {}).get("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return ["config"]
     now = _comparable(resolved(config, prompt), contents.inputs)
     before = _comparable(asdict(Config()), {}) | before
@@ -119,14 +121,23 @@ def differing(record: Path, config: Config, prompt: str, contents: Contents) -> 
     return changed
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads the JSON beside a video; {} if it is missing or damaged."""
+    try:
+        content = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def is_whole(path: Path) -> bool:
     """Returns whether a video is as its record says; one with an older record must be readable to its end."""
+    record = read_record(path)
     try:
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("video")
-        if about is None:
-            return probe_video(path).frames > 0
+        if (about := record.get("video")) is None:
+            return bool(record) and probe_video(path).frames > 0
         return path.stat().st_size == about["bytes"] and sha256(path) == about["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
