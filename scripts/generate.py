@@ -58,12 +58,29 @@ def run(argv: list[str]) -> int:
     from scripts.run.plan import make_plan
 
     plan = make_plan(config, processes=processes(), dry_run=command.dry_run)
+    for note in record_notes(plan, config_file):
+        print(f"note: {note}", flush=True)
     if command.dry_run:
         print(describe_plan(plan))
         return 0
     for line in describe_start(plan):
         print(line, flush=True)
     return generate(plan)
+
+
+def record_notes(plan: "RunPlan", config_file: str) -> list[str]:
+    """Names the files that are others than those with which the record that is the configuration was made."""
+    from scripts.run.config import find_path
+    from scripts.run.outputs import INPUTS, Contents, differing, of_video
+
+    if not config_file.lower().endswith(".json"):
+        return []
+    prompt, seed = next(iter(plan.prompts.values())), plan.config.generation.all_seeds[0]
+    loras = None if any(lora.file is None for lora in plan.loras) else plan.lora_digests  # not fetched
+    contents = Contents(plan.inputs.files, loras, plan.model_digest)
+    changed = differing(find_path(config_file), of_video(plan.config, prompt, seed), prompt, contents)
+    files = [key for key in changed if key.startswith((*INPUTS, "content of "))]
+    return [f"{', '.join(files)}: not the files that {config_file} was made with"] if files else []
 
 
 @dataclass(frozen=True)
@@ -143,9 +160,10 @@ def missing_videos(plan: "RunPlan", videos: Sequence[Video], *, again: bool) -> 
 
 def made_before(plan: "RunPlan", video: Video) -> tuple[bool, list[str]]:
     """Returns whether a video was made with these settings and is whole, and the keys that differ."""
-    from scripts.run.outputs import finished, is_whole
+    from scripts.run.outputs import Contents, finished, is_whole
 
-    done, changed = finished(video.path, video.config, video.prompt, plan.inputs.files, plan.lora_digests)
+    contents = Contents(plan.inputs.files, plan.lora_digests, plan.model_digest)
+    done, changed = finished(video.path, video.config, video.prompt, contents)
     return done and is_whole(video.path), changed
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,23 @@ def read_header(file: str | Path) -> Header:
         return Header(shapes, peft_settings(_object(file, metadata[MOCHI_KEY])))
     content = _object(file, text or "{}")
     settings = {key.removeprefix("transformer."): value for key, value in content.items()}
+    _check_settings(file, settings)
     return Header(shapes, settings, _object(file, metadata.get(TRAINED_KEY, "{}")))
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the settings that scale a LoRA are numbers, and patterns of layers."""
+    patterns = settings.get("alpha_pattern") or {}
+    if isinstance(patterns, dict):
+        alphas = [settings.get("lora_alpha", 1), *patterns.values()]
+        numbers = all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas)
+        with suppress(re.error):
+            if numbers and all(re.compile(f"({pattern})") for pattern in patterns):
+                return
+    raise ValueError(
+        f"LoRA {file.name} has broken settings of peft: `lora_alpha` must be a number, `alpha_pattern` "
+        "a number for each pattern of layers; save it again"
+    )
 
 
 def _object(file: Path, text: str) -> dict[str, Any]:

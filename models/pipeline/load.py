@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..runtime.transformers import NAMES
-from .weights import check_weights, read_object, read_shapes
+from .weights import check_weights, read_object, read_stored
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -193,4 +193,4 @@ def _check_components(folder: Path, index: dict) -> None:
                 f"model folder {folder} lacks {part}/, which its model_index.json names; download it again"
             )
     for file in sorted(file for part in parts for file in (folder / part).rglob("*.safetensors")):
-        read_shapes(file)
+        read_stored(file)

@@ -1,6 +1,7 @@
-"""Checks that the files of a pipeline hold every weight of its parts, in the right shape.
+"""Checks that the files of a pipeline hold each weight of its parts, in the right shape, and no more layers.
 
 transformers gives weights that are missing random values, and diffusers fails with an error that names none.
+Both leave out weights that the configuration has no place for, and take integers for numbers.
 """
 
 import json
@@ -15,27 +16,46 @@ from ..lora.keys import listed
 
 FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 AGAIN = "download it again"
+INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
 class Stored(NamedTuple):
-    """Holds a tensor's file and shape."""
+    """Holds a tensor's file, shape, and type as safetensors names it, as `BF16`."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+
+
+class Compared(NamedTuple):
+    """Holds how a part's files differ from its model.
+
+    Attributes:
+        model: the model's tensors by name, without data.
+        missing: names that the files lack.
+        unused: names that the model lacks.
+        shapes: those of another shape: in the file, in the model.
+    """
+
+    model: Mapping[str, torch.Tensor]
+    missing: list[str]
+    unused: list[str]
+    shapes: dict[str, tuple[Iterable[int], Iterable[int]]]
 
 
 def check_weights(folder: Path, index: Mapping[str, Any], parts: Iterable[str]) -> None:
     """Raises an error unless `parts` of a folder in diffusers format are whole; reads names and shapes only.
 
-    Of parts that were saved quantized the shapes are not checked: they are packed.
+    Of parts that were saved quantized only the names are checked: their weights are packed.
 
     Args:
         index: model_index.json, which names the library and class of each part.
 
     Raises:
         FileNotFoundError: a file of weights does not exist.
-        ValueError: a file is broken, a part lacks tensors or has one of another shape; the message names
-            part, file and tensors.
+        ValueError: a file is broken; a part lacks tensors, has one of another shape, integers in place of
+            numbers, scales that are not applied, or layers that its configuration leaves out; the message
+            names part, file and tensors.
     """
     import diffusers
     import transformers
@@ -45,31 +65,50 @@ def check_weights(folder: Path, index: Mapping[str, Any], parts: Iterable[str]) 
         cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name or "", None)
         if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
             continue
-        stored = {
-            tensor: Stored(file, shape)
-            for file in _weight_files(folder / part, FILES[library])
-            for tensor, shape in read_shapes(file).items()
-        }
+        stored: dict[str, Stored] = {}
+        for file in _weight_files(folder / part, FILES[library]):
+            stored |= read_stored(file)
         is_quantized = "quantization_config" in read_object(folder / part / "config.json")
         compare = _compare_diffusers if library == "diffusers" else _compare_transformers
-        missing, shapes = compare(cls, folder / part, stored)
-        if is_quantized:
-            missing, shapes = [name for name in missing if not _is_packed(name, stored)], {}
+        compared = compare(cls, folder / part, stored)
+        missing = [name for name in compared.missing if not (is_quantized and _is_packed(name, stored))]
         if missing:
-            count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
-            raise ValueError(f"{folder / part} lacks {count} of {name}: {listed(missing, 3)}; {AGAIN}")
-        for tensor, (here, wanted) in sorted(shapes.items()):
-            file = stored[tensor].file if tensor in stored else folder / part
-            raise ValueError(
-                f"{file} has {tensor} of shape {list(here)}, but {name} by {part}/config.json needs "
-                f"{list(wanted)}; {AGAIN}"
-            )
+            raise ValueError(f"{folder / part} lacks {_counted(missing, f' of {name}')}; {AGAIN}")
+        if not is_quantized:
+            _check_fit(folder / part, name, stored, compared)
 
 
-Shapes = dict[str, tuple[Iterable[int], Iterable[int]]]  # by tensor: in the file, in the model
+def _check_fit(folder: Path, name: str, stored: Mapping[str, Stored], compared: Compared) -> None:
+    """Raises ValueError for tensors of another shape or type, layers too many, and scales."""
+    needs = f"but {name} by {folder.name}/config.json"
+    for tensor, (here, wanted) in sorted(compared.shapes.items()):
+        file = stored[tensor].file if tensor in stored else folder
+        raise ValueError(f"{file} has {tensor} of shape {list(here)}, {needs} needs {list(wanted)}; {AGAIN}")
+    for tensor, (file, _, dtype) in sorted(stored.items()):
+        if tensor in compared.model and compared.model[tensor].is_floating_point() and dtype in INTEGERS:
+            raise ValueError(f"{file} has {tensor} as integers ({dtype}), {needs} needs numbers; {AGAIN}")
+    layers = {re.sub(r"\d+", "0", tensor) for tensor in compared.model}
+    if more := [tensor for tensor in compared.unused if re.sub(r"\d+", "0", tensor) in layers]:
+        raise ValueError(f"{folder} holds {_counted(more)}, {needs} has no place for them; {AGAIN}")
+    if scales := [tensor for tensor in compared.unused if _is_scale(tensor, stored)]:
+        raise ValueError(
+            f"{folder} holds {_counted(scales)}, scales of 8-bit weights that are not applied here; take "
+            "the model in 16 bits"
+        )
 
 
-def _compare_transformers(cls: Any, folder: Path, stored: Mapping[str, Stored]) -> tuple[list[str], Shapes]:
+def _is_scale(tensor: str, stored: Mapping[str, Stored]) -> bool:
+    """Returns whether a tensor scales weights of 8 bits beside it, as `scale_weight` of ComfyUI's files."""
+    weight = stored.get(f"{tensor.rpartition('.')[0]}.weight")
+    return weight is not None and weight.dtype.startswith("F8") and "scale" in tensor.rpartition(".")[2]
+
+
+def _counted(tensors: list[str], of: str = "") -> str:
+    """Returns their number and first names, as `4 tensors: a, b, c and 1 more`; `of` follows the number."""
+    return f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}{of}: {listed(tensors, 3)}"
+
+
+def _compare_transformers(cls: Any, folder: Path, stored: Mapping[str, Stored]) -> Compared:
     """Returns what transformers would make up, by its own report of a load without data."""
     from transformers.utils import logging
 
@@ -81,22 +120,24 @@ def _compare_transformers(cls: Any, folder: Path, stored: Mapping[str, Stored]) 
     logging.disable_progress_bar()
     options = {"device_map": "meta", "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        _, report = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, report = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    return sorted(report["missing_keys"]), {
-        name: tuple(shapes) for name, *shapes in report["mismatched_keys"]
-    }
+    shapes = {name: tuple(shapes) for name, *shapes in report["mismatched_keys"]}
+    return Compared(
+        model.state_dict(), sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), shapes
+    )
 
 
-def _compare_diffusers(cls: Any, folder: Path, stored: Mapping[str, Stored]) -> tuple[list[str], Shapes]:
-    """Returns the tensors of a model that its files do not hold, and those of another shape."""
+def _compare_diffusers(cls: Any, folder: Path, stored: Mapping[str, Stored]) -> Compared:
+    """Compares the names and shapes of a model's tensors with those of its files."""
     with torch.device("meta"):
         model = cls.from_config(cls.load_config(folder)).state_dict()
     pairs = {name: (stored[name].shape, x.shape) for name, x in model.items() if name in stored}
-    return sorted(model.keys() - stored.keys()), {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
+    shapes = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return Compared(model, sorted(model.keys() - stored.keys()), sorted(stored.keys() - model.keys()), shapes)
 
 
 def _is_packed(name: str, stored: Mapping[str, Stored]) -> bool:
@@ -106,14 +147,14 @@ def _is_packed(name: str, stored: Mapping[str, Stored]) -> bool:
     return any(map(packed.match, stored))
 
 
-def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a safetensors file by tensor; ValueError if it is not whole."""
+def read_stored(file: Path) -> dict[str, Stored]:
+    """Returns the tensors of a safetensors file without their values; ValueError if it is not whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as content:
-            names = content.keys()
-            return {name: tuple(content.get_slice(name).get_shape()) for name in names}
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            return {name: Stored(file, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}); {AGAIN}") from error
 

@@ -22,7 +22,16 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line, reason_of
 from scripts.run.files import replacing
-from scripts.run.outputs import finished, is_whole, of_video, read_record, resolved, video_path, write_pair
+from scripts.run.outputs import (
+    Contents,
+    finished,
+    is_whole,
+    of_video,
+    read_record,
+    resolved,
+    video_path,
+    write_pair,
+)
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, synchronizer
@@ -62,7 +71,7 @@ class Evaluation:
 
     def record(self, name: str, take: Take) -> dict[str, Any]:
         """Reads the JSON of a video; {} if it is missing or damaged."""
-        return read_record(self.path(name, take))
+        return read_record(self.path(name, take).with_suffix(".json"))
 
     @cached_property
     def programs(self) -> dict[str, str]:
@@ -126,7 +135,7 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     if not evaluation.record(name, take):
         return False
     path, inputs = evaluation.path(name, take), evaluation.plans[name].inputs.files
-    done, changed = finished(path, evaluation.config(name, take), take.prompt, inputs)
+    done, changed = finished(path, evaluation.config(name, take), take.prompt, Contents(inputs))
     if changed:
         keys = ", ".join(changed)
         raise UsageError(f"{path} was made with other settings ({keys}); use these, or another --work")

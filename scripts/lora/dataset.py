@@ -16,7 +16,7 @@ from scripts.lora.config import DataConfig
 from scripts.lora.latent_shards import write_whole
 from scripts.lora.videos import Video, probe
 from scripts.run.errors import UsageError, one_line, reason_of
-from scripts.run.files import read_text, user_path
+from scripts.run.files import is_blank, read_text, user_path
 from scripts.run.image_files import BROKEN, is_image_name
 from scripts.run.results import read_json
 from scripts.run.schema import find_path
@@ -185,6 +185,8 @@ def _in_folder(name: str, dataset: Dataset) -> list[Entry]:
         elif file.suffix.lower() == ".txt":
             if stem not in videos | images:
                 dataset.others[label] = "a caption without a video"
+            elif captions[stem] != file:
+                dataset.others[label] = f"a second caption, {captions[stem].name} is taken"
         elif is_image_name(file):
             if stem in captions and stem not in videos:
                 entries.append(Entry(label, file, captions[stem]))
@@ -260,7 +262,9 @@ def _in_table(name: str) -> list[Entry]:
     except (OSError, ValueError) as error:
         raise UsageError(f"data.table: got {name!r}, which cannot be read: {reason_of(error)}") from error
     if not entries:
-        raise UsageError(f"data.table: got {name!r}, which is empty; write a line for each video")
+        below = " below a header" if kind == ".csv" and path.stat().st_size else ""
+        empty = "names no videos" if below else "is empty"
+        raise UsageError(f"data.table: got {name!r}, which {empty}; write a line for each video{below}")
     return entries
 
 
@@ -292,8 +296,8 @@ def _caption(entry: Entry) -> str:
         text = caption if isinstance(caption, str) else read_text(caption)
     except (OSError, ValueError) as error:
         raise ValueError(f"{printable(caption.name)}: {reason_of(error)}") from error
-    if not text.strip():
-        raise ValueError("it is empty")
+    if is_blank(text):
+        raise ValueError("its caption is empty")
     return text.strip()
 
 

@@ -150,7 +150,12 @@ def read_lines(path: Path) -> dict[int, str]:
     lines = {n: line.removesuffix("\r") for n, line in enumerate(read_text(path).split("\n"), 1)}
     if number := next((number for number, line in lines.items() if "\r" in line), None):
         raise ValueError(f"line {number} holds a carriage return (CR), end lines with LF or CRLF")
-    return {number: line for number, line in lines.items() if line.strip()}
+    return {number: line for number, line in lines.items() if not is_blank(line)}
+
+
+def is_blank(text: str) -> bool:
+    """Returns whether a text shows nothing: spaces, byte order marks, zero-width and control characters."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
 
 
 def write_text(path: Path, text: str) -> Path:

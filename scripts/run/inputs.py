@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, reason_of
-from scripts.run.files import read_lines, sha256
+from scripts.run.files import is_blank, read_lines, sha256
 from scripts.run.image_files import BROKEN, is_image_name, read_image
 from scripts.run.video_files import read_video
 
@@ -40,7 +40,7 @@ def read_prompts(generation: GenerationConfig) -> dict[int, str]:
     """
     name = generation.prompt_file
     if name is None:
-        if not generation.prompt.strip():
+        if is_blank(generation.prompt):
             raise UsageError("generation.prompt: got '', must be text that is not empty")
         return {0: generation.prompt}
     if not name.strip():

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -70,42 +70,59 @@ def resolved(config: Config, prompt: str) -> dict[str, Any]:
     return content
 
 
+@dataclass(frozen=True)
+class Contents:
+    """Holds digests of the files of a run.
+
+    Attributes:
+        inputs: images, video, mask: file names and sha256 like the record; only the sha256 counts.
+        loras: sha256 of the files of `model.loras`; None: they do not count.
+        model: digest of the model's files; None, or an older record without one: they do not count.
+    """
+
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    loras: Sequence[str] | None = None
+    model: str | None = None
+
+
 def finished(
-    path: Path,
-    config: Config,
-    prompt: str,
-    inputs: dict[str, dict[str, str]] | None = None,
-    loras: Sequence[str] | None = None,
+    path: Path, config: Config, prompt: str, contents: Contents | None = None
 ) -> tuple[bool, list[str]]:
     """Returns whether `path` and its JSON were made with this configuration, and the keys that differ.
 
     Output path, name of the prompt file, check and processes do not count: they change no frame. A key that
     an older record lacks had its default.
-
-    Args:
-        inputs: images, video, mask: file names and sha256 like the record; only the sha256 counts.
-        loras: sha256 of the files of `model.loras`; None: they do not count.
     """
-    if not (path.is_file() and path.with_suffix(".json").is_file()):
+    record = path.with_suffix(".json")
+    if not (path.is_file() and record.is_file()):
         return False, []
-    content = read_record(path)
-    try:
-        before = _comparable(content["config"], content.get("inputs", {}))
-        files = [entry["sha256"] for entry in content.get("loras") or ()]
-    except (KeyError, TypeError, AttributeError):
-        return False, ["config"]
-    now = _comparable(resolved(config, prompt), inputs or {})
-    before = _comparable(asdict(Config()), {}) | before
-    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-    if loras is not None and list(loras) != files and "model.loras" not in changed:
-        changed.append("content of model.loras")
+    changed = differing(record, config, prompt, contents or Contents())
     return not changed, changed
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Reads the JSON beside a video; {} if it is missing or damaged."""
+def differing(record: Path, config: Config, prompt: str, contents: Contents) -> list[str]:
+    """Returns the keys in which a record differs from a run; `config` if it cannot be read."""
+    content = read_record(record)
     try:
-        content = json.loads(path.with_suffix(".json").read_bytes())
+        before = _comparable(content["config"], content.get("inputs", {}))
+        files = [entry["sha256"] for entry in content.get("loras") or ()]
+        model = content.get("model", {}).get("sha256")
+    except (KeyError, TypeError, AttributeError):
+        return ["config"]
+    now = _comparable(resolved(config, prompt), contents.inputs)
+    before = _comparable(asdict(Config()), {}) | before
+    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if contents.loras is not None and list(contents.loras) != files and "model.loras" not in changed:
+        changed.append("content of model.loras")
+    if None not in (model, contents.model) and model != contents.model and "model.path" not in changed:
+        changed.append("content of model.path")
+    return changed
+
+
+def read_record(record: Path) -> dict[str, Any]:
+    """Reads the JSON of a video; {} if it is missing or damaged."""
+    try:
+        content = json.loads(record.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -113,7 +130,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def is_whole(path: Path) -> bool:
     """Returns whether a video is as its record says; one with an older record must be readable to its end."""
-    record = read_record(path)
+    record = read_record(path.with_suffix(".json"))
     try:
         if (about := record.get("video")) is None:
             return bool(record) and probe_video(path).frames > 0

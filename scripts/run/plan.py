@@ -15,6 +15,7 @@ from radial_attn.masks.patterns import COMPARED
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.runtime.schedule import Schedule
 from scripts.run.config import AttentionConfig, Config, MaskConfig, VideoSize
+from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step, position_arguments
 from scripts.run.files import sha256
@@ -127,6 +128,11 @@ class RunPlan:
     def lora_digests(self) -> list[str]:
         """Returns the SHA-256 of the file of each LoRA."""
         return [sha256(lora.file) for lora in self.loras if lora.file is not None]
+
+    @cached_property
+    def model_digest(self) -> str | None:
+        """Returns a digest of the model's files; None for a hub id."""
+        return model_digest(self.path)
 
     def efficiency_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `models.pipeline.efficiency.economize`."""

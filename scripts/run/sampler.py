@@ -208,6 +208,7 @@ class Sampler:
             "seed": self.plan.config.generation.seed,
             "config": resolved(self.plan.config, prompt),
             "processes": vars(self.groups.degrees),
+            "model": {"sha256": self.plan.model_digest},
             "loras": self.loras_in,
             "inputs": self.plan.inputs.files,
             "tokens": self.plan.grid.tokens,

@@ -23,12 +23,13 @@ SUFFIXES = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf", ".vob", ".dv"),
 )
-READER = 2  # version; raise it if a file gives other frames than before
+READER = 3  # version; raise it if a file gives other frames than before
 RATES = (24, 25, 30, 48, 50, 60, 8, 10, 12, 15, 16, 20, 100, 120)
 STEP = (0.5, 1.5)  # least and greatest time between two frames of a constant rate, in frames
 DRIFT = 1.0  # most that a frame may be off its place at a constant rate, in frames
 RARE = 0.1  # share of the steps up to which others are called jumps in a constant rate
 TAIL = 0.2  # seconds that a file may end before the duration it states
+FROM_ZERO = ("matroska,webm", "asf")  # formats whose duration counts from time 0, not from the start
 WIDEST = 8  # most that a pixel may be wider than high, or higher than wide
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9  # these and the next numbers are those of ITU-T H.273
 HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}
@@ -185,7 +186,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any, list[str]]]:
 
 
 def _video_stream(container: Any) -> Any:
-    """Returns the largest video; ValueError if there is none, or its codec is unknown."""
+    """Returns the video that players choose, the largest of those marked as default, else of all.
+
+    Raises ValueError if there is none, or its codec is unknown.
+    """
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:
         others = {stream.type for stream in container.streams if stream.type != "video"}
@@ -193,7 +197,8 @@ def _video_stream(container: Any) -> Any:
         raise ValueError(f"it has no video, only {' and '.join(sorted(others)) or 'a header'}")
     if any(stream.codec_context is None for stream in videos):
         raise ValueError("its codec is not known to ffmpeg")
-    return max(videos, key=lambda stream: stream.width * stream.height)
+    marked = [stream for stream in videos if stream.disposition & Disposition.default]
+    return max(marked or videos, key=lambda stream: stream.width * stream.height)
 
 
 def _frames(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
@@ -255,7 +260,7 @@ def _check_end(container: Any, stream: Any, packets: int, ended: float) -> None:
     if packets < stream.frames and container.format.name != "avi":  # which counts empty packets
         raise ValueError(f"it breaks off after {packets} of {stream.frames} frames")
     start, whole = ((number or 0) / av.time_base for number in (container.start_time, container.duration))
-    whole += start
+    whole += 0.0 if container.format.name in FROM_ZERO else start
     if ended < whole - max(TAIL, 2 * (ended - start) / max(packets, 1)):  # a last frame may have no duration
         raise ValueError(f"it breaks off at {ended:.2f} of {whole:.2f} s")
 

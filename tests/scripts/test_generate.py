@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import imageio
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from scripts.generate import main
 from scripts.run.errors import UsageError
@@ -199,6 +201,24 @@ def test_other_settings_overwrite_only_if_asked(tiny_model, tmp_path, capsys):
     assert run(tiny_model, tmp_path, *differs, "output.overwrite=true") == 0
     assert "other settings (attention.pattern, model.positions): made again" in capsys.readouterr().out
     assert json.loads(video.with_suffix(".json").read_text())["config"]["attention"]["pattern"] == "dense"
+
+
+def test_other_weights_in_the_same_folder_are_another_model(tiny_model, tmp_path, capsys):
+    """A copy is the same model; a record that is the configuration tells that its model has changed."""
+    words, model = ["generation.prompt=a", "generation.steps=1"], tmp_path / "m"
+    shutil.copytree(tiny_model, model)
+    assert run(model, tmp_path / "v", *words) == 0
+    shutil.move(model, tmp_path / "old")
+    shutil.copytree(tmp_path / "old", model)
+    assert run(model, tmp_path / "v", *words) == 0
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    capsys.readouterr()
+    assert run(model, tmp_path / "v", *words) == 2
+    assert "was made with other settings (content of model.path)" in error_lines(capsys)[0]
+    record = str(tmp_path / "v" / "a_seed1.json")
+    assert main([record, "--dry-run"]) == 0
+    assert f"note: content of model.path: not the files that {record} was made" in capsys.readouterr().out
 
 
 def test_a_named_file_of_someone_else_is_replaced_only_if_asked(tiny_model, tmp_path, capsys):

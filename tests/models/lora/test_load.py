@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -279,6 +280,24 @@ def test_settings_of_peft_scale_a_lora(pairs, tmp_path):
         torch.testing.assert_close(loaded(file), changed(scaled), **CLOSE)
     rooted = write(tmp_path / "c.safetensors", spell(pairs, "adapter"), {"lora_alpha": 6, "use_rslora": True})
     torch.testing.assert_close(loaded(rooted), changed(change, 6 / 3**0.5), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "6"},
+        {"lora_alpha": True},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": 6, "alpha_pattern": {"to_q": "x"}},
+        {"lora_alpha": 6, "alpha_pattern": {"(": 3}},
+        {"lora_alpha": 6, "alpha_pattern": [1]},
+    ],
+)
+def test_settings_of_peft_that_are_broken_are_refused(settings, pairs, tmp_path):
+    file = write(tmp_path / "a.safetensors", spell(pairs, "adapter"), settings)
+    with pytest.raises(ValueError, match=r"a\.safetensors has broken settings of peft"):
+        loaded(file)
 
 
 def test_what_is_trained_and_saved_here_loads_the_same_way(tmp_path):

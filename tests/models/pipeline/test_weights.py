@@ -57,6 +57,38 @@ def test_a_tensor_of_another_shape(model, part):
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64])
+def test_integers_in_place_of_numbers(model, part, dtype):
+    name = QUERY[part]
+    edit(model, part, lambda state: state.update({name: state[name].to(dtype)}))
+    with pytest.raises(ValueError, match=f"{STATE[part]} has {name} as integers"):
+        check(model, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_layers_that_the_configuration_leaves_out(model, part):
+    file = model / part / "config.json"
+    settings = json.loads(file.read_text())
+    layers = settings["num_layers"]
+    file.write_text(json.dumps(settings | {"num_layers": layers - 1}))
+    last = rf"\.{layers - 1}\."
+    with pytest.raises(ValueError, match=rf"{part} holds \d+ tensors: .*{last}.* has no place for them"):
+        check(model, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_scales_of_8_bit_weights(model, part):
+    """Weights in 8 bits may be taken as they are, but not if scales stand beside them."""
+    name = QUERY[part]
+    edit(model, part, lambda state: state.update({name: state[name].to(torch.float8_e4m3fn)}))
+    check(model, part)
+    scale = name.replace("weight", "scale_weight")
+    edit(model, part, lambda state: state.update({scale: torch.ones(1)}))
+    with pytest.raises(ValueError, match=f"{part} holds 1 tensor: {scale}, scales"):
+        check(model, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
     ("method", "packed"),
     [

@@ -115,6 +115,7 @@ def make_others(folder: Path) -> None:
     (folder / "a.json").write_text("{}")
     (folder / "b.json").write_text("{}")
     (folder / "lone.txt").write_text("a caption")
+    (folder / "a.TXT").write_text("another caption")
 
 
 def test_other_files_are_named_and_links_are_followed_without_a_circle(folder):
@@ -127,6 +128,7 @@ def test_other_files_are_named_and_links_are_followed_without_a_circle(folder):
         ".cache/": "a hidden folder",
         "b.json": datasets.NO_VIDEO,
         "lone.txt": "a caption without a video",
+        "a.TXT": "a second caption, a.txt is taken",
     }
 
 

@@ -44,7 +44,11 @@ UNREAD = "1 of 1 videos cannot be used: a.mp4 ("
 BAD_FILES = {  # what is done to the folder, and parts of the message
     "no video": (lambda f: (f / "a.mp4").unlink(), ["data.folder", "has no videos", ".mp4"]),
     "no caption": (lambda f: (f / "a.txt").unlink(), [UNREAD, "(a.txt: No such file"]),
-    "empty caption": (lambda f: (f / "a.txt").write_text(" \n"), ["a.mp4 (it is empty)"]),
+    "empty caption": (lambda f: (f / "a.txt").write_text(" \n"), ["a.mp4 (its caption is empty)"]),
+    "unseen caption": (
+        lambda f: (f / "a.txt").write_text("\ufeff\ufeff\u200b", "utf-8"),
+        ["a.mp4 (its caption is empty)"],
+    ),
     "no UTF-8": (
         lambda f: (f / "a.txt").write_bytes(b"caf\xe9"),
         ["(a.txt: line 1 is not UTF-8 (byte 0xe9)"],
@@ -82,7 +86,8 @@ BAD_TABLES = {  # name and content, and parts of the message
     ("t.csv", "video,caption\na.mp4,b\nx/../a.mp4,c\n"): ["line 3 has the video of line 2"],
     ("t.jsonl", '\n{"video": "b.mp4", "caption": "b"}'): ["1 of 1 videos cannot be used: b.mp4 (No such"],
     ("t.jsonl", '{"video": "\\u0000", "caption": "b"}'): ["1 of 1 videos cannot be used", "null byte"],
-    ("t.csv", "video,caption\na.mp4,\n"): [UNREAD, "a.mp4 (it is empty)"],
+    ("t.csv", "video,caption\na.mp4,\n"): [UNREAD, "a.mp4 (its caption is empty)"],
+    ("t.csv", "a.mp4,b\n"): ["data.table", "t.csv', which names no videos", "below a header"],
 }
 
 

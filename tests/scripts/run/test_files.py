@@ -17,6 +17,7 @@ from scripts.run.files import read_lines, read_text, replacing
         (b"\xef\xbb\xbfa\n", {1: "a"}),
         ("a\u2028b\u0085c\x0bd\x0ce\x1cf\u2029g\n".encode(), {1: "a\u2028b\u0085c\x0bd\x0ce\x1cf\u2029g"}),
         (b"a\n \t\nb", {1: "a", 3: "b"}),
+        ("a\n\u200b\ufeff\nb".encode(), {1: "a", 3: "b"}),
     ],
 )
 def test_a_line_ends_at_lf_or_crlf_only(tmp_path, content, lines):

@@ -18,6 +18,7 @@ from scripts.run.config import ROOT, read_config
 from scripts.run.errors import UsageError
 from scripts.run.files import claim, temporary
 from scripts.run.outputs import (
+    Contents,
     _raise_reason,
     check_target,
     encode,
@@ -257,7 +258,7 @@ def test_finished_compares_what_changes_a_frame(tmp_path):
     write_pair(path, moving_square(), 16, {"seconds": {}, "config": resolved(config, "a")})
     assert finished(path, config, "a") == (True, [])
     assert finished(path, read_config(TINY, ["output.path=elsewhere"]), "a") == (True, [])
-    assert finished(path, config, "a", loras=["0" * 64]) == (False, ["content of model.loras"])
+    assert finished(path, config, "a", Contents(loras=["0" * 64])) == (False, ["content of model.loras"])
     record = path.with_suffix(".json")
     content = json.loads(record.read_text())
     del (
@@ -265,8 +266,15 @@ def test_finished_compares_what_changes_a_frame(tmp_path):
         content["config"]["attention"]["quantize"],
     )  # of an old version
     record.write_text(json.dumps(content | {"loras": [{"sha256": "0" * 64}]}))
-    assert finished(path, config, "a", loras=["0" * 64]) == (True, [])
-    assert finished(path, config, "a", loras=["1" * 64]) == (False, ["content of model.loras"])
+    assert finished(path, config, "a", Contents(loras=["0" * 64])) == (True, [])
+    assert finished(path, config, "a", Contents(loras=["1" * 64])) == (False, ["content of model.loras"])
+    assert finished(path, config, "a", Contents(model="0" * 64)) == (
+        True,
+        [],
+    )  # the record has no digest to compare
+    record.write_text(json.dumps(content | {"model": {"sha256": "0" * 64}}))
+    assert finished(path, config, "a", Contents(model="0" * 64)) == (True, [])
+    assert finished(path, config, "a", Contents(model="1" * 64)) == (False, ["content of model.path"])
     more = read_config(TINY, ["generation.steps=21", "model.dtype=bfloat16"])
     assert finished(path, more, "a") == (False, ["generation.steps", "model.dtype"])
     path.with_suffix(".json").write_text("{")

@@ -72,6 +72,23 @@ def test_a_sound_track_that_starts_first_repeats_no_frame(tmp_path, counting):
     assert probe_video(tmp_path / "late.mp4") == probe_video(counting)
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "wmv", "ts", "mp4", "flv"])
+def test_a_video_may_start_late(suffix, tmp_path):
+    path = make(tmp_path / f"a.{suffix}", f"{RED.replace('r=10', 'r=25')},setpts=PTS+3/TB", KINDS[suffix])
+    assert probe_video(path).frames == 10
+
+
+def test_of_several_videos_the_one_that_players_choose_is_read(tmp_path, counting):
+    """It is marked as default; without a mark it is the largest."""
+    large = make(tmp_path / "large.mp4", RED.replace("96x64", "192x128"))
+    both, marks = ["-i", large, "-i", counting, "-map", 0, "-map", 1, "-c", "copy"], {}
+    for mark in ("default", "0"):
+        file = tmp_path / f"{mark}.mkv"
+        ffmpeg(*both, "-disposition:v:0", 0, "-disposition:v:1", mark, file)
+        marks[mark] = probe_video(file).height
+    assert marks == {"default": 64, "0": 128}
+
+
 @pytest.mark.parametrize(
     ("options", "first"),
     [(f"{H264} -g 32", 8), ("-c:v libx264 -x264-params open-gop=1:keyint=12:bframes=3 -qp 10", 17)],
