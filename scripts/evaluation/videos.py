@@ -71,7 +71,7 @@ class Evaluation:
 
     def record(self, name: str, take: Take) -> dict[str, Any]:
         """Reads the JSON of a video; {} if it is missing or damaged."""
-        return read_record(self.path(name, take))
+        return read_record(self.path(name, take).with_suffix(".json"))
 
     @cached_property
     def programs(self) -> dict[str, str]:

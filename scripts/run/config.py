@@ -54,7 +54,7 @@ def parse_names(value: Any) -> list[str]:
     name = "generation.reference_images"
     names = _as_list(name, value, NAMES_FORM)
     if not all(isinstance(entry, str) and entry.strip() for entry in names):
-        raise UsageError(f"{name}: got {value!r}, must be {NAMES_FORM}")
+        raise UsageError(f"{name}: got {names!r}, must be {NAMES_FORM}")
     return [literal(entry) for entry in names]
 
 

@@ -93,18 +93,16 @@ def finished(
     Output path, name of the prompt file, check and processes do not count: they change no frame. A key that
     an older record lacks had its default.
     """
-    if not (path.is_file() and path.with_suffix(".json").is_file()):
+    record = path.with_suffix(".json")
+    if not (path.is_file() and record.is_file()):
         return False, []
-    changed = differing(path, config, prompt, contents or Contents())
+    changed = differing(record, config, prompt, contents or Contents())
     return not changed, changed
 
 
-def differing(path: Path, config: Config, prompt: str, contents: Contents) -> list[str]:
-    """Returns the keys in which the record beside a video, or a record, differs from a run.
-
-    Returns `config` if it cannot be read.
-    """
-    content = read_record(path)
+def differing(record: Path, config: Config, prompt: str, contents: Contents) -> list[str]:
+    """Returns the keys in which a record differs from a run; `config` if it cannot be read."""
+    content = read_record(record)
     try:
         before = _comparable(content["config"], content.get("inputs", {}))
         files = [entry["sha256"] for entry in content.get("loras") or ()]
@@ -121,10 +119,10 @@ def differing(path: Path, config: Config, prompt: str, contents: Contents) -> li
     return changed
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Reads the JSON beside a video; {} if it is missing or damaged."""
+def read_record(record: Path) -> dict[str, Any]:
+    """Reads the JSON of a video; {} if it is missing or damaged."""
     try:
-        content = json.loads(path.with_suffix(".json").read_bytes())
+        content = json.loads(record.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -132,7 +130,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def is_whole(path: Path) -> bool:
     """Returns whether a video is as its record says; one with an older record must be readable to its end."""
-    record = read_record(path)
+    record = read_record(path.with_suffix(".json"))
     try:
         if (about := record.get("video")) is None:
             return bool(record) and probe_video(path).frames > 0

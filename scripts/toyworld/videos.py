@@ -49,7 +49,7 @@ def render_one(folder: Path, number: int, *, frames: int, size: int, seed: int) 
         caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         caption = None
-    before = read_record(path)
+    before = read_record(path.with_suffix(".json"))
     same = {key: before.get(key) for key in record} | {"seconds": {}} == record
     if same and caption == record["caption"] and is_whole(path):
         return False
