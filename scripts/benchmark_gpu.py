@@ -26,6 +26,7 @@ from scripts.benchmarks.gpu_report import write
 from scripts.benchmarks.machine import QUERY, Session, flashinfer_obstacle, run_tests, short_name, smi
 from scripts.benchmarks.worker import Answer, Worker
 from scripts.run.errors import OneLineParser, one_line, positive_number
+from scripts.run.results import RESULTS
 
 TEST_SECONDS, START_SECONDS, RESERVE_SECONDS = 90.0, 120.0, 8.0
 BUILD_SECONDS = 480.0
@@ -237,7 +238,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=positive_number, default=8.0, help="time for all of it (default: 8)"
     )
-    parser.add_argument("--out", type=Path, help="folder (outputs/results)")
+    parser.add_argument("--out", type=Path, help=f"folder ({RESULTS}, of a rehearsal outputs)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--backends", nargs="+", choices=SPARSE, metavar="BACKEND")
     parser.add_argument("--skip-steps", action="store_true", help="attention alone")
@@ -249,9 +250,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu only rehearses: it needs --tiny")
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
+    options.out = options.out or (Path("outputs") if options.tiny else RESULTS)
+    if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out must be a folder, got {options.out}")
-    options.out = options.out or Path("outputs/results")
     options.backends = options.backends or (("blocks",) if options.device == "cpu" else MEASURED)
     options.command = " ".join(["bash scripts/benchmark_gpu.sh", *argv])
     return options

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures attention and denoising steps on one GPU, correctness first; writes gpu_<name>_<date>.md to outputs/results; --out names another folder.
+# Measures attention and denoising steps on one GPU, correctness first.
+# Writes gpu_<name>_<date>.md to outputs/results; --out names another folder.
 #   bash scripts/benchmark_gpu.sh                              at most 8 minutes
 #   bash scripts/benchmark_gpu.sh --only wan-69 --skip-steps   one case; --help lists the options
 #   bash scripts/benchmark_gpu.sh --device cpu --tiny          rehearsal without a GPU

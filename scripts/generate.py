@@ -206,7 +206,7 @@ def generate_missing(sampler: "Sampler", pipeline: Any, videos: Sequence[Video])
                 full = isinstance(error, DiskFullError)
         waiting = elsewhere
     if waiting:
-        print(f"{len(waiting)} of these videos are being made by another run; this one has no more to make")
+        print(f"videos that another run makes: {len(waiting)}; this one has no more to make")
     for title, error in failures.items():
         print(f"error: {title}: {error}", file=sys.stderr)
     return 1 if failures else 0
@@ -240,8 +240,8 @@ def make_one(sampler: "Sampler", pipeline: Any, video: Video, *, again: bool = F
             if groups.agree_on_video(done):
                 print(f"{path} is there already: another run made it", flush=True)
                 return True
-            own = replace(sampler, plan=replace(sampler.plan, config=video.config))
-            record = own.make_video(pipeline, video.prompt, path)
+            maker = replace(sampler, plan=replace(sampler.plan, config=video.config))
+            record = maker.make_video(pipeline, video.prompt, path)
             groups.wait()
             if record is not None:
                 print("\n".join(describe_video(record, path)), flush=True)

@@ -1,6 +1,5 @@
 """Loads pipelines of each family: safetensors only, fp32 VAE, the family's scheduler."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..runtime.transformers import NAMES
-from .weights import check_weights
+from .weights import check_weights, read_object, read_tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -154,11 +153,7 @@ def _read_index(folder: Path) -> dict:
         raise FileNotFoundError(
             f"model folder {folder} has no model_index.json; give a folder in diffusers format"
         )
-    try:
-        index = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} must hold a JSON object ({error}); download it again") from error
-    return index
+    return read_object(file)
 
 
 def _fetch_index(path: str) -> dict:
@@ -191,8 +186,6 @@ def absent_expert(path: str, index: Mapping[str, Any]) -> str:
 
 def _check_components(folder: Path, index: dict) -> None:
     """Raises an error for a component without a folder, or a safetensors file whose header does not fit."""
-    from safetensors import SafetensorError, safe_open
-
     parts = sorted(parts_named(index) - {absent_expert(str(folder), index)})
     for part in parts:
         if not (folder / part).is_dir():
@@ -200,10 +193,4 @@ def _check_components(folder: Path, index: dict) -> None:
                 f"model folder {folder} lacks {part}/, which its model_index.json names; download it again"
             )
     for file in sorted(file for part in parts for file in (folder / part).rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is not a whole safetensors file ({error}); download it again"
-            ) from error
+        read_tensors(file)

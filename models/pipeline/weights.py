@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..lora.keys import listed
+
 FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 AGAIN = "download it again"
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -63,13 +65,16 @@ def check_weights(folder: Path, index: Mapping[str, Any], parts: Iterable[str]) 
         cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name or "", None)
         if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
             continue
-        stored = _stored(folder / part, FILES[library])
-        is_quantized = "quantization_config" in _read_json(folder / part / "config.json")
+        stored: dict[str, Stored] = {}
+        for file in _weight_files(folder / part, FILES[library]):
+            stored |= read_tensors(file)
+        is_quantized = "quantization_config" in read_object(folder / part / "config.json")
         compare = _compare_diffusers if library == "diffusers" else _compare_transformers
         compared = compare(cls, folder / part, stored)
         missing = [name for name in compared.missing if not (is_quantized and _is_packed(name, stored))]
         if missing:
-            raise ValueError(f"{folder / part} lacks {_counted(missing, f' of {name}')}; {AGAIN}")
+            count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
+            raise ValueError(f"{folder / part} lacks {count} of {name}: {listed(missing, 3)}; {AGAIN}")
         if not is_quantized:
             _check_fit(folder / part, name, stored, compared)
 
@@ -85,10 +90,10 @@ def _check_fit(folder: Path, name: str, stored: Mapping[str, Stored], compared: 
             raise ValueError(f"{file} has {tensor} as integers ({dtype}), {needs} needs numbers; {AGAIN}")
     layers = {re.sub(r"\d+", "0", tensor) for tensor in compared.model}
     if more := [tensor for tensor in compared.unused if re.sub(r"\d+", "0", tensor) in layers]:
-        raise ValueError(f"{folder} holds {_counted(more)}, {needs} has no place for them; {AGAIN}")
+        raise ValueError(f"{folder} holds {listed(more, 3)}, {needs} has no place for them; {AGAIN}")
     if scales := [tensor for tensor in compared.unused if _is_scale(tensor, stored)]:
         raise ValueError(
-            f"{folder} holds {_counted(scales)}, scales of 8-bit weights that are not applied here; take "
+            f"{folder} holds {listed(scales, 3)}, scales of 8-bit weights that are not applied here; take "
             "the model in 16 bits"
         )
 
@@ -97,12 +102,6 @@ def _is_scale(tensor: str, stored: Mapping[str, Stored]) -> bool:
     """Returns whether a tensor scales weights of 8 bits beside it, as `scale_weight` of ComfyUI's files."""
     weight = stored.get(f"{tensor.rpartition('.')[0]}.weight")
     return weight is not None and weight.dtype.startswith("F8") and "scale" in tensor.rpartition(".")[2]
-
-
-def _counted(tensors: list[str], of: str = "") -> str:
-    """Returns their number and first names, as `4 tensors: a, b, c, ...`; `of` follows the number."""
-    names = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
-    return f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}{of}: {names}"
 
 
 def _compare_transformers(cls: Any, folder: Path, stored: Mapping[str, Stored]) -> Compared:
@@ -144,23 +143,23 @@ def _is_packed(name: str, stored: Mapping[str, Stored]) -> bool:
     return any(map(packed.match, stored))
 
 
-def _stored(folder: Path, name: str) -> dict[str, Stored]:
-    """Returns the tensors in the file `name` of a part, or in the shards that its index names."""
+def read_tensors(file: Path) -> dict[str, Stored]:
+    """Returns the tensors of a safetensors file by name; ValueError if it is not whole."""
     from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, Stored] = {}
-    for file in _weight_files(folder, name):
-        try:
-            with safe_open(file, framework="pt") as content:
-                for tensor in content.keys():  # noqa: SIM118
-                    about = content.get_slice(tensor)
-                    tensors[tensor] = Stored(file, tuple(about.get_shape()), about.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); {AGAIN}") from error
-    return tensors
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = content.keys()
+            slices = {name: content.get_slice(name) for name in names}
+            return {
+                name: Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}); {AGAIN}") from error
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
+    """Returns the file `name` of a part, or the shards that its index names."""
     single, index = folder / name, folder / f"{name}.index.json"
     if single.is_file() and (name == FILES["transformers"] or not index.is_file()):  # as each library chooses
         return [single]
@@ -168,7 +167,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         others = sorted(x.name for x in folder.glob("*") if x.suffix in (".bin", ".safetensors", ".gguf"))
         only = f", only {', '.join(others[:3])}, which is not read" if others else ""
         raise FileNotFoundError(f"{folder} has no {name}{only}; {AGAIN} with its {name}")
-    shards = _read_json(index).get("weight_map")
+    shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ValueError(f"{index} does not name the file of each tensor; {AGAIN}")
     files = [folder / shard for shard in sorted(set(shards.values()))]
@@ -178,7 +177,8 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file; ValueError if it is no object."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:

@@ -4,7 +4,6 @@ A video is saved in the folder of its setting, next to a JSON with its configura
 one is saved a second time without loss, for the settings that are compared later.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,16 @@ from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line, reason_of
 from scripts.run.files import replacing
-from scripts.run.outputs import Contents, finished, is_whole, of_video, resolved, video_path, write_pair
+from scripts.run.outputs import (
+    Contents,
+    finished,
+    is_whole,
+    of_video,
+    read_record,
+    resolved,
+    video_path,
+    write_pair,
+)
 from scripts.run.plan import RunPlan
 from scripts.run.sampler import Sampler
 from scripts.run.system import hardware, synchronizer
@@ -63,11 +71,7 @@ class Evaluation:
 
     def record(self, name: str, take: Take) -> dict[str, Any]:
         """Reads the JSON of a video; {} if it is missing or damaged."""
-        try:
-            content = json.loads(self.path(name, take).with_suffix(".json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            content = {}
-        return content if isinstance(content, dict) else {}
+        return read_record(self.path(name, take).with_suffix(".json"))
 
     @cached_property
     def programs(self) -> dict[str, str]:

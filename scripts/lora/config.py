@@ -93,7 +93,7 @@ class DataConfig:
     clips: int = key(1, "maximum of clips from a long video; they do not overlap, spread evenly", low=1)
     skip_bad: bool = key(
         False,
-        "go on without videos that cannot be used, listed in left_out.txt of latents",
+        "go on without videos that cannot be used; left_out.txt in latents lists them",
         (True, False),
     )
     shard_mb: int = key(512, "MiB of a file of latents; an interruption loses at most one file", low=1)

@@ -18,9 +18,10 @@ from scripts.lora.videos import Video, probe
 from scripts.run.errors import UsageError, one_line, reason_of
 from scripts.run.files import is_blank, read_text, user_path
 from scripts.run.image_files import BROKEN, is_image_name
+from scripts.run.results import read_json
 from scripts.run.schema import find_path
 from scripts.run.tables import read_json_lines, read_table
-from scripts.run.video_files import READER, SUFFIXES
+from scripts.run.video_files import READER, SUFFIXES, is_video_name
 
 SAME_RATE = 0.01  # share by which a rate may be missed: 24 includes films at 23.976
 READINGS, LEFT_OUT = "readings.json", "left_out.txt"
@@ -65,14 +66,9 @@ class Readings:
     def __init__(self, file: Path) -> None:
         """Reads the file."""
         self.file = file
-        self.entries: dict[str, dict[str, Any]] = {}
-        try:
-            content = json.loads(file.read_bytes())
-            self.entries = dict(content["videos"]) if content["reader"] == READER else {}
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            print(f"note: {file} cannot be read ({one_line(error)}); the videos are read again", flush=True)
+        content = read_json(file)
+        kept = content.get("videos") if content.get("reader") == READER else None
+        self.entries: dict[str, dict[str, Any]] = kept if isinstance(kept, dict) else {}
 
     def find(self, path: Path) -> Reading | Exception | None:
         """Returns the reading of a video as `probe` gives it, or its error; None without one."""
@@ -161,14 +157,14 @@ def _refuse(key: str, data: DataConfig, dataset: Dataset, *, dry_run: bool) -> N
     """Raises UsageError if videos are bad and `data.skip_bad` is false; writes, or prints, the whole list."""
     if not dataset.bad or data.skip_bad:
         return
-    where = "all are listed above"
+    listing = "all are listed above"
     if dry_run:
         print("\n".join(f"{name}: {reason}" for name, reason in dataset.bad.items()), flush=True)
     else:
-        where = f"all are listed in {write_left_out(data, dataset.bad | dataset.others)}"
+        listing = f"all are listed in {write_left_out(data, dataset.bad | dataset.others)}"
     raise UsageError(
         f"{key}: {len(dataset.bad)} of {dataset.count} videos cannot be used: {listed(dataset.bad, 3)}; "
-        f"mend or remove them, or set data.skip_bad=true to go on without them; {where}"
+        f"mend or remove them, or set data.skip_bad=true to go on without them; {listing}"
     )
 
 
@@ -178,13 +174,13 @@ def _in_folder(name: str, dataset: Dataset) -> list[Entry]:
     if not folder.is_dir():
         raise UsageError(f"data.folder: got {name!r}, which is no folder; name a folder of videos")
     files = sorted(_walk(folder, dataset))
-    videos = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
+    videos = {file.with_suffix("") for file in files if is_video_name(file)}
     images = {file.with_suffix("") for file in files if is_image_name(file)}
     captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     entries = []
     for file in files:
         stem, label = file.with_suffix(""), printable(file.relative_to(folder))
-        if file.suffix.lower() in SUFFIXES:
+        if is_video_name(file):
             entries.append(Entry(label, file, captions.get(stem, stem.with_name(f"{stem.name}.txt"))))
         elif file.suffix.lower() == ".txt":
             if stem not in videos | images:
@@ -278,8 +274,8 @@ def _columns(number: int, row: Any) -> tuple[str, str]:
         raise ValueError(f'line {number} is no object; write {{"video": ..., "caption": ...}} on each line')
     for name in ("video", "caption"):
         if name not in row:
-            found = ", ".join(map(repr, row)) or "none"
-            raise ValueError(f"line {number} has no `{name}`, only {found}; name them `video` and `caption`")
+            names = ", ".join(map(repr, row)) or "none"
+            raise ValueError(f"line {number} has no `{name}`, only {names}; name them `video` and `caption`")
         if not isinstance(row[name], str):
             raise ValueError(f"line {number} has a `{name}` that is no text: {row[name]!r:.40}")
     if not row["video"].strip():
@@ -290,7 +286,7 @@ def _columns(number: int, row: Any) -> tuple[str, str]:
 def _holds_a_row(caption: str) -> bool:
     """Returns whether a line of the caption, but not its first, has a cell that names a video or an image."""
     cells = (Path(cell.strip('" \r')) for line in caption.split("\n")[1:] for cell in line.split(","))
-    return any(cell.suffix.lower() in SUFFIXES or is_image_name(cell) for cell in cells)
+    return any(is_video_name(cell) or is_image_name(cell) for cell in cells)
 
 
 def _caption(entry: Entry) -> str:

@@ -1,10 +1,9 @@
 """Writes the folder of prepared latents shard by shard, each whole or not at all."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from scripts.lora.latents import (
     tensors,
 )
 from scripts.run.errors import UsageError, cannot_write, one_line
-from scripts.run.files import remove_leftovers, replacing
+from scripts.run.files import claim, remove_leftovers, replacing
 
-LOCK = ".lock"
 MADE_BY = "made_by"  # key of a shard's header: fingerprint and dtype, from which a lost index is made again
 
 Item = tuple[str, dict[str, Tensor]]  # key of a clip or caption, and its tensors by their names in the shard
@@ -175,20 +173,18 @@ def locked(folder: Path, key: str = "data.latents") -> Iterator[None]:
     Raises:
         UsageError: it cannot be made or written, or another process has locked it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
-    except OSError as error:
-        raise UsageError(
-            f"{key}: got {str(folder)!r}, which cannot be written ({error.strerror}); name a folder you may "
-            "write to"
-        ) from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            claimed = stack.enter_context(claim(folder / "folder"))
+        except OSError as error:
+            raise UsageError(
+                f"{key}: got {str(folder)!r}, which cannot be written ({error.strerror}); name a folder you "
+                "may write to"
+            ) from error
+        if not claimed:
             raise UsageError(
                 f"{key}: got {str(folder)!r}, but another process is writing to it; use another folder, or "
                 "wait until that process ends"
-            ) from error
+            )
         yield

@@ -108,10 +108,10 @@ def prepare_latents(config: LoraTrainConfig, *, dry_run: bool = False) -> None:
             f"{most} frames, as many as the longest video has{at}"
         )
     print("\n".join(summary(dataset, job)), flush=True)
-    left_out = dataset.bad | dataset.others
-    left_out |= too_short(videos, config.data)
+    left_out = dataset.bad | dataset.others | too_short(videos, config.data)
     if dry_run:
-        print("\n".join(f"left out   {name}: {reason}" for name, reason in left_out.items()), end="")
+        for name, reason in left_out.items():
+            print(f"left out   {name}: {reason}")
         return
     file = write_left_out(config.data, left_out)
     if left_out:

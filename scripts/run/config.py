@@ -44,33 +44,33 @@ def parse_loras(value: Any) -> list[dict[str, Any]]:
     Raises:
         UsageError: another form, an unknown key, a value that is not allowed.
     """
-    if isinstance(value, str):
-        value = _from_text(LORAS, value, LORA_FORM)
-    entries = value if isinstance(value, list) else [] if value is None else [value]
-    return [_entry(f"{LORAS}[{number}]", entry) for number, entry in enumerate(entries)]
+    return [
+        _entry(f"{LORAS}[{number}]", entry) for number, entry in enumerate(_as_list(LORAS, value, LORA_FORM))
+    ]
 
 
 def parse_names(value: Any) -> list[str]:
     """Returns the file names of `generation.reference_images`: none, one, a list, or a list as text."""
     name = "generation.reference_images"
-    if isinstance(value, str):
-        value = _from_text(name, value, NAMES_FORM)
-    names = value if isinstance(value, list) else [] if value is None else [value]
+    names = _as_list(name, value, NAMES_FORM)
     if not all(isinstance(entry, str) and entry.strip() for entry in names):
-        raise UsageError(f"{name}: got {value!r}, must be {NAMES_FORM}")
+        raise UsageError(f"{name}: got {names!r}, must be {NAMES_FORM}")
     return [literal(entry) for entry in names]
 
 
-def _from_text(name: str, text: str, form: str) -> Any:
-    """Reads text as YAML if it begins with a bracket, else as a path; `name` and `form` are for the error."""
-    if text.strip() in ("", "null"):
-        return None
-    if text.lstrip()[:1] not in ("[", "{"):
-        return text
-    try:
-        return yaml.load(text, TextLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name}: got {text!r}, must be {form}") from error
+def _as_list(name: str, value: Any, form: str) -> list:
+    """Returns a list, or the entries of text; one entry becomes a list, null and empty text an empty one.
+
+    Text is YAML if it begins with a bracket, else a path. `name` and `form` are for the error.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = yaml.load(value, TextLoader)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{name}: got {value!r}, must be {form}") from error
+    elif isinstance(value, str) and value.strip() in ("", "null"):
+        value = None
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _entry(entry_key: str, entry: Any) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class AttentionConfig(MaskConfig):
 class GenerationConfig:
     prompt: str = key("A cat walks on the grass, realistic", "text that the video shows")
     prompt_file: str | None = key(
-        None, "text file with one prompt per line, without lines that begin with #; replaces prompt"
+        None, "text file with one prompt per line; lines that begin with # are comments; replaces prompt"
     )
     image: str | None = key(
         None,
@@ -283,7 +283,7 @@ class GenerationConfig:
     )
     true_cfg_scale: float = key(
         1.0,
-        "HunyuanVideo: guidance away from negative_prompt, beside its own; 1: none, in half the time",
+        "HunyuanVideo: guidance away from negative_prompt, on top of its own; 1: none, in half the time",
         low=1.0,
     )
     flow_shift: float | None = key(
@@ -296,7 +296,7 @@ class GenerationConfig:
     seeds: list[int] = field(
         default_factory=list,
         metadata=listing(
-            "a video of each prompt with each of these seeds; none: seed alone",
+            "make each prompt with each of these seeds; none: with seed alone",
             NUMBERS_FORM,
             numbers("generation.seeds"),
         ),
@@ -333,7 +333,7 @@ class ParallelConfig:
     cfg_degree: int | None = key(
         None, "processes that share the halves of guidance; null: 2 if possible", low=1
     )
-    data_degree: int | None = key(None, "processes that share the prompts of a file; null: the rest", low=1)
+    data_degree: int | None = key(None, "processes that share the videos of a run; null: the rest", low=1)
 
 
 @dataclass

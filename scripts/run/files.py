@@ -1,4 +1,4 @@
-"""Reads text as it was written, writes files whole or not at all, and tells their content apart."""
+"""Reads text as it was written, writes files whole or not at all, and claims them between processes."""
 
 import errno
 import fcntl

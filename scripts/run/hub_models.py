@@ -157,9 +157,7 @@ def expert_notes(path: str) -> tuple[str, ...]:
     absent = absent_expert(path, read_index(path)) if is_local(path) else ""
     if not absent:
         return ()
-    kept, steps = {"transformer": ("transformer_2", "last"), "transformer_2": ("transformer", "first")}[
-        absent
-    ]
+    kept, steps = ("transformer_2", "last") if absent == "transformer" else ("transformer", "first")
     return (f"model.path has no {absent}: {kept}, the expert of the {steps} steps, makes every step",)
 
 

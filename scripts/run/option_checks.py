@@ -40,8 +40,8 @@ def check_options(config: Config) -> None:
         if value > steps:
             raise UsageError(f"attention.{name}: got {value}, must be 0 to {steps} (generation.steps)")
     check_family(config)
-    if max(config.generation.all_seeds) >= 2**63:
-        raise UsageError(f"generation.seeds: got {max(config.generation.seeds)}, must be 0 to 2^63 - 1")
+    if (largest := max(config.generation.all_seeds)) >= 2**63:
+        raise UsageError(f"generation.seeds: got {largest}, must be 0 to 2^63 - 1")
     if not config.output.path.strip():
         raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
     check_target(config)

@@ -102,12 +102,12 @@ def finished(
 
 def differing(record: Path, config: Config, prompt: str, contents: Contents) -> list[str]:
     """Returns the keys in which a record differs from a run; `config` if it cannot be read."""
+    content = read_record(record)
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
         before = _comparable(content["config"], content.get("inputs", {}))
         files = [entry["sha256"] for entry in content.get("loras") or ()]
         model = content.get("model", {}).get("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return ["config"]
     now = _comparable(resolved(config, prompt), contents.inputs)
     before = _comparable(asdict(Config()), {}) | before
@@ -119,14 +119,23 @@ def differing(record: Path, config: Config, prompt: str, contents: Contents) -> 
     return changed
 
 
+def read_record(record: Path) -> dict[str, Any]:
+    """Reads the JSON of a video; {} if it is missing or damaged."""
+    try:
+        content = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def is_whole(path: Path) -> bool:
     """Returns whether a video is as its record says; one with an older record must be readable to its end."""
+    record = read_record(path.with_suffix(".json"))
     try:
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("video")
-        if about is None:
-            return probe_video(path).frames > 0
+        if (about := record.get("video")) is None:
+            return bool(record) and probe_video(path).frames > 0
         return path.stat().st_size == about["bytes"] and sha256(path) == about["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -46,9 +46,10 @@ def prompt_notes(
             start, crop = ("", 0) if plain or name != "tokenizer" else _template(family)
             cut = {key: _cut(tokenizer, start, text, limit + crop) for key, text in long.items()}
             notes += _first(cut, f"{name} passes on {limit} tokens; it cuts, from {{key}}: {{text}}")
-    if words := _vocabulary(path):
-        known = " ".join(word for word in sorted(words.get_vocab(), key=words.token_to_id) if word.isalpha())
-        unknown = {key: _unknown(words, text) for key, text in texts.items()}
+    if tokenizer := _vocabulary(path):
+        ordered = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+        known = " ".join(word for word in ordered if word.isalpha())
+        unknown = {key: _unknown(tokenizer, text) for key, text in texts.items()}
         notes += _first(unknown, f"the model does not know, in {{key}}: {{text}}; its words: {known}")
     return notes
 
@@ -66,10 +67,10 @@ def _tokenizer(path: str, name: str, fetch: bool) -> Any:
     from transformers import AutoTokenizer
 
     huggingface_hub.utils.logging.set_verbosity_error()  # the retries are many lines
-    where = (str(Path(path) / name), "") if is_local(path) else (path, name)
+    folder, part = (str(Path(path) / name), "") if is_local(path) else (path, name)
     for here in (True, False) if fetch and not is_local(path) else (True,):
         with suppress(Exception):  # the libraries share no class for what they cannot read
-            return AutoTokenizer.from_pretrained(where[0], subfolder=where[1], local_files_only=here)
+            return AutoTokenizer.from_pretrained(folder, subfolder=part, local_files_only=here)
     return None
 
 
@@ -118,5 +119,5 @@ def _unknown(tokenizer: Any, text: str) -> str:
     """Lists the words of a text that are not in the vocabulary."""
     encoded, unknown = tokenizer.encode(text), tokenizer.token_to_id(tokenizer.model.unk_token)
     spans = zip(encoded.ids, encoded.offsets, strict=True)
-    words = [text[begin:end] for number, (begin, end) in spans if number == unknown]
-    return ", ".join(word for word in dict.fromkeys(words) if word.isalnum())
+    strange = dict.fromkeys(text[begin:end] for number, (begin, end) in spans if number == unknown)
+    return ", ".join(filter(str.isalnum, strange))

@@ -218,7 +218,7 @@ def _frames(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
 
 
 def _decoded(container: Any, stream: Any, reports: list[str]) -> Iterator[Any]:
-    """Yields the frames of a stream; ValueError where it is damaged or breaks off."""
+    """Yields the frames of a stream; ValueError if it is damaged or breaks off."""
     packets, frame, packet, demuxed = 0, None, True, container.demux()
     here = ended = start = (stream.start_time or 0) * float(stream.time_base)
     decoder = stream.codec_context

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.run.files import write_text
-from scripts.run.outputs import is_whole, write_pair
+from scripts.run.outputs import is_whole, read_record, write_pair
 from scripts.toyworld import all_attributes, random_scene, render
 from scripts.toyworld.render import Scene
 
@@ -46,11 +46,11 @@ def render_one(folder: Path, number: int, *, frames: int, size: int, seed: int) 
         "seconds": {},
     }
     try:
-        before = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
-        before = caption = None
-    same = isinstance(before, dict) and {key: before.get(key) for key in record} | {"seconds": {}} == record
+        caption = None
+    before = read_record(path.with_suffix(".json"))
+    same = {key: before.get(key) for key in record} | {"seconds": {}} == record
     if same and caption == record["caption"] and is_whole(path):
         return False
     write_text(path.with_suffix(".txt"), scene.attributes.caption + "\n")

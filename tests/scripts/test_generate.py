@@ -273,7 +273,7 @@ def test_two_runs_share_a_prompt_file(tiny_model, tmp_path, capsys):
         assert mine and run(tiny_model, out, *words) == 0
     printed = capsys.readouterr().out
     assert "0002_b_seed1.mp4 is being made by another run\n" in printed
-    assert "1 of these videos are being made by another run; this one has no more to make" in printed
+    assert "videos that another run makes: 1; this one has no more to make" in printed
     names = [f"{name}_seed1.{end}" for name in ("0001_a", "0003_c") for end in ("json", "mp4")]
     assert sorted(file.name for file in out.iterdir()) == names
     assert run(tiny_model, out, *words) == 0

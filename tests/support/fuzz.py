@@ -4,67 +4,14 @@ import random
 from collections.abc import Callable, Iterator
 
 ODD_BYTES = (
-    b"\0",
-    b"\xff",
-    b"\xfe\xff",
-    b"\xef\xbb\xbf",
-    b"\xed\xa0\x80",
-    b"\xe2\x80\xa8",
-    b"\xc2\x85",
-    b"\x0b",
+    *(b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80"),
+    *(b"\xe2\x80\xa8", b"\xc2\x85", b"\x0b"),
 )
+SIGNS = r"""" ' , ; : { } [ ] # % @ ` \ \u2028 \ud800 ${x} ${oc.env:HOME} null ~ true no NaN Infinity"""
 ODD_TEXT = (
-    *(
-        '"',
-        "'",
-        ",",
-        ";",
-        ":",
-        "\n",
-        "\r",
-        "\r\n",
-        "\t",
-        "{",
-        "}",
-        "[",
-        "]",
-        "#",
-        "&a ",
-        "*a",
-        "!!int ",
-        "<<: ",
-    ),
-    *(
-        "- ",
-        "? ",
-        "| ",
-        "> ",
-        "%",
-        "@",
-        "`",
-        "\\",
-        "\\u2028",
-        "\\ud800",
-        "${x}",
-        "${oc.env:HOME}",
-        "null",
-        "~",
-    ),
-    *(
-        "true",
-        "no",
-        "NaN",
-        "Infinity",
-        "-1",
-        "1e999",
-        "0x10",
-        "9" * 400,
-        "x" * 5000,
-        "[" * 3000,
-        "\u2028",
-        "é",
-        "😀",
-    ),
+    *SIGNS.split(),
+    *("\n", "\r", "\r\n", "\t", "&a ", "*a", "!!int ", "<<: ", "- ", "? ", "| ", "> ", "\u2028", "é", "😀"),
+    *("-1", "1e999", "0x10", "9" * 400, "x" * 5000, "[" * 3000),
 )
 
 
@@ -132,12 +79,4 @@ def _span(content: bytes, chance: random.Random) -> tuple[int, int]:
 
 
 BYTE_DAMAGE: tuple[Callable, ...] = (_flip, _flip, _cut, _zero, _remove, _repeat, _insert, _splice)
-TEXT_DAMAGE: tuple[Callable, ...] = (
-    _insert_text,
-    _insert_text,
-    _insert,
-    _repeat_line,
-    _remove,
-    _cut,
-    _splice,
-)
+TEXT_DAMAGE: tuple[Callable, ...] = (*2 * (_insert_text,), _insert, _repeat_line, _remove, _cut, _splice)

@@ -72,7 +72,7 @@ def test_layers_that_the_configuration_leaves_out(model, part):
     layers = settings["num_layers"]
     file.write_text(json.dumps(settings | {"num_layers": layers - 1}))
     last = rf"\.{layers - 1}\."
-    with pytest.raises(ValueError, match=rf"{part} holds \d+ tensors: .*{last}.* has no place for them"):
+    with pytest.raises(ValueError, match=rf"{part} holds .*{last}.* has no place for them"):
         check(model, part)
 
 
@@ -84,7 +84,7 @@ def test_scales_of_8_bit_weights(model, part):
     check(model, part)
     scale = name.replace("weight", "scale_weight")
     edit(model, part, lambda state: state.update({scale: torch.ones(1)}))
-    with pytest.raises(ValueError, match=f"{part} holds 1 tensor: {scale}, scales"):
+    with pytest.raises(ValueError, match=f"{part} holds {scale}, scales"):
         check(model, part)
 
 
