@@ -104,8 +104,8 @@ def test_readings_follow_from_version_weights_loras_and_the_prompts_number(tmp_p
     lora.write_bytes(b"1")
     plan, taken = planned(config), []
     config.model.loras = [LoraConfig(str(lora))]
-    monkeypatch.setattr(torch, "load", lambda file, **_: taken.append(file.name) or {"profiles": {}})
-    monkeypatch.setattr(Path, "exists", lambda path: True)
+    kept = "scripts.evaluation.attention_run._kept"
+    monkeypatch.setattr(kept, lambda file: taken.append(file.name) or {"profiles": {}, "tails": {}})
 
     def name(number: int = 0) -> str:
         gather(replace(plan, prompts={number: "a"}), Looks(), tmp_path)
