@@ -24,7 +24,7 @@ from tests.support.multi_process import can_copy
 from tests.support.script_cases import timeless
 
 KILLS = int(os.environ.get("KILLS", "3"))
-TINY = ("configs/wan_tiny.yaml", "generation.num_frames=17", "generation.steps=2", "model.device=cpu")
+TINY = ("configs/wan_tiny.yaml", "generation.num_frames=9", "generation.steps=2", "model.device=cpu")
 PROMPTS = "a red circle\na blue square\na green triangle\n"
 
 pytestmark = pytest.mark.skipif(not can_copy(), reason="needs processes that are copies of this one")
@@ -49,7 +49,7 @@ def training(folder: Path, config: Path) -> list[str]:
 
 
 def evaluation(folder: Path, _: Path) -> list[str]:
-    wanted = ["evaluate.seeds=1,2", "evaluate.rows=2", "evaluate.steps=2", "attention.density=0.6"]
+    wanted = ["evaluate.seeds=1", "evaluate.rows=2", "evaluate.steps=2", "attention.density=0.6"]
     return [*TINY, *wanted, "--work", str(folder), "--out", str(folder / "table.md")]
 
 
