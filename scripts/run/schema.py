@@ -268,6 +268,8 @@ class Schema:
                     nearest = nearest_key(name, known)
                     raise UsageError(f"unknown key {name!r} ({source}); did you mean {nearest!r}?")
                 parse = known[name].metadata["parse"]
+                if known[name].type is bool and not isinstance(value, bool):  # OmegaConf takes 2 as true
+                    raise self._refusal(name, value)
                 try:
                     OmegaConf.update(config, name, parse(value) if parse else value)
                 except OmegaConfBaseException as error:

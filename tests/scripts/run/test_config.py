@@ -155,6 +155,7 @@ def test_a_value_of_a_file_is_what_its_key_takes(tmp_path, text, name, value):
         ("a.yaml", "? [a]\n: b", "line 1: found unhashable key"),
         ("a.yaml", "[" * 5000, "RecursionError|recursion"),
         ("a.yaml", b"generation: {prompt: \xe9}", "line 1 is not UTF-8"),
+        ("a.json", '{"attention": {"sink": 2}}', "attention.sink: got 2, allowed: true, false"),
         ("a.json", '{"generation": {"seed": 1, "seed": 2}}', "'seed' is given twice"),
         ("a.json", '{"generation":\n {', "line 2"),
     ],
