@@ -12,6 +12,7 @@ from radial_attn import RadialConfig
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
 
+from .runtime.adaptive import Adaptive
 from .runtime.context import RadialContext
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
@@ -41,6 +42,10 @@ def apply_radial_attention(
     quantize: str | None = None,
     dense_backend: str = "auto",
     check: str = "auto",
+    selection: str = "static",
+    budget: str = "layer",
+    far_field: str = "none",
+    residual: str = "none",
     num_steps: int | None = None,
     parallel: Any = None,
     agree: Callable[[Any], Any] | None = None,
@@ -95,6 +100,7 @@ def apply_radial_attention(
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
     dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
+    adaptive = Adaptive(selection, budget, far_field, residual)
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = transformers_of(model)
     families = [family_of(transformer) for transformer in transformers]
@@ -116,6 +122,7 @@ def apply_radial_attention(
         family=families[0],
         layers=len(numbers),
         always_dense=sum(number < dense_layers for number in numbers),
+        adaptive=adaptive,
         pipeline=pipeline,
         parallel=parallel,
         observer=None if observe is None else Observer(observe),
@@ -199,7 +206,7 @@ class RadialAttentionHandle:
         self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
-        if context.output_check.check != "off":
+        if context.output_check.check != "off" or context.adaptive.needs_dense_step:
             self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 

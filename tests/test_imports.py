@@ -39,6 +39,7 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.dispatch",
     "radial_attn.attention radial_attn.partial radial_attn.shards",
     "radial_attn.analysis",
+    "radial_attn.selection radial_attn.residual",
     "radial_attn.models.runtime",
     "radial_attn.models.wan radial_attn.models.mochi radial_attn.models.ltx",
     "radial_attn.models.hunyuan_video",

@@ -11,7 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ from torch import Tensor
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.kernels.contract import Call
+from radial_attn.selection import floor_blocks
 
+from .adaptive import Adaptive, Choices
 from .dense_backend import DenseBackend
 from .observe import Observer
 from .output_check import OutputCheck
@@ -43,6 +45,9 @@ class AttentionCall(NamedTuple):
         parallel: the processes that share the sequence.
         valid: keys for the dispatch, bool `[B, 1, 1, S]`, None for all.
         observe: gets the inputs of each layer, None without an observer.
+        far_field: as in `radial_attention`.
+        choices: what the layers chose and kept at the last dense step, None if that plays no part.
+        records: the sparse call that a dense one prepares, None if no sparse step follows.
     """
 
     mask: BlockMask
@@ -53,6 +58,9 @@ class AttentionCall(NamedTuple):
     parallel: Any = None
     valid: Tensor | None = None
     observe: Callable[..., None] | None = None
+    far_field: str = "none"
+    choices: Choices | None = None
+    records: "AttentionCall | None" = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
@@ -75,12 +83,38 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
         return output
     if call.backend == "dense":
         named = getattr(processor, "_attention_backend", None)
-        return dispatch_attention_fn(query, key, value, attn_mask=call.valid, backend=named)
-    options = {"text_lengths": call.text_lengths, "backend": call.backend, "quantize": call.quantize}
-    output = radial_attention(query, key, value, call.mask, **options)
+        output = dispatch_attention_fn(query, key, value, attn_mask=call.valid, backend=named)
+    elif call.choices is None:
+        output = _sparse(query, key, value, call.mask, call.text_lengths, call=call, processor=processor)
+    else:
+        sparse = partial(_sparse, call=call, processor=processor)
+        options = {"text_lengths": call.text_lengths, "sparse": sparse}
+        return call.choices.attend(processor, (query, key, value), call.mask, **options)
+    if call.records is not None and not processor.dense:
+        then = call.records
+        sparse = partial(_sparse, call=then, processor=processor)
+        options = {"text_lengths": then.text_lengths, "sparse": sparse}
+        then.choices.record(processor, (query, key, value), output, then.mask, **options)
+    return output
+
+
+def _sparse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    text_lengths: Tensor | None,
+    *,
+    call: AttentionCall,
+    processor: Any,
+) -> Tensor:
+    options = {"text_lengths": text_lengths, "backend": call.backend, "quantize": call.quantize}
+    if call.far_field != "none":
+        options["far_field"] = call.far_field
+    output = radial_attention(query, key, value, mask, **options)
     if processor.layer_check is not None:
-        compared = call.mask if call.compare else None
-        processor.layer_check.note((query, key, value), output, compared, call.text_lengths)
+        compared = mask if call.compare else None
+        processor.layer_check.note((query, key, value), output, compared, text_lengths)
     return output
 
 
@@ -127,11 +161,14 @@ class RadialContext:
         family: ModuleType,
         layers: int,
         always_dense: int,
+        adaptive: Adaptive | None = None,
         pipeline: Any = None,
         parallel: Any = None,
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
+        self.adaptive = adaptive or Adaptive()
+        self._choices = Choices(self.adaptive, config, parallel) if self.adaptive.needs_dense_step else None
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
@@ -165,20 +202,29 @@ class RadialContext:
         step, begins = self._counter.advance(arguments["timestep"])
         if begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
             self.schedule.check_run(self._counter.planned_steps)
-        dense = self.config.pattern == "dense" or self.schedule.is_dense(step, self._counter.planned_steps)
+        planned = self._counter.planned_steps
+        dense = self.config.pattern == "dense" or self.schedule.is_dense(step, planned)
+        records = False
+        if self._choices is not None and self.config.pattern != "dense":
+            self._begin_choices(transformer, grid, first=begins)
+            dense = dense or not self._choices.ready
+            records = dense and self.schedule.precedes_sparse(step, planned)
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
-        mask = None if dense else radial_mask(grid, self.config)
-        compare = self.output_check.begin(transformer, mask, arguments)
+        mask, attends = self._mask(transformer, grid), records or not dense
+        compare = self.output_check.begin(transformer, None if dense else mask, arguments)
         self._dense_call = None
         if dense or self.schedule.dense_layers:
-            self._dense_call = self._choose_dense(transformer, latents, grid, lengths)
+            self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
         self._radial_call = self._dense_call
-        if mask is not None:
-            backend = self._choose(latents, transformer.config.attention_head_dim, mask)
-            self._radial_call = AttentionCall(mask, backend, self.quantize, compare, lengths, self.parallel)
+        if attends:
+            sparse = self._sparse_call(latents, transformer.config.attention_head_dim, mask, lengths)
+            self._radial_call = sparse._replace(compare=compare)
+        if records:
+            self._choices.clear_call()
+            self._radial_call = self._dense_call._replace(records=sparse)
         if self.observer is not None:
-            note = self.observer.of_call(step, radial_mask(grid, self.config), lengths)
+            note = self.observer.of_call(step, mask, lengths)
             calls = self._radial_call, self._dense_call
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         self._count(grid, None if dense else self._radial_call.backend)
@@ -191,7 +237,11 @@ class RadialContext:
 
     @torch.compiler.disable
     def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Raises CheckError if a call fails its check, as forward hook of a transformer."""
+        """Ends a call, as forward hook of a transformer; raises CheckError if it fails its check."""
+        if self._choices is not None:
+            self._choices.end_call()
+        if self.output_check.check == "off":
+            return
         calls = self._radial_call, self._dense_call
         planned = self.schedule.num_steps or self._counter.planned_steps
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
@@ -201,10 +251,12 @@ class RadialContext:
 
     def report(self) -> dict[str, Any]:
         """Returns the counts that RadialAttentionHandle.report explains."""
+        chosen = None if self._choices is None else self._choices.report()
+        static = self.adaptive.selection == "static"
         grids = [
             {
                 "grid": [grid.frames, grid.height, grid.width],
-                "density": radial_mask(grid, self.config).density,
+                "density": radial_mask(grid, self.config).density if static else chosen["density"],
             }
             for grid in self._grids
         ]
@@ -218,9 +270,42 @@ class RadialContext:
             "dense_layers": self._always_dense,
             "calls": {name: count for name, count in self._calls.items() if count},
             "quantize": self.quantize,
+            "adaptive": vars(self.adaptive) | (chosen or {}),
             "dense_backend": self.dense.report(),
             "check": self.output_check.report(),
         }
+
+    def _begin_choices(self, transformer: torch.nn.Module, grid: TokenGrid, *, first: bool) -> None:
+        """Begins a call of the layers' choices; ValueError for a density below what every mask keeps."""
+        density = self.config.density
+        if density is None:
+            density = radial_mask(grid, self.config).density
+        video = self._counter.videos_begun
+        self._choices.begin(transformer, grid, video=video, densities=[density], first=first)
+        self._choices.set_density(density)
+
+    def _mask(self, transformer: torch.nn.Module, grid: TokenGrid) -> BlockMask:
+        """Returns the static mask, or one that stands for those that the layers choose."""
+        if self.adaptive.selection == "static" or self.config.pattern == "dense":
+            return radial_mask(grid, self.config)
+        heads = transformer.config.num_attention_heads
+        return _per_head(
+            grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
+        )
+
+    def _sparse_call(
+        self, latents: Tensor, width: int, mask: BlockMask, lengths: Tensor | None
+    ) -> AttentionCall:
+        """Returns how the layers of a sparse call attend."""
+        return AttentionCall(
+            mask,
+            self._choose(latents, width, mask),
+            self.quantize,
+            text_lengths=lengths,
+            parallel=self.parallel,
+            far_field=self.adaptive.far_field,
+            choices=self._choices,
+        )
 
     def _choose(self, latents: torch.Tensor, width: int, mask: BlockMask) -> str:
         """Returns the backend of radial layers with heads `width` wide; logs the choice of "auto"."""
@@ -232,9 +317,15 @@ class RadialContext:
         return chosen
 
     def _choose_dense(
-        self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid, lengths: Tensor | None
+        self,
+        transformer: torch.nn.Module,
+        latents: Tensor,
+        mask: BlockMask,
+        lengths: Tensor | None,
+        records: bool,
     ) -> AttentionCall | None:
         """Returns how dense layers attend: None by upstream, whose backend may be chosen by time first."""
+        grid = mask.grid
         if self.dense.name == "sage" or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
             backend = "dense" if self._in_ring else "sage"
@@ -243,9 +334,8 @@ class RadialContext:
         heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
         shape = len(latents), grid.tokens, heads, settings.attention_head_dim
         masked = getattr(self._family, "DENSE_HAS_MASK", False)
-        mask = radial_mask(grid, self.config)
         self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
-        if self.parallel is None and self.observer is None:
+        if self.parallel is None and self.observer is None and not records:
             return None
         valid = None
         if lengths is not None:
@@ -260,6 +350,12 @@ class RadialContext:
         self._calls["dense"] += dense
         if backend is not None:
             self._calls[backend] += self._layers - dense
+
+
+@lru_cache(maxsize=8)
+def _per_head(grid: TokenGrid, config: RadialConfig, heads: int) -> BlockMask:
+    """Returns the least mask that heads may choose, one pattern for each."""
+    return BlockMask(grid, config.block_size, floor_blocks(grid, config).repeat(heads, 1, 1))
 
 
 def _working_dtype(latents: torch.Tensor) -> torch.dtype:

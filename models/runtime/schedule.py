@@ -46,6 +46,11 @@ class Schedule:
             return step < leading
         return step >= self._total("dense_last_steps", planned_steps) - self.dense_last_steps
 
+    def precedes_sparse(self, step: int, planned_steps: int | None) -> bool:
+        """Returns whether a step follows that is not dense; arguments and errors as in `is_dense`."""
+        total = self.num_steps or planned_steps
+        return (total is None or step + 1 < total) and not self.is_dense(step + 1, planned_steps)
+
     def leading_steps(self, planned_steps: int | None) -> int:
         """Returns how many steps at the start are dense; arguments and errors as in `is_dense`."""
         if isinstance(self.dense_steps, int):

@@ -1,0 +1,180 @@
+"""Masks per head chosen at dense steps, and residuals kept there, through the forks."""
+
+import copy
+
+import pytest
+import torch
+
+from radial_attn import BlockMask, RadialConfig
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime import context
+from radial_attn.models.runtime.adaptive import Adaptive, Choices
+from radial_attn.selection import block_mass, floor_blocks
+from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
+from tests.support.pipelines import KINDS
+from tests.support.tiny import wan_inputs, wan_transformer
+
+CHOSEN = RadialConfig(block_size=16, density=0.9)
+OPTIONS = {"selection": "dense_step", "dense_steps": 1, "num_steps": 4, "backend": "reference"}
+
+
+@pytest.fixture
+def masks(monkeypatch) -> list[BlockMask]:
+    """Lists the masks that layers attend with."""
+    seen, attention = [], context.radial_attention
+
+    def noted(*args, **options):
+        seen.append(args[3])
+        return attention(*args, **options)
+
+    monkeypatch.setattr(context, "radial_attention", noted)
+    return seen
+
+
+@families
+@pytest.mark.parametrize("budget", ["head", "layer", "model"])
+def test_everything_chosen_is_dense(family, budget):
+    transformer = family.transformer()
+    config = RadialConfig(block_size=16, density=1.0)
+    batch = {} if family.text else {"batch": 2}
+    expected = video(family, transformer, **batch)
+    with apply_radial_attention(transformer, config, **OPTIONS, budget=budget) as handle:
+        assert_near(video(family, transformer, **batch), expected)
+        assert handle.report()["density"] == 1.0
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[-2]], ids=lambda family: family.name)
+def test_layers_attend_to_the_blocks_with_the_largest_mass(family, masks):
+    """Compares the masks of sparse steps, by half and sample, with the mass at the dense step before."""
+    transformer, seen = family.transformer(), []
+    options = {**OPTIONS, "dense_layers": 1, "observe": seen.append}
+    with apply_radial_attention(transformer, CHOSEN, **options):
+        video(family, transformer, batch=2) if not family.text else video(family, transformer)
+    grid, layers = seen[0].mask.grid, family.layers
+    floor = floor_blocks(grid, CHOSEN)
+    heads, batch = seen[0].query.shape[2], len(seen[0].query)
+    tokens = grid.block_tokens(16)
+    pairs = torch.outer(tokens, tokens)
+    count = int((CHOSEN.density * pairs.sum() - pairs[floor].sum()) * heads / 16**2)
+    wanted = []
+    for half in range(2):
+        for call in seen[half * layers : (half + 1) * layers]:
+            if call.layer == 0:
+                continue
+            mass = block_mass(call.query, call.key, grid, 16, text_lengths=call.text_lengths)
+            least = mass.masked_fill(floor, -1).flatten(1).topk(count).values[:, -1, None, None, None]
+            wanted.append(floor | (mass >= least))
+    assert len(masks) == 3 * 2 * (layers - 1) * batch
+    for number, mask in enumerate(masks):
+        call, sample = divmod(number, batch)
+        kept = wanted[call % len(wanted)][sample]
+        assert (mask.blocks != kept).sum() <= 2  # masses that are equal in float16
+        assert mask.density > 0.85
+
+
+@pytest.mark.parametrize(("residual", "tolerance"), [("none", 1e-5), ("mean", 1e-5), ("int8", 1e-3)])
+def test_samples_of_a_batch_are_as_alone(residual, tolerance):
+    transformer, inputs = wan_transformer(), wan_inputs(batch=3)
+    times = [inputs | {"timestep": torch.full((3,), time)} for time in (900.0, 500.0, 100.0)]
+    options = {**OPTIONS, "residual": residual}
+    with apply_radial_attention(transformer, CHOSEN, **options):
+        together = [run(transformer, call) for call in times]
+    for sample in range(3):
+        alone = [{name: x[sample : sample + 1] for name, x in call.items()} for call in times]
+        with apply_radial_attention(transformer, CHOSEN, **options):
+            for call, whole in zip(alone, together, strict=True):
+                output = run(transformer, call)
+                torch.testing.assert_close(output, whole[sample : sample + 1], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-a14b", "mochi", "hunyuan_video", "vace-reference", "ltx"])
+def test_every_video_begins_anew(name):
+    """Gives the same video after another and after another size; the second expert has a dense step too."""
+    kind, experts = KINDS[name], 2 if "a14b" in name else 1
+    pipeline = kind.make()
+    options = {"selection": "dense_step", "residual": "int4", "dense_steps": 1}
+    with apply_radial_attention(pipeline, CHOSEN, **options) as handle:
+        first = kind.generate(pipeline, 4)
+        assert handle.report()["dense_steps"] == experts
+        assert 0.85 < handle.report()["density"] <= CHOSEN.density
+        more = {"num_frames": 9} if name == "ltx" else {"num_frames": 9, "height": 48}
+        kind.generate(pipeline, 3, **{} if "reference" in name else more)
+        assert torch.equal(kind.generate(pipeline, 4), first)
+        assert handle.report()["videos"] == 3
+    with apply_radial_attention(pipeline, CHOSEN, **options):
+        assert torch.equal(kind.generate(pipeline, 4), first)
+
+
+def test_a_run_without_a_dense_step_makes_one():
+    transformer = wan_transformer()
+    options = {**OPTIONS, "dense_steps": 0}
+    with apply_radial_attention(transformer, CHOSEN, **options) as handle:
+        video(FAMILIES[0], transformer)
+        assert handle.report()["dense_steps"] == 1
+        assert handle.report()["calls"] == {"dense": 8, "reference": 24}
+
+
+def test_a_copy_of_the_model_has_a_state_of_its_own():
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, CHOSEN, **OPTIONS, residual="int8"):
+        expected = video(FAMILIES[0], transformer)
+        run(transformer)
+        twin = copy.deepcopy(transformer)
+        assert torch.equal(video(FAMILIES[0], twin), expected)
+
+
+@pytest.mark.parametrize(("residual", "tolerance"), [("int8", 0.01), ("int4", 0.16), ("mean", 1.1)])
+@pytest.mark.parametrize("selection", ["static", "dense_step"])
+def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
+    """Attends again to the very tensors of the dense step; text is dense in the mask and stays as it is."""
+    family = FAMILIES[-2]
+    grid = family.grid()
+    options = Adaptive(selection=selection, residual=residual)
+    config = RadialConfig(block_size=16, density=0.9)
+    choices, generator = Choices(options, config), torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, grid.tokens, 2, 12, generator=generator) for _ in range(3)]
+    choices.begin(object(), grid, video=0, densities=[0.9], first=True)
+    choices.clear_call()
+    choices.set_density(0.9)
+
+    def sparse(query, key, value, mask, text_lengths):
+        return context.radial_attention(query, key, value, mask, text_lengths=text_lengths)
+
+    dense = sparse(*tensors, context.radial_mask(grid, FULL), None)
+    mask = context.radial_mask(grid, config)
+    options = {"text_lengths": None, "sparse": sparse}
+    choices.record("layer", tensors, dense, mask, **options)
+    kept = choices.attend("layer", tensors, mask, **options, residual=False)
+    whole = choices.attend("layer", tensors, mask, **options)
+    lacking = (dense - kept)[:, : grid.video_tokens]
+    error = (whole - dense)[:, : grid.video_tokens].norm() / lacking.norm()
+    assert error < tolerance and lacking.norm() > 0.01
+    assert torch.equal(whole[:, grid.video_tokens :], kept[:, grid.video_tokens :])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "dense"}, "selection must be one of static, dense_step, profile, got 'dense'"),
+        ({"budget": 3}, "budget must be one of head, layer, model, got 3"),
+        ({"far_field": "most"}, "far_field must be one of none, mean, linear, got 'most'"),
+        ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, got 'fp8'"),
+        (
+            {"selection": "dense_step", "budget": "model", "residual": "int4"},
+            "budget='model' is known only after the last layer .* use budget='layer'",
+        ),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        apply_radial_attention(wan_transformer(), SPARSE, **options)
+
+
+def test_density_below_the_floor():
+    transformer = wan_transformer()
+    config = RadialConfig(block_size=16, density=0.01)
+    with (
+        apply_radial_attention(transformer, config, **OPTIONS),
+        pytest.raises(ValueError, match=r"density must be at least 0\.0556, .* got 0\.01"),
+    ):
+        run(transformer)
