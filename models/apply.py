@@ -206,7 +206,7 @@ class RadialAttentionHandle:
         self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
-        if context.output_check.check != "off" or context.adaptive.needs_dense_step:
+        if context.output_check.check != "off" or context.adaptive.records:
             self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .block_mask import BlockMask
 from .dispatch import BACKENDS, kernel, obstacle, order
-from .kernels.contract import DTYPES, QUANTIZE, Call
+from .far_field import far_attention
+from .kernels.contract import DTYPES, FAR_FIELDS, QUANTIZE, Call
 
 
 def radial_attention(
@@ -26,6 +27,8 @@ def radial_attention(
     text_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     quantize: str | None = None,
+    far_field: str = "none",
+    far_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes attention of every token over the key blocks that `mask` keeps for its block.
 
@@ -38,6 +41,10 @@ def radial_attention(
             torch.compile the range is not checked.
         scale: factor on the scores, `D ** -0.5` by default.
         quantize: "int8" or "fp8" for products of 8-bit operands, on backends that offer it; no gradients.
+        far_field: how a dropped block takes part: "none"; "mean" as one key, the mean of its video tokens,
+            with their weight; "linear" also with the first-order term of far_field.py. Text is never pooled.
+        far_bias: added to the logarithm of a dropped block's weight, `[B or 1, H or 1, Q or 1, K]` of the K
+            blocks with video; None for no correction. It gets no gradients.
 
     Returns:
         `[B, S, H, D]` in the dtype of `query`. Under autocast for their device the inputs are first cast to
@@ -52,15 +59,23 @@ def radial_attention(
     _check_tensors(query, key, value, mask)
     _check_choice("backend", backend, BACKENDS)
     _check_choice("quantize", quantize, QUANTIZE)
+    _check_choice("far_field", far_field, FAR_FIELDS)
     lengths = _check_text_lengths(text_lengths, query.shape[0], mask)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    call = Call(query.device, query.dtype, query.shape[-1], gradients, mask, quantize)
+    if far_field != "none" and not torch.compiler.is_compiling() and mask.is_dense:
+        far_field = "none"
+    call = Call(query.device, query.dtype, query.shape[-1], gradients, mask, quantize, far_field=far_field)
     if backend == "auto":
         backend = choose_backend(call)
         report_choice(backend, query, mask)
     else:
         require(backend, call)
+    if far_field != "none":
+        far = far_field, far_bias
+        return far_attention(
+            kernel(backend), (query, key, value), mask, far, text_lengths=lengths, scale=scale
+        )
     options = {} if quantize is None else {"quantize": quantize}
     return kernel(backend).attention(query, key, value, mask, text_lengths=lengths, scale=scale, **options)
 

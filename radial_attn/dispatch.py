@@ -74,6 +74,7 @@ def _objections(needs: Needs, call: Call) -> Iterator[str]:
     if call.gradients and call.quantize is not None:
         yield f"has no gradients with {bits}"
     yield from _partial_objections(needs, call) if call.partial else ()
+    yield from _far_objections(needs, call) if call.far_field != "none" else ()
     reason = None if needs.also is None else needs.also(call)
     if reason is not None:
         yield reason
@@ -86,6 +87,16 @@ def _partial_objections(needs: Needs, call: Call) -> Iterator[str]:
         yield "has no gradients over a part of the keys"
     if call.quantize is not None:
         yield f"has no quantize={call.quantize!r} over a part of the keys"
+
+
+def _far_objections(needs: Needs, call: Call) -> Iterator[str]:
+    wanted = f"far_field={call.far_field!r}"
+    if not (needs.far_field or needs.partial):
+        yield f"has no {wanted}, as it gives no log-sum-exp"
+    if call.quantize is not None:
+        yield f"has no {wanted} with quantize={call.quantize!r}"
+    if call.gradients and call.device.type not in needs.far_backward:
+        yield f"has no gradients with {wanted} on {call.device.type}"
 
 
 def obstacle(backend: str, call: Call) -> str | None:

@@ -6,11 +6,13 @@ a `Budget` turns it into blocks: a floor that every mask keeps, then the blocks 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .analysis.recall import score_chunks
+from .far_field import block_means, video_counts
 from .grid import TokenGrid
 from .masks.radial import RadialConfig, band_blocks
 
@@ -18,6 +20,7 @@ SELECTIONS = ("static", "dense_step", "profile")
 BUDGETS = ("head", "layer", "model")
 SAMPLED_ROWS = 4  # query rows of a block whose softmax is computed
 SCALE = 2.0**14  # of a mass in [0, 1], before it is rounded to float16
+MOST = 3.0  # of a correction: a factor of 20
 BINS = 0x7C00  # finite float16 values from 0 on, by their bits, which order as the values do
 
 
@@ -32,6 +35,20 @@ def block_rows(grid: TokenGrid, block_size: int, count: int = SAMPLED_ROWS) -> T
     return torch.cat(rows)
 
 
+class BlockMass(NamedTuple):
+    """Holds the mean softmax mass of each key block for each query block, float32 `[B, H, Q, K]`.
+
+    Rows of blocks without video are zeros.
+
+    Attributes:
+        exact: from the scores of all keys.
+        pooled: what the mean keys of the blocks would have, without a correction; 0 for blocks without video.
+    """
+
+    exact: Tensor
+    pooled: Tensor
+
+
 def block_mass(
     query: Tensor,
     key: Tensor,
@@ -40,8 +57,8 @@ def block_mass(
     *,
     rows: Tensor | None = None,
     text_lengths: Tensor | None = None,
-) -> Tensor:
-    """Returns the mean softmax mass of each key block for each query block, float32 `[B, H, Q, K]`.
+) -> BlockMass:
+    """Measures the mass of blocks on the device of the query.
 
     A few rows are computed at a time, so memory grows with the number of blocks squared, not of tokens.
 
@@ -49,21 +66,35 @@ def block_mass(
         query, key: `[B, S, H, D]`.
         rows: query rows that count, int64 `[R]`, video tokens; by default those of `block_rows`.
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
-
-    Returns:
-        The mass on the device of the query. Rows of blocks without video are zeros.
     """
     rows = block_rows(grid, block_size) if rows is None else rows
-    batch, tokens, heads, _ = query.shape
+    batch, tokens, heads, width = query.shape
     blocks, device = grid.num_blocks(block_size), query.device
-    counts = torch.bincount(rows // block_size, minlength=blocks).clamp(min=1).to(device)
-    mass = torch.zeros(batch, heads, blocks, blocks, device=device)
+    mass = BlockMass(*(torch.zeros(batch, heads, blocks, blocks, device=device) for _ in range(2)))
     columns = torch.arange(tokens, device=device) // block_size
+    means, logs = block_means(key, grid, block_size), video_counts(grid, block_size).to(device).log()
     for chunk in score_chunks(query, key, rows, grid, text_lengths):
-        by_block = torch.zeros(len(chunk.rows), blocks, device=device)
-        by_block.index_add_(1, columns, chunk.scores.softmax(-1))
-        mass[chunk.sample, chunk.head].index_add_(0, (chunk.rows // block_size).to(device), by_block)
-    return mass / counts[:, None]
+        to = (chunk.rows // block_size).to(device)
+        sums = chunk.scores.logsumexp(-1, keepdim=True)
+        exact = torch.zeros(len(to), blocks, device=device)
+        exact.index_add_(1, columns, (chunk.scores - sums).exp())
+        mass.exact[chunk.sample, chunk.head].index_add_(0, to, exact)
+        queries = query[chunk.sample, chunk.rows.to(device), chunk.head].float() * width**-0.5
+        pooled = (queries @ means[chunk.sample, :, chunk.head].T + logs - sums).exp()
+        mass.pooled[chunk.sample, chunk.head, :, : len(logs)].index_add_(0, to, pooled)
+    counts = torch.bincount(rows // block_size, minlength=blocks).clamp(min=1).to(device)
+    return BlockMass(*(x / counts[:, None] for x in mass))
+
+
+def far_correction(mass: BlockMass, kept: Tensor) -> Tensor:
+    """Returns the bias of each head's far field, `[B, H, 1, 1]`, that gives dropped blocks their exact mass.
+
+    `kept`: bool, broadcast to `[B, H, Q, K]`. One number for each head does as well as one for each pair of
+    blocks, measured on the bundled Wan. It is at most `MOST` either way.
+    """
+    exact, pooled = (x.masked_fill(kept | (mass.pooled == 0), 0).sum((2, 3), keepdim=True) for x in mass)
+    ratio = exact.clamp(min=1e-9) / pooled.clamp(min=1e-9)
+    return ratio.log().clamp(-MOST, MOST)
 
 
 def floor_blocks(grid: TokenGrid, config: RadialConfig) -> Tensor:

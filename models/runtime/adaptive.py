@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid
+from radial_attn.kernels.contract import FAR_FIELDS
 from radial_attn.residual import RESIDUALS, Residual
-from radial_attn.selection import BUDGETS, SELECTIONS, Budget, block_mass, floor_blocks
+from radial_attn.selection import (
+    BUDGETS,
+    SELECTIONS,
+    BlockMass,
+    Budget,
+    block_mass,
+    far_correction,
+    floor_blocks,
+)
 
-FAR_FIELDS = ("none", "mean", "linear")
-Attend = Callable[[Tensor, Tensor, Tensor, BlockMask, Tensor | None], Tensor]
+Attend = Callable[..., Tensor]  # of query, key, value, mask, text lengths and the bias of the far field
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,10 @@ class Adaptive:
     Attributes:
         selection: "static" for the mask of the configuration; "dense_step" for the blocks with the largest
             mass at the last dense step.
-        budget: who shares the number of blocks: the rows of a "head", the heads of a "layer", or all layers
-            of the "model".
-        far_field: how dropped blocks count, as in `radial_attention`.
+        budget: who shares the number of blocks: the rows of a "head", the heads of a "layer", or all
+            layers of the "model".
+        far_field: how dropped blocks count, as in `radial_attention`; with "linear" a dense step also
+            measures the bias of each head.
         residual: how the difference to the last dense output is kept and added: "none", "mean" of each block,
             "int8" or "int4".
 
@@ -64,19 +73,26 @@ class Adaptive:
         """Tells whether a sparse call needs a dense one before it."""
         return self.selection == "dense_step" or self.residual != "none"
 
+    @property
+    def records(self) -> bool:
+        """Tells whether a dense step is of use to the sparse ones after it."""
+        return self.needs_dense_step or self.far_field == "linear"
+
 
 @dataclass
 class _Layer:
     """Holds the state of one layer in one call of a step.
 
     Attributes:
-        mass: float32 `[B, H, Q, K]`, while it waits for the budget of the whole model.
+        mass: of the blocks, while it waits for the budget of the whole model.
         levels: how many densities keep a block, uint8 `[B, H, Q, K]`; None for the static mask.
+        biases: of the far field at each density, `[B, H, 1, 1]`.
         masks: of each sample, at density number `level`.
     """
 
-    mass: Tensor | None = None
+    mass: BlockMass | None = None
     levels: Tensor | None = None
+    biases: list[Tensor] = field(default_factory=list)
     masks: list[BlockMask] = field(default_factory=list)
     level: int = -1
     residual: Residual | None = None
@@ -158,16 +174,18 @@ class Choices:
         """
         state = self._calls[self._call][layer] = _Layer()
         query, key, _ = (x.detach() for x in tensors)
+        if self.options.selection == "dense_step" or self.options.far_field == "linear":
+            size = self._config.block_size
+            state.mass = block_mass(query, key, self._grid, size, text_lengths=text_lengths)
         if self.options.selection == "dense_step":
-            state.mass = block_mass(
-                query, key, self._grid, self._config.block_size, text_lengths=text_lengths
-            )
-            owned = self._own_heads(query.shape[2])
-            histogram = self._budget.histogram(state.mass[:, :owned])
+            histogram = self._budget.histogram(state.mass.exact[:, : self._own_heads(query.shape[2])])
             if self.options.budget == "model":
                 self._histogram = self._histogram + histogram
                 return
             self._fix(state, self._budget.cuts(histogram))
+        elif self.options.far_field == "linear":
+            state.biases = [far_correction(state.mass, mask.blocks.to(query.device))]
+            state.mass = None
         if self.options.residual != "none":
             options = {"text_lengths": text_lengths, "sparse": sparse}
             lacking = self.attend(layer, tensors, mask, **options, residual=False)
@@ -195,15 +213,17 @@ class Choices:
         residual: bool = True,
     ) -> Tensor:
         """Computes a layer's sparse attention `[B, S, H, D]`; arguments are as in `record`."""
-        state = self._calls[self._call].get(layer) if self.options.needs_dense_step else None
+        state = self._calls.get(self._call, {}).get(layer)
         masks = [mask] if state is None or state.levels is None else self._masks(state)
+        bias = state.biases[self._level] if state is not None and state.biases else None
         if len(masks) == 1:
-            output = sparse(*tensors, masks[0], text_lengths)
+            output = sparse(*tensors, masks[0], text_lengths, bias)
         else:
-            samples = [slice(i, i + 1) for i in range(len(masks))]
-            lengths = [None if text_lengths is None else text_lengths[sample] for sample in samples]
-            parts = zip(samples, masks, lengths, strict=True)
-            output = torch.cat([sparse(*(x[i] for x in tensors), own, n) for i, own, n in parts])
+            parts = []
+            for i, own in enumerate(masks):
+                one = [x if x is None else x[i : i + 1] for x in (*tensors, text_lengths, bias)]
+                parts.append(sparse(*one[:3], own, *one[3:]))
+            output = torch.cat(parts)
         if not residual or state is None or state.residual is None:
             return output
         video = self._grid.video_tokens
@@ -223,8 +243,13 @@ class Choices:
     def _fix(self, state: _Layer, cuts: Tensor) -> None:
         """Turns a layer's mass into levels; heads that only fill up a process keep the floor alone."""
         mass, state.mass = state.mass, None
-        mass[:, self._own_heads(mass.shape[1]) :] = 0
-        state.levels = self._budget.levels(mass, cuts)
+        exact = mass.exact
+        exact[:, self._own_heads(exact.shape[1]) :] = 0
+        state.levels = self._budget.levels(exact, cuts)
+        if self.options.far_field == "linear":
+            levels = range(len(self._budget.densities))
+            kept = ((state.levels > level).to(exact.device) for level in levels)
+            state.biases = [far_correction(mass, blocks) for blocks in kept]
 
     def _masks(self, state: _Layer) -> list[BlockMask]:
         """Returns the masks of each sample at the density of the call."""

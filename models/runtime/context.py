@@ -98,19 +98,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
     return output
 
 
-def _sparse(
+def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: BlockMask,
     text_lengths: Tensor | None,
+    bias: Tensor | None = None,
     *,
     call: AttentionCall,
     processor: Any,
 ) -> Tensor:
     options = {"text_lengths": text_lengths, "backend": call.backend, "quantize": call.quantize}
-    if call.far_field != "none":
-        options["far_field"] = call.far_field
+    options |= {"far_field": call.far_field, "far_bias": bias}
     output = radial_attention(query, key, value, mask, **options)
     if processor.layer_check is not None:
         compared = mask if call.compare else None
@@ -168,7 +168,7 @@ class RadialContext:
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.adaptive = adaptive or Adaptive()
-        self._choices = Choices(self.adaptive, config, parallel) if self.adaptive.needs_dense_step else None
+        self._choices = Choices(self.adaptive, config, parallel) if self.adaptive.records else None
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
@@ -207,7 +207,7 @@ class RadialContext:
         records = False
         if self._choices is not None and self.config.pattern != "dense":
             self._begin_choices(transformer, grid, first=begins)
-            dense = dense or not self._choices.ready
+            dense = dense or (self.adaptive.needs_dense_step and not self._choices.ready)
             records = dense and self.schedule.precedes_sparse(step, planned)
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
@@ -312,7 +312,8 @@ class RadialContext:
         if self.backend != "auto":
             return self.backend
         call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
-        chosen = choose_backend(replace(call, partial=self._in_ring))
+        call = replace(call, partial=self._in_ring, far_field=self.adaptive.far_field)
+        chosen = choose_backend(call)
         report_choice(chosen, latents, mask)
         return chosen
 

@@ -8,6 +8,7 @@ import torch
 from ..block_mask import BlockMask
 
 QUANTIZE = (None, "int8", "fp8")
+FAR_FIELDS = ("none", "mean", "linear")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
 
@@ -22,6 +23,7 @@ class Call:
         mask: None if it is not known yet.
         quantize: one of `QUANTIZE`.
         partial: whether it covers a part of the keys, with the log-sum-exp (partial.py).
+        far_field: one of `FAR_FIELDS`.
     """
 
     device: torch.device
@@ -31,6 +33,7 @@ class Call:
     mask: BlockMask | None = None
     quantize: str | None = None
     partial: bool = False
+    far_field: str = "none"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,10 @@ class Needs:
         install: the line that installs it.
         capability: least CUDA compute capability.
         quantize: values of `quantize` that it serves.
-        partial: whether it serves a part of the keys, without gradients or fewer bits.
+        partial: whether it serves a part of the keys, without gradients or fewer bits; such results are
+            merged with a far field.
+        far_field: whether it computes the far field itself.
+        far_backward: device types on which it has gradients with a far field.
         also: further check of a call; returns a reason against it, or None.
     """
 
@@ -59,4 +65,6 @@ class Needs:
     capability: tuple[int, int] = (0, 0)
     quantize: tuple[str | None, ...] = (None,)
     partial: bool = False
+    far_field: bool = False
+    far_backward: tuple[str, ...] = ()
     also: Callable[[Call], str | None] | None = None

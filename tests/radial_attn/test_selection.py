@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from radial_attn import RadialConfig, TokenGrid
-from radial_attn.selection import BUDGETS, Budget, block_mass, block_rows, floor_blocks
+from radial_attn.selection import (
+    BUDGETS,
+    MOST,
+    BlockMass,
+    Budget,
+    block_mass,
+    block_rows,
+    far_correction,
+    floor_blocks,
+)
 
 GRID = TokenGrid(3, 5, 6, 10)  # 90 video tokens, 100 in all: 7 blocks of 16, the sixth of video and text
 
@@ -37,21 +46,27 @@ def test_more_rows_than_tokens_take_all():
 def test_mass_is_that_of_the_softmax(lengths):
     query, key = tensors()
     lengths = None if lengths is None else torch.tensor(lengths)
-    mass = block_mass(query, key, GRID, 16, rows=torch.arange(90), text_lengths=lengths)
+    mass, pooled = block_mass(query, key, GRID, 16, rows=torch.arange(90), text_lengths=lengths)
     scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) / 8**0.5
     if lengths is not None:
         scores.masked_fill_(torch.arange(100) >= 90 + lengths.view(-1, 1, 1, 1), -torch.inf)
     weights = torch.nn.functional.pad(scores.softmax(-1)[:, :, :90], (0, 12, 0, 6)).unflatten(-1, (7, 16))
     wanted = weights.sum(-1).unflatten(2, (6, 16)).sum(3) / torch.tensor([16.0] * 5 + [10.0]).view(-1, 1)
     torch.testing.assert_close(mass[:, :, :6], wanted.float())
-    assert not mass[:, :, 6].any()
+    means = torch.stack([key[:, start : min(start + 16, 90)].mean(1) for start in range(0, 90, 16)], 1)
+    counts = torch.tensor([16] * 5 + [10]).double()
+    far = torch.einsum("bqhd,bkhd->bhqk", query, means).double() / 8**0.5 + counts.log()
+    far = (far - scores.logsumexp(-1, keepdim=True))[:, :, :90].exp()
+    far = torch.nn.functional.pad(far, (0, 1, 0, 6)).unflatten(2, (6, 16)).sum(3) / counts.view(-1, 1)
+    torch.testing.assert_close(pooled[:, :, :6], far.float(), rtol=1e-4, atol=1e-6)
+    assert not mass[:, :, 6].any() and not pooled[:, :, 6].any()
 
 
 def test_mass_of_a_sample_of_rows():
     query, key = tensors()
     rows = block_rows(GRID, 16)
     torch.testing.assert_close(block_mass(query, key, GRID, 16), block_mass(query, key, GRID, 16, rows=rows))
-    sums = block_mass(query, key, GRID, 16).sum(-1)
+    sums = block_mass(query, key, GRID, 16).exact.sum(-1)
     torch.testing.assert_close(sums[..., :6], torch.ones(2, 3, 6))
 
 
@@ -136,3 +151,14 @@ def test_a_short_block_counts_by_its_tokens():
     pairs = torch.outer(tokens, tokens) / 81**2
     for share in (kept * pairs).sum((-1, -2)).mean(1).tolist():
         assert 0.7 - 256 / 3 / 81**2 < share <= 0.7
+
+
+def test_correction_gives_the_far_field_its_exact_mass():
+    exact, pooled = masses(0, heads=2), masses(1, heads=2)
+    kept = masses(2, heads=2) < 0.3
+    kept[0, 0], exact[1, 1], pooled[1, 0] = True, 0, 1e-12
+    bias = far_correction(BlockMass(exact, pooled), kept)
+    assert bias.shape == (2, 2, 1, 1)
+    wanted = (exact[0, 1][~kept[0, 1]].sum() / pooled[0, 1][~kept[0, 1]].sum()).log()
+    torch.testing.assert_close(bias[0, 1, 0, 0], wanted)
+    assert bias[0, 0].item() == 0 and bias[1, 1].item() == -MOST and bias[1, 0].item() == MOST

@@ -26,7 +26,7 @@ from .rectangles import (
     forward_plan,
 )
 
-NEEDS = Needs(partial=True)
+NEEDS = Needs(partial=True, far_backward=("cpu",))
 
 
 def attention(
@@ -71,6 +71,25 @@ def partial_attention(
     padding = None if text_lengths is None else part.text - text_lengths
     plans, samples = _plans(part.blocks, layout, query.device), _sample_groups(padding, 0, query.device)
     return tuple(_over_both(run, (query, key, value), plans, samples))
+
+
+def backward(  # noqa: PLR0917
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns gradients through the kept blocks; output and log-sum-exp `[B, S, H]` may cover more keys."""
+    video = mask.grid.video_tokens
+    valid = None if text_lengths is None else text_lengths + video
+    shape = mask.blocks, mask.block_size, video, valid
+    return block_attention_backward(grad, query, key, value, out, lse, *shape, scale)
 
 
 @torch.library.custom_op("radial_attn::block_attention", mutates_args=())

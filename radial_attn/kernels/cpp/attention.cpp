@@ -20,7 +20,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 // holds the working memory of one thread
 struct Scratch {
     std::vector<float> scores, slopes, out, query, grad;
-    std::vector<Index> panels;
+    std::vector<Index> panels, means;
     Scratch(const Problem& is, bool backward)
         : scores(TILE * SCORES), slopes(backward ? TILE * SCORES : 0), out(TILE * is.wide()),
           query(TILE * is.wide()), grad(backward ? TILE * is.wide() : 0) {
@@ -64,11 +64,59 @@ void soften(float* scores, int columns, float& largest, float& total, float* out
     for (Index d = 0; d < wide && keep != 1.0f; d += LANES) store(out + d, load(out + d) * keep);
 }
 
+// holds the means of all key blocks, which stand for the blocks that a query drops
+struct Far {
+    Problem is;                  // its tokens are the blocks
+    const float *keys, *values;  // panels and rows of all heads
+    const float *bias;           // added to the scores, [samples or 1][heads or 1][query blocks][blocks]
+    const float *first;          // first-order term of each query, [B, S, H, D], or null
+    Index samples, heads;        // of the bias
+
+    const float* bias_of(Index b, Index h, Index block) const {
+        Index place = (samples == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
+        return bias + (place * queries + block) * is.tokens;
+    }
+    Index queries;
+
+    // lists the panels in which the query block drops any block
+    void panels_of(const float* row, std::vector<Index>& panels) const {
+        panels.clear();
+        for (Index first = 0; first < is.tokens; first += PANEL) {
+            const float* stop = row + std::min(first + PANEL, is.tokens);
+            if (std::any_of(row + first, stop, [](float x) { return x != -INF; })) panels.push_back(first / PANEL);
+        }
+    }
+};
+
 struct Forward {
     const Problem& is;
     Strided query;
     const float *keys, *values;  // panels and rows of all heads
     float scale, *out, *lse;
+    const Far* far;
+
+    // adds the far field to empty sums
+    void add_far(Index b, Index h, Index first, int rows, Scratch& own, float* largest, float* total) const {
+        Index wide = is.wide(), head = (b * is.heads + h) * far->is.per_head();
+        const float* bias = far->bias_of(b, h, first / is.size);
+        float* scores = own.scores.data();
+        far->panels_of(bias, own.means);
+        over_chunks(own.means, [&](const Index* which, int count) {
+            scores_of(scores, own.query.data(), rows, far->keys + head, which, count, wide);
+            for (int i = 0; i < count; ++i)
+                for (Index j = 0, at = which[i] * PANEL; j < PANEL; ++j, ++at) {
+                    float more = at < far->is.tokens ? bias[at] : -INF;
+                    for (int r = 0; r < rows; ++r) scores[r * SCORES + i * PANEL + j] += more;
+                }
+            for (int r = 0; r < rows; ++r)
+                soften(scores + r * SCORES, count * PANEL, largest[r], total[r], &own.out[r * wide], wide);
+            add_weighted(own.out.data(), scores, rows, far->values + head, which, count, wide);
+        });
+        for (int r = 0; far->first && r < rows && first + r < is.tokens; ++r) {
+            const float* from = far->first + ((b * is.tokens + first + r) * is.heads + h) * is.width;
+            for (Index d = 0; d < is.width; ++d) own.out[r * wide + d] += total[r] * from[d];
+        }
+    }
 
     void tile(Index b, Index h, Index first, int rows, Scratch& own) const {
         Index wide = is.wide(), head = (b * is.heads + h) * is.per_head();
@@ -76,6 +124,8 @@ struct Forward {
         std::fill(largest, largest + rows, -INF);
         std::fill(own.out.begin(), own.out.end(), 0.0f);
         pack_rows(own.query.data(), query, is, b, h, first, first + rows, scale);
+        own.means.clear();
+        if (far) add_far(b, h, first, rows, own, largest, total);
         over_chunks(own.panels, [&](const Index* which, int count) {
             scores_of(scores, own.query.data(), rows, keys + head, which, count, wide);
             hide_padding(scores, rows, which, count, is.limits[b]);
@@ -85,7 +135,7 @@ struct Forward {
         });
         for (int r = 0; r < rows && first + r < is.tokens; ++r) {
             Index place = (b * is.tokens + first + r) * is.heads + h;
-            bool none = own.panels.empty() || first + r >= is.limits[b];
+            bool none = (own.panels.empty() && own.means.empty()) || first + r >= is.limits[b];
             float share = 1.0f / total[r], *to = out + place * is.width;
             for (Index d = 0; d < is.width; ++d) to[d] = none ? 0.0f : own.out[r * wide + d] * share;
             lse[place] = none ? -INF : largest[r] + std::log(total[r]);
@@ -138,6 +188,15 @@ struct Backward {
     }
 };
 
+// copies the keys of all heads to panels, and the values to rows
+void pack_pair(const Problem& is, const Strided& key, const Strided& value, float* keys, float* values) {
+    is.over_tokens([&](Index b, Index h, Index place, Index first, Index stop) {
+        Index at = place * is.per_head() + first * is.wide();
+        pack_panels(keys + at, key, is, b, h, first, stop);
+        pack_rows(values + at, value, is, b, h, first, stop, 1.0f);
+    });
+}
+
 // number of parts of the query rows that sum gradients of key and value separately; depends on length alone
 Index parts_of(const Problem& is) { return std::max<Index>(1, std::min<Index>(4, is.tokens / 2048)); }
 
@@ -174,19 +233,32 @@ std::int64_t radial_workspace(const std::int64_t* sizes, int backward) {
 }
 
 // inputs: query, key, value. out [B, S, H, D], lse [B, S, H].
+//
+// With means the dropped blocks take part: their keys and values [B, K, H, D], the bias of Far and the
+// first-order term, or null; far_sizes: K, and the samples and heads of the bias.
 void radial_forward(const float* const* inputs, const std::int64_t* strides, const std::int64_t* sizes,
                     const std::int32_t* indptr, const std::int32_t* indices, const std::int64_t* limits,
-                    float scale, float* work, float* out, float* lse) {
+                    float scale, float* work, float* out, float* lse, const float* const* means,
+                    const std::int64_t* far_sizes) {
     Problem is(sizes, indptr, indices, limits);
     Index each = is.per_head(), blocks = is.blocks();
     float *keys = work, *values = work + is.batch * is.heads * each;
     Strided query(inputs[0], strides), key(inputs[1], strides + 3), value(inputs[2], strides + 6);
-    is.over_tokens([&](Index b, Index h, Index place, Index first, Index stop) {
-        Index at = place * each + first * is.wide();
-        pack_panels(keys + at, key, is, b, h, first, stop);
-        pack_rows(values + at, value, is, b, h, first, stop, 1.0f);
-    });
-    Forward forward{is, query, keys, values, scale, out, lse};
+    pack_pair(is, key, value, keys, values);
+    std::vector<float> pooled;
+    std::vector<Index> counts;
+    Far far{is, nullptr, nullptr, nullptr, nullptr, 1, 1, blocks};
+    if (means) {
+        far.is.tokens = far_sizes[0], far.samples = far_sizes[1], far.heads = far_sizes[2];
+        counts.assign(is.batch, far.is.tokens);
+        far.is.limits = counts.data();
+        Index all = is.batch * is.heads * far.is.per_head();
+        pooled.resize(2 * all);
+        far.keys = pooled.data(), far.values = pooled.data() + all, far.bias = means[2], far.first = means[3];
+        Index steps[3] = {far.is.tokens * is.heads * is.width, is.heads * is.width, is.width};
+        pack_pair(far.is, {means[0], steps}, {means[1], steps}, pooled.data(), pooled.data() + all);
+    }
+    Forward forward{is, query, keys, values, scale, out, lse, means ? &far : nullptr};
     std::vector<Scratch> scratch(is.threads, Scratch(is, false));
     in_parallel(is.batch * is.heads * blocks, is.threads, [&](Index task, int thread) {
         Index place = task / blocks, block = task % blocks, b = place / is.heads, h = place % is.heads;

@@ -4,8 +4,9 @@ It is one operator for autograd and torch.compile, `radial_attn::cpp_attention`.
 """
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def _capabilities() -> Mapping[str, object]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-NEEDS = Needs(devices=("cpu",), also=_objection)
+NEEDS = Needs(devices=("cpu",), far_field=True, far_backward=("cpu",), also=_objection)
 
 
 def attention(
@@ -51,6 +52,67 @@ def attention(
     valid = None if text_lengths is None else text_lengths + mask.grid.video_tokens
     wide = (x.float() for x in (query, key, value))
     return cpp_attention(*wide, mask.blocks, mask.block_size, valid, scale)[0].to(query.dtype)
+
+
+def with_far_field(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    far: Any,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns output `[B, S, H, D]` and float32 log-sum-exp `[B, S, H]`; `far`: a `Far` of far_field.py."""
+    valid = None if text_lengths is None else text_lengths + mask.grid.video_tokens
+    wide = tuple(x.float() for x in (query, key, value))
+    first = None
+    if far.slope is not None:
+        first = scale * torch.einsum("bshd,bhde->bshe", wide[0], far.slope)
+    means = [x if x is None else x.contiguous() for x in (far.keys, far.values, far.bias, first)]
+    out, lse = _forward(wide, mask.blocks, mask.block_size, valid, scale, means)
+    return out.to(query.dtype), lse
+
+
+def backward(  # noqa: PLR0917
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Returns gradients through the kept blocks; output and log-sum-exp `[B, S, H]` may cover more keys."""
+    valid = None if text_lengths is None else text_lengths + mask.grid.video_tokens
+    wide = (x.float() for x in (grad, query, key, value, out))
+    grads = cpp_attention_backward(*wide, lse, mask.blocks, mask.block_size, valid, scale)
+    return tuple(x.to(query.dtype) for x in grads)
+
+
+def _forward(  # noqa: PLR0917
+    tensors: tuple[Tensor, ...],
+    blocks: Tensor,
+    block_size: int,
+    valid: Tensor | None,
+    scale: float,
+    means: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Tensor]:
+    """Calls the library; `means`: keys, values, bias and first-order term of a far field."""
+    query, call = tensors[0], _Call(tensors, blocks, block_size, valid)
+    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3])
+    work = call.workspace(backward=False)
+    far = None, None
+    if means:
+        sizes = means[0].shape[1], *means[2].shape[:2]
+        far = (ctypes.c_void_p * 4)(*(x if x is None else x.data_ptr() for x in means)), _numbers(sizes)
+    results = map(_pointer, (work, out, lse))
+    call.library.radial_forward(*call.inputs, *call.mask, ctypes.c_float(scale), *results, *far)
+    return out, lse
 
 
 @torch.library.custom_op("radial_attn::cpp_attention", mutates_args=())
@@ -69,12 +131,7 @@ def cpp_attention(  # noqa: PLR0917 (an operator's schema is positional)
         blocks: bool `[Q, K]` or `[H, Q, K]` on the CPU; its lists are cached on this tensor.
         valid: tokens of each sample that count, int64 `[B]`, or None for all.
     """
-    call = _Call((query, key, value), blocks, block_size, valid)
-    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3])
-    work = call.workspace(backward=False)
-    results = map(_pointer, (work, out, lse))
-    call.library.radial_forward(*call.inputs, *call.mask, ctypes.c_float(scale), *results)
-    return out, lse
+    return _forward((query, key, value), blocks, block_size, valid, scale)
 
 
 @torch.library.custom_op("radial_attn::cpp_attention_backward", mutates_args=())
