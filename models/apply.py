@@ -35,13 +35,14 @@ def apply_radial_attention(
     model: Any,
     config: RadialConfig,
     *,
-    dense_steps: int | float = 0,
+    dense_steps: int | float | str | Sequence[int] = 0,
     dense_layers: int = 0,
     dense_last_steps: int = 0,
     backend: str = "auto",
     quantize: str | None = None,
     dense_backend: str = "auto",
     check: str = "auto",
+    density_range: tuple[float, float] | None = None,
     selection: str = "static",
     budget: str = "layer",
     far_field: str = "none",
@@ -53,10 +54,15 @@ def apply_radial_attention(
 ) -> "RadialAttentionHandle":
     """Routes the self-attention of a transformer, or of a pipeline's, through `radial_attention`.
 
-    Layers `0 .. dense_layers - 1` stay dense at every step. Steps `0 .. dense_steps - 1` and the last
-    `dense_last_steps` stay dense in every layer. A control layer of Wan-VACE counts as the layer that it
-    feeds. A float as `dense_steps` is a share of the steps of each run. The mask follows the size of the
-    latents at each call. `backend` and `quantize` are passed to `radial_attention`.
+    Layers `0 .. dense_layers - 1` stay dense at every step. The `dense_steps`, in any form of
+    `runtime.schedule.read_dense_steps`, and the last `dense_last_steps` stay dense in every layer. A control
+    layer of Wan-VACE counts as the layer that it feeds. The mask follows the size of the latents at each
+    call. With a `density_range` the density of the mask goes from the first sparse step to the last.
+    `backend` and `quantize` are passed to `radial_attention`.
+
+    `selection`, `budget`, `far_field` and `residual` are explained in `runtime.adaptive.Adaptive`. With
+    selection="dense_step" the heads choose their own blocks, as many as the density of `config` or, without
+    one, of its mask allows. If no dense step comes before the first sparse one, that one is dense.
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
@@ -99,7 +105,7 @@ def apply_radial_attention(
         raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
     dense = DenseBackend(dense_backend, agree)
-    schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps)
+    schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps, density_range)
     adaptive = Adaptive(selection, budget, far_field, residual)
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = transformers_of(model)
@@ -110,7 +116,7 @@ def apply_radial_attention(
     for transformer, family in zip(transformers, families, strict=True):
         _check_layers(transformer, family, dense_layers)
     if pipeline is None:
-        schedule.is_dense(schedule.leading_steps(None), None)
+        schedule.is_dense(0, None)
     numbers = [number for number, _ in _numbering(transformers[0], families[0])]
     context = RadialContext(
         config,

@@ -1,7 +1,7 @@
 """Turns radial attention on in one line, with the settings that are published for the model."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -11,24 +11,28 @@ from radial_attn import RadialConfig, radial_mask
 from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention
 from .published import ModelTraits, PublishedSettings, nearest_settings, traits_of
 from .runtime.observe import Seen
-from .runtime.schedule import Schedule
+from .runtime.schedule import AboveSigma, Schedule, read_density
 from .runtime.transformers import transformers_of
 
 
 def enable(
     model: Any,
     *,
-    density: float | None = None,
+    density: float | Mapping[str, float] | None = None,
     decay_factor: float | None = None,
     block_size: int | None = None,
     sink: bool | int | None = None,
     neighbour: float | str | None = None,
     decimation_width: int | str | None = None,
     pattern: str | None = None,
-    dense_steps: int | float | None = None,
+    dense_steps: int | float | str | Sequence[int] | None = None,
     dense_layers: int | None = None,
     dense_last_steps: int = 0,
     num_steps: int | None = None,
+    selection: str = "static",
+    budget: str = "layer",
+    far_field: str = "none",
+    residual: str = "none",
     backend: str = "auto",
     quantize: str | None = None,
     dense_backend: str = "auto",
@@ -43,11 +47,15 @@ def enable(
 
     The settings are those published for the model, or the nearest ones (`models.published`). An option that
     is None keeps its published value. `RadialConfig` and `apply_radial_attention` explain the options.
-    `density` replaces `decay_factor`.
+    `density` replaces `decay_factor`; `{"start": 0.4, "end": 0.15}` changes it from the first sparse step to
+    the last.
 
     The published number of dense steps is a share of the steps: 12 of 50 become 7 of 30. The pipeline's
     scheduler has the number of steps when a run begins; a transformer alone needs `num_steps`. `dense_steps`
-    is a number of steps (int) or a share between 0 and 1 (float).
+    is a number of first steps, a share (0.2 or "20%"), a noise level ("sigma>0.9") or a list of steps from 0.
+
+    `selection="dense_step"` lets each head choose its blocks at the dense steps, and `far_field="linear"`
+    lets the dropped blocks count by their means: much closer to dense attention at the same density.
 
     Unless `quiet`, two lines on stdout show the settings and their source. The returned handle has `report()`
     and `remove()`, and works as a context manager; `disable(model)` finds it again.
@@ -68,8 +76,11 @@ def enable(
     transformers = transformers_of(model)
     traits = traits_of(transformers[0], experts=getattr(model, "transformer_2", None) is not None)
     settings = nearest_settings(traits)
+    density_range = read_density(density)
+    if not isinstance(density_range, tuple):
+        density, density_range = density_range, None
     mask_options = {
-        "density": density,
+        "density": None if density_range else density,
         "decay_factor": decay_factor,
         "block_size": block_size,
         "sink": sink,
@@ -83,11 +94,14 @@ def enable(
         dense_layers=settings.dense_layers if dense_layers is None else dense_layers,
         dense_last_steps=dense_last_steps,
         num_steps=num_steps,
+        density_range=density_range,
     )
+    adaptive = {"selection": selection, "budget": budget, "far_field": far_field, "residual": residual}
     handle = apply_radial_attention(
         model,
         config,
         **vars(schedule),
+        **adaptive,
         backend=backend,
         quantize=quantize,
         dense_backend=dense_backend,
@@ -98,6 +112,10 @@ def enable(
     )
     if not quiet:
         kernel = backend if quantize is None else f"{backend}, quantize={quantize}"
+        changed = {name: value for name, value in adaptive.items() if value not in ("static", "none")}
+        if selection == "static":
+            changed.pop("budget")
+        kernel = ", ".join([kernel, *(f"{name}={value}" for name, value in changed.items())])
         print(_mask_line(settings, traits, config, schedule, kernel))
         print(_dense_line(settings, traits, config, schedule))
     return handle
@@ -137,6 +155,10 @@ def _mask_line(
     names = [strength, "neighbour", "sink", "block_size", "decimation_width"]
     names += [] if config.pattern == "radial" else ["pattern"]
     text = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+    if schedule.density_range is not None:
+        text = text.replace(
+            f"{strength}={getattr(config, strength)}", "density={:g} to {:g}".format(*schedule.density_range)
+        )
     published = vars(settings.config) | {
         "dense_steps": settings.dense_share,
         "dense_layers": settings.dense_layers,
@@ -169,6 +191,10 @@ def _dense_line(
 
 def _leading_text(settings: PublishedSettings, schedule: Schedule) -> str:
     """Describes the dense steps at the start: their number if it is known, else the share."""
+    if isinstance(schedule.dense_steps, AboveSigma):
+        return f"steps at {schedule.dense_steps}"
+    if isinstance(schedule.dense_steps, tuple):
+        return f"steps {', '.join(map(str, schedule.dense_steps))} (from 0)"
     if schedule.num_steps is not None:
         return f"the first {schedule.leading_steps(None)} of {schedule.num_steps} steps"
     if isinstance(schedule.dense_steps, int):

@@ -23,6 +23,7 @@ from torch import Tensor
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.kernels.contract import Call
+from radial_attn.masks.density import WIDE_TOLERANCE, resolve_density
 from radial_attn.selection import floor_blocks
 
 from .adaptive import Adaptive, Choices
@@ -180,7 +181,7 @@ class RadialContext:
         self._family, self._layers, self._always_dense = family, layers, always_dense
         self._text = TextLengths(family)
         self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
-        self._grids: list[TokenGrid] = []
+        self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
         self._dense_steps = 0
         self._calls: Counter[str] = Counter()
 
@@ -201,17 +202,17 @@ class RadialContext:
             self.parallel.begin(grid, self.config.block_size)
         step, begins = self._counter.advance(arguments["timestep"])
         if begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
-            self.schedule.check_run(self._counter.planned_steps)
-        planned = self._counter.planned_steps
-        dense = self.config.pattern == "dense" or self.schedule.is_dense(step, planned)
+            self.schedule.check_run(*self._counter.plan)
+        plan = self._counter.plan
+        dense = self.config.pattern == "dense" or self.schedule.is_dense(step, *plan)
         records = False
         if self._choices is not None and self.config.pattern != "dense":
-            self._begin_choices(transformer, grid, first=begins)
+            self._begin_choices(transformer, grid, step, first=begins)
             dense = dense or (self.adaptive.needs_dense_step and not self._choices.ready)
-            records = dense and self.schedule.precedes_sparse(step, planned)
+            records = dense and self.schedule.precedes_sparse(step, *plan)
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
-        mask, attends = self._mask(transformer, grid), records or not dense
+        mask, attends = self._mask(transformer, grid, step), records or not dense
         compare = self.output_check.begin(transformer, None if dense else mask, arguments)
         self._dense_call = None
         if dense or self.schedule.dense_layers:
@@ -227,7 +228,7 @@ class RadialContext:
             note = self.observer.of_call(step, mask, lengths)
             calls = self._radial_call, self._dense_call
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
-        self._count(grid, None if dense else self._radial_call.backend)
+        self._count(mask, None if dense else self._radial_call.backend)
 
     def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
         """Adds the calls of radial and of always dense layers, as forward hook of the rotary embedding."""
@@ -256,9 +257,9 @@ class RadialContext:
         grids = [
             {
                 "grid": [grid.frames, grid.height, grid.width],
-                "density": radial_mask(grid, self.config).density if static else chosen["density"],
+                "density": density if static else chosen["density"],
             }
-            for grid in self._grids
+            for grid, density in self._densities.items()
         ]
         return {
             **(grids[-1] if grids else {"grid": None, "density": None}),
@@ -275,19 +276,29 @@ class RadialContext:
             "check": self.output_check.report(),
         }
 
-    def _begin_choices(self, transformer: torch.nn.Module, grid: TokenGrid, *, first: bool) -> None:
+    def _begin_choices(
+        self, transformer: torch.nn.Module, grid: TokenGrid, step: int, *, first: bool
+    ) -> None:
         """Begins a call of the layers' choices; ValueError for a density below what every mask keeps."""
-        density = self.config.density
-        if density is None:
-            density = radial_mask(grid, self.config).density
+        densities = self.schedule.densities(*self._counter.plan)
+        if not densities:
+            given = self.config.density
+            densities = {step: radial_mask(grid, self.config).density if given is None else given}
         video = self._counter.videos_begun
-        self._choices.begin(transformer, grid, video=video, densities=[density], first=first)
-        self._choices.set_density(density)
+        self._choices.begin(transformer, grid, video=video, densities=densities.values(), first=first)
+        if step in densities:
+            self._choices.set_density(densities[step])
 
-    def _mask(self, transformer: torch.nn.Module, grid: TokenGrid) -> BlockMask:
-        """Returns the static mask, or one that stands for those that the layers choose."""
-        if self.adaptive.selection == "static" or self.config.pattern == "dense":
+    def _mask(self, transformer: torch.nn.Module, grid: TokenGrid, step: int) -> BlockMask:
+        """Returns the static mask of a step, or one that stands for those that the layers choose."""
+        if self.config.pattern == "dense":
             return radial_mask(grid, self.config)
+        if self.adaptive.selection == "static":
+            density = self.schedule.densities(*self._counter.plan).get(step)
+            if density is None:
+                return radial_mask(grid, self.config)
+            wanted = replace(self.config, density=density)
+            return radial_mask(grid, resolve_density(grid, wanted, WIDE_TOLERANCE))
         heads = transformer.config.num_attention_heads
         return _per_head(
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
@@ -344,9 +355,10 @@ class RadialContext:
             valid = valid[:, None, None].to(latents.device)
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
 
-    def _count(self, grid: TokenGrid, backend: str | None) -> None:
+    def _count(self, mask: BlockMask, backend: str | None) -> None:
         """Counts the attention calls that follow; a compiled block cannot count them itself."""
-        self._grids = [seen for seen in self._grids if seen != grid] + [grid]
+        before = self._densities.pop(mask.grid, None)
+        self._densities[mask.grid] = mask.density if before is None or backend is not None else before
         dense = self._layers if backend is None else self._always_dense
         self._calls["dense"] += dense
         if backend is not None:

@@ -14,6 +14,7 @@ from ..grid import TokenGrid
 from .radial import RadialConfig, half_width, is_share, radial_rule_mask
 
 TOLERANCE = 0.02
+WIDE_TOLERANCE = 0.1  # of the densities between the ends of a range, which nobody asked for
 CLOSE = 0.25  # part of the tolerance at which the search of one option ends
 LEAST = 0.001  # smallest share of a frame that `neighbour` is tried at
 STEPS = 256  # decay factors to each doubling: from one to the next a half-width grows by 0.3 %
@@ -62,7 +63,7 @@ def solve_density(
 
 
 @lru_cache(maxsize=32)
-def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
+def resolve_density(grid: TokenGrid, config: RadialConfig, tolerance: float = TOLERANCE) -> RadialConfig:
     """Solves the density of `config` for this grid, once; ignores it if it is None or the pattern is dense.
 
     Raises:
@@ -71,7 +72,7 @@ def resolve_density(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
     start = replace(config, density=None)
     if config.density is None or config.pattern == "dense":
         return start
-    solved = solve_density(grid, replace(start, pattern="radial"), config.density)
+    solved = solve_density(grid, replace(start, pattern="radial"), config.density, tolerance)
     return replace(solved, pattern=config.pattern)
 
 

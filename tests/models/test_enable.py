@@ -103,7 +103,7 @@ def test_a_transformer_alone():
 
 
 def test_every_option_of_apply_and_of_the_mask_is_a_keyword():
-    options = {*inspect.signature(apply_radial_attention).parameters} - {"model", "config"}
+    options = {*inspect.signature(apply_radial_attention).parameters} - {"model", "config", "density_range"}
     options |= {field.name for field in fields(RadialConfig)}
     extra = {"model", "quiet", "unknown"}
     assert {*inspect.signature(enable).parameters} == options | extra
@@ -127,15 +127,31 @@ def test_options_arrive():
         ({"blok_size": 16}, TypeError, "enable has no option 'blok_size'; did you mean 'block_size'?"),
         ({"zzz": 1}, TypeError, "enable has no option 'zzz'; allowed: density, decay_factor, "),
         ({"density": 0.3, "decay_factor": 1.0}, ValueError, "density and decay_factor exclude each other"),
-        ({"density": 1.5}, ValueError, "density must be None or a number in (0, 1], got 1.5"),
+        (
+            {"density": 1.5},
+            ValueError,
+            "density must be a number above 0 up to 1, or {start: 0.4, end: 0.15}, got 1.5",
+        ),
         ({"decay_factor": -1}, ValueError, "decay_factor must be a finite number above 0, got -1"),
         ({"block_size": 100}, ValueError, "block_size must be one of"),
         ({"neighbour": "quarter"}, ValueError, "neighbour must be one of"),
         ({"pattern": "spiral"}, ValueError, "pattern must be one of"),
-        ({"dense_steps": -1}, ValueError, "dense_steps must be a whole number of at least 0, got -1"),
-        ({"dense_steps": "12"}, ValueError, "dense_steps must be a whole number of at least 0, got '12'"),
-        ({"dense_steps": 1.5}, ValueError, "dense_steps as a share of the steps must be above 0 and below 1"),
-        ({"dense_steps": 0.0}, ValueError, "dense_steps as a share of the steps must be above 0 and below 1"),
+        (
+            {"dense_steps": -1},
+            ValueError,
+            "dense_steps must be a number of first steps, a share such as 20%,",
+        ),
+        (
+            {"dense_steps": "sigma>2"},
+            ValueError,
+            "or a list of steps from 0 such as [0, 1, 10], got 'sigma>2'",
+        ),
+        ({"density": {"start": 0.4}}, ValueError, "or {start: 0.4, end: 0.15}, got {'start': 0.4}"),
+        (
+            {"selection": "auto"},
+            ValueError,
+            "selection must be one of static, dense_step, profile, got 'auto'",
+        ),
         ({"dense_layers": 5}, ValueError, "dense_layers must be at most 4"),
         ({"num_steps": 2.5}, ValueError, "num_steps must be a whole number of at least 0, got 2.5"),
         ({"backend": "fast"}, ValueError, "backend must be one of auto, "),

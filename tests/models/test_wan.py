@@ -30,7 +30,9 @@ def test_report_before_and_after_the_first_call():
         after = handle.report()
     nothing = {"grid": None, "density": None, "grids": [], "videos": 0, "steps": 0, "dense_steps": 0}
     options = {"layers": 4, "dense_layers": 0, "quantize": None, "check": {"mode": "off"}}
-    assert report == nothing | options | {name: report[name] for name in ("calls", "dense_backend")}
+    assert report == nothing | options | {
+        name: report[name] for name in ("adaptive", "calls", "dense_backend")
+    }
     assert (after["grid"], after["density"]) == ([6, 6, 8], radial_mask(WAN.grid(), SPARSE).density)
     assert (after["videos"], after["steps"], after["dense_steps"]) == (1, 1, 0)
 

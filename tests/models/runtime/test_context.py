@@ -11,11 +11,13 @@ from diffusers import UniPCMultistepScheduler
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime.schedule import Schedule, StepCounter
+from radial_attn.models.runtime import context
+from radial_attn.models.runtime.schedule import Schedule, StepCounter, read_density
 from tests.support.auto_backend import AUTO
 from tests.support.families import SPARSE
-from tests.support.pipelines import generate
+from tests.support.pipelines import KINDS, generate
 from tests.support.tiny import wan_inputs, wan_pipeline
+from tests.support.tiny_mochi import mochi_pipeline
 
 
 def plan(pipeline, *timesteps):
@@ -77,6 +79,129 @@ def test_schedule():
     assert Schedule(dense_last_steps=1).is_dense(3, 4) and not Schedule(dense_last_steps=1).is_dense(3, 5)
     assert not any(Schedule().is_dense(step, None) for step in range(3))
     assert all(Schedule(dense_steps=9, dense_last_steps=9).is_dense(step, 4) for step in range(4))
+
+
+@pytest.mark.parametrize(
+    ("value", "dense"),
+    [
+        (2, [0, 1]),
+        ("2", [0, 1]),
+        (0.4, [0, 1]),
+        ("40%", [0, 1]),
+        ("sigma>0.5", [0, 1, 2]),
+        ("sigma > 0.75", [0, 1]),
+        ([0, 3], [0, 3]),
+        ("[3, 0]", [0, 3]),
+        (0, []),
+    ],
+)
+def test_forms_of_dense_steps(value, dense):
+    sigmas = [1.0, 0.8, 0.75, 0.5, 0.2]
+    schedule = Schedule(value)
+    assert [step for step in range(5) if schedule.is_dense(step, 5, sigmas)] == dense
+    sparse = [step for step in range(4) if step + 1 not in dense]
+    assert [step for step in range(5) if schedule.precedes_sparse(step, 5, sigmas)] == sparse
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        -1,
+        1.0,
+        0.0,
+        "0%",
+        "100%",
+        "",
+        "soon",
+        "sigma>",
+        "sigma>1",
+        "sigma<0.5",
+        [],
+        [0, 0],
+        [1.5],
+        [-1],
+        True,
+        None,
+    ],
+)
+def test_other_forms_of_dense_steps(value):
+    with pytest.raises(ValueError, match=r"dense_steps must be a number of first steps, .* got "):
+        Schedule(value)
+
+
+def test_dense_steps_that_the_run_does_not_have():
+    with pytest.raises(ValueError, match="dense_steps must be 0 to 4, the steps of this run, got 5"):
+        Schedule([0, 5]).check_run(5)
+    with pytest.raises(ValueError, match=r"dense_steps='sigma>0.9' needs the noise levels"):
+        Schedule("sigma>0.9").is_dense(0, 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (0.25, 0.25),
+        ("0.25", 0.25),
+        (1, 1.0),
+        (None, None),
+        ({"start": 0.4, "end": 0.15}, (0.4, 0.15)),
+        ("{start: 0.4, end: 0.15}", (0.4, 0.15)),
+        ("{'end': 0.15, 'start': 0.4}", (0.4, 0.15)),
+    ],
+)
+def test_forms_of_density(value, read):
+    assert read_density(value) == read
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, 1.1, True, "", "half", {"start": 0.4}, {"start": 0, "end": 1}, "{start: 0.4, stop: 0.2}", [0.4]],
+)
+def test_other_forms_of_density(value):
+    with pytest.raises(ValueError, match=r"density must be a number above 0 up to 1, or \{start.* got "):
+        read_density(value)
+
+
+def test_density_changes_over_the_sparse_steps():
+    schedule = Schedule([0, 3], density_range=(0.5, 0.2))
+    assert schedule.densities(6) == pytest.approx({1: 0.5, 2: 0.4, 4: 0.3, 5: 0.2})
+    many = Schedule(2, density_range=(0.2, 0.9)).densities(50)
+    assert list(many) == list(range(2, 50)) and many[2] == 0.2 and many[49] == pytest.approx(0.9)
+    assert len(set(many.values())) == 8 and sorted(many.values()) == list(many.values())
+    assert Schedule(0, density_range=(0.5, 0.2)).densities(1) == {0: 0.5}
+
+
+def test_noise_levels_are_those_of_the_scheduler():
+    wan, mochi = wan_pipeline(), mochi_pipeline()
+    for pipeline, kind in ((wan, "wan"), (mochi, "mochi")):
+        counter = StepCounter(pipeline, rising=kind == "mochi")
+        KINDS[kind].generate(pipeline, 4)
+        counter.advance(pipeline.scheduler.timesteps[:1])
+        assert counter.sigmas[0] > 0.9 and sorted(counter.sigmas, reverse=True) == counter.sigmas
+        with apply_radial_attention(pipeline, SPARSE, dense_steps=f"sigma>{counter.sigmas[2]}") as handle:
+            KINDS[kind].generate(pipeline, 4)
+            assert handle.report()["dense_steps"] == 2
+
+
+@pytest.mark.parametrize("selection", ["static", "dense_step"])
+def test_a_range_of_densities(selection, monkeypatch):
+    """Gives every sparse step the density of the range; the report has the latest."""
+    pipeline, seen = wan_pipeline(), []
+    config = RadialConfig(block_size=16)
+    attention = context.radial_attention
+
+    def noted(*args, **options):
+        seen.append(args[3].density)
+        return attention(*args, **options)
+
+    monkeypatch.setattr(context, "radial_attention", noted)
+    options = {"dense_steps": [0, 2], "density_range": (0.9, 0.6), "selection": selection}
+    with apply_radial_attention(pipeline, config, **options) as handle:
+        generate(pipeline, steps=5)
+        assert handle.report()["density"] == seen[-1]
+    assert len(seen) == 3 * 4
+    for step, wanted in enumerate((0.9, 0.75, 0.6)):
+        for density in seen[4 * step : 4 * step + 4]:
+            assert density == pytest.approx(wanted, abs=0.08 if selection == "static" else 0.03)
 
 
 def test_last_steps_without_a_plan_are_an_error():
