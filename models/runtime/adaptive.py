@@ -18,11 +18,11 @@ from radial_attn.residual import RESIDUALS, Residual
 from radial_attn.selection import (
     BUDGETS,
     SELECTIONS,
-    BlockMass,
     Budget,
-    block_mass,
+    Measured,
     far_correction,
     floor_blocks,
+    measure_blocks,
 )
 
 Attend = Callable[..., Tensor]  # of query, key, value, mask, text lengths and the bias of the far field
@@ -33,8 +33,8 @@ class Adaptive:
     """Holds the options that go beyond one mask for all heads; the defaults change nothing.
 
     Attributes:
-        selection: "static" for the mask of the configuration; "dense_step" for the blocks with the largest
-            mass at the last dense step.
+        selection: "static" for the mask of the configuration; "dense_step" for the blocks that it would have
+            cost most to drop at the last dense step.
         budget: who shares the number of blocks: the rows of a "head", the heads of a "layer", or all
             layers of the "model".
         far_field: how dropped blocks count, as in `radial_attention`; with "linear" a dense step also
@@ -84,13 +84,13 @@ class _Layer:
     """Holds the state of one layer in one call of a step.
 
     Attributes:
-        mass: of the blocks, while it waits for the budget of the whole model.
+        measured: of the blocks, while it waits for the budget of the whole model.
         levels: how many densities keep a block, uint8 `[B, H, Q, K]`; None for the static mask.
         biases: of the far field at each density, `[B, H, 1, 1]`.
         masks: of each sample, at density number `level`.
     """
 
-    mass: BlockMass | None = None
+    measured: Measured | None = None
     levels: Tensor | None = None
     biases: list[Tensor] = field(default_factory=list)
     masks: list[BlockMask] = field(default_factory=list)
@@ -173,19 +173,24 @@ class Choices:
             sparse: computes the sparse output with a mask.
         """
         state = self._calls[self._call][layer] = _Layer()
-        query, key, _ = (x.detach() for x in tensors)
         if self.options.selection == "dense_step" or self.options.far_field == "linear":
-            size = self._config.block_size
-            state.mass = block_mass(query, key, self._grid, size, text_lengths=text_lengths)
+            state.measured = measure_blocks(
+                [x.detach() for x in tensors],
+                self._grid,
+                self._config.block_size,
+                far_field=self.options.far_field != "none",
+                text_lengths=text_lengths,
+            )
         if self.options.selection == "dense_step":
-            histogram = self._budget.histogram(state.mass.exact[:, : self._own_heads(query.shape[2])])
+            owned = self._own_heads(dense.shape[2])
+            histogram = self._budget.histogram(state.measured.loss[:, :owned])
             if self.options.budget == "model":
                 self._histogram = self._histogram + histogram
                 return
             self._fix(state, self._budget.cuts(histogram))
         elif self.options.far_field == "linear":
-            state.biases = [far_correction(state.mass, mask.blocks.to(query.device))]
-            state.mass = None
+            state.biases = [far_correction(state.measured, mask.blocks.to(dense.device))]
+            state.measured = None
         if self.options.residual != "none":
             options = {"text_lengths": text_lengths, "sparse": sparse}
             lacking = self.attend(layer, tensors, mask, **options, residual=False)
@@ -196,7 +201,7 @@ class Choices:
 
     def end_call(self) -> None:
         """Chooses the blocks of all layers, if the whole model shares the budget."""
-        layers = [state for state in self._calls.get(self._call, {}).values() if state.mass is not None]
+        layers = [state for state in self._calls.get(self._call, {}).values() if state.measured is not None]
         if layers:
             cuts = self._budget.cuts(self._histogram)
             for state in layers:
@@ -241,15 +246,15 @@ class Choices:
         }
 
     def _fix(self, state: _Layer, cuts: Tensor) -> None:
-        """Turns a layer's mass into levels; heads that only fill up a process keep the floor alone."""
-        mass, state.mass = state.mass, None
-        exact = mass.exact
-        exact[:, self._own_heads(exact.shape[1]) :] = 0
-        state.levels = self._budget.levels(exact, cuts)
+        """Turns what was measured into levels; heads that only fill up a process keep the floor."""
+        measured, state.measured = state.measured, None
+        loss = measured.loss
+        loss[:, self._own_heads(loss.shape[1]) :] = 0
+        state.levels = self._budget.levels(loss, cuts)
         if self.options.far_field == "linear":
             levels = range(len(self._budget.densities))
-            kept = ((state.levels > level).to(exact.device) for level in levels)
-            state.biases = [far_correction(mass, blocks) for blocks in kept]
+            kept = ((state.levels > level).to(loss.device) for level in levels)
+            state.biases = [far_correction(measured, blocks) for blocks in kept]
 
     def _masks(self, state: _Layer) -> list[BlockMask]:
         """Returns the masks of each sample at the density of the call."""

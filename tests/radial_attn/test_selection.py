@@ -7,12 +7,12 @@ from radial_attn import RadialConfig, TokenGrid
 from radial_attn.selection import (
     BUDGETS,
     MOST,
-    BlockMass,
     Budget,
-    block_mass,
+    Measured,
     block_rows,
     far_correction,
     floor_blocks,
+    measure_blocks,
 )
 
 GRID = TokenGrid(3, 5, 6, 10)  # 90 video tokens, 100 in all: 7 blocks of 16, the sixth of video and text
@@ -20,9 +20,9 @@ GRID = TokenGrid(3, 5, 6, 10)  # 90 video tokens, 100 in all: 7 blocks of 16, th
 TOKENS = torch.full((6,), 16)
 
 
-def tensors(batch: int = 2, heads: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def tensors(batch: int = 2, heads: int = 3, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(2 * torch.randn(batch, GRID.tokens, heads, 8, generator=generator) for _ in range(2))
+    return [2 * torch.randn(batch, GRID.tokens, heads, 8, generator=generator) for _ in range(3)]
 
 
 def masses(seed: int = 0, batch: int = 2, heads: int = 3, count: int = 6) -> torch.Tensor:
@@ -42,32 +42,45 @@ def test_more_rows_than_tokens_take_all():
     assert block_rows(GRID, 16, 99).tolist() == list(range(90))
 
 
+@pytest.mark.parametrize("far_field", [False, True])
 @pytest.mark.parametrize("lengths", [None, [10, 3]])
-def test_mass_is_that_of_the_softmax(lengths):
-    query, key = tensors()
+def test_blocks_are_measured_on_the_softmax(lengths, far_field):
+    """Compares mass, pooled mass and loss of all rows with the definition in float64."""
+    query, key, value = (x.double() for x in tensors())
     lengths = None if lengths is None else torch.tensor(lengths)
-    mass, pooled = block_mass(query, key, GRID, 16, rows=torch.arange(90), text_lengths=lengths)
-    scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) / 8**0.5
+    options = {"rows": torch.arange(90), "text_lengths": lengths, "far_field": far_field}
+    measured = measure_blocks(tensors(), GRID, 16, **options)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 8**0.5
     if lengths is not None:
         scores.masked_fill_(torch.arange(100) >= 90 + lengths.view(-1, 1, 1, 1), -torch.inf)
-    weights = torch.nn.functional.pad(scores.softmax(-1)[:, :, :90], (0, 12, 0, 6)).unflatten(-1, (7, 16))
-    wanted = weights.sum(-1).unflatten(2, (6, 16)).sum(3) / torch.tensor([16.0] * 5 + [10.0]).view(-1, 1)
-    torch.testing.assert_close(mass[:, :, :6], wanted.float())
-    means = torch.stack([key[:, start : min(start + 16, 90)].mean(1) for start in range(0, 90, 16)], 1)
+    weights = torch.nn.functional.pad(scores.softmax(-1)[:, :, :90], (0, 12)).unflatten(-1, (7, 16))
+    parts = [slice(start, min(start + 16, 90)) for start in range(0, 90, 16)]
+    keys, values = (torch.stack([x[:, part].mean(1) for part in parts], 1) for x in (key, value))
     counts = torch.tensor([16] * 5 + [10]).double()
-    far = torch.einsum("bqhd,bkhd->bhqk", query, means).double() / 8**0.5 + counts.log()
-    far = (far - scores.logsumexp(-1, keepdim=True))[:, :, :90].exp()
-    far = torch.nn.functional.pad(far, (0, 1, 0, 6)).unflatten(2, (6, 16)).sum(3) / counts.view(-1, 1)
-    torch.testing.assert_close(pooled[:, :, :6], far.float(), rtol=1e-4, atol=1e-6)
-    assert not mass[:, :, 6].any() and not pooled[:, :, 6].any()
+    pooled = torch.einsum("bqhd,bkhd->bhqk", query, keys) / 8**0.5 + counts.log()
+    pooled = (pooled - scores.logsumexp(-1, keepdim=True))[:, :, :90].exp()
+    by_block = torch.nn.functional.pad(value, (0, 0, 0, 0, 0, 12)).unflatten(1, (7, 16))
+    change = torch.einsum("bhqkt,bkthd->bhqkd", weights, by_block)
+    if far_field:
+        change[..., :6, :] -= torch.einsum("bhqk,bkhd->bhqkd", pooled, values)
+
+    def by_rows(x):
+        return torch.nn.functional.pad(x, (0, 0, 0, 6)).unflatten(2, (6, 16)).sum(3) / counts.view(-1, 1)
+
+    torch.testing.assert_close(
+        measured.mass[:, :, :6].double(), by_rows(weights.sum(-1)), rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(measured.pooled[:, :, :6, :6].double(), by_rows(pooled), rtol=1e-4, atol=1e-6)
+    loss = by_rows(change.square().sum(-1)).sqrt()
+    torch.testing.assert_close(measured.loss[:, :, :6].double(), loss, rtol=1e-3, atol=1e-5)
+    assert not any(x[:, :, 6].any() for x in measured) and not measured.pooled[..., 6].any()
 
 
-def test_mass_of_a_sample_of_rows():
-    query, key = tensors()
+def test_a_sample_of_rows():
     rows = block_rows(GRID, 16)
-    torch.testing.assert_close(block_mass(query, key, GRID, 16), block_mass(query, key, GRID, 16, rows=rows))
-    sums = block_mass(query, key, GRID, 16).exact.sum(-1)
-    torch.testing.assert_close(sums[..., :6], torch.ones(2, 3, 6))
+    given = measure_blocks(tensors(), GRID, 16, far_field=True, rows=rows)
+    torch.testing.assert_close(measure_blocks(tensors(), GRID, 16, far_field=True), given)
+    torch.testing.assert_close(given.mass.sum(-1)[..., :6], torch.ones(2, 3, 6))
 
 
 def test_floor_is_diagonal_and_text():
@@ -157,7 +170,7 @@ def test_correction_gives_the_far_field_its_exact_mass():
     exact, pooled = masses(0, heads=2), masses(1, heads=2)
     kept = masses(2, heads=2) < 0.3
     kept[0, 0], exact[1, 1], pooled[1, 0] = True, 0, 1e-12
-    bias = far_correction(BlockMass(exact, pooled), kept)
+    bias = far_correction(Measured(exact, pooled, exact), kept)
     assert bias.shape == (2, 2, 1, 1)
     wanted = (exact[0, 1][~kept[0, 1]].sum() / pooled[0, 1][~kept[0, 1]].sum()).log()
     torch.testing.assert_close(bias[0, 1, 0, 0], wanted)
