@@ -86,7 +86,11 @@ def examined(
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
     steps = observed_steps(config)
-    masks = {name: plan.mask for name, plan in plans.items() if name != DENSE}
+    masks = {
+        name: plan.mask
+        for name, plan in plans.items()
+        if name != DENSE and plan.config.attention.selection == "static"
+    }
     if config.evaluate.rows and config.model.compile != "none":
         raise UsageError(
             f"model.compile: got {config.model.compile!r}, but a compiled model shows no attention; set "

@@ -31,6 +31,7 @@ class Family:
     tiled_vae: bool = False
 
 
+MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
 FAMILIES = {
     "wan": Family("WanPipeline", unipc=True),
     "hunyuan_video": Family("HunyuanVideoPipeline", tiled_vae=True),
@@ -115,6 +116,32 @@ def flow_scheduler(scheduler: object, flow_shift: float | None = None) -> object
     return UniPCMultistepScheduler.from_config(
         settings, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
+
+
+def noise_levels(path: str, family: str, steps: int, flow_shift: float | None) -> list[float] | None:
+    """Returns the noise level at the start of each step, 1 for noise, as a pipeline will plan them.
+
+    None if that depends on a scheduler that is not in a local folder.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    if family == "mochi":
+        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+        return [float(level) for level in linear_quadratic_schedule(steps, MOCHI_THRESHOLD)]
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file() and flow_shift is None:
+        return None
+    settings = read_object(file) if file.is_file() else {}
+    shift = settings.get("flow_shift", settings.get("shift", 1.0)) if flow_shift is None else flow_shift
+    if FAMILIES[family].unipc:
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        scheduler = UniPCMultistepScheduler.from_config(settings, **flow)
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    return scheduler.sigmas[:steps].tolist()
 
 
 def check_model(path: str, family: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.kernels.contract import Call
-from radial_attn.masks.density import WIDE_TOLERANCE, resolve_density
+from radial_attn.masks.density import resolve_near
 from radial_attn.selection import floor_blocks
 
 from .adaptive import Adaptive, Choices
@@ -297,8 +297,7 @@ class RadialContext:
             density = self.schedule.densities(*self._counter.plan).get(step)
             if density is None:
                 return radial_mask(grid, self.config)
-            wanted = replace(self.config, density=density)
-            return radial_mask(grid, resolve_density(grid, wanted, WIDE_TOLERANCE))
+            return radial_mask(grid, resolve_near(grid, replace(self.config, density=density)))
         heads = transformer.config.num_attention_heads
         return _per_head(
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))

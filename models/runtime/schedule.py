@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ def read_dense_steps(value: Any) -> DenseSteps:
     elif isinstance(value, float):
         good = 0 < value < 1
     elif isinstance(value, list | tuple):
+        value = [int(step) if isinstance(step, str) and step.isdecimal() else step for step in value]
         good = bool(value) and all(_counts(step) for step in value) and len(set(value)) == len(value)
         value = tuple(sorted(value)) if good else value
     else:
@@ -80,6 +82,8 @@ def read_density(value: Any) -> float | tuple[float, float] | None:
     if value is None:
         return None
     if isinstance(value, Mapping):
+        with suppress(ValueError):
+            value = {name: float(x) if isinstance(x, str) else x for name, x in value.items()}
         if set(value) != {"start", "end"} or not all(is_share(number) for number in value.values()):
             raise refusal
         return float(value["start"]), float(value["end"])

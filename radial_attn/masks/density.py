@@ -6,6 +6,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -14,7 +15,7 @@ from ..grid import TokenGrid
 from .radial import RadialConfig, half_width, is_share, radial_rule_mask
 
 TOLERANCE = 0.02
-WIDE_TOLERANCE = 0.1  # of the densities between the ends of a range, which nobody asked for
+NEAR = (0.1, 0.3, 0.9)  # tolerances of the densities of a range, tried in turn
 CLOSE = 0.25  # part of the tolerance at which the search of one option ends
 LEAST = 0.001  # smallest share of a frame that `neighbour` is tried at
 STEPS = 256  # decay factors to each doubling: from one to the next a half-width grows by 0.3 %
@@ -74,6 +75,14 @@ def resolve_density(grid: TokenGrid, config: RadialConfig, tolerance: float = TO
         return start
     solved = solve_density(grid, replace(start, pattern="radial"), config.density, tolerance)
     return replace(solved, pattern=config.pattern)
+
+
+def resolve_near(grid: TokenGrid, config: RadialConfig) -> RadialConfig:
+    """Solves about the density of `config`, for a range that crosses gaps; errors as in `solve_density`."""
+    for tolerance in NEAR[:-1]:
+        with suppress(ValueError):
+            return resolve_density(grid, config, tolerance)
+    return resolve_density(grid, config, NEAR[-1])
 
 
 def density_of(grid: TokenGrid, config: RadialConfig) -> float:

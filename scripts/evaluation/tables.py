@@ -90,7 +90,7 @@ def planned(evaluation: Evaluation, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "grid": [grid.frames, grid.height, grid.width, grid.text],
-        "density": plan.block_mask.density,
+        "density": plan.density,
         "density_with_warmup": None if cached else flops.sparse / flops.dense,
         "attention_flops": None if cached else flops.sparse,
         "mask": asdict(plan.mask),

@@ -8,6 +8,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from radial_attn.kernels.contract import FAR_FIELDS
+from radial_attn.models.runtime.schedule import (
+    DENSE_STEPS_FORM,
+    DENSITY_FORM,
+    AboveSigma,
+    read_dense_steps,
+    read_density,
+)
+from radial_attn.residual import RESIDUALS
+from radial_attn.selection import BUDGETS, SELECTIONS
 from scripts.run.errors import UsageError, nearest_key
 from scripts.run.schema import ROOT, Schema, TextLoader, find_path, key, listing, literal
 
@@ -115,6 +125,33 @@ def numbers(key_name: str) -> Callable[[Any], list[int]]:
         if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
             raise UsageError(f"{key_name}: got {value!r}, must be {NUMBERS_FORM}, each once")
         return [int(part) for part in parts]
+
+    return parse
+
+
+def in_words(key_name: str, form: str, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes a parser of a key with a number or words; `read` raises ValueError for what it does not take.
+
+    Returns a number, None, or text that `read` takes again. The parser raises UsageError.
+    """
+
+    def parse(value: Any) -> int | float | str | None:
+        try:
+            result = read(None if value == "null" else value)
+        except ValueError:
+            with suppress(TypeError, ValueError):
+                value = float(value) if "." in str(value) else int(value)
+            raise UsageError(f"{key_name}: got {value!r}, must be {form}") from None
+        match result:
+            case AboveSigma():
+                return str(result)
+            case float() if read is read_dense_steps:
+                return f"{100 * result:g}%"
+            case (float(), float()):
+                return "{{start: {:g}, end: {:g}}}".format(*result)
+            case tuple():
+                return str(list(result))
+        return result
 
     return parse
 
@@ -228,8 +265,38 @@ class MaskConfig:
 class AttentionConfig(MaskConfig):
     """Adds the options of a run of denoising steps."""
 
+    density: float | str | None = key(
+        None,
+        "share of token pairs to keep; a static mask solves for decay_factor, then neighbour, "
+        "decimation_width, sink; with start and end it changes from the first sparse step to the last",
+        form=f"null, {DENSITY_FORM}",
+        parse=in_words("attention.density", f"null, {DENSITY_FORM}", read_density),
+    )
+    selection: str = key(
+        "static",
+        "static: one mask for all heads; dense_step: each head keeps the blocks that it needed most at the "
+        "last dense step",
+        SELECTIONS,
+    )
+    budget: str = key("layer", "who shares the number of chosen blocks", BUDGETS)
+    far_field: str = key(
+        "none",
+        "how a dropped block counts: not at all, as its mean key and value, or with a first-order term",
+        FAR_FIELDS,
+    )
+    residual: str = key(
+        "none",
+        "how the difference to the last dense output is kept and added: not at all, as means of blocks, "
+        "or in 8 or 4 bits",
+        RESIDUALS,
+    )
     quantize: str = key("none", "8-bit products, for backends that have them", ("none", "int8", "fp8"))
-    dense_steps: int = key(12, "number of first denoising steps with dense attention", low=0)
+    dense_steps: int | str = key(
+        12,
+        "denoising steps with dense attention: the first ones, or a list",
+        form=DENSE_STEPS_FORM,
+        parse=in_words("attention.dense_steps", DENSE_STEPS_FORM, read_dense_steps),
+    )
     dense_last_steps: int = key(0, "number of last denoising steps with dense attention", low=0)
     check: str = key(
         "auto",

@@ -23,7 +23,8 @@ def describe_plan(plan: RunPlan) -> str:
     blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
     shift = "of the model" if generation.flow_shift is None else f"{generation.flow_shift:g}"
     true = f", true guidance {generation.true_cfg_scale:g}" if generation.true_cfg_scale > 1 else ""
-    density = f"{plan.block_mask.density:.4f} ({attention.pattern})"
+    static = attention.selection == "static"
+    density = f"{plan.density:.4f} ({attention.pattern if static else 'chosen'})"
     whole = f"{_flops(flops.dense + flops.other)} dense, {_flops(flops.sparse + flops.other)} as configured"
     rows = {
         "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
@@ -32,7 +33,7 @@ def describe_plan(plan: RunPlan) -> str:
         "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}{true}, flow shift {shift}",
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
         "density": "; ".join([density, *describe_density(plan)]),
-        "dense steps": _ranges(plan.dense_steps, generation.steps),
+        "dense steps": _ranges(plan.dense_steps, generation.steps) + _noise(plan),
         "dense layers": _ranges(range(plan.dense_layers), plan.model.layers),
         "attention": f"{_flops(flops.dense)} dense, {_flops(flops.sparse)} as configured "
         f"({flops.dense / flops.sparse:.2f}x fewer)",
@@ -42,8 +43,9 @@ def describe_plan(plan: RunPlan) -> str:
     if (count := len(plan.prompts) * len(generation.all_seeds)) > 1:
         seeds = ", ".join(map(str, generation.all_seeds))
         rows["videos"] = f"{count}: {len(plan.prompts)} prompts, seeds {seeds}"
+    rows |= describe_adaptive(plan)
     lines = [_row(name, text) for name, text in rows.items()] + _memory_choices(plan)
-    if attention.pattern != "dense":
+    if attention.pattern != "dense" and static:
         lines += [
             _row("curve", line) for line in curve_lines(grid, radial_config(attention, plan.model.references))
         ]
@@ -72,10 +74,56 @@ def describe_further(plan: RunPlan) -> list[str]:
 
 def describe_density(plan: RunPlan) -> list[str]:
     """Returns how `attention.density` was solved, if given: `density 0.25: decay_factor 0.125, ...`."""
-    wanted = radial_config(plan.config.attention, plan.model.references)
-    if wanted.density is None or wanted.pattern == "dense":
+    wanted, densities = radial_config(plan.config.attention, plan.model.references), plan.densities.values()
+    if len(set(densities)) > 1:
+        return [", ".join(f"{density:.3f} at step {step}" for step, density in _changes(plan.densities))]
+    if wanted.density is None or wanted.pattern == "dense" or plan.config.attention.selection != "static":
         return []
     return [f"density {wanted.density:g}: {changes(plan.mask, wanted)}"]
+
+
+def _changes(densities: dict[int, float]) -> list[tuple[int, float]]:
+    """Returns the steps at which the density changes, with the new one."""
+    pairs = list(densities.items())
+    return [pair for before, pair in zip([(None, None), *pairs], pairs, strict=False) if before[1] != pair[1]]
+
+
+def _noise(plan: RunPlan) -> str:
+    """Returns the noise levels of the dense steps: `, sigma 1 to 0.94`."""
+    if not plan.dense_steps or plan.sigmas is None or len(plan.dense_steps) == len(plan.sigmas):
+        return ""
+    levels = [plan.sigmas[step] for step in plan.dense_steps]
+    return f", sigma {levels[0]:.3g} to {levels[-1]:.3g}"
+
+
+def describe_adaptive(plan: RunPlan) -> dict[str, str]:
+    """Returns rows on chosen blocks, far field and residual, with what they cost."""
+    attention, rows, beyond = plan.config.attention, {}, plan.beyond
+    if attention.pattern == "dense":
+        return rows
+    if attention.selection != "static":
+        steps = ", ".join(map(str, plan.recording_steps))
+        masks = plan.grid.num_blocks(attention.block_size) ** 2 * plan.model.heads * plan.calls
+        masks *= plan.model.attention_layers(plan.dense_layers)
+        rows["selection"] = (
+            f"each head at step {steps}, budget shared by a {attention.budget}; "
+            f"{_share(beyond.measured * beyond.steps, plan)} of the operations, masks of {gib(masks)}"
+        )
+    if attention.far_field != "none":
+        count = len(plan.densities)
+        rows["far field"] = f"{attention.far_field}, {_share(beyond.sparse * count, plan)} of the operations"
+    if attention.residual != "none":
+        kept = gib(plan.residual_bytes(attention.residual))
+        share = _share(beyond.lacking * beyond.steps, plan)
+        rows["residual"] = f"{attention.residual}, {kept}, {share} of the operations"
+    return rows
+
+
+def _share(layer_calls: float, plan: RunPlan) -> str:
+    """Writes dense self-attention calls of a layer as a share of the operations of the run."""
+    one = plan.flops.dense / plan.config.generation.steps / plan.model.attention_layers()
+    able = plan.model.attention_layers(plan.dense_layers)
+    return f"{one * able * layer_calls / (plan.flops.sparse + plan.flops.other):.2%}"
 
 
 def _memory_choices(plan: RunPlan) -> list[str]:

@@ -3,7 +3,54 @@
 from typing import NamedTuple
 
 from radial_attn import TokenGrid
+from radial_attn.selection import block_rows
 from scripts.run.model_info import ModelInfo
+
+
+class Beyond(NamedTuple):
+    """Counts what adaptive attention adds, in dense self-attention calls of one layer.
+
+    Attributes:
+        sparse: of a layer in a sparse step: its far field.
+        measured: of a layer in a dense step that a sparse one follows: its sampled rows.
+        lacking: there too: the sparse output for the residual.
+        steps: how many such dense steps there are.
+    """
+
+    sparse: float = 0.0
+    measured: float = 0.0
+    lacking: float = 0.0
+    steps: int = 0
+
+
+STATIC = Beyond()
+
+
+def beyond_mask(
+    model: ModelInfo,
+    grid: TokenGrid,
+    block_size: int,
+    *,
+    density: float,
+    steps: int,
+    far_field: str,
+    measures: bool,
+    residual: bool,
+) -> Beyond:
+    """Counts adaptive attention with `steps` dense steps that a sparse one follows.
+
+    A pooled key costs what a key costs; a first-order matrix two products of `n D^2` for each head, to make
+    and to use. A measured row computes its scores and the contribution of each block, exact and pooled.
+
+    Args:
+        density: of the first sparse step.
+        measures: whether rows are measured.
+    """
+    n, pooled = grid.tokens, grid.video_tokens / block_size
+    far = 0.0 if far_field == "none" else pooled / n
+    far += model.head_dim / n if far_field == "linear" else 0.0
+    rows = len(block_rows(grid, block_size)) / n if measures else 0.0
+    return Beyond(far, rows * (1 + pooled / n), density + far if residual else 0.0, steps)
 
 
 class Flops(NamedTuple):
@@ -33,16 +80,21 @@ def count_flops(
     dense_steps: int = 0,
     dense_layers: int = 0,
     calls: int = 1,
+    beyond: Beyond = STATIC,
 ) -> Flops:
     """Counts the transformer's operations in `steps` steps of `calls` passes each.
+
+    `density` is the mean of the sparse steps.
 
     Self-attention takes 4 n^2 d for a layer's scores and weighted sum. All else is projections, feed-forward
     and cross-attention.
     """
     one = 4.0 * grid.tokens**2 * model.width * calls
     everything = steps * model.attention_layers()
-    sparse = (steps - dense_steps) * model.attention_layers(dense_layers)
+    able = model.attention_layers(dense_layers)  # layers that may be sparse
+    sparse = (steps - dense_steps) * able
+    added = beyond.sparse * sparse + (beyond.measured + beyond.lacking) * beyond.steps * able
     linear = 2.0 * grid.tokens * model.macs + 4.0 * model.text_tokens * model.width**2
     cross = 4.0 * grid.tokens * model.text_tokens * model.width
     other = steps * calls * model.attention_layers() * (linear + cross)
-    return Flops(one * everything, one * (everything - sparse + sparse * density), other)
+    return Flops(one * everything, one * (everything - sparse + sparse * density + added), other)

@@ -6,6 +6,7 @@ from operator import attrgetter
 from radial_attn.dispatch import BACKENDS, kernel
 from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
+from radial_attn.models.runtime.schedule import read_dense_steps
 from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
 from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import BATCHED, HUNYUAN, calls_per_step, check_family
@@ -37,14 +38,58 @@ def check_options(config: Config) -> None:
         raise UsageError(f"{key}: got {width!r}, must be {SCHEMA.allowed(key)}")
     for name in ("dense_steps", "dense_last_steps"):
         value = getattr(attention, name)
-        if value > steps:
+        if isinstance(value, int) and value > steps:
             raise UsageError(f"attention.{name}: got {value}, must be 0 to {steps} (generation.steps)")
+    listed = read_dense_steps(attention.dense_steps)
+    if isinstance(listed, tuple) and listed[-1] >= steps:
+        raise UsageError(
+            f"attention.dense_steps: got {attention.dense_steps}, must be steps from 0 to {steps - 1} "
+            "(generation.steps)"
+        )
+    check_adaptive(config)
     check_family(config)
     if (largest := max(config.generation.all_seeds)) >= 2**63:
         raise UsageError(f"generation.seeds: got {largest}, must be 0 to 2^63 - 1")
     if not config.output.path.strip():
         raise UsageError("output.path: got '', must be a folder, or a file name ending in .mp4")
     check_target(config)
+
+
+def check_adaptive(config: Config) -> None:
+    """Raises UsageError for options beyond the mask that do not work together."""
+    attention, model = config.attention, config.model
+    chosen, residual = attention.selection != "static", attention.residual != "none"
+    if attention.selection == "profile":
+        raise UsageError(
+            "attention.selection: got 'profile', which is not there yet; allowed: static, dense_step"
+        )
+    if chosen and attention.pattern != "radial":
+        raise UsageError(
+            f"attention.pattern: got {attention.pattern!r}, which does not work with attention.selection="
+            f"{attention.selection}: the heads choose their own blocks; set attention.pattern=radial"
+        )
+    if residual and chosen and attention.budget == "model":
+        raise UsageError(
+            "attention.budget: got 'model', which does not work with attention.residual: its masks are known "
+            "only after the last layer of a dense step; allowed: head, layer"
+        )
+    stateful = next((name for name, used in (("selection", chosen), ("residual", residual)) if used), None)
+    got = f"attention.{stateful}: got {getattr(attention, stateful)!r}" if stateful else ""
+    if stateful and model.cache != "none":
+        raise UsageError(
+            f"{got}, which does not work with model.cache={model.cache}: skipped calls would leave their "
+            "layers without a state; set model.cache=none"
+        )
+    if stateful and model.compile != "none":
+        raise UsageError(
+            f"{got}, which does not work with model.compile={model.compile}: each layer has a mask of its "
+            "own; set model.compile=none"
+        )
+    if attention.far_field != "none" and attention.check == "reference":
+        raise UsageError(
+            f"attention.check: got 'reference', which knows no attention.far_field={attention.far_field}; "
+            "allowed: auto, off, nan"
+        )
 
 
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:
@@ -113,6 +158,12 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
     if refused is not None:
         got = getattr(attention, refused.option)
         raise UsageError(f"attention.{refused.option}: got {got!r}, but {refused.reason}")
+    for name, plain in (("selection", "static"), ("far_field", "none"), ("residual", "none")):
+        if (got := getattr(attention, name)) != plain:
+            raise UsageError(
+                f"attention.{name}: got {got!r}, but a ring does not support it: no process has all keys; "
+                f"allowed: {plain}"
+            )
     if model.compile != "none":
         raise UsageError(
             f"model.compile: got {model.compile!r}, but a ring does not support it: keys are passed on "

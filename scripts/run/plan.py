@@ -10,16 +10,19 @@ import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
-from radial_attn.masks.density import resolve_density
+from radial_attn.masks.density import resolve_density, resolve_near
 from radial_attn.masks.patterns import COMPARED
 from radial_attn.models.parallel.groups import Degrees
-from radial_attn.models.runtime.schedule import Schedule
+from radial_attn.models.pipeline.load import noise_levels
+from radial_attn.models.runtime.schedule import AboveSigma, Schedule, read_density
+from radial_attn.residual import RESIDUALS, residual_bytes
+from radial_attn.selection import Budget, floor_blocks
 from scripts.run.config import AttentionConfig, Config, MaskConfig, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step, position_arguments
+from scripts.run.families import BATCHED, calls_per_step, position_arguments
 from scripts.run.files import sha256
-from scripts.run.flops import Flops, count_flops
+from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
 from scripts.run.hub_models import expert_notes, find_model, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
 from scripts.run.loras import FoundLora, find_loras, with_loras
@@ -59,6 +62,8 @@ class RunPlan:
         prompts: by the line of the prompt file, from 1; by 0 without one.
         mask: the options of the mask, its density solved for this video.
         dense_steps: numbers, from 0, of the steps that are dense in every layer.
+        densities: of the other steps, by number.
+        sigmas: noise level of each step; None if no scheduler is at hand.
         dense_layers: how many layers, from the first, are dense at every step.
         degrees: how the processes share the run.
         missing: what this machine lacks; empty except in a dry run that may be for another machine.
@@ -74,6 +79,8 @@ class RunPlan:
     loras: tuple[FoundLora, ...]
     mask: RadialConfig
     dense_steps: tuple[int, ...]
+    densities: dict[int, float]
+    sigmas: list[float] | None
     dense_layers: int
     degrees: Degrees
     missing: tuple[str, ...] = ()
@@ -104,12 +111,53 @@ class RunPlan:
         return count_flops(
             self.model,
             self.grid,
-            self.block_mask.density,
+            self.density,
             steps=self.config.generation.steps,
             dense_steps=len(self.dense_steps),
             dense_layers=self.dense_layers,
             calls=self.calls,
+            beyond=self.beyond,
         )
+
+    @property
+    def density(self) -> float:
+        """Returns the mean density of the sparse steps; of the mask if there are none."""
+        values = self.densities.values()
+        return sum(values) / len(values) if values else self.block_mask.density
+
+    @property
+    def recording_steps(self) -> tuple[int, ...]:
+        """Returns the dense steps at which layers choose blocks or keep residuals."""
+        attention = self.config.attention
+        used = (attention.selection, attention.far_field, attention.residual)
+        if attention.pattern == "dense" or (used[::2] == ("static", "none") and used[1] != "linear"):
+            return ()
+        return tuple(step for step in self.dense_steps if step + 1 in self.densities)
+
+    @cached_property
+    def beyond(self) -> Beyond:
+        """Counts what adaptive attention adds."""
+        attention, steps = self.config.attention, self.recording_steps
+        return beyond_mask(
+            self.model,
+            self.grid,
+            attention.block_size,
+            density=self.densities[steps[0] + 1] if steps else self.density,
+            steps=len(steps),
+            far_field="none" if attention.pattern == "dense" else attention.far_field,
+            measures=attention.selection != "static" or attention.far_field == "linear",
+            residual=attention.residual != "none",
+        )
+
+    def residual_bytes(self, kind: str, size: VideoSize | None = None) -> int:
+        """Predicts the memory of all residuals of a video in one process."""
+        grid, dtype = self.model.grid(size or self.size), getattr(torch, self.config.model.dtype)
+        width = self.model.heads, self.model.head_dim
+        options = {"block_size": self.config.attention.block_size, "itemsize": dtype.itemsize}
+        samples = 2 if self.config.model.family in BATCHED and self.calls > 1 else 1
+        calls = self.calls if samples == 1 else 1
+        layers = self.model.attention_layers(self.dense_layers)
+        return residual_bytes(kind, grid.video_tokens, *width, **options) * samples * calls * layers
 
     @cached_property
     def rank_work(self) -> RankWork:
@@ -145,11 +193,11 @@ class RunPlan:
 
     def cache_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `models.pipeline.caches.cached`."""
-        model, attention = self.config.model, self.config.attention
+        model, attention, steps = self.config.model, self.config.attention, self.config.generation.steps
         return {
             "kind": model.cache,
-            "steps": self.config.generation.steps,
-            "dense_steps": attention.dense_steps,
+            "steps": steps,
+            "dense_steps": next((s for s in range(steps) if s not in self.dense_steps), steps),
             "dense_last_steps": attention.dense_last_steps,
             "threshold": model.cache_threshold,
             "ratios": model.cache_ratios,
@@ -173,7 +221,7 @@ class RunPlan:
         self, size: VideoSize, device: str | None = None, tokens: int | None = None, **options: str
     ) -> Memory:
         """Predicts the peak of one process for another size, device, share or keys of the group `model`."""
-        return peak_memory(
+        need = peak_memory(
             self.model,
             size,
             replace(self.config.model, **options),
@@ -182,6 +230,9 @@ class RunPlan:
             device=device or self.device,
             tokens=tokens,
         )
+        kept = self.residual_bytes(self.config.attention.residual, size)
+        share = 1.0 if tokens is None else tokens / self.grid.video_tokens
+        return replace(need, activations=need.activations + share * kept)
 
     def nearest_fit(self, budget: float) -> str:
         """Names the nearest video that would need at most `budget` bytes."""
@@ -190,6 +241,15 @@ class RunPlan:
 
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
+        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS}
+        now = kinds[self.config.attention.residual]
+        fitting = [kind for kind, kept in kinds.items() if self.memory.total - now + kept <= budget]
+        if now and fitting:
+            return (
+                f"out of memory: attention.residual={self.config.attention.residual} takes {gib(now)} of "
+                f"about {gib(self.memory.total)} on {self.device}, but {gib(free)} are free; would fit: "
+                f"{', '.join(fitting)}"
+            )
         return (
             f"out of memory: generation.height={self.size.height} generation.width={self.size.width} "
             f"generation.num_frames={self.size.frames} need about {gib(self.memory.total)} on {self.device}, "
@@ -234,8 +294,10 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees.cfg)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
+    sigmas = noise_levels(path, config.model.family, config.generation.steps, config.generation.flow_shift)
+    dense = dense_steps(attention, config.generation.steps, sigmas)
     mask = solve_mask(attention, grid, references)
-    dense = dense_steps(attention, config.generation.steps)
+    densities = step_densities(config, grid, mask, sigmas)
     plan = RunPlan(
         config=config,
         model=model,
@@ -246,6 +308,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         loras=tuple(loras),
         mask=mask,
         dense_steps=dense,
+        densities=densities,
+        sigmas=sigmas,
         dense_layers=model.layers if attention.pattern == "dense" else attention.dense_layers,
         degrees=degrees,
     )
@@ -254,6 +318,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     quantize = None if attention.quantize == "none" else attention.quantize
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
+    call = replace(call, far_field="none" if attention.pattern == "dense" else attention.far_field)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
     texts = texts_of(config.generation, config.model.family, prompts)
     options = {"plain": config.generation.prompt_template == "plain", "fetch": not dry_run}
@@ -269,10 +334,75 @@ def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...
     return tuple(problems)
 
 
-def dense_steps(attention: AttentionConfig, steps: int) -> tuple[int, ...]:
-    """Returns the numbers of the denoising steps, from 0, that are dense in every layer."""
-    schedule = Schedule(attention.dense_steps, attention.dense_layers, attention.dense_last_steps, steps)
-    return tuple(s for s in range(steps) if attention.pattern == "dense" or schedule.is_dense(s, None))
+def schedule_of(attention: AttentionConfig, steps: int) -> Schedule:
+    """Returns which steps are dense, and the range of the density."""
+    density = read_density(attention.density)
+    counts = attention.dense_steps, attention.dense_layers, attention.dense_last_steps
+    return Schedule(*counts, steps, density if isinstance(density, tuple) else None)
+
+
+def dense_steps(attention: AttentionConfig, steps: int, sigmas: list[float] | None = None) -> tuple[int, ...]:
+    """Returns the numbers of the denoising steps, from 0, that are dense in every layer.
+
+    Raises UsageError if they depend on noise levels that are not known.
+    """
+    if attention.pattern == "dense":
+        return tuple(range(steps))
+    schedule = schedule_of(attention, steps)
+    if isinstance(schedule.dense_steps, AboveSigma) and sigmas is None:
+        raise UsageError(
+            f"attention.dense_steps: got {attention.dense_steps!r}, but the noise levels of this model are "
+            "not known before it is loaded; set generation.flow_shift, or give a number or share of steps"
+        )
+    return tuple(step for step in range(steps) if schedule.is_dense(step, None, sigmas))
+
+
+def step_densities(
+    config: Config, grid: TokenGrid, mask: RadialConfig, sigmas: list[float] | None
+) -> dict[int, float]:
+    """Returns the density of each step that is not dense, by number.
+
+    Raises UsageError for a density that no mask has, or below what every mask keeps, and for a selection or a
+    residual without a dense step before the first sparse one.
+    """
+    attention, steps = config.attention, config.generation.steps
+    dense = dense_steps(attention, steps, sigmas)
+    sparse = [step for step in range(steps) if step not in dense]
+    for name, plain in (("selection", "static"), ("residual", "none")):
+        got = getattr(attention, name)
+        if got != plain and sparse and sparse[0] == 0:
+            raise UsageError(
+                f"attention.{name}: got {got!r}, which needs a dense step before the first sparse one; set "
+                "attention.dense_steps=1 or more"
+            )
+    densities = schedule_of(attention, steps).densities(None, sigmas)
+    if not densities:
+        given = read_density(attention.density)
+        static = attention.selection == "static" or given is None
+        densities = dict.fromkeys(sparse, radial_mask(grid, mask).density if static and sparse else given)
+    elif attention.selection == "static":
+        densities = {step: _near(attention, grid, mask, density) for step, density in densities.items()}
+    if attention.selection != "static" and densities:
+        try:
+            tokens = grid.block_tokens(attention.block_size)
+            Budget(floor_blocks(grid, mask), tokens, list(densities.values()), attention.budget)
+        except ValueError as error:
+            raise UsageError(
+                f"attention.density: {str(error).removeprefix('density ')}; the blocks with text and the "
+                "diagonal are always kept"
+            ) from error
+    return densities
+
+
+def _near(attention: AttentionConfig, grid: TokenGrid, mask: RadialConfig, density: float) -> float:
+    """Returns the density of the static mask nearest to one of a range."""
+    try:
+        solved = resolve_near(grid, replace(mask, density=density))
+    except ValueError as error:
+        raise UsageError(
+            f"attention.density: got {attention.density}, but no mask has {density:.4g}: {error}"
+        ) from error
+    return radial_mask(grid, solved).density
 
 
 def radial_config(attention: MaskConfig, references: int = 0) -> RadialConfig:
@@ -281,6 +411,8 @@ def radial_config(attention: MaskConfig, references: int = 0) -> RadialConfig:
     With a sink every query also sees the frames of VACE's `references`, which come before the video's first.
     """
     options = {name: getattr(attention, name) for name in MASK_OPTIONS}
+    density = read_density(attention.density)
+    options["density"] = None if isinstance(density, tuple) else density
     if references and attention.sink:
         options["sink"] = references + 1
     return RadialConfig(**options)
@@ -292,6 +424,8 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> R
     Raises UsageError if the grid has no mask of that density, or if another pattern has none about as dense.
     """
     wanted = radial_config(attention, references)
+    if getattr(attention, "selection", "static") != "static":
+        wanted = replace(wanted, density=None)  # the heads choose; this mask is not used
     try:
         solved = resolve_density(grid, wanted)
     except ValueError as error:
@@ -309,7 +443,10 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> R
 def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict[str, Any]:
     """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
     names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
+    names += ("selection", "budget", "far_field", "residual")
     arguments = {name: getattr(attention, name) for name in names}
+    density = read_density(attention.density)
+    arguments["density_range"] = density if isinstance(density, tuple) else None
     quantize = None if attention.quantize == "none" else attention.quantize
     return arguments | {"config": radial_config(attention, references), "quantize": quantize}
 

@@ -46,6 +46,8 @@ def key(
     *,
     words: tuple[str, ...] = (),
     share: str | None = None,
+    form: str = "",
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Makes the field of a configuration key.
 
@@ -54,8 +56,10 @@ def key(
         choices: the allowed values; low: the smallest allowed number.
         words: texts that a key of numbers also takes.
         share: for a number above 0 up to 1, says which other values the key takes.
+        parse: makes the value of a key of several forms, which `form` names.
     """
     meta = {"help": help, "choices": choices, "low": low, "words": words, "share": share}
+    meta |= {"form": form, "parse": parse}
     return field(default=default, metadata=PLAIN | meta)
 
 
