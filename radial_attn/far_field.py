@@ -56,7 +56,7 @@ class Far:
         if far_field == "linear":
             video = slice(grid.video_tokens)
             whole = torch.einsum("bshd,bshe->bhde", key[:, video].float(), value[:, video].float())
-            means = torch.einsum("bkhd,bkhe,k->bhde", keys, values, counts.float())
+            means = torch.einsum("bkhd,bkhe->bhde", keys * counts[:, None, None], values)
             slope = (whole - means) / grid.video_tokens
         return cls(keys, values, bias, slope)
 
