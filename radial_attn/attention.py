@@ -43,8 +43,8 @@ def radial_attention(
         quantize: "int8" or "fp8" for products of 8-bit operands, on backends that offer it; no gradients.
         far_field: how a dropped block takes part: "none"; "mean" as one key, the mean of its video tokens,
             with their weight; "linear" also with the first-order term of far_field.py. Text is never pooled.
-        far_bias: added to the logarithm of a dropped block's weight, `[B or 1, H or 1, Q or 1, K]` of the K
-            blocks with video; None for no correction. It gets no gradients.
+        far_bias: added to the logarithm of a dropped block's weight, `[B, H, Q, K]` of the K blocks with
+            video, each of them or 1; None for no correction. It gets no gradients.
 
     Returns:
         `[B, S, H, D]` in the dtype of `query`. Under autocast for their device the inputs are first cast to
@@ -60,6 +60,7 @@ def radial_attention(
     _check_choice("backend", backend, BACKENDS)
     _check_choice("quantize", quantize, QUANTIZE)
     _check_choice("far_field", far_field, FAR_FIELDS)
+    _check_far_bias(far_bias, far_field, query, mask)
     lengths = _check_text_lengths(text_lengths, query.shape[0], mask)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -182,6 +183,19 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -
         )
     if mask.heads is not None and mask.heads != query.shape[2]:
         raise ValueError(f"heads must be the {mask.heads} of the per-head mask, got {query.shape[2]}")
+
+
+def _check_far_bias(bias: Tensor | None, far_field: str, query: Tensor, mask: BlockMask) -> None:
+    if bias is None:
+        return
+    if far_field == "none":
+        raise ValueError("far_bias needs a far field: set far_field to 'mean' or 'linear', or leave it out")
+    rows, keys = mask.blocks.shape[-1], -(-mask.grid.video_tokens // mask.block_size)
+    shape = query.shape[0], query.shape[2], rows, keys
+    if bias.ndim != 4 or any(x not in {y, 1} for x, y in zip(bias.shape, shape, strict=True)):
+        raise ValueError(f"far_bias must be {list(shape)}, each of them or 1, got {list(bias.shape)}")
+    if bias.device != query.device:
+        raise ValueError(f"far_bias must be on query's device {query.device}, got {bias.device}: move one")
 
 
 def _check_text_lengths(

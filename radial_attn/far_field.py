@@ -56,7 +56,7 @@ class Far:
         if far_field == "linear":
             video = slice(grid.video_tokens)
             whole = torch.einsum("bshd,bshe->bhde", key[:, video].float(), value[:, video].float())
-            means = torch.einsum("bkhd,bkhe,k->bhde", keys, values, counts.float())
+            means = torch.einsum("bkhd,bkhe->bhde", keys * counts[:, None, None], values)
             slope = (whole - means) / grid.video_tokens
         return cls(keys, values, bias, slope)
 
@@ -68,9 +68,11 @@ def video_counts(grid: TokenGrid, block_size: int) -> Tensor:
 
 def block_means(x: Tensor, grid: TokenGrid, block_size: int) -> Tensor:
     """Averages the video tokens of each block in float32, `[B, K, H, D]` of `[B, S, H, D]`."""
-    video = x[:, : grid.video_tokens].float()
-    blocks = F.pad(video, (0, 0, 0, 0, 0, -grid.video_tokens % block_size)).unflatten(1, (-1, block_size))
-    return blocks.sum(2) / video_counts(grid, block_size).to(x.device)[:, None, None]
+    video, missing = x[:, : grid.video_tokens].float(), -grid.video_tokens % block_size
+    if missing:
+        video = F.pad(video, (0, 0, 0, 0, 0, missing))
+    counts = video_counts(grid, block_size).to(x.device)
+    return video.unflatten(1, (-1, block_size)).sum(2) / counts[:, None, None]
 
 
 @torch.compiler.disable

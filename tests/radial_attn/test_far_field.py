@@ -100,6 +100,33 @@ def test_few_rows_at_a_time(monkeypatch):
 
 
 @forms
+@pytest.mark.parametrize("backend", ["blocks", "cpp"])
+def test_compiled_code_goes_around_it(backend, far_field):
+    mask, (*inputs, grad) = some_mask(TEXT, 16, 2), tensors(TEXT)
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def run(query, key, value):
+        options = {"backend": backend, "far_field": far_field, "text_lengths": [9, 4]}
+        return radial_attention(2 * query, key, value, mask, **options).sin()
+
+    plain, compiled = run(*inputs), torch.compile(run, backend="aot_eager")(*inputs)
+    results = [[out, *torch.autograd.grad(out, inputs, grad)] for out in (plain, compiled)]
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 10), (2, 1, 1, 10), (1, 2, 10, 10), (1, 1, 10, 1)])
+def test_a_bias_for_all_samples_heads_or_rows(shape):
+    mask, (*inputs, _) = some_mask(VIDEO, 16), tensors(VIDEO)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    wanted = defined(inputs, mask, "mean", bias=bias.expand(2, 2, 10, 10), scale=0.3)
+    for backend in ("blocks", "cpp"):
+        options = {"backend": backend, "far_field": "mean", "far_bias": bias, "scale": 0.3}
+        out = radial_attention(*inputs, mask, **options)
+        torch.testing.assert_close(out.double(), wanted, atol=2e-6, rtol=0)
+
+
+@forms
 def test_a_dense_mask_has_no_far_field(far_field):
     mask = BlockMask.from_blocks(VIDEO, torch.ones(10, 10, dtype=torch.bool), 16)
     inputs = tensors(VIDEO)[:3]
@@ -134,6 +161,12 @@ def test_the_slope_is_zero_for_equal_values():
             {"far_field": "mean", "backend": "reference", "quantize": "int8"},
             "has no far_field='mean' with quantize='int8'",
         ),
+        (
+            {"far_field": "mean", "far_bias": torch.zeros(1, 3, 1, 10)},
+            r"far_bias must be \[2, 2, 10, 10\], each of them or 1, got \[1, 3, 1, 10\]",
+        ),
+        ({"far_field": "mean", "far_bias": torch.zeros(10, 10)}, r"far_bias must be .* got \[10, 10\]"),
+        ({"far_bias": torch.zeros(1, 1, 1, 10)}, "far_bias needs a far field: set far_field to 'mean'"),
     ],
 )
 def test_refusals(options, message):

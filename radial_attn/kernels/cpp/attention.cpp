@@ -103,13 +103,15 @@ struct Forward {
         far->panels_of(bias, own.means);
         over_chunks(own.means, [&](const Index* which, int count) {
             scores_of(scores, own.query.data(), rows, far->keys + head, which, count, wide);
+            alignas(64) float more[SCORES];
             for (int i = 0; i < count; ++i)
-                for (Index j = 0, at = which[i] * PANEL; j < PANEL; ++j, ++at) {
-                    float more = at < far->is.tokens ? bias[at] : -INF;
-                    for (int r = 0; r < rows; ++r) scores[r * SCORES + i * PANEL + j] += more;
-                }
-            for (int r = 0; r < rows; ++r)
-                soften(scores + r * SCORES, count * PANEL, largest[r], total[r], &own.out[r * wide], wide);
+                for (Index j = 0, at = which[i] * PANEL; j < PANEL; ++j, ++at)
+                    more[i * PANEL + j] = at < far->is.tokens ? bias[at] : -INF;
+            for (int r = 0; r < rows; ++r) {
+                float* row = scores + r * SCORES;
+                for (int j = 0; j < count * PANEL; j += LANES) store(row + j, load(row + j) + load(more + j));
+                soften(row, count * PANEL, largest[r], total[r], &own.out[r * wide], wide);
+            }
             add_weighted(own.out.data(), scores, rows, far->values + head, which, count, wide);
         });
         for (int r = 0; far->first && r < rows && first + r < is.tokens; ++r) {

@@ -17,6 +17,7 @@ from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton import tiles
 from radial_attn.kernels.triton.configs import Launch
 from tests.support.attention_cases import GRIDS, compare, make_inputs, make_mask, run
+from tests.support.far_cases import defined, some_mask
 from tests.support.partial_cases import agree, make, some_blocks
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +37,18 @@ def test_text_padding(lengths):
     grid = GRIDS[111]
     inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
     compare("triton", inputs, mask, torch.float32, text_lengths=lengths)
+
+
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+@pytest.mark.parametrize(("heads", "lengths"), [(2, [0, 4]), (None, None)])
+def test_far_field(heads, lengths, far_field):
+    """Dropped blocks enter by the log-sum-exp of the kernel; the last block holds video and text."""
+    grid = GRIDS[111]
+    inputs, mask = make_inputs(grid, 2, 2, 64)[:3], some_mask(grid, 16, heads)
+    options = {"text_lengths": lengths, "scale": 0.3, "far_field": far_field}
+    out = radial_attention(*inputs, mask, backend="triton", **options)
+    wanted = defined(inputs, mask, far_field, lengths=lengths, scale=0.3)
+    torch.testing.assert_close(out.double(), wanted, atol=5e-6, rtol=0)
 
 
 def test_rows_of_padded_text_are_zero():
