@@ -63,7 +63,7 @@ def check_adaptive(config: Config) -> None:
         raise UsageError(
             "attention.selection: got 'profile', which is not there yet; allowed: static, dense_step"
         )
-    if chosen and attention.pattern != "radial":
+    if chosen and attention.pattern not in ("radial", "dense"):
         raise UsageError(
             f"attention.pattern: got {attention.pattern!r}, which does not work with attention.selection="
             f"{attention.selection}: the heads choose their own blocks; set attention.pattern=radial"

@@ -443,7 +443,8 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> R
 def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict[str, Any]:
     """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
     names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
-    names += ("selection", "budget", "far_field", "residual")
+    if attention.pattern != "dense":  # which has no blocks to choose and drops none
+        names += ("selection", "budget", "far_field", "residual")
     arguments = {name: getattr(attention, name) for name in names}
     density = read_density(attention.density)
     arguments["density_range"] = density if isinstance(density, tuple) else None

@@ -80,6 +80,15 @@ def test_the_dense_pattern_saves_nothing():
     assert flops.dense == flops.sparse
 
 
+def test_a_dense_run_beside_an_adaptive_one_takes_its_keys():
+    """Every comparison makes one: of the keys of adaptive attention it uses none."""
+    words = ["selection=dense_step", "residual=int8", "far_field=mean", "dense_steps=1", "pattern=dense"]
+    plan = plan_of(read_config(TINY, [f"attention.{word}" for word in words]), TOY)
+    assert plan.flops.dense == plan.flops.sparse and plan.recording_steps == ()
+    adaptive = {"selection", "residual", "far_field", "budget"}
+    assert not adaptive & planning.attention_arguments(plan.config.attention).keys()
+
+
 def test_memory_of_the_14b_preset_is_that_of_an_80_gib_card():
     """Weights take 38 GiB. The paper runs this setting on one 80 GB H100."""
     need = plan_of(read_config(FULL, []), device="cuda").memory
