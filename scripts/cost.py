@@ -18,8 +18,8 @@ from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from scripts.benchmarks.timing import medians_in_turn
 from scripts.evaluation.cost import PRESETS, Rates, curves, read, sparsities
 from scripts.evaluation.cost_tables import draw, lines
+from scripts.run.attention import radial_config
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
-from scripts.run.plan import radial_config
 from scripts.run.results import OUT, head, publish, results_file
 
 REPEATS = 3

@@ -45,8 +45,8 @@ def read_dense_steps(value: Any) -> DenseSteps:
             value = AboveSigma(text.removeprefix("sigma>"))
         elif text.endswith("%"):
             value = float(text.removesuffix("%")) / 100
-        elif text.startswith("["):
-            value = [int(part) for part in text.strip("[]").split(",")]
+        elif text[:1] + text[-1:] == "[]":
+            value = [int(part) for part in text[1:-1].split(",")]
         elif text:
             value = float(text) if "." in text else int(text)
     except ValueError:

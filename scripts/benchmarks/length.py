@@ -19,9 +19,10 @@ from radial_attn.models.training.flow import predict_velocity
 from scripts.benchmarks.timing import medians_in_turn
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import SizePlan, TrainPlan
+from scripts.run.attention import attention_arguments
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError, positive
-from scripts.run.plan import RunPlan, attention_arguments, make_plan
+from scripts.run.plan import RunPlan, make_plan
 from scripts.run.results import document, subplots, table
 from scripts.run.system import hardware, versions
 

@@ -17,11 +17,12 @@ from radial_attn.masks.density_curve import density_curve
 from radial_attn.models import apply_radial_attention
 from scripts.evaluation.metrics import psnr, ssim
 from scripts.evaluation.recall import KINDS, Readings
+from scripts.run.attention import attention_arguments
 from scripts.run.config import ROOT, AttentionConfig, Config
 from scripts.run.digest import digest
 from scripts.run.errors import UsageError
 from scripts.run.files import replacing
-from scripts.run.plan import RunPlan, attention_arguments, make_plan
+from scripts.run.plan import RunPlan, make_plan
 from scripts.run.results import note_damage, read_json, write_json
 from scripts.run.sampler import Sampler, sample, to_bytes
 from scripts.run.system import hardware, synchronizer

@@ -20,11 +20,12 @@ from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import sample_rows
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime.observe import Seen
+from scripts.run.attention import attention_arguments
 from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.families import HUNYUAN
 from scripts.run.files import replacing
-from scripts.run.plan import RunPlan, attention_arguments
+from scripts.run.plan import RunPlan
 from scripts.run.results import note_damage, read_tensors
 from scripts.run.sampler import Sampler, reported_choices, sample
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radial_attn import radial_mask
+from scripts.run.attention import radial_config, solve_mask
 from scripts.run.config import VideoSize, read_config
 from scripts.run.option_checks import check_size
-from scripts.run.plan import RunPlan, make_plan, radial_config, solve_mask
+from scripts.run.plan import RunPlan, make_plan
 
 PRESETS = {
     "wan_tiny": "configs/wan_tiny.yaml",

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from scripts.run.config import NUMBERS_FORM, Config, numbers
+from scripts.run.config import Config
 from scripts.run.errors import UsageError
 from scripts.run.schema import Schema, TextLoader, key, listing
+from scripts.run.values import NUMBERS_FORM, numbers
 
 DENSE = "dense"
 GROUPS = ("attention.", "model.")  # a setting may change keys of these groups

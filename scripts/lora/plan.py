@@ -11,6 +11,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
+from scripts.run.attention import radial_config, solve_mask
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
@@ -22,7 +23,6 @@ from scripts.run.machine_checks import find_device, missing_kernels
 from scripts.run.memory import BLOCKS_AT_ONCE, DTYPE_BYTES, GIB, HOST_BYTES
 from scripts.run.model_info import ModelInfo
 from scripts.run.option_checks import check_frames, check_layers, check_size
-from scripts.run.plan import radial_config, solve_mask
 from scripts.run.processes import local_processes, processes
 from scripts.run.system import room
 

@@ -124,7 +124,7 @@ def choose_preset(
     if not torch.cuda.is_available():
         return bundled, overrides, "no CUDA device here"
     from scripts.run.memory import gib
-    from scripts.run.plan import memory_needs
+    from scripts.run.preset_needs import memory_needs
     from scripts.run.system import room
 
     gpu, free, host = torch.cuda.get_device_name(), room("cuda"), room("cpu")

@@ -7,10 +7,11 @@ from typing import Any
 
 from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
+from scripts.run.attention import radial_config
 from scripts.run.config import Config, keys
 from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
-from scripts.run.plan import RunPlan, radial_config
+from scripts.run.plan import RunPlan
 from scripts.run.system import pairs
 
 LITTLE = 0.5  # below this share of the operations, the cost of attention hardly matters
@@ -92,8 +93,9 @@ def _noise(plan: RunPlan) -> str:
     """Returns the noise levels of the dense steps: `, sigma 1 to 0.94`."""
     if not plan.dense_steps or plan.sigmas is None or len(plan.dense_steps) == len(plan.sigmas):
         return ""
-    levels = [plan.sigmas[step] for step in plan.dense_steps]
-    return f", sigma {levels[0]:.3g} to {levels[-1]:.3g}"
+    levels = [f"{plan.sigmas[step]:.3g}" for step in plan.dense_steps]
+    run = len(levels) > 1 and plan.dense_steps[-1] == plan.dense_steps[0] + len(levels) - 1
+    return f", sigma {f'{levels[0]} to {levels[-1]}' if run else ', '.join(levels)}"
 
 
 def describe_adaptive(plan: RunPlan) -> dict[str, str]:

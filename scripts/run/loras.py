@@ -14,11 +14,12 @@ from radial_attn.models.lora.keys import Match, Shape
 from radial_attn.models.lora.load import Lora, UnmatchedKeysError, load_loras, match_lora
 from radial_attn.models.pipeline.load import is_local
 from radial_attn.models.runtime.transformers import NAMES
-from scripts.run.config import ROOT, LoraConfig, ModelConfig, find_path
+from scripts.run.config import ROOT, ModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import sha256
 from scripts.run.hub_models import HUB_MODELS
 from scripts.run.model_info import ModelInfo
+from scripts.run.values import LoraConfig
 
 MOST_NAMES = 5
 WAN_CLASS = "WanTransformer3DModel"

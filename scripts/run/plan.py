@@ -10,14 +10,15 @@ import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
-from radial_attn.masks.density import resolve_density, resolve_near
-from radial_attn.masks.patterns import COMPARED
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import noise_levels
-from radial_attn.models.runtime.schedule import AboveSigma, Schedule, read_density
 from radial_attn.residual import RESIDUALS, residual_bytes
-from radial_attn.selection import Budget, floor_blocks
-from scripts.run.config import AttentionConfig, Config, MaskConfig, VideoSize
+from scripts.run.attention import (
+    dense_steps,
+    solve_mask,
+    step_densities,
+)
+from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
 from scripts.run.families import BATCHED, calls_per_step, position_arguments
@@ -48,8 +49,6 @@ from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
 from scripts.run.prompt_notes import prompt_notes, texts_of
 from scripts.run.system import room, total_memory
-
-MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
 
 
 @dataclass(frozen=True)
@@ -297,7 +296,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     sigmas = noise_levels(path, config.model.family, config.generation.steps, config.generation.flow_shift)
     dense = dense_steps(attention, config.generation.steps, sigmas)
     mask = solve_mask(attention, grid, references)
-    densities = step_densities(config, grid, mask, sigmas)
+    densities = step_densities(attention, config.generation.steps, grid, mask=mask, sigmas=sigmas)
     plan = RunPlan(
         config=config,
         model=model,
@@ -332,141 +331,6 @@ def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...
         for problem in problems:
             raise UsageError(problem)
     return tuple(problems)
-
-
-def schedule_of(attention: AttentionConfig, steps: int) -> Schedule:
-    """Returns which steps are dense, and the range of the density."""
-    density = read_density(attention.density)
-    counts = attention.dense_steps, attention.dense_layers, attention.dense_last_steps
-    return Schedule(*counts, steps, density if isinstance(density, tuple) else None)
-
-
-def dense_steps(attention: AttentionConfig, steps: int, sigmas: list[float] | None = None) -> tuple[int, ...]:
-    """Returns the numbers of the denoising steps, from 0, that are dense in every layer.
-
-    Raises UsageError if they depend on noise levels that are not known.
-    """
-    if attention.pattern == "dense":
-        return tuple(range(steps))
-    schedule = schedule_of(attention, steps)
-    if isinstance(schedule.dense_steps, AboveSigma) and sigmas is None:
-        raise UsageError(
-            f"attention.dense_steps: got {attention.dense_steps!r}, but the noise levels of this model are "
-            "not known before it is loaded; set generation.flow_shift, or give a number or share of steps"
-        )
-    return tuple(step for step in range(steps) if schedule.is_dense(step, None, sigmas))
-
-
-def step_densities(
-    config: Config, grid: TokenGrid, mask: RadialConfig, sigmas: list[float] | None
-) -> dict[int, float]:
-    """Returns the density of each step that is not dense, by number.
-
-    Raises UsageError for a density that no mask has, or below what every mask keeps, and for a selection or a
-    residual without a dense step before the first sparse one.
-    """
-    attention, steps = config.attention, config.generation.steps
-    dense = dense_steps(attention, steps, sigmas)
-    sparse = [step for step in range(steps) if step not in dense]
-    for name, plain in (("selection", "static"), ("residual", "none")):
-        got = getattr(attention, name)
-        if got != plain and sparse and sparse[0] == 0:
-            raise UsageError(
-                f"attention.{name}: got {got!r}, which needs a dense step before the first sparse one; set "
-                "attention.dense_steps=1 or more"
-            )
-    densities = schedule_of(attention, steps).densities(None, sigmas)
-    if not densities:
-        given = read_density(attention.density)
-        static = attention.selection == "static" or given is None
-        densities = dict.fromkeys(sparse, radial_mask(grid, mask).density if static and sparse else given)
-    elif attention.selection == "static":
-        densities = {step: _near(attention, grid, mask, density) for step, density in densities.items()}
-    if attention.selection != "static" and densities:
-        try:
-            tokens = grid.block_tokens(attention.block_size)
-            Budget(floor_blocks(grid, mask), tokens, list(densities.values()), attention.budget)
-        except ValueError as error:
-            raise UsageError(
-                f"attention.density: {str(error).removeprefix('density ')}; the blocks with text and the "
-                "diagonal are always kept"
-            ) from error
-    return densities
-
-
-def _near(attention: AttentionConfig, grid: TokenGrid, mask: RadialConfig, density: float) -> float:
-    """Returns the density of the static mask nearest to one of a range."""
-    try:
-        solved = resolve_near(grid, replace(mask, density=density))
-    except ValueError as error:
-        raise UsageError(
-            f"attention.density: got {attention.density}, but no mask has {density:.4g}: {error}"
-        ) from error
-    return radial_mask(grid, solved).density
-
-
-def radial_config(attention: MaskConfig, references: int = 0) -> RadialConfig:
-    """Returns the group `attention` as the method's own options.
-
-    With a sink every query also sees the frames of VACE's `references`, which come before the video's first.
-    """
-    options = {name: getattr(attention, name) for name in MASK_OPTIONS}
-    density = read_density(attention.density)
-    options["density"] = None if isinstance(density, tuple) else density
-    if references and attention.sink:
-        options["sink"] = references + 1
-    return RadialConfig(**options)
-
-
-def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> RadialConfig:
-    """Returns the options of the mask with `attention.density` solved for this grid.
-
-    Raises UsageError if the grid has no mask of that density, or if another pattern has none about as dense.
-    """
-    wanted = radial_config(attention, references)
-    if getattr(attention, "selection", "static") != "static":
-        wanted = replace(wanted, density=None)  # the heads choose; this mask is not used
-    try:
-        solved = resolve_density(grid, wanted)
-    except ValueError as error:
-        raise UsageError(f"attention.density: got {wanted.density:g}, which no mask has: {error}") from error
-    try:
-        if solved.pattern in COMPARED:
-            radial_mask(grid, solved)  # raises if there is none; the mask is cached
-    except ValueError as error:
-        raise UsageError(
-            f"attention.pattern: got {solved.pattern!r}, which has no mask about as dense: {error}"
-        ) from error
-    return solved
-
-
-def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict[str, Any]:
-    """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
-    names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
-    if attention.pattern != "dense":  # which has no blocks to choose and drops none
-        names += ("selection", "budget", "far_field", "residual")
-    arguments = {name: getattr(attention, name) for name in names}
-    density = read_density(attention.density)
-    arguments["density_range"] = density if isinstance(density, tuple) else None
-    quantize = None if attention.quantize == "none" else attention.quantize
-    return arguments | {"config": radial_config(attention, references), "quantize": quantize}
-
-
-def memory_needs(config: Config) -> tuple[float, float]:
-    """Predicts the bytes of GPU and host memory that a configuration needs on a GPU; reads no weights.
-
-    Raises UsageError for values, sizes and models that no machine takes. Dense steps and layers are not
-    checked, as they take no memory.
-    """
-    attention = replace(config.attention, dense_steps=0, dense_layers=0, dense_last_steps=0)
-    config, generation = replace(config, attention=attention), config.generation
-    check_options(config)
-    model = read_model_info(find_model(config.model))
-    check_model_options(config, model)
-    calls = calls_per_step(config.model.family, generation)
-    options = {"calls": calls, "block_size": attention.block_size, "device": "cuda"}
-    gpu = peak_memory(model, generation.size, config.model, **options)
-    return gpu.total, host_bytes(model, config.model)
 
 
 def check_model_options(config: Config, model: ModelInfo) -> None:

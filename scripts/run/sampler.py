@@ -20,6 +20,7 @@ from radial_attn.models.pipeline.load import is_local, load_pipeline
 from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
+from scripts.run.attention import attention_arguments
 from scripts.run.config import Config
 from scripts.run.errors import GenerationError, UsageError, one_line, raised_in
 from scripts.run.families import batch, pipeline_arguments
@@ -27,7 +28,7 @@ from scripts.run.hub_models import hub_unreachable
 from scripts.run.loras import put_in
 from scripts.run.machine_checks import is_out_of_memory
 from scripts.run.outputs import resolved, unwritable, write_pair
-from scripts.run.plan import RunPlan, attention_arguments
+from scripts.run.plan import RunPlan
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
 from scripts.run.system import Clock, hardware, peak_memory, room, synchronizer, timed, versions
 

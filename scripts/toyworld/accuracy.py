@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from radial_attn.models import RadialAttentionHandle, apply_radial_attention
+from scripts.run.attention import attention_arguments, dense_steps
 from scripts.run.config import Config
 from scripts.run.files import write_text
 from scripts.run.inputs import NEED_IMAGE
-from scripts.run.plan import attention_arguments, dense_steps
 from scripts.run.results import read_json
 from scripts.run.sampler import sample
 from scripts.run.system import synchronizer

@@ -17,10 +17,11 @@ from scripts.analyse_attention import main, planned
 from scripts.evaluation import attention_run as analyse_run
 from scripts.evaluation.attention_report import stacked, thinned
 from scripts.evaluation.attention_run import Looks, gather
-from scripts.run.config import LoraConfig, read_config
-from scripts.run.plan import attention_arguments
+from scripts.run.attention import attention_arguments
+from scripts.run.config import read_config
 from scripts.run.results import write_json
 from scripts.run.sampler import Sampler, sample
+from scripts.run.values import LoraConfig
 from tests.support.map_cases import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"

@@ -20,8 +20,9 @@ from scripts.evaluation.tables import content as found_in
 from scripts.evaluation.tables import explained, table
 from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
 from scripts.run import sampler as video
+from scripts.run.attention import attention_arguments, radial_config
 from scripts.run.config import ROOT, read_config
-from scripts.run.plan import attention_arguments, make_plan, radial_config
+from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler, sample, to_bytes
 from tests.support.script_cases import timeless
 

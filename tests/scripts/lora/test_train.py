@@ -15,7 +15,7 @@ from scripts.lora.config import SCHEMA
 from scripts.lora.plan import plan_training
 from scripts.lora.setup import prepared
 from scripts.lora.step import learning_rate, noise_levels
-from scripts.run.plan import radial_config
+from scripts.run.attention import radial_config
 from tests.support.lora_cases import (
     CAPTIONS,
     FILE,

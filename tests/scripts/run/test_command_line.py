@@ -20,7 +20,7 @@ from scripts.run.command_line import (
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
 from scripts.run.memory import GIB
-from scripts.run.plan import memory_needs
+from scripts.run.preset_needs import memory_needs
 from tests.support.plans import plan_of
 
 HUNYUAN, HUNYUAN_TINY = "configs/hunyuan_t2v.yaml", "configs/hunyuan_tiny.yaml"

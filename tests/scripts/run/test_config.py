@@ -15,17 +15,17 @@ from radial_attn.kernels.contract import QUANTIZE
 from radial_attn.models.pipeline.load import FAMILIES
 from radial_attn.models.pipeline.rope_scaling import METHODS
 from radial_attn.models.runtime.output_check import CHECKS
+from scripts.run.attention import attention_arguments, radial_config
 from scripts.run.config import ROOT, AttentionConfig, keys, read_config
 from scripts.run.errors import UsageError, multiples_around, nearest_key, one_line
 from scripts.run.option_checks import check_options
-from scripts.run.plan import attention_arguments, radial_config
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = "configs/wan_tiny.yaml"
 OPTIONAL = {
     "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
     "cache_ratios positions positions_frames",
-    "attention": "density",
+    "attention": "density selection budget far_field residual",
     "generation": "prompt_file image last_image video mask reference_images guidance_scale_2 true_cfg_scale "
     "prompt_template seeds",
     "output": "overwrite",
@@ -77,7 +77,7 @@ def test_choices_are_those_of_the_packages_below():
 def test_every_key_of_attention_reaches_the_model():
     config = read_config(TINY, ["attention.quantize=int8", "attention.check=nan"])
     options = attention_arguments(config.attention)
-    given = set(options) - {"config"} | set(asdict(options["config"]))
+    given = set(options) - {"config", "density_range"} | set(asdict(options["config"]))
     assert given == set(asdict(config.attention))
     assert (options["quantize"], options["check"]) == ("int8", "nan")
     assert attention_arguments(read_config(TINY, []).attention)["quantize"] is None

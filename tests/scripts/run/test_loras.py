@@ -11,9 +11,10 @@ import torch
 from radial_attn.models.lora.load import EXPERTS, MODES, UNMATCHED
 from scripts.generate import main
 from scripts.run.command_line import TINY_PRESET, Command, choose_config, parse
-from scripts.run.config import EXPERTS as NAMED_EXPERTS
-from scripts.run.config import ROOT, LoraConfig, keys, read_config
+from scripts.run.config import ROOT, keys, read_config
 from scripts.run.loras import find_loras
+from scripts.run.values import EXPERTS as NAMED_EXPERTS
+from scripts.run.values import LoraConfig
 from tests.support.script_cases import refused
 from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_lora import random_distilled, random_pairs, spell, write

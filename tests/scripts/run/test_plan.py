@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.run import plan as planning
+from scripts.run.attention import attention_arguments
 from scripts.run.config import ROOT, VideoSize, read_config
 from scripts.run.describe import describe_plan, describe_start, notes
 from scripts.run.errors import UsageError
@@ -86,7 +87,7 @@ def test_a_dense_run_beside_an_adaptive_one_takes_its_keys():
     plan = plan_of(read_config(TINY, [f"attention.{word}" for word in words]), TOY)
     assert plan.flops.dense == plan.flops.sparse and plan.recording_steps == ()
     adaptive = {"selection", "residual", "far_field", "budget"}
-    assert not adaptive & planning.attention_arguments(plan.config.attention).keys()
+    assert not adaptive & attention_arguments(plan.config.attention).keys()
 
 
 def test_memory_of_the_14b_preset_is_that_of_an_80_gib_card():
