@@ -26,6 +26,7 @@ from scripts.lora.plan import TrainPlan, unknown_targets
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import user_path
+from scripts.run.hub_models import expert_boundary
 from scripts.run.processes import processes
 
 
@@ -74,7 +75,7 @@ def prepared(plan: TrainPlan) -> Iterator[tuple[Run, Checkpoints]]:
             rank=accelerator.process_index // ulysses,
             world=world // ulysses,
             average={name: x.detach().clone() for name, x in trained.items()} if config.train.ema else None,
-            boundary=_boundary(plan.path),
+            boundary=expert_boundary(plan.path),
             leads=accelerator.process_index % ulysses == 0,
         )
         yield run, checkpoints
@@ -91,17 +92,6 @@ def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, Sequence
     if ulysses == 1:
         return accelerator, None
     return accelerator, SequenceParallel(import_xfuser(device).get_sp_group().ulysses_group)
-
-
-def _boundary(path: str) -> float | None:
-    """Returns the noise level at which Wan2.2 changes its expert, None with one expert."""
-    ratio = read_index(path).get("boundary_ratio")
-    if ratio is None or (isinstance(ratio, float) and 0 < ratio < 1):
-        return ratio
-    raise UsageError(
-        f"model.path: model_index.json gives {ratio!r:.40} as boundary_ratio, must be null or from 0 to 1; "
-        "download it again"
-    )
 
 
 def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, list[int]], list[int]]:

@@ -21,10 +21,16 @@ def schedule_of(attention: AttentionConfig, steps: int) -> Schedule:
     return Schedule(*counts, steps, density if isinstance(density, tuple) else None)
 
 
-def dense_steps(attention: AttentionConfig, steps: int, sigmas: list[float] | None = None) -> tuple[int, ...]:
+def dense_steps(
+    attention: AttentionConfig,
+    steps: int,
+    sigmas: list[float] | None = None,
+    boundary: float | None = None,
+) -> tuple[int, ...]:
     """Returns the numbers of the denoising steps, from 0, that are dense in every layer.
 
-    Raises UsageError if they depend on noise levels that are not known.
+    The second expert of Wan2.2, below the noise level `boundary`, begins with a dense step if its layers
+    choose blocks or keep residuals. Raises UsageError if they depend on noise levels that are not known.
     """
     if attention.pattern == "dense":
         return tuple(range(steps))
@@ -34,18 +40,25 @@ def dense_steps(attention: AttentionConfig, steps: int, sigmas: list[float] | No
             f"attention.dense_steps: got {attention.dense_steps!r}, but the noise levels of this model are "
             "not known before it is loaded; set generation.flow_shift, or give a number or share of steps"
         )
-    return tuple(step for step in range(steps) if schedule.is_dense(step, None, sigmas))
+    dense = {step for step in range(steps) if schedule.is_dense(step, None, sigmas)}
+    if boundary is not None and sigmas is not None and keeps_state(attention):
+        dense |= set([step for step, sigma in enumerate(sigmas) if sigma < boundary][:1])
+    return tuple(sorted(dense))
+
+
+def keeps_state(attention: AttentionConfig) -> bool:
+    """Tells whether sparse steps need what a dense step before them kept."""
+    return attention.selection == "dense_step" or attention.residual != "none"
 
 
 def step_densities(
-    attention: AttentionConfig, steps: int, grid: TokenGrid, *, mask: RadialConfig, sigmas: list[float] | None
+    attention: AttentionConfig, dense: tuple[int, ...], grid: TokenGrid, *, steps: int, mask: RadialConfig
 ) -> dict[int, float]:
     """Returns the density of each step that is not dense, by number.
 
     Raises UsageError for a density that no mask has, or below what every mask keeps, and for a selection or a
     residual without a dense step before the first sparse one.
     """
-    dense = dense_steps(attention, steps, sigmas)
     sparse = [step for step in range(steps) if step not in dense]
     for name, plain in (("selection", "static"), ("residual", "none")):
         got = getattr(attention, name)
@@ -54,7 +67,8 @@ def step_densities(
                 f"attention.{name}: got {got!r}, which needs a dense step before the first sparse one; set "
                 "attention.dense_steps=1 or more"
             )
-    densities = schedule_of(attention, steps).densities(None, sigmas)
+    listed = replace(schedule_of(attention, steps), dense_steps=dense or 0, dense_last_steps=0)
+    densities = listed.densities(None)
     if not densities:
         given = read_density(attention.density)
         static = attention.selection == "static" or given is None

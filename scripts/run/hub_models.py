@@ -192,3 +192,14 @@ def find_model(options: AnyModelConfig) -> str:
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"model.path: got {options.path!r}: {one_line(error)}") from error
     return path
+
+
+def expert_boundary(path: str) -> float | None:
+    """Returns the noise level at which Wan2.2 changes its expert, None with one expert."""
+    ratio = read_index(path).get("boundary_ratio")
+    if ratio is None or (isinstance(ratio, float) and 0 < ratio < 1):
+        return ratio
+    raise UsageError(
+        f"model.path: model_index.json gives {ratio!r:.40} as boundary_ratio, must be null or from 0 to 1; "
+        "download it again"
+    )

@@ -1,0 +1,85 @@
+"""The group attention: dense steps, densities of the others, and what adaptive attention costs."""
+
+import pytest
+
+from radial_attn.residual import residual_bytes
+from radial_attn.selection import block_rows
+from scripts.run.attention import dense_steps, step_densities
+from scripts.run.config import read_config
+from scripts.run.describe import describe_plan
+from scripts.run.plan import make_plan
+
+TINY = "configs/wan_tiny.yaml"
+ADAPTIVE = [
+    "attention.selection=dense_step",
+    "attention.far_field=linear",
+    "attention.dense_steps=[0, 1, 10]",
+    "attention.density=0.25",
+]
+
+
+def attention(*words: str):
+    return read_config(TINY, [f"attention.{word}" for word in words]).attention
+
+
+def test_the_second_expert_begins_with_a_dense_step():
+    sigmas = [1.0, 0.95, 0.9, 0.8, 0.5]
+    chosen = attention("selection=dense_step", "dense_steps=1")
+    assert dense_steps(chosen, 5, sigmas, boundary=0.9) == (0, 3)
+    assert dense_steps(chosen, 5, sigmas, boundary=None) == (0,)
+    assert dense_steps(attention("dense_steps=1"), 5, sigmas, boundary=0.9) == (0,)
+
+
+def test_noise_levels_choose_the_dense_steps():
+    plan = make_plan(read_config(TINY, ["attention.dense_steps=sigma>0.95"]), dry_run=True)
+    assert plan.dense_steps == tuple(step for step, sigma in enumerate(plan.sigmas) if sigma > 0.95)
+    assert 0 < len(plan.dense_steps) < 20
+
+
+def test_densities_of_a_static_range_are_those_of_masks():
+    plan = make_plan(read_config(TINY, ["attention.density={start: 0.6, end: 0.3}"]), dry_run=True)
+    values = list(plan.densities.values())
+    assert len(values) == 20 and values == sorted(values, reverse=True)
+    assert values[0] == pytest.approx(0.6, rel=0.1) and values[-1] == pytest.approx(0.3, rel=0.3)
+
+
+def test_adaptive_attention_is_counted():
+    plan = make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=int8"]), dry_run=True)
+    assert plan.dense_steps == (0, 1, 10) and plan.recording_steps == (1, 10)
+    assert set(plan.densities.values()) == {0.25} and len(plan.densities) == 17
+    one = plan.flops.dense / 20
+    far = 36 / 576 + 48 / 576  # pooled keys, and the first-order matrix
+    rows = len(block_rows(plan.grid, 16)) / 576 * (1 + 36 / 576)
+    wanted = 3 + 17 * (0.25 + far) + 2 * (rows + 0.25 + far)
+    assert plan.flops.sparse / one == pytest.approx(wanted)
+    kept = residual_bytes("int8", 576, 4, 48, block_size=16, itemsize=4) * 6 * 2
+    assert plan.residual_bytes("int8") == kept
+    plain = make_plan(read_config(TINY, ADAPTIVE), dry_run=True)
+    assert plan.memory.total - plain.memory.total == pytest.approx(kept)
+
+
+def test_the_dry_run_shows_it():
+    text = describe_plan(make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=mean"]), dry_run=True))
+    for words in (
+        "density       0.2500 (chosen)",
+        "dense steps   3 of 20 (0-1, 10), sigma 1, 0.983, 0.75",
+        "selection     each head at step 1, 10, budget shared by a layer; ",
+        "far field     linear, ",
+        "residual      mean, ",
+    ):
+        assert words in text
+
+
+def test_a_small_share_of_the_operations_measures_the_blocks():
+    """Asks for at most 1 % of the run, on the bundled model and at the real size."""
+    for preset in ("configs/wan_tiny_adaptive.yaml", "configs/wan2.1_t2v_14b_adaptive.yaml"):
+        plan = make_plan(read_config(preset, []), dry_run=True)
+        able = plan.model.attention_layers(plan.dense_layers) / plan.model.attention_layers()
+        measured = plan.beyond.measured * plan.beyond.steps * able
+        one = plan.flops.dense / plan.config.generation.steps
+        assert 0 < measured * one <= 0.01 * (plan.flops.sparse + plan.flops.other)
+
+
+def test_densities_without_sparse_steps():
+    config = read_config(TINY, ["attention.dense_steps=20"])
+    assert step_densities(config.attention, tuple(range(20)), None, steps=20, mask=None) == {}
