@@ -59,7 +59,7 @@ def step_densities(
     Raises UsageError for a density that no mask has, or below what every mask keeps, and for a selection or a
     residual without a dense step before the first sparse one.
     """
-    sparse = [step for step in range(steps) if step not in dense]
+    sparse = sorted(set(range(steps)) - set(dense))
     for name, plain in (("selection", "static"), ("residual", "none")):
         got = getattr(attention, name)
         if got != plain and sparse and sparse[0] == 0:
@@ -67,8 +67,10 @@ def step_densities(
                 f"attention.{name}: got {got!r}, which needs a dense step before the first sparse one; set "
                 "attention.dense_steps=1 or more"
             )
-    listed = replace(schedule_of(attention, steps), dense_steps=dense or 0, dense_last_steps=0)
-    densities = listed.densities(None)
+    schedule = schedule_of(attention, steps)
+    densities: dict[int, float] = {}
+    if schedule.density_range is not None:
+        densities = replace(schedule, dense_steps=dense or 0, dense_last_steps=0).densities(None)
     if not densities:
         given = read_density(attention.density)
         static = attention.selection == "static" or given is None

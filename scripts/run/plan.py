@@ -196,7 +196,7 @@ class RunPlan:
         return {
             "kind": model.cache,
             "steps": steps,
-            "dense_steps": next((s for s in range(steps) if s not in self.dense_steps), steps),
+            "dense_steps": next((n for n, s in enumerate(self.dense_steps) if n != s), len(self.dense_steps)),
             "dense_last_steps": attention.dense_last_steps,
             "threshold": model.cache_threshold,
             "ratios": model.cache_ratios,
