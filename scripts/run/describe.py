@@ -93,9 +93,8 @@ def _noise(plan: RunPlan) -> str:
     """Returns the noise levels of the dense steps: `, sigma 1 to 0.94`."""
     if not plan.dense_steps or plan.sigmas is None or len(plan.dense_steps) == len(plan.sigmas):
         return ""
-    levels = [f"{plan.sigmas[step]:.3g}" for step in plan.dense_steps]
-    run = len(levels) > 1 and plan.dense_steps[-1] == plan.dense_steps[0] + len(levels) - 1
-    return f", sigma {f'{levels[0]} to {levels[-1]}' if run else ', '.join(levels)}"
+    pairs = [[f"{plan.sigmas[step]:.3g}" for step in pair] for pair in _runs(plan.dense_steps)]
+    return f", sigma {', '.join(' to '.join(pair) for pair in pairs)}"
 
 
 def describe_adaptive(plan: RunPlan) -> dict[str, str]:
@@ -354,14 +353,19 @@ def _row(name: str, text: str) -> str:
 
 def _ranges(numbers: range | tuple[int, ...], total: int) -> str:
     """Writes sorted numbers, counted from 0, as '14 of 50 (0-11, 48-49)'."""
+    text = ", ".join("-".join(map(str, pair)) for pair in _runs(numbers))
+    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
+
+
+def _runs(numbers: range | tuple[int, ...]) -> list[list[int]]:
+    """Returns the first and last of each run of consecutive numbers; the number alone if it has no next."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+            runs[-1][1:] = [number]
         else:
             runs.append([number])
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
+    return runs
 
 
 def _flops(value: float) -> str:

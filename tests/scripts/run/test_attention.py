@@ -62,7 +62,7 @@ def test_the_dry_run_shows_it():
     text = describe_plan(make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=mean"]), dry_run=True))
     for words in (
         "density       0.2500 (chosen)",
-        "dense steps   3 of 20 (0-1, 10), sigma 1, 0.983, 0.75",
+        "dense steps   3 of 20 (0-1, 10), sigma 1 to 0.983, 0.75",
         "selection     each head at step 1, 10, budget shared by a layer; ",
         "far field     linear, ",
         "residual      mean, ",
