@@ -36,7 +36,7 @@ class SequenceParallel:
         self.degree = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
         self.ring: Any = None
-        self._tokens = 0
+        self._tokens = self._heads = 0
 
     def begin(self, grid: TokenGrid, block_size: int) -> None:
         """Sets the grid of the call that follows, and the block size of its mask."""
@@ -54,6 +54,16 @@ class SequenceParallel:
         share = -(-self._tokens // self.degree)
         return max(0, min(share, count - self.rank * share))
 
+    def own_heads(self, held: int) -> int:
+        """Returns how many of the `held` heads that `attend` gets are heads of the model; zeros follow."""
+        return max(0, min(held, self._heads - self.rank * held))
+
+    def sum_heads(self, counts: Tensor) -> Tensor:
+        """Returns the sum over the processes that share the heads."""
+        total = counts.clone()
+        torch.distributed.all_reduce(total, group=self._group)
+        return total
+
     def gather(self, x: Tensor) -> Tensor:
         """Returns all video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
         return gather_parts(x, 1, self._group)[:, : self._tokens]
@@ -67,6 +77,7 @@ class SequenceParallel:
         degree does not divide H. Returns `[B, n + T, H, D]`.
         """
         heads, own_tokens = query.shape[2], query.shape[1] - grid.text
+        self._heads = heads
         mixed = attend(*(self._own_heads(x, grid) for x in (query, key, value)))
         video, text = mixed.tensor_split([self._tokens], dim=1)
         video = pad(video, 1, own_tokens * self.degree - video.shape[1])

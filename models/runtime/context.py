@@ -175,6 +175,12 @@ class RadialContext:
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
         if refused is not None:
             raise ValueError(refused.reason)
+        if self._in_ring and self.adaptive != Adaptive(budget=self.adaptive.budget):
+            words = ", ".join(f"{name}={value!r}" for name, value in vars(self.adaptive).items())
+            raise ValueError(
+                f"a ring does not support {words}: no process has all keys; allowed: selection='static', "
+                "far_field='none', residual='none'"
+            )
         self._radial_call: AttentionCall | None = None
         self._dense_call: AttentionCall | None = None
         self._dtype = torch.float32

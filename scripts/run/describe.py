@@ -1,6 +1,6 @@
 """Describes a run: all the lines that it prints about itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -93,8 +93,8 @@ def _noise(plan: RunPlan) -> str:
     """Returns the noise levels of the dense steps: `, sigma 1 to 0.94`."""
     if not plan.dense_steps or plan.sigmas is None or len(plan.dense_steps) == len(plan.sigmas):
         return ""
-    pairs = [[f"{plan.sigmas[step]:.3g}" for step in pair] for pair in _runs(plan.dense_steps)]
-    return f", sigma {', '.join(' to '.join(pair) for pair in pairs)}"
+    ends = [sorted({run[0], run[-1]}) for run in _runs(plan.dense_steps)]
+    return ", sigma " + ", ".join(" to ".join(f"{plan.sigmas[step]:.3g}" for step in run) for run in ends)
 
 
 def describe_adaptive(plan: RunPlan) -> dict[str, str]:
@@ -351,21 +351,21 @@ def _row(name: str, text: str) -> str:
     return f"{name:<13} {text}"
 
 
-def _ranges(numbers: range | tuple[int, ...], total: int) -> str:
-    """Writes sorted numbers, counted from 0, as '14 of 50 (0-11, 48-49)'."""
-    text = ", ".join("-".join(map(str, pair)) for pair in _runs(numbers))
-    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
-
-
-def _runs(numbers: range | tuple[int, ...]) -> list[list[int]]:
-    """Returns the first and last of each run of consecutive numbers; the number alone if it has no next."""
+def _runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Groups sorted numbers that follow each other."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
-            runs[-1][1:] = [number]
+            runs[-1].append(number)
         else:
             runs.append([number])
     return runs
+
+
+def _ranges(numbers: range | tuple[int, ...], total: int) -> str:
+    """Writes sorted numbers, counted from 0, as '14 of 50 (0-11, 48-49)'."""
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in _runs(numbers))
+    return f"{len(numbers)} of {total} ({text})" if numbers else f"none of {total}"
 
 
 def _flops(value: float) -> str:

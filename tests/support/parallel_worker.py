@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoPipeline, MochiPipeline
 
+from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
 from radial_attn.models.parallel.guidance import GuidanceParallel
@@ -28,6 +29,13 @@ from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_trans
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 
 RADIAL = {"config": SPARSE}
+ADAPTIVE = {  # a dense call, then a sparse one
+    "config": RadialConfig(block_size=16, density=0.4),
+    "selection": "dense_step",
+    "far_field": "linear",
+    "dense_steps": 1,
+    "num_steps": 2,
+}
 MIXED = {"config": SPARSE, "dense_layers": 2}
 REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
 PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two experts, one batch
@@ -77,6 +85,13 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         rounded = {"config": SPARSE, "backend": "reference", "quantize": quantize}
         yield f"wan, {quantize}", wan_transformer, partial(wan_inputs, 6, 12, 16), rounded
         yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
+    for budget in ("head", "layer", "model") if ring == 1 else ():
+        chosen = ADAPTIVE | {"budget": budget, "residual": "none" if budget == "model" else "int8"}
+        yield f"wan, chosen by {budget}", wan_transformer, partial(wan_inputs, 6, 12, 16), chosen
+        few = partial(wan_transformer, num_attention_heads=3)
+        yield f"wan, 3 heads, chosen by {budget}", few, partial(wan_inputs, 6, 12, 16), chosen
+        text = chosen | {"config": RadialConfig(block_size=16, density=0.9)}
+        yield f"mochi, chosen by {budget}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), text
     yield "wan, few blocks", wan_transformer, partial(wan_inputs, 2, 6, 14), RADIAL | {"check": "nan"}
     for heads in (3, 5):
         few = partial(wan_transformer, num_attention_heads=heads)
@@ -92,6 +107,9 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
     for shared in (None, *shares.values()):
         with apply_radial_attention(transformer, **options, parallel=shared):
             outputs.append(transformer(**given).sample)
+            if "selection" in options:
+                step = -1 if "mochi" in name else 1  # Mochi's timesteps rise
+                outputs[-1] = transformer(**given | {"timestep": given["timestep"] - step}).sample
     for how, output in zip(shares, outputs[1:], strict=True):
         yield name + how, ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
 
