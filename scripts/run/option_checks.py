@@ -21,6 +21,7 @@ CLASHES = {  # values of two keys that do not work together -> why
     "them again",
     f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
+    "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
     "model.quantization=fp8|int8|nf4 model.offload=sequential": "both replace a layer's weights as it runs",
     "model.quantization=fp8 model.compile=blocks": "each cast would break the graph",

@@ -11,13 +11,13 @@ from diffusers import UniPCMultistepScheduler
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.load import noise_levels
 from radial_attn.models.runtime import context
 from radial_attn.models.runtime.schedule import Schedule, StepCounter, read_density
 from tests.support.auto_backend import AUTO
 from tests.support.families import SPARSE
 from tests.support.pipelines import KINDS, generate
 from tests.support.tiny import wan_inputs, wan_pipeline
-from tests.support.tiny_mochi import mochi_pipeline
 
 
 def plan(pipeline, *timesteps):
@@ -170,13 +170,17 @@ def test_density_changes_over_the_sparse_steps():
     assert Schedule(0, density_range=(0.5, 0.2)).densities(1) == {0: 0.5}
 
 
-def test_noise_levels_are_those_of_the_scheduler():
-    wan, mochi = wan_pipeline(), mochi_pipeline()
-    for pipeline, kind in ((wan, "wan"), (mochi, "mochi")):
+def test_noise_levels_are_those_of_the_scheduler(tmp_path):
+    """Compares the levels of a run with those that are planned from the scheduler's file alone."""
+    for kind in ("wan", "mochi", "hunyuan_video"):
+        pipeline = KINDS[kind].make()
         counter = StepCounter(pipeline, rising=kind == "mochi")
         KINDS[kind].generate(pipeline, 4)
+        pipeline.scheduler.save_pretrained(tmp_path / kind / "scheduler")
         counter.advance(pipeline.scheduler.timesteps[:1])
         assert counter.sigmas[0] > 0.9 and sorted(counter.sigmas, reverse=True) == counter.sigmas
+        planned = noise_levels(str(tmp_path / kind), kind, 4, None)
+        assert planned == pytest.approx(counter.sigmas, abs=1e-6)
         with apply_radial_attention(pipeline, SPARSE, dense_steps=f"sigma>{counter.sigmas[2]}") as handle:
             KINDS[kind].generate(pipeline, 4)
             assert handle.report()["dense_steps"] == 2
