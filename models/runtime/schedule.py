@@ -280,7 +280,7 @@ class StepCounter:
         self._timesteps = timesteps
         self._planned = [] if timesteps is None else timesteps.tolist()
         levels = getattr(self._scheduler(), "sigmas", None)
-        self.sigmas = None if levels is None else [float(level) for level in levels[: len(self._planned)]]
+        self.sigmas = None if levels is None else levels[: len(self._planned)].tolist()
         if self.sigmas is not None and self._direction > 0:
             self.sigmas = [1 - level for level in self.sigmas]
         return True

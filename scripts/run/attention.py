@@ -6,6 +6,7 @@ from typing import Any
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.density import resolve_density, resolve_near
 from radial_attn.masks.patterns import COMPARED
+from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.schedule import AboveSigma, Schedule, read_density
 from radial_attn.selection import Budget, floor_blocks
 from scripts.run.config import AttentionConfig, MaskConfig
@@ -41,14 +42,14 @@ def dense_steps(
             "not known before it is loaded; set generation.flow_shift, or give a number or share of steps"
         )
     dense = {step for step in range(steps) if schedule.is_dense(step, None, sigmas)}
-    if boundary is not None and sigmas is not None and keeps_state(attention):
+    if boundary is not None and sigmas is not None and adaptive_of(attention).needs_dense_step:
         dense |= set([step for step, sigma in enumerate(sigmas) if sigma < boundary][:1])
     return tuple(sorted(dense))
 
 
-def keeps_state(attention: AttentionConfig) -> bool:
-    """Tells whether sparse steps need what a dense step before them kept."""
-    return attention.selection == "dense_step" or attention.residual != "none"
+def adaptive_of(attention: AttentionConfig) -> Adaptive:
+    """Returns the options that go beyond one mask for all heads."""
+    return Adaptive(attention.selection, attention.budget, attention.far_field, attention.residual)
 
 
 def step_densities(

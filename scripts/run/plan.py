@@ -14,6 +14,7 @@ from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
 from radial_attn.residual import RESIDUALS, residual_bytes
 from scripts.run.attention import (
+    adaptive_of,
     dense_steps,
     solve_mask,
     step_densities,
@@ -21,7 +22,7 @@ from scripts.run.attention import (
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
-from scripts.run.families import BATCHED, calls_per_step, position_arguments
+from scripts.run.families import calls_per_step, position_arguments
 from scripts.run.files import sha256
 from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
 from scripts.run.hub_models import expert_boundary, expert_notes, find_model, read_model_info
@@ -128,8 +129,7 @@ class RunPlan:
     def recording_steps(self) -> tuple[int, ...]:
         """Returns the dense steps at which layers choose blocks or keep residuals."""
         attention = self.config.attention
-        used = (attention.selection, attention.far_field, attention.residual)
-        if attention.pattern == "dense" or (used[::2] == ("static", "none") and used[1] != "linear"):
+        if attention.pattern == "dense" or not adaptive_of(attention).records:
             return ()
         return tuple(step for step in self.dense_steps if step + 1 in self.densities)
 
@@ -153,10 +153,8 @@ class RunPlan:
         grid, dtype = self.model.grid(size or self.size), getattr(torch, self.config.model.dtype)
         width = self.model.heads, self.model.head_dim
         options = {"block_size": self.config.attention.block_size, "itemsize": dtype.itemsize}
-        samples = 2 if self.config.model.family in BATCHED and self.calls > 1 else 1
-        calls = self.calls if samples == 1 else 1
         layers = self.model.attention_layers(self.dense_layers)
-        return residual_bytes(kind, grid.video_tokens, *width, **options) * samples * calls * layers
+        return residual_bytes(kind, grid.video_tokens, *width, **options) * self.calls * layers
 
     @cached_property
     def rank_work(self) -> RankWork:
