@@ -47,6 +47,7 @@ def apply_radial_attention(
     budget: str = "layer",
     far_field: str = "none",
     residual: str = "none",
+    residual_memory: str = "device",
     num_steps: int | None = None,
     parallel: Any = None,
     agree: Callable[[Any], Any] | None = None,
@@ -60,9 +61,10 @@ def apply_radial_attention(
     call. With a `density_range` the density of the mask goes from the first sparse step to the last.
     `backend` and `quantize` are passed to `radial_attention`.
 
-    `selection`, `budget`, `far_field` and `residual` are explained in `runtime.adaptive.Adaptive`. With
-    selection="dense_step" the heads choose their own blocks, as many as the density of `config` or, without
-    one, of its mask allows. If no dense step comes before the first sparse one, that one is dense.
+    `selection`, `budget`, `far_field`, `residual` and `residual_memory` are explained in
+    `runtime.adaptive.Adaptive`. With selection="dense_step" the heads choose their own blocks, as many as the
+    density of `config` or, without one, of its mask allows. If no dense step comes before the first sparse
+    one, that one is dense.
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
@@ -106,7 +108,7 @@ def apply_radial_attention(
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
     dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps, density_range)
-    adaptive = Adaptive(selection, budget, far_field, residual)
+    adaptive = Adaptive(selection, budget, far_field, residual, residual_memory)
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = transformers_of(model)
     families = [family_of(transformer) for transformer in transformers]

@@ -33,6 +33,7 @@ def enable(
     budget: str = "layer",
     far_field: str = "none",
     residual: str = "none",
+    residual_memory: str = "device",
     backend: str = "auto",
     quantize: str | None = None,
     dense_backend: str = "auto",
@@ -96,7 +97,8 @@ def enable(
         num_steps=num_steps,
         density_range=density_range,
     )
-    adaptive = {"selection": selection, "budget": budget, "far_field": far_field, "residual": residual}
+    adaptive = {"selection": selection, "budget": budget, "far_field": far_field}
+    adaptive |= {"residual": residual, "residual_memory": residual_memory}
     handle = apply_radial_attention(
         model,
         config,
@@ -112,7 +114,9 @@ def enable(
     )
     if not quiet:
         kernel = backend if quantize is None else f"{backend}, quantize={quantize}"
-        changed = {name: value for name, value in adaptive.items() if value not in ("static", "none")}
+        changed = {
+            name: value for name, value in adaptive.items() if value not in ("static", "none", "device")
+        }
         if selection == "static":
             changed.pop("budget")
         kernel = ", ".join([kernel, *(f"{name}={value}" for name, value in changed.items())])

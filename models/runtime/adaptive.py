@@ -14,7 +14,7 @@ from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid
 from radial_attn.kernels.contract import FAR_FIELDS
-from radial_attn.residual import RESIDUALS, Residual
+from radial_attn.residual import MEMORIES, RESIDUALS, Residual
 from radial_attn.selection import (
     BUDGETS,
     SELECTIONS,
@@ -41,6 +41,7 @@ class Adaptive:
             measures the bias of each head.
         residual: how the difference to the last dense output is kept and added: "none", "mean" of each block,
             "int8" or "int4".
+        residual_memory: where it is kept: the "device", or pinned memory of the "host".
 
     Raises:
         ValueError: an unknown value, or a residual with a budget of the whole model.
@@ -50,6 +51,7 @@ class Adaptive:
     budget: str = "layer"
     far_field: str = "none"
     residual: str = "none"
+    residual_memory: str = "device"
 
     def __post_init__(self) -> None:
         choices = {
@@ -57,6 +59,7 @@ class Adaptive:
             "budget": BUDGETS,
             "far_field": FAR_FIELDS,
             "residual": RESIDUALS,
+            "residual_memory": MEMORIES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -198,6 +201,8 @@ class Choices:
             state.residual = Residual.of(
                 self.options.residual, dense[:, video], lacking[:, video], self._config.block_size
             )
+            if self.options.residual_memory == "host":
+                state.residual = state.residual.to_host()
 
     def end_call(self) -> None:
         """Chooses the blocks of all layers, if the whole model shares the budget."""

@@ -32,6 +32,8 @@ from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 
+PLAIN = {"selection": "static", "far_field": "none", "residual": "none"}  # one mask for all heads
+
 
 class AttentionCall(NamedTuple):
     """Tells the layers of a call how to attend, unless upstream serves them.
@@ -176,7 +178,7 @@ class RadialContext:
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
         if refused is not None:
             raise ValueError(refused.reason)
-        if self._in_ring and self.adaptive != Adaptive(budget=self.adaptive.budget):
+        if self._in_ring and self.adaptive != replace(self.adaptive, **PLAIN):
             words = ", ".join(f"{name}={value!r}" for name, value in vars(self.adaptive).items())
             raise ValueError(
                 f"a ring does not support {words}: no process has all keys; allowed: selection='static', "

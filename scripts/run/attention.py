@@ -12,6 +12,7 @@ from radial_attn.selection import Budget, floor_blocks
 from scripts.run.config import AttentionConfig, MaskConfig
 from scripts.run.errors import UsageError
 
+ADAPTIVE_OPTIONS = ("selection", "budget", "far_field", "residual", "residual_memory")
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
 
 
@@ -49,7 +50,7 @@ def dense_steps(
 
 def adaptive_of(attention: AttentionConfig) -> Adaptive:
     """Returns the options that go beyond one mask for all heads."""
-    return Adaptive(attention.selection, attention.budget, attention.far_field, attention.residual)
+    return Adaptive(**{name: getattr(attention, name) for name in ADAPTIVE_OPTIONS})
 
 
 def step_densities(
@@ -140,7 +141,7 @@ def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict
     """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
     names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
     if attention.pattern != "dense":  # which has no blocks to choose and drops none
-        names += ("selection", "budget", "far_field", "residual")
+        names += ADAPTIVE_OPTIONS
     arguments = {name: getattr(attention, name) for name in names}
     density = read_density(attention.density)
     arguments["density_range"] = density if isinstance(density, tuple) else None

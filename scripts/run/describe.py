@@ -114,9 +114,9 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         count = len(plan.densities)
         rows["far field"] = f"{attention.far_field}, {_share(beyond.sparse * count, plan)} of the operations"
     if attention.residual != "none":
-        kept = gib(plan.residual_bytes(attention.residual))
-        share = _share(beyond.lacking * beyond.steps, plan)
-        rows["residual"] = f"{attention.residual}, {kept}, {share} of the operations"
+        kept, share = plan.kept(), _share(beyond.lacking * beyond.steps, plan)
+        place = f"{gib(kept.host)} of host memory" if kept.host else gib(kept.device)
+        rows["residual"] = f"{attention.residual}, {place}, {share} of the operations"
     return rows
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from radial_attn import TokenGrid
 from radial_attn.models.pipeline.load import FAMILIES
-from scripts.run.config import AnyModelConfig, ModelConfig, VideoSize
+from radial_attn.residual import residual_bytes
+from scripts.run.config import AnyModelConfig, AttentionConfig, ModelConfig, VideoSize
 from scripts.run.model_info import ModelInfo
 
 GIB = 2**30
@@ -121,6 +123,29 @@ def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: 
     """Predicts the bytes that a cache keeps of earlier steps, in copies of the residual stream."""
     copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(options.cache, 0)
     return copies * calls * DTYPE_BYTES[options.dtype] * grid.tokens * model.width
+
+
+class Kept(NamedTuple):
+    """Holds the bytes that adaptive attention keeps from a dense step on: on the device, and beside it."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+
+def kept_bytes(
+    model: ModelInfo, grid: TokenGrid, attention: AttentionConfig, *, dtype: str, calls: int, device: str
+) -> Kept:
+    """Predicts what a process keeps for a video with dense layers as in `attention`.
+
+    Args:
+        dtype: of the attention's output; calls: passes of a sample through the transformer in a step.
+    """
+    count = calls * model.attention_layers(attention.dense_layers)
+    on_host = attention.residual_memory == "host" and device != "cpu"
+    shape = grid.video_tokens, model.heads, model.head_dim
+    options = {"block_size": attention.block_size, "itemsize": DTYPE_BYTES[dtype], "pinned": on_host}
+    residual = count * residual_bytes(attention.residual, *shape, **options)
+    return Kept(host=residual) if on_host else Kept(device=residual)
 
 
 def is_tiled(options: ModelConfig) -> bool:

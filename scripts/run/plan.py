@@ -12,7 +12,7 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
-from radial_attn.residual import RESIDUALS, residual_bytes
+from radial_attn.residual import RESIDUALS
 from scripts.run.attention import (
     adaptive_of,
     dense_steps,
@@ -35,7 +35,7 @@ from scripts.run.machine_checks import (
     missing_kernels,
     missing_libraries,
 )
-from scripts.run.memory import Memory, gib, host_bytes, mask_bytes, nearest_fit, peak_memory
+from scripts.run.memory import Kept, Memory, gib, host_bytes, kept_bytes, mask_bytes, nearest_fit, peak_memory
 from scripts.run.model_info import ModelInfo
 from scripts.run.option_checks import (
     check_frames,
@@ -148,13 +148,11 @@ class RunPlan:
             residual=attention.residual != "none",
         )
 
-    def residual_bytes(self, kind: str, size: VideoSize | None = None) -> int:
-        """Predicts the memory of all residuals of a video in one process."""
-        grid, dtype = self.model.grid(size or self.size), getattr(torch, self.config.model.dtype)
-        width = self.model.heads, self.model.head_dim
-        options = {"block_size": self.config.attention.block_size, "itemsize": dtype.itemsize}
-        layers = self.model.attention_layers(self.dense_layers)
-        return residual_bytes(kind, grid.video_tokens, *width, **options) * self.calls * layers
+    def kept(self, size: VideoSize | None = None, device: str | None = None, **options: str) -> Kept:
+        """Predicts what a process keeps of a dense step; for another size, device or keys of `attention`."""
+        attention = replace(self.config.attention, dense_layers=self.dense_layers, **options)
+        numbers = {"dtype": self.config.model.dtype, "calls": self.calls, "device": device or self.device}
+        return kept_bytes(self.model, self.model.grid(size or self.size), attention, **numbers)
 
     @cached_property
     def rank_work(self) -> RankWork:
@@ -227,9 +225,8 @@ class RunPlan:
             device=device or self.device,
             tokens=tokens,
         )
-        kept = self.residual_bytes(self.config.attention.residual, size)
         share = 1.0 if tokens is None else tokens / self.grid.video_tokens
-        return replace(need, activations=need.activations + share * kept)
+        return replace(need, activations=need.activations + share * self.kept(size, device).device)
 
     def nearest_fit(self, budget: float) -> str:
         """Names the nearest video that would need at most `budget` bytes."""
@@ -238,14 +235,14 @@ class RunPlan:
 
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
-        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS}
-        now = kinds[self.config.attention.residual]
-        fitting = [kind for kind, kept in kinds.items() if self.memory.total - now + kept <= budget]
-        if now and fitting:
+        kind, most = self.config.attention.residual, budget - self.memory.total + self.kept().device
+        fitting = [other for other in RESIDUALS if self.kept(residual=other).device <= most]
+        if kind != "none" and kind not in fitting and fitting:
+            host = ", or attention.residual_memory=host" if self.device == "cuda" else ""
             return (
-                f"out of memory: attention.residual={self.config.attention.residual} takes {gib(now)} of "
-                f"about {gib(self.memory.total)} on {self.device}, but {gib(free)} are free; would fit: "
-                f"{', '.join(fitting)}"
+                f"out of memory: attention.residual={kind} takes {gib(self.kept().device)} of about "
+                f"{gib(self.memory.total)} on {self.device}, but {gib(free)} are free; would fit: "
+                f"{', '.join(fitting)}{host}"
             )
         return (
             f"out of memory: generation.height={self.size.height} generation.width={self.size.width} "
@@ -378,7 +375,8 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
             f"out of memory: the weights of model.path={plan.config.model.path} take {gib(weights)} on the "
             f"GPU, but it has {gib(card)}; set model.offload=group, or use a smaller model"
         )
-    host, host_free = host_bytes(plan.model, plan.config.model), room("cpu") / local_processes()
+    host = host_bytes(plan.model, plan.config.model) + plan.kept().host
+    host_free = room("cpu") / local_processes()
     warnings = []
     if need > free:
         warnings.append(
@@ -386,6 +384,6 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
         )
     if host > host_free:
         warnings.append(
-            f"host memory may be short: the weights take {gib(host)}, but {gib(host_free)} are free"
+            f"host memory may be short: weights and residual take {gib(host)}, but {gib(host_free)} are free"
         )
     return tuple(warnings)

@@ -9,6 +9,7 @@ from radial_attn import BlockMask, RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
 from radial_attn.models.runtime.adaptive import Adaptive, Choices
+from radial_attn.residual import Residual
 from radial_attn.selection import floor_blocks, measure_blocks
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
 from tests.support.pipelines import KINDS
@@ -124,6 +125,29 @@ def test_a_copy_of_the_model_has_a_state_of_its_own():
         assert torch.equal(video(FAMILIES[0], twin), expected)
 
 
+@pytest.mark.parametrize("residual", ["mean", "int8", "int4"])
+def test_a_residual_in_host_memory_gives_the_same(residual, monkeypatch):
+    copies, to_host = [], Residual.to_host
+    monkeypatch.setattr(Residual, "to_host", lambda self: copies.append(to_host(self)) or copies[-1])
+    transformer, outputs, reports = wan_transformer(), [], []
+    for memory in ("device", "host"):
+        options = {**OPTIONS, "residual": residual, "residual_memory": memory}
+        with apply_radial_attention(transformer, CHOSEN, **options) as handle:
+            outputs.append(video(FAMILIES[0], transformer))
+            reports.append(handle.report()["adaptive"]["residual_bytes"])
+    assert torch.equal(*outputs) and reports[0] == reports[1] == sum(copy.bytes for copy in copies)
+    assert len(copies) == 2 * FAMILIES[0].layers
+
+
+@pytest.mark.gpu
+def test_a_residual_of_a_gpu_goes_to_pinned_memory_and_back():
+    dense, sparse = (torch.randn(1, 64, 2, 8, device="cuda") for _ in range(2))
+    for kind in ("mean", "int8", "int4"):
+        residual = Residual.of(kind, dense, sparse, 16)
+        host = residual.to_host()
+        assert host.values.is_pinned() and torch.equal(host.add_to(sparse), residual.add_to(sparse))
+
+
 @pytest.mark.parametrize(("residual", "tolerance"), [("int8", 0.01), ("int4", 0.16), ("mean", 1.1)])
 @pytest.mark.parametrize("selection", ["static", "dense_step"])
 def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
@@ -161,6 +185,7 @@ def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
         ({"budget": 3}, "budget must be one of head, layer, model, got 3"),
         ({"far_field": "most"}, "far_field must be one of none, mean, linear, got 'most'"),
         ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, got 'fp8'"),
+        ({"residual_memory": "disk"}, "residual_memory must be one of device, host, got 'disk'"),
         (
             {"selection": "dense_step", "budget": "model", "residual": "int4"},
             "budget='model' is known only after the last layer .* use budget='layer'",

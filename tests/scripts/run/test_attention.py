@@ -8,6 +8,7 @@ from scripts.run.attention import dense_steps, step_densities
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan
 from scripts.run.plan import make_plan
+from tests.support.plans import plan_of
 
 TINY = "configs/wan_tiny.yaml"
 ADAPTIVE = [
@@ -53,7 +54,7 @@ def test_adaptive_attention_is_counted():
     wanted = 3 + 17 * (0.25 + far) + 2 * (rows + 0.25 + far)
     assert plan.flops.sparse / one == pytest.approx(wanted)
     kept = residual_bytes("int8", 576, 4, 48, block_size=16, itemsize=4) * 6 * 2
-    assert plan.residual_bytes("int8") == kept
+    assert plan.kept().device == kept
     plain = make_plan(read_config(TINY, ADAPTIVE), dry_run=True)
     assert plan.memory.total - plain.memory.total == pytest.approx(kept)
 
@@ -68,6 +69,21 @@ def test_the_dry_run_shows_it():
         "residual      mean, ",
     ):
         assert words in text
+
+
+def test_a_residual_of_the_host_takes_none_of_the_gpu():
+    """Beside a GPU torch rounds pinned memory up to a power of two: 576 x 4 x 48 bytes, and the scales."""
+    keys = [*ADAPTIVE, "attention.residual=int8"]
+    here, there = (
+        plan_of(read_config(TINY, [*keys, f"attention.residual_memory={memory}"]), device="cuda")
+        for memory in ("device", "host")
+    )
+    assert there.kept() == (0, (2**17 + 2**13) * 6 * 2)
+    assert here.memory.total - there.memory.total == pytest.approx(here.kept().device)
+    assert here.kept().host == 0 and "of host memory" in describe_plan(there)
+    assert "residual_memory=host" in here.shortage(0, here.memory.total - 1)
+    plan = make_plan(read_config(TINY, [*keys, "attention.residual_memory=host"]), dry_run=True)
+    assert plan.kept() == here.kept()  # on the CPU there is one memory
 
 
 def test_a_small_share_of_the_operations_measures_the_blocks():
