@@ -10,7 +10,7 @@ from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequenc
 from scripts.run.attention import radial_config
 from scripts.run.config import Config, keys
 from scripts.run.loras import FoundLora
-from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
+from scripts.run.memory import GIB, Kept, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan
 from scripts.run.system import pairs
 
@@ -104,20 +104,24 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         return rows
     if attention.selection != "static":
         steps = ", ".join(map(str, plan.recording_steps))
-        masks = plan.grid.num_blocks(attention.block_size) ** 2 * plan.model.heads * plan.calls
-        masks *= plan.model.attention_layers(plan.dense_layers)
         rows["selection"] = (
-            f"each head at step {steps}, budget shared by a {attention.budget}; "
-            f"{_share(beyond.measured * beyond.steps, plan)} of the operations, masks of {gib(masks)}"
+            f"each head at step {steps}, budget shared by a {attention.budget}; masks of "
+            f"{_places(plan.kept(residual='none'))}, {_share(beyond.measured * beyond.steps, plan)} of the "
+            "operations"
         )
     if attention.far_field != "none":
         count = len(plan.densities)
         rows["far field"] = f"{attention.far_field}, {_share(beyond.sparse * count, plan)} of the operations"
     if attention.residual != "none":
-        kept, share = plan.kept(), _share(beyond.lacking * beyond.steps, plan)
-        place = f"{gib(kept.host)} of host memory" if kept.host else gib(kept.device)
-        rows["residual"] = f"{attention.residual}, {place}, {share} of the operations"
+        kept, share = plan.kept(selection="static"), _share(beyond.lacking * beyond.steps, plan)
+        rows["residual"] = f"{attention.residual}, {_places(kept)}, {share} of the operations"
     return rows
+
+
+def _places(kept: Kept) -> str:
+    """Writes what is kept on the device, and in host memory: `0.52 GiB, 1.74 GiB of host memory`."""
+    parts = {"": kept.device, " of host memory": kept.host}
+    return ", ".join(f"{gib(size)}{place}" for place, size in parts.items() if size)
 
 
 def _share(layer_calls: float, plan: RunPlan) -> str:

@@ -18,6 +18,10 @@ WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embe
 ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
 LARGEST_LAYER = 0.2  # share of a text encoder in its embedding table; 18 % in UMT5-XXL
 BLOCKS_AT_ONCE = 2  # with group offload: the block that runs and the next one
+MASK_BYTES = 2  # for each pair of blocks of a chosen mask: in how many densities it is kept, and whether now
+LISTED_BYTES = 4  # a number for each kept block
+FLEX_BYTES = 17  # a pair: two lists of queries and two of keys, as long as if all were kept, and the table
+MEASURED_BYTES = 12  # a pair: mass, pooled mass and loss of a layer that waits for the budget of the model
 
 
 @dataclass(frozen=True)
@@ -133,19 +137,43 @@ class Kept(NamedTuple):
 
 
 def kept_bytes(
-    model: ModelInfo, grid: TokenGrid, attention: AttentionConfig, *, dtype: str, calls: int, device: str
+    model: ModelInfo,
+    grid: TokenGrid,
+    attention: AttentionConfig,
+    *,
+    dtype: str,
+    calls: int,
+    density: float,
+    device: str,
 ) -> Kept:
-    """Predicts what a process keeps for a video with dense layers as in `attention`.
+    """Predicts the chosen masks and the residuals of a video, with dense layers as in `attention`.
 
     Args:
         dtype: of the attention's output; calls: passes of a sample through the transformer in a step.
+        density: of the masks.
     """
-    count = calls * model.attention_layers(attention.dense_layers)
+    layers = model.attention_layers(attention.dense_layers)
     on_host = attention.residual_memory == "host" and device != "cpu"
     shape = grid.video_tokens, model.heads, model.head_dim
     options = {"block_size": attention.block_size, "itemsize": DTYPE_BYTES[dtype], "pinned": on_host}
-    residual = count * residual_bytes(attention.residual, *shape, **options)
-    return Kept(host=residual) if on_host else Kept(device=residual)
+    residual = calls * layers * residual_bytes(attention.residual, *shape, **options)
+    lists, masks = 0.0, 0.0
+    if attention.selection != "static":
+        pairs = layers * model.heads * grid.num_blocks(attention.block_size) ** 2
+        lists, masks = calls * pairs * list_bytes(attention, density, device), calls * pairs * MASK_BYTES
+        if attention.budget == "model":
+            lists = max(lists, pairs * MEASURED_BYTES)  # one call's at a time, at a dense step
+    if device == "cpu":
+        return Kept(residual + lists + masks)
+    return Kept(lists + residual * (not on_host), masks + residual * on_host)
+
+
+def list_bytes(attention: AttentionConfig, density: float, device: str) -> float:
+    """Returns the bytes on the device for each pair of blocks of a chosen mask: the lists of its kernel."""
+    far = attention.far_field != "none"
+    if device == "cuda" and (attention.backend == "flex" or (attention.backend == "auto" and not far)):
+        return FLEX_BYTES
+    return LISTED_BYTES * density + (far and device == "cuda")
 
 
 def is_tiled(options: ModelConfig) -> bool:

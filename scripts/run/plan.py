@@ -151,8 +151,9 @@ class RunPlan:
     def kept(self, size: VideoSize | None = None, device: str | None = None, **options: str) -> Kept:
         """Predicts what a process keeps of a dense step; for another size, device or keys of `attention`."""
         attention = replace(self.config.attention, dense_layers=self.dense_layers, **options)
-        numbers = {"dtype": self.config.model.dtype, "calls": self.calls, "device": device or self.device}
-        return kept_bytes(self.model, self.model.grid(size or self.size), attention, **numbers)
+        numbers = {"calls": self.calls, "density": self.density, "device": device or self.device}
+        grid, dtype = self.model.grid(size or self.size), self.config.model.dtype
+        return kept_bytes(self.model, grid, attention, dtype=dtype, **numbers)
 
     @cached_property
     def rank_work(self) -> RankWork:

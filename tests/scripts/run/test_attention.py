@@ -54,9 +54,10 @@ def test_adaptive_attention_is_counted():
     wanted = 3 + 17 * (0.25 + far) + 2 * (rows + 0.25 + far)
     assert plan.flops.sparse / one == pytest.approx(wanted)
     kept = residual_bytes("int8", 576, 4, 48, block_size=16, itemsize=4) * 6 * 2
-    assert plan.kept().device == kept
+    assert plan.kept(selection="static").device == kept
     plain = make_plan(read_config(TINY, ADAPTIVE), dry_run=True)
     assert plan.memory.total - plain.memory.total == pytest.approx(kept)
+    assert plan.kept().device == kept + plain.kept().device
 
 
 def test_the_dry_run_shows_it():
@@ -78,12 +79,13 @@ def test_a_residual_of_the_host_takes_none_of_the_gpu():
         plan_of(read_config(TINY, [*keys, f"attention.residual_memory={memory}"]), device="cuda")
         for memory in ("device", "host")
     )
-    assert there.kept() == (0, (2**17 + 2**13) * 6 * 2)
-    assert here.memory.total - there.memory.total == pytest.approx(here.kept().device)
-    assert here.kept().host == 0 and "of host memory" in describe_plan(there)
+    alone, kept = {"selection": "static"}, here.kept(selection="static").device
+    assert there.kept(**alone) == (0, (2**17 + 2**13) * 6 * 2)
+    assert here.memory.total - there.memory.total == pytest.approx(kept)
+    assert here.kept(**alone).host == 0 and "of host memory" in describe_plan(there)
     assert "residual_memory=host" in here.shortage(0, here.memory.total - 1)
     plan = make_plan(read_config(TINY, [*keys, "attention.residual_memory=host"]), dry_run=True)
-    assert plan.kept() == here.kept()  # on the CPU there is one memory
+    assert plan.kept(**alone) == (kept, 0)  # on the CPU there is one memory
 
 
 def test_a_small_share_of_the_operations_measures_the_blocks():
