@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIDUALS = ("none", "mean", "int8", "int4")
+RESIDUALS = ("none", "mean", "int8", "int4", "output")
 SCALE_BYTES = 2  # a float16 scale for each token and head
 LARGEST = {"int8": 127, "int4": 7}
 
@@ -20,6 +20,8 @@ def residual_bytes(kind: str, tokens: int, heads: int, width: int, *, block_size
             return -(-tokens // block_size) * heads * width * itemsize
         case "int8":
             return tokens * heads * (width + SCALE_BYTES)
+        case "output":
+            return tokens * heads * width * itemsize
     return tokens * heads * (-(-width // 2) + SCALE_BYTES)
 
 

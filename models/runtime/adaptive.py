@@ -40,10 +40,12 @@ class Adaptive:
         far_field: how dropped blocks count, as in `radial_attention`; with "linear" a dense step also
             measures the bias of each head.
         residual: how the difference to the last dense output is kept and added: "none", "mean" of each block,
-            "int8" or "int4".
+            "int8" or "int4". "output" keeps that output instead, and sparse steps compute no attention: the
+            control that any other setting must beat.
 
     Raises:
-        ValueError: an unknown value, or a residual with a budget of the whole model.
+        ValueError: an unknown value, a residual with a budget of the whole model, or "output" beside blocks
+            that count.
     """
 
     selection: str = "static"
@@ -68,6 +70,12 @@ class Adaptive:
                 f"residual={self.residual!r}; use budget='layer'"
             )
 
+        if self.residual == "output" and (self.selection, self.far_field) != ("static", "none"):
+            raise ValueError(
+                "residual='output' computes no attention at sparse steps; set selection='static' and "
+                f"far_field='none', got {self.selection!r} and {self.far_field!r}"
+            )
+
     @property
     def needs_dense_step(self) -> bool:
         """Tells whether a sparse call needs a dense one before it."""
@@ -88,6 +96,7 @@ class _Layer:
         levels: how many densities keep a block, uint8 `[B, H, Q, K]`; None for the static mask.
         biases: of the far field at each density, `[B, H, 1, 1]`.
         masks: of each sample, at density number `level`.
+        output: the dense output, if sparse steps repeat it.
     """
 
     measured: Measured | None = None
@@ -96,6 +105,7 @@ class _Layer:
     masks: list[BlockMask] = field(default_factory=list)
     level: int = -1
     residual: Residual | None = None
+    output: Tensor | None = None
 
 
 class Choices:
@@ -173,6 +183,9 @@ class Choices:
             sparse: computes the sparse output with a mask.
         """
         state = self._calls[self._call][layer] = _Layer()
+        if self.options.residual == "output":
+            state.output = dense.detach()
+            return
         if self.options.selection == "dense_step" or self.options.far_field == "linear":
             state.measured = measure_blocks(
                 [x.detach() for x in tensors],
@@ -219,6 +232,8 @@ class Choices:
     ) -> Tensor:
         """Computes a layer's sparse attention `[B, S, H, D]`; arguments are as in `record`."""
         state = self._calls.get(self._call, {}).get(layer)
+        if state is not None and state.output is not None:
+            return state.output
         masks = [mask] if state is None or state.levels is None else self._masks(state)
         bias = state.biases[self._level] if state is not None and state.biases else None
         if len(masks) == 1:
@@ -239,10 +254,11 @@ class Choices:
         """Returns the options, the mean density of the latest masks, and the bytes of all residuals."""
         layers = [state for layers in self._calls.values() for state in layers.values()]
         densities = [mask.density for state in layers for mask in state.masks]
+        kept = [x for state in layers for x in (state.residual, state.output) if x is not None]
         return {
             **vars(self.options),
             "density": sum(densities) / len(densities) if densities else None,
-            "residual_bytes": sum(state.residual.bytes for state in layers if state.residual is not None),
+            "residual_bytes": sum(x.bytes if isinstance(x, Residual) else x.nbytes for x in kept),
         }
 
     def _fix(self, state: _Layer, cuts: Tensor) -> None:
