@@ -30,8 +30,9 @@ class Residual:
     """Holds the dense output minus the sparse one of a layer.
 
     Attributes:
-        kind: "mean" of the tokens of a block, or integers of each token: "int8" or "int4".
-        values: `[B, Q, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8 `[B, S, H, D / 2]`
+        kind: "mean" of the tokens of a block, integers of each token, "int8" or "int4", or "output" for the
+            whole dense output.
+        values: `[B, Q, H, D]` or `[B, S, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8 `[B, S, H, D / 2]`
             with two numbers in a byte.
         scales: float16 `[B, S, H, 1]`, or None for means.
         block_size: tokens of a block.

@@ -6,7 +6,8 @@ dense call. Calls of a step are told apart by their order, so each half of guida
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from radial_attn.selection import (
     floor_blocks,
     measure_blocks,
 )
+from radial_attn.shards import HeadDeal
 
 Attend = Callable[..., Tensor]  # of query, key, value, mask, text lengths and the bias of the far field
 
@@ -96,7 +98,7 @@ class _Layer:
         levels: how many densities keep a block, uint8 `[B, H, Q, K]`; None for the static mask.
         biases: of the far field at each density, `[B, H, 1, 1]`.
         masks: of each sample, at density number `level`.
-        output: the dense output, if sparse steps repeat it.
+        deal: the heads that each process computes; None if one has all, or the call is not over.
     """
 
     measured: Measured | None = None
@@ -105,7 +107,7 @@ class _Layer:
     masks: list[BlockMask] = field(default_factory=list)
     level: int = -1
     residual: Residual | None = None
-    output: Tensor | None = None
+    deal: HeadDeal | None = None
 
 
 class Choices:
@@ -184,7 +186,9 @@ class Choices:
         """
         state = self._calls[self._call][layer] = _Layer()
         if self.options.residual == "output":
-            state.output = dense.detach()
+            state.residual = Residual(
+                "output", dense.detach(), None, self._config.block_size, dense.shape[-1]
+            )
             return
         if self.options.selection == "dense_step" or self.options.far_field == "linear":
             state.measured = measure_blocks(
@@ -213,12 +217,21 @@ class Choices:
             )
 
     def end_call(self) -> None:
-        """Chooses the blocks of all layers, if the whole model shares the budget."""
-        layers = [state for state in self._calls.get(self._call, {}).values() if state.measured is not None]
+        """Chooses the blocks of all layers, if the whole model shares the budget, and deals their heads."""
+        states = self._calls.get(self._call, {}).values()
+        layers = [state for state in states if state.measured is not None]
         if layers:
             cuts = self._budget.cuts(self._histogram)
             for state in layers:
                 self._fix(state, cuts)
+        for state in states if self._parallel is not None else ():
+            if state.levels is not None and state.deal is None:
+                self._deal(state)
+
+    def dealt(self, layer: Any) -> Tensor | None:
+        """Returns the heads of each process at sparse steps, as in `HeadDeal`; None for all in order."""
+        state = self._calls.get(self._call, {}).get(layer)
+        return None if state is None or state.deal is None or state.deal.in_order else state.deal.heads
 
     def attend(
         self,
@@ -232,8 +245,8 @@ class Choices:
     ) -> Tensor:
         """Computes a layer's sparse attention `[B, S, H, D]`; arguments are as in `record`."""
         state = self._calls.get(self._call, {}).get(layer)
-        if state is not None and state.output is not None:
-            return state.output
+        if state is not None and state.residual is not None and state.residual.kind == "output":
+            return state.residual.values
         masks = [mask] if state is None or state.levels is None else self._masks(state)
         bias = state.biases[self._level] if state is not None and state.biases else None
         if len(masks) == 1:
@@ -251,14 +264,19 @@ class Choices:
         return torch.cat([whole, output[:, video:]], dim=1) if self._grid.text else whole
 
     def report(self) -> dict[str, Any]:
-        """Returns the options, the mean density of the latest masks, and the bytes of all residuals."""
+        """Returns the options, the mean density of the latest masks, and the bytes of all residuals.
+
+        `imbalance` is the work of the busiest process of each layer over the mean, None for one process.
+        """
         layers = [state for layers in self._calls.values() for state in layers.values()]
+        loads = [state.deal.loads.tolist() for state in layers if state.deal is not None]
+        mean = sum(sum(x) / len(x) for x in loads)
         densities = [mask.density for state in layers for mask in state.masks]
-        kept = [x for state in layers for x in (state.residual, state.output) if x is not None]
         return {
             **vars(self.options),
             "density": sum(densities) / len(densities) if densities else None,
-            "residual_bytes": sum(x.bytes if isinstance(x, Residual) else x.nbytes for x in kept),
+            "residual_bytes": sum(state.residual.bytes for state in layers if state.residual is not None),
+            "imbalance": sum(max(x) for x in loads) / mean if loads else None,
         }
 
     def _fix(self, state: _Layer, cuts: Tensor) -> None:
@@ -271,6 +289,20 @@ class Choices:
             levels = range(len(self._budget.densities))
             kept = ((state.levels > level).to(loss.device) for level in levels)
             state.biases = [far_correction(measured, blocks) for blocks in kept]
+
+    def _deal(self, state: _Layer) -> None:
+        """Deals the heads by their blocks, on average over the densities, and hands their state over."""
+        state.deal = self._parallel.deal(state.levels.sum((0, 2, 3)))
+        if state.deal.in_order:
+            return
+        hand_over = partial(self._parallel.hand_over, heads=state.deal.heads)
+        state.levels, state.level = hand_over(state.levels, 1), -1
+        state.biases = [hand_over(bias, 1) for bias in state.biases]
+        if state.residual is not None:
+            values, scales = (
+                None if x is None else hand_over(x, 2) for x in (state.residual.values, state.residual.scales)
+            )
+            state.residual = replace(state.residual, values=values, scales=scales)
 
     def _masks(self, state: _Layer) -> list[BlockMask]:
         """Returns the masks of each sample at the density of the call."""
