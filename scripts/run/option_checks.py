@@ -91,11 +91,6 @@ def check_adaptive(config: Config) -> None:
             f"{got}, which does not work with model.compile={model.compile}: each layer has a mask of its "
             "own; set model.compile=none"
         )
-    if attention.far_field != "none" and attention.check == "reference":
-        raise UsageError(
-            f"attention.check: got 'reference', which knows no attention.far_field={attention.far_field}; "
-            "allowed: auto, off, nan"
-        )
 
 
 def refusals(config: Config, experts: int = 1) -> Iterator[str]:
