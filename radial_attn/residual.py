@@ -32,8 +32,8 @@ class Residual:
     Attributes:
         kind: "mean" of the tokens of a block, integers of each token, "int8" or "int4", or "output" for the
             whole dense output.
-        values: `[B, Q, H, D]` or `[B, S, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8 `[B, S, H, D / 2]`
-            with two numbers in a byte.
+        values: `[B, Q, H, D]` or `[B, S, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8
+            `[B, S, H, D / 2]` with two numbers in a byte.
         scales: float16 `[B, S, H, 1]`, or None for means.
         block_size: tokens of a block.
         width: head width `D`.
@@ -48,8 +48,10 @@ class Residual:
     @classmethod
     def of(cls, kind: str, dense: Tensor, sparse: Tensor, block_size: int) -> "Residual":
         """Makes the residual of two outputs `[B, S, H, D]`; `kind` is one of `RESIDUALS` but "none"."""
+        width = dense.shape[-1]
+        if kind == "output":
+            return cls(kind, dense, None, block_size, width)
         left = dense.float() - sparse.float()
-        width = left.shape[-1]
         if kind == "mean":
             return cls(kind, _block_means(left, block_size).to(dense.dtype), None, block_size, width)
         most = LARGEST[kind]
