@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIDUALS = ("none", "mean", "int8", "int4")
+RESIDUALS = ("none", "mean", "int8", "int4", "output")
 MEMORIES = ("device", "host")
 SCALE_BYTES = 2  # a float16 scale for each token and head
 LARGEST = {"int8": 127, "int4": 7}
@@ -24,6 +24,8 @@ def residual_bytes(
             tensors = []
         case "mean":
             tensors = [-(-tokens // block_size) * heads * width * itemsize]
+        case "output":
+            tensors = [tokens * heads * width * itemsize]
         case _:
             values = width if kind == "int8" else -(-width // 2)
             tensors = [tokens * heads * values, tokens * heads * SCALE_BYTES]
@@ -35,9 +37,10 @@ class Residual:
     """Holds the dense output minus the sparse one of a layer.
 
     Attributes:
-        kind: "mean" of the tokens of a block, or integers of each token: "int8" or "int4".
-        values: `[B, Q, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8 `[B, S, H, D / 2]`
-            with two numbers in a byte.
+        kind: "mean" of the tokens of a block, integers of each token, "int8" or "int4", or "output" for the
+            whole dense output.
+        values: `[B, Q, H, D]` or `[B, S, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8
+            `[B, S, H, D / 2]` with two numbers in a byte.
         scales: float16 `[B, S, H, 1]`, or None for means.
         block_size: tokens of a block.
         width: head width `D`.
@@ -52,8 +55,10 @@ class Residual:
     @classmethod
     def of(cls, kind: str, dense: Tensor, sparse: Tensor, block_size: int) -> "Residual":
         """Makes the residual of two outputs `[B, S, H, D]`; `kind` is one of `RESIDUALS` but "none"."""
+        width = dense.shape[-1]
+        if kind == "output":
+            return cls(kind, dense, None, block_size, width)
         left = dense.float() - sparse.float()
-        width = left.shape[-1]
         if kind == "mean":
             return cls(kind, _block_means(left, block_size).to(dense.dtype), None, block_size, width)
         most = LARGEST[kind]
@@ -71,11 +76,11 @@ class Residual:
         return sum(x.numel() * x.element_size() for x in (self.values, self.scales) if x is not None)
 
     def to_host(self) -> "Residual":
-        """Moves it to host memory, pinned if it is on a GPU.
+        """Moves it to host memory, pinned if there is a GPU.
 
         The copy does not wait for the GPU, so only work on the same stream, such as `add_to`, may read it.
         """
-        pin = self.values.device.type == "cuda"
+        pin = torch.cuda.is_available()
 
         def copy(x: Tensor) -> Tensor:
             return torch.empty(x.shape, dtype=x.dtype, pin_memory=pin).copy_(x, non_blocking=pin)

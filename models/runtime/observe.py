@@ -36,11 +36,6 @@ class Observer:
 
     def __init__(self, callback: Callable[[Seen], None]) -> None:
         self._callback = callback
-        self._places: dict[Any, int] = {}
-
-    def add(self, processor: Any, layer: int) -> None:
-        """Registers the processor of a layer."""
-        self._places[processor] = layer
 
     def of_call(self, step: int, mask: BlockMask, text_lengths: Tensor | None) -> Callable[..., None]:
         """Returns the function that a call's processors note their query, key and value with."""
@@ -49,7 +44,7 @@ class Observer:
     @torch.compiler.disable
     def _note(self, processor: Any, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> None:
         tensors = {"query": query.detach(), "key": key.detach(), "value": value.detach()}
-        self._callback(Seen(self._places[processor], **tensors, **call))
+        self._callback(Seen(processor.index, **tensors, **call))
 
 
 def refusal(models: Iterable[torch.nn.Module], parallel: Any) -> str | None:

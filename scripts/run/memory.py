@@ -154,13 +154,15 @@ def kept_bytes(
     """
     layers = model.attention_layers(attention.dense_layers)
     on_host = attention.residual_memory == "host" and device != "cpu"
-    shape = grid.video_tokens, model.heads, model.head_dim
+    tokens = grid.tokens if attention.residual == "output" else grid.video_tokens
+    shape = tokens, model.heads, model.head_dim
     options = {"block_size": attention.block_size, "itemsize": DTYPE_BYTES[dtype], "pinned": on_host}
     residual = calls * layers * residual_bytes(attention.residual, *shape, **options)
     lists, masks = 0.0, 0.0
     if attention.selection != "static":
         pairs = layers * model.heads * grid.num_blocks(attention.block_size) ** 2
-        lists, masks = calls * pairs * list_bytes(attention, density, device), calls * pairs * MASK_BYTES
+        times = 1 if attention.selection == "profile" else calls  # a profile serves all calls
+        lists, masks = times * pairs * list_bytes(attention, density, device), times * pairs * MASK_BYTES
         if attention.budget == "model":
             lists = max(lists, pairs * MEASURED_BYTES)  # one call's at a time, at a dense step
     if device == "cpu":

@@ -74,6 +74,11 @@ def check_adaptive(config: Config) -> None:
             "attention.budget: got 'model', which does not work with attention.residual: its masks are known "
             "only after the last layer of a dense step; allowed: head, layer"
         )
+    if attention.residual == "output" and (chosen or attention.far_field != "none"):
+        raise UsageError(
+            "attention.residual: got 'output', which computes no attention at sparse steps; set "
+            "attention.selection=static attention.far_field=none"
+        )
     stateful = next((name for name, used in (("selection", chosen), ("residual", residual)) if used), None)
     got = f"attention.{stateful}: got {getattr(attention, stateful)!r}" if stateful else ""
     if stateful and model.cache != "none":

@@ -145,7 +145,7 @@ class RunPlan:
             steps=len(steps),
             far_field="none" if attention.pattern == "dense" else attention.far_field,
             measures=attention.selection != "static" or attention.far_field == "linear",
-            residual=attention.residual != "none",
+            residual=attention.residual not in ("none", "output"),
         )
 
     def kept(self, size: VideoSize | None = None, device: str | None = None, **options: str) -> Kept:
@@ -237,7 +237,8 @@ class RunPlan:
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
         kind, most = self.config.attention.residual, budget - self.memory.total + self.kept().device
-        fitting = [other for other in RESIDUALS if self.kept(residual=other).device <= most]
+        others = (other for other in RESIDUALS if other != "output")
+        fitting = [other for other in others if self.kept(residual=other).device <= most]
         if kind != "none" and kind not in fitting and fitting:
             host = ", or attention.residual_memory=host" if self.device == "cuda" else ""
             return (

@@ -47,6 +47,14 @@ PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two
 Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], dict]
 
 
+def uneven_transformer() -> torch.nn.Module:
+    """Makes a Wan of 8 heads; the first half attends to few tokens, so a layer's budget gives it more."""
+    transformer = wan_transformer(num_attention_heads=8)
+    for block in transformer.blocks:
+        block.attn1.norm_q.weight.data[: 4 * 12] *= 4
+    return transformer
+
+
 def token_times(inputs: dict) -> dict:
     """Sets one timestep a token, as Wan2.2 TI2V-5B has it: the first frame is given."""
     frames, height, width = inputs["hidden_states"].shape[2:]
@@ -87,11 +95,13 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
     for budget in ("head", "layer", "model") if ring == 1 else ():
         chosen = ADAPTIVE | {"budget": budget, "residual": "none" if budget == "model" else "int8"}
-        yield f"wan, chosen by {budget}", wan_transformer, partial(wan_inputs, 6, 12, 16), chosen
-        few = partial(wan_transformer, num_attention_heads=3)
-        yield f"wan, 3 heads, chosen by {budget}", few, partial(wan_inputs, 6, 12, 16), chosen
+        yield f"wan, uneven, chosen by {budget}", uneven_transformer, partial(wan_inputs, 6, 12, 16), chosen
+        odd = partial(wan_transformer, num_attention_heads=5)
+        yield f"wan, 5 heads, chosen by {budget}", odd, partial(wan_inputs, 6, 12, 16, batch=2), chosen
+        many = partial(mochi_transformer, num_attention_heads=8)
         text = chosen | {"config": RadialConfig(block_size=16, density=0.9)}
-        yield f"mochi, chosen by {budget}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), text
+        text["residual"] = text["residual"].replace("int8", "mean")
+        yield f"mochi, chosen by {budget}", many, partial(mochi_inputs, 5, 6, 14), text
     yield "wan, few blocks", wan_transformer, partial(wan_inputs, 2, 6, 14), RADIAL | {"check": "nan"}
     for heads in (3, 5):
         few = partial(wan_transformer, num_attention_heads=heads)
@@ -105,11 +115,14 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
     transformer, given = make(), inputs()
     outputs = []
     for shared in (None, *shares.values()):
-        with apply_radial_attention(transformer, **options, parallel=shared):
+        with apply_radial_attention(transformer, **options, parallel=shared) as handle:
             outputs.append(transformer(**given).sample)
             if "selection" in options:
                 step = -1 if "mochi" in name else 1  # Mochi's timesteps rise
                 outputs[-1] = transformer(**given | {"timestep": given["timestep"] - step}).sample
+                imbalance = handle.report()["adaptive"]["imbalance"]
+                assert (imbalance is None) == (shared is None)
+                assert shared is None or "uneven" not in name or 1 <= imbalance < 1.05, f"{name}: {imbalance}"
     for how, output in zip(shares, outputs[1:], strict=True):
         yield name + how, ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
 

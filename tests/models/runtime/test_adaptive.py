@@ -1,6 +1,7 @@
 """Masks per head chosen at dense steps, and residuals kept there, through the forks."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from radial_attn import BlockMask, RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
-from radial_attn.models.runtime.adaptive import Adaptive, Choices
+from radial_attn.models.runtime.adaptive import Adaptive
+from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import Residual
 from radial_attn.selection import floor_blocks, measure_blocks
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
@@ -125,13 +127,14 @@ def test_a_copy_of_the_model_has_a_state_of_its_own():
         assert torch.equal(video(FAMILIES[0], twin), expected)
 
 
-@pytest.mark.parametrize("residual", ["mean", "int8", "int4"])
+@pytest.mark.parametrize("residual", ["mean", "int8", "int4", "output"])
 def test_a_residual_in_host_memory_gives_the_same(residual, monkeypatch):
     copies, to_host = [], Residual.to_host
     monkeypatch.setattr(Residual, "to_host", lambda self: copies.append(to_host(self)) or copies[-1])
     transformer, outputs, reports = wan_transformer(), [], []
     for memory in ("device", "host"):
-        options = {**OPTIONS, "residual": residual, "residual_memory": memory}
+        selection = "static" if residual == "output" else "dense_step"
+        options = {**OPTIONS, "residual": residual, "residual_memory": memory, "selection": selection}
         with apply_radial_attention(transformer, CHOSEN, **options) as handle:
             outputs.append(video(FAMILIES[0], transformer))
             reports.append(handle.report()["adaptive"]["residual_bytes"])
@@ -146,6 +149,19 @@ def test_a_residual_of_a_gpu_goes_to_pinned_memory_and_back():
         residual = Residual.of(kind, dense, sparse, 16)
         host = residual.to_host()
         assert host.values.is_pinned() and torch.equal(host.add_to(sparse), residual.add_to(sparse))
+
+
+def test_sparse_steps_repeat_the_output_of_the_dense_step(masks):
+    transformer, options = wan_transformer(), {**OPTIONS, "selection": "static", "residual": "output"}
+    same, later = (wan_inputs(timestep=time) for time in (900.0, 500.0))
+    with apply_radial_attention(transformer, CHOSEN, **options) as handle:
+        dense, other = run(transformer, same), run(transformer, later)
+        report = handle.report()
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    outputs = len(transformer.blocks) * math.prod(report["grid"]) * heads * width
+    assert report["adaptive"]["residual_bytes"] == 4 * outputs
+    assert not masks and not torch.equal(dense, other)
+    assert torch.equal(dense, run(transformer, same))
 
 
 @pytest.mark.parametrize(("residual", "tolerance"), [("int8", 0.01), ("int4", 0.16), ("mean", 1.1)])
@@ -184,8 +200,12 @@ def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
         ({"selection": "dense"}, "selection must be one of static, dense_step, profile, got 'dense'"),
         ({"budget": 3}, "budget must be one of head, layer, model, got 3"),
         ({"far_field": "most"}, "far_field must be one of none, mean, linear, got 'most'"),
-        ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, got 'fp8'"),
+        ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, output, got 'fp8'"),
         ({"residual_memory": "disk"}, "residual_memory must be one of device, host, got 'disk'"),
+        (
+            {"far_field": "mean", "residual": "output"},
+            "set selection='static' and far_field='none', got 'static' and 'mean'",
+        ),
         (
             {"selection": "dense_step", "budget": "model", "residual": "int4"},
             "budget='model' is known only after the last layer .* use budget='layer'",
