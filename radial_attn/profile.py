@@ -33,13 +33,13 @@ class MeasuredModel:
     """Tells which model a profile belongs to.
 
     Attributes:
-        transformer: name of the class.
+        family: as `radial_attn.models` names its fork: "wan", "mochi", ...
         layers: with self-attention over the video, in order of execution.
         heads, width: of a layer, and channels of a head.
         weights: digest of the weights, or None if it is not known.
     """
 
-    transformer: str
+    family: str
     layers: int
     heads: int
     width: int

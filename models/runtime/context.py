@@ -242,7 +242,8 @@ class RadialContext:
             self._choices.clear_call()
             self._radial_call = self._dense_call._replace(records=sparse)
         if self.observer is not None:
-            note = self.observer.of_call(step, mask, lengths)
+            sigma = self._counter.sigmas and self._counter.sigmas[step]
+            note = self.observer.of_call(step=step, sigma=sigma, mask=mask, text_lengths=lengths)
             calls = self._radial_call, self._dense_call
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         self._count(mask, None if dense else self._radial_call.backend)

@@ -104,8 +104,9 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         return rows
     if attention.selection != "static":
         steps = ", ".join(map(str, plan.recording_steps))
+        how = f"at step {steps}" if attention.profile is None else f"by {attention.profile}"
         rows["selection"] = (
-            f"each head at step {steps}, budget shared by a {attention.budget}; masks of "
+            f"each head {how}, budget shared by a {attention.budget}; masks of "
             f"{_places(plan.kept(residual='none'))}, {_share(beyond.measured * beyond.steps, plan)} of the "
             "operations"
         )
