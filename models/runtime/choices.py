@@ -122,6 +122,11 @@ class Choices:
                 self._take_share(state, before[number].deal if keeps else None)
 
     @property
+    def densities(self) -> tuple[float, ...]:
+        """Returns the densities of the masks that layers choose, the largest first; () for a static mask."""
+        return () if self._budget is None else self._budget.densities
+
+    @property
     def ready(self) -> bool:
         """Tells whether this call of a step has a state."""
         return self._call in self._calls

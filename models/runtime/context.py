@@ -342,7 +342,9 @@ class RadialContext:
         call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
         call = replace(call, partial=self._in_ring, far_field=self.adaptive.far_field)
         chosen = choose_backend(call)
-        report_choice(chosen, latents, mask)
+        levels = self._choices.densities if self._choices is not None else ()
+        asked = " to ".join(f"{density:.3f}" for density in sorted({*levels[:1], *levels[-1:]}))
+        report_choice(chosen, latents, mask, f"{asked} (chosen)" if levels else "")
         return chosen
 
     def _choose_dense(

@@ -1,5 +1,6 @@
 """Reads the group `attention`: its schedule, its mask and its densities, step by step."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,16 @@ def adaptive_of(attention: AttentionConfig) -> Adaptive:
     """Returns the options that go beyond one mask for all heads."""
     profile = None if attention.profile is None else str(find_path(attention.profile))
     return Adaptive(**{name: getattr(attention, name) for name in ADAPTIVE_OPTIONS}, profile=profile)
+
+
+def name_of_sparse(attention: Mapping[str, Any]) -> str:
+    """Names what runs at sparse steps by the group `attention`: a pattern, chosen blocks, a kept output."""
+    if attention["pattern"] != "dense":
+        if attention.get("residual") == "output":
+            return "kept output"
+        if attention.get("selection", "static") != "static":
+            return "chosen"
+    return attention["pattern"]
 
 
 def check_profile(attention: AttentionConfig, model: MeasuredModel) -> None:

@@ -7,13 +7,18 @@ from typing import Any
 
 from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
-from scripts.run.attention import radial_config
+from scripts.run.attention import name_of_sparse, radial_config
 from scripts.run.config import Config, keys
 from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Kept, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan
 from scripts.run.system import pairs
 
+SHARED = {  # who shares the number of blocks
+    "head": "equally many by each head",
+    "layer": "their number shared by the heads of a layer",
+    "model": "their number shared by all layers",
+}
 LITTLE = 0.5  # below this share of the operations, the cost of attention hardly matters
 
 
@@ -104,9 +109,10 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         return rows
     if attention.selection != "static":
         steps = ", ".join(map(str, plan.recording_steps))
-        how = f"at step {steps}" if attention.profile is None else f"by {attention.profile}"
+        at = "at step" if len(plan.recording_steps) == 1 else "at steps"
+        how = f"{at} {steps}" if attention.profile is None else f"by {attention.profile}"
         rows["selection"] = (
-            f"each head {how}, budget shared by a {attention.budget}; masks of "
+            f"blocks chosen {how}, {SHARED[attention.budget]}; masks of "
             f"{_places(plan.kept(residual='none'))}, {_share(beyond.measured * beyond.steps, plan)} of the "
             "operations"
         )
@@ -337,8 +343,8 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
 
 
 def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Groups the seconds of steps by "dense" and the run's pattern, whichever occur."""
-    dense, pattern = set(record["dense_steps"]), record["config"]["attention"]["pattern"]
+    """Groups the seconds of steps by "dense" and what runs at sparse ones, whichever occur."""
+    dense, pattern = set(record["dense_steps"]), name_of_sparse(record["config"]["attention"])
     groups: dict[str, list[float]] = {}
     for step, seconds in enumerate(record["step_seconds"]):
         groups.setdefault("dense" if step in dense else pattern, []).append(seconds)

@@ -14,7 +14,14 @@ from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
 from radial_attn.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS
-from scripts.run.attention import adaptive_of, check_profile, dense_steps, solve_mask, step_densities
+from scripts.run.attention import (
+    adaptive_of,
+    check_profile,
+    dense_steps,
+    name_of_sparse,
+    solve_mask,
+    step_densities,
+)
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
@@ -203,8 +210,8 @@ class RunPlan:
         }
 
     def pattern(self, step: int) -> str:
-        """Returns "dense", or the pattern of the layers that are not dense at every step."""
-        return "dense" if step in self.dense_steps else self.config.attention.pattern
+        """Returns "dense", or what runs in the layers that are not dense at every step."""
+        return "dense" if step in self.dense_steps else name_of_sparse(vars(self.config.attention))
 
     @cached_property
     def memory(self) -> Memory:

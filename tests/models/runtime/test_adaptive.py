@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import Residual
 from radial_attn.selection import floor_blocks, measure_blocks
+from tests.support.auto_backend import AUTO
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
 from tests.support.pipelines import KINDS
 from tests.support.tiny import wan_inputs, wan_transformer
@@ -107,6 +109,20 @@ def test_every_video_begins_anew(name):
         assert handle.report()["videos"] == 3
     with apply_radial_attention(pipeline, CHOSEN, **options):
         assert torch.equal(kind.generate(pipeline, 4), first)
+
+
+@pytest.mark.parametrize(
+    ("density", "text"), [(None, "0.900 (chosen)"), ((0.9, 0.8), "0.800 to 0.900 (chosen)")]
+)
+def test_the_choice_of_a_backend_says_the_density_that_was_asked_for(density, text, caplog):
+    caplog.set_level("INFO", logger="radial_attn")
+    options = OPTIONS | {"backend": "auto", "density_range": density}
+    config = CHOSEN if density is None else replace(CHOSEN, density=None)
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, config, **options):
+        video(FAMILIES[0], transformer)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line == f"backend {AUTO} for [1, 4, 6, 12, 16] torch.float32 on cpu, density {text}"
 
 
 def test_a_run_without_a_dense_step_makes_one():

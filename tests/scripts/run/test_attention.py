@@ -61,11 +61,13 @@ def test_adaptive_attention_is_counted():
 
 
 def test_the_dry_run_shows_it():
-    text = describe_plan(make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=mean"]), dry_run=True))
+    plan = make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=mean"]), dry_run=True)
+    text = describe_plan(plan)
+    assert [plan.pattern(step) for step in (1, 2)] == ["dense", "chosen"]
     for words in (
         "density       0.2500 (chosen)",
         "dense steps   3 of 20 (0-1, 10), sigma 1 to 0.983, 0.75",
-        "selection     each head at step 1, 10, budget shared by a layer; ",
+        "selection     blocks chosen at steps 1, 10, their number shared by the heads of a layer; ",
         "far field     linear, ",
         "residual      mean, ",
     ):
