@@ -57,7 +57,7 @@ def adaptive_of(attention: AttentionConfig) -> Adaptive:
     return Adaptive(**{name: getattr(attention, name) for name in ADAPTIVE_OPTIONS}, profile=profile)
 
 
-def name_of_sparse(attention: Mapping[str, Any]) -> str:
+def sparse_name(attention: Mapping[str, Any]) -> str:
     """Names what runs at sparse steps by the group `attention`: a pattern, chosen blocks, a kept output."""
     if attention["pattern"] != "dense":
         if attention.get("residual") == "output":

@@ -7,7 +7,7 @@ from typing import Any
 
 from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
-from scripts.run.attention import name_of_sparse, radial_config
+from scripts.run.attention import radial_config, sparse_name
 from scripts.run.config import Config, keys
 from scripts.run.loras import FoundLora
 from scripts.run.memory import GIB, Kept, Memory, decoded_tiles, gib, is_tiled
@@ -344,7 +344,7 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
 
 def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
     """Groups the seconds of steps by "dense" and what runs at sparse ones, whichever occur."""
-    dense, pattern = set(record["dense_steps"]), name_of_sparse(record["config"]["attention"])
+    dense, pattern = set(record["dense_steps"]), sparse_name(record["config"]["attention"])
     groups: dict[str, list[float]] = {}
     for step, seconds in enumerate(record["step_seconds"]):
         groups.setdefault("dense" if step in dense else pattern, []).append(seconds)

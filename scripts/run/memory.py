@@ -37,6 +37,16 @@ class Memory:
         return self.weights + self.activations + self.host
 
 
+class Kept(NamedTuple):
+    """Holds the bytes that adaptive attention keeps from a dense step on: on the device, and beside it."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+
+NOTHING = Kept()
+
+
 def peak_memory(
     model: ModelInfo,
     size: VideoSize,
@@ -78,9 +88,9 @@ def whole_weights(model: ModelInfo, options: AnyModelConfig) -> dict[str, float]
     return {part: n * (4 if part == "vae" else size) for part, n in model.parameters.items()}
 
 
-def host_bytes(model: ModelInfo, options: AnyModelConfig) -> float:
+def host_bytes(model: ModelInfo, options: AnyModelConfig, kept: Kept = NOTHING) -> float:
     """Returns the host memory of a run on a GPU: all weights are read into it before they move."""
-    return sum(whole_weights(model, options).values()) + HOST_BYTES
+    return sum(whole_weights(model, options).values()) + kept.host + HOST_BYTES
 
 
 def mask_bytes(grid: TokenGrid, block_size: int) -> int:
@@ -127,13 +137,6 @@ def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: 
     """Predicts the bytes that a cache keeps of earlier steps, in copies of the residual stream."""
     copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(options.cache, 0)
     return copies * calls * DTYPE_BYTES[options.dtype] * grid.tokens * model.width
-
-
-class Kept(NamedTuple):
-    """Holds the bytes that adaptive attention keeps from a dense step on: on the device, and beside it."""
-
-    device: float = 0.0
-    host: float = 0.0
 
 
 def kept_bytes(

@@ -18,8 +18,8 @@ from scripts.run.attention import (
     adaptive_of,
     check_profile,
     dense_steps,
-    name_of_sparse,
     solve_mask,
+    sparse_name,
     step_densities,
 )
 from scripts.run.config import Config, VideoSize
@@ -211,7 +211,7 @@ class RunPlan:
 
     def pattern(self, step: int) -> str:
         """Returns "dense", or what runs in the layers that are not dense at every step."""
-        return "dense" if step in self.dense_steps else name_of_sparse(vars(self.config.attention))
+        return "dense" if step in self.dense_steps else sparse_name(vars(self.config.attention))
 
     @cached_property
     def memory(self) -> Memory:
@@ -247,8 +247,7 @@ class RunPlan:
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
         kind, most = self.config.attention.residual, budget - self.memory.total + self.kept().device
-        others = (other for other in RESIDUALS if other != "output")
-        fitting = [other for other in others if self.kept(residual=other).device <= most]
+        fitting = [x for x in RESIDUALS if x != "output" and self.kept(residual=x).device <= most]
         if kind != "none" and kind not in fitting and fitting:
             host = ", or attention.residual_memory=host" if self.device == "cuda" else ""
             return (
@@ -388,8 +387,7 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
             f"out of memory: the weights of model.path={plan.config.model.path} take {gib(weights)} on the "
             f"GPU, but it has {gib(card)}; set model.offload=group, or use a smaller model"
         )
-    host = host_bytes(plan.model, plan.config.model) + plan.kept().host
-    host_free = room("cpu") / local_processes()
+    host, host_free = host_bytes(plan.model, plan.config.model, plan.kept()), room("cpu") / local_processes()
     warnings = []
     if need > free:
         warnings.append(
