@@ -2,14 +2,17 @@
 
 A few dense videos show it. `Reading` adds up what `measure_blocks` finds, and `ModelProfile` holds it in a
 small file: maps over a coarse grid of cells, frames by positions in a frame, of each head and part of the
-schedule. They are stretched to any other size and length.
+schedule. They serve other sizes as they are. At another length the logarithm of a map, which is a score, is a
+sum of waves over the distance of two frames: the rotary embedding turns query and key against each other by
+known angles a frame, so that heads of a longer video look also a whole period further.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,10 +23,12 @@ from torch import Tensor
 from .grid import TokenGrid
 from .selection import Measured, far_correction, measure_blocks
 
-CELLS = 160  # at most, along one side of a map
+CELLS = 160  # along one side of a map, at most if frames alone are not more
 BYTES = 1_000_000  # of a file, at most
 COMPONENTS = 48  # at most: more add nothing that was measured
 SHARES = tuple(step / 16 for step in range(16))  # of a head's blocks that are kept, with a correction each
+EXACT = 1024  # rows up to which all components are computed
+LEAST, RIDGE = 1e-4, 0.03  # of waves: smallest value of a map, weight of small amplitudes
 EDGE = 1e-4  # noise levels that differ less are the same
 VERSION = "1"
 
@@ -68,24 +73,18 @@ class Cells:
     @classmethod
     def of(cls, grid: TokenGrid, block_size: int) -> "Cells":
         """Returns cells of one block, or as many as `CELLS` allows."""
-        frames = min(grid.frames, CELLS)
-        in_frame = max(1, -(-grid.tokens_per_frame // block_size))
-        return cls(frames, max(1, min(in_frame, CELLS // frames)))
+        in_frame = -(-grid.tokens_per_frame // block_size)
+        return cls(grid.frames, max(1, min(in_frame, CELLS // grid.frames)))
 
     def weights(self, grid: TokenGrid, block_size: int) -> Tensor:
-        """Returns the mean share of each cell in the tokens of each block, float32 `[Q, cells]`.
-
-        Frames of another number are interpolated between the first and the last. Text belongs to no cell.
-        """
+        """Returns the share of each cell in the tokens of each block, float32 `[Q, cells]`; text has none."""
         token = torch.arange(grid.video_tokens)
-        frame = (token // grid.tokens_per_frame).double() * ((self.frames - 1) / max(1, grid.frames - 1))
+        frame = token // grid.tokens_per_frame
         position = token % grid.tokens_per_frame * self.positions // grid.tokens_per_frame
-        block, counts = token // block_size, grid.block_tokens(block_size)
-        lower = frame.floor().long().clamp(max=self.frames - 1)
-        part = (frame - lower).float()
+        counts = grid.block_tokens(block_size)
         total = torch.zeros(len(counts), self.frames * self.positions)
-        for number, share in ((lower, 1 - part), ((lower + 1).clamp(max=self.frames - 1), part)):
-            total.index_put_((block, number * self.positions + position), share, accumulate=True)
+        ones = torch.ones(grid.video_tokens)
+        total.index_put_((token // block_size, frame * self.positions + position), ones, accumulate=True)
         return total / counts[:, None]
 
 
@@ -137,9 +136,11 @@ class ModelProfile:
         cells: of its maps.
         edges: least noise level of each part of the schedule, descending, 1 for noise; the last part takes
             all below.
+        frequencies: radians by which the rotary embedding in time turns from frame to frame; empty if it is
+            learned.
         basis: maps that all heads are sums of, float16 `[R, cells * cells]`.
-        parts: of each basis map in the root of each head's loss, float16 `[2, P, L, H, R]`: without a far
-            field, and with one.
+        parts: of each basis map in the root of each head's loss without a far field, of its loss with one,
+            and of its mass, float16 `[3, P, L, H, R]`.
         biases: of each head's far field, float16 `[P, L, H, len(SHARES)]`, by the share of blocks that it
             keeps.
         about: how it was made, for people.
@@ -148,6 +149,7 @@ class ModelProfile:
     model: MeasuredModel
     cells: Cells
     edges: tuple[float, ...]
+    frequencies: tuple[float, ...]
     basis: Tensor = field(repr=False)
     parts: Tensor = field(repr=False)
     biases: Tensor = field(repr=False)
@@ -155,26 +157,33 @@ class ModelProfile:
 
     @classmethod
     def of(
-        cls, reading: Reading, model: MeasuredModel, edges: Sequence[float], about: Mapping[str, Any]
+        cls,
+        reading: Reading,
+        model: MeasuredModel,
+        edges: Sequence[float],
+        *,
+        frequencies: Sequence[float] = (),
+        about: Mapping[str, Any] = MappingProxyType({}),
     ) -> "ModelProfile":
         """Makes a profile that `to_bytes` writes in at most `BYTES`."""
         every = [(part, layer) for part in range(len(edges)) for layer in range(model.layers)]
         means = torch.stack([reading.sums[at] / reading.counts[at] for at in every])  # [P L, 4, H, c, c]
-        roots = means[:, :2].clamp(min=0) ** 0.25  # the root of the loss: large and small ones both count
+        powers = torch.tensor([0.25, 0.25, 0.5]).view(3, 1, 1, 1)  # roots: large and small ones both count
+        roots = means[:, :3].clamp(min=0) ** powers
         rows = roots.movedim(1, 0).flatten(0, 2).flatten(1)  # [2 P L H, c c]
         scale = 1.0 / max(1e-30, rows.max().item())  # float16 holds what is near 1 best
-        left, sizes, right = torch.linalg.svd(rows * scale, full_matrices=False)
         fitting = (BYTES - 2 * len(every) * model.heads * len(SHARES) - 10_000) // (2 * sum(rows.shape))
-        count = max(1, min(COMPONENTS, len(sizes), fitting))
-        shape = 2, len(edges), model.layers, model.heads, count
+        parts, basis = _components(rows * scale, max(1, min(COMPONENTS, fitting)))
+        shape = 3, len(edges), model.layers, model.heads
         biases = [_biases(Measured(mass, pooled, loss)) for _, loss, mass, pooled in means]
         return cls(
             model=model,
             cells=reading.cells,
-            edges=tuple(float(edge) for edge in edges),
-            basis=right[:count].half(),
-            parts=(left[:, :count] * sizes[:count]).view(shape).half(),
-            biases=torch.stack(biases).view(*shape[1:4], len(SHARES)).half(),
+            edges=tuple(map(float, edges)),
+            frequencies=tuple(map(float, frequencies)),
+            basis=basis.half(),
+            parts=parts.view(*shape, -1).half(),
+            biases=torch.stack(biases).view(*shape[1:], -1).half(),
             about=dict(about),
         )
 
@@ -185,10 +194,17 @@ class ModelProfile:
 
     def losses(self, part: int, layer: int, grid: TokenGrid, block_size: int, *, far_field: bool) -> Tensor:
         """Returns what each head loses with each block, float32 `[1, H, Q, K]`, up to a factor for all."""
-        maps = (self.parts[int(far_field), part, layer].float() @ self.basis.float()).clamp(min=0).square()
-        side = math.isqrt(maps.shape[-1])
-        to_blocks = self.cells.weights(grid, block_size)
-        return (to_blocks @ maps.unflatten(-1, (side, side)) @ to_blocks.T)[None]
+        at, cells = (part, layer), self.cells
+        roots = (self.parts[[int(far_field), 2]][:, *at].float() @ self.basis.float()).clamp(min=0)
+        maps = roots.square().unflatten(-1, (cells.frames, cells.positions) * 2)  # [2, H, F, P, F, P]
+        if grid.frames == cells.frames:
+            losses = maps[0]
+        else:
+            losses, mass = _at_length(maps, grid.frames, self.frequencies)
+            losses = losses / mass.sum((-2, -1), keepdim=True)
+            cells = replace(cells, frames=grid.frames)
+        to_blocks = cells.weights(grid, block_size)
+        return (to_blocks @ losses.flatten(-2).flatten(-3, -2) @ to_blocks.T)[None]
 
     def bias(self, part: int, layer: int, kept: Tensor) -> Tensor:
         """Returns the bias of each head's far field, float32 `[1, H, 1, 1]`, if it keeps `[1, H, Q, K]`."""
@@ -201,6 +217,7 @@ class ModelProfile:
     def to_bytes(self) -> bytes:
         """Returns the content of a file, in safetensors format."""
         facts = {"model": asdict(self.model), "cells": asdict(self.cells), "edges": self.edges}
+        facts["frequencies"] = self.frequencies
         head = {"version": VERSION, "profile": json.dumps(facts | {"about": dict(self.about)})}
         tensors = {name: getattr(self, name).contiguous() for name in ("basis", "parts", "biases")}
         return save(tensors, head)
@@ -222,7 +239,7 @@ class ModelProfile:
             profile = cls(
                 MeasuredModel(**facts["model"]),
                 Cells(**facts["cells"]),
-                tuple(float(edge) for edge in facts["edges"]),
+                *(tuple(map(float, facts[name])) for name in ("edges", "frequencies")),
                 **tensors,
                 about=facts["about"],
             )
@@ -237,11 +254,54 @@ class ModelProfile:
         model, cells = self.model, (self.cells.frames * self.cells.positions) ** 2
         heads = len(self.edges), model.layers, model.heads
         count = len(self.basis)
-        wanted = {"basis": (count, cells), "parts": (2, *heads, count), "biases": (*heads, len(SHARES))}
+        wanted = {"basis": (count, cells), "parts": (3, *heads, count), "biases": (*heads, len(SHARES))}
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape or not tensor.isfinite().all():
                 raise ValueError(f"its {name} must be finite, {list(shape)}, got {list(tensor.shape)}")
+
+
+def _at_length(maps: Tensor, frames: int, frequencies: Sequence[float]) -> Tensor:
+    """Returns maps `[2, H, F, P, F, P]` for another number of frames, by the distance of two frames.
+
+    Distances that were measured keep their mean square. Beyond them the logarithm is a sum of waves, fitted
+    to those that were: only waves that went through a whole period are known well enough.
+    """
+    far = maps.shape[2] - 1
+    squares = maps.square()
+    diagonals = [squares.diagonal(d, 2, 4).mean(-1) for d in range(-far, far + 1)]
+    measured = torch.stack(diagonals, -1).sqrt()  # [2, H, P, P, 2F - 1]
+    known = [w for w in frequencies if w * (2 * far + 1) >= 2 * math.pi]
+    near, wide = (_waves(known, reach) for reach in (far, frames - 1))
+    logs = measured.clamp(min=LEAST * measured.amax((-3, -2, -1), keepdim=True).clamp(min=1e-30)).log()
+    weights = far + 1.0 - torch.arange(-far, far + 1).abs()  # pairs of frames at a distance
+    gram = near.T * weights @ near
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    ridge[0, 0] = 0
+    fitted = logs @ (weights[:, None] * near) @ torch.linalg.inv(gram + ridge) @ wide.T
+    curve = fitted.clamp(max=logs.amax((-3, -2, -1), keepdim=True)).exp()  # [2, H, P, P, 2 frames - 1]
+    reach = min(far, frames - 1)
+    curve[..., frames - 1 - reach : frames + reach] = measured[..., far - reach : far + reach + 1]
+    pairs = torch.arange(frames) - torch.arange(frames)[:, None] + frames - 1
+    return curve[..., pairs].permute(0, 1, 4, 2, 5, 3)
+
+
+def _waves(frequencies: Sequence[float], reach: int) -> Tensor:
+    """Returns 1, cosine and sine of each frequency at distances `-reach .. reach`, `[2 reach + 1, W]`."""
+    angles = torch.outer(torch.arange(-reach, reach + 1.0), torch.tensor(frequencies))
+    return torch.cat([torch.ones(len(angles), 1), angles.cos(), angles.sin()], 1)
+
+
+def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns factors `[N, R]` and `[R, c]` of the best approximation of `[N, c]`, `R` at most `count`."""
+    if min(rows.shape) <= EXACT:
+        left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, sizes, right = torch.svd_lowrank(rows, count + 8, niter=4)
+        right = right.T
+    return left[:, :count] * sizes[:count], right[:count]
 
 
 def _biases(measured: Measured) -> Tensor:

@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> None:
         "video": f"{video.width}x{video.height}, {video.frames} frames, {steps} steps, blocks of {size}",
         "prompts": len(plan.prompts),
     }
-    profile = ModelProfile.of(reading, plan.measured_model, edges, about)
+    channels, base = plan.model.rope_time or (0, 1.0)
+    turns = [base ** (-2 * number / channels) for number in range(channels // 2)]
+    profile = ModelProfile.of(reading, plan.measured_model, edges, frequencies=turns, about=about)
     content = profile.to_bytes()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as part:

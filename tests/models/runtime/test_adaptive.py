@@ -67,7 +67,7 @@ def test_layers_attend_to_the_blocks_that_cost_most(family, masks):
             if call.layer == 0:
                 continue
             options = {"far_field": False, "text_lengths": call.text_lengths}
-            loss = measure_blocks(call[2:5], grid, 16, **options).loss
+            loss = measure_blocks(call[3:6], grid, 16, **options).loss
             least = loss.masked_fill(floor, -1).flatten(1).topk(count).values[:, -1, None, None, None]
             wanted.append(floor | (loss >= least))
     assert len(masks) == 3 * 2 * (layers - 1) * batch
