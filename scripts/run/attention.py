@@ -83,9 +83,15 @@ def check_profile(attention: AttentionConfig, model: MeasuredModel) -> None:
 
 
 def step_densities(
-    attention: AttentionConfig, dense: tuple[int, ...], grid: TokenGrid, *, steps: int, mask: RadialConfig
+    attention: AttentionConfig,
+    dense: tuple[int, ...],
+    grid: TokenGrid,
+    *,
+    steps: int,
+    sigmas: list[float] | None,
+    mask: RadialConfig,
 ) -> dict[int, float]:
-    """Returns the density of each step that is not dense, by number.
+    """Returns the density of each step that is not dense, by number; `sigmas`: noise level of each step.
 
     Raises UsageError for a density that no mask has, or below what every mask keeps, and for a selection or a
     residual without a dense step before the first sparse one.
@@ -101,7 +107,8 @@ def step_densities(
     schedule = schedule_of(attention, steps)
     densities: dict[int, float] = {}
     if schedule.density_range is not None:
-        densities = replace(schedule, dense_steps=dense or 0, dense_last_steps=0).densities(None)
+        everything = schedule.densities(None, sigmas)
+        densities = {step: density for step, density in everything.items() if step not in dense}
     if not densities:
         given = read_density(attention.density)
         static = attention.selection == "static" or given is None

@@ -286,7 +286,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     loras = find_loras(config.model, path, fetch=not dry_run)
     references = len(config.generation.reference_images)
     model = replace(with_loras(model, loras), references=references)
-    attention, grid = config.attention, model.grid(config.generation.size)
+    attention, grid, steps = config.attention, model.grid(config.generation.size), config.generation.steps
     calls = calls_per_step(config.model.family, config.generation)
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
@@ -299,11 +299,11 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees.cfg)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    sigmas = noise_levels(path, config.model.family, config.generation.steps, config.generation.flow_shift)
+    sigmas = noise_levels(path, config.model.family, steps, config.generation.flow_shift)
     boundary = expert_boundary(path) if is_local(path) and "transformer_2" in model.parameters else None
-    dense = dense_steps(attention, config.generation.steps, sigmas, boundary)
+    dense = dense_steps(attention, steps, sigmas, boundary)
     mask = solve_mask(attention, grid, references)
-    densities = step_densities(attention, dense, grid, steps=config.generation.steps, mask=mask)
+    densities = step_densities(attention, dense, grid, steps=steps, sigmas=sigmas, mask=mask)
     plan = RunPlan(
         config=config,
         model=model,
@@ -321,7 +321,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     )
     check_profile(attention, plan.measured_model)
     warnings = () if dry_run else _memory_warnings(plan)
-    radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
+    radial = len(dense) < steps and plan.dense_layers < model.layers
     quantize = None if attention.quantize == "none" else attention.quantize
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)

@@ -2,12 +2,16 @@
 
 import pytest
 
+from radial_attn import TokenGrid
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import residual_bytes
 from radial_attn.selection import block_rows
-from scripts.run.attention import dense_steps, step_densities
+from scripts.run.attention import attention_arguments, dense_steps, radial_config, step_densities
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan
 from scripts.run.plan import make_plan
+from tests.support.pipelines import KINDS
 from tests.support.plans import plan_of
 
 TINY = "configs/wan_tiny.yaml"
@@ -17,6 +21,7 @@ ADAPTIVE = [
     "attention.dense_steps=[0, 1, 10]",
     "attention.density=0.25",
 ]
+RANGE = "density={start: 0.95, end: 0.85}"
 
 
 def attention(*words: str):
@@ -42,6 +47,28 @@ def test_densities_of_a_static_range_are_those_of_masks():
     values = list(plan.densities.values())
     assert len(values) == 20 and values == sorted(values, reverse=True)
     assert values[0] == pytest.approx(0.6, rel=0.1) and values[-1] == pytest.approx(0.3, rel=0.3)
+
+
+@pytest.mark.parametrize("steps", ["1", "0.2", "sigma>0.99", "[0, 2]"])
+def test_a_range_beside_two_experts_is_planned_as_it_runs(steps, monkeypatch):
+    """The second expert of Wan2.2 begins with a dense step, which neither leaves out of the range."""
+    kind, seen, attend = KINDS["wan-a14b"], [], Choices.attend
+
+    def noted(self: Choices, *args: object, **options: object) -> object:
+        seen.append(self.densities[self._level])
+        return attend(self, *args, **options)
+
+    monkeypatch.setattr(Choices, "attend", noted)
+    pipeline, group = kind.make(), attention("selection=dense_step", f"dense_steps={steps}", RANGE)
+    with apply_radial_attention(pipeline, **attention_arguments(group)):
+        kind.generate(pipeline, 6)
+    sigmas = pipeline.scheduler.sigmas.tolist()[:6]
+    dense = dense_steps(group, 6, sigmas, pipeline.config.boundary_ratio)
+    options = {"steps": 6, "sigmas": sigmas, "mask": radial_config(group)}
+    planned = step_densities(group, dense, TokenGrid(*kind.grid), **options)
+    assert any(step > 2 for step in dense) and len(set(planned.values())) > 1
+    calls = kind.halves * len(pipeline.transformer.blocks)
+    assert seen == [density for density in planned.values() for _ in range(calls)]
 
 
 def test_adaptive_attention_is_counted():
@@ -102,4 +129,4 @@ def test_a_small_share_of_the_operations_measures_the_blocks():
 
 def test_densities_without_sparse_steps():
     config = read_config(TINY, ["attention.dense_steps=20"])
-    assert step_densities(config.attention, tuple(range(20)), None, steps=20, mask=None) == {}
+    assert step_densities(config.attention, tuple(range(20)), None, steps=20, sigmas=None, mask=None) == {}
