@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid
-from radial_attn.profile import ModelProfile
 from radial_attn.residual import Residual
 from radial_attn.selection import Budget, far_correction, floor_blocks, measure_blocks
 from radial_attn.shards import HeadDeal, deal_heads
 
+from ..profile import ModelProfile
 from .adaptive import Adaptive
 
 Attend = Callable[..., Tensor]  # of query, key, value, mask, text lengths and the bias of the far field

@@ -24,7 +24,6 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, ra
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_near
-from radial_attn.profile import ModelProfile
 from radial_attn.selection import floor_blocks
 
 from .adaptive import Adaptive
@@ -168,15 +167,14 @@ class RadialContext:
         layers: int,
         always_dense: int,
         adaptive: Adaptive | None = None,
-        profile: ModelProfile | None = None,
+        choices: Choices | None = None,
         pipeline: Any = None,
         parallel: Any = None,
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.adaptive = adaptive or Adaptive()
-        has_state = self.adaptive.has_state
-        self._choices = Choices(self.adaptive, config, parallel, profile) if has_state else None
+        self._choices = choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
