@@ -42,10 +42,12 @@ class Adaptive:
         far_field: how dropped blocks count, as in `radial_attention`; with "linear" a dense step also
             measures the bias of each head.
         residual: how the difference to the last dense output is kept and added: "none", "mean" of each block,
-            "int8" or "int4".
+            "int8" or "int4". "output" keeps that output instead, and sparse steps compute no attention: the
+            control that any other setting must beat.
 
     Raises:
-        ValueError: an unknown value, or a residual with a budget of the whole model.
+        ValueError: an unknown value, a residual with a budget of the whole model, or "output" beside blocks
+            that count.
     """
 
     selection: str = "static"
@@ -68,6 +70,12 @@ class Adaptive:
             raise ValueError(
                 "budget='model' is known only after the last layer of a dense step, too late for "
                 f"residual={self.residual!r}; use budget='layer'"
+            )
+
+        if self.residual == "output" and (self.selection, self.far_field) != ("static", "none"):
+            raise ValueError(
+                "residual='output' computes no attention at sparse steps; set selection='static' and "
+                f"far_field='none', got {self.selection!r} and {self.far_field!r}"
             )
 
     @property
@@ -177,6 +185,11 @@ class Choices:
             sparse: computes the sparse output with a mask.
         """
         state = self._calls[self._call][layer] = _Layer()
+        if self.options.residual == "output":
+            state.residual = Residual(
+                "output", dense.detach(), None, self._config.block_size, dense.shape[-1]
+            )
+            return
         if self.options.selection == "dense_step" or self.options.far_field == "linear":
             state.measured = measure_blocks(
                 [x.detach() for x in tensors],
@@ -232,6 +245,8 @@ class Choices:
     ) -> Tensor:
         """Computes a layer's sparse attention `[B, S, H, D]`; arguments are as in `record`."""
         state = self._calls.get(self._call, {}).get(layer)
+        if state is not None and state.residual is not None and state.residual.kind == "output":
+            return state.residual.values
         masks = [mask] if state is None or state.levels is None else self._masks(state)
         bias = state.biases[self._level] if state is not None and state.biases else None
         if len(masks) == 1:

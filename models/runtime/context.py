@@ -116,7 +116,8 @@ def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
     output = radial_attention(query, key, value, mask, **options)
     if processor.layer_check is not None:
         compared = mask if call.compare else None
-        processor.layer_check.note((query, key, value), output, compared, text_lengths)
+        far = call.far_field, bias
+        processor.layer_check.note((query, key, value), output, compared, text_lengths, far=far)
     return output
 
 

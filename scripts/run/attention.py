@@ -78,6 +78,8 @@ def step_densities(
         densities = dict.fromkeys(sparse, radial_mask(grid, mask).density if static and sparse else given)
     elif attention.selection == "static":
         densities = {step: _near(attention, grid, mask, density) for step, density in densities.items()}
+    if attention.residual == "output":
+        return dict.fromkeys(densities, 0.0)
     if attention.selection != "static" and densities:
         try:
             tokens = grid.block_tokens(attention.block_size)

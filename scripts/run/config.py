@@ -160,8 +160,8 @@ class AttentionConfig(MaskConfig):
     )
     residual: str = key(
         "none",
-        "how the difference to the last dense output is kept and added: not at all, as means of blocks, "
-        "or in 8 or 4 bits",
+        "how the difference to the last dense output is kept and added: not at all, as means of blocks, or "
+        "in 8 or 4 bits; output: that output itself, with no attention at sparse steps, as a control",
         RESIDUALS,
     )
     quantize: str = key("none", "8-bit products, for backends that have them", ("none", "int8", "fp8"))

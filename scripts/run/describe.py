@@ -270,8 +270,9 @@ def _differences(plan: RunPlan, lora: FoundLora, trained: dict[str, Any]) -> Ite
         )
         yield f"videos of {others} (here {'x'.join(map(str, sizes.values()))})"
     size = (fitting or trained["sizes"])[0]
-    here = asdict(plan.mask) | {"dense_layers": plan.config.attention.dense_layers}
-    for name, value in (size["mask"] | {"dense_layers": size["dense_layers"]}).items():
+    names = ("dense_layers", "far_field")
+    here = asdict(plan.mask) | {name: getattr(plan.config.attention, name) for name in names}
+    for name, value in (size["mask"] | {name: size.get(name, "none") for name in names}).items():
         if here.get(name) != value:
             yield f"attention.{name}={value} (here {here.get(name)})"
     name = "positions" if trained["positions"] != model.positions else "positions_frames"

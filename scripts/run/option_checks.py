@@ -74,6 +74,11 @@ def check_adaptive(config: Config) -> None:
             "attention.budget: got 'model', which does not work with attention.residual: its masks are known "
             "only after the last layer of a dense step; allowed: head, layer"
         )
+    if attention.residual == "output" and (chosen or attention.far_field != "none"):
+        raise UsageError(
+            "attention.residual: got 'output', which computes no attention at sparse steps; set "
+            "attention.selection=static attention.far_field=none"
+        )
     stateful = next((name for name, used in (("selection", chosen), ("residual", residual)) if used), None)
     got = f"attention.{stateful}: got {getattr(attention, stateful)!r}" if stateful else ""
     if stateful and model.cache != "none":
@@ -85,11 +90,6 @@ def check_adaptive(config: Config) -> None:
         raise UsageError(
             f"{got}, which does not work with model.compile={model.compile}: each layer has a mask of its "
             "own; set model.compile=none"
-        )
-    if attention.far_field != "none" and attention.check == "reference":
-        raise UsageError(
-            f"attention.check: got 'reference', which knows no attention.far_field={attention.far_field}; "
-            "allowed: auto, off, nan"
         )
 
 

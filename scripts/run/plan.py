@@ -145,7 +145,7 @@ class RunPlan:
             steps=len(steps),
             far_field="none" if attention.pattern == "dense" else attention.far_field,
             measures=attention.selection != "static" or attention.far_field == "linear",
-            residual=attention.residual != "none",
+            residual=attention.residual not in ("none", "output"),
         )
 
     def residual_bytes(self, kind: str, size: VideoSize | None = None) -> int:
@@ -154,7 +154,8 @@ class RunPlan:
         width = self.model.heads, self.model.head_dim
         options = {"block_size": self.config.attention.block_size, "itemsize": dtype.itemsize}
         layers = self.model.attention_layers(self.dense_layers)
-        return residual_bytes(kind, grid.video_tokens, *width, **options) * self.calls * layers
+        tokens = grid.tokens if kind == "output" else grid.video_tokens
+        return residual_bytes(kind, tokens, *width, **options) * self.calls * layers
 
     @cached_property
     def rank_work(self) -> RankWork:
@@ -238,8 +239,8 @@ class RunPlan:
 
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
-        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS}
-        now = kinds[self.config.attention.residual]
+        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS if kind != "output"}
+        now = self.residual_bytes(self.config.attention.residual)
         fitting = [kind for kind, kept in kinds.items() if self.memory.total - now + kept <= budget]
         if now and fitting:
             return (
