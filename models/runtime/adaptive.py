@@ -98,7 +98,7 @@ class _Layer:
         levels: how many densities keep a block, uint8 `[B, H, Q, K]`; None for the static mask.
         biases: of the far field at each density, `[B, H, 1, 1]`.
         masks: of each sample, at density number `level`.
-        deal: the heads that each process computes; None if one has all, or the call is not over.
+        deal: the heads that each process computes; None if one has all, or before the first sparse call.
     """
 
     measured: Measured | None = None
@@ -121,6 +121,7 @@ class Choices:
         self._grid: TokenGrid | None = None
         self._budget: Budget | None = None
         self._histogram: Tensor | int = 0
+        self._busiest = self._mean = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the options for a copy or a pickle, which begins with a dense call."""
@@ -217,21 +218,26 @@ class Choices:
             )
 
     def end_call(self) -> None:
-        """Chooses the blocks of all layers, if the whole model shares the budget, and deals their heads."""
-        states = self._calls.get(self._call, {}).values()
-        layers = [state for state in states if state.measured is not None]
+        """Chooses the blocks of all layers, if the whole model shares the budget."""
+        layers = [state for state in self._calls.get(self._call, {}).values() if state.measured is not None]
         if layers:
             cuts = self._budget.cuts(self._histogram)
             for state in layers:
                 self._fix(state, cuts)
-        for state in states if self._parallel is not None else ():
-            if state.levels is not None and state.deal is None:
-                self._deal(state)
 
-    def dealt(self, layer: Any) -> Tensor | None:
-        """Returns the heads of each process at sparse steps, as in `HeadDeal`; None for all in order."""
+    def deal(self, layer: Any) -> Tensor | None:
+        """Deals the heads of a layer to the processes for the sparse call that follows.
+
+        Returns the heads of each process, as in `HeadDeal`; None for all in order.
+        """
         state = self._calls.get(self._call, {}).get(layer)
-        return None if state is None or state.deal is None or state.deal.in_order else state.deal.heads
+        if state is None or state.levels is None:
+            return None
+        if state.deal is None or state.level != self._level:
+            self._deal(state)
+        self._busiest += state.deal.loads.max().item()
+        self._mean += state.deal.loads.double().mean().item()
+        return None if state.deal.in_order else state.deal.heads
 
     def attend(
         self,
@@ -266,17 +272,16 @@ class Choices:
     def report(self) -> dict[str, Any]:
         """Returns the options, the mean density of the latest masks, and the bytes of all residuals.
 
-        `imbalance` is the work of the busiest process of each layer over the mean, None for one process.
+        `imbalance` is the work of the busiest process over the mean, in all sparse calls of layers; None if
+        one process has all heads.
         """
         layers = [state for layers in self._calls.values() for state in layers.values()]
-        loads = [state.deal.loads.tolist() for state in layers if state.deal is not None]
-        mean = sum(sum(x) / len(x) for x in loads)
         densities = [mask.density for state in layers for mask in state.masks]
         return {
             **vars(self.options),
             "density": sum(densities) / len(densities) if densities else None,
             "residual_bytes": sum(state.residual.bytes for state in layers if state.residual is not None),
-            "imbalance": sum(max(x) for x in loads) / mean if loads else None,
+            "imbalance": self._busiest / self._mean if self._mean else None,
         }
 
     def _fix(self, state: _Layer, cuts: Tensor) -> None:
@@ -291,17 +296,15 @@ class Choices:
             state.biases = [far_correction(measured, blocks) for blocks in kept]
 
     def _deal(self, state: _Layer) -> None:
-        """Deals the heads by their blocks, on average over the densities, and hands their state over."""
-        state.deal = self._parallel.deal(state.levels.sum((0, 2, 3)))
-        if state.deal.in_order:
-            return
-        hand_over = partial(self._parallel.hand_over, heads=state.deal.heads)
+        """Deals the heads by the blocks that they keep in this call; their state goes with them."""
+        before = None if state.deal is None else state.deal.heads
+        state.deal = self._parallel.deal((state.levels > self._level).sum((0, 2, 3)), before)
+        hand_over = partial(self._parallel.hand_over, before=before, after=state.deal.heads)
         state.levels, state.level = hand_over(state.levels, 1), -1
         state.biases = [hand_over(bias, 1) for bias in state.biases]
         if state.residual is not None:
-            values, scales = (
-                None if x is None else hand_over(x, 2) for x in (state.residual.values, state.residual.scales)
-            )
+            kept = state.residual.values, state.residual.scales
+            values, scales = (None if x is None else hand_over(x, 2) for x in kept)
             state.residual = replace(state.residual, values=values, scales=scales)
 
     def _masks(self, state: _Layer) -> list[BlockMask]:

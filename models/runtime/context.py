@@ -71,8 +71,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proce
     of_all = partial(_attend, call=call, processor=processor)
     if call.parallel is None:
         return of_all(query, key, value)
-    dealt = None if call.choices is None else call.choices.dealt(processor)
-    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=dealt)
+    heads = None if call.choices is None else call.choices.deal(processor)
+    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=heads)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:

@@ -29,12 +29,13 @@ from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_trans
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 
 RADIAL = {"config": SPARSE}
-ADAPTIVE = {  # a dense call, then a sparse one
-    "config": RadialConfig(block_size=16, density=0.4),
+ADAPTIVE = {  # a dense call, then two sparse ones of different density
+    "config": RadialConfig(block_size=16),
+    "density_range": (0.6, 0.3),
     "selection": "dense_step",
     "far_field": "linear",
     "dense_steps": 1,
-    "num_steps": 2,
+    "num_steps": 3,
 }
 MIXED = {"config": SPARSE, "dense_layers": 2}
 REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
@@ -99,7 +100,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         odd = partial(wan_transformer, num_attention_heads=5)
         yield f"wan, 5 heads, chosen by {budget}", odd, partial(wan_inputs, 6, 12, 16, batch=2), chosen
         many = partial(mochi_transformer, num_attention_heads=8)
-        text = chosen | {"config": RadialConfig(block_size=16, density=0.9)}
+        text = chosen | {"density_range": (0.95, 0.85)}
         text["residual"] = text["residual"].replace("int8", "mean")
         yield f"mochi, chosen by {budget}", many, partial(mochi_inputs, 5, 6, 14), text
     yield "wan, few blocks", wan_transformer, partial(wan_inputs, 2, 6, 14), RADIAL | {"check": "nan"}
@@ -118,8 +119,8 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
         with apply_radial_attention(transformer, **options, parallel=shared) as handle:
             outputs.append(transformer(**given).sample)
             if "selection" in options:
-                step = -1 if "mochi" in name else 1  # Mochi's timesteps rise
-                outputs[-1] = transformer(**given | {"timestep": given["timestep"] - step}).sample
+                for step in (-1, -2) if "mochi" not in name else (1, 2):  # Mochi's timesteps rise
+                    outputs[-1] = transformer(**given | {"timestep": given["timestep"] + step}).sample
                 imbalance = handle.report()["adaptive"]["imbalance"]
                 assert (imbalance is None) == (shared is None)
                 assert shared is None or "uneven" not in name or 1 <= imbalance < 1.05, f"{name}: {imbalance}"
