@@ -149,9 +149,10 @@ class AttentionConfig(MaskConfig):
     selection: str = key(
         "static",
         "static: one mask for all heads; dense_step: each head keeps the blocks that it needed most at the "
-        "last dense step",
+        "last dense step; profile: in the videos of a profile, so that no step must be dense",
         SELECTIONS,
     )
+    profile: str | None = key(None, "file of scripts/calibrate.sh, for selection=profile")
     budget: str = key("layer", "who shares the number of chosen blocks", BUDGETS)
     far_field: str = key(
         "none",

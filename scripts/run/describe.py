@@ -104,10 +104,11 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         return rows
     if attention.selection != "static":
         steps = ", ".join(map(str, plan.recording_steps))
+        how = f"at step {steps}" if attention.profile is None else f"by {attention.profile}"
         masks = plan.grid.num_blocks(attention.block_size) ** 2 * plan.model.heads * plan.calls
         masks *= plan.model.attention_layers(plan.dense_layers)
         rows["selection"] = (
-            f"each head at step {steps}, budget shared by a {attention.budget}; "
+            f"each head {how}, budget shared by a {attention.budget}; "
             f"{_share(beyond.measured * beyond.steps, plan)} of the operations, masks of {gib(masks)}"
         )
     if attention.far_field != "none":

@@ -60,9 +60,11 @@ def check_adaptive(config: Config) -> None:
     """Raises UsageError for options beyond the mask that do not work together."""
     attention, model = config.attention, config.model
     chosen, residual = attention.selection != "static", attention.residual != "none"
-    if attention.selection == "profile":
+    if (attention.selection == "profile") != (attention.profile is not None):
+        got = "null" if attention.profile is None else repr(attention.profile)
         raise UsageError(
-            "attention.selection: got 'profile', which is not there yet; allowed: static, dense_step"
+            f"attention.profile: got {got} with attention.selection={attention.selection}; a file of "
+            "scripts/calibrate.sh and attention.selection=profile need each other"
         )
     if chosen and attention.pattern not in ("radial", "dense"):
         raise UsageError(

@@ -12,13 +12,9 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
+from radial_attn.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS, residual_bytes
-from scripts.run.attention import (
-    adaptive_of,
-    dense_steps,
-    solve_mask,
-    step_densities,
-)
+from scripts.run.attention import adaptive_of, check_profile, dense_steps, solve_mask, step_densities
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
@@ -144,7 +140,7 @@ class RunPlan:
             density=self.densities[steps[0] + 1] if steps else self.density,
             steps=len(steps),
             far_field="none" if attention.pattern == "dense" else attention.far_field,
-            measures=attention.selection != "static" or attention.far_field == "linear",
+            measures=adaptive_of(attention).measures,
             residual=attention.residual not in ("none", "output"),
         )
 
@@ -174,6 +170,13 @@ class RunPlan:
     def lora_digests(self) -> list[str]:
         """Returns the SHA-256 of the file of each LoRA."""
         return [sha256(lora.file) for lora in self.loras if lora.file is not None]
+
+    @property
+    def measured_model(self) -> MeasuredModel:
+        """Returns what a profile of this model says of it."""
+        family, model = self.config.model.family.removesuffix("_i2v"), self.model
+        shape = model.attention_layers(), model.heads, model.head_dim
+        return MeasuredModel(family, *shape, self.model_digest)
 
     @cached_property
     def model_digest(self) -> str | None:
@@ -312,6 +315,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         dense_layers=model.layers if attention.pattern == "dense" else attention.dense_layers,
         degrees=degrees,
     )
+    check_profile(attention, plan.measured_model)
     warnings = () if dry_run else _memory_warnings(plan)
     radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
     quantize = None if attention.quantize == "none" else attention.quantize

@@ -9,7 +9,8 @@ import torch
 from radial_attn import BlockMask, RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
-from radial_attn.models.runtime.adaptive import Adaptive, Choices
+from radial_attn.models.runtime.adaptive import Adaptive
+from radial_attn.models.runtime.choices import Choices
 from radial_attn.selection import floor_blocks, measure_blocks
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
 from tests.support.pipelines import KINDS
