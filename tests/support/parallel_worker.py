@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, st
 from radial_attn.models.parallel.guidance import GuidanceParallel
 from radial_attn.models.parallel.ring import RingParallel, share_sequence
 from radial_attn.models.parallel.ulysses import SequenceParallel
+from radial_attn.profile import SHARES, Cells, MeasuredModel, ModelProfile
 from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
@@ -36,6 +38,12 @@ ADAPTIVE = {  # a dense call, then two sparse ones of different density
     "far_field": "linear",
     "dense_steps": 1,
     "num_steps": 3,
+}
+PROFILED = ADAPTIVE | {  # a dense step in the middle meets heads that are dealt
+    "selection": "profile",
+    "residual": "int8",
+    "dense_steps": [0, 2],
+    "num_steps": None,
 }
 MIXED = {"config": SPARSE, "dense_layers": 2}
 REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
@@ -138,17 +146,22 @@ def check_balance(report: dict[str, Any], shared: SequenceParallel | None, name:
     assert "uneven" not in name or worst < 1.05, f"{name}: {report}, {kept}"
 
 
-def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
+def latents(
+    pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool, **attention: Any
+) -> torch.Tensor:
     """Returns the final latents with radial attention; `guided`: with its two halves on two processes."""
+    attention = attention or {"config": SPARSE, "dense_steps": 1}
     options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
     if type(pipeline) is HunyuanVideoPipeline:
         options |= {"true_cfg_scale": 3.0, "negative_prompt": prompts * ["no"], "prompt_template": TEMPLATE}
     sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
+    if "profile" in attention:
+        sizes = {"height": 96, "width": 64, "num_frames": 17}
     generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
     parts = [part for part in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if part]
     batched = type(pipeline) is MochiPipeline
     with ExitStack() as stack:
-        stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared))
+        stack.enter_context(apply_radial_attention(pipeline, **attention, parallel=shared))
         if guided:
             group = import_xfuser("cpu").get_cfg_group().device_group
             stack.enter_context(GuidanceParallel(parts, group, batched=batched))
@@ -156,12 +169,29 @@ def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided
 
 
 @torch.no_grad()
-def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceParallel | None) -> float:
+def pipeline_difference(
+    make: Callable[[], Any], prompts: int, shared: SequenceParallel | None, **attention: Any
+) -> float:
     """Returns the largest difference of the latents from one process's, relative to the largest value."""
     pipeline = make()
-    alone = latents(pipeline, prompts, None, False)
-    together = latents(pipeline, prompts, shared, import_xfuser("cpu").get_cfg_group().world_size == 2)
+    alone = latents(pipeline, prompts, None, False, **attention)
+    guided = import_xfuser("cpu").get_cfg_group().world_size == 2
+    together = latents(pipeline, prompts, shared, guided, **attention)
     return ((together - alone).abs().max() / alone.abs().max()).item()
+
+
+def profile_difference(shared: SequenceParallel | None) -> float:
+    """Returns the difference for the blocks of a profile, whose five heads keep different numbers of them."""
+    generator, model = torch.Generator().manual_seed(0), MeasuredModel("wan", layers=4, heads=5, width=12)
+    basis, parts = (torch.rand(shape, generator=generator).half() for shape in ((9, 144), (2, 2, 4, 5, 9)))
+    biases = torch.rand(2, 4, 5, len(SHARES), generator=generator).half()
+    profile = ModelProfile(model, Cells(3, 4), (0.7, 0.0), basis, parts, biases)
+    with NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(profile.to_bytes())
+        file.flush()
+        return pipeline_difference(
+            partial(wan_pipeline, num_attention_heads=5), 2, shared, **PROFILED, profile=file.name
+        )
 
 
 def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
@@ -182,6 +212,8 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
     if degrees.cfg == 1:
         for case in cases(degrees.ring, degrees.processes):
             yield from differences(case, shares)
+    if degrees.ring == 1:
+        yield "wan pipeline, profile", profile_difference(shares[""])
     for name, make in PIPELINES.items():
         for prompts in (1, 2) if degrees.ring == 1 else (2,):
             yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])
