@@ -190,6 +190,9 @@ class RadialAttentionHandle:
         - `layers`, `dense_layers`: of one transformer.
         - `calls`: attention calls by backend ("dense", ...).
         - `quantize`: the option.
+        - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
+          `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the
+          busiest over the mean, None for one process.
         - `dense_backend`: `name`, the `backend` in use, and the `seconds` of each that was timed.
         - `check`: `mode`, the number of outputs `compared`, and the `worst` (`where`, `relative_l2`,
           `cosine`).

@@ -73,8 +73,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proce
     if call.parallel is None:
         return of_all(query, key, value)
     choices = call.choices if call.records is None else call.records.choices
-    dealt = None if choices is None else choices.dealt(processor)
-    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=dealt)
+    heads = None if choices is None else choices.deal(processor)
+    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=heads)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
