@@ -12,9 +12,10 @@ import torch
 from radial_attn import RadialConfig
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
-from radial_attn.profile import MeasuredModel, ModelProfile
 
+from .profile import MeasuredModel, ModelProfile
 from .runtime.adaptive import Adaptive
+from .runtime.choices import Choices
 from .runtime.context import RadialContext
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
@@ -67,8 +68,8 @@ def apply_radial_attention(
     `selection`, `budget`, `far_field`, `residual` and `residual_memory` are explained in
     `runtime.adaptive.Adaptive`. With selection="dense_step" the heads choose their own blocks, as many as the
     density of `config` or, without one, of its mask allows. If no dense step comes before the first sparse
-    one, that one is dense. With selection="profile" they are chosen by the file `profile` of
-    `radial_attn.profile`, without a dense step.
+    one, that one is dense. With selection="profile" they are chosen by a file of
+    models/profile.py, `profile`, without a dense step.
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
@@ -138,7 +139,7 @@ def apply_radial_attention(
         layers=len(numbers),
         always_dense=sum(number < dense_layers for number in numbers),
         adaptive=adaptive,
-        profile=measured,
+        choices=Choices(adaptive, config, parallel, measured) if adaptive.has_state else None,
         pipeline=pipeline,
         parallel=parallel,
         observer=None if observe is None else Observer(observe),
@@ -192,6 +193,9 @@ class RadialAttentionHandle:
         - `layers`, `dense_layers`: of one transformer.
         - `calls`: attention calls by backend ("dense", ...).
         - `quantize`: the option.
+        - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
+          `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the
+          busiest over the mean, None for one process.
         - `dense_backend`: `name`, the `backend` in use, and the `seconds` of each that was timed.
         - `check`: `mode`, the number of outputs `compared`, and the `worst` (`where`, `relative_l2`,
           `cosine`).

@@ -59,7 +59,7 @@ def enable(
 
     `selection="dense_step"` lets each head choose its blocks at the dense steps, and `far_field="linear"`
     lets the dropped blocks count by their means: much closer to dense attention at the same density.
-    `selection="profile"` needs no dense step, but a file of `scripts/calibrate.sh` as `profile`.
+    `selection="profile"` needs no dense step, but a file that calibration made as `profile`.
 
     Unless `quiet`, two lines on stdout show the settings and their source. The returned handle has `report()`
     and `remove()`, and works as a context manager; `disable(model)` finds it again.

@@ -16,9 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from radial_attn import TokenGrid
+from radial_attn.models.profile import ModelProfile, Reading
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
-from radial_attn.profile import ModelProfile, Reading
 from scripts.evaluation.attention_run import observed
 from scripts.run.config import read_one_seed
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive

@@ -67,27 +67,37 @@ class SequenceParallel:
         torch.distributed.all_reduce(total, group=self._group)
         return total
 
-    def deal(self, work: Tensor) -> HeadDeal:
-        """Deals the heads of a layer to the processes by the `work` of those held in order, int64 `[h]`."""
-        with torch.no_grad():
-            of_all = gather_parts(work.to(self._device), 0, self._group)
-        return deal_heads(of_all.cpu(), self.degree)
+    def deal(self, work: Tensor, before: Tensor | None) -> HeadDeal:
+        """Deals the heads of a layer to the processes.
 
-    def hand_over(self, x: Tensor, dim: int, heads: Tensor) -> Tensor:
-        """Returns `x` of the heads dealt to this process, from what all hold of theirs in order.
+        Args:
+            work: of the heads that this process holds, int64 `[h]`.
+            before: which heads each process holds, as in `HeadDeal`; None for all in order.
+        """
+        with torch.no_grad():
+            work = gather_parts(work.to(self._device), 0, self._group).cpu()
+        return deal_heads(work if before is None else work[before.flatten().argsort()], self.degree)
+
+    def hand_over(self, x: Tensor, dim: int, before: Tensor | None, after: Tensor) -> Tensor:
+        """Returns `x` of the heads of this process after a deal, from the parts that processes held before.
 
         Args:
             x: of any dtype, with heads along `dim`.
-            heads: of each process, as in `HeadDeal`.
+            before: as in `deal`.
+            after: `HeadDeal.heads`.
         """
-        held, device = x.shape[dim], x.device
-        sent = [row[row // held == self.rank] - self.rank * held for row in heads]
-        coming = (heads[self.rank] // held).bincount(minlength=self.degree).tolist()
-        x = x.to(self._device).movedim(dim, 0).index_select(0, torch.cat(sent).to(self._device))
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        counts = [len(part) for part in sent]
-        torch.distributed.all_to_all_single(result, x.contiguous(), coming, counts, group=self._group)
-        return result.movedim(0, dim).contiguous().to(device)
+        at = torch.arange(after.numel(), device="cpu") if before is None else before.flatten().argsort()
+        at, held = at[after], x.shape[dim]  # where each head is: process and number
+        if torch.equal(at.flatten(), torch.arange(at.numel(), device="cpu")):
+            return x
+        sent = [row[row // held == self.rank] % held for row in at]
+        sources = at[self.rank] // held
+        part = x.to(self._device).movedim(dim, 0).index_select(0, torch.cat(sent).to(self._device))
+        coming = torch.empty_like(part, memory_format=torch.contiguous_format)
+        counts = sources.bincount(minlength=self.degree).tolist(), [len(numbers) for numbers in sent]
+        torch.distributed.all_to_all_single(coming, part.contiguous(), *counts, group=self._group)
+        order = sources.argsort(stable=True).argsort().to(self._device)
+        return coming.index_select(0, order).movedim(0, dim).contiguous().to(x.device)
 
     def gather(self, x: Tensor) -> Tensor:
         """Returns all video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid
-from radial_attn.profile import ModelProfile
 from radial_attn.residual import Residual
 from radial_attn.selection import Budget, far_correction, floor_blocks, measure_blocks
-from radial_attn.shards import HeadDeal, deal_heads
+from radial_attn.shards import HeadDeal
 
+from ..profile import ModelProfile
 from .adaptive import Adaptive
 
 Attend = Callable[..., Tensor]  # of query, key, value, mask, text lengths and the bias of the far field
@@ -36,7 +36,8 @@ class _Layer:
         levels: how many densities keep a block, uint8 `[B, H, Q, K]`; None for the static mask.
         biases: of the far field at each density, `[B, H, 1, 1]`.
         masks: of each sample, at density number `level`.
-        deal: the heads that each process computes; None if one has all, or the call is not over.
+        deal: the heads that each process computes; None if all are in order.
+        heads: those of each process as the residual has them; None if all are in order.
     """
 
     loss: Tensor | None = None
@@ -47,6 +48,7 @@ class _Layer:
     level: int = -1
     residual: Residual | None = None
     deal: HeadDeal | None = None
+    heads: Tensor | None = None
 
 
 class Choices:
@@ -73,6 +75,7 @@ class Choices:
         self._grid: TokenGrid | None = None
         self._budget: Budget | None = None
         self._histogram: Tensor | int = 0
+        self._busiest = self._mean = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the options for a copy or a pickle, which begins with a dense call."""
@@ -110,16 +113,18 @@ class Choices:
         part = self._profile.part(sigma)
         if part == self._part:
             return
-        self._part, before = part, self._profiled
+        self._part = part
         self._profiled = [self._by_profile(layer, device) for layer in range(self._profile.model.layers)]
         histograms = [self._budget.histogram(self._counting(state.loss)) for state in self._profiled]
         if self.options.budget == "model":
             histograms = [sum(histograms)] * len(histograms)
-        for number, (state, histogram) in enumerate(zip(self._profiled, histograms, strict=True)):
+        for state, histogram in zip(self._profiled, histograms, strict=True):
             self._fix(state, self._budget.cuts(histogram))
-            if self._parallel is not None:  # a residual belongs to the heads as they were dealt
-                keeps = before and self.options.residual != "none"
-                self._take_share(state, before[number].deal if keeps else None)
+            if self._parallel is not None:
+                degree, rank = self._parallel.degree, self._parallel.rank
+                state.levels, *state.biases = (
+                    x.chunk(degree, dim=1)[rank].clone() for x in (state.levels, *state.biases)
+                )
 
     @property
     def densities(self) -> tuple[float, ...]:
@@ -187,23 +192,40 @@ class Choices:
             video = slice(self._grid.video_tokens)  # rows of text are dense in every mask
             kind, size = self.options.residual, self._config.block_size
             self._keep(state, Residual.of(kind, dense[:, video], lacking[:, video], size))
+            deal = self._blocks(layer).deal
+            state.heads = None if deal is None else deal.heads
 
     def end_call(self) -> None:
-        """Chooses the blocks of all layers, if the whole model shares the budget, and deals their heads."""
-        states = self._calls.get(self._call, {}).values()
-        layers = [state for state in states if state.loss is not None]
+        """Chooses the blocks of all layers, if the whole model shares the budget."""
+        layers = [state for state in self._calls.get(self._call, {}).values() if state.loss is not None]
         if layers:
             cuts = self._budget.cuts(self._histogram)
             for state in layers:
                 self._fix(state, cuts)
-        for state in states if self._parallel is not None else ():
-            if state.levels is not None and state.deal is None:
-                self._deal(state)
 
-    def dealt(self, layer: Any) -> Tensor | None:
-        """Returns the heads of each process at sparse steps, as in `HeadDeal`; None for all in order."""
-        deal = self._blocks(layer).deal
-        return None if deal is None or deal.in_order else deal.heads
+    def deal(self, layer: Any) -> Tensor | None:
+        """Deals the heads of a layer by the blocks that they keep in this call; their state goes with them.
+
+        Returns the heads of each process, as in `HeadDeal`; None for all in order.
+        """
+        state, kept = self._blocks(layer), self._calls.get(self._call, {}).get(layer)
+        if state.levels is None:
+            return None
+        if state.deal is None or state.level != self._level:
+            before = None if state.deal is None else state.deal.heads
+            state.deal = self._parallel.deal((state.levels > self._level).sum((0, 2, 3)), before)
+            hand_over = partial(self._parallel.hand_over, before=before, after=state.deal.heads)
+            state.levels, state.level = hand_over(state.levels, 1), -1
+            state.biases = [hand_over(bias, 1) for bias in state.biases]
+        heads = state.deal.heads
+        if kept is not None and kept.residual is not None and kept.heads is not heads:
+            tensors = kept.residual.values, kept.residual.scales
+            values, scales = (
+                None if x is None else self._parallel.hand_over(x, 2, kept.heads, heads) for x in tensors
+            )
+            self._keep(kept, replace(kept.residual, values=values, scales=scales))
+            kept.heads = heads
+        return None if state.deal.in_order else heads
 
     def attend(
         self,
@@ -230,6 +252,9 @@ class Choices:
                 one = [x if x is None else x[i : i + 1] for x in (*tensors, text_lengths, bias)]
                 parts.append(sparse(*one[:3], own, *one[3:]))
             output = torch.cat(parts)
+        if residual and state.deal is not None:
+            self._busiest += state.deal.loads.max().item()
+            self._mean += state.deal.loads.double().mean().item()
         if not residual or kept is None:
             return output
         video = self._grid.video_tokens
@@ -239,17 +264,16 @@ class Choices:
     def report(self) -> dict[str, Any]:
         """Returns the options, the mean density of the latest masks, and the bytes of all residuals.
 
-        `imbalance` is the work of the busiest process of each layer over the mean, None for one process.
+        `imbalance` is the work of the busiest process over the mean, in all sparse calls of layers; None if
+        one process has all heads.
         """
         layers = [state for layers in self._calls.values() for state in layers.values()] + self._profiled
-        loads = [state.deal.loads.tolist() for state in layers if state.deal is not None]
-        mean = sum(sum(x) / len(x) for x in loads)
         densities = [mask.density for state in layers for mask in state.masks]
         return {
             **vars(self.options),
             "density": sum(densities) / len(densities) if densities else None,
             "residual_bytes": sum(state.residual.bytes for state in layers if state.residual is not None),
-            "imbalance": sum(max(x) for x in loads) / mean if loads else None,
+            "imbalance": self._busiest / self._mean if self._mean else None,
         }
 
     def _blocks(self, layer: Any) -> _Layer:
@@ -286,27 +310,6 @@ class Choices:
         if self.options.far_field == "linear":
             levels = range(len(self._budget.densities))
             state.biases = [correct((state.levels > level).to(loss.device)) for level in levels]
-
-    def _take_share(self, state: _Layer, deal: HeadDeal | None) -> None:
-        """Deals the heads of a profile, unless they are dealt, and keeps those of this process."""
-        state.deal = deal or deal_heads(state.levels.sum((0, 2, 3)), self._parallel.degree)
-        mine = state.deal.heads[self._parallel.rank]
-        state.levels = state.levels[:, mine]
-        state.biases = [bias[:, mine.to(bias.device)] for bias in state.biases]
-
-    def _deal(self, state: _Layer) -> None:
-        """Deals the heads by their blocks, on average over the densities, and hands their state over."""
-        state.deal = self._parallel.deal(state.levels.sum((0, 2, 3)))
-        if state.deal.in_order:
-            return
-        hand_over = partial(self._parallel.hand_over, heads=state.deal.heads)
-        state.levels, state.level = hand_over(state.levels, 1), -1
-        state.biases = [hand_over(bias, 1) for bias in state.biases]
-        if state.residual is not None:
-            values, scales = (
-                None if x is None else hand_over(x, 2) for x in (state.residual.values, state.residual.scales)
-            )
-            self._keep(state, replace(state.residual, values=values, scales=scales))
 
     def _keep(self, state: _Layer, residual: Residual) -> None:
         state.residual = residual.to_host() if self.options.residual_memory == "host" else residual

@@ -24,7 +24,6 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, ra
 from radial_attn.attention import choose_backend, report_choice
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_near
-from radial_attn.profile import ModelProfile
 from radial_attn.selection import floor_blocks
 
 from .adaptive import Adaptive
@@ -76,8 +75,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proce
     if call.parallel is None:
         return of_all(query, key, value)
     choices = call.choices if call.records is None else call.records.choices
-    dealt = None if choices is None else choices.dealt(processor)
-    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=dealt)
+    heads = None if choices is None else choices.deal(processor)
+    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=heads)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
@@ -170,15 +169,14 @@ class RadialContext:
         layers: int,
         always_dense: int,
         adaptive: Adaptive | None = None,
-        profile: ModelProfile | None = None,
+        choices: Choices | None = None,
         pipeline: Any = None,
         parallel: Any = None,
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.adaptive = adaptive or Adaptive()
-        has_state = self.adaptive.has_state
-        self._choices = Choices(self.adaptive, config, parallel, profile) if has_state else None
+        self._choices = choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
@@ -192,12 +190,11 @@ class RadialContext:
             )
         self._radial_call: AttentionCall | None = None
         self._dense_call: AttentionCall | None = None
-        self._dtype = torch.float32
+        self._dtype, self._dense_steps = torch.float32, 0
         self._family, self._layers, self._always_dense = family, layers, always_dense
         self._text = TextLengths(family)
         self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
-        self._dense_steps = 0
         self._calls: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.density import resolve_density, resolve_near
 from radial_attn.masks.patterns import COMPARED
+from radial_attn.models.profile import MeasuredModel, ModelProfile
 from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.schedule import AboveSigma, Schedule, read_density
-from radial_attn.profile import MeasuredModel, ModelProfile
 from radial_attn.selection import Budget, floor_blocks
 from scripts.run.config import AttentionConfig, MaskConfig
 from scripts.run.errors import UsageError

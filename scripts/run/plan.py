@@ -12,7 +12,7 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
-from radial_attn.profile import MeasuredModel
+from radial_attn.models.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS
 from scripts.run.attention import (
     adaptive_of,

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .grid import TokenGrid
-from .selection import Measured, far_correction, measure_blocks
+from radial_attn.grid import TokenGrid
+from radial_attn.selection import Measured, far_correction, measure_blocks
 
 CELLS = 160  # along one side of a map, at most if frames alone are not more
 BYTES = 1_000_000  # of a file, at most

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from radial_attn import TokenGrid
-from radial_attn import profile as profiles
-from radial_attn.profile import SHARES, MeasuredModel, ModelProfile, Reading
+from radial_attn.models import profile as profiles
+from radial_attn.models.profile import SHARES, MeasuredModel, ModelProfile, Reading
 from radial_attn.selection import far_correction, measure_blocks
 
 GRID = TokenGrid(4, 4, 8, text=5)
