@@ -1,8 +1,9 @@
 """Specialises the Triton kernels as calls with bfloat16 tensors and even strides do, for any architecture."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from radial_attn.kernels.triton import configs
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES, SPECIALIZED, WIDTHS, Launch, padded
 
 VARIANTS = {
@@ -13,23 +14,10 @@ VARIANTS = {
 FLOATS = ("lse", "far_bias", "products", "scales", "shifts", "query_scales", "key_scales", "mean")
 POINTERS = dict.fromkeys(("offsets", "starts", "lengths", "row_lengths"), "i32")
 POINTERS |= {"patterns": "i64", "tops": "bf16"} | dict.fromkeys(FLOATS, "fp32")
-TENSORS = (
-    "query",
-    "key",
-    "value",
-    "far_key",
-    "far_value",
-    "far_slope",
-    "out",
-    "grad",
-    "result",
-    "key_result",
-    "value_result",
-)
+KEYS = ("key", "value", "far_key", "far_value")
+TENSORS = (*KEYS, "query", "far_slope", "out", "grad", "result", "key_result", "value_result")
 COUNTS = ("tokens", "key_tokens", "far_tokens", "bias_batch", "bias_head", "heads")
 FAR = ("far_key", "far_value", "far_bias", "far_slope", "far_tokens", "bias_batch", "bias_head")
-FAR_FIELD = "forward, far field"  # linear: mean is the same less one product
-FORWARD = ("forward", FAR_FIELD)
 BITS = {"int8": "i8", "fp8": "fp8e4nv"}
 
 
@@ -51,7 +39,8 @@ def variants(arch: str) -> list[Variant]:
     if arch == "sm90":
         launches += [("forward", width, launch) for (_, width), launch in SPECIALIZED.items()]
     listed = [Variant(*launch, masks) for launch in launches for masks in VARIANTS]
-    listed += [replace(x, kind=FAR_FIELD) for x in listed if x.kind == "forward" and not x.launch.specialize]
+    # the linear far field alone, which holds the mean one, at its largest
+    listed = [x for x in listed if x.kind != "far field" or (x.width != 96 and x.masks != "whole tiles")]
     listed += [Variant("row products", width, Launch(64, 1, 8, 1)) for width in (64, 128)]
     columns = [(w, table[bits, w].columns, bits) for w in (64, 128) for bits in BITS if (bits, w) in table]
     for width, tokens, bits in sorted(columns):
@@ -70,7 +59,7 @@ def function(kind: str) -> Any:
         return quantized_forward.quantized_forward_kernel
     if kind.startswith("quantize"):
         return getattr(quantize, "_".join(kind.split()[:2]) + "_kernel")
-    if kind in FORWARD:
+    if kind in {"forward", "far field"}:
         return forward.forward_kernel
     return getattr(backward, kind.replace(" ", "_") + "_kernel")
 
@@ -95,11 +84,11 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     """Returns the values that the kernel is specialised on."""
     kind, launch = variant.kind, variant.launch
     values = {"ROWS": launch.rows, "WIDTH": variant.width, "PADDED": padded(variant.width)}
-    if kind in {*KINDS, FAR_FIELD}:
+    if kind in KINDS:
         values |= {"COLUMNS": launch.columns, "PER_HEAD": False, "LENGTHS": True, **VARIANTS[variant.masks]}
     if kind == "forward":
         values |= dict.fromkeys(FAR)
-    if kind in FORWARD:
+    if kind in {"forward", "far field"}:
         values |= {"DESCRIPTOR": launch.descriptors, "SPECIALIZE": launch.specialize}
     if kind in BITS:
         values |= {"DESCRIPTOR": bool(launch.descriptors), "FP8_VALUES": launch.fp8_values}
@@ -123,8 +112,9 @@ def tensor(name: str, variant: Variant) -> str:
     if kind.startswith("quantize") and name == "out":
         return f"*{BITS[kind.split()[2]]}"
     if kind not in BITS:
-        descriptor = launch.descriptors == "whole" and name in {"key", "value", "far_key", "far_value"}
-        return f"tensordesc<bf16[1,{launch.columns},1,{lanes}]>" if descriptor else "*bf16"
+        columns = configs.FAR_TILE if name.startswith("far") else launch.columns
+        descriptor = launch.descriptors == "whole" and name in KEYS
+        return f"tensordesc<bf16[1,{columns},1,{lanes}]>" if descriptor else "*bf16"
     if name == "out" or (name == "value" and not launch.fp8_values):
         return "*bf16"
     element = BITS["fp8" if name == "value" else kind]

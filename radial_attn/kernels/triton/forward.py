@@ -8,8 +8,11 @@ listed tiles only. With a far field (far_field.py) it first walks the mean keys 
 import triton
 import triton.language as tl
 
+from . import configs
+
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(configs.LOG2E)
+FAR_TILE = tl.constexpr(configs.FAR_TILE)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -215,7 +218,6 @@ def attend_far(
     tokens,
     scale,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     SIZE: tl.constexpr,
@@ -228,28 +230,30 @@ def attend_far(
     # fmt: off
     step = heads * WIDTH
     keys = head_of(
-        key, batch, head, count, count * step, step, WIDTH, COLUMNS, WIDTH, PADDED, DESCRIPTOR
+        key, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR
     )
     values = head_of(
-        value, batch, head, count, count * step, step, WIDTH, COLUMNS, WIDTH, PADDED, DESCRIPTOR
+        value, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR
     )
-    block = first // SIZE
-    if SIZE < ROWS:
-        block = (tl.minimum(first + tl.arange(0, ROWS), tokens - 1) // SIZE)[:, None]
-    for i in tl.range(0, count, COLUMNS):
+    blocks: tl.constexpr = ROWS // SIZE if ROWS > SIZE else 1
+    block = tl.minimum(first // SIZE + tl.arange(0, blocks), (tokens - 1) // SIZE)[:, None]
+    for i in tl.range(0, count, FAR_TILE, num_stages=2):
         start = tl.cast(i, tl.int32)  # a Python integer in the interpreter
-        tile = load_tile(keys, batch, start, head, step, count, COLUMNS, WIDTH, PADDED, True, DESCRIPTOR)
-        columns = (start + tl.arange(0, COLUMNS))[None, :]
+        tile = load_tile(keys, batch, start, head, step, count, FAR_TILE, WIDTH, PADDED, True, DESCRIPTOR)
+        columns = (start + tl.arange(0, FAR_TILE))[None, :]
         logs = tl.load(bias + block * count + columns, mask=columns < count, other=-INFINITY)
-        scores = tl.dot(query, tile.T, input_precision="ieee") * scale + logs * LOG2E
+        logs = tl.broadcast_to(logs[:, None, :], [blocks, ROWS // blocks, FAR_TILE])
+        scores = tl.dot(query, tile.T, input_precision="ieee") * scale
+        scores += logs.reshape([ROWS, FAR_TILE]) * LOG2E
         weights, shrink, peak, total = weigh(scores, 1.0, 1.0, peak, total, True, 0)
-        tile = load_tile(values, batch, start, head, step, count, COLUMNS, WIDTH, PADDED, True, DESCRIPTOR)
+        tile = load_tile(values, batch, start, head, step, count, FAR_TILE, WIDTH, PADDED, True, DESCRIPTOR)
         acc = tl.dot(weights.to(tile.dtype), tile, acc * shrink[:, None], input_precision="ieee")
     if slope is not None:
         matrix = slope + (batch * heads + head) * WIDTH * WIDTH
         row = tl.cast(0, tl.int32)
         tile = load_tile(matrix, batch, row, head, WIDTH, WIDTH, PADDED, WIDTH, PADDED, WIDTH != PADDED, "")
-        acc += total[:, None] * tl.dot(query, tile, input_precision="ieee")
+        weight = tl.where(total == 0, 1.0, total)[:, None]  # divided by and multiplied: one accumulator
+        acc = tl.dot(query, tile, acc / weight, input_precision="ieee") * total[:, None]
     # fmt: on
     return acc, total, peak
 
@@ -335,8 +339,8 @@ def forward_kernel(
     if far_key is not None:
         acc, total, peak = attend_far(
             acc, total, peak, q, far_key, far_value, far_bias + batch * bias_batch + head * bias_head,
-            far_slope, batch, head, first, far_tokens, heads, tokens, scale, ROWS, COLUMNS, WIDTH, PADDED,
-            SIZE, DESCRIPTOR,
+            far_slope, batch, head, first, far_tokens, heads, tokens, scale, ROWS, WIDTH, PADDED, SIZE,
+            DESCRIPTOR,
         )
     if SPECIALIZE:  # the compiler takes one loop only: whole tiles are masked as well if any is mixed
         acc, total, peak = attend(

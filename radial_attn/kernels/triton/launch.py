@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import LOG2E, Launch, padded
+from .configs import FAR_TILE, LOG2E, Launch, padded
 
 
 def run_forward(
@@ -70,8 +70,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
-    """Returns queries, keys and values as the forward kernel takes them: the first as a pointer, the rest as
-    pointers or descriptors.
+    """Returns query, keys and values as the forward kernel takes them: all but the query may be descriptors.
 
     If the kernel makes descriptors itself, `scratch` becomes this thread's Triton allocator.
     """
@@ -84,8 +83,9 @@ def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
         return [query, *others]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    block = [1, chosen.columns, 1, padded(query.shape[-1])]
-    return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
+    columns = [chosen.columns, chosen.columns, FAR_TILE, FAR_TILE]
+    blocks = [[1, count, 1, padded(query.shape[-1])] for count in columns]
+    return [query, *(TensorDescriptor.from_tensor(*pair) for pair in zip(others, blocks, strict=False))]
 
 
 def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:

@@ -138,7 +138,8 @@ def with_far_field(
     inputs = checked((query, key, value), scale)
     counts = token_counts(text_lengths, mask, query.device)
     shape = mask.blocks, mask.block_size, mask.grid.video_tokens
-    out, lse = run_forward(inputs, tables("forward", query, *shape, counts), (counts, counts), scale, far)
+    launch_tables = tables("far field", query, *shape, counts)
+    out, lse = run_forward(inputs, launch_tables, (counts, counts), scale, far)
     return out, lse.transpose(1, 2)
 
 
