@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
@@ -12,7 +13,9 @@ from radial_attn import RadialConfig
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
 
+from .profile import MeasuredModel, ModelProfile
 from .runtime.adaptive import Adaptive
+from .runtime.choices import Choices
 from .runtime.context import RadialContext
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
@@ -47,6 +50,7 @@ def apply_radial_attention(
     budget: str = "layer",
     far_field: str = "none",
     residual: str = "none",
+    profile: str | Path | None = None,
     num_steps: int | None = None,
     parallel: Any = None,
     agree: Callable[[Any], Any] | None = None,
@@ -62,7 +66,8 @@ def apply_radial_attention(
 
     `selection`, `budget`, `far_field` and `residual` are explained in `runtime.adaptive.Adaptive`. With
     selection="dense_step" the heads choose their own blocks, as many as the density of `config` or, without
-    one, of its mask allows. If no dense step comes before the first sparse one, that one is dense.
+    one, of its mask allows. If no dense step comes before the first sparse one, that one is dense. With
+    selection="profile" they are chosen by a file of models/profile.py, `profile`, without a dense step.
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
@@ -91,10 +96,11 @@ def apply_radial_attention(
     same result. A compiled transformer or several processes cannot be observed.
 
     Raises:
-        ValueError: the config is no RadialConfig, the transformer's class is unknown, its self-attention
-            processors are not upstream's (so for a second application too), a backend or check is unknown, a
-            count is below 0, `dense_layers` is above the number of layers, the last steps cannot be known, or
-            the model cannot be observed. The model is left as it was.
+        ValueError: the config is no RadialConfig, the profile cannot be read or is of another model, the
+            transformer's class is unknown, its self-attention processors are not upstream's (so for a second
+            application too), a backend or check is unknown, a count is below 0, `dense_layers` is above the
+            number of layers, the last steps cannot be known, or the model cannot be observed. The model is
+            left as it was.
         ImportError: the library of a named `dense_backend` is missing.
     """
     if not isinstance(config, RadialConfig):
@@ -106,7 +112,7 @@ def apply_radial_attention(
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
     dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps, density_range)
-    adaptive = Adaptive(selection, budget, far_field, residual)
+    adaptive = Adaptive(selection, budget, far_field, residual, None if profile is None else str(profile))
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = transformers_of(model)
     families = [family_of(transformer) for transformer in transformers]
@@ -115,6 +121,7 @@ def apply_radial_attention(
         raise ValueError(reason)
     for transformer, family in zip(transformers, families, strict=True):
         _check_layers(transformer, family, dense_layers)
+    measured = None if profile is None else _read_profile(profile, transformers[0], families[0])
     if pipeline is None:
         schedule.is_dense(0, None)
     numbers = [number for number, _ in _numbering(transformers[0], families[0])]
@@ -129,6 +136,7 @@ def apply_radial_attention(
         layers=len(numbers),
         always_dense=sum(number < dense_layers for number in numbers),
         adaptive=adaptive,
+        choices=Choices(adaptive, config, parallel, measured) if adaptive.has_state else None,
         pipeline=pipeline,
         parallel=parallel,
         observer=None if observe is None else Observer(observe),
@@ -182,6 +190,9 @@ class RadialAttentionHandle:
         - `layers`, `dense_layers`: of one transformer.
         - `calls`: attention calls by backend ("dense", ...).
         - `quantize`: the option.
+        - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
+          `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the
+          busiest over the mean, None for one process.
         - `dense_backend`: `name`, the `backend` in use, and the `seconds` of each that was timed.
         - `check`: `mode`, the number of outputs `compared`, and the `worst` (`where`, `relative_l2`,
           `cosine`).
@@ -204,15 +215,14 @@ class RadialAttentionHandle:
             )
             vars(ours).update(vars(before))
             context.dense.install(ours)
-            if context.observer is not None:
-                context.observer.add(ours, index)
+            ours.index = index
             attention.processor = ours
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
         self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
-        if context.output_check.check != "off" or context.adaptive.records:
+        if context.output_check.check != "off" or context.adaptive.has_state:
             self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 
@@ -224,6 +234,19 @@ def family_of(transformer: torch.nn.Module) -> ModuleType:
     raise ValueError(
         f"transformer must be one of {', '.join(TRANSFORMERS)}, got {type(transformer).__name__}"
     )
+
+
+def _read_profile(file: str | Path, transformer: torch.nn.Module, family: ModuleType) -> ModelProfile:
+    profile = ModelProfile.read(file)
+    name, layers = family.__name__.rpartition(".")[2], len(family.attention_layers(transformer))
+    settings = transformer.config
+    here = MeasuredModel(name, layers, settings.num_attention_heads, settings.attention_head_dim)
+    difference = profile.model.other(here)
+    if difference is not None:
+        raise ValueError(
+            f"profile {str(file)!r} was measured on another model: {difference}; calibrate this one"
+        )
+    return profile
 
 
 def _numbering(transformer: torch.nn.Module, family: ModuleType) -> list[tuple[int, str]]:

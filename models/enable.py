@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from radial_attn import RadialConfig, radial_mask
@@ -33,6 +34,7 @@ def enable(
     budget: str = "layer",
     far_field: str = "none",
     residual: str = "none",
+    profile: str | Path | None = None,
     backend: str = "auto",
     quantize: str | None = None,
     dense_backend: str = "auto",
@@ -56,6 +58,7 @@ def enable(
 
     `selection="dense_step"` lets each head choose its blocks at the dense steps, and `far_field="linear"`
     lets the dropped blocks count by their means: much closer to dense attention at the same density.
+    `selection="profile"` needs no dense step, but a file that calibration made as `profile`.
 
     Unless `quiet`, two lines on stdout show the settings and their source. The returned handle has `report()`
     and `remove()`, and works as a context manager; `disable(model)` finds it again.
@@ -97,6 +100,7 @@ def enable(
         density_range=density_range,
     )
     adaptive = {"selection": selection, "budget": budget, "far_field": far_field, "residual": residual}
+    adaptive["profile"] = profile
     handle = apply_radial_attention(
         model,
         config,
@@ -112,7 +116,7 @@ def enable(
     )
     if not quiet:
         kernel = backend if quantize is None else f"{backend}, quantize={quantize}"
-        changed = {name: value for name, value in adaptive.items() if value not in ("static", "none")}
+        changed = {name: value for name, value in adaptive.items() if value not in ("static", "none", None)}
         if selection == "static":
             changed.pop("budget")
         kernel = ", ".join([kernel, *(f"{name}={value}" for name, value in changed.items())])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIDUALS = ("none", "mean", "int8", "int4")
+RESIDUALS = ("none", "mean", "int8", "int4", "output")
 SCALE_BYTES = 2  # a float16 scale for each token and head
 LARGEST = {"int8": 127, "int4": 7}
 
@@ -20,6 +20,8 @@ def residual_bytes(kind: str, tokens: int, heads: int, width: int, *, block_size
             return -(-tokens // block_size) * heads * width * itemsize
         case "int8":
             return tokens * heads * (width + SCALE_BYTES)
+        case "output":
+            return tokens * heads * width * itemsize
     return tokens * heads * (-(-width // 2) + SCALE_BYTES)
 
 
@@ -28,9 +30,10 @@ class Residual:
     """Holds the dense output minus the sparse one of a layer.
 
     Attributes:
-        kind: "mean" of the tokens of a block, or integers of each token: "int8" or "int4".
-        values: `[B, Q, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8 `[B, S, H, D / 2]`
-            with two numbers in a byte.
+        kind: "mean" of the tokens of a block, integers of each token, "int8" or "int4", or "output" for the
+            whole dense output.
+        values: `[B, Q, H, D]` or `[B, S, H, D]` in the dtype of the output, or int8 `[B, S, H, D]`, or uint8
+            `[B, S, H, D / 2]` with two numbers in a byte.
         scales: float16 `[B, S, H, 1]`, or None for means.
         block_size: tokens of a block.
         width: head width `D`.
@@ -45,8 +48,10 @@ class Residual:
     @classmethod
     def of(cls, kind: str, dense: Tensor, sparse: Tensor, block_size: int) -> "Residual":
         """Makes the residual of two outputs `[B, S, H, D]`; `kind` is one of `RESIDUALS` but "none"."""
+        width = dense.shape[-1]
+        if kind == "output":
+            return cls(kind, dense, None, block_size, width)
         left = dense.float() - sparse.float()
-        width = left.shape[-1]
         if kind == "mean":
             return cls(kind, _block_means(left, block_size).to(dense.dtype), None, block_size, width)
         most = LARGEST[kind]

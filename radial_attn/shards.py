@@ -1,4 +1,4 @@
-"""Deals the blocks of a sequence to a ring of devices, for about equally many kept blocks on each.
+"""Deals the blocks of a sequence to a ring of devices, or heads to processes, for equal work on each.
 
 A radial mask is denser near its diagonal and at the sink, and thins out by frame distance. Short runs of
 blocks are therefore dealt in turn, twice around for each frame. Every rank holds strips of all frames, and
@@ -7,6 +7,7 @@ the rectangle of any rank's rows and any rank's keys keeps about equally many bl
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from .block_mask import BlockMask, Part
 from .grid import TokenGrid
+
+GAIN = 1.01  # less than 1 % is not worth a deal
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +114,48 @@ def deal(grid: TokenGrid, block_size: int, degree: int) -> Shards:
         rest = torch.arange(whole * block_size, grid.video_tokens, device="cpu")
         tokens[-1] = torch.cat([tokens[-1], rest])
     return Shards(grid, block_size, blocks, tuple(tokens))
+
+
+class HeadDeal(NamedTuple):
+    """Holds which heads each process computes.
+
+    Attributes:
+        heads: of each process, int64 `[P, H / P]`, ascending.
+        loads: work of each process, int64 `[P]`.
+    """
+
+    heads: Tensor
+    loads: Tensor
+
+    @property
+    def in_order(self) -> bool:
+        """Tells whether the first process has the first heads, the next one those that follow, and so on."""
+        return bool((self.heads.flatten().diff() == 1).all())
+
+
+def deal_heads(work: Tensor, processes: int) -> HeadDeal:
+    """Deals heads to processes, the same number to each, for about equal work.
+
+    Begins with the heads in order. The two that even out the work of their processes most change places,
+    again and again, until nothing is gained. If the busiest process gains less than 1 %, all stay in order.
+
+    Args:
+        work: of each head, int64 `[H]` on the CPU, at least one above 0; `processes` divides H.
+    """
+    amounts = work.numpy()
+    owner = np.repeat(np.arange(processes), len(amounts) // processes)
+    less = amounts[:, None] - amounts  # for the owner of the row's head, if the two change places
+    while True:
+        loads = np.bincount(owner, weights=amounts)
+        gain = less * ((loads[:, None] - loads)[owner][:, owner] - less)
+        if gain.max() <= 0:
+            break
+        pair = list(np.unravel_index(gain.argmax(), gain.shape))
+        owner[pair] = owner[pair[::-1]]
+    orders = np.arange(len(amounts)), owner.argsort(kind="stable")
+    heads = (torch.from_numpy(order.reshape(processes, -1)) for order in orders)
+    before, after = (HeadDeal(x, work[x].sum(1)) for x in heads)
+    return after if before.loads.max() > GAIN * after.loads.max() else before
 
 
 def imbalance(kept: Tensor) -> tuple[float, float]:

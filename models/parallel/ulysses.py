@@ -2,7 +2,8 @@
 
 Hooks split the tokens before the first block and gather them after the last projection. Rotary tables are
 split alike. `exchange` surrounds the attention op, which sees all tokens, video first and then the text once,
-of a share of the heads. Text goes through every block whole, on every process.
+of a share of the heads. Text goes through every block whole, on every process. Heads that keep different
+numbers of blocks are dealt for about equal work.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from yunchang.comm.all_to_all import SeqAllToAll4D
 
 from radial_attn import TokenGrid
+from radial_attn.shards import HeadDeal, deal_heads
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -33,6 +35,7 @@ class SequenceParallel:
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
         self._group = group
+        self._device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
         self.degree = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
         self.ring: Any = None
@@ -55,7 +58,7 @@ class SequenceParallel:
         return max(0, min(share, count - self.rank * share))
 
     def own_heads(self, held: int) -> int:
-        """Returns how many of the `held` heads that `attend` gets are heads of the model; zeros follow."""
+        """Returns how many of the `held` heads that `attend` gets in order are the model's; zeros follow."""
         return max(0, min(held, self._heads - self.rank * held))
 
     def sum_heads(self, counts: Tensor) -> Tensor:
@@ -64,30 +67,74 @@ class SequenceParallel:
         torch.distributed.all_reduce(total, group=self._group)
         return total
 
+    def deal(self, work: Tensor, before: Tensor | None) -> HeadDeal:
+        """Deals the heads of a layer to the processes.
+
+        Args:
+            work: of the heads that this process holds, int64 `[h]`.
+            before: which heads each process holds, as in `HeadDeal`; None for all in order.
+        """
+        with torch.no_grad():
+            work = gather_parts(work.to(self._device), 0, self._group).cpu()
+        return deal_heads(work if before is None else work[before.flatten().argsort()], self.degree)
+
+    def hand_over(self, x: Tensor, dim: int, before: Tensor | None, after: Tensor) -> Tensor:
+        """Returns `x` of the heads of this process after a deal, from the parts that processes held before.
+
+        Args:
+            x: of any dtype, with heads along `dim`.
+            before: as in `deal`.
+            after: `HeadDeal.heads`.
+        """
+        at = torch.arange(after.numel(), device="cpu") if before is None else before.flatten().argsort()
+        at, held = at[after], x.shape[dim]  # where each head is: process and number
+        if torch.equal(at.flatten(), torch.arange(at.numel(), device="cpu")):
+            return x
+        sent = [row[row // held == self.rank] % held for row in at]
+        sources = at[self.rank] // held
+        part = x.to(self._device).movedim(dim, 0).index_select(0, torch.cat(sent).to(self._device))
+        coming = torch.empty_like(part, memory_format=torch.contiguous_format)
+        counts = sources.bincount(minlength=self.degree).tolist(), [len(numbers) for numbers in sent]
+        torch.distributed.all_to_all_single(coming, part.contiguous(), *counts, group=self._group)
+        order = sources.argsort(stable=True).argsort().to(self._device)
+        return coming.index_select(0, order).movedim(0, dim).contiguous().to(x.device)
+
     def gather(self, x: Tensor) -> Tensor:
         """Returns all video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
         return gather_parts(x, 1, self._group)[:, : self._tokens]
 
     def exchange(
-        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, attend: Attention
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: TokenGrid,
+        attend: Attention,
+        *,
+        heads: Tensor | None = None,
     ) -> Tensor:
         """Computes attention of `[B, n + T, H, D]`, own video tokens and all text, over all tokens.
 
         `attend` gets `[B, N + T, h, D]`: all tokens of a share of the heads, padded with zero heads if the
-        degree does not divide H. Returns `[B, n + T, H, D]`.
+        degree does not divide H. `heads` are those of each process, as in `HeadDeal`, None for all in order.
+        Returns `[B, n + T, H, D]`.
         """
-        heads, own_tokens = query.shape[2], query.shape[1] - grid.text
-        self._heads = heads
-        mixed = attend(*(self._own_heads(x, grid) for x in (query, key, value)))
+        self._heads, own_tokens = query.shape[2], query.shape[1] - grid.text
+        order = None if heads is None else heads.flatten().to(query.device)
+        mixed = attend(*(self._own_heads(x, grid, order) for x in (query, key, value)))
         video, text = mixed.tensor_split([self._tokens], dim=1)
         video = pad(video, 1, own_tokens * self.degree - video.shape[1])
         video = SeqAllToAll4D.apply(self._group, video, 1, 2)
         output = torch.cat([video, gather_parts(text, 2, self._group)], dim=1) if grid.text else video
-        return output[:, :, :heads]
+        if order is not None:
+            output = output.index_select(2, order.argsort())
+        return output[:, :, : self._heads]
 
-    def _own_heads(self, x: Tensor, grid: TokenGrid) -> Tensor:
+    def _own_heads(self, x: Tensor, grid: TokenGrid, order: Tensor | None) -> Tensor:
         """Returns `[B, N + T, h, D]`, all tokens of this process's heads, from `[B, n + T, H, D]`."""
         x = pad(x, 2, -x.shape[2] % self.degree)
+        if order is not None:
+            x = x.index_select(2, order)
         video, text = x.tensor_split([x.shape[1] - grid.text], dim=1)
         video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : self._tokens]
         if not grid.text:

@@ -26,7 +26,8 @@ from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_near
 from radial_attn.selection import floor_blocks
 
-from .adaptive import Adaptive, Choices
+from .adaptive import Adaptive
+from .choices import Choices
 from .dense_backend import DenseBackend
 from .observe import Observer
 from .output_check import OutputCheck
@@ -71,7 +72,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proce
     of_all = partial(_attend, call=call, processor=processor)
     if call.parallel is None:
         return of_all(query, key, value)
-    return call.parallel.exchange(query, key, value, call.mask.grid, of_all)
+    choices = call.choices if call.records is None else call.records.choices
+    heads = None if choices is None else choices.deal(processor)
+    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=heads)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
@@ -115,7 +118,8 @@ def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
     output = radial_attention(query, key, value, mask, **options)
     if processor.layer_check is not None:
         compared = mask if call.compare else None
-        processor.layer_check.note((query, key, value), output, compared, text_lengths)
+        far = call.far_field, bias
+        processor.layer_check.note((query, key, value), output, compared, text_lengths, far=far)
     return output
 
 
@@ -163,13 +167,14 @@ class RadialContext:
         layers: int,
         always_dense: int,
         adaptive: Adaptive | None = None,
+        choices: Choices | None = None,
         pipeline: Any = None,
         parallel: Any = None,
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
         self.adaptive = adaptive or Adaptive()
-        self._choices = Choices(self.adaptive, config, parallel) if self.adaptive.records else None
+        self._choices = choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
@@ -215,7 +220,9 @@ class RadialContext:
         if self._choices is not None and self.config.pattern != "dense":
             self._begin_choices(transformer, grid, step, first=begins)
             dense = dense or (self.adaptive.needs_dense_step and not self._choices.ready)
-            records = dense and self.schedule.precedes_sparse(step, *plan)
+            records = dense and self.adaptive.records and self.schedule.precedes_sparse(step, *plan)
+            if self.adaptive.selection == "profile" and (records or not dense):
+                self._choices.begin_part(self._counter.sigma(), latents.device)
         self._dense_steps += begins and dense
         self._dtype = _working_dtype(latents)
         mask, attends = self._mask(transformer, grid, step), records or not dense
@@ -231,7 +238,8 @@ class RadialContext:
             self._choices.clear_call()
             self._radial_call = self._dense_call._replace(records=sparse)
         if self.observer is not None:
-            note = self.observer.of_call(step, mask, lengths)
+            sigma = self._counter.sigmas and self._counter.sigmas[step]
+            note = self.observer.of_call(step=step, sigma=sigma, mask=mask, text_lengths=lengths)
             calls = self._radial_call, self._dense_call
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         self._count(mask, None if dense else self._radial_call.backend)

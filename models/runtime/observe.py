@@ -16,6 +16,7 @@ class Seen(NamedTuple):
     Attributes:
         layer: its index by order of execution, from 0; the control layers of Wan-VACE come first.
         step: denoising step, from 0.
+        sigma: its noise level, 1 for noise; None if no scheduler is at hand.
         query, key, value: `[B, S, H, D]`, normed and rotated, detached; not to be written to.
         mask: mask of the model's configuration for the grid of the call, at dense steps and in dense layers
             too.
@@ -24,6 +25,7 @@ class Seen(NamedTuple):
 
     layer: int
     step: int
+    sigma: float | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -36,20 +38,15 @@ class Observer:
 
     def __init__(self, callback: Callable[[Seen], None]) -> None:
         self._callback = callback
-        self._places: dict[Any, int] = {}
 
-    def add(self, processor: Any, layer: int) -> None:
-        """Registers the processor of a layer."""
-        self._places[processor] = layer
-
-    def of_call(self, step: int, mask: BlockMask, text_lengths: Tensor | None) -> Callable[..., None]:
-        """Returns the function that a call's processors note their query, key and value with."""
-        return partial(self._note, step=step, mask=mask, text_lengths=text_lengths)
+    def of_call(self, **call: Any) -> Callable[..., None]:
+        """Returns the function that notes a processor's tensors; `call`: the other fields of `Seen`."""
+        return partial(self._note, **call)
 
     @torch.compiler.disable
     def _note(self, processor: Any, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> None:
         tensors = {"query": query.detach(), "key": key.detach(), "value": value.detach()}
-        self._callback(Seen(self._places[processor], **tensors, **call))
+        self._callback(Seen(processor.index, **tensors, **call))
 
 
 def refusal(models: Iterable[torch.nn.Module], parallel: Any) -> str | None:

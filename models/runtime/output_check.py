@@ -22,6 +22,7 @@ from radial_attn.analysis.sampled_error import (
     sampled_reference,
     sampled_rows,
 )
+from radial_attn.far_field import Far
 
 CHECKS = ("auto", "off", "nan", "reference")
 SAMPLED_BLOCKS = 4  # query blocks of a layer that are compared
@@ -89,9 +90,19 @@ class LayerCheck:
         self.bad.logical_or_(torch.stack([before, torch.zeros_like(before), after]).to(self.bad.device))
 
     def note(
-        self, inputs: Sequence[Tensor], output: Tensor, mask: BlockMask | None, text_lengths: Tensor | None
+        self,
+        inputs: Sequence[Tensor],
+        output: Tensor,
+        mask: BlockMask | None,
+        text_lengths: Tensor | None,
+        *,
+        far: tuple[str, Tensor | None] = ("none", None),
     ) -> None:
-        """Notes attention `[B, S, H, D]` of query, key and value; with a mask also its error, sampled."""
+        """Notes attention `[B, S, H, D]` of query, key and value; with a mask also its error, sampled.
+
+        Samples of a batch with masks of their own are noted one by one; the largest error stays. `far`: the
+        call's `far_field` and `far_bias`.
+        """
         output = output.detach()
         bad = not_finite(output)
         self.bad.logical_or_(torch.stack([torch.zeros_like(bad), bad, bad]).to(self.bad.device))
@@ -100,7 +111,17 @@ class LayerCheck:
         grid = mask.grid
         sizes = [grid.frames, grid.height, grid.width, grid.text]
         tensors = (x.detach() for x in inputs)
-        self.error.copy_(sampled_error(*tensors, output, mask.blocks, mask.block_size, sizes, text_lengths))
+        error = sampled_error(
+            *tensors,
+            output,
+            mask.blocks,
+            mask.block_size,
+            sizes,
+            text_lengths=text_lengths,
+            far_field=far[0],
+            far_bias=far[1],
+        )
+        self.error.copy_(torch.where(error[0] < self.error[0], self.error, error))
 
 
 @torch.library.custom_op("radial_models::sampled_error", mutates_args=())
@@ -113,6 +134,8 @@ def sampled_error(  # noqa: PLR0917 (an operator's schema is positional)
     block_size: int,
     grid: list[int],
     text_lengths: Tensor | None,
+    far_field: str,
+    far_bias: Tensor | None,
 ) -> Tensor:
     """Returns relative L2 norm and cosine, float32 `[2]`, of the error of some query blocks.
 
@@ -120,11 +143,13 @@ def sampled_error(  # noqa: PLR0917 (an operator's schema is positional)
         query, key, value, output: `[B, S, H, D]`.
         blocks, block_size, grid: the mask, with its grid as frames, height, width, text.
         text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, or None for all.
+        far_field, far_bias: as in `radial_attention`.
     """
     mask = BlockMask(TokenGrid(*grid), block_size, blocks)
     sample = sample_blocks(mask, SAMPLED_BLOCKS)
     with torch.autocast(query.device.type, enabled=False):
-        wanted = sampled_reference(query, key, value, mask, sample, text_lengths=text_lengths)
+        far = None if far_field == "none" else Far.of(key, value, mask, far_field, far_bias)
+        wanted = sampled_reference(query, key, value, mask, sample, text_lengths=text_lengths, far=far)
         error = output_error(sampled_rows(output, mask, sample), wanted)
     return torch.tensor([error.relative_l2, error.cosine], device=query.device)
 
@@ -172,6 +197,8 @@ class OutputCheck:
             call = transformer, mask.grid
             self._comparing = call not in self._compared
             self._compared.add(call)
+            for layer_check in self._layers.get(transformer, []):
+                layer_check.error.zero_()
         return self._comparing
 
     def end(

@@ -243,6 +243,15 @@ class StepCounter:
         """Returns `planned_steps`, and the noise level of each."""
         return self.planned_steps, self.sigmas
 
+    def sigma(self) -> float:
+        """Returns the noise level of the step; ValueError if no scheduler has it."""
+        if self.sigmas is None or self.step >= len(self.sigmas):
+            raise ValueError(
+                "selection='profile' needs the noise levels of a scheduler; enable it on the pipeline, not "
+                "on its transformer"
+            )
+        return self.sigmas[self.step]
+
     def advance(self, timestep: torch.Tensor) -> tuple[int, bool]:
         """Returns the step, and whether this call begins it.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..far_field import Far
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def sampled_reference(
     blocks: Sequence[int],
     *,
     text_lengths: Tensor | None = None,
+    far: Far | None = None,
 ) -> Tensor:
     """Computes attention of the query tokens of some blocks, exact up to float32.
 
@@ -42,12 +44,13 @@ def sampled_reference(
         query, key, value: `[B, S, H, D]`.
         blocks: query block numbers; their tokens come one after the other, see `sampled_rows`.
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all.
+        far: the far field of the call, None without one.
 
     Returns:
         float32 `[B, rows, H, D]`; rows of padded text are zeros.
     """
     tensors = query, key, value
-    return torch.cat([_block_rows(tensors, mask, block, text_lengths) for block in blocks], dim=1)
+    return torch.cat([_block_rows(tensors, mask, block, text_lengths, far) for block in blocks], dim=1)
 
 
 def sampled_rows(tensor: Tensor, mask: BlockMask, blocks: Sequence[int]) -> Tensor:
@@ -70,7 +73,7 @@ def _tokens(mask: BlockMask, block: int) -> slice:
 
 
 def _block_rows(
-    tensors: Sequence[Tensor], mask: BlockMask, block: int, text_lengths: Tensor | None
+    tensors: Sequence[Tensor], mask: BlockMask, block: int, text_lengths: Tensor | None, far: Far | None
 ) -> Tensor:
     """Computes one query block, `[B, rows, H, D]`: heads with one pattern together, samples one by one."""
     (query, key, value), tokens = tensors, _tokens(mask, block)
@@ -85,12 +88,22 @@ def _block_rows(
                 limit = mask.grid.video_tokens + int(text_lengths[sample])
             columns = kept[kept < limit].to(query.device)
             rows = slice(tokens.start, min(tokens.stop, limit))
-            if rows.start >= rows.stop or not len(columns):
+            if rows.start >= rows.stop or not (len(columns) or far):
                 continue
             q, k, v = (
                 x[sample, at, heads].float().transpose(0, 1)
                 for x, at in ((query, rows), (key, columns), (value, columns))
             )
-            weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-            out[sample, : rows.stop - rows.start, heads] = (weights @ v).transpose(0, 1)
+            scale = q.shape[-1] ** -0.5
+            scores = q @ k.mT * scale
+            if far is not None:
+                bias = far.bias.expand(len(query), query.shape[2], -1, -1)[sample, heads, block, None]
+                keys, means = (x[sample, :, heads].transpose(0, 1) for x in (far.keys, far.values))
+                scores, v = torch.cat([scores, q @ keys.mT * scale + bias], -1), torch.cat([v, means], 1)
+            weights = scores.softmax(-1)
+            part = weights @ v
+            if far is not None and far.slope is not None:
+                share = weights[..., len(columns) :].sum(-1, keepdim=True)
+                part += scale * share * (q @ far.slope[sample, heads])
+            out[sample, : rows.stop - rows.start, heads] = part.transpose(0, 1)
     return out

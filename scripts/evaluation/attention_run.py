@@ -6,6 +6,7 @@ configuration only says what it would keep.
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -79,6 +80,13 @@ class Gatherer:
         profile, tail = measure(*arguments, rows, **options), measure_tails(*arguments, few, **options)
         add(self.profiles, self.tails, seen.layer, profile, tail)
 
+    def content(self) -> dict[str, dict[int, list]]:
+        """Returns plain tensors, which `torch.load` takes with `weights_only`."""
+        return {
+            "profiles": {layer: list(vars(x).values()) for layer, x in self.profiles.items()},
+            "tails": {layer: list(x) for layer, x in self.tails.items()},
+        }
+
 
 def add(
     profiles: dict[int, Profile], tails: dict[int, Tail], layer: int, profile: Profile, tail: Tail
@@ -91,54 +99,87 @@ def add(
 
 
 def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile], dict[int, Tail]]:
-    """Returns profiles and tails by layer, of all prompts together.
-
-    Prompts whose readings are in `folder` are not observed again.
-    """
-    program, prompts = digest(plan.config, plan.path), plan.prompts
-    files = {number: folder / f"{_name(program, plan, number, looks)}.pt" for number in prompts}
-    known = {number: _kept(file) for number, file in files.items()}
-    missing = [number for number in prompts if known[number] is None]
-    pipeline = Sampler(plan).load() if missing else None
-    steps = max(1, len(looks.steps))
-    with tqdm(total=steps * len(prompts), initial=steps * (len(prompts) - len(missing)), unit="step") as bar:
-        for number in missing:
-            gathered = _look(plan, pipeline, prompts[number], Gatherer(looks, 1000 * number, bar))
-            plain = {  # tensors alone, which `torch.load` takes with `weights_only`
-                "profiles": {layer: list(vars(x).values()) for layer, x in gathered.profiles.items()},
-                "tails": {layer: list(x) for layer, x in gathered.tails.items()},
-            }
-            with replacing(files[number]) as part:
-                torch.save(plain, part)
-            known[number] = plain
-            bar.update()
+    """Returns profiles and tails by layer, of all prompts together; see `observed`."""
+    contents = observed(
+        plan,
+        folder,
+        lambda number, bar: Gatherer(looks, 1000 * number, bar),
+        facts=asdict(looks),
+        steps=max(1, len(looks.steps)),
+        timestep=looks.timestep,
+    )
     profiles: dict[int, Profile] = {}
     tails: dict[int, Tail] = {}
-    for content in known.values():
+    for content in contents:
         for layer in sorted(content["profiles"]):
             profile, tail = Profile(*content["profiles"][layer]), Tail(*content["tails"][layer])
             add(profiles, tails, layer, profile, tail)
     return profiles, tails
 
 
-def _kept(file: Path) -> dict[str, dict[int, list]] | None:
+def observed(
+    plan: RunPlan,
+    folder: Path,
+    make: Callable[[int, tqdm], Any],
+    *,
+    facts: dict[str, Any],
+    steps: int,
+    timestep: float | None = None,
+    own_noise: bool = False,
+) -> list[dict[str, Any]]:
+    """Observes a dense run of each prompt, and returns what was read, prompt by prompt.
+
+    Prompts whose readings are in `folder` are not observed again.
+
+    Args:
+        make: returns the callback of a prompt, from its number and the progress bar. It may raise `Enough`,
+            and has `content()`, a dictionary of tensors and numbers, none of its values empty.
+        facts: what the readings depend on beside the plan.
+        steps: of the progress bar, for each prompt; the callback counts all but the last.
+        timestep: of one call on noise, in place of the run.
+        own_noise: each prompt begins with noise of its own.
+    """
+    program, prompts = digest(plan.config, plan.path), plan.prompts
+    files = {number: folder / f"{_name(program, plan, number, facts)}.pt" for number in prompts}
+    known = {number: _kept(file) for number, file in files.items()}
+    missing = [number for number in prompts if known[number] is None]
+    pipeline = Sampler(plan).load() if missing else None
+    with tqdm(total=steps * len(prompts), initial=steps * (len(prompts) - len(missing)), unit="step") as bar:
+        for number in missing:
+            callback = make(number, bar)
+            seed = plan.config.generation.seed + own_noise * number
+            _look(plan, pipeline, prompts[number], callback, seed=seed, timestep=timestep)
+            known[number] = callback.content()
+            with replacing(files[number]) as part:
+                torch.save(known[number], part)
+            bar.update()
+    return list(known.values())
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
     """Returns what a file of readings holds, None if it is missing or damaged."""
     if not file.exists():
         return None
-    try:
+    with suppress(ValueError, TypeError):
         content = read_tensors(file)
-        if content["profiles"].keys() == content["tails"].keys() != set():
+        if content and all(content.values()):
             return content
-    except (ValueError, KeyError, AttributeError):
-        pass
     note_damage(file)
     return None
 
 
-def _look(plan: RunPlan, pipeline: Any, prompt: str, gatherer: Gatherer) -> Gatherer:
+def _look(
+    plan: RunPlan,
+    pipeline: Any,
+    prompt: str,
+    callback: Callable[[Seen], None],
+    *,
+    seed: int,
+    timestep: float | None,
+) -> None:
     """Runs the pipeline with the configuration's noise, until all is observed."""
-    config, timestep = _dense(plan.config, gatherer.looks), gatherer.looks.timestep
-    options = attention_arguments(config.attention) | {"quantize": None, "observe": gatherer}
+    config = _dense(plan.config, timestep)
+    options = attention_arguments(config.attention) | {"quantize": None, "observe": callback}
 
     def end(*_: Any) -> None:
         raise Enough
@@ -152,15 +193,14 @@ def _look(plan: RunPlan, pipeline: Any, prompt: str, gatherer: Gatherer) -> Gath
         if timestep is not None:
             stack.enter_context(pipeline.transformer.register_forward_hook(end))
         arguments = {"output_type": "latent", **plan.inputs.arguments}
-        sample(pipeline, config, [prompt], [config.generation.seed], **arguments)
-    return gatherer
+        sample(pipeline, config, [prompt], [seed], **arguments)
 
 
-def _dense(config: Config, looks: Looks) -> Config:
+def _dense(config: Config, timestep: float | None) -> Config:
     """Makes every step dense; at a timestep there is no guidance, whose other half has no prompt."""
     attention = replace(config.attention, dense_steps=config.generation.steps, dense_last_steps=0)
     generation = config.generation
-    if looks.timestep is not None and config.model.family not in HUNYUAN:
+    if timestep is not None and config.model.family not in HUNYUAN:
         generation = replace(generation, guidance_scale=1.0, guidance_scale_2=None)
     return replace(config, attention=attention, generation=generation)
 
@@ -176,11 +216,11 @@ def _at_timestep(transformer: torch.nn.Module, timestep: float) -> RemovableHand
     return transformer.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
 
 
-def _name(program: str, plan: RunPlan, number: int, looks: Looks) -> str:
+def _name(program: str, plan: RunPlan, number: int, looks: dict[str, Any]) -> str:
     """Digests everything that the readings of a prompt depend on; its number gives the sampled rows.
 
     `program`: digest of configuration, program, weights and LoRAs.
     """
     prompt = number, plan.prompts[number]
-    facts = [program, prompt, asdict(looks), plan.path, plan.inputs.files, plan.device]
+    facts = [program, prompt, looks, plan.path, plan.inputs.files, plan.device]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

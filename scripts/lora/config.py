@@ -68,6 +68,15 @@ class TrainModelConfig(AnyModelConfig):
 
 
 @dataclass
+class TrainMaskConfig(MaskConfig):
+    """Adds the option beyond the mask that needs no dense step, as training has none."""
+
+    far_field: str = key(
+        "none", "how a dropped block counts: not at all, or as its mean key and value", ("none", "mean")
+    )
+
+
+@dataclass
 class DataConfig:
     folder: str | None = key(
         None, "folder of videos or images, each with its caption in a .txt of the same name; or use table"
@@ -165,7 +174,7 @@ class SharedConfig:
 class LoraTrainConfig:
     model: TrainModelConfig = field(default_factory=TrainModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    attention: MaskConfig = field(default_factory=MaskConfig)
+    attention: TrainMaskConfig = field(default_factory=TrainMaskConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -173,7 +182,10 @@ class LoraTrainConfig:
     parallel: SharedConfig = field(default_factory=SharedConfig)
 
 
-SCHEMA = Schema(LoraTrainConfig, presets="configs/train/*.yaml")
+ABSENT = dict.fromkeys(
+    ("attention.selection", "attention.residual"), "training has no dense step to take it from; leave it out"
+)
+SCHEMA = Schema(LoraTrainConfig, presets="configs/train/*.yaml", absent=ABSENT)
 
 
 def read_arguments(argv: list[str], call: str) -> tuple[LoraTrainConfig, bool] | None:

@@ -16,7 +16,7 @@ from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 from scripts.run.families import position_arguments
 from scripts.run.files import user_path
-from scripts.run.flops import Flops, count_flops
+from scripts.run.flops import Flops, beyond_mask, count_flops
 from scripts.run.hub_models import find_model, read_model_info
 from scripts.run.loras import meta_transformer
 from scripts.run.machine_checks import find_device, missing_kernels
@@ -69,8 +69,12 @@ class TrainPlan:
 
         Frozen matrices have no gradient of their own: their backward costs as much as their forward.
         """
-        layers = self.config.attention.dense_layers
-        forward = count_flops(self.model, size.grid, size.density, dense_layers=layers)
+        attention = self.config.attention
+        options = {"far_field": self.far_field, "density": size.density}
+        options |= {"steps": 0, "measures": False, "residual": False}
+        beyond = beyond_mask(self.model, size.grid, attention.block_size, **options)
+        layers = attention.dense_layers
+        forward = count_flops(self.model, size.grid, size.density, dense_layers=layers, beyond=beyond)
         again = int(self.config.train.checkpointing)  # it computes the forward twice
         factor = 1 + GRADIENT + again
         return Flops(forward.dense * factor, forward.sparse * factor, forward.other * (2 + again))
@@ -100,6 +104,12 @@ class TrainPlan:
         parallel = self.config.parallel
         return 1 if parallel.shard == "none" else max(processes(), parallel.ulysses_degree)
 
+    @property
+    def far_field(self) -> str:
+        """Returns how dropped blocks count; a dense pattern drops none."""
+        attention = self.config.attention
+        return "none" if attention.pattern == "dense" else attention.far_field
+
     def attention_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `apply_radial_attention`."""
         attention = self.config.attention
@@ -108,6 +118,7 @@ class TrainPlan:
             "config": radial_config(attention),
             "dense_layers": attention.dense_layers,
             "backend": attention.backend,
+            "far_field": self.far_field,
             "dense_backend": "native" if backend == "auto" else backend,
         }
 
@@ -123,7 +134,7 @@ class TrainPlan:
         for size in self.sizes:
             frames, height, width = size.size
             entry = {"num_frames": frames, "height": height, "width": width, "mask": asdict(size.mask)}
-            sizes.append(entry | {"dense_layers": attention.dense_layers})
+            sizes.append(entry | {"dense_layers": attention.dense_layers, "far_field": self.far_field})
         about = {name: getattr(model, name) for name in names}
         about |= {"steps": self.config.train.steps, "flow_shift": self.config.train.flow_shift}
         return about | {"sizes": sizes}
@@ -156,6 +167,7 @@ def plan_training(config: LoraTrainConfig, *, dry_run: bool = False) -> TrainPla
         mask, dtype = radial_mask(grid, sizes[-1].mask), getattr(torch, config.model.dtype)
         call = Call(torch.device(device), dtype, model.head_dim, gradients=True, mask=mask)
         is_radial = config.attention.pattern != "dense"
+        call = replace(call, far_field=config.attention.far_field if is_radial else "none")
         for problem in missing_kernels(config.attention, call, "none", radial=is_radial):
             raise UsageError(problem)
     plan = TrainPlan(config, model, path, device, tuple(sizes), _adapter_numbers(config, path))
@@ -264,11 +276,12 @@ def describe_training(plan: TrainPlan) -> str:
         count = plan.sharers
         rows["weights"] = f"shared by {count} processes" if count > 1 else "whole, shared from NPROC=2 on"
     lines = [f"{name:<10} {text}" for name, text in rows.items()]
+    far = "" if plan.far_field == "none" else f", far field {plan.far_field}"
     for size in plan.sizes:
         flops, need = plan.flops(size), plan.memory(size) / GIB
         lines += [
-            f"{'x'.join(map(str, size.size)):<10} {size.grid.tokens} tokens, density {size.density:.3f}, "
-            f"memory {need:.2f} GiB predicted",
+            f"{'x'.join(map(str, size.size)):<10} {size.grid.tokens} tokens, density {size.density:.3f}"
+            f"{far}, memory {need:.2f} GiB predicted",
             f"{'':<10} attention {flops.dense / 1e12:.4g} TFLOP a video dense ({flops.share:.0%} of all), "
             f"{flops.sparse / 1e12:.4g} with the mask: {flops.fewer:.2f}x fewer operations in all",
         ]

@@ -6,11 +6,13 @@ from typing import Any
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.density import resolve_density, resolve_near
 from radial_attn.masks.patterns import COMPARED
+from radial_attn.models.profile import MeasuredModel, ModelProfile
 from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.schedule import AboveSigma, Schedule, read_density
 from radial_attn.selection import Budget, floor_blocks
 from scripts.run.config import AttentionConfig, MaskConfig
 from scripts.run.errors import UsageError
+from scripts.run.schema import find_path
 
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
 
@@ -49,7 +51,24 @@ def dense_steps(
 
 def adaptive_of(attention: AttentionConfig) -> Adaptive:
     """Returns the options that go beyond one mask for all heads."""
-    return Adaptive(attention.selection, attention.budget, attention.far_field, attention.residual)
+    profile = None if attention.profile is None else str(find_path(attention.profile))
+    names = "selection", "budget", "far_field", "residual"
+    return Adaptive(**{name: getattr(attention, name) for name in names}, profile=profile)
+
+
+def check_profile(attention: AttentionConfig, model: MeasuredModel) -> None:
+    """Raises UsageError for a profile that cannot be read, or that was measured on another model."""
+    if attention.profile is None:
+        return
+    remedy = "make one for it: bash scripts/calibrate.sh CONFIG.yaml"
+    try:
+        difference = ModelProfile.read(find_path(attention.profile)).model.other(model)
+    except ValueError as error:
+        raise UsageError(f"attention.profile: {error}") from error
+    if difference is not None:
+        raise UsageError(
+            f"attention.profile: got {attention.profile!r}, measured on another model: {difference}; {remedy}"
+        )
 
 
 def step_densities(
@@ -63,7 +82,7 @@ def step_densities(
     sparse = sorted(set(range(steps)) - set(dense))
     for name, plain in (("selection", "static"), ("residual", "none")):
         got = getattr(attention, name)
-        if got != plain and sparse and sparse[0] == 0:
+        if got not in (plain, "profile") and sparse and sparse[0] == 0:
             raise UsageError(
                 f"attention.{name}: got {got!r}, which needs a dense step before the first sparse one; set "
                 "attention.dense_steps=1 or more"
@@ -78,6 +97,8 @@ def step_densities(
         densities = dict.fromkeys(sparse, radial_mask(grid, mask).density if static and sparse else given)
     elif attention.selection == "static":
         densities = {step: _near(attention, grid, mask, density) for step, density in densities.items()}
+    if attention.residual == "output":
+        return dict.fromkeys(densities, 0.0)
     if attention.selection != "static" and densities:
         try:
             tokens = grid.block_tokens(attention.block_size)
@@ -142,6 +163,8 @@ def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict
     if attention.pattern != "dense":  # which has no blocks to choose and drops none
         names += ("selection", "budget", "far_field", "residual")
     arguments = {name: getattr(attention, name) for name in names}
+    if attention.pattern != "dense":
+        arguments["profile"] = adaptive_of(attention).profile
     density = read_density(attention.density)
     arguments["density_range"] = density if isinstance(density, tuple) else None
     quantize = None if attention.quantize == "none" else attention.quantize

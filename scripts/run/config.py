@@ -149,9 +149,10 @@ class AttentionConfig(MaskConfig):
     selection: str = key(
         "static",
         "static: one mask for all heads; dense_step: each head keeps the blocks that it needed most at the "
-        "last dense step",
+        "last dense step; profile: in the videos of a profile, so that no step must be dense",
         SELECTIONS,
     )
+    profile: str | None = key(None, "file of scripts/calibrate.sh, for selection=profile")
     budget: str = key("layer", "who shares the number of chosen blocks", BUDGETS)
     far_field: str = key(
         "none",
@@ -160,8 +161,8 @@ class AttentionConfig(MaskConfig):
     )
     residual: str = key(
         "none",
-        "how the difference to the last dense output is kept and added: not at all, as means of blocks, "
-        "or in 8 or 4 bits",
+        "how the difference to the last dense output is kept and added: not at all, as means of blocks, or "
+        "in 8 or 4 bits; output: that output itself, with no attention at sparse steps, as a control",
         RESIDUALS,
     )
     quantize: str = key("none", "8-bit products, for backends that have them", ("none", "int8", "fp8"))

@@ -104,10 +104,11 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         return rows
     if attention.selection != "static":
         steps = ", ".join(map(str, plan.recording_steps))
+        how = f"at step {steps}" if attention.profile is None else f"by {attention.profile}"
         masks = plan.grid.num_blocks(attention.block_size) ** 2 * plan.model.heads * plan.calls
         masks *= plan.model.attention_layers(plan.dense_layers)
         rows["selection"] = (
-            f"each head at step {steps}, budget shared by a {attention.budget}; "
+            f"each head {how}, budget shared by a {attention.budget}; "
             f"{_share(beyond.measured * beyond.steps, plan)} of the operations, masks of {gib(masks)}"
         )
     if attention.far_field != "none":
@@ -270,8 +271,9 @@ def _differences(plan: RunPlan, lora: FoundLora, trained: dict[str, Any]) -> Ite
         )
         yield f"videos of {others} (here {'x'.join(map(str, sizes.values()))})"
     size = (fitting or trained["sizes"])[0]
-    here = asdict(plan.mask) | {"dense_layers": plan.config.attention.dense_layers}
-    for name, value in (size["mask"] | {"dense_layers": size["dense_layers"]}).items():
+    names = ("dense_layers", "far_field")
+    here = asdict(plan.mask) | {name: getattr(plan.config.attention, name) for name in names}
+    for name, value in (size["mask"] | {name: size.get(name, "none") for name in names}).items():
         if here.get(name) != value:
             yield f"attention.{name}={value} (here {here.get(name)})"
     name = "positions" if trained["positions"] != model.positions else "positions_frames"

@@ -60,9 +60,11 @@ def check_adaptive(config: Config) -> None:
     """Raises UsageError for options beyond the mask that do not work together."""
     attention, model = config.attention, config.model
     chosen, residual = attention.selection != "static", attention.residual != "none"
-    if attention.selection == "profile":
+    if (attention.selection == "profile") != (attention.profile is not None):
+        got = "null" if attention.profile is None else repr(attention.profile)
         raise UsageError(
-            "attention.selection: got 'profile', which is not there yet; allowed: static, dense_step"
+            f"attention.profile: got {got} with attention.selection={attention.selection}; a file of "
+            "scripts/calibrate.sh and attention.selection=profile need each other"
         )
     if chosen and attention.pattern not in ("radial", "dense"):
         raise UsageError(
@@ -73,6 +75,11 @@ def check_adaptive(config: Config) -> None:
         raise UsageError(
             "attention.budget: got 'model', which does not work with attention.residual: its masks are known "
             "only after the last layer of a dense step; allowed: head, layer"
+        )
+    if attention.residual == "output" and (chosen or attention.far_field != "none"):
+        raise UsageError(
+            "attention.residual: got 'output', which computes no attention at sparse steps; set "
+            "attention.selection=static attention.far_field=none"
         )
     stateful = next((name for name, used in (("selection", chosen), ("residual", residual)) if used), None)
     got = f"attention.{stateful}: got {getattr(attention, stateful)!r}" if stateful else ""
@@ -85,11 +92,6 @@ def check_adaptive(config: Config) -> None:
         raise UsageError(
             f"{got}, which does not work with model.compile={model.compile}: each layer has a mask of its "
             "own; set model.compile=none"
-        )
-    if attention.far_field != "none" and attention.check == "reference":
-        raise UsageError(
-            f"attention.check: got 'reference', which knows no attention.far_field={attention.far_field}; "
-            "allowed: auto, off, nan"
         )
 
 

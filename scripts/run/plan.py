@@ -12,13 +12,9 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
+from radial_attn.models.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS, residual_bytes
-from scripts.run.attention import (
-    adaptive_of,
-    dense_steps,
-    solve_mask,
-    step_densities,
-)
+from scripts.run.attention import adaptive_of, check_profile, dense_steps, solve_mask, step_densities
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
@@ -144,8 +140,8 @@ class RunPlan:
             density=self.densities[steps[0] + 1] if steps else self.density,
             steps=len(steps),
             far_field="none" if attention.pattern == "dense" else attention.far_field,
-            measures=attention.selection != "static" or attention.far_field == "linear",
-            residual=attention.residual != "none",
+            measures=adaptive_of(attention).measures,
+            residual=attention.residual not in ("none", "output"),
         )
 
     def residual_bytes(self, kind: str, size: VideoSize | None = None) -> int:
@@ -154,7 +150,8 @@ class RunPlan:
         width = self.model.heads, self.model.head_dim
         options = {"block_size": self.config.attention.block_size, "itemsize": dtype.itemsize}
         layers = self.model.attention_layers(self.dense_layers)
-        return residual_bytes(kind, grid.video_tokens, *width, **options) * self.calls * layers
+        tokens = grid.tokens if kind == "output" else grid.video_tokens
+        return residual_bytes(kind, tokens, *width, **options) * self.calls * layers
 
     @cached_property
     def rank_work(self) -> RankWork:
@@ -173,6 +170,13 @@ class RunPlan:
     def lora_digests(self) -> list[str]:
         """Returns the SHA-256 of the file of each LoRA."""
         return [sha256(lora.file) for lora in self.loras if lora.file is not None]
+
+    @property
+    def measured_model(self) -> MeasuredModel:
+        """Returns what a profile of this model says of it."""
+        family, model = self.config.model.family.removesuffix("_i2v"), self.model
+        shape = model.attention_layers(), model.heads, model.head_dim
+        return MeasuredModel(family, *shape, self.model_digest)
 
     @cached_property
     def model_digest(self) -> str | None:
@@ -238,8 +242,8 @@ class RunPlan:
 
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
-        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS}
-        now = kinds[self.config.attention.residual]
+        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS if kind != "output"}
+        now = self.residual_bytes(self.config.attention.residual)
         fitting = [kind for kind, kept in kinds.items() if self.memory.total - now + kept <= budget]
         if now and fitting:
             return (
@@ -311,6 +315,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         dense_layers=model.layers if attention.pattern == "dense" else attention.dense_layers,
         degrees=degrees,
     )
+    check_profile(attention, plan.measured_model)
     warnings = () if dry_run else _memory_warnings(plan)
     radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
     quantize = None if attention.quantize == "none" else attention.quantize

@@ -125,10 +125,12 @@ class Schema:
     Attributes:
         root: the dataclass of groups.
         presets: glob pattern of the bundled YAML files, from the repository root.
+        absent: says of keys that another schema has why this one has none.
     """
 
     root: type
     presets: str = "configs/*.yaml"
+    absent: dict[str, str] = field(default_factory=dict)
 
     def keys(self) -> dict[str, Any]:
         """Maps each dotted key to its dataclass field, in order."""
@@ -269,8 +271,8 @@ class Schema:
             for leaf, value in values.items():
                 name = f"{group}.{leaf}" if leaf else str(group)
                 if name not in known:
-                    nearest = nearest_key(name, known)
-                    raise UsageError(f"unknown key {name!r} ({source}); did you mean {nearest!r}?")
+                    hint = self.absent.get(name) or f"did you mean {nearest_key(name, known)!r}?"
+                    raise UsageError(f"unknown key {name!r} ({source}); {hint}")
                 parse = known[name].metadata["parse"]
                 if known[name].type is bool and not isinstance(value, bool):  # OmegaConf takes 2 as true
                     raise self._refusal(name, value)

@@ -32,7 +32,7 @@ def test_means_are_those_of_the_blocks():
         torch.testing.assert_close(result[:, block], wanted.float())
 
 
-@pytest.mark.parametrize("kind", RESIDUALS[1:])
+@pytest.mark.parametrize("kind", RESIDUALS[1:-1])
 @pytest.mark.parametrize(("width", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
 def test_memory_is_what_was_predicted(kind, width, dtype):
     dense, sparse = outputs(width, dtype)
@@ -42,7 +42,7 @@ def test_memory_is_what_was_predicted(kind, width, dtype):
     assert torch.equal(residual.to_host().add_to(sparse), residual.add_to(sparse))
 
 
-@pytest.mark.parametrize("kind", RESIDUALS[1:])
+@pytest.mark.parametrize("kind", RESIDUALS[1:-1])
 def test_nothing_lacks_where_both_agree(kind):
     dense, _ = outputs()
     assert torch.equal(Residual.of(kind, dense, dense, 16).add_to(dense), dense)

@@ -1,10 +1,13 @@
-"""Shares of a ring: every token once, equal shares, parts that make up the mask, and balance."""
+"""Shares of a ring: every token once, equal shares, parts that make up the mask, and balance; heads dealt."""
+
+from itertools import combinations
 
 import pytest
 import torch
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
-from radial_attn.shards import Shards, deal, imbalance
+from radial_attn.shards import Shards, deal, deal_heads, imbalance
+from tests.support import head_cases
 
 GRIDS = [
     TokenGrid(6, 6, 8),
@@ -79,3 +82,44 @@ def test_a_radial_mask_is_shared_evenly(text, degree):
     mask = radial_mask(grid, RadialConfig(decay_factor=0.95))
     busiest, waiting = imbalance(deal(grid, 128, degree).kept(mask))
     assert 1 <= busiest < 1.05 and busiest <= waiting < 1.15
+
+
+@pytest.mark.parametrize(
+    ("work", "processes", "heads"),
+    [
+        ([5, 5, 5, 5], 2, [[0, 1], [2, 3]]),
+        ([4, 3, 2, 1], 2, [[1, 2], [0, 3]]),
+        ([9, 9, 1, 1, 9, 1], 3, [[1, 2], [0, 3], [4, 5]]),
+        ([7, 1, 1, 1, 1, 1], 2, [[0, 1, 2], [3, 4, 5]]),  # nothing helps
+        ([100, 100, 100, 99], 2, [[0, 1], [2, 3]]),
+        ([1000, 1001, 1000, 990], 2, [[0, 1], [2, 3]]),  # under 1 %
+        ([8, 8, 0, 0], 4, [[0], [1], [2], [3]]),
+    ],
+)
+def test_heads_are_dealt_by_their_work(work, processes, heads):
+    dealt = deal_heads(torch.tensor(work), processes)
+    assert dealt.heads.tolist() == heads
+    assert dealt.loads.tolist() == [sum(work[head] for head in row) for row in heads]
+    assert dealt.in_order == (heads == torch.arange(len(work)).view(processes, -1).tolist())
+
+
+@pytest.mark.parametrize(("heads", "processes"), [(8, 2), (10, 2), (16, 8)])
+def test_no_exchange_of_two_heads_is_left_that_helps(heads, processes):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        work = torch.randint(1, 1000, (heads,), generator=generator)
+        dealt = deal_heads(work, processes)
+        assert torch.equal(dealt.heads.flatten().sort().values, torch.arange(heads))
+        assert torch.equal(dealt.heads, dealt.heads.sort(1).values)
+        for one, other in combinations(range(processes), 2):
+            gap = dealt.loads[one] - dealt.loads[other]
+            step = work[dealt.heads[one]][:, None] - work[dealt.heads[other]]
+            assert dealt.in_order or (gap - 2 * step).abs().min() >= gap.abs()
+
+
+@pytest.mark.parametrize("model", head_cases.HEADS)
+@pytest.mark.parametrize("spread", head_cases.SPREADS)
+@pytest.mark.parametrize("processes", head_cases.PROCESSES)
+def test_heads_of_large_models_are_dealt_evenly(model, spread, processes):
+    before, after = (head_cases.imbalance(x) for x in head_cases.loads(model, spread, processes, 60))
+    assert 1 <= after < 1.04 < before

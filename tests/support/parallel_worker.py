@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -23,18 +24,26 @@ from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, st
 from radial_attn.models.parallel.guidance import GuidanceParallel
 from radial_attn.models.parallel.ring import RingParallel, share_sequence
 from radial_attn.models.parallel.ulysses import SequenceParallel
+from radial_attn.profile import SHARES, Cells, MeasuredModel, ModelProfile
 from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 
 RADIAL = {"config": SPARSE}
-ADAPTIVE = {  # a dense call, then a sparse one
-    "config": RadialConfig(block_size=16, density=0.4),
+ADAPTIVE = {  # a dense call, then two sparse ones of different density
+    "config": RadialConfig(block_size=16),
+    "density_range": (0.6, 0.3),
     "selection": "dense_step",
     "far_field": "linear",
     "dense_steps": 1,
-    "num_steps": 2,
+    "num_steps": 3,
+}
+PROFILED = ADAPTIVE | {  # a dense step in the middle meets heads that are dealt
+    "selection": "profile",
+    "residual": "int8",
+    "dense_steps": [0, 2],
+    "num_steps": None,
 }
 MIXED = {"config": SPARSE, "dense_layers": 2}
 REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
@@ -45,6 +54,14 @@ PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two
     "hunyuan_video": hunyuan_pipeline,
 }
 Case = tuple[str, Callable[[], torch.nn.Module], Callable[[int, int, int], dict], dict]
+
+
+def uneven_transformer() -> torch.nn.Module:
+    """Makes a Wan of 8 heads; the first half attends to few tokens, so they keep more of a layer's blocks."""
+    transformer = wan_transformer(num_attention_heads=8, num_layers=2)
+    for block in transformer.blocks:
+        block.attn1.norm_q.weight.data[: 4 * 12] *= 4
+    return transformer
 
 
 def token_times(inputs: dict) -> dict:
@@ -87,11 +104,13 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
     for budget in ("head", "layer", "model") if ring == 1 else ():
         chosen = ADAPTIVE | {"budget": budget, "residual": "none" if budget == "model" else "int8"}
-        yield f"wan, chosen by {budget}", wan_transformer, partial(wan_inputs, 6, 12, 16), chosen
-        few = partial(wan_transformer, num_attention_heads=3)
-        yield f"wan, 3 heads, chosen by {budget}", few, partial(wan_inputs, 6, 12, 16), chosen
-        text = chosen | {"config": RadialConfig(block_size=16, density=0.9)}
-        yield f"mochi, chosen by {budget}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), text
+        yield f"wan, uneven, chosen by {budget}", uneven_transformer, partial(wan_inputs, 6, 12, 16), chosen
+        odd = partial(wan_transformer, num_attention_heads=5, num_layers=2)
+        yield f"wan, 5 heads, chosen by {budget}", odd, partial(wan_inputs, 6, 12, 16, batch=2), chosen
+        many = partial(mochi_transformer, num_attention_heads=8, num_layers=2)
+        text = chosen | {"density_range": (0.95, 0.85)}
+        text["residual"] = text["residual"].replace("int8", "mean")
+        yield f"mochi, chosen by {budget}", many, partial(mochi_inputs, 5, 6, 14), text
     yield "wan, few blocks", wan_transformer, partial(wan_inputs, 2, 6, 14), RADIAL | {"check": "nan"}
     for heads in (3, 5):
         few = partial(wan_transformer, num_attention_heads=heads)
@@ -105,26 +124,44 @@ def differences(case: Case, shares: dict[str, SequenceParallel]) -> Iterator[tup
     transformer, given = make(), inputs()
     outputs = []
     for shared in (None, *shares.values()):
-        with apply_radial_attention(transformer, **options, parallel=shared):
+        with apply_radial_attention(transformer, **options, parallel=shared) as handle:
             outputs.append(transformer(**given).sample)
             if "selection" in options:
-                step = -1 if "mochi" in name else 1  # Mochi's timesteps rise
-                outputs[-1] = transformer(**given | {"timestep": given["timestep"] - step}).sample
+                for step in (-1, -2) if "mochi" not in name else (1, 2):  # Mochi's timesteps rise
+                    outputs[-1] = transformer(**given | {"timestep": given["timestep"] + step}).sample
+                check_balance(handle.report()["adaptive"], shared, name)
     for how, output in zip(shares, outputs[1:], strict=True):
         yield name + how, ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
 
 
-def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool) -> torch.Tensor:
+def check_balance(report: dict[str, Any], shared: SequenceParallel | None, name: str) -> None:
+    """Checks that processes keep about equally many blocks, by the report and in the latest call."""
+    if shared is None:
+        assert report["imbalance"] is None
+        return
+    kept = torch.zeros(shared.degree)
+    kept[shared.rank] = report["density"]
+    torch.distributed.all_reduce(kept)
+    worst = max(report["imbalance"], (kept.max() / kept.mean()).item())
+    assert "uneven" not in name or worst < 1.05, f"{name}: {report}, {kept}"
+
+
+def latents(
+    pipeline: Any, prompts: int, shared: SequenceParallel | None, guided: bool, **attention: Any
+) -> torch.Tensor:
     """Returns the final latents with radial attention; `guided`: with its two halves on two processes."""
+    attention = attention or {"config": SPARSE, "dense_steps": 1}
     options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "latent"}
     if type(pipeline) is HunyuanVideoPipeline:
         options |= {"true_cfg_scale": 3.0, "negative_prompt": prompts * ["no"], "prompt_template": TEMPLATE}
     sizes = {"height": 48, "width": 64, "num_frames": 13 if type(pipeline) is MochiPipeline else 9}
+    if "profile" in attention:
+        sizes = {"height": 96, "width": 64, "num_frames": 17}
     generators = [torch.Generator().manual_seed(seed) for seed in range(prompts)]
     parts = [part for part in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if part]
     batched = type(pipeline) is MochiPipeline
     with ExitStack() as stack:
-        stack.enter_context(apply_radial_attention(pipeline, SPARSE, dense_steps=1, parallel=shared))
+        stack.enter_context(apply_radial_attention(pipeline, **attention, parallel=shared))
         if guided:
             group = import_xfuser("cpu").get_cfg_group().device_group
             stack.enter_context(GuidanceParallel(parts, group, batched=batched))
@@ -132,12 +169,29 @@ def latents(pipeline: Any, prompts: int, shared: SequenceParallel | None, guided
 
 
 @torch.no_grad()
-def pipeline_difference(make: Callable[[], Any], prompts: int, shared: SequenceParallel | None) -> float:
+def pipeline_difference(
+    make: Callable[[], Any], prompts: int, shared: SequenceParallel | None, **attention: Any
+) -> float:
     """Returns the largest difference of the latents from one process's, relative to the largest value."""
     pipeline = make()
-    alone = latents(pipeline, prompts, None, False)
-    together = latents(pipeline, prompts, shared, import_xfuser("cpu").get_cfg_group().world_size == 2)
+    alone = latents(pipeline, prompts, None, False, **attention)
+    guided = import_xfuser("cpu").get_cfg_group().world_size == 2
+    together = latents(pipeline, prompts, shared, guided, **attention)
     return ((together - alone).abs().max() / alone.abs().max()).item()
+
+
+def profile_difference(shared: SequenceParallel | None) -> float:
+    """Returns the difference for the blocks of a profile, whose five heads keep different numbers of them."""
+    generator, model = torch.Generator().manual_seed(0), MeasuredModel("wan", layers=4, heads=5, width=12)
+    basis, parts = (torch.rand(shape, generator=generator).half() for shape in ((9, 144), (2, 2, 4, 5, 9)))
+    biases = torch.rand(2, 4, 5, len(SHARES), generator=generator).half()
+    profile = ModelProfile(model, Cells(3, 4), (0.7, 0.0), basis, parts, biases)
+    with NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(profile.to_bytes())
+        file.flush()
+        return pipeline_difference(
+            partial(wan_pipeline, num_attention_heads=5), 2, shared, **PROFILED, profile=file.name
+        )
 
 
 def all_shares(degrees: Degrees) -> dict[str, SequenceParallel]:
@@ -158,6 +212,8 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
     if degrees.cfg == 1:
         for case in cases(degrees.ring, degrees.processes):
             yield from differences(case, shares)
+    if degrees.ring == 1:
+        yield "wan pipeline, profile", profile_difference(shares[""])
     for name, make in PIPELINES.items():
         for prompts in (1, 2) if degrees.ring == 1 else (2,):
             yield f"{name} pipeline, {prompts} prompts", pipeline_difference(make, prompts, shares[""])

@@ -1,6 +1,7 @@
 """Masks per head chosen at dense steps, and residuals kept there, through the forks."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from radial_attn import BlockMask, RadialConfig
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
-from radial_attn.models.runtime.adaptive import Adaptive, Choices
+from radial_attn.models.runtime.adaptive import Adaptive
+from radial_attn.models.runtime.choices import Choices
 from radial_attn.selection import floor_blocks, measure_blocks
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
 from tests.support.pipelines import KINDS
@@ -62,7 +64,7 @@ def test_layers_attend_to_the_blocks_that_cost_most(family, masks):
             if call.layer == 0:
                 continue
             options = {"far_field": False, "text_lengths": call.text_lengths}
-            loss = measure_blocks(call[2:5], grid, 16, **options).loss
+            loss = measure_blocks(call[3:6], grid, 16, **options).loss
             least = loss.masked_fill(floor, -1).flatten(1).topk(count).values[:, -1, None, None, None]
             wanted.append(floor | (loss >= least))
     assert len(masks) == 3 * 2 * (layers - 1) * batch
@@ -124,6 +126,19 @@ def test_a_copy_of_the_model_has_a_state_of_its_own():
         assert torch.equal(video(FAMILIES[0], twin), expected)
 
 
+def test_sparse_steps_repeat_the_output_of_the_dense_step(masks):
+    transformer, options = wan_transformer(), {**OPTIONS, "selection": "static", "residual": "output"}
+    same, later = (wan_inputs(timestep=time) for time in (900.0, 500.0))
+    with apply_radial_attention(transformer, CHOSEN, **options) as handle:
+        dense, other = run(transformer, same), run(transformer, later)
+        report = handle.report()
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    outputs = len(transformer.blocks) * math.prod(report["grid"]) * heads * width
+    assert report["adaptive"]["residual_bytes"] == 4 * outputs
+    assert not masks and not torch.equal(dense, other)
+    assert torch.equal(dense, run(transformer, same))
+
+
 @pytest.mark.parametrize(("residual", "tolerance"), [("int8", 0.01), ("int4", 0.16), ("mean", 1.1)])
 @pytest.mark.parametrize("selection", ["static", "dense_step"])
 def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
@@ -160,7 +175,11 @@ def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
         ({"selection": "dense"}, "selection must be one of static, dense_step, profile, got 'dense'"),
         ({"budget": 3}, "budget must be one of head, layer, model, got 3"),
         ({"far_field": "most"}, "far_field must be one of none, mean, linear, got 'most'"),
-        ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, got 'fp8'"),
+        ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, output, got 'fp8'"),
+        (
+            {"far_field": "mean", "residual": "output"},
+            "set selection='static' and far_field='none', got 'static' and 'mean'",
+        ),
         (
             {"selection": "dense_step", "budget": "model", "residual": "int4"},
             "budget='model' is known only after the last layer .* use budget='layer'",

@@ -1,12 +1,15 @@
 """The output check: a kernel that is made to fail stops the run with one line, compiled or not."""
 
+import itertools
 import logging
 from functools import partial
 
 import pytest
 import torch
 
+from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime import context
 from radial_attn.models.runtime.output_check import CheckError, resolve_check
 from tests.support.auto_backend import AUTO, automatic
 from tests.support.failing_kernel import fail, one_nan, twice
@@ -111,6 +114,36 @@ def test_reference_stops_at_a_wrong_output(prepare, monkeypatch, caplog):
             run(transformer, inputs)
         assert "\n" not in str(raised.value) and "relative L2 0.2; try another backend" in str(raised.value)
     assert sum(record.getMessage().startswith("check layer") for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+@pytest.mark.parametrize("far_field", ["none", "mean", "linear"])
+@pytest.mark.parametrize("selection", ["static", "dense_step"])
+def test_reference_knows_the_far_field_and_the_mask_of_each_head(name, far_field, selection, monkeypatch):
+    """The samples of a batch have masks of their own; an error of the first one is not lost."""
+    family, attention = BY_NAME[name], context.radial_attention
+    transformer = family.transformer()
+    config = SPARSE if selection == "static" else RadialConfig(block_size=16, density=0.9)
+    options = {"far_field": far_field, "selection": selection, "dense_steps": 1, "num_steps": 2}
+    calls = [family.sized(timestep=time, **family.samples[-1]) for time in (900.0, 100.0)]
+    with apply_radial_attention(transformer, config, check="reference", residual="int8", **options) as handle:
+        [run(transformer, call) for call in calls]
+        report = handle.report()
+    assert report["check"]["compared"] == family.layers and report["calls"][AUTO] == family.layers
+    assert report["check"]["worst"]["relative_l2"] < 4e-6
+    counts = itertools.count()
+
+    def wrong_once(*args: object, **kwargs: object) -> torch.Tensor:
+        output = attention(*args, **kwargs)
+        return 2 * output if next(counts) == 0 else output
+
+    with (
+        apply_radial_attention(transformer, config, check="reference", **options),
+        pytest.raises(CheckError, match=f"in layer 0 at step 2 of 2, float32, backend {AUTO}: relative L2 1"),
+    ):
+        run(transformer, calls[0])
+        monkeypatch.setattr(context, "radial_attention", wrong_once)
+        run(transformer, calls[1])
 
 
 def test_reference_stops_at_an_output_that_is_not_finite_in_any_step(monkeypatch):

@@ -7,19 +7,24 @@ import torch
 
 from radial_attn import radial_attention
 from radial_attn.analysis.sampled_error import output_error, sample_blocks, sampled_reference, sampled_rows
+from radial_attn.far_field import Far
 from tests.support.attention_cases import GRIDS, make_inputs, make_mask
 
 
 @pytest.mark.parametrize("lengths", [None, [0, 7]])
 @pytest.mark.parametrize("heads", [None, 3])
-def test_sampled_rows_are_those_of_the_definition(heads, lengths):
+@pytest.mark.parametrize("far_field", ["none", "mean", "linear"])
+def test_sampled_rows_are_those_of_the_definition(far_field, heads, lengths):
     torch.manual_seed(0)
     grid = GRIDS[111]
     mask, tensors = make_mask(grid, heads=heads), make_inputs(grid, 2, 3, 16)[:3]
     blocks = [0, 3, 6]
     lengths = lengths and torch.tensor(lengths)
-    whole = radial_attention(*tensors, mask, backend="reference", text_lengths=lengths)
-    sample = sampled_reference(*tensors, mask, blocks, text_lengths=lengths)
+    bias = None if far_field == "none" else torch.randn(2, 3, 1, 1)
+    options = {"text_lengths": lengths, "far_field": far_field, "far_bias": bias}
+    whole = radial_attention(*tensors, mask, backend="reference", **options)
+    far = None if bias is None else Far.of(*tensors[1:], mask, far_field, bias)
+    sample = sampled_reference(*tensors, mask, blocks, text_lengths=lengths, far=far)
     torch.testing.assert_close(sample, sampled_rows(whole, mask, blocks))
 
 

@@ -1,6 +1,7 @@
 """LoRA training by its command: what it learns and writes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import WanPipeline
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.lora.load import Lora, load_loras
+from radial_attn.models.runtime import context
 from radial_attn.models.training.flow import predict_velocity, stack_text
 from scripts.generate import main as generate
 from scripts.lora import step
@@ -15,7 +17,11 @@ from scripts.lora.config import SCHEMA
 from scripts.lora.plan import plan_training
 from scripts.lora.setup import prepared
 from scripts.lora.step import learning_rate, noise_levels
+from scripts.lora.train import train_step
 from scripts.run.attention import radial_config
+from tests.support.auto_backend import AUTO
+from tests.support.families import assert_same_gradients
+from tests.support.far_cases import defined
 from tests.support.lora_cases import (
     CAPTIONS,
     FILE,
@@ -91,6 +97,35 @@ def test_training_uses_radial_attention(lora_config, tmp_path):
         assert not torch.allclose(radial, dense, atol=1e-4)
         with apply_radial_attention(plain, radial_config(parsed.attention), dense_layers=1):
             assert torch.allclose(predict_velocity(plain, "wan", *inputs), radial, atol=1e-6)
+
+
+def test_training_counts_what_the_mask_drops(lora_config, tmp_path, monkeypatch):
+    """The adapter's gradients are those of the far field by its definition, checkpointed or not."""
+    keys = ["attention.neighbour=0.1", "attention.far_field=mean", "train.checkpointing=true"]
+    parsed = SCHEMA.read(str(lora_config), [f"output.path={tmp_path}", *keys])
+
+    def gradients(run: step.Run) -> dict[str, torch.Tensor]:
+        random, sigma = torch.Generator().manual_seed(SEED), torch.tensor([0.25, 0.75])
+        step.flow_loss(run, run.plain, [0, 4], sigma, random=random, drop=0.0).backward()
+        of_all = {name: parameter.grad for name, parameter in run.trained.items()}
+        run.optimizer.zero_grad(set_to_none=True)
+        return of_all
+
+    with prepared(plan_training(parsed)) as (run, _):
+        assert train_step(run, 0)["skipped"] == 0  # no matrix B is zero after it
+        actual = gradients(run)
+        monkeypatch.setattr(context, "radial_attention", by_definition)
+        expected = gradients(run)
+        run.plain.disable_gradient_checkpointing()
+        monkeypatch.undo()
+        assert_same_gradients(actual, expected)
+        assert_same_gradients(gradients(run), expected)
+
+
+def by_definition(*args: Any, backend: str, far_field: str, **_: object) -> torch.Tensor:
+    *tensors, mask = args
+    assert (backend, far_field) == (AUTO, "mean") and not mask.is_dense
+    return defined(tensors, mask, far_field, scale=tensors[0].shape[-1] ** -0.5).float()
 
 
 def test_noise_levels():
