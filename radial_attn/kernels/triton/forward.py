@@ -18,18 +18,9 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def head_of(
-    tensor,
-    batch,
-    head,
-    tokens,
-    batch_stride,
-    token_stride,
-    head_stride,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-):
+    tensor, batch, head, tokens, batch_stride, token_stride, head_stride, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
     """Returns one sample's head of `[B, S, H, D]` as `load_tile` takes it, in tiles of `ROWS` tokens."""
     part = tensor
     if DESCRIPTOR != "whole":
@@ -202,36 +193,16 @@ def attend(
 
 @triton.jit
 def attend_far(
-    acc,
-    total,
-    peak,
-    query,
-    key,
-    value,
-    bias,
-    slope,
-    batch,
-    head,
-    first,
-    count,
-    heads,
-    tokens,
-    scale,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    SIZE: tl.constexpr,
+    acc, total, peak, query, key, value, bias, slope, batch, head, first, count, heads, tokens, scale,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-):
+):  # fmt: skip
     """Adds `count` mean keys, then the first-order term times their weight, to empty sums.
 
     The rows begin at `first`. `bias` is `[Q, count]` of this head.
     """
-    # fmt: off
     step = heads * WIDTH
-    keys = head_of(
-        key, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR
-    )
+    keys = head_of(key, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR)
     values = head_of(
         value, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR
     )
@@ -254,7 +225,6 @@ def attend_far(
         tile = load_tile(matrix, batch, row, head, WIDTH, WIDTH, PADDED, WIDTH, PADDED, WIDTH != PADDED, "")
         weight = tl.where(total == 0, 1.0, total)[:, None]  # divided by and multiplied: one accumulator
         acc = tl.dot(query, tile, acc / weight, input_precision="ieee") * total[:, None]
-    # fmt: on
     return acc, total, peak
 
 
