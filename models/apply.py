@@ -50,6 +50,7 @@ def apply_radial_attention(
     budget: str = "layer",
     far_field: str = "none",
     residual: str = "none",
+    residual_memory: str = "device",
     profile: str | Path | None = None,
     num_steps: int | None = None,
     parallel: Any = None,
@@ -64,10 +65,11 @@ def apply_radial_attention(
     call. With a `density_range` the density of the mask goes from the first sparse step to the last.
     `backend` and `quantize` are passed to `radial_attention`.
 
-    `selection`, `budget`, `far_field` and `residual` are explained in `runtime.adaptive.Adaptive`. With
-    selection="dense_step" the heads choose their own blocks, as many as the density of `config` or, without
-    one, of its mask allows. If no dense step comes before the first sparse one, that one is dense. With
-    selection="profile" they are chosen by a file of models/profile.py, `profile`, without a dense step.
+    `selection`, `budget`, `far_field`, `residual` and `residual_memory` are explained in
+    `runtime.adaptive.Adaptive`. With selection="dense_step" the heads choose their own blocks, as many as the
+    density of `config` or, without one, of its mask allows. If no dense step comes before the first sparse
+    one, that one is dense. With selection="profile" they are chosen by a file of
+    models/profile.py, `profile`, without a dense step.
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
@@ -112,7 +114,8 @@ def apply_radial_attention(
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
     dense = DenseBackend(dense_backend, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps, density_range)
-    adaptive = Adaptive(selection, budget, far_field, residual, None if profile is None else str(profile))
+    profile = None if profile is None else str(profile)
+    adaptive = Adaptive(selection, budget, far_field, residual, residual_memory, profile)
     pipeline = None if isinstance(model, torch.nn.Module) else model
     transformers = transformers_of(model)
     families = [family_of(transformer) for transformer in transformers]

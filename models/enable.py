@@ -34,6 +34,7 @@ def enable(
     budget: str = "layer",
     far_field: str = "none",
     residual: str = "none",
+    residual_memory: str = "device",
     profile: str | Path | None = None,
     backend: str = "auto",
     quantize: str | None = None,
@@ -99,8 +100,8 @@ def enable(
         num_steps=num_steps,
         density_range=density_range,
     )
-    adaptive = {"selection": selection, "budget": budget, "far_field": far_field, "residual": residual}
-    adaptive["profile"] = profile
+    adaptive = {"selection": selection, "budget": budget, "far_field": far_field, "profile": profile}
+    adaptive |= {"residual": residual, "residual_memory": residual_memory}
     handle = apply_radial_attention(
         model,
         config,
@@ -116,7 +117,8 @@ def enable(
     )
     if not quiet:
         kernel = backend if quantize is None else f"{backend}, quantize={quantize}"
-        changed = {name: value for name, value in adaptive.items() if value not in ("static", "none", None)}
+        plain = ("static", "none", "device", None)
+        changed = {name: value for name, value in adaptive.items() if value not in plain}
         if selection == "static":
             changed.pop("budget")
         kernel = ", ".join([kernel, *(f"{name}={value}" for name, value in changed.items())])

@@ -121,10 +121,12 @@ def _require(backend: str, call: Call) -> None:
     raise error(f"backend {backend!r} {reason}; backend='auto' chooses one that serves the call")
 
 
-def report_choice(backend: str, tensor: Tensor, mask: BlockMask) -> None:
+def report_choice(backend: str, tensor: Tensor, mask: BlockMask, density: str = "") -> None:
     """Logs the choice, once for each shape, dtype and device that the mask meets.
 
-    `tensor`: the query `[B, S, H, D]`, or the latents if one choice serves all layers of a model.
+    Args:
+        tensor: the query `[B, S, H, D]`, or the latents if one choice serves all layers of a model.
+        density: describes the density; by default the mask's.
     """
     if torch.compiler.is_compiling():
         return
@@ -132,10 +134,11 @@ def report_choice(backend: str, tensor: Tensor, mask: BlockMask) -> None:
 
     def log() -> None:
         logging.getLogger("radial_attn").info(
-            "backend %s for %s %s on %s, density %.3f", backend, list(call[0]), *call[1:], mask.density
+            "backend %s for %s %s on %s, density %s",
+            *(backend, list(call[0]), *call[1:], density or f"{mask.density:.3f}"),
         )
 
-    mask.cached(("reported", backend, *call), log)
+    mask.cached(("reported", backend, density, *call), log)
 
 
 @torch.compiler.assume_constant_result  # torch 2.8 cannot trace the question

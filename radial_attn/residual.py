@@ -1,28 +1,35 @@
 """Keeps what a sparse attention output lacked at a dense step, in few bytes, to add it at later steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RESIDUALS = ("none", "mean", "int8", "int4", "output")
+MEMORIES = ("device", "host")
 SCALE_BYTES = 2  # a float16 scale for each token and head
 LARGEST = {"int8": 127, "int4": 7}
 
 
-def residual_bytes(kind: str, tokens: int, heads: int, width: int, *, block_size: int, itemsize: int) -> int:
-    """Returns the bytes that the residual of a layer takes, for one sample and one call of a step."""
+def residual_bytes(
+    kind: str, tokens: int, heads: int, width: int, *, block_size: int, itemsize: int, pinned: bool = False
+) -> int:
+    """Returns the bytes that the residual of a layer takes, for one sample and one call of a step.
+
+    `pinned`: in host memory beside a GPU, where torch rounds each tensor up to a power of two.
+    """
     match kind:
         case "none":
-            return 0
+            tensors = []
         case "mean":
-            return -(-tokens // block_size) * heads * width * itemsize
-        case "int8":
-            return tokens * heads * (width + SCALE_BYTES)
+            tensors = [-(-tokens // block_size) * heads * width * itemsize]
         case "output":
-            return tokens * heads * width * itemsize
-    return tokens * heads * (-(-width // 2) + SCALE_BYTES)
+            tensors = [tokens * heads * width * itemsize]
+        case _:
+            values = width if kind == "int8" else -(-width // 2)
+            tensors = [tokens * heads * values, tokens * heads * SCALE_BYTES]
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in tensors)
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,20 @@ class Residual:
         return sum(x.numel() * x.element_size() for x in (self.values, self.scales) if x is not None)
 
     def to_host(self) -> "Residual":
-        """Moves it to host memory, pinned if there is a GPU."""
-        pin = self.values.device.type == "cuda"
+        """Moves it to host memory, pinned if there is a GPU.
+
+        The copy does not wait for the GPU, so only work on the same stream, such as `add_to`, may read it.
+        """
+        pin = torch.cuda.is_available()
 
         def copy(x: Tensor) -> Tensor:
-            host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=pin)
-            return host.copy_(x)
+            return torch.empty(x.shape, dtype=x.dtype, pin_memory=pin).copy_(x, non_blocking=pin)
 
         scales = None if self.scales is None else copy(self.scales)
-        return Residual(self.kind, copy(self.values), scales, self.block_size, self.width)
+        return replace(self, values=copy(self.values), scales=scales)
 
     def add_to(self, output: Tensor) -> Tensor:
-        """Returns the output `[B, S, H, D]` with the residual added, in its dtype."""
+        """Returns the output `[B, S, H, D]` with the residual added, in its dtype; copies do not wait."""
         values = self.values.to(output.device, non_blocking=True)
         if self.kind == "mean":
             spread = values.repeat_interleave(self.block_size, dim=1)[:, : output.shape[1]]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from radial_attn.kernels.contract import FAR_FIELDS
-from radial_attn.residual import RESIDUALS
+from radial_attn.residual import MEMORIES, RESIDUALS
 from radial_attn.selection import BUDGETS, SELECTIONS
 
 
@@ -22,6 +22,7 @@ class Adaptive:
         residual: how the difference to the last dense output is kept and added: "none", "mean" of each block,
             "int8" or "int4". "output" keeps that output instead, and sparse steps compute no attention: the
             control that any other setting must beat.
+        residual_memory: where it is kept: the "device", or the memory of the "host", pinned beside a GPU.
         profile: file of the profile, for that selection.
 
     Raises:
@@ -33,6 +34,7 @@ class Adaptive:
     budget: str = "layer"
     far_field: str = "none"
     residual: str = "none"
+    residual_memory: str = "device"
     profile: str | None = None
 
     def __post_init__(self) -> None:
@@ -41,6 +43,7 @@ class Adaptive:
             "budget": BUDGETS,
             "far_field": FAR_FIELDS,
             "residual": RESIDUALS,
+            "residual_memory": MEMORIES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

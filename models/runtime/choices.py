@@ -127,6 +127,11 @@ class Choices:
                 )
 
     @property
+    def densities(self) -> tuple[float, ...]:
+        """Returns the densities of the masks that layers choose, the largest first; () for a static mask."""
+        return () if self._budget is None else self._budget.densities
+
+    @property
     def ready(self) -> bool:
         """Tells whether this call of a step has a state."""
         return self._call in self._calls
@@ -161,16 +166,12 @@ class Choices:
         """
         state = self._calls[self._call][layer] = _Layer()
         if self.options.residual == "output":
-            state.residual = Residual.of("output", dense.detach(), dense, self._config.block_size)
+            self._keep(state, Residual.of("output", dense.detach(), dense, self._config.block_size))
             return
         if self.options.measures:
-            measured = measure_blocks(
-                [x.detach() for x in tensors],
-                self._grid,
-                self._config.block_size,
-                far_field=self.options.far_field != "none",
-                text_lengths=text_lengths,
-            )
+            tensors, far = [x.detach() for x in tensors], self.options.far_field != "none"
+            options = {"far_field": far, "text_lengths": text_lengths}
+            measured = measure_blocks(tensors, self._grid, self._config.block_size, **options)
             state.loss, state.correct = measured.loss, partial(far_correction, measured)
         if self.options.selection == "dense_step":
             histogram = self._budget.histogram(self._counting(state.loss))
@@ -185,9 +186,8 @@ class Choices:
             options = {"text_lengths": text_lengths, "sparse": sparse}
             lacking = self.attend(layer, tensors, mask, **options, residual=False)
             video = slice(self._grid.video_tokens)  # rows of text are dense in every mask
-            state.residual = Residual.of(
-                self.options.residual, dense[:, video], lacking[:, video], self._config.block_size
-            )
+            kind, size = self.options.residual, self._config.block_size
+            self._keep(state, Residual.of(kind, dense[:, video], lacking[:, video], size))
             deal = self._blocks(layer).deal
             state.heads = None if deal is None else deal.heads
 
@@ -219,7 +219,8 @@ class Choices:
             values, scales = (
                 None if x is None else self._parallel.hand_over(x, 2, kept.heads, heads) for x in tensors
             )
-            kept.residual, kept.heads = replace(kept.residual, values=values, scales=scales), heads
+            self._keep(kept, replace(kept.residual, values=values, scales=scales))
+            kept.heads = heads
         return None if state.deal.in_order else heads
 
     def attend(
@@ -235,7 +236,7 @@ class Choices:
         """Computes a layer's sparse attention `[B, S, H, D]`; arguments are as in `record`."""
         kept = self._calls.get(self._call, {}).get(layer, _Layer()).residual
         if kept is not None and kept.kind == "output":
-            return kept.values
+            return kept.values.to(tensors[0].device, non_blocking=True)
         state = self._blocks(layer)
         masks = [mask] if state.levels is None else self._masks(state)
         bias = state.biases[self._level] if state.biases else None
@@ -305,6 +306,9 @@ class Choices:
         if self.options.far_field == "linear":
             levels = range(len(self._budget.densities))
             state.biases = [correct((state.levels > level).to(loss.device)) for level in levels]
+
+    def _keep(self, state: _Layer, residual: Residual) -> None:
+        state.residual = residual.to_host() if self.options.residual_memory == "host" else residual
 
     def _masks(self, state: _Layer) -> list[BlockMask]:
         """Returns the masks of each sample at the density of the call."""

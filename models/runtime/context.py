@@ -33,6 +33,8 @@ from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 
+PLAIN = {"selection": "static", "far_field": "none", "residual": "none"}  # one mask for all heads
+
 
 class AttentionCall(NamedTuple):
     """Tells the layers of a call how to attend, unless upstream serves them.
@@ -166,21 +168,20 @@ class RadialContext:
         family: ModuleType,
         layers: int,
         always_dense: int,
-        adaptive: Adaptive | None = None,
+        adaptive: Adaptive,
         choices: Choices | None = None,
         pipeline: Any = None,
         parallel: Any = None,
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
-        self.adaptive = adaptive or Adaptive()
-        self._choices = choices
+        self.adaptive, self._choices = adaptive, choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
         if refused is not None:
             raise ValueError(refused.reason)
-        if self._in_ring and self.adaptive != Adaptive(budget=self.adaptive.budget):
+        if self._in_ring and self.adaptive != replace(self.adaptive, **PLAIN):
             words = ", ".join(f"{name}={value!r}" for name, value in vars(self.adaptive).items())
             raise ValueError(
                 f"a ring does not support {words}: no process has all keys; allowed: selection='static', "
@@ -188,12 +189,11 @@ class RadialContext:
             )
         self._radial_call: AttentionCall | None = None
         self._dense_call: AttentionCall | None = None
-        self._dtype = torch.float32
+        self._dtype, self._dense_steps = torch.float32, 0
         self._family, self._layers, self._always_dense = family, layers, always_dense
         self._text = TextLengths(family)
         self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
-        self._dense_steps = 0
         self._calls: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -338,7 +338,9 @@ class RadialContext:
         call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
         call = replace(call, partial=self._in_ring, far_field=self.adaptive.far_field)
         chosen = choose_backend(call)
-        report_choice(chosen, latents, mask)
+        levels = self._choices.densities if self._choices is not None else ()
+        asked = " to ".join(f"{density:.3f}" for density in sorted({*levels[:1], *levels[-1:]}))
+        report_choice(chosen, latents, mask, f"{asked} (chosen)" if levels else "")
         return chosen
 
     def _choose_dense(

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -165,14 +166,15 @@ class Schedule:
         return round(self.dense_steps * self._total("dense_steps", planned_steps))
 
     def densities(self, planned_steps: int | None, sigmas: Sequence[float] | None = None) -> dict[int, float]:
-        """Returns the density of each sparse step, if there is a range; errors as in `is_dense`."""
+        """Returns the density of each sparse step, if there is a range; errors as in `is_dense`.
+
+        A step that is dense because an expert begins counts as sparse here.
+        """
         if self.density_range is None:
             return {}
-        (start, end), total = self.density_range, self._total("density_range", planned_steps)
-        sparse = [step for step in range(total) if not self.is_dense(step, planned_steps, sigmas)]
-        last, most = max(1, len(sparse) - 1), min(LEVELS, len(sparse)) - 1
-        level = [round(number / last * most) / max(1, most) for number in range(len(sparse))]
-        return {step: start + (end - start) * x for step, x in zip(sparse, level, strict=True)}
+        total = self._total("density_range", planned_steps)
+        levels = None if sigmas is None else tuple(sigmas)
+        return _densities(self, type(self.dense_steps), total, levels)
 
     def check_run(self, planned_steps: int | None, sigmas: Sequence[float] | None = None) -> None:
         """Raises ValueError for more dense steps than a run has; warns if that leaves no radial step.
@@ -208,6 +210,18 @@ class Schedule:
                 "num_steps, or a pipeline whose scheduler.set_timesteps was called"
             )
         return total
+
+
+@lru_cache(maxsize=64)
+def _densities(
+    schedule: Schedule, _kind: type, total: int, sigmas: tuple[float, ...] | None
+) -> dict[int, float]:
+    """Computes `Schedule.densities`; `_kind` of dense steps tells a share from an equal noise level."""
+    start, end = schedule.density_range
+    sparse = [step for step in range(total) if not schedule.is_dense(step, total, sigmas)]
+    last, most = max(1, len(sparse) - 1), min(LEVELS, len(sparse)) - 1
+    level = [round(number / last * most) / max(1, most) for number in range(len(sparse))]
+    return {step: start + (end - start) * x for step, x in zip(sparse, level, strict=True)}
 
 
 class StepCounter:

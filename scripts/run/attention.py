@@ -1,5 +1,6 @@
 """Reads the group `attention`: its schedule, its mask and its densities, step by step."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from scripts.run.config import AttentionConfig, MaskConfig
 from scripts.run.errors import UsageError
 from scripts.run.schema import find_path
 
+ADAPTIVE_OPTIONS = ("selection", "budget", "far_field", "residual", "residual_memory")
 MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
 
 
@@ -52,8 +54,17 @@ def dense_steps(
 def adaptive_of(attention: AttentionConfig) -> Adaptive:
     """Returns the options that go beyond one mask for all heads."""
     profile = None if attention.profile is None else str(find_path(attention.profile))
-    names = "selection", "budget", "far_field", "residual"
-    return Adaptive(**{name: getattr(attention, name) for name in names}, profile=profile)
+    return Adaptive(**{name: getattr(attention, name) for name in ADAPTIVE_OPTIONS}, profile=profile)
+
+
+def sparse_name(attention: Mapping[str, Any]) -> str:
+    """Names what runs at sparse steps by the group `attention`: a pattern, chosen blocks, a kept output."""
+    if attention["pattern"] != "dense":
+        if attention.get("residual") == "output":
+            return "kept output"
+        if attention.get("selection", "static") != "static":
+            return "chosen"
+    return attention["pattern"]
 
 
 def check_profile(attention: AttentionConfig, model: MeasuredModel) -> None:
@@ -72,9 +83,15 @@ def check_profile(attention: AttentionConfig, model: MeasuredModel) -> None:
 
 
 def step_densities(
-    attention: AttentionConfig, dense: tuple[int, ...], grid: TokenGrid, *, steps: int, mask: RadialConfig
+    attention: AttentionConfig,
+    dense: tuple[int, ...],
+    grid: TokenGrid,
+    *,
+    steps: int,
+    sigmas: list[float] | None,
+    mask: RadialConfig,
 ) -> dict[int, float]:
-    """Returns the density of each step that is not dense, by number.
+    """Returns the density of each step that is not dense, by number; `sigmas`: noise level of each step.
 
     Raises UsageError for a density that no mask has, or below what every mask keeps, and for a selection or a
     residual without a dense step before the first sparse one.
@@ -90,7 +107,8 @@ def step_densities(
     schedule = schedule_of(attention, steps)
     densities: dict[int, float] = {}
     if schedule.density_range is not None:
-        densities = replace(schedule, dense_steps=dense or 0, dense_last_steps=0).densities(None)
+        everything = schedule.densities(None, sigmas)
+        densities = {step: density for step, density in everything.items() if step not in dense}
     if not densities:
         given = read_density(attention.density)
         static = attention.selection == "static" or given is None
@@ -160,11 +178,9 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> R
 def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict[str, Any]:
     """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
     names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
-    if attention.pattern != "dense":  # which has no blocks to choose and drops none
-        names += ("selection", "budget", "far_field", "residual")
     arguments = {name: getattr(attention, name) for name in names}
-    if attention.pattern != "dense":
-        arguments["profile"] = adaptive_of(attention).profile
+    if attention.pattern != "dense":  # which has no blocks to choose and drops none
+        arguments |= vars(adaptive_of(attention))
     density = read_density(attention.density)
     arguments["density_range"] = density if isinstance(density, tuple) else None
     quantize = None if attention.quantize == "none" else attention.quantize

@@ -10,7 +10,7 @@ from radial_attn.models.runtime.schedule import (
     read_dense_steps,
     read_density,
 )
-from radial_attn.residual import RESIDUALS
+from radial_attn.residual import MEMORIES, RESIDUALS
 from radial_attn.selection import BUDGETS, SELECTIONS
 from scripts.run.errors import UsageError
 from scripts.run.schema import ROOT, Schema, find_path, key, listing
@@ -164,6 +164,9 @@ class AttentionConfig(MaskConfig):
         "how the difference to the last dense output is kept and added: not at all, as means of blocks, or "
         "in 8 or 4 bits; output: that output itself, with no attention at sparse steps, as a control",
         RESIDUALS,
+    )
+    residual_memory: str = key(
+        "device", "where the residual is kept: on the GPU, or in pinned memory of the host", MEMORIES
     )
     quantize: str = key("none", "8-bit products, for backends that have them", ("none", "int8", "fp8"))
     dense_steps: int | str = key(

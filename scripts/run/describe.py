@@ -7,13 +7,18 @@ from typing import Any
 
 from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
-from scripts.run.attention import radial_config
+from scripts.run.attention import radial_config, sparse_name
 from scripts.run.config import Config, keys
 from scripts.run.loras import FoundLora
-from scripts.run.memory import GIB, Memory, decoded_tiles, gib, is_tiled
+from scripts.run.memory import GIB, Kept, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan
 from scripts.run.system import pairs
 
+SHARED = {  # who shares the number of blocks
+    "head": "equally many by each head",
+    "layer": "their number shared by the heads of a layer",
+    "model": "their number shared by all layers",
+}
 LITTLE = 0.5  # below this share of the operations, the cost of attention hardly matters
 
 
@@ -104,21 +109,26 @@ def describe_adaptive(plan: RunPlan) -> dict[str, str]:
         return rows
     if attention.selection != "static":
         steps = ", ".join(map(str, plan.recording_steps))
-        how = f"at step {steps}" if attention.profile is None else f"by {attention.profile}"
-        masks = plan.grid.num_blocks(attention.block_size) ** 2 * plan.model.heads * plan.calls
-        masks *= plan.model.attention_layers(plan.dense_layers)
+        at = "at step" if len(plan.recording_steps) == 1 else "at steps"
+        how = f"{at} {steps}" if attention.profile is None else f"by {attention.profile}"
         rows["selection"] = (
-            f"each head {how}, budget shared by a {attention.budget}; "
-            f"{_share(beyond.measured * beyond.steps, plan)} of the operations, masks of {gib(masks)}"
+            f"blocks chosen {how}, {SHARED[attention.budget]}; masks of "
+            f"{_places(plan.kept(residual='none'))}, {_share(beyond.measured * beyond.steps, plan)} of the "
+            "operations"
         )
     if attention.far_field != "none":
         count = len(plan.densities)
         rows["far field"] = f"{attention.far_field}, {_share(beyond.sparse * count, plan)} of the operations"
     if attention.residual != "none":
-        kept = gib(plan.residual_bytes(attention.residual))
-        share = _share(beyond.lacking * beyond.steps, plan)
-        rows["residual"] = f"{attention.residual}, {kept}, {share} of the operations"
+        kept, share = plan.kept(selection="static"), _share(beyond.lacking * beyond.steps, plan)
+        rows["residual"] = f"{attention.residual}, {_places(kept)}, {share} of the operations"
     return rows
+
+
+def _places(kept: Kept) -> str:
+    """Writes what is kept on the device, and in host memory: `0.52 GiB, 1.74 GiB of host memory`."""
+    parts = {"": kept.device, " of host memory": kept.host}
+    return ", ".join(f"{gib(size)}{place}" for place, size in parts.items() if size)
 
 
 def _share(layer_calls: float, plan: RunPlan) -> str:
@@ -333,8 +343,8 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
 
 
 def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Groups the seconds of steps by "dense" and the run's pattern, whichever occur."""
-    dense, pattern = set(record["dense_steps"]), record["config"]["attention"]["pattern"]
+    """Groups the seconds of steps by "dense" and what runs at sparse ones, whichever occur."""
+    dense, pattern = set(record["dense_steps"]), sparse_name(record["config"]["attention"])
     groups: dict[str, list[float]] = {}
     for step, seconds in enumerate(record["step_seconds"]):
         groups.setdefault("dense" if step in dense else pattern, []).append(seconds)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from radial_attn import TokenGrid
 from radial_attn.models.pipeline.load import FAMILIES
-from scripts.run.config import AnyModelConfig, ModelConfig, VideoSize
+from radial_attn.residual import residual_bytes
+from scripts.run.config import AnyModelConfig, AttentionConfig, ModelConfig, VideoSize
 from scripts.run.model_info import ModelInfo
 
 GIB = 2**30
@@ -16,6 +18,10 @@ WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embe
 ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
 LARGEST_LAYER = 0.2  # share of a text encoder in its embedding table; 18 % in UMT5-XXL
 BLOCKS_AT_ONCE = 2  # with group offload: the block that runs and the next one
+MASK_BYTES = 2  # for each pair of blocks of a chosen mask: in how many densities it is kept, and whether now
+LISTED_BYTES = 4  # a number for each kept block
+FLEX_BYTES = 17  # a pair: two lists of queries and two of keys, as long as if all were kept, and the table
+MEASURED_BYTES = 12  # a pair: mass, pooled mass and loss of a layer that waits for the budget of the model
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,16 @@ class Memory:
     @property
     def total(self) -> float:
         return self.weights + self.activations + self.host
+
+
+class Kept(NamedTuple):
+    """Holds the bytes that adaptive attention keeps from a dense step on: on the device, and beside it."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+
+NOTHING = Kept()
 
 
 def peak_memory(
@@ -72,9 +88,9 @@ def whole_weights(model: ModelInfo, options: AnyModelConfig) -> dict[str, float]
     return {part: n * (4 if part == "vae" else size) for part, n in model.parameters.items()}
 
 
-def host_bytes(model: ModelInfo, options: AnyModelConfig) -> float:
+def host_bytes(model: ModelInfo, options: AnyModelConfig, kept: Kept = NOTHING) -> float:
     """Returns the host memory of a run on a GPU: all weights are read into it before they move."""
-    return sum(whole_weights(model, options).values()) + HOST_BYTES
+    return sum(whole_weights(model, options).values()) + kept.host + HOST_BYTES
 
 
 def mask_bytes(grid: TokenGrid, block_size: int) -> int:
@@ -121,6 +137,48 @@ def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: 
     """Predicts the bytes that a cache keeps of earlier steps, in copies of the residual stream."""
     copies = {"first_block": 3, "mag": 2, "pab": model.layers}.get(options.cache, 0)
     return copies * calls * DTYPE_BYTES[options.dtype] * grid.tokens * model.width
+
+
+def kept_bytes(
+    model: ModelInfo,
+    grid: TokenGrid,
+    attention: AttentionConfig,
+    *,
+    dtype: str,
+    calls: int,
+    density: float,
+    device: str,
+) -> Kept:
+    """Predicts the chosen masks and the residuals of a video, with dense layers as in `attention`.
+
+    Args:
+        dtype: of the attention's output; calls: passes of a sample through the transformer in a step.
+        density: of the masks.
+    """
+    layers = model.attention_layers(attention.dense_layers)
+    on_host = attention.residual_memory == "host" and device != "cpu"
+    tokens = grid.tokens if attention.residual == "output" else grid.video_tokens
+    shape = tokens, model.heads, model.head_dim
+    options = {"block_size": attention.block_size, "itemsize": DTYPE_BYTES[dtype], "pinned": on_host}
+    residual = calls * layers * residual_bytes(attention.residual, *shape, **options)
+    lists, masks = 0.0, 0.0
+    if attention.selection != "static":
+        pairs = layers * model.heads * grid.num_blocks(attention.block_size) ** 2
+        times = 1 if attention.selection == "profile" else calls  # a profile serves all calls
+        lists, masks = times * pairs * list_bytes(attention, density, device), times * pairs * MASK_BYTES
+        if attention.budget == "model":
+            lists = max(lists, pairs * MEASURED_BYTES)  # one call's at a time, at a dense step
+    if device == "cpu":
+        return Kept(residual + lists + masks)
+    return Kept(lists + residual * (not on_host), masks + residual * on_host)
+
+
+def list_bytes(attention: AttentionConfig, density: float, device: str) -> float:
+    """Returns the bytes on the device for each pair of blocks of a chosen mask: the lists of its kernel."""
+    far = attention.far_field != "none"
+    if device == "cuda" and (attention.backend == "flex" or (attention.backend == "auto" and not far)):
+        return FLEX_BYTES
+    return LISTED_BYTES * density + (far and device == "cuda")
 
 
 def is_tiled(options: ModelConfig) -> bool:

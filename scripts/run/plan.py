@@ -13,8 +13,15 @@ from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import is_local, noise_levels
 from radial_attn.models.profile import MeasuredModel
-from radial_attn.residual import RESIDUALS, residual_bytes
-from scripts.run.attention import adaptive_of, check_profile, dense_steps, solve_mask, step_densities
+from radial_attn.residual import RESIDUALS
+from scripts.run.attention import (
+    adaptive_of,
+    check_profile,
+    dense_steps,
+    solve_mask,
+    sparse_name,
+    step_densities,
+)
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
@@ -31,7 +38,7 @@ from scripts.run.machine_checks import (
     missing_kernels,
     missing_libraries,
 )
-from scripts.run.memory import Memory, gib, host_bytes, mask_bytes, nearest_fit, peak_memory
+from scripts.run.memory import Kept, Memory, gib, host_bytes, kept_bytes, mask_bytes, nearest_fit, peak_memory
 from scripts.run.model_info import ModelInfo
 from scripts.run.option_checks import (
     check_frames,
@@ -144,14 +151,12 @@ class RunPlan:
             residual=attention.residual not in ("none", "output"),
         )
 
-    def residual_bytes(self, kind: str, size: VideoSize | None = None) -> int:
-        """Predicts the memory of all residuals of a video in one process."""
-        grid, dtype = self.model.grid(size or self.size), getattr(torch, self.config.model.dtype)
-        width = self.model.heads, self.model.head_dim
-        options = {"block_size": self.config.attention.block_size, "itemsize": dtype.itemsize}
-        layers = self.model.attention_layers(self.dense_layers)
-        tokens = grid.tokens if kind == "output" else grid.video_tokens
-        return residual_bytes(kind, tokens, *width, **options) * self.calls * layers
+    def kept(self, size: VideoSize | None = None, device: str | None = None, **options: str) -> Kept:
+        """Predicts what a process keeps of a dense step; for another size, device or keys of `attention`."""
+        attention = replace(self.config.attention, dense_layers=self.dense_layers, **options)
+        numbers = {"calls": self.calls, "density": self.density, "device": device or self.device}
+        grid, dtype = self.model.grid(size or self.size), self.config.model.dtype
+        return kept_bytes(self.model, grid, attention, dtype=dtype, **numbers)
 
     @cached_property
     def rank_work(self) -> RankWork:
@@ -205,8 +210,8 @@ class RunPlan:
         }
 
     def pattern(self, step: int) -> str:
-        """Returns "dense", or the pattern of the layers that are not dense at every step."""
-        return "dense" if step in self.dense_steps else self.config.attention.pattern
+        """Returns "dense", or what runs in the layers that are not dense at every step."""
+        return "dense" if step in self.dense_steps else sparse_name(vars(self.config.attention))
 
     @cached_property
     def memory(self) -> Memory:
@@ -231,9 +236,8 @@ class RunPlan:
             device=device or self.device,
             tokens=tokens,
         )
-        kept = self.residual_bytes(self.config.attention.residual, size)
         share = 1.0 if tokens is None else tokens / self.grid.video_tokens
-        return replace(need, activations=need.activations + share * kept)
+        return replace(need, activations=need.activations + share * self.kept(size, device).device)
 
     def nearest_fit(self, budget: float) -> str:
         """Names the nearest video that would need at most `budget` bytes."""
@@ -242,14 +246,14 @@ class RunPlan:
 
     def shortage(self, free: float, budget: float) -> str:
         """Returns the error message: video, need, and the nearest video that needs at most `budget` bytes."""
-        kinds = {kind: self.residual_bytes(kind) for kind in RESIDUALS if kind != "output"}
-        now = self.residual_bytes(self.config.attention.residual)
-        fitting = [kind for kind, kept in kinds.items() if self.memory.total - now + kept <= budget]
-        if now and fitting:
+        kind, most = self.config.attention.residual, budget - self.memory.total + self.kept().device
+        fitting = [x for x in RESIDUALS if x != "output" and self.kept(residual=x).device <= most]
+        if kind != "none" and kind not in fitting and fitting:
+            host = ", or attention.residual_memory=host" if self.device == "cuda" else ""
             return (
-                f"out of memory: attention.residual={self.config.attention.residual} takes {gib(now)} of "
-                f"about {gib(self.memory.total)} on {self.device}, but {gib(free)} are free; would fit: "
-                f"{', '.join(fitting)}"
+                f"out of memory: attention.residual={kind} takes {gib(self.kept().device)} of about "
+                f"{gib(self.memory.total)} on {self.device}, but {gib(free)} are free; would fit: "
+                f"{', '.join(fitting)}{host}"
             )
         return (
             f"out of memory: generation.height={self.size.height} generation.width={self.size.width} "
@@ -282,7 +286,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     loras = find_loras(config.model, path, fetch=not dry_run)
     references = len(config.generation.reference_images)
     model = replace(with_loras(model, loras), references=references)
-    attention, grid = config.attention, model.grid(config.generation.size)
+    attention, grid, steps = config.attention, model.grid(config.generation.size), config.generation.steps
     calls = calls_per_step(config.model.family, config.generation)
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
@@ -295,11 +299,11 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees.cfg)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    sigmas = noise_levels(path, config.model.family, config.generation.steps, config.generation.flow_shift)
+    sigmas = noise_levels(path, config.model.family, steps, config.generation.flow_shift)
     boundary = expert_boundary(path) if is_local(path) and "transformer_2" in model.parameters else None
-    dense = dense_steps(attention, config.generation.steps, sigmas, boundary)
+    dense = dense_steps(attention, steps, sigmas, boundary)
     mask = solve_mask(attention, grid, references)
-    densities = step_densities(attention, dense, grid, steps=config.generation.steps, mask=mask)
+    densities = step_densities(attention, dense, grid, steps=steps, sigmas=sigmas, mask=mask)
     plan = RunPlan(
         config=config,
         model=model,
@@ -317,7 +321,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     )
     check_profile(attention, plan.measured_model)
     warnings = () if dry_run else _memory_warnings(plan)
-    radial = len(dense) < config.generation.steps and plan.dense_layers < model.layers
+    radial = len(dense) < steps and plan.dense_layers < model.layers
     quantize = None if attention.quantize == "none" else attention.quantize
     dtype = getattr(torch, config.model.dtype)
     call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
@@ -383,7 +387,7 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
             f"out of memory: the weights of model.path={plan.config.model.path} take {gib(weights)} on the "
             f"GPU, but it has {gib(card)}; set model.offload=group, or use a smaller model"
         )
-    host, host_free = host_bytes(plan.model, plan.config.model), room("cpu") / local_processes()
+    host, host_free = host_bytes(plan.model, plan.config.model, plan.kept()), room("cpu") / local_processes()
     warnings = []
     if need > free:
         warnings.append(
@@ -391,6 +395,6 @@ def _memory_warnings(plan: RunPlan) -> tuple[str, ...]:
         )
     if host > host_free:
         warnings.append(
-            f"host memory may be short: the weights take {gib(host)}, but {gib(host_free)} are free"
+            f"host memory may be short: weights and residual take {gib(host)}, but {gib(host_free)} are free"
         )
     return tuple(warnings)

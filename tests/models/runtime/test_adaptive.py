@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import context
 from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.choices import Choices
+from radial_attn.residual import Residual
 from radial_attn.selection import floor_blocks, measure_blocks
+from tests.support.auto_backend import AUTO
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
 from tests.support.pipelines import KINDS
 from tests.support.tiny import wan_inputs, wan_transformer
@@ -108,6 +111,20 @@ def test_every_video_begins_anew(name):
         assert torch.equal(kind.generate(pipeline, 4), first)
 
 
+@pytest.mark.parametrize(
+    ("density", "text"), [(None, "0.900 (chosen)"), ((0.9, 0.8), "0.800 to 0.900 (chosen)")]
+)
+def test_the_choice_of_a_backend_says_the_density_that_was_asked_for(density, text, caplog):
+    caplog.set_level("INFO", logger="radial_attn")
+    options = OPTIONS | {"backend": "auto", "density_range": density}
+    config = CHOSEN if density is None else replace(CHOSEN, density=None)
+    transformer = wan_transformer()
+    with apply_radial_attention(transformer, config, **options):
+        video(FAMILIES[0], transformer)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line == f"backend {AUTO} for [1, 4, 6, 12, 16] torch.float32 on cpu, density {text}"
+
+
 def test_a_run_without_a_dense_step_makes_one():
     transformer = wan_transformer()
     options = {**OPTIONS, "dense_steps": 0}
@@ -124,6 +141,30 @@ def test_a_copy_of_the_model_has_a_state_of_its_own():
         run(transformer)
         twin = copy.deepcopy(transformer)
         assert torch.equal(video(FAMILIES[0], twin), expected)
+
+
+@pytest.mark.parametrize("residual", ["mean", "int8", "int4", "output"])
+def test_a_residual_in_host_memory_gives_the_same(residual, monkeypatch):
+    copies, to_host = [], Residual.to_host
+    monkeypatch.setattr(Residual, "to_host", lambda self: copies.append(to_host(self)) or copies[-1])
+    transformer, outputs, reports = wan_transformer(), [], []
+    for memory in ("device", "host"):
+        selection = "static" if residual == "output" else "dense_step"
+        options = {**OPTIONS, "residual": residual, "residual_memory": memory, "selection": selection}
+        with apply_radial_attention(transformer, CHOSEN, **options) as handle:
+            outputs.append(video(FAMILIES[0], transformer))
+            reports.append(handle.report()["adaptive"]["residual_bytes"])
+    assert torch.equal(*outputs) and reports[0] == reports[1] == sum(copy.bytes for copy in copies)
+    assert len(copies) == 2 * FAMILIES[0].layers
+
+
+@pytest.mark.gpu
+def test_a_residual_of_a_gpu_goes_to_pinned_memory_and_back():
+    dense, sparse = (torch.randn(1, 64, 2, 8, device="cuda") for _ in range(2))
+    for kind in ("mean", "int8", "int4"):
+        residual = Residual.of(kind, dense, sparse, 16)
+        host = residual.to_host()
+        assert host.values.is_pinned() and torch.equal(host.add_to(sparse), residual.add_to(sparse))
 
 
 def test_sparse_steps_repeat_the_output_of_the_dense_step(masks):
@@ -176,6 +217,7 @@ def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
         ({"budget": 3}, "budget must be one of head, layer, model, got 3"),
         ({"far_field": "most"}, "far_field must be one of none, mean, linear, got 'most'"),
         ({"residual": "fp8"}, "residual must be one of none, mean, int8, int4, output, got 'fp8'"),
+        ({"residual_memory": "disk"}, "residual_memory must be one of device, host, got 'disk'"),
         (
             {"far_field": "mean", "residual": "output"},
             "set selection='static' and far_field='none', got 'static' and 'mean'",

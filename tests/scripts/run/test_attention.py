@@ -2,12 +2,17 @@
 
 import pytest
 
+from radial_attn import TokenGrid
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import residual_bytes
 from radial_attn.selection import block_rows
-from scripts.run.attention import dense_steps, step_densities
+from scripts.run.attention import attention_arguments, dense_steps, radial_config, step_densities
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan
 from scripts.run.plan import make_plan
+from tests.support.pipelines import KINDS
+from tests.support.plans import plan_of
 
 TINY = "configs/wan_tiny.yaml"
 ADAPTIVE = [
@@ -16,6 +21,7 @@ ADAPTIVE = [
     "attention.dense_steps=[0, 1, 10]",
     "attention.density=0.25",
 ]
+RANGE = "density={start: 0.95, end: 0.85}"
 
 
 def attention(*words: str):
@@ -43,6 +49,28 @@ def test_densities_of_a_static_range_are_those_of_masks():
     assert values[0] == pytest.approx(0.6, rel=0.1) and values[-1] == pytest.approx(0.3, rel=0.3)
 
 
+@pytest.mark.parametrize("steps", ["1", "0.2", "sigma>0.99", "[0, 2]"])
+def test_a_range_beside_two_experts_is_planned_as_it_runs(steps, monkeypatch):
+    """The second expert of Wan2.2 begins with a dense step, which neither leaves out of the range."""
+    kind, seen, attend = KINDS["wan-a14b"], [], Choices.attend
+
+    def noted(self: Choices, *args: object, **options: object) -> object:
+        seen.append(self.densities[self._level])
+        return attend(self, *args, **options)
+
+    monkeypatch.setattr(Choices, "attend", noted)
+    pipeline, group = kind.make(), attention("selection=dense_step", f"dense_steps={steps}", RANGE)
+    with apply_radial_attention(pipeline, **attention_arguments(group)):
+        kind.generate(pipeline, 6)
+    sigmas = pipeline.scheduler.sigmas.tolist()[:6]
+    dense = dense_steps(group, 6, sigmas, pipeline.config.boundary_ratio)
+    options = {"steps": 6, "sigmas": sigmas, "mask": radial_config(group)}
+    planned = step_densities(group, dense, TokenGrid(*kind.grid), **options)
+    assert any(step > 2 for step in dense) and len(set(planned.values())) > 1
+    calls = kind.halves * len(pipeline.transformer.blocks)
+    assert seen == [density for density in planned.values() for _ in range(calls)]
+
+
 def test_adaptive_attention_is_counted():
     plan = make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=int8"]), dry_run=True)
     assert plan.dense_steps == (0, 1, 10) and plan.recording_steps == (1, 10)
@@ -53,21 +81,40 @@ def test_adaptive_attention_is_counted():
     wanted = 3 + 17 * (0.25 + far) + 2 * (rows + 0.25 + far)
     assert plan.flops.sparse / one == pytest.approx(wanted)
     kept = residual_bytes("int8", 576, 4, 48, block_size=16, itemsize=4) * 6 * 2
-    assert plan.residual_bytes("int8") == kept
+    assert plan.kept(selection="static").device == kept
     plain = make_plan(read_config(TINY, ADAPTIVE), dry_run=True)
     assert plan.memory.total - plain.memory.total == pytest.approx(kept)
+    assert plan.kept().device == kept + plain.kept().device
 
 
 def test_the_dry_run_shows_it():
-    text = describe_plan(make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=mean"]), dry_run=True))
+    plan = make_plan(read_config(TINY, [*ADAPTIVE, "attention.residual=mean"]), dry_run=True)
+    text = describe_plan(plan)
+    assert [plan.pattern(step) for step in (1, 2)] == ["dense", "chosen"]
     for words in (
         "density       0.2500 (chosen)",
         "dense steps   3 of 20 (0-1, 10), sigma 1 to 0.983, 0.75",
-        "selection     each head at step 1, 10, budget shared by a layer; ",
+        "selection     blocks chosen at steps 1, 10, their number shared by the heads of a layer; ",
         "far field     linear, ",
         "residual      mean, ",
     ):
         assert words in text
+
+
+def test_a_residual_of_the_host_takes_none_of_the_gpu():
+    """Beside a GPU torch rounds pinned memory up to a power of two: 576 x 4 x 48 bytes, and the scales."""
+    keys = [*ADAPTIVE, "attention.residual=int8"]
+    here, there = (
+        plan_of(read_config(TINY, [*keys, f"attention.residual_memory={memory}"]), device="cuda")
+        for memory in ("device", "host")
+    )
+    alone, kept = {"selection": "static"}, here.kept(selection="static").device
+    assert there.kept(**alone) == (0, (2**17 + 2**13) * 6 * 2)
+    assert here.memory.total - there.memory.total == pytest.approx(kept)
+    assert here.kept(**alone).host == 0 and "of host memory" in describe_plan(there)
+    assert "residual_memory=host" in here.shortage(0, here.memory.total - 1)
+    plan = make_plan(read_config(TINY, [*keys, "attention.residual_memory=host"]), dry_run=True)
+    assert plan.kept(**alone) == (kept, 0)  # on the CPU there is one memory
 
 
 def test_a_small_share_of_the_operations_measures_the_blocks():
@@ -82,4 +129,4 @@ def test_a_small_share_of_the_operations_measures_the_blocks():
 
 def test_densities_without_sparse_steps():
     config = read_config(TINY, ["attention.dense_steps=20"])
-    assert step_densities(config.attention, tuple(range(20)), None, steps=20, mask=None) == {}
+    assert step_densities(config.attention, tuple(range(20)), None, steps=20, sigmas=None, mask=None) == {}

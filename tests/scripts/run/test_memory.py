@@ -5,12 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from scripts.run.config import ROOT, ModelConfig, VideoSize
-from scripts.run.memory import GIB, covered, decoder_bytes
+from radial_attn import BlockMask, RadialConfig, TokenGrid
+from radial_attn.kernels import flex
+from radial_attn.models import apply_radial_attention
+from scripts.run.config import ROOT, AttentionConfig, ModelConfig, VideoSize
+from scripts.run.memory import FLEX_BYTES, GIB, covered, decoder_bytes, kept_bytes
 from scripts.run.model_info import ModelInfo
+from tests.support.families import run
 from tests.support.plans import FOURTEEN, HUNYUAN, MOCHI
-from tests.support.tiny import wan_vae
+from tests.support.tiny import wan_inputs, wan_transformer, wan_vae
 from tests.support.tiny_vaes import CLASSES, TILE, VAES, architecture
 
 # Arguments of a VAE class of diffusers: blocks so narrow and few that a tile takes seconds, not minutes.
@@ -37,6 +42,37 @@ print(peak_memory("cpu")["host_bytes"] - before)
 def decoding(model: ModelInfo, family: str, sizes: tuple[int, int, int], tiling: str) -> float:
     """Bytes predicted for a video of `sizes`: frames, height, width."""
     return decoder_bytes(model, VideoSize(*sizes), ModelConfig(family=family, vae_tiling=tiling))
+
+
+@pytest.mark.parametrize("residual", ["none", "int8"])
+@pytest.mark.parametrize("budget", ["head", "layer"])
+def test_what_is_kept_of_a_dense_step_takes_what_was_predicted(budget, residual):
+    """Counts the tensors that the layers of a tiny Wan hold after a sparse step, two calls a step."""
+    config, options = RadialConfig(block_size=16, density=0.6), {"budget": budget, "residual": residual}
+    options |= {"selection": "dense_step", "dense_layers": 1}
+    transformer, inputs = wan_transformer(), [wan_inputs(timestep=time) for time in (900.0, 900.0, 1.0, 1.0)]
+    with apply_radial_attention(transformer, config, **options, dense_steps=1, backend="cpp") as handle:
+        [run(transformer, call) for call in inputs]
+        states = [state for call in handle._context._choices._calls.values() for state in call.values()]
+    assert len(states) == 2 * 3
+    tensors = [x for state in states for x in (state.levels, state.masks[0].blocks)]
+    tensors += [x for state in states for x in state.masks[0].blocks.__dict__["csr"]]
+    residuals = sum(state.residual.bytes for state in states if state.residual is not None)
+    attention = AttentionConfig(**options, block_size=16)
+    model, grid = ModelInfo(layers=4, heads=2, head_dim=12, ffn=1), TokenGrid(6, 6, 8)
+    numbers = {"dtype": "float32", "calls": 2, "density": config.density}
+    predicted = kept_bytes(model, grid, attention, **numbers, device="cpu")
+    assert predicted.device == pytest.approx(sum(x.nbytes for x in tensors) + residuals, rel=0.05)
+    on_gpu = kept_bytes(model, grid, attention, **numbers, device="cuda")
+    assert on_gpu.host == sum(state.levels.nbytes + state.masks[0].blocks.nbytes for state in states)
+
+
+def test_flex_lists_all_pairs_of_blocks():
+    mask = BlockMask(TokenGrid(6, 32, 32), 128, torch.rand(3, 48, 48) < 0.3)
+    table = flex._build_block_mask(mask, torch.device("cpu"), 48)
+    lists = [x for x in table.as_tuple() if isinstance(x, torch.Tensor)]
+    total = sum(x.nbytes for x in [*lists, mask.blocks])
+    assert total == pytest.approx(FLEX_BYTES * mask.blocks.numel(), rel=0.05)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")

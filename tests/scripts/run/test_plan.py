@@ -86,7 +86,7 @@ def test_a_dense_run_beside_an_adaptive_one_takes_its_keys():
     words = ["selection=dense_step", "residual=int8", "far_field=mean", "dense_steps=1", "pattern=dense"]
     plan = plan_of(read_config(TINY, [f"attention.{word}" for word in words]), TOY)
     assert plan.flops.dense == plan.flops.sparse and plan.recording_steps == ()
-    adaptive = {"selection", "residual", "far_field", "budget"}
+    adaptive = {"selection", "residual", "residual_memory", "far_field", "budget"}
     assert not adaptive & attention_arguments(plan.config.attention).keys()
 
 
