@@ -92,6 +92,20 @@ HUB_MODELS = {
         {"transformer": 10_027_677_744, "text_encoder": T5_XXL, "vae": MOCHI_VAE},
     ),
 }
+# Shifts of scheduler_config.json. Sources disagree on Wan2.1-I2V-14B-720P; Mochi has noise levels of its own.
+SHIFTS = {
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 3.0,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 3.0,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 3.0,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 3.0,
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": 16.0,
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 3.0,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": 3.0,
+    "hunyuanvideo-community/HunyuanVideo": 7.0,
+    "hunyuanvideo-community/HunyuanVideo-I2V": 17.0,
+}
+BOUNDARIES = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
 
 
 def read_model_info(path: str) -> ModelInfo:
@@ -192,6 +206,11 @@ def find_model(options: AnyModelConfig) -> str:
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"model.path: got {options.path!r}: {one_line(error)}") from error
     return path
+
+
+def planned_boundary(path: str) -> float | None:
+    """Returns `expert_boundary` of a folder, or what is known of a hub id without a download."""
+    return expert_boundary(path) if is_local(path) else BOUNDARIES.get(path)
 
 
 def expert_boundary(path: str) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
-from radial_attn.models.pipeline.load import is_local, noise_levels
+from radial_attn.models.pipeline.load import noise_levels
 from radial_attn.models.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS
 from scripts.run.attention import (
@@ -28,7 +28,7 @@ from scripts.run.errors import UsageError
 from scripts.run.families import calls_per_step, position_arguments
 from scripts.run.files import sha256
 from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
-from scripts.run.hub_models import expert_boundary, expert_notes, find_model, read_model_info
+from scripts.run.hub_models import SHIFTS, expert_notes, find_model, planned_boundary, read_model_info
 from scripts.run.inputs import Inputs, read_inputs, read_prompts
 from scripts.run.loras import FoundLora, find_loras, with_loras
 from scripts.run.machine_checks import (
@@ -299,8 +299,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees.cfg)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    sigmas = noise_levels(path, config.model.family, steps, config.generation.flow_shift)
-    boundary = expert_boundary(path) if is_local(path) and "transformer_2" in model.parameters else None
+    sigmas = noise_levels(path, config.model.family, steps, config.generation.flow_shift or SHIFTS.get(path))
+    boundary = planned_boundary(path) if "transformer_2" in model.parameters else None
     dense = dense_steps(attention, steps, sigmas, boundary)
     mask = solve_mask(attention, grid, references)
     densities = step_densities(attention, dense, grid, steps=steps, sigmas=sigmas, mask=mask)

@@ -4,12 +4,14 @@ import pytest
 
 from radial_attn import TokenGrid
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.load import noise_levels
 from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import residual_bytes
 from radial_attn.selection import block_rows
 from scripts.run.attention import attention_arguments, dense_steps, radial_config, step_densities
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan
+from scripts.run.hub_models import HUB_MODELS, SHIFTS
 from scripts.run.plan import make_plan
 from tests.support.pipelines import KINDS
 from tests.support.plans import plan_of
@@ -47,6 +49,20 @@ def test_densities_of_a_static_range_are_those_of_masks():
     values = list(plan.densities.values())
     assert len(values) == 20 and values == sorted(values, reverse=True)
     assert values[0] == pytest.approx(0.6, rel=0.1) and values[-1] == pytest.approx(0.3, rel=0.3)
+
+
+def test_noise_levels_of_published_models_need_no_download():
+    """Includes those of both experts of Wan2.2, whose second begins with a dense step below sigma 0.875."""
+    keys = ["attention.dense_steps=sigma>0.95", "attention.selection=dense_step"]
+    plan = make_plan(read_config("configs/wan2.2_t2v_a14b.yaml", keys), dry_run=True)
+    first = next(step for step, sigma in enumerate(plan.sigmas) if sigma < 0.875)
+    assert plan.config.generation.flow_shift is None
+    assert plan.dense_steps == (*(step for step, sigma in enumerate(plan.sigmas) if sigma > 0.95), first)
+    assert plan.sigmas[20] == pytest.approx(3 / 4, abs=0.01) and plan.config.generation.steps == 40
+    for path, shift in SHIFTS.items():
+        assert path in HUB_MODELS
+        family = "hunyuan_video" if "Hunyuan" in path else "wan"
+        assert noise_levels(path, family, 50, shift)[25] == pytest.approx(shift / (1 + shift), abs=0.01)
 
 
 @pytest.mark.parametrize("steps", ["1", "0.2", "sigma>0.99", "[0, 2]"])
