@@ -171,13 +171,9 @@ class Choices:
             self._keep(state, Residual.of("output", dense.detach(), dense, self._config.block_size))
             return
         if self.options.measures:
-            measured = measure_blocks(
-                [x.detach() for x in tensors],
-                self._grid,
-                self._config.block_size,
-                far_field=self.options.far_field != "none",
-                text_lengths=text_lengths,
-            )
+            tensors, far = [x.detach() for x in tensors], self.options.far_field != "none"
+            options = {"far_field": far, "text_lengths": text_lengths}
+            measured = measure_blocks(tensors, self._grid, self._config.block_size, **options)
             state.loss, state.correct = measured.loss, partial(far_correction, measured)
         if self.options.selection == "dense_step":
             histogram = self._budget.histogram(self._counting(state.loss))

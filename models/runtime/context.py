@@ -168,15 +168,14 @@ class RadialContext:
         family: ModuleType,
         layers: int,
         always_dense: int,
-        adaptive: Adaptive | None = None,
+        adaptive: Adaptive,
         choices: Choices | None = None,
         pipeline: Any = None,
         parallel: Any = None,
         observer: Observer | None = None,
     ) -> None:
         self.config, self.schedule, self.backend, self.quantize = config, schedule, backend, quantize
-        self.adaptive = adaptive or Adaptive()
-        self._choices = choices
+        self.adaptive, self._choices = adaptive, choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
         refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None

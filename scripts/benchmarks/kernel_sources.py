@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from radial_attn.kernels.triton import configs
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES, SPECIALIZED, WIDTHS, Launch, padded
 
 VARIANTS = {
@@ -10,11 +11,13 @@ VARIANTS = {
     "text": {"SIZE": 128, "MIXED": True, "BLOCKS": False},
     "small blocks": {"SIZE": 16, "MIXED": True, "BLOCKS": True},
 }
-FLOATS = ("lse", "products", "scales", "shifts", "query_scales", "key_scales", "mean")
+FLOATS = ("lse", "far_bias", "products", "scales", "shifts", "query_scales", "key_scales", "mean")
 POINTERS = dict.fromkeys(("offsets", "starts", "lengths", "row_lengths"), "i32")
 POINTERS |= {"patterns": "i64", "tops": "bf16"} | dict.fromkeys(FLOATS, "fp32")
-TENSORS = ("query", "key", "value", "out", "grad", "result", "key_result", "value_result")
-COUNTS = ("tokens", "key_tokens", "heads")
+KEYS = ("key", "value", "far_key", "far_value")
+TENSORS = (*KEYS, "query", "far_slope", "out", "grad", "result", "key_result", "value_result")
+COUNTS = ("tokens", "key_tokens", "far_tokens", "bias_batch", "bias_head", "heads")
+FAR = ("far_key", "far_value", "far_bias", "far_slope", "far_tokens", "bias_batch", "bias_head")
 BITS = {"int8": "i8", "fp8": "fp8e4nv"}
 
 
@@ -36,6 +39,8 @@ def variants(arch: str) -> list[Variant]:
     if arch == "sm90":
         launches += [("forward", width, launch) for (_, width), launch in SPECIALIZED.items()]
     listed = [Variant(*launch, masks) for launch in launches for masks in VARIANTS]
+    # the linear far field alone, which holds the mean one, at its largest
+    listed = [x for x in listed if x.kind != "far field" or (x.width != 96 and x.masks != "whole tiles")]
     listed += [Variant("row products", width, Launch(64, 1, 8, 1)) for width in (64, 128)]
     columns = [(w, table[bits, w].columns, bits) for w in (64, 128) for bits in BITS if (bits, w) in table]
     for width, tokens, bits in sorted(columns):
@@ -54,7 +59,9 @@ def function(kind: str) -> Any:
         return quantized_forward.quantized_forward_kernel
     if kind.startswith("quantize"):
         return getattr(quantize, "_".join(kind.split()[:2]) + "_kernel")
-    return getattr(forward if kind == "forward" else backward, kind.replace(" ", "_") + "_kernel")
+    if kind in {"forward", "far field"}:
+        return forward.forward_kernel
+    return getattr(backward, kind.replace(" ", "_") + "_kernel")
 
 
 def source(variant: Variant) -> Any:
@@ -80,6 +87,8 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     if kind in KINDS:
         values |= {"COLUMNS": launch.columns, "PER_HEAD": False, "LENGTHS": True, **VARIANTS[variant.masks]}
     if kind == "forward":
+        values |= dict.fromkeys(FAR)
+    if kind in {"forward", "far field"}:
         values |= {"DESCRIPTOR": launch.descriptors, "SPECIALIZE": launch.specialize}
     if kind in BITS:
         values |= {"DESCRIPTOR": bool(launch.descriptors), "FP8_VALUES": launch.fp8_values}
@@ -103,8 +112,9 @@ def tensor(name: str, variant: Variant) -> str:
     if kind.startswith("quantize") and name == "out":
         return f"*{BITS[kind.split()[2]]}"
     if kind not in BITS:
-        descriptor = launch.descriptors == "whole" and name in {"key", "value"}
-        return f"tensordesc<bf16[1,{launch.columns},1,{lanes}]>" if descriptor else "*bf16"
+        columns = configs.FAR_TILE if name.startswith("far") else launch.columns
+        descriptor = launch.descriptors == "whole" and name in KEYS
+        return f"tensordesc<bf16[1,{columns},1,{lanes}]>" if descriptor else "*bf16"
     if name == "out" or (name == "value" and not launch.fp8_values):
         return "*bf16"
     element = BITS["fp8" if name == "value" else kind]

@@ -42,6 +42,7 @@ NOT_FOR = {  # choices that a kind's kernel does not know
     **dict.fromkeys(GRADIENTS, ("descriptors", "specialize", "fp8_values")),
     **dict.fromkeys(QUANTIZED, ("specialize", "head")),
     "forward": ("fp8_values",),
+    "far field": ("specialize", "fp8_values"),
 }
 COMPILE_SECONDS, LEAST_SECONDS, LSE_TOLERANCE = 60.0, 5.0, 0.02
 
@@ -121,6 +122,7 @@ class TuneSession:
         self._inputs = random_inputs(shape, setting.device, dtype)
         self._sample = sample_blocks(case.mask, SAMPLED)
         self._truth = sampled_reference(*self._inputs[:3], case.mask, self._sample)
+        self._far_truth: Tensor | None = None
         self._gradients: tuple[Tensor, ...] = ()
         self._lse: Tensor | None = None
 
@@ -135,14 +137,20 @@ class TuneSession:
             return self._backward() if task.variant in GRADIENTS else self._forward(task.variant)
 
     def _forward(self, kind: str) -> dict[str, Any]:
-        bits = None if kind == "forward" else kind
+        bits, far = kind if kind in QUANTIZED else None, "linear" if kind == "far field" else "none"
         mask = fresh(self._setting.case.mask)
-        run = partial(radial_attention, *self._inputs[:3], mask, backend="triton", quantize=bits)
+        run = partial(radial_attention, *self._inputs[:3], mask, quantize=bits, far_field=far)
         if kind == "forward":
             self._check_lse(mask)
         with torch.no_grad():
+            truth = self._truth
+            if kind == "far field":
+                if self._far_truth is None:
+                    self._far_truth = sampled_rows(run(backend="blocks"), mask, self._sample)
+                truth = self._far_truth
+            run = partial(run, backend="triton")
             out, _ = self._timer.once(run)
-            error = output_error(sampled_rows(out, mask, self._sample), self._truth).relative_l2
+            error = output_error(sampled_rows(out, mask, self._sample), truth).relative_l2
             return self._timed(run, error, QUANTIZED_TOLERANCE if bits else TOLERANCE)
 
     def _backward(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 
 from radial_attn import BlockMask, TokenGrid, radial_attention
 from radial_attn.far_field import Far
-from tests.support.far_cases import defined, some_mask
+from tests.support.far_cases import bias_for, defined, some_mask
 
 VIDEO, TEXT = TokenGrid(5, 6, 5), TokenGrid(5, 6, 5, 9)  # 150 tokens: the last block of 16 holds 6
 CASES = [
@@ -23,11 +23,6 @@ corrected = pytest.mark.parametrize("corrected", [False, True])
 def tensors(grid: TokenGrid, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(2, grid.tokens, 2, 12, generator=generator).to(dtype) for _ in range(4)]
-
-
-def bias_for(mask: BlockMask) -> torch.Tensor:
-    count = mask.blocks.shape[-1]
-    return torch.randn(2, 2, count, -(-mask.grid.video_tokens // mask.block_size))
 
 
 @cases

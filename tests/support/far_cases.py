@@ -18,6 +18,12 @@ def some_mask(grid: TokenGrid, size: int, heads: int | None = None, share: float
     return BlockMask.from_blocks(grid, blocks, size)
 
 
+def bias_for(mask: BlockMask, batch: int = 2, heads: int = 2) -> Tensor:
+    """Returns a random bias of the far field, `[B, H, Q, K]`."""
+    keys = -(-mask.grid.video_tokens // mask.block_size)
+    return torch.randn(batch, heads, mask.blocks.shape[-1], keys)
+
+
 def defined(
     tensors: list[Tensor],
     mask: BlockMask,

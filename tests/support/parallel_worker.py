@@ -24,7 +24,7 @@ from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, st
 from radial_attn.models.parallel.guidance import GuidanceParallel
 from radial_attn.models.parallel.ring import RingParallel, share_sequence
 from radial_attn.models.parallel.ulysses import SequenceParallel
-from radial_attn.profile import SHARES, Cells, MeasuredModel, ModelProfile
+from radial_attn.models.profile import SHARES, Cells, MeasuredModel, ModelProfile
 from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
@@ -183,9 +183,9 @@ def pipeline_difference(
 def profile_difference(shared: SequenceParallel | None) -> float:
     """Returns the difference for the blocks of a profile, whose five heads keep different numbers of them."""
     generator, model = torch.Generator().manual_seed(0), MeasuredModel("wan", layers=4, heads=5, width=12)
-    basis, parts = (torch.rand(shape, generator=generator).half() for shape in ((9, 144), (2, 2, 4, 5, 9)))
+    basis, parts = (torch.rand(shape, generator=generator).half() for shape in ((9, 144), (3, 2, 4, 5, 9)))
     biases = torch.rand(2, 4, 5, len(SHARES), generator=generator).half()
-    profile = ModelProfile(model, Cells(3, 4), (0.7, 0.0), basis, parts, biases)
+    profile = ModelProfile(model, Cells(3, 4), (0.7, 0.0), (), basis, parts, biases)
     with NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(profile.to_bytes())
         file.flush()

@@ -9,9 +9,7 @@ Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, over the list
 import triton
 import triton.language as tl
 
-from .forward import INFINITY, find_work, kept_pairs, load_tile, store_tile
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from .forward import INFINITY, LOG2E, find_work, kept_pairs, load_tile, store_tile
 
 
 @triton.jit

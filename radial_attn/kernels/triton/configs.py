@@ -3,7 +3,7 @@
 None has been timed yet: each is the largest tile that compiles without spilled registers and within the
 shared memory of a multiprocessor. On sm90 and sm100 the forward
 loads keys and values through tensor descriptors (TMA), which saves registers. Warp specialisation is not the
-default on sm90: its compiler pass has been seen to misplace rows.
+default on sm90: its compiler pass has been seen to misplace rows, and fails with a far field.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 
 LOG2E = 1.4426950408889634
+FAR_TILE = 32  # mean keys of a tile of the far field; more of them cost registers
 WIDTHS = (64, 96, 128)
 BACKWARD = ("query gradient", "key gradients")
-KINDS = ("forward", *BACKWARD, "int8", "fp8")
+KINDS = ("forward", "far field", *BACKWARD, "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ AMPERE = {
     ("int8", 128): Launch(128, 64, 8, 3),
     ("forward", 64): Launch(128, 64, 4, 3),
     ("forward", 128): Launch(128, 32, 8, 3),
+    ("far field", 64): Launch(128, 64, 8, 3),
+    ("far field", 128): Launch(128, 32, 8, 3),
     ("query gradient", 64): Launch(64, 64, 4, 2),
     ("query gradient", 128): Launch(64, 64, 4, 2),
     ("key gradients", 64): Launch(64, 64, 8, 2),
@@ -54,6 +57,8 @@ FP8_PRODUCTS = {
 HOPPER = {
     ("forward", 64): Launch(128, 128, 8, 3, "whole"),
     ("forward", 128): Launch(128, 128, 8, 2, "whole"),
+    ("far field", 64): Launch(128, 128, 8, 3, "whole"),
+    ("far field", 128): Launch(128, 128, 8, 2, "whole"),
     ("query gradient", 64): Launch(128, 64, 8, 2),
     ("query gradient", 128): Launch(128, 64, 8, 2),
     ("key gradients", 64): Launch(128, 64, 8, 2),
@@ -66,6 +71,8 @@ HOPPER = {
 BLACKWELL = HOPPER | {
     ("forward", 64): Launch(128, 64, 8, 3, "whole"),
     ("forward", 128): Launch(128, 64, 8, 3, "whole"),
+    ("far field", 64): Launch(128, 64, 8, 2, "whole"),
+    ("far field", 128): Launch(128, 64, 8, 3, "whole"),
     ("query gradient", 64): Launch(64, 64, 8, 2),
     ("query gradient", 128): Launch(128, 32, 8, 2),
     ("key gradients", 64): Launch(64, 128, 8, 2),

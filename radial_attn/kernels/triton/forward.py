@@ -2,14 +2,32 @@
 
 A program walks the list of its key tiles (tiles.py), the whole ones without any masking, then the mixed ones,
 with an online softmax in base 2. Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, over the
-listed tiles only.
+listed tiles only. With a far field (far_field.py) it first walks the mean keys of all blocks.
 """
 
 import triton
 import triton.language as tl
 
+from . import configs
+
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(configs.LOG2E)
+FAR_TILE = tl.constexpr(configs.FAR_TILE)
 INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def head_of(
+    tensor, batch, head, tokens, batch_stride, token_stride, head_stride, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Returns one sample's head of `[B, S, H, D]` as `load_tile` takes it, in tiles of `ROWS` tokens."""
+    part = tensor
+    if DESCRIPTOR != "whole":
+        part = tensor + batch * batch_stride + head * head_stride
+    if DESCRIPTOR == "head":
+        part = tl.make_tensor_descriptor(part, [tokens, WIDTH], [token_stride, 1], [ROWS, PADDED])
+    return part
 
 
 @triton.jit
@@ -174,6 +192,43 @@ def attend(
 
 
 @triton.jit
+def attend_far(
+    acc, total, peak, query, key, value, bias, slope, batch, head, first, count, heads, tokens, scale,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Adds `count` mean keys, then the first-order term times their weight, to empty sums.
+
+    The rows begin at `first`. `bias` is `[Q, count]` of this head.
+    """
+    step = heads * WIDTH
+    keys = head_of(key, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR)
+    values = head_of(
+        value, batch, head, count, count * step, step, WIDTH, FAR_TILE, WIDTH, PADDED, DESCRIPTOR
+    )
+    blocks: tl.constexpr = ROWS // SIZE if ROWS > SIZE else 1
+    block = tl.minimum(first // SIZE + tl.arange(0, blocks), (tokens - 1) // SIZE)[:, None]
+    for i in tl.range(0, count, FAR_TILE, num_stages=2):
+        start = tl.cast(i, tl.int32)  # a Python integer in the interpreter
+        tile = load_tile(keys, batch, start, head, step, count, FAR_TILE, WIDTH, PADDED, True, DESCRIPTOR)
+        columns = (start + tl.arange(0, FAR_TILE))[None, :]
+        logs = tl.load(bias + block * count + columns, mask=columns < count, other=-INFINITY)
+        logs = tl.broadcast_to(logs[:, None, :], [blocks, ROWS // blocks, FAR_TILE])
+        scores = tl.dot(query, tile.T, input_precision="ieee") * scale
+        scores += logs.reshape([ROWS, FAR_TILE]) * LOG2E
+        weights, shrink, peak, total = weigh(scores, 1.0, 1.0, peak, total, True, 0)
+        tile = load_tile(values, batch, start, head, step, count, FAR_TILE, WIDTH, PADDED, True, DESCRIPTOR)
+        acc = tl.dot(weights.to(tile.dtype), tile, acc * shrink[:, None], input_precision="ieee")
+    if slope is not None:
+        matrix = slope + (batch * heads + head) * WIDTH * WIDTH
+        row = tl.cast(0, tl.int32)
+        tile = load_tile(matrix, batch, row, head, WIDTH, WIDTH, PADDED, WIDTH, PADDED, WIDTH != PADDED, "")
+        weight = tl.where(total == 0, 1.0, total)[:, None]  # divided by and multiplied: one accumulator
+        acc = tl.dot(query, tile, acc / weight, input_precision="ieee") * total[:, None]
+    return acc, total, peak
+
+
+@triton.jit
 def forward_kernel(
     query,
     key,
@@ -201,6 +256,13 @@ def forward_kernel(
     key_tokens,
     heads,
     scale,
+    far_key,
+    far_value,
+    far_bias,
+    far_slope,
+    far_tokens,
+    bias_batch,
+    bias_head,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -216,7 +278,8 @@ def forward_kernel(
     """Computes output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]` of one query tile of one head.
 
     `scale` is the positive scale of the scores times log2(e). `tokens` are rows; `lengths` and `row_lengths`
-    are the keys and rows of each sample that count.
+    are the keys and rows of each sample that count. The far field, if there is one, has contiguous means
+    `[B, far_tokens, H, D]`, bias and, or None, `far_slope` times the scale of the scores, `[B, H, D, D]`.
     """
     batch, head, limit, whole, mixed, end = find_work(offsets, lengths, key_tokens, heads, PER_HEAD, LENGTHS)
     row_limit = tokens
@@ -226,24 +289,29 @@ def forward_kernel(
     # descriptor is read to the rows of each group of warps, and with it all that is computed from that value
     first = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32)
     rows = first + tl.arange(0, ROWS)
-    queries = query + batch * query_batch + head * query_head
-    if DESCRIPTOR == "whole":
-        keys = key
-        values = value
-    else:
-        keys = key + batch * key_batch + head * key_head
-        values = value + batch * value_batch + head * value_head
-    if DESCRIPTOR == "head":
-        queries = tl.make_tensor_descriptor(queries, [tokens, WIDTH], [query_token, 1], [ROWS, PADDED])
-        keys = tl.make_tensor_descriptor(keys, [key_tokens, WIDTH], [key_token, 1], [COLUMNS, PADDED])
-        values = tl.make_tensor_descriptor(values, [key_tokens, WIDTH], [value_token, 1], [COLUMNS, PADDED])
-    at = tl.program_id(0) * ROWS
     source: tl.constexpr = "head" if DESCRIPTOR == "head" else ""
+    # fmt: off
+    queries = head_of(
+        query, batch, head, tokens, query_batch, query_token, query_head, ROWS, WIDTH, PADDED, source
+    )
+    keys = head_of(
+        key, batch, head, key_tokens, key_batch, key_token, key_head, COLUMNS, WIDTH, PADDED, DESCRIPTOR
+    )
+    values = head_of(
+        value, batch, head, key_tokens, value_batch, value_token, value_head, COLUMNS, WIDTH, PADDED,
+        DESCRIPTOR,
+    )
+    at = tl.program_id(0) * ROWS
     q = load_tile(queries, batch, at, head, query_token, tokens, ROWS, WIDTH, PADDED, True, source)
     acc = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     peak = tl.full([ROWS], -INFINITY, dtype=tl.float32)
-    # fmt: off
+    if far_key is not None:
+        acc, total, peak = attend_far(
+            acc, total, peak, q, far_key, far_value, far_bias + batch * bias_batch + head * bias_head,
+            far_slope, batch, head, first, far_tokens, heads, tokens, scale, ROWS, WIDTH, PADDED, SIZE,
+            DESCRIPTOR,
+        )
     if SPECIALIZE:  # the compiler takes one loop only: whole tiles are masked as well if any is mixed
         acc, total, peak = attend(
             acc, total, peak, q, keys, values, batch, head, key_token, value_token, starts, patterns, whole,

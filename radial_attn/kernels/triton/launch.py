@@ -1,19 +1,25 @@
-"""Launches the Triton forward kernel, over all keys or a part of them."""
+"""Launches the Triton forward kernel, over all keys or a part of them, with a far field or without."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .configs import LOG2E, Launch, padded
+from .configs import FAR_TILE, LOG2E, Launch, padded
 
 
 def run_forward(
-    inputs: Sequence[Tensor], found: tuple[Launch, list[Tensor], dict], counts: Sequence, scale: float
+    inputs: Sequence[Tensor],
+    found: tuple[Launch, list[Tensor], dict],
+    counts: Sequence,
+    scale: float,
+    far: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel: output `[B, S, H, D]` and log-sum-exp, float32 `[B, H, S]`.
 
-    `found`: the result of `tables`; `counts`: keys and rows of each sample that count, or None for all.
+    `found`: the result of `tables`; `counts`: keys and rows of each sample that count, or None for all;
+    `far`: a `Far` of far_field.py, or None.
     """
     from .forward import forward_kernel
 
@@ -23,9 +29,11 @@ def run_forward(
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     if chosen.descriptors:
         inputs = [aligned(x) for x in inputs]
+    means, rest = far_operands(query, far, scale)
+    pointers = operands([*inputs, *means], chosen)
     with torch.cuda.device_of(query):
         forward_kernel[lists[0].shape[1], batch * heads](
-            *operands(inputs, chosen),
+            *pointers[:3],
             out,
             lse,
             *lists,
@@ -35,11 +43,24 @@ def run_forward(
             inputs[1].shape[1],
             heads,
             scale * LOG2E,
+            *(pointers[3:] or (None, None)),
+            *rest,
             **constants,
             DESCRIPTOR=chosen.descriptors,
             SPECIALIZE=chosen.specialize,
         )
     return out, lse
+
+
+def far_operands(query: Tensor, far: Any, scale: float) -> tuple[list[Tensor], list]:
+    """Returns mean keys and values in the dtype of the query, and the kernel's last five arguments."""
+    if far is None:
+        return [], [None] * 5
+    batch, _, heads, _ = query.shape
+    bias = far.bias.contiguous().expand(batch, heads, -1, -1)
+    slope = None if far.slope is None else (scale * far.slope).to(query.dtype)
+    means = [x.to(query.dtype).contiguous() for x in (far.keys, far.values)]
+    return means, [bias, slope, far.keys.shape[1], *bias.stride()[:2]]
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -49,7 +70,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
-    """Returns query, key, value as the forward kernel takes them: pointers, or descriptors of the last two.
+    """Returns query, keys and values as the forward kernel takes them: all but the query may be descriptors.
 
     If the kernel makes descriptors itself, `scratch` becomes this thread's Triton allocator.
     """
@@ -62,8 +83,9 @@ def operands(tensors: Sequence[Tensor], chosen: Launch) -> list:
         return [query, *others]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    block = [1, chosen.columns, 1, padded(query.shape[-1])]
-    return [query, *(TensorDescriptor.from_tensor(x, block) for x in others)]
+    columns = [chosen.columns, chosen.columns, FAR_TILE, FAR_TILE]
+    blocks = [[1, count, 1, padded(query.shape[-1])] for count in columns]
+    return [query, *(TensorDescriptor.from_tensor(*pair) for pair in zip(others, blocks, strict=False))]
 
 
 def scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:

@@ -6,6 +6,8 @@ nothing else on the host.
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +31,17 @@ def no_tensor_cores(call: Call) -> str | None:
 
 
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # runs in Triton's interpreter
+DEVICES = ("cpu",) if ON_CPU else ("cuda",)
 NEEDS = Needs(
-    devices=("cpu",) if ON_CPU else ("cuda",),
+    devices=DEVICES,
     dtypes=DTYPES if ON_CPU else HALF,
     widths=WIDTHS,
     modules=("triton",),
     capability=(8, 0),
     quantize=QUANTIZE,
     partial=True,
+    far_field=True,
+    far_backward=DEVICES,
     also=no_tensor_cores,
     install="pip install triton",
 )
@@ -61,9 +66,7 @@ def attention(
     Raises:
         ValueError: a scale that is not positive.
     """
-    if scale <= 0:
-        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
-    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    inputs = checked((query, key, value), scale)
     counts = token_counts(text_lengths, mask, query.device)
     shape = mask.blocks, mask.block_size, mask.grid.video_tokens
     if quantize is not None:
@@ -71,6 +74,13 @@ def attention(
 
         return quantized_attention(*inputs, *shape, counts, scale, quantize)[0]
     return triton_attention(*inputs, *shape, counts, scale)[0]
+
+
+def checked(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """Returns the tensors with steps of 1 along the width; raises ValueError for a scale up to 0."""
+    if scale <= 0:
+        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
@@ -99,9 +109,7 @@ def partial_attention(
     Raises:
         ValueError: a scale that is not positive.
     """
-    if scale <= 0:
-        raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
-    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    inputs = checked((query, key, value), scale)
     counts = None, None
     if text_lengths is not None:
         padding = part.text - text_lengths
@@ -110,6 +118,48 @@ def partial_attention(
     launch_tables = partial_tables(query, key, part, text_lengths is not None)
     out, lse = run_forward(inputs, launch_tables, counts, scale)
     return out, lse.transpose(1, 2)
+
+
+def with_far_field(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    far: Any,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns output `[B, S, H, D]` and float32 log-sum-exp `[B, S, H]`; `far`: a `Far` of far_field.py.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    inputs = checked((query, key, value), scale)
+    counts = token_counts(text_lengths, mask, query.device)
+    shape = mask.blocks, mask.block_size, mask.grid.video_tokens
+    launch_tables = tables("far field", query, *shape, counts)
+    out, lse = run_forward(inputs, launch_tables, (counts, counts), scale, far)
+    return out, lse.transpose(1, 2)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    text_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Returns gradients through the kept blocks; output and log-sum-exp `[B, S, H]` may cover more keys."""
+    inputs = *checked((query, key, value), scale), out, lse.transpose(1, 2).contiguous()
+    counts = token_counts(text_lengths, mask, query.device)
+    shape = mask.blocks, mask.block_size, mask.grid.video_tokens
+    return triton_attention_backward(grad, None, *inputs, *shape, counts, scale)
 
 
 @torch.library.custom_op("radial_attn::triton_attention", mutates_args=())

@@ -132,18 +132,20 @@ def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch, cap
     (tmp_path / "prompts.txt").write_text("a red circle moving left on a black background\na blue square\n")
     look, looked = analyse_run._look, []
 
-    def stopped(plan, pipeline, prompt, gatherer):
+    def stopped(plan, pipeline, prompt, gatherer, **options):
         if looked:
             raise KeyboardInterrupt
         looked.append(prompt)
-        return look(plan, pipeline, prompt, gatherer)
+        return look(plan, pipeline, prompt, gatherer, **options)
 
     command = [*words, *SHORT, *FEW, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "a.md")]
     monkeypatch.setattr(analyse_run, "_look", stopped)
     assert main(command) == 130
     assert len(list((tmp_path / "work").iterdir())) == 1
     again = []
-    monkeypatch.setattr(analyse_run, "_look", lambda *given: again.append(given[2]) or look(*given))
+    monkeypatch.setattr(
+        analyse_run, "_look", lambda *given, **options: again.append(given[2]) or look(*given, **options)
+    )
     assert main(command) == 0 and again == ["a blue square"]
     file = min((tmp_path / "work").glob("*.pt"))
     whole = file.read_bytes()

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from radial_attn.far_field import Far
 from tests.support.attention_cases import GRIDS, make_inputs, make_mask
+from tests.support.far_cases import some_mask
 
 pytest.importorskip("triton")
 
@@ -90,6 +92,20 @@ def test_forward(opened, launches, lengths):
     # the list of text lengths, on the CPU, is compared with the one whose copy is on the device
     assert not lengths or operators.pop("add") == 1
     assert not set(operators) - {"_local_scalar_dense", "unbind", "select"} and (lengths or not operators)
+
+
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_far_field(opened, launches, far_field):
+    """One launch; beside the outputs a call makes 16-bit copies of the means, and no scores."""
+    grid = GRIDS[111]
+    tensors, mask = [x.half() for x in make_inputs(grid, 2, 2, 64)[:3]], some_mask(grid, 16)
+    far = Far.of(*tensors[1:], mask, far_field)
+    operators, kernels = second_call(
+        lambda: opened.with_far_field(*tensors, mask, far, text_lengths=None, scale=0.125), launches
+    )
+    assert kernels == {"forward_kernel": 1}
+    slope = {"mul": 1} if far_field == "linear" else {}
+    assert operators == {"new_empty": 2, "_to_copy": 2 + len(slope), "expand": 1, "transpose": 1} | slope
 
 
 def test_backward(opened, launches):

@@ -17,7 +17,7 @@ from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton import tiles
 from radial_attn.kernels.triton.configs import Launch
 from tests.support.attention_cases import GRIDS, compare, make_inputs, make_mask, run
-from tests.support.far_cases import defined, some_mask
+from tests.support.far_cases import bias_for, defined, some_mask
 from tests.support.partial_cases import agree, make, some_blocks
 
 pytestmark = pytest.mark.skipif(
@@ -37,18 +37,6 @@ def test_text_padding(lengths):
     grid = GRIDS[111]
     inputs, mask = make_inputs(grid, 2, 2, 64), make_mask(grid)
     compare("triton", inputs, mask, torch.float32, text_lengths=lengths)
-
-
-@pytest.mark.parametrize("far_field", ["mean", "linear"])
-@pytest.mark.parametrize(("heads", "lengths"), [(2, [0, 4]), (None, None)])
-def test_far_field(heads, lengths, far_field):
-    """Dropped blocks enter by the log-sum-exp of the kernel; the last block holds video and text."""
-    grid = GRIDS[111]
-    inputs, mask = make_inputs(grid, 2, 2, 64)[:3], some_mask(grid, 16, heads)
-    options = {"text_lengths": lengths, "scale": 0.3, "far_field": far_field}
-    out = radial_attention(*inputs, mask, backend="triton", **options)
-    wanted = defined(inputs, mask, far_field, lengths=lengths, scale=0.3)
-    torch.testing.assert_close(out.double(), wanted, atol=5e-6, rtol=0)
 
 
 def test_rows_of_padded_text_are_zero():
@@ -144,7 +132,8 @@ def test_operator_contract(bits):
 @contextmanager
 def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
     """Launches with another way of reading keys and values."""
-    launches = triton_configs.INTERPRETED | {"forward": Launch(64, 32, 4, 1, *chosen)}
+    reading = dict.fromkeys(("forward", "far field"), Launch(64, 32, 4, 1, *chosen))
+    launches = triton_configs.INTERPRETED | reading
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_configs, "INTERPRETED", launches)
         triton_configs.launch.cache_clear()
@@ -157,9 +146,51 @@ def reading_keys(chosen: tuple[str, bool]) -> Iterator[None]:
 def test_tensor_descriptors(block_size, text, chosen):
     """Reads keys and values through descriptors of the host, or of the kernel with one loop for all tiles."""
     grid = TokenGrid(4, 8, 8, text)
-    tensors, mask = make_inputs(grid, 2, 2, 64), make_mask(grid, block_size)
+    tensors, mask = make_inputs(grid, 1, 2, 64), make_mask(grid, block_size)
     with reading_keys(chosen):
-        compare("triton", tensors, mask, torch.float32, text_lengths=[3, 11] if text else None)
+        compare("triton", tensors, mask, torch.float32, text_lengths=[3] if text else None)
+
+
+FAR_CASES = [  # grid, patterns, text lengths, block size, head width, descriptors
+    (GRIDS[111], 2, [0, 4], 16, 64, ""),  # the last block holds video and text
+    (TokenGrid(9, 10, 6), None, None, 16, 96, "whole"),  # 34 means: more than a tile of them
+    (TokenGrid(4, 9, 9, text=5), None, [3], 128, 128, "head"),  # blocks larger than a tile of rows
+]
+
+
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+@pytest.mark.parametrize("case", FAR_CASES, ids=str)
+def test_far_field(case, far_field):
+    """Dropped blocks enter in the kernel; "linear" with a bias for each sample, head and pair of blocks."""
+    grid, patterns, lengths, size, width, descriptors = case
+    batch, heads = len(lengths or [0]), patterns or 1
+    inputs, mask = make_inputs(grid, batch, heads, width)[:3], some_mask(grid, size, patterns, share=0.1)
+    assert mask.density < 0.9
+    bias = bias_for(mask, batch, heads) if far_field == "linear" else None
+    options = {"text_lengths": lengths, "far_bias": bias, "scale": 0.15, "far_field": far_field}
+    with reading_keys((descriptors, False)):
+        out = radial_attention(*inputs, mask, backend="triton", **options)
+    wanted = defined(inputs, mask, far_field, bias=bias, lengths=lengths, scale=0.15)
+    torch.testing.assert_close(out.double(), wanted, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_gradients_of_a_far_field(far_field):
+    *inputs, grad = make_inputs(GRIDS[63], 1, 2, 64)
+    inputs, mask = [x.requires_grad_() for x in inputs], some_mask(GRIDS[63], 16, 2)
+    options = {"scale": 0.15, "far_field": far_field}
+    out = radial_attention(*inputs, mask, backend="triton", **options)
+    wanted = torch.autograd.grad(defined(inputs, mask, **options), inputs, grad.double())
+    for actual, exact in zip(torch.autograd.grad(out, inputs, grad), wanted, strict=True):
+        torch.testing.assert_close(actual, exact, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_far_field_in_float16(far_field):
+    inputs, mask = [x.half() for x in make_inputs(GRIDS[111], 2, 2, 64)[:3]], some_mask(GRIDS[111], 16)
+    out = radial_attention(*inputs, mask, backend="triton", far_field=far_field)
+    wanted = defined(inputs, mask, far_field, scale=0.125)
+    torch.testing.assert_close(out.double(), wanted, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

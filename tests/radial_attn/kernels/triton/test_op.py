@@ -15,6 +15,7 @@ from radial_attn.dispatch import obstacle
 from radial_attn.kernels.contract import Call
 from scripts.kernel_report import main
 from tests.support.attention_cases import GRIDS, compare, make_inputs, make_mask
+from tests.support.far_cases import some_mask
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[4]
@@ -36,7 +37,7 @@ def test_every_kernel_compiles_without_spills(arch, tmp_path, capsys):
     assert main(["--arch", arch, "--out", str(tmp_path / "report.md")]) == 0, capsys.readouterr().err
     rows = (tmp_path / "report.md").read_text().splitlines()
     kinds = {row.split(" | ")[1] for row in rows if row.startswith(f"| {arch} |")}
-    assert kinds >= {"forward", "query gradient", "key gradients", "int8", "row products"}
+    assert kinds >= {"forward", "far field", "query gradient", "key gradients", "int8", "row products"}
     assert ("fp8" in kinds) == (arch != "sm80")
 
 
@@ -47,6 +48,7 @@ CALL = Call(torch.device("cuda"), torch.float16, 64, gradients=False)
     ("change", "message"),
     [
         ({}, None),
+        ({"far_field": "linear", "gradients": True}, None),
         ({"dtype": torch.float32}, "takes float16 and bfloat16, got torch.float32"),
         ({"width": 80}, r"takes head widths (64, 96, 128), got 80"),
         ({"device": torch.device("cpu")}, "runs on cuda, got a tensor on cpu"),
@@ -98,6 +100,23 @@ def test_quantized_on_a_gpu(block_size, width, bits, most):
     )
     assert output_error(actual, exact).relative_l2 < most
     assert output_error(actual, defined).relative_l2 < most
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_far_field_on_a_gpu(block_size, width):
+    grid = GRIDS[1000]
+    *inputs, grad = (x.bfloat16() for x in make_inputs(grid, 2, 3, width))
+    mask = some_mask(grid, block_size, 3)
+    options = {"far_field": "linear", "text_lengths": [4, 10]}
+    results = []
+    for backend, device in (("triton", "cuda"), ("blocks", "cpu")):
+        leaves = [x.to(device).requires_grad_() for x in inputs]
+        out = radial_attention(*leaves, mask, backend=backend, **options)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(device))])
+    for actual, wanted in zip(*results, strict=True):
+        assert output_error(actual.cpu(), wanted).relative_l2 < 0.02
 
 
 @pytest.mark.gpu
