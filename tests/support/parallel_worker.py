@@ -104,6 +104,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         yield f"mochi, {quantize}", mochi_transformer, partial(mochi_inputs, 5, 6, 14), rounded
     for budget in ("head", "layer", "model") if ring == 1 else ():
         chosen = ADAPTIVE | {"budget": budget, "residual": "none" if budget == "model" else "int8"}
+        chosen["residual_memory"] = "host" if budget == "layer" else "device"
         yield f"wan, uneven, chosen by {budget}", uneven_transformer, partial(wan_inputs, 6, 12, 16), chosen
         odd = partial(wan_transformer, num_attention_heads=5, num_layers=2)
         yield f"wan, 5 heads, chosen by {budget}", odd, partial(wan_inputs, 6, 12, 16, batch=2), chosen
