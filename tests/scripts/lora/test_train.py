@@ -193,6 +193,7 @@ def test_hunyuan_video_shared_by_two_processes_trains_as_in_one(tmp_path):
     latents = make_latents(tmp_path / "model", tmp_path / "latents", "hunyuan_video")
     config = write_config(tmp_path / "tiny.yaml", tmp_path / "model", latents, "hunyuan_video")
     words = ["train.steps=2", "train.checkpointing=true"]
+    words += ["attention.far_field=mean", "attention.neighbour=0.1"]
     assert train(config, tmp_path / "one", *words) == 0
     launch_training(str(config), f"output.path={tmp_path / 'two'}", "parallel.ulysses_degree=2", *words)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
