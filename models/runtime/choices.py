@@ -136,14 +136,16 @@ class Choices:
         """Tells whether this call of a step has a state."""
         return self._call in self._calls
 
-    def clear_call(self) -> None:
-        """Drops the state of this call: a dense step is about to fill it again."""
-        self._calls[self._call], self._histogram = {}, 0
+    def begin_dense(self) -> None:
+        """Begins a dense call: it makes the state of a layer anew, unless a cache skips that layer."""
+        self._calls.setdefault(self._call, {})
+        self._histogram = 0
 
     def set_density(self, density: float) -> None:
         """Sets the density of the sparse call that follows."""
         self._level = 0 if self._budget is None else self._budget.densities.index(density)
 
+    @torch.compiler.disable
     def record(
         self,
         layer: Any,
@@ -223,6 +225,7 @@ class Choices:
             kept.heads = heads
         return None if state.deal.in_order else heads
 
+    @torch.compiler.disable
     def attend(
         self,
         layer: Any,

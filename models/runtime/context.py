@@ -235,7 +235,7 @@ class RadialContext:
             sparse = self._sparse_call(latents, transformer.config.attention_head_dim, mask, lengths)
             self._radial_call = sparse._replace(compare=compare)
         if records:
-            self._choices.clear_call()
+            self._choices.begin_dense()
             self._radial_call = self._dense_call._replace(records=sparse)
         if self.observer is not None:
             sigma = self._counter.sigmas and self._counter.sigmas[step]

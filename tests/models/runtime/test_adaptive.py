@@ -6,17 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from radial_attn import BlockMask, RadialConfig
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.caches import cached
 from radial_attn.models.runtime import context
 from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import Residual
 from radial_attn.selection import floor_blocks, measure_blocks
 from tests.support.auto_backend import AUTO
+from tests.support.cache_cases import CACHES
 from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
-from tests.support.pipelines import KINDS
+from tests.support.pipelines import KINDS, generate
 from tests.support.tiny import wan_inputs, wan_transformer
 
 CHOSEN = RadialConfig(block_size=16, density=0.9)
@@ -143,6 +146,47 @@ def test_a_copy_of_the_model_has_a_state_of_its_own():
         assert torch.equal(video(FAMILIES[0], twin), expected)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_layer_that_a_cache_skips_keeps_its_far_field(cache, monkeypatch):
+    """Every sparse call is corrected by the last dense one that its layer made, in its half of guidance."""
+    recorded, corrected, sparse, record = {}, [], context._sparse, Choices.record
+
+    def noted(self: Choices, layer: object, *args: object, **options: object) -> None:
+        record(self, layer, *args, **options)
+        recorded[self._call, layer] = self._calls[self._call][layer].biases[0]
+
+    def seen(*args: object, call: context.AttentionCall, processor: object) -> torch.Tensor:
+        corrected.append(args[5] is recorded[call.choices._call, processor])
+        return sparse(*args, call=call, processor=processor)
+
+    monkeypatch.setattr(Choices, "record", noted)
+    monkeypatch.setattr(context, "_sparse", seen)
+    pipeline, options = KINDS["wan"].make(), {"guidance_scale": 1.0 if cache == "pab" else 3.0}
+    settings = {"threshold": 0.3} | CACHES[cache]
+    with (
+        apply_radial_attention(pipeline, SPARSE, far_field="linear", dense_steps=[0, 3]),
+        cached(pipeline, cache, 6, **settings) as use,
+    ):
+        generate(pipeline, 6, **options)
+    calls = len(pipeline.transformer.blocks) * (1 if cache == "pab" else 2)
+    assert corrected and all(corrected) and len(recorded) == calls and use.computed < use.due
+
+
+def test_a_compiled_layer_gives_the_same_far_field():
+    """What a dense step measures stays outside the graphs, so few are made, whatever the number of layers."""
+    outputs, calls = [], [wan_inputs(timestep=time) for time in (900.0, 500.0)]
+    counter = CompileCounter()
+    for compiled in (False, True):
+        transformer = wan_transformer()
+        for block in transformer.blocks if compiled else ():
+            block.attn1.forward = torch.compile(block.attn1.forward, backend=counter)
+        options = {"far_field": "linear", "dense_steps": 1, "num_steps": 2}
+        with apply_radial_attention(transformer, SPARSE, **options):
+            outputs.append(torch.cat([run(transformer, call) for call in calls]))
+    assert_near(*outputs)
+    assert 2 <= counter.frame_count <= 6
+
+
 @pytest.mark.parametrize("residual", ["mean", "int8", "int4", "output"])
 def test_a_residual_in_host_memory_gives_the_same(residual, monkeypatch):
     copies, to_host = [], Residual.to_host
@@ -191,7 +235,7 @@ def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
     choices, generator = Choices(options, config), torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, grid.tokens, 2, 12, generator=generator) for _ in range(3)]
     choices.begin(object(), grid, video=0, densities=[0.9], first=True)
-    choices.clear_call()
+    choices.begin_dense()
     choices.set_density(0.9)
 
     def sparse(*inputs):
