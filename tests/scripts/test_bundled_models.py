@@ -1,5 +1,6 @@
 """The bundled models: small, load with plain diffusers, and show what captions say under radial attention."""
 
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from radial_attn.models import apply_radial_attention
+from scripts.run.attention import attention_arguments
 from scripts.run.config import ROOT, Config, read_config
 from scripts.run.inputs import NEED_IMAGE
+from scripts.run.plan import make_plan
 from scripts.run.sampler import sample
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import attention, first_frame, reading, with_pattern
@@ -75,6 +79,22 @@ def test_shows_what_it_has_learnt(pipeline, config):
     colour, shape, whole = LEAST.get(config.model.family, (1, 0.9, 0.85))
     assert right["background"] == 1 and right["colour"] >= colour and right["shape"] >= shape
     assert mean(right.values()) >= whole
+
+
+def test_profile_is_closer_to_dense_than_the_radial_mask(pipeline, config):
+    """Keeps fewer blocks than radial, in four steps without a dense one; a change of the weights is told."""
+    preset = f"configs/{Path(config.output.path).name}"
+    latents, densities = {}, {}
+    for name, file in (("dense", preset), ("radial", preset), ("profile", f"{preset}_profile")):
+        words = ["generation.steps=4", *(["attention.pattern=dense"] if name == "dense" else [])]
+        plan = make_plan(read_config(f"{file}.yaml", words))  # compares the profile with the weights
+        with apply_radial_attention(pipeline, **attention_arguments(plan.config.attention)) as handle:
+            options = {"output_type": "latent", **plan.inputs.arguments}
+            made = sample(pipeline, plan.config, [plan.config.generation.prompt], [1], **options)
+            latents[name], densities[name] = torch.as_tensor(made), handle.report()["density"]
+    errors = {name: (latents[name] - latents["dense"]).square().mean() for name in ("radial", "profile")}
+    assert densities["profile"] < densities["radial"] < 1
+    assert 0 < errors["profile"] < 0.9 * errors["radial"]
 
 
 def test_all_together_leave_room_in_the_repository():

@@ -38,7 +38,7 @@ DATA = Path(__file__).parents[1] / "data/golden"
 WIDE = "1000"  # columns of the help, so that no version of Python breaks a line elsewhere
 LEVELS = 2  # of 255, by which a pixel may differ on another processor
 # rounding to int8 and the choice of blocks amplify: there the mean may differ
-ROUNDED, MEAN_LEVELS = ("wan_tiny_adaptive", "wan_tiny_quantized"), 0.5
+ROUNDED, MEAN_LEVELS = ("adaptive", "profile", "quantized"), 0.5
 KEPT = 5  # frames of a video that a picture shows
 
 COMMANDS = {  # the name in the golden files -> the module that runs, and a subcommand
@@ -49,6 +49,7 @@ COMMANDS = {  # the name in the golden files -> the module that runs, and a subc
     "evaluate": "scripts.evaluate",
     "ablate": "scripts.ablate",
     "analyse_attention": "scripts.analyse_attention",
+    "calibrate": "scripts.calibrate",
     "cost": "scripts.cost",
     "report": "scripts.report",
     "benchmark": "scripts.benchmark",
@@ -72,11 +73,16 @@ NO_HELP = ("launch",)  # hands it to processes that it starts
 
 FRAMES: dict[str, tuple[str, ...]] = {  # bundled preset -> what the golden run changes, to be short
     "hunyuan_tiny": (),
+    "hunyuan_tiny_profile": ("generation.steps=2",),
     "mochi_tiny": (),
+    "mochi_tiny_profile": ("generation.steps=2",),
     "wan_i2v_tiny": (),
+    "wan_i2v_tiny_profile": ("generation.steps=2",),
     "wan_tiny": (),
     "wan_tiny_4x": ("generation.steps=4", "attention.dense_steps=1"),
+    "wan_tiny_4x_profile": ("generation.steps=2",),
     "wan_tiny_adaptive": ("generation.steps=8",),
+    "wan_tiny_profile": ("generation.steps=4",),
     "wan_tiny_quantized": ("generation.steps=4",),
 }
 
