@@ -38,7 +38,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch, capsys):
     assert [prompt for prompt, _ in looked[1:]] == ["a blue square"] * 2 and looked[0][1] != looked[1][1]
     profile = ModelProfile.read(file)
     assert profile.model.layers == 6 and profile.model.heads == 4 and profile.about["prompts"] == 2
-    assert profile.edges[0] == 1.0 and 0 < profile.edges[1] < 1 and profile.frequencies[0] == 1.0
+    assert 1 > profile.edges[0] > 0.99 > profile.edges[1] > 0 and profile.frequencies[0] == 1.0
     out = capsys.readouterr().out
     assert f"attention.profile={file}" in out and "3 frames by 4 positions" in out
     (tmp_path / "other").mkdir()
