@@ -15,10 +15,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from radial_attn.masks.draw import save_figure
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.evaluation.attention_report import content
 from scripts.evaluation.attention_run import Looks, gather
 from scripts.evaluation.attention_tables import draw, fit_lines, lines
+from scripts.evaluation.head_maps import draw as draw_heads
+from scripts.evaluation.head_maps import maps
 from scripts.run.config import Config, read_one_seed
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.plan import RunPlan, make_plan
@@ -40,11 +43,14 @@ def run(options: argparse.Namespace) -> None:
     looks = looks_of(options, config, plan.model.attention_layers())
     options.work.mkdir(parents=True, exist_ok=True)
     with Sampler(plan).reporting_memory():
-        profiles, tails = gather(plan, looks, options.work)
+        profiles, tails, reading = gather(plan, looks, options.work)
     command = shlex.join(["bash", "scripts/analyse_attention.sh", *options.given])
-    data = content(command, plan, looks, profiles, tails)
+    data = content(command, plan, looks, profiles, tails) | {"maps": maps(reading, plan)}
     print("\n".join(fit_lines(data)))
     publish(data, options.work, options.out, lines, draw)
+    picture = options.out.with_name(f"{options.out.stem}_heads.png")
+    save_figure(draw_heads(data["maps"]), picture)
+    print(f"written    {picture}")
 
 
 def planned(config: Config) -> RunPlan:

@@ -20,6 +20,7 @@ from radial_attn.analysis.bound import Tail, measure_tails
 from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import sample_rows
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.profile import Reading
 from radial_attn.models.runtime.observe import Seen
 from scripts.run.attention import attention_arguments
 from scripts.run.config import Config
@@ -60,6 +61,7 @@ class Gatherer:
     looks: Looks
     seed: int
     bar: tqdm
+    reading: Reading
     profiles: dict[int, Profile] = field(default_factory=dict)
     tails: dict[int, Tail] = field(default_factory=dict)
     _step: int | None = None
@@ -79,12 +81,15 @@ class Gatherer:
         arguments, options = (seen.query, seen.key, seen.mask), {"text_lengths": seen.text_lengths}
         profile, tail = measure(*arguments, rows, **options), measure_tails(*arguments, few, **options)
         add(self.profiles, self.tails, seen.layer, profile, tail)
+        self.reading.add(0, seen.layer, (seen.query, seen.key, seen.value), seen.text_lengths)
 
     def content(self) -> dict[str, dict[int, list]]:
         """Returns plain tensors, which `torch.load` takes with `weights_only`."""
         return {
             "profiles": {layer: list(vars(x).values()) for layer, x in self.profiles.items()},
             "tails": {layer: list(x) for layer, x in self.tails.items()},
+            "sums": self.reading.sums,
+            "counts": self.reading.counts,
         }
 
 
@@ -98,12 +103,13 @@ def add(
     profiles[layer], tails[layer] = profile, tail
 
 
-def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile], dict[int, Tail]]:
-    """Returns profiles and tails by layer, of all prompts together; see `observed`."""
+def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile], dict[int, Tail], Reading]:
+    """Returns profiles and tails by layer, and maps of blocks, of all prompts together; see `observed`."""
+    size = plan.config.attention.block_size
     contents = observed(
         plan,
         folder,
-        lambda number, bar: Gatherer(looks, 1000 * number, bar),
+        lambda number, bar: Gatherer(looks, 1000 * number, bar, Reading(plan.grid, size)),
         facts=asdict(looks),
         steps=max(1, len(looks.steps)),
         timestep=looks.timestep,
@@ -114,7 +120,8 @@ def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile
         for layer in sorted(content["profiles"]):
             profile, tail = Profile(*content["profiles"][layer]), Tail(*content["tails"][layer])
             add(profiles, tails, layer, profile, tail)
-    return profiles, tails
+    first, *more = [Reading(plan.grid, size, content["sums"], content["counts"]) for content in contents]
+    return profiles, tails, sum(more, first)
 
 
 def observed(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scripts.evaluation import head_maps
 from scripts.run.results import document, number, options_text, subplots, table
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
         _classes(data),
         f"What the mask ({density}) keeps of it:",
         _bands(data["bands"]),
+        head_maps.MEANING.format(density=data["density"]),
+        head_maps.lines(data["maps"], picture.replace(".png", "_heads.png")),
         TAIL,
         *_tail(data["tail"]),
     )

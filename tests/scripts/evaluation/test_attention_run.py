@@ -25,6 +25,7 @@ from scripts.run.values import LoraConfig
 from tests.support.map_cases import CONFIG, GRIDS, tensors
 
 WAN, MOCHI = "configs/wan_tiny.yaml", "configs/mochi_tiny.yaml"
+KINDS = ("profiles", "tails", "sums", "counts")  # of readings
 SHORT = ["generation.num_frames=9", "generation.steps=2", "model.device=cpu"]
 FEW = ["--rows", "9", "--tail-rows", "2"]
 
@@ -90,7 +91,28 @@ def test_tables_and_picture(both_steps):
     assert "![attention over temporal and spatial distance](a.png)" in text
     assert f"| temporal | {data['fits']['temporal']['a']:.4g} |" in text
     assert "| all | 100.00 |" in text and "The error exceeds the bound in 0 rows" in text
-    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("a.png", "a_heads.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_chosen_blocks_keep_more_than_the_mask(both_steps):
+    """Draws heads from the one of which the mask keeps least to the one of which it keeps most."""
+    folder, data = both_steps
+    options = {entry["name"]: entry for entry in data["maps"]["options"]}
+    radial = options.pop("radial")
+    assert [*options] == [f"chosen, budget of a {name}" for name in ("head", "layer", "model")]
+    for chosen in options.values():
+        assert 1 > chosen["kept"] > radial["kept"] and 0 < chosen["left"] < radial["left"]
+        assert chosen["left_far"] < radial["left_far"]
+        assert f"| {chosen['name']} | {chosen['kept']:.3f} |" in (folder / "a.md").read_text()
+    heads = data["maps"]["heads"]
+    shares = [head["kept"]["static"] for head in heads]
+    assert len(heads) == 6 and shares == sorted(shares)
+    static = np.array(data["maps"]["static"], dtype=bool)
+    for head in heads:
+        mass = np.array(head["mass"])
+        assert mass.shape == static.shape == (12, 12) and mass.sum(1) == pytest.approx(1, abs=1e-4)
+        assert head["kept"]["static"] == pytest.approx(mass[static].sum() / mass.sum(), abs=1e-4)
 
 
 def test_a_second_run_looks_only_at_what_is_new(both_steps, monkeypatch, capsys):
@@ -105,8 +127,8 @@ def test_readings_follow_from_version_weights_loras_and_the_prompts_number(tmp_p
     lora.write_bytes(b"1")
     plan, taken = planned(config), []
     config.model.loras = [LoraConfig(str(lora))]
-    kept = "scripts.evaluation.attention_run._kept"
-    monkeypatch.setattr(kept, lambda file: taken.append(file.name) or {"profiles": {}, "tails": {}})
+    kept, empty = "scripts.evaluation.attention_run._kept", {kind: {} for kind in KINDS}
+    monkeypatch.setattr(kept, lambda file: taken.append(file.name) or empty)
 
     def name(number: int = 0) -> str:
         gather(replace(plan, prompts={number: "a"}), Looks(), tmp_path)
@@ -157,7 +179,7 @@ def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch, cap
     data = json.loads((tmp_path / "work" / "analysis.json").read_text())
     assert data["layers"] == [1] and len(data["prompts"]) == 2 and data["tail"]["rows"] == 2 * 2 * 4 * 2
     plan = planned(read_config(WAN, [words[-1], *SHORT]))
-    profiles, _ = gather(plan, Looks((2,), None, 9, 2, (1,)), tmp_path / "work")
+    profiles, *_ = gather(plan, Looks((2,), None, 9, 2, (1,)), tmp_path / "work")
     assert profiles[1].rows == 2 * 2 * 9
 
 
@@ -191,7 +213,7 @@ def test_a_timestep_that_is_also_a_step_of_the_run(tmp_path):
     pipeline = Sampler(plan).load()
     pipeline.scheduler.set_timesteps(2)
     late = float(pipeline.scheduler.timesteps[1])
-    profiles, _ = gather(plan, Looks((), late, 9, 2), tmp_path)
+    profiles, *_ = gather(plan, Looks((), late, 9, 2), tmp_path)
     assert {int(profile.rows) for profile in profiles.values()} == {9}
 
 
