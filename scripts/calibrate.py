@@ -23,6 +23,7 @@ from scripts.evaluation.attention_run import observed
 from scripts.run.config import read_one_seed
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.files import replacing
+from scripts.run.hub_models import planned_boundary
 from scripts.run.plan import RunPlan, make_plan
 from scripts.run.processes import processes
 from scripts.run.sampler import Sampler
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     steps, size = plan.config.generation.steps, plan.config.attention.block_size
     if options.parts > steps:
         raise UsageError(f"--parts: got {options.parts}, must be at most {steps} (generation.steps)")
-    parts = [step * options.parts // steps for step in range(steps)]
+    parts = divided(steps, options.parts, second_expert(plan))
     options.work.mkdir(parents=True, exist_ok=True)
     with Sampler(plan).reporting_memory():
         contents = observed(
@@ -94,6 +95,23 @@ def run(options: argparse.Namespace) -> None:
     print(f"profile    {kinds}, parts down to sigma {levels}, {len(content) / 1000:.0f} kB")
     print(f"written    {options.out}")
     print(f"use it     attention.selection=profile attention.profile={options.out}")
+
+
+def divided(steps: int, count: int, boundary: int | None = None) -> list[int]:
+    """Returns the part of each step: equal ones, the nearest edge moved to the step `boundary`."""
+    starts = [-(-part * steps // count) for part in range(count)]
+    if boundary is not None and count > 1:
+        nearest = min(range(1, count), key=lambda part: abs(starts[part] - boundary))
+        starts[nearest] = boundary
+    return [sum(step >= start for start in starts) - 1 for step in range(steps)]
+
+
+def second_expert(plan: RunPlan) -> int | None:
+    """Returns the first step of Wan2.2's second expert; None if there is none, or it is not known."""
+    boundary = planned_boundary(plan.path) if "transformer_2" in plan.model.parameters else None
+    if boundary is None or plan.sigmas is None:
+        return None
+    return next((step for step, sigma in enumerate(plan.sigmas) if step > 0 and sigma < boundary), None)
 
 
 def planned(options: argparse.Namespace) -> RunPlan:

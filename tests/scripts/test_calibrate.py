@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radial_attn.models.profile import ModelProfile
-from scripts.calibrate import main
+from scripts.calibrate import divided, main, second_expert
 from scripts.evaluation import attention_run
 from scripts.run.config import read_config
 from scripts.run.plan import make_plan
@@ -47,6 +47,30 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch, capsys):
     words = ["attention.selection=profile", f"attention.profile={file}", "attention.density=0.21"]
     plan = make_plan(read_config("configs/wan_tiny.yaml", words), dry_run=True)
     assert plan.density == pytest.approx(0.21) and plan.dense_steps == ()
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "boundary", "expected"),
+    [
+        (8, 4, None, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (5, 2, None, [0, 0, 0, 1, 1]),
+        (8, 4, 3, [0, 0, 0, 1, 2, 2, 3, 3]),
+        (8, 1, 3, [0] * 8),
+        (20, 4, 13, [0] * 5 + [1] * 5 + [2] * 3 + [3] * 7),
+    ],
+)
+def test_parts_are_equal_and_never_mix_experts(steps, count, boundary, expected):
+    parts = divided(steps, count, boundary)
+    assert parts == expected
+    assert boundary is None or count == 1 or parts[boundary - 1] != parts[boundary]
+
+
+def test_the_second_expert_begins_a_part():
+    words = ["generation.steps=10", "generation.flow_shift=5.0", "attention.dense_steps=0"]
+    plan = make_plan(read_config("configs/wan2.2_t2v_a14b.yaml", words), dry_run=True)
+    first = second_expert(plan)
+    assert plan.sigmas[first] < 0.875 <= plan.sigmas[first - 1]
+    assert second_expert(make_plan(read_config("configs/wan_tiny.yaml", []), dry_run=True)) is None
 
 
 def test_other_weights_are_told(tmp_path, monkeypatch):
