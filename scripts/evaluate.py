@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from radial_attn.masks.draw import save_figure
 from scripts.evaluation import folders
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.settings import (
@@ -24,7 +25,7 @@ from scripts.evaluation.settings import (
     plain,
     settings_of,
 )
-from scripts.evaluation.tables import content, markdown, planned, table
+from scripts.evaluation.tables import content, draw, markdown, planned, points, table
 from scripts.evaluation.vbench import listed_prompts, place, read_scores, video_name
 from scripts.evaluation.videos import Evaluation, Take, make_missing
 from scripts.run.config import Config
@@ -37,6 +38,7 @@ from scripts.run.prompt_notes import prompt_notes
 from scripts.run.results import OUT, head, results_file, write_json
 
 PRESET = "configs/wan_tiny.yaml"
+DRAWN = 3  # settings from which on there is a picture
 SCORE_WORD = f"{SCORES}="
 
 
@@ -63,7 +65,12 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     device = evaluation.plans[DENSE].device
     results = content(evaluation, {name: words for name, (words, _) in settings.items()})
     data = head("evaluation", command, device, plain(config)) | results | {"scores": scores}
-    publish(data, options, markdown(data, evaluation))
+    curves = points(data)
+    picture = options.out.with_suffix(".png") if sum(map(len, curves.values())) >= DRAWN else None
+    publish(data, options, markdown(data, evaluation, picture and picture.name))
+    if picture is not None:
+        save_figure(draw(curves), picture)
+        print(f"written    {picture}")
 
 
 def score_folders(options: argparse.Namespace, command: str) -> None:

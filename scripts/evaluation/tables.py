@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from scripts.evaluation.videos import Evaluation, Take, machine
 from scripts.run import results
 from scripts.run.describe import describe_settings
 from scripts.run.results import number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS = ("psnr", "ssim", "lpips")
 STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, without loading and saving
@@ -131,11 +134,41 @@ def table(data: dict[str, Any]) -> list[str]:
     return results.table("|".join(titles), cells)
 
 
-def markdown(data: dict[str, Any], evaluation: Evaluation | None) -> str:
-    """Returns the results file; `evaluation` is None for folders of videos."""
+def points(data: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Returns share of the dense operations of attention, and PSNR, of each setting.
+
+    Settings whose names differ in the number behind the last `_` alone are one curve.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for setting in data["settings"]:
+        name, cost = setting["name"], setting.get("attention_flops")
+        psnr = data["means"].get(name, {}).get("psnr")
+        if cost is not None and psnr is not None:
+            stem, _, last = name.rpartition("_")
+            curve = curves.setdefault(stem if stem and last.isdecimal() else name, [])
+            curve.append((cost / data["settings"][0]["attention_flops"], psnr))
+    return {name: sorted(curve) for name, curve in curves.items()}
+
+
+def draw(curves: dict[str, list[tuple[float, float]]]) -> "Figure":
+    """Draws the PSNR over the operations of the whole run."""
+    figure, axes = results.subplots((6.4, 4.2), 1, 1)
+    for index, (name, curve) in enumerate(curves.items()):
+        axes.plot(*zip(*curve, strict=True), label=name, **results.style(index))
+    axes.set_xlabel("operations of attention in the whole run, share of dense")
+    axes.set_ylabel("PSNR to the dense video, dB")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def markdown(data: dict[str, Any], evaluation: Evaluation | None, picture: str | None = None) -> str:
+    """Returns the results file; `evaluation` is None for folders of videos, `picture` the file of curves."""
     title = "Fidelity to dense attention" if evaluation else f"Fidelity to the videos of {data['reference']}"
     made = settings(data, evaluation) if evaluation else []
-    lines = table(data), explained(data, evaluation), scores(data.get("scores", {})), made
+    drawn = [f"![PSNR over operations]({picture})"] if picture else []
+    lines = table(data), explained(data, evaluation), *drawn, scores(data.get("scores", {})), made
     return "\n".join(results.document(data, title, *lines)) + "\n"
 
 

@@ -17,7 +17,7 @@ from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of
 from scripts.evaluation.tables import content as found_in
-from scripts.evaluation.tables import explained, table
+from scripts.evaluation.tables import draw, explained, points, table
 from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
 from scripts.run import sampler as video
 from scripts.run.attention import attention_arguments, radial_config
@@ -249,3 +249,18 @@ def test_the_shell_script_plans_without_making_anything(tmp_path: Path):
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["| setting", "| dense", "| radial", "| thin"]
     assert not (tmp_path / "w").exists()
+
+
+def test_the_picture_joins_settings_that_differ_in_their_number():
+    """Leaves out dense, settings without a PSNR, and operations that a cache hides."""
+    costs = {"dense": 8.0, "radial_57": 4.0, "radial_21": 2.0, "chosen": 3.0, "cached": None, "failed": 1.0}
+    psnr = {"radial_57": 24.0, "radial_21": 18.0, "chosen": 30.0, "cached": 20.0, "failed": None}
+    data = {
+        "settings": [{"name": name, "attention_flops": cost} for name, cost in costs.items()],
+        "means": {name: {"psnr": value} for name, value in psnr.items()},
+    }
+    curves = points(data)
+    assert curves == {"radial": [(0.25, 18.0), (0.5, 24.0)], "chosen": [(0.375, 30.0)]}
+    (axes,) = draw(curves).axes
+    assert [line.get_label() for line in axes.lines] == ["radial", "chosen"]
+    assert list(axes.lines[0].get_xdata()) == [0.25, 0.5] and list(axes.lines[0].get_ydata()) == [18.0, 24.0]
