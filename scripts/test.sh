@@ -3,6 +3,7 @@
 #   bash scripts/test.sh
 #   bash scripts/test.sh -k mask -x
 #   bash scripts/test.sh -m gpu        the tests that need a CUDA device
+#   bash scripts/test.sh -m long       those that are left out because they take long, a few minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -12,5 +13,5 @@ style=0
 # Test files are shared among processes of one thread, one a core, at most four. A GPU is not shared.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
 [[ " $* " == *" gpu "* ]] && workers=0 || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-.venv/bin/python -m pytest -q -m "not gpu" -n "$workers" --dist loadfile --no-loadscope-reorder --durations=15 "$@"
+.venv/bin/python -m pytest -q -m "not gpu and not long" -n "$workers" --dist loadfile --no-loadscope-reorder --durations=15 "$@"
 exit "$style"

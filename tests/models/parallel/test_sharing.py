@@ -41,6 +41,7 @@ def cases(kind: str) -> dict[str, list[dict[str, Any]]]:
     return {name: everyone for name, everyone in results().items() if name.startswith(f"{kind}: ")}
 
 
+@pytest.mark.long
 def test_tiles_of_every_family_are_shared_and_give_the_video_of_one_process():
     decoded = cases("decode")
     assert len(decoded) == 11
@@ -95,6 +96,7 @@ def test_all_take_the_dense_backend_of_the_first():
     assert everyone[1]["own"] != everyone[0]["own"]
 
 
+@pytest.mark.long
 def test_a_failure_in_decoding_ends_all_in_one_line(tiny_model: Path, tmp_path: Path):
     arguments = [TINY, f"model.path={tiny_model}", "generation.steps=1", "generation.num_frames=5"]
     arguments += ["generation.height=272", "model.vae_tiling=always", f"output.path={tmp_path / 'out'}"]

@@ -170,6 +170,7 @@ def test_attention_is_read_at_every_step_once_for_each_mask(tiny, tmp_path):
     assert known[Run("all", full).mask_name] == table
 
 
+@pytest.mark.long
 def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):
     """Stops at the fourth video: five are left, none is made twice, and the tables are the same."""
     made = []

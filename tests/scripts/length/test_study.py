@@ -197,6 +197,7 @@ def test_runs_differ_as_their_names_say():
     assert Path(file).parent == Path(trainings["random_lora"].output.path)
 
 
+@pytest.mark.long
 def test_demo_from_end_to_end(tmp_path):
     sizes = {"VIDEOS": "2", "STEPS": "1", "CAPTIONS": "1", "FRAMES": "9", "SIDE": "32"}
     keys = {"KEYS": " ".join(KEYS), "TRAIN_KEYS": " ".join(TRAIN_KEYS), "WORK": str(tmp_path)}

@@ -281,6 +281,7 @@ def test_best_ignores_a_loss_that_is_not_finite(lora_config, tmp_path, monkeypat
     assert '"validation_loss": null' in (tmp_path / "log.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_processes_without_a_clip_to_validate_on_do_not_wait(lora_config, tmp_path):
     words = ["train.steps=2", "train.batch=1", "validation.every=1", "validation.samples=1"]
     launch_training(str(lora_config), f"output.path={tmp_path}", *words, by_torchrun=True)

@@ -117,6 +117,7 @@ def test_predicted_memory_is_near_the_peak_of_a_run(tiny_model, tmp_path):
     assert peak == pytest.approx(sum(predicted.values()), rel=0.2)
 
 
+@pytest.mark.long
 def test_predicted_memory_of_tiles_and_fp8_is_near_the_peak_of_a_run(tmp_path):
     wan_pipeline().save_pretrained(tmp_path / "model")
     keys = ("model.vae_tiling=always", "model.quantization=fp8")

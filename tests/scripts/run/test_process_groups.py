@@ -187,6 +187,7 @@ def test_several_processes_make_the_video_of_one(tiny_model: Path, tmp_path: Pat
     assert record["processes"] == {"ulysses": 2, "ring": 1, "cfg": 2, "data": 1}
 
 
+@pytest.mark.long
 def test_a_ring_makes_the_video_of_one(tiny_model: Path, tmp_path: Path):
     overrides = [f"model.path={tiny_model}", *SHORT]
     assert main([TINY, *overrides, f"output.path={tmp_path / 'one.mp4'}"]) == 0
@@ -219,6 +220,7 @@ def test_bad_input_is_one_line_of_all_processes(tmp_path: Path):
     assert line.startswith("error: generation.height: got 65") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_failure_of_all_is_reported_once(tiny_model: Path, tmp_path: Path):
     """Every process has latents that are not finite."""
     overrides = [f"model.path={tiny_model}", *SHORT, "model.dtype=float16", "generation.guidance_scale=1e38"]
@@ -227,7 +229,7 @@ def test_a_failure_of_all_is_reported_once(tiny_model: Path, tmp_path: Path):
     assert re.match("error: rank [01]: non-finite latents after step", line) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_path: Path):
     process, ranks = endless(tiny_model, tmp_path)
     os.kill(ranks[victim], signal.SIGKILL)
@@ -246,6 +248,7 @@ def test_a_killed_launcher_ends_all(tiny_model: Path, tmp_path: Path):
     assert psutil.wait_procs(running, timeout=60)[1] == [] and not list(tmp_path.rglob("*.mp4"))
 
 
+@pytest.mark.long
 def test_two_machines_share_a_video(tiny_model: Path, tmp_path: Path):
     """Both are this one, with a process each."""
     with socket.socket() as free:
