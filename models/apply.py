@@ -239,12 +239,16 @@ def family_of(transformer: torch.nn.Module) -> ModuleType:
     )
 
 
-def _read_profile(file: str | Path, transformer: torch.nn.Module, family: ModuleType) -> ModelProfile:
-    profile = ModelProfile.read(file)
+def measured_model(transformer: torch.nn.Module, family: ModuleType) -> MeasuredModel:
+    """Returns what a profile says of its model, but for the weights."""
     name, layers = family.__name__.rpartition(".")[2], len(family.attention_layers(transformer))
     settings = transformer.config
-    here = MeasuredModel(name, layers, settings.num_attention_heads, settings.attention_head_dim)
-    difference = profile.model.other(here)
+    return MeasuredModel(name, layers, settings.num_attention_heads, settings.attention_head_dim)
+
+
+def _read_profile(file: str | Path, transformer: torch.nn.Module, family: ModuleType) -> ModelProfile:
+    profile = ModelProfile.read(file)
+    difference = profile.model.other(measured_model(transformer, family))
     if difference is not None:
         raise ValueError(
             f"profile {str(file)!r} was measured on another model: {difference}; calibrate this one"

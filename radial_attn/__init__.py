@@ -10,7 +10,17 @@ from .masks.make import radial_mask
 from .masks.radial import RadialConfig
 
 __version__ = "0.2.0"
-__all__ = ["BlockMask", "RadialConfig", "TokenGrid", "disable", "enable", "radial_attention", "radial_mask"]
+__all__ = [
+    "BlockMask",
+    "RadialConfig",
+    "TokenGrid",
+    "calibrate",
+    "disable",
+    "enable",
+    "radial_attention",
+    "radial_mask",
+]
+_LATER = {"calibrate": "calibration", "disable": "enable", "enable": "enable"}  # these need diffusers
 
 _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "models").is_dir():  # in a checkout models/ is next to this folder
@@ -18,9 +28,9 @@ if not (_HERE / "models").is_dir():  # in a checkout models/ is next to this fol
 
 
 def __getattr__(name: str) -> object:
-    """Imports `enable` and `disable` on first use, because they need diffusers."""
-    if name in ("disable", "enable"):
-        return getattr(_import_module(".models.enable", __name__), name)
+    """Imports what needs diffusers on first use."""
+    if name in _LATER:
+        return getattr(_import_module(f".models.{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -63,6 +63,17 @@ def temporal_frequencies(channels: int, base: float) -> Tensor:
     return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
+def turns_of(rope: torch.nn.Module) -> list[float]:
+    """Returns by how many radians a rotary embedding turns from frame to frame of tokens, the most first.
+
+    Empty for learned frequencies, and for embeddings of other kinds.
+    """
+    if type(rope).__name__ not in ROPES or type(rope).__name__ == LEARNED:
+        return []
+    wan = type(rope).__name__ == "WanRotaryPosEmbed"
+    return temporal_frequencies(*((rope.t_dim, WAN_BASE) if wan else (rope.rope_dim[0], rope.theta))).tolist()
+
+
 def rescale(method: str, frequencies: Tensor, train_frames: int, frames: int) -> Tensor:
     """Returns a factor for each of `frequencies`, float64 `[..., P]`; exactly 1 for those that stay.
 

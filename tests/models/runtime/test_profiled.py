@@ -7,39 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from radial_attn import BlockMask, RadialConfig, enable
+from radial_attn import BlockMask, RadialConfig, calibrate, enable
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.apply import family_of
-from radial_attn.models.profile import MeasuredModel, ModelProfile, Reading
+from radial_attn.models.profile import ModelProfile
 from radial_attn.models.runtime import context
-from radial_attn.models.runtime.observe import Seen
-from radial_attn.models.runtime.transformers import transformers_of
 from radial_attn.selection import Budget, floor_blocks
 from tests.support.families import assert_near
-from tests.support.pipelines import KINDS, Kind
+from tests.support.pipelines import KINDS
 
 CONFIG = RadialConfig(block_size=16, density=0.9)
-EDGES = (0.8, 0.0)
-
-
-def calibrate(kind: Kind, pipeline: object, folder: Path) -> Path:
-    """Writes the profile of a pipeline, from one of its videos, and returns its file."""
-    readings: dict[str, Reading] = {}
-
-    def see(seen: Seen) -> None:
-        reading = readings.setdefault("all", Reading(seen.mask.grid, 16))
-        part = int(seen.sigma < EDGES[0])
-        reading.add(part, seen.layer, (seen.query, seen.key, seen.value), seen.text_lengths)
-
-    with apply_radial_attention(pipeline, RadialConfig(block_size=16), dense_steps=4, observe=see):
-        kind.generate(pipeline, 4)
-    transformer = transformers_of(pipeline)[0]
-    settings, family = transformer.config, family_of(transformer)
-    name, layers = family.__name__.rpartition(".")[2], len(family.attention_layers(transformer))
-    model = MeasuredModel(name, layers, settings.num_attention_heads, settings.attention_head_dim)
-    file = folder / "profile.safetensors"
-    file.write_bytes(ModelProfile.of(readings["all"], model, EDGES).to_bytes())
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +24,10 @@ def calibrated(tmp_path_factory) -> Callable[[str], Path]:
 
     def of(name: str) -> Path:
         if name not in files:
-            files[name] = calibrate(KINDS[name], KINDS[name].make(), tmp_path_factory.mktemp(name))
+            files[name] = tmp_path_factory.mktemp(name) / "profile.safetensors"
+            pipeline = KINDS[name].make()
+            with calibrate(pipeline, files[name], block_size=16, parts=2):
+                KINDS[name].generate(pipeline, 4)
         return files[name]
 
     return of
@@ -142,3 +121,19 @@ def test_other_models_and_bare_transformers_are_refused(calibrated):
     enabled = apply_radial_attention(pipeline.transformer, CONFIG, **options, num_steps=3)
     with enabled, pytest.raises(ValueError, match=message):
         KINDS["wan"].generate(pipeline, 3)
+
+
+def test_calibration_writes_whole_files_of_one_size(tmp_path):
+    kind, pipeline, file = KINDS["wan"], KINDS["wan"].make(), tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match="must have one size, got"), calibrate(pipeline, file):
+        kind.generate(pipeline, 4)
+        kind.generate(pipeline, 4, num_frames=9)
+    with pytest.raises(ValueError, match="at least as many steps, got 3"), calibrate(pipeline, file):
+        kind.generate(pipeline, 3)
+    with pytest.raises(ValueError, match="noise levels"), calibrate(pipeline.transformer, file):
+        kind.generate(pipeline, 4)
+    assert not list(tmp_path.iterdir())
+    with calibrate(pipeline, file):
+        kind.generate(pipeline, 4)
+    profile = ModelProfile.read(file)
+    assert len(profile.edges) == 4 and profile.frequencies[0] == 1 and list(tmp_path.iterdir()) == [file]
