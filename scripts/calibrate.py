@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
     if options.parts > steps:
         raise UsageError(f"--parts: got {options.parts}, must be at most {steps} (generation.steps)")
     parts = divided(steps, options.parts, second_expert(plan))
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.work, options.out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     with Sampler(plan).reporting_memory():
         contents = observed(
             plan,
@@ -87,7 +88,6 @@ def run(options: argparse.Namespace) -> None:
     turns = [base ** (-2 * number / channels) for number in range(channels // 2)]
     profile = ModelProfile.of(reading, plan.measured_model, edges, frequencies=turns, about=about)
     content = profile.to_bytes()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as part:
         part.write_bytes(content)
     kinds = f"{profile.cells.frames} frames by {profile.cells.positions} positions, {len(profile.basis)} maps"
