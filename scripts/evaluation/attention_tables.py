@@ -43,8 +43,7 @@ def lines(data: dict[str, Any], picture: str) -> list[str]:
         _classes(data),
         f"What the mask ({density}) keeps of it:",
         _bands(data["bands"]),
-        head_maps.MEANING.format(density=data["density"]),
-        head_maps.lines(data["maps"], picture.replace(".png", "_heads.png")),
+        *_heads(data, picture),
         TAIL,
         *_tail(data["tail"]),
     )
@@ -103,6 +102,14 @@ def _bands(bands: list[dict[str, Any]]) -> list[str]:
     shares.append(("all", sum(mass for _, mass, _ in shares), kept))
     rows = [[name, *(x if x is None else f"{100 * x:.2f}" for x in cells)] for name, *cells in shares]
     return table("frames apart | mass, % | of it kept, %", rows)
+
+
+def _heads(data: dict[str, Any], picture: str) -> list[Any]:
+    """Returns what masks keep of each head; nothing if an older version made the JSON."""
+    if "maps" not in data:
+        return []
+    text = head_maps.MEANING.format(density=data["density"])
+    return [text, head_maps.lines(data["maps"], picture.replace(".png", "_heads.png"))]
 
 
 def _tail(tail: dict[str, Any]) -> tuple[list[str], str]:
