@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from radial_attn import TokenGrid
 from radial_attn.models.calibration import PARTS
+from radial_attn.models.pipeline.rope_scaling import temporal_frequencies
 from radial_attn.models.profile import ModelProfile, Reading
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
-from scripts.evaluation.attention_run import observed
+from scripts.evaluation.attention_run import observed, summed
 from scripts.run.config import read_one_seed
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.files import replacing
@@ -74,8 +75,7 @@ def run(options: argparse.Namespace) -> None:
             steps=steps,
             own_noise=True,
         )
-    first, *more = [Reading(plan.grid, size, content["sums"], content["counts"]) for content in contents]
-    reading = sum(more, first)
+    reading = summed(contents, plan)
     sigmas = contents[0]["sigmas"]
     edges = [min(sigmas[s] for s in range(steps) if parts[s] == part) for part in range(options.parts)]
     video = plan.size
@@ -84,8 +84,7 @@ def run(options: argparse.Namespace) -> None:
         "video": f"{video.width}x{video.height}, {video.frames} frames, {steps} steps, blocks of {size}",
         "prompts": len(plan.prompts),
     }
-    channels, base = plan.model.rope_time or (0, 1.0)
-    turns = [base ** (-2 * number / channels) for number in range(channels // 2)]
+    turns = temporal_frequencies(*plan.model.rope_time).tolist() if plan.model.rope_time else []
     profile = ModelProfile.of(reading, plan.measured_model, edges, frequencies=turns, about=about)
     content = profile.to_bytes()
     with replacing(options.out) as part:

@@ -120,8 +120,14 @@ def gather(plan: RunPlan, looks: Looks, folder: Path) -> tuple[dict[int, Profile
         for layer in sorted(content["profiles"]):
             profile, tail = Profile(*content["profiles"][layer]), Tail(*content["tails"][layer])
             add(profiles, tails, layer, profile, tail)
+    return profiles, tails, summed(contents, plan)
+
+
+def summed(contents: list[dict[str, Any]], plan: RunPlan) -> Reading:
+    """Adds up the maps of blocks of all prompts."""
+    size = plan.config.attention.block_size
     first, *more = [Reading(plan.grid, size, content["sums"], content["counts"]) for content in contents]
-    return profiles, tails, sum(more, first)
+    return sum(more, first)
 
 
 def observed(
