@@ -11,6 +11,7 @@ import numpy as np
 from scripts.evaluation.metrics import no_lpips
 from scripts.evaluation.recall import averaged
 from scripts.evaluation.settings import DENSE
+from scripts.evaluation.shown import shown
 from scripts.evaluation.videos import Evaluation, Take, machine
 from scripts.run import results
 from scripts.run.describe import describe_settings
@@ -32,8 +33,11 @@ COLUMNS = {
     "attention_flops": ("attention, FLOP", ".4g"),
     "seconds_step": ("s a step", ".3f"),
     "seconds_video": ("s a video", ".2f"),
+    "attributes": ("attributes", ".3f"),
+    "motion_throughout": ("motion", ".3f"),
+    "speed_right": ("speed", ".3f"),
 }
-COSTS = tuple(COLUMNS)[5:]
+COSTS = ("density", "density_with_warmup", "attention_flops", "seconds_step", "seconds_video")
 
 
 def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, Any]:
@@ -47,6 +51,7 @@ def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, An
     readings = [record["attention"] for record in records[DENSE].values()]
     attention = {name: averaged(x[name] for x in readings if name in x) for name in evaluation.masks}
     others = [name for name in evaluation.plans if name != DENSE]
+    seen = shown(evaluation)
     here = {name: machine(plan.device) for name, plan in evaluation.plans.items()}
     timed = {
         name: [record for record in of_setting.values() if record["machine"] == here[name]]
@@ -55,7 +60,10 @@ def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, An
     return {
         "reference": DENSE,
         "settings": [
-            planned(evaluation, name) | {"words": words[name]} | _seconds(evaluation, name, timed[name])
+            planned(evaluation, name)
+            | {"words": words[name]}
+            | _seconds(evaluation, name, timed[name])
+            | seen.get(name, {})
             for name in evaluation.plans
         ],
         "elsewhere": sum(len(of_setting) - len(timed[name]) for name, of_setting in records.items()),
@@ -187,6 +195,12 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
             videos = _videos(data["elsewhere"])
             lines.append(
                 f"The seconds of {videos}, made on another machine or with other threads, are left out."
+            )
+        if data["settings"][0].get("attributes") is not None:
+            lines.append(
+                "The last columns are what the reader of the toy world finds in the videos: the share of the "
+                "caption's four attributes, the share of videos with its motion in each part of the trained "
+                "length, and, if they are long enough, the share that moves at a speed of the toy world."
             )
         if any(plan.config.model.cache != "none" for plan in evaluation.plans.values()):
             lines.append("Operations are not given with a cache, which skips calls.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from radial_attn import radial_mask
 from radial_attn.analysis.recall import kept_by, recall, sample_rows
@@ -16,6 +17,7 @@ from scripts.evaluate import examined, main
 from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of
+from scripts.evaluation.shown import shown
 from scripts.evaluation.tables import content as found_in
 from scripts.evaluation.tables import draw, explained, points, table
 from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
@@ -24,6 +26,8 @@ from scripts.run.attention import attention_arguments, radial_config
 from scripts.run.config import ROOT, read_config
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler, sample, to_bytes
+from scripts.toyworld import read
+from scripts.toyworld.render import parse_caption
 from tests.support.script_cases import timeless
 
 TINY = "configs/wan_tiny.yaml"
@@ -76,6 +80,25 @@ def test_settings_hold_density_operations_and_mask(run: Path):
     assert thin["mask"] == warm["mask"] and thin["mask"]["neighbour"] != "full"
     assert warm["words"] == [THIN, "attention.dense_steps=1"]
     assert all(setting["seconds_video"] > setting["seconds_step"] > 0 for setting in data["settings"])
+
+
+def test_the_reader_scores_captions_of_the_toy_world_alone(run: Path):
+    """With 17 frames there is one part, and no speed."""
+    evaluation, data = planned(run, *COMPARE), content(run)
+    for setting in data["settings"]:
+        right = [
+            read(
+                torch.from_numpy(read_video(evaluation.path(setting["name"], take)) / np.float32(255))
+            ).matches(parse_caption(take.prompt))
+            for take in evaluation.takes
+        ]
+        assert setting["attributes"] == np.mean([list(entry.values()) for entry in right])
+        assert setting["motion_throughout"] == np.mean([entry["motion"] for entry in right])
+        assert setting["speed_right"] is None
+    titles = table(data)[1]
+    assert "attributes | motion" in titles and "speed" not in titles
+    other = "a red circle moving vertically on a gray background at night"
+    assert shown(planned(run, *COMPARE, f"generation.prompt={other}")) == {}
 
 
 def test_metrics_are_those_of_the_frames_before_encoding(run: Path, pipeline: Any):
