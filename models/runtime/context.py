@@ -33,6 +33,7 @@ from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 
+SLICED_DEVICES = ("cuda",)  # elsewhere dense attention masks padded text, bit by bit as upstream does
 PLAIN = {"selection": "static", "far_field": "none", "residual": "none"}  # one mask for all heads
 
 
@@ -47,7 +48,7 @@ class AttentionCall(NamedTuple):
         compare: also compare with the definition.
         text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, None for all.
         parallel: the processes that share the sequence.
-        valid: keys for the dispatch, bool `[B, 1, 1, S]`, None for all.
+        valid: keys for the dispatch: a mask, bool `[B, 1, 1, S]`, or how many each sample has; None for all.
         observe: gets the inputs of each layer, None without an observer.
         far_field: as in `radial_attention`.
         choices: what the layers chose and kept at the last dense step, None if that plays no part.
@@ -60,7 +61,7 @@ class AttentionCall(NamedTuple):
     compare: bool = False
     text_lengths: Tensor | None = None
     parallel: Any = None
-    valid: Tensor | None = None
+    valid: Tensor | tuple[int, ...] | None = None
     observe: Callable[..., None] | None = None
     far_field: str = "none"
     choices: Choices | None = None
@@ -88,8 +89,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
             processor.layer_check.note((query, key, value), output, None, None)
         return output
     if call.backend == "dense":
-        named = getattr(processor, "_attention_backend", None)
-        output = dispatch_attention_fn(query, key, value, attn_mask=call.valid, backend=named)
+        output = _dense(query, key, value, call.valid, getattr(processor, "_attention_backend", None))
     elif call.choices is None:
         output = _sparse(query, key, value, call.mask, call.text_lengths, call=call, processor=processor)
     else:
@@ -102,6 +102,20 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
         options = {"text_lengths": then.text_lengths, "sparse": sparse}
         then.choices.record(processor, (query, key, value), output, then.mask, **options)
     return output
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, valid: Any, backend: Any) -> Tensor:
+    """Computes dense attention by the dispatch; `valid` is as in `AttentionCall`.
+
+    Keys beyond those of a sample are sliced off, because the fastest kernels take no mask.
+    """
+    if valid is None or isinstance(valid, Tensor):
+        return dispatch_attention_fn(query, key, value, attn_mask=valid, backend=backend)
+    if len(set(valid)) == 1:
+        key, value = (x[:, : valid[0]] for x in (key, value))
+        return dispatch_attention_fn(query, key, value, backend=backend)
+    samples = zip(query.split(1), key.split(1), value.split(1), valid, strict=True)
+    return torch.cat([_dense(q, k, v, (count,), backend) for q, k, v, count in samples])
 
 
 def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
@@ -360,12 +374,15 @@ class RadialContext:
         settings = transformer.config
         heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
         shape = len(latents), grid.tokens, heads, settings.attention_head_dim
-        masked = getattr(self._family, "DENSE_HAS_MASK", False)
-        self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
-        if self.parallel is None and self.observer is None and not records:
+        self.dense.prepare(shape, self._dtype, latents.device, mask)
+        sliced = lengths is not None and latents.device.type in SLICED_DEVICES
+        masks = getattr(self._family, "DENSE_HAS_MASK", False)
+        if self.parallel is None and self.observer is None and not records and not (sliced and masks):
             return None
         valid = None
-        if lengths is not None:
+        if sliced:
+            valid = tuple((lengths + grid.video_tokens).tolist())
+        elif lengths is not None:
             valid = torch.arange(grid.tokens) < grid.video_tokens + lengths[:, None]
             valid = valid[:, None, None].to(latents.device)
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
