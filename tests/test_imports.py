@@ -18,11 +18,10 @@ LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors 
 # imported where they are used, each by one kernel
 OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
 DRAWING = {"matplotlib", "PIL"}
-XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
     "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
     "radial_attn.models": {
-        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT)
+        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
     },
     "scripts": {"radial_attn", *LIBRARIES.split()},
 }
