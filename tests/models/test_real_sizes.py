@@ -113,13 +113,13 @@ def without_compiler(monkeypatch):
 @pytest.mark.parametrize("name", ["wan-14b", "hunyuan", "mochi"])
 def test_two_layers_of_real_size(name):
     sizes = {"num_layers": 1, "num_single_layers": 1} if name == "hunyuan" else {"num_layers": 2}
-    check(name, sizes, texts=(100,))
+    check(name, sizes, texts=(100, TEXT))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_of_real_size(name):
-    check(name, {}, texts=(100, TEXT))
+    check(name, {}, texts=(100,))
 
 
 def test_what_waits_or_copies_is_noted():
