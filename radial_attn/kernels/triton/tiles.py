@@ -20,7 +20,8 @@ class Tiles:
     Attributes:
         offsets: int32 `[H or 1, T, 3]`: tile `t` lists its whole tiles in `starts[offsets[t, 0] :
             offsets[t, 1]]`, its mixed ones from there to `offsets[t, 2]`.
-        starts: int32, first token of each listed tile, ascending within both parts.
+        starts: int32, first token of each listed tile, ascending within both parts; then a 0, because kernels
+            read one ahead.
         patterns: int64, the blocks of each listed tile as bits, 1 if kept, row by row from the lowest bit;
             None if no tile holds a block that is left out: then only the ends of text and sequence count.
         mixed: whether any tile is.
@@ -118,6 +119,7 @@ def _list(tiles: list[np.ndarray | None], step: int, device: torch.device) -> Ti
     ends = np.cumsum(counts).reshape(counts.shape)
     offsets = np.concatenate([ends[..., :1] - counts[..., :1], ends], axis=2).astype(np.int32)
     starts = np.broadcast_to(np.arange(kept.shape[3], dtype=np.int32) * step, kept.shape)[kept]
+    starts = np.append(starts, np.int32(0))
     if patterns is not None:
         patterns = np.broadcast_to(patterns[:, :, None], kept.shape)[kept].view(np.int64)
         patterns = torch.from_numpy(patterns).to(device)

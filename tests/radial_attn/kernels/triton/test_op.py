@@ -21,10 +21,21 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.parametrize("name", ["interpreted", "quantized"])
-def test_interpreted(name):
-    file = f"tests/radial_attn/kernels/triton/test_{name}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=600", file]
+@pytest.mark.parametrize("marks", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_interpreted(marks):
+    files = [f"tests/radial_attn/kernels/triton/test_{name}.py" for name in ("interpreted", "quantized")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--timeout=600",
+        "-m",
+        marks,
+        *files,
+    ]
     options = {"cwd": ROOT, "env": os.environ | {"TRITON_INTERPRET": "1"}, "timeout": 890}
     result = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout[-3000:]
