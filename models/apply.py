@@ -73,8 +73,8 @@ def apply_radial_attention(
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
-    fastest. "native" leaves the choice to upstream, "sage" is our own, and a name of diffusers' dispatch
-    ("flash") is set.
+    fastest. "native" leaves the choice to upstream, "sage" and "flash4" are our own, and a name of
+    diffusers' dispatch ("flash") is set.
 
     `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
     values that are not finite. It names the step (from 1) and the first bad place: an input, the weights

@@ -15,7 +15,7 @@ import torch
 
 from .kernels.contract import Call, Needs
 
-BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage")
+BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flash4", "flashinfer", "sage")
 # by device type, or by CUDA compute capability ("sm90") if measured; the first that serves a call is taken
 ORDER = {"cpu": ("cpp", "blocks"), "cuda": ("flex", "triton", "blocks")}
 
@@ -33,6 +33,8 @@ def kernel(backend: str) -> ModuleType:
             from .kernels import flex as module
         case "triton":
             from .kernels.triton import op as module
+        case "flash4":
+            from .kernels.flash4 import op as module
         case "flashinfer":
             from .kernels import flashinfer as module
         case "sage":

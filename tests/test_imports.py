@@ -16,13 +16,20 @@ LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors 
     av imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
     torchvision"""
 # imported where they are used, each by one kernel
-OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
+OPTIONAL = (
+    "flash_attn",
+    "cutlass",
+    "tvm_ffi",
+    "flashinfer",
+    "spas_sage_attn",
+    "sparse_sageattn",
+    "sageattention",
+)
 DRAWING = {"matplotlib", "PIL"}
-XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
     "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
     "radial_attn.models": {
-        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT)
+        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
     },
     "scripts": {"radial_attn", *LIBRARIES.split()},
 }

@@ -28,7 +28,7 @@ from radial_attn.selection import floor_blocks
 
 from .adaptive import Adaptive
 from .choices import Choices
-from .dense_backend import DenseBackend
+from .dense_backend import OURS, DenseBackend
 from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
@@ -367,9 +367,9 @@ class RadialContext:
     ) -> AttentionCall | None:
         """Returns how dense layers attend: None by upstream, whose backend may be chosen by time first."""
         grid = mask.grid
-        if self.dense.name == "sage" or self._in_ring:
+        if self.dense.name in OURS or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
-            backend = "dense" if self._in_ring else "sage"
+            backend = "dense" if self._in_ring else self.dense.name
             return AttentionCall(mask, backend, text_lengths=lengths, parallel=self.parallel)
         settings = transformer.config
         heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))

@@ -17,7 +17,8 @@ from torch import Tensor
 from radial_attn import BlockMask
 from radial_attn.dispatch import kernel, missing
 
-CHOICES = ("auto", "native", "sage")  # and every name of diffusers' dispatch
+OURS = ("sage", "flash4")  # kernels of `radial_attention`
+CHOICES = ("auto", "native", *OURS)  # and every name of diffusers' dispatch
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 TIMED_DEVICES = ("cuda",)
 ROWS = 4096  # query tokens that are timed
@@ -51,7 +52,7 @@ def known_backends() -> list[str]:
 def dense_obstacle(name: str) -> str | None:
     """Says why a known backend cannot serve dense attention here, whatever the call; None if it can."""
     if name in CHOICES:
-        return missing(kernel("sage").NEEDS) if name == "sage" else None
+        return missing(kernel(name).NEEDS) if name in OURS else None
     from diffusers.models.attention_dispatch import attention_backend
 
     try:
@@ -138,7 +139,7 @@ class DenseBackend:
     `name` is one of these; `agree`: see `choose`.
 
     - "native": the user's `set_attention_backend` and similar calls decide.
-    - "sage": `radial_attention` with a dense mask.
+    - A name in `OURS`: `radial_attention` with a dense mask.
     - "auto": on CUDA the fastest of `CANDIDATES` for the shape of the run if the user chose none, else
       "native".
     - Any other name of the dispatch.
@@ -203,7 +204,7 @@ class DenseBackend:
         """Returns `name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
         chosen = next((processor._attention_backend for processor in self._given), None)
         native = _active() if self._dispatched else "native"
-        backend = "sage" if self.name == "sage" else chosen.value if chosen else native
+        backend = self.name if self.name in OURS else chosen.value if chosen else native
         return {"name": self.name, "backend": backend, "seconds": self._times}
 
     def _give(self, processor: Any, name: str | None) -> None:

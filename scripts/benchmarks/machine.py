@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 
+from radial_attn.kernels.triton.configs import launch
 from scripts.benchmarks.attention import AttentionBench
 from scripts.benchmarks.cases import Task
 from scripts.benchmarks.steps import StepBench
+from scripts.benchmarks.tuner import candidates, entry, row
 from scripts.run.system import hardware, installed, versions
 
 PACKAGES = (
@@ -49,11 +52,22 @@ class Session:
             if self._device == "cuda" and not torch.cuda.is_available():
                 raise ValueError("torch finds no CUDA device here")
             return machine(self._device)
-        bench, other = self._attention, self._steps
         if task.kind == "step":
-            bench, other = other, bench
-        other.forget()
-        return bench.run(task)
+            self._attention.forget()
+            return self._steps.run(task)
+        self._steps.forget()
+        if task.kind == "compile":
+            return self._measure(task.detail[0], self._attention.compile)
+        return self._measure(task, self._attention.run)
+
+    def _measure(self, task: Task, run: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a task of attention, with the launch configuration that it names."""
+        if task.kind != "launch":
+            return run(task)
+        device, width = torch.device(self._device), task.case.width
+        chosen = candidates(launch("forward", device, width), "forward", width)[task.detail[0]]
+        with entry("forward", device, width, chosen):
+            return {"launch": row("forward", width, chosen)} | run(task)
 
 
 def short_name(gpu: str) -> str:

@@ -88,7 +88,10 @@ FRAMES: dict[str, tuple[str, ...]] = {  # bundled preset -> what the golden run 
 
 # What depends on the machine is pinned or replaced here, and only here.
 ALONE = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "NPROC")
-ABSENT = ("torchao", "bitsandbytes", "flash_attn", "flash_attn_interface", "flashinfer", "sageattention")
+ABSENT = (
+    *("torchao", "bitsandbytes", "flash_attn", "flash_attn_interface", "tvm_ffi", "flashinfer"),
+    "sageattention",
+)
 REPLACED = [
     (r"(not on this machine: .*?'[^']*').*", r"\1 ..."),  # the reason names what is installed
     (r"(\bcalls)\.(?!dense)\w+", r"\1.KERNEL"),  # the one that auto takes
