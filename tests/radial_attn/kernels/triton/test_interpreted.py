@@ -18,6 +18,7 @@ from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton import op as triton_op
 from radial_attn.kernels.triton import tiles
 from radial_attn.kernels.triton.configs import Launch
+from scripts.benchmarks.speed_model import launch_order
 from tests.support.attention_cases import GRIDS, compare, compare_forward, make_inputs, make_mask, run
 from tests.support.far_cases import bias_for, defined, some_mask
 from tests.support.partial_cases import agree, make, some_blocks
@@ -293,3 +294,19 @@ def test_unaligned_tensors_are_copied_for_descriptors():
     odd = torch.zeros(8 * 2 * 64 + 1, dtype=torch.float16)[1:].view(even.shape)
     assert aligned(even) is even
     assert aligned(odd).data_ptr() % 16 == 0 and torch.equal(aligned(odd), odd)
+
+
+def test_the_order_of_programs_is_the_one_that_is_simulated():
+    import triton
+    import triton.language as tl
+
+    from radial_attn.kernels.triton.forward import program_tile
+
+    @triton.jit
+    def order_kernel(out, BY_KEY: tl.constexpr):
+        tl.store(out + tl.program_id(0), program_tile(BY_KEY))
+
+    for by_key in (False, True):
+        out = torch.zeros(37, dtype=torch.int32)
+        order_kernel[37,](out, BY_KEY=by_key)
+        assert out.tolist() == launch_order(37, by_key)
