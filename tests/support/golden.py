@@ -62,6 +62,7 @@ COMMANDS = {  # the name in the golden files -> the module that runs, and a subc
     "train_tiny": "scripts.train_tiny",
     "render_toyworld": "scripts.render_toyworld",
     "contact_sheet": "scripts.contact_sheet",
+    "export_flash4": "scripts.export_flash4",
     "tune_triton": "scripts.tune_triton",
     "kernel_report": "scripts.kernel_report",
     "check_upstream": "scripts.check_upstream",

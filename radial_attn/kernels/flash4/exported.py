@@ -113,12 +113,10 @@ class Exported:
         heads, name = out.shape[2], variant("forward", out, lists)
         attend = self._function(name, "forward")
         for sample in range(len(out)):
-            part = slice(sample, sample + 1)
-            inputs = [_aligned(x[part]) for x in tensors]
             attend(
-                *inputs,
-                out[part],
-                lse[part],
+                *(_aligned(x.narrow(0, sample, 1)) for x in tensors),
+                out.narrow(0, sample, 1),
+                lse.narrow(0, sample, 1),
                 scale,
                 *[None] * 8,  # lengths, pages, window and sink
                 _sparse(lists, heads),
@@ -142,14 +140,13 @@ class Exported:
         rows = self._kernels[name]["rows"]
         padded = -(-tokens // rows) * rows
         for sample in range(len(query)):
-            part = slice(sample, sample + 1)
-            query, key, value, out, grad, lse = (_aligned(x[part]) for x in tensors)
-            query_grad, key_grad, value_grad = (x[part] for x in grads)
+            query, key, value, out, grad, lse = (_aligned(x.narrow(0, sample, 1)) for x in tensors)
+            query_grad, key_grad, value_grad = (x.narrow(0, sample, 1) for x in grads)
             products, logs = (lse.new_empty(1, heads, padded) for _ in range(2))
             sums = lse.new_empty(1, heads, padded * width)
             prepare(out, grad, products, lse, logs, sums, *[None] * 5, 1.0, None, None)
             if lse_grad is not None:
-                products[..., :tokens] -= lse_grad[part]
+                products[..., :tokens] -= lse_grad[sample]
             attend(
                 *(query, key, value, grad, logs, products, sums, key_grad, value_grad, scale),
                 *[None] * 9,  # lengths, window and semaphores
