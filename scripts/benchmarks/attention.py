@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from radial_attn import BlockMask, radial_attention
+from radial_attn import BlockMask, TokenGrid, radial_attention
 from radial_attn.analysis.sampled_error import (
     OutputError,
     output_error,
@@ -29,11 +29,8 @@ from scripts.benchmarks.timing import Timer
 from scripts.run.errors import one_line
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "sdpa": None}
-PACKAGES = {
-    "flash-attn": "flash_attn",
-    "flash-attn-3": "flash_attn_interface",
-    "flash4-dense": "flash_attn.cute",
-}
+PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
+WHOLE_BLOCK = 128
 SAMPLED = 4  # query blocks whose outputs are compared
 TOLERANCE, QUANTIZED_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 2e-2  # relative L2 norms
 TEXT_LENGTHS = 0.3, 1.0  # of the two samples of a check, as shares of the text
@@ -50,6 +47,8 @@ def dense_attention(name: str) -> Attend:
                 return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
 
         return sdpa
+    if name == "flash4-dense":
+        return lambda *tensors: radial_attention(*tensors, whole_mask(tensors[0].shape[1]), backend="flash4")
     package = PACKAGES[name]
     try:
         function = import_module(package).flash_attn_func
@@ -61,6 +60,14 @@ def dense_attention(name: str) -> Attend:
         return out[0] if isinstance(out, tuple) else out
 
     return flash
+
+
+@lru_cache
+def whole_mask(tokens: int) -> BlockMask:
+    """Returns the mask that keeps all pairs of a sequence."""
+    grid = TokenGrid(1, 1, tokens)
+    blocks = grid.num_blocks(WHOLE_BLOCK)
+    return BlockMask(grid, WHOLE_BLOCK, torch.ones(blocks, blocks, dtype=torch.bool))
 
 
 def attention(variant: str, mask: BlockMask, **options: Any) -> Attend:

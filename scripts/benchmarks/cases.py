@@ -136,7 +136,7 @@ class Task:
     variant: str = ""
     using: str = ""
     dense: str = ""
-    limit: float = 30.0
+    limit: float = 45.0
     detail: tuple = ()
 
     @property
@@ -164,7 +164,7 @@ def tasks(part: int, cases: Sequence[str], variants: Sequence[str], *, tiny: boo
 def first_part(cases: Mapping[str, Case], variants: Sequence[str], small: Case) -> Iterator[Task]:
     """Yields checks, attention at the lengths of the goals, launch configurations and steps."""
     first = [name for name in variants if name in FIRST]
-    yield from (Task("check", small, name) for name in first)
+    yield from (Task("check", small, name, limit=30) for name in first)
     for case in (cases[name] for name in HEADLINES if name in cases):
         yield from (Task("forward", case, name) for name in FIRST if name in {*DENSE, *first})
         if case.name == HEADLINES[1] and "triton" in first and "wan-69" in cases:
@@ -189,7 +189,7 @@ def second_part(cases: Mapping[str, Case], variants: Sequence[str], small: Case)
         usual = [name for name in trained if name != "flex" or case.name in flex_backward]
         yield from (Task("backward", case, name) for name in (*DENSE, *usual))
     first = [name for name in variants if name in FIRST]
-    yield from (Task("check", small, name) for name in first)
+    yield from (Task("check", small, name, limit=30) for name in first)
     for case in (case for name, case in cases.items() if name not in HEADLINES):
         yield from (Task("forward", case, name) for name in (*DENSE, *first))
     rest = [name for name in variants if name not in {*first, "flex"}]

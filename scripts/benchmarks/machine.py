@@ -65,7 +65,9 @@ class Session:
         if task.kind != "launch":
             return run(task)
         device, width = torch.device(self._device), task.case.width
-        chosen = candidates(launch("forward", device, width), "forward", width)[task.detail[0]]
+        current, *others = candidates(launch("forward", device, width), "forward", width)
+        buffered = [x for x in others if x.stages > 1 or current.stages == 1]
+        chosen = buffered[task.detail[0] - 1]
         with entry("forward", device, width, chosen):
             return {"launch": row("forward", width, chosen)} | run(task)
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, MochiTransformer3DModel, WanTransformer3DModel
 
-from radial_attn.dispatch import BACKENDS, missing
 from radial_attn.kernels import flex
+from radial_attn.kernels.flash4 import op as flash4
 from radial_attn.models import apply_radial_attention
 from scripts.run.config import read_config
 from scripts.run.hub_models import HUB_MODELS
@@ -32,7 +33,7 @@ PRESETS = {
 }
 WAITS = {"mochi": {"nonzero"}}  # in dense layers, where upstream removes padded text by value
 TEXT = 256  # tokens of HunyuanVideo and Mochi
-KERNELS = [name for name in ("triton", "flex", "flash4") if name in BACKENDS]
+KERNELS = ("triton", "flex", "flash4")
 
 
 def inputs(name: str, plan, valid: int) -> dict:
@@ -101,25 +102,23 @@ def check(name: str, sizes: dict, texts: tuple[int, ...]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def without_compiler(monkeypatch):
-    """Lets an empty tensor stand for the kernel that torch.compile would make of FlexAttention."""
-    if missing(flex.NEEDS) is None:
-        monkeypatch.setattr(flex, "_check_compiler", lambda device: None)
-        monkeypatch.setattr(
-            flex, "_compiled", lambda mask: lambda query, *_, **__: query.new_empty(query.shape)
-        )
+def without_libraries(monkeypatch):
+    """Lets an empty tensor stand for the kernel that torch.compile would make; flash4 needs no library."""
+    monkeypatch.setattr(flex, "_check_compiler", lambda device: None)
+    monkeypatch.setattr(flex, "_compiled", lambda mask: lambda query, *_, **__: query.new_empty(query.shape))
+    monkeypatch.setattr(flash4, "NEEDS", replace(flash4.NEEDS, modules=(), also=None))
 
 
 @pytest.mark.parametrize("name", ["wan-14b", "hunyuan", "mochi"])
 def test_two_layers_of_real_size(name):
     sizes = {"num_layers": 1, "num_single_layers": 1} if name == "hunyuan" else {"num_layers": 2}
-    check(name, sizes, texts=(100, TEXT))
+    check(name, sizes, texts=(100,))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_of_real_size(name):
-    check(name, {}, texts=(100,))
+    check(name, {}, texts=(TEXT,))
 
 
 def test_what_waits_or_copies_is_noted():

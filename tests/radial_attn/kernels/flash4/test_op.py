@@ -35,12 +35,14 @@ HOPPER = Call(torch.device("cuda"), torch.float16, 64, gradients=False)
 
 @pytest.fixture
 def package(monkeypatch):
-    """Installs the emulation; returns the calls of its two functions."""
+    """Installs the emulation; yields the calls of its two functions."""
     interface, calls = flash4_emulation.install(monkeypatch), []
     monkeypatch.setattr(library, "problem", lambda: None)
     for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
         setattr(interface, name, noted(calls, name, getattr(interface, name)))
-    return calls
+    library.table_lookup.cache_clear()
+    yield calls
+    library.table_lookup.cache_clear()
 
 
 def noted(calls, name, function):
