@@ -63,6 +63,7 @@ COMMANDS = {  # the name in the golden files -> the module that runs, and a subc
     "render_toyworld": "scripts.render_toyworld",
     "contact_sheet": "scripts.contact_sheet",
     "export_flash4": "scripts.export_flash4",
+    "flash4_report": "scripts.flash4_report",
     "tune_triton": "scripts.tune_triton",
     "kernel_report": "scripts.kernel_report",
     "check_upstream": "scripts.check_upstream",

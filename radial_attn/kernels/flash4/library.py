@@ -136,9 +136,11 @@ def table_lookup(block_size: int) -> Callable[..., Any]:
     from cutlass import cute
     from flash_attn.cute.utils import scalar_to_ssa
 
+    bits = block_size.bit_length() - 1  # a division would spill registers at width 128
+
     @cute.jit
     def kept(sample, head, row, column, lengths, tables):  # noqa: ANN001
-        block = tables[0][head[0], row[0] // block_size, column[0] // block_size]
+        block = tables[0][head[0], row[0] >> bits, column[0] >> bits]
         return scalar_to_ssa(cutlass.Int32(block), cutlass.Int32)
 
     return kept
