@@ -16,6 +16,7 @@ from torch import Tensor
 
 from radial_attn import BlockMask, TokenGrid
 from radial_attn.analysis.sampled_error import (
+    SAMPLED_BLOCKS,
     OutputError,
     output_error,
     sample_blocks,
@@ -25,7 +26,6 @@ from radial_attn.analysis.sampled_error import (
 from radial_attn.far_field import Far
 
 CHECKS = ("auto", "off", "nan", "reference")
-SAMPLED_BLOCKS = 4  # query blocks of a layer that are compared
 MOST_ERROR = 0.2  # relative L2 norm; 8-bit products stay under half of it
 
 
