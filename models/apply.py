@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from radial_attn import RadialConfig
+from radial_attn.chooser import Chooser
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
 
@@ -17,6 +18,7 @@ from .profile import MeasuredModel, ModelProfile
 from .runtime.adaptive import Adaptive
 from .runtime.choices import Choices
 from .runtime.context import RadialContext
+from .runtime.counts import other_layers
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
 from .runtime.output_check import OutputCheck, resolve_check
@@ -44,6 +46,7 @@ def apply_radial_attention(
     backend: str = "auto",
     quantize: str | None = None,
     dense_backend: str = "auto",
+    tune: str = "auto",
     check: str = "auto",
     density_range: tuple[float, float] | None = None,
     selection: str = "static",
@@ -112,7 +115,7 @@ def apply_radial_attention(
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
-    dense = DenseBackend(dense_backend, agree)
+    dense, chooser = DenseBackend(dense_backend, agree), Chooser(tune, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps, density_range)
     profile = None if profile is None else str(profile)
     adaptive = Adaptive(selection, budget, far_field, residual, residual_memory, profile)
@@ -138,6 +141,8 @@ def apply_radial_attention(
         family=families[0],
         layers=len(numbers),
         always_dense=sum(number < dense_layers for number in numbers),
+        other_layers=other_layers(transformers[0], families[0]),
+        chooser=chooser,
         adaptive=adaptive,
         choices=Choices(adaptive, config, parallel, measured) if adaptive.has_state else None,
         pipeline=pipeline,
@@ -225,8 +230,7 @@ class RadialAttentionHandle:
         self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
-        if context.output_check.check != "off" or context.adaptive.has_state:
-            self._hooks.append(transformer.register_forward_hook(context.after_call))
+        self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 
 def family_of(transformer: torch.nn.Module) -> ModuleType:

@@ -143,7 +143,12 @@ class Chooser:
         if tune not in TUNES:
             raise ValueError(f"tune must be one of {', '.join(TUNES)}, got {tune!r}")
         self.tune, self._agree = tune, agree
+        self.agrees = agree is not None
         self._choices: list[Choice] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, without the choices, which hold masks."""
+        return vars(self) | {"_choices": []}
 
     def measures(self, device: torch.device) -> bool:
         """Tells whether backends are measured on a device."""
