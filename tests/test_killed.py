@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from scripts import evaluate, generate, prepare_latents, train_lora
 from tests.support.latent_cases import SIZES, write_video
+from tests.support.long import all_but
 from tests.support.lora_cases import same
 from tests.support.multi_process import can_copy
 from tests.support.script_cases import timeless
@@ -92,7 +93,7 @@ JOBS: dict[str, tuple[Callable, Callable, Callable]] = {
 
 
 @pytest.mark.timeout(0 if KILLS > 3 else 300)
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", all_but(["preparation", "training"], JOBS))
 def test_a_command_that_is_killed_ends_as_if_nobody_had(name, tmp_path, lora_config):
     main, words, check = JOBS[name]
     begun, whole = time.monotonic(), tmp_path / "whole"

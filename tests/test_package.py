@@ -213,6 +213,7 @@ def test_commands_of_the_package(installed, elsewhere):
     assert (elsewhere / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_editable_install_leads_to_the_checkout(checkout, tmp_path):
     python = make_environment(tmp_path / "editable", checkout, "--editable")
     origin, others, _, _ = output(python, "-c", SEARCH, cwd=tmp_path).splitlines()
@@ -227,6 +228,7 @@ def test_a_checkout_runs_without_being_installed(tmp_path):
     assert output(sys.executable, *command, cwd=ROOT) == there
 
 
+@pytest.mark.long
 def test_models_of_a_checkout_exist_once():
     """In whatever order they are imported: each order begins in a fork of a process that has diffusers."""
     code = f"""

@@ -50,6 +50,7 @@ def test_scripts_stay_where_the_user_stands(script):
         assert "-P -m scripts." in text and 'PYTHONPATH="$root' in text
 
 
+@pytest.mark.long
 def test_a_measuring_script_writes_where_the_user_stands(tmp_path):
     """Bundled configurations are found from anywhere."""
     before = set((ROOT / "results").iterdir())
@@ -89,6 +90,7 @@ def test_setup_makes_an_environment_once_and_then_changes_nothing(copy, tmp_path
     assert bash(str(copy / "scripts/setup.sh")).returncode == 0
 
 
+@pytest.mark.long
 def test_setup_recovers_from_an_interruption_and_two_at_once_agree(copy):
     command = ["bash", str(copy / "scripts/setup.sh")]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)

@@ -13,7 +13,12 @@ from tests.support.multi_process import run_ranks
 from tests.support.tiny import wan_inputs, wan_transformer
 from tests.support.tolerances import MOST
 
-DEGREES = [(2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2)]
+DEGREES = [
+    (2, 1, 1),
+    (2, 2, 1),
+    *(pytest.param(4, 1, ring, marks=pytest.mark.long) for ring in (1, 2)),
+    (4, 2, 1),
+]
 
 
 @pytest.mark.parametrize(("processes", "cfg", "ring"), DEGREES, ids=str)

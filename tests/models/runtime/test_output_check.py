@@ -23,6 +23,7 @@ from tests.support.families import (
     run,
 )
 from tests.support.families import video as family_video
+from tests.support.long import all_but
 from tests.support.pipelines import generate
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 
@@ -42,7 +43,8 @@ def compile_whole(transformer):
     return torch.compile(transformer, backend="eager")
 
 
-ways = pytest.mark.parametrize("prepare", [lambda x: x, compile_blocks, compile_whole])
+slow = pytest.param(compile_whole, marks=pytest.mark.long)
+ways = pytest.mark.parametrize("prepare", [lambda x: x, compile_blocks, slow])
 
 
 @ways
@@ -78,7 +80,7 @@ def test_the_check_changes_nothing_and_leaves_no_trace(prepare):
     [
         (lambda x: x, torch.float32),
         (lambda x: x, torch.bfloat16),
-        (partial(compile_blocks, backend="eager"), torch.float32),
+        pytest.param(partial(compile_blocks, backend="eager"), torch.float32, marks=pytest.mark.long),
     ],
 )
 def test_reference_compares_each_layer_once_for_each_size(prepare, dtype, caplog):
@@ -174,7 +176,7 @@ def test_auto_watches_over_quantised_kernels():
 
 
 @pytest.mark.parametrize("check", ["off", "nan", "reference"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", all_but([False], [False, True]))
 def test_gradients_under_the_check(check, compiled):
     transformer = wan_transformer(num_layers=2).train()
     with apply_radial_attention(transformer, SPARSE):

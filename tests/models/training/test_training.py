@@ -1,5 +1,7 @@
 """The forks of every family under LoRA, gradient checkpointing and torch.compile."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -9,6 +11,7 @@ from radial_attn.models import apply_radial_attention
 from tests.support.auto_backend import AUTO
 from tests.support.families import (
     BY_NAME,
+    FAMILIES,
     FULL,
     SPARSE,
     Family,
@@ -18,6 +21,7 @@ from tests.support.families import (
     gradients,
     video,
 )
+from tests.support.long import all_but
 from tests.support.tiny import wan_inputs, wan_transformer
 
 SCHEDULE = {"dense_steps": 1, "dense_layers": 1, "dense_last_steps": 1, "num_steps": 4}
@@ -118,7 +122,9 @@ def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule)
         assert report["calls"] == {"dense": 3 * 2 * (2 * layers + 2), AUTO: 3 * 2 * 2 * (layers - 1)}
 
 
-@families
+@pytest.mark.parametrize(
+    "family", all_but(["wan", "ltx"], FAMILIES, attrgetter("name")), ids=attrgetter("name")
+)
 def test_compiled_blocks_follow_dense_steps_and_grids(family):
     """Mochi's dense attention takes text out of the padding, which breaks the graph."""
     both_kinds = family.name == "hunyuan_video"  # of blocks, one each and none always dense: they are slow
@@ -134,7 +140,7 @@ def test_compiled_blocks_follow_dense_steps_and_grids(family):
             assert_near(video(family, transformer, 2, 1, **size), output)
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video15"])
+@pytest.mark.parametrize("name", all_but(["wan"], ["wan", "hunyuan_video15"]))
 def test_a_compiled_transformer_runs_and_is_unwrapped(name):
     """HunyuanVideo 1.5 breaks the graph at its sorting of the text."""
     family = BY_NAME[name]

@@ -14,10 +14,12 @@ from radial_attn.kernels.contract import Call
 from radial_attn.kernels.cpp.build import load_library
 from radial_attn.kernels.cpp.op import SOURCE, cpp_attention
 from tests.support.attention_cases import GRIDS, compare, make_inputs, make_mask, run
+from tests.support.long import all_but
 
 pytestmark = pytest.mark.skipif(isinstance(load_library(SOURCE), str), reason="no C++ compiler")
 
 
+@pytest.mark.long
 def test_a_sequence_whose_gradients_are_summed_in_parts():
     grid = TokenGrid(20, 16, 16)
     blocks = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) < 0.1
@@ -156,7 +158,7 @@ def test_a_folder_that_cannot_be_written_to(source, monkeypatch, tmp_path):
     assert not list((tmp_path / "spare").iterdir())
 
 
-@pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), ()])
+@pytest.mark.parametrize("flags", all_but([()], [("-mavx2", "-mfma"), ()]))
 def test_narrower_vectors_compute_the_same(flags, monkeypatch, tmp_path):
     if flags and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("no AVX2")

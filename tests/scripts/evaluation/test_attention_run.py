@@ -148,6 +148,7 @@ def test_readings_follow_from_version_weights_loras_and_the_prompts_number(tmp_p
     assert name() != second
 
 
+@pytest.mark.long
 def test_prompts_add_up_and_those_that_are_there_stay(tmp_path, monkeypatch, capsys):
     """Averages two prompts; after an interruption only the second is observed."""
     words = ["--layers", "1", "--steps", "2", f"generation.prompt_file={tmp_path / 'prompts.txt'}"]

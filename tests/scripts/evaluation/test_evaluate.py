@@ -154,6 +154,7 @@ def test_attention_is_that_of_the_dense_run_at_the_steps_asked_for(run: Path, pi
         assert data["means"]["thin"][kind] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_stopped_evaluation_goes_on_to_the_same_end(run: Path, tmp_path: Path, monkeypatch, capsys):
     made, sampled = [], Sampler.sample_video
 

@@ -19,6 +19,7 @@ from scripts.lora.plan import TrainPlan, plan_training
 from scripts.lora.validation import shares
 from scripts.run.errors import UsageError
 from scripts.train_lora import main
+from tests.support.long import all_but
 from tests.support.lora_cases import (
     adapter,
     cut,
@@ -59,6 +60,7 @@ def shared(lora_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(lora_config, tmp_path_factory.mktemp("shared"), "fsdp", *VALIDATION)
 
 
+@pytest.mark.long
 def test_shared_weights_give_what_whole_ones_give(tmp_path):
     """Outputs and gradients of every family are equal, with and without checkpointing; each has half.
 
@@ -95,7 +97,7 @@ def test_two_processes_learn_the_same(whole, shared):
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("begun", ["shared", "whole"])
+@pytest.mark.parametrize("begun", all_but(["shared"], ["shared", "whole"]))
 def test_a_stopped_run_ends_the_same(lora_config, shared, tmp_path, begun, request):
     """Both if it shared its weights from the first step, and if it did not."""
     folder = cut(request.getfixturevalue(begun), tmp_path / "cut", 2)
@@ -103,6 +105,7 @@ def test_a_stopped_run_ends_the_same(lora_config, shared, tmp_path, begun, reque
     assert same(folder, shared)
 
 
+@pytest.mark.long
 def test_bfloat16_and_numbers_that_are_not_finite(tiny_model, tmp_path):
     """Norms stay in float32; blocks are recomputed; two batches make an update; one clip is NaN.
 

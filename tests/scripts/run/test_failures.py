@@ -20,6 +20,7 @@ from scripts.run.hub_models import HUB_MODELS
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler
 from scripts.run.system import available_memory, room
+from tests.support.long import all_but
 from tests.support.plans import TINY
 from tests.support.script_cases import arguments, error_lines, refused
 
@@ -58,7 +59,9 @@ def last_line(process: subprocess.Popen, code: int = 2) -> str:
     return lines[-1]
 
 
-@pytest.mark.parametrize("path", ["nobody/nothing", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
+@pytest.mark.parametrize(
+    "path", all_but(["nobody/nothing"], ["nobody/nothing", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
+)
 def test_a_hub_id_out_of_reach(path, tmp_path):
     if path in HUB_MODELS and room("cpu") < 16 * 2**30:  # its memory is known, and checked first
         pytest.skip("less than 16 GiB of memory are free")
@@ -77,12 +80,14 @@ def test_memory_that_runs_out_on_the_way(tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_disk_without_room_for_the_video(tiny_model, tmp_path):
     line = last_line(start(arguments(tiny_model, tmp_path / "out"), limits="-f 2"))
     assert line.startswith("error: output.path: cannot write") and "room" in line
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cab\nabc\nbac\n")
@@ -95,6 +100,7 @@ def test_a_full_disk_stops_a_prompt_file(tiny_model, tmp_path):
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.long
 def test_interrupting_leaves_no_partial_file(tiny_model, tmp_path):
     argv = arguments(tiny_model, tmp_path / "out", "generation.steps=100000", "attention.pattern=dense")
     process = start(argv)

@@ -76,7 +76,10 @@ def test_flex_lists_all_pairs_of_blocks():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")
-@pytest.mark.parametrize(("family", "frames", "latents"), [("hunyuan_video", 17, 5), ("mochi", 7, 2)])
+@pytest.mark.parametrize(
+    ("family", "frames", "latents"),
+    [pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long), ("mochi", 7, 2)],
+)
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
     """Decodes a video larger than a tile in its own process, whose freed tensors go back to the system."""
     side = TILE * 3 // 2

@@ -110,6 +110,7 @@ def measured(model: Path, folder: Path, *keys: str) -> tuple[float, dict[str, fl
     return record["peak_memory"]["host_bytes"], record["predicted_memory"], plain
 
 
+@pytest.mark.long
 def test_predicted_memory_is_near_the_peak_of_a_run(tiny_model, tmp_path):
     """Decoding takes more than the program itself."""
     peak, predicted, _ = measured(tiny_model, tmp_path)

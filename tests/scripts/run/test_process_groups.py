@@ -201,6 +201,7 @@ def test_a_ring_makes_the_video_of_one(tiny_model: Path, tmp_path: Path):
     assert record["processes"] == {"ulysses": 1, "ring": 2, "cfg": 1, "data": 1}
 
 
+@pytest.mark.long
 def test_prompts_are_shared_and_a_second_run_makes_none_again(tiny_model: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\na cow\n")
@@ -240,6 +241,7 @@ def test_a_killed_process_ends_all_in_one_line(victim, tiny_model: Path, tmp_pat
     assert not any(psutil.pid_exists(pid) for pid in ranks) and not list(tmp_path.rglob("*.mp4"))
 
 
+@pytest.mark.long
 def test_a_killed_launcher_ends_all(tiny_model: Path, tmp_path: Path):
     process, ranks = endless(tiny_model, tmp_path)
     running = [psutil.Process(pid) for pid in ranks]
