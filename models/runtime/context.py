@@ -118,7 +118,7 @@ class RadialContext:
                 self._choices.begin_part(self._counter.sigma(), latents.device)
         self._dtype, mask = _working_dtype(latents), self._mask(transformer, grid, step)
         attends = records or not dense
-        choice = self._open_choice(transformer, latents, mask, lengths) if attends else None
+        choice = self._open_choice(transformer, latents, mask, lengths) if attends or not scheduled else None
         if choice is not None and choice.name == DENSE:
             dense, records, attends = True, False, False
         self._choice, self._begins = choice, begins
@@ -158,7 +158,8 @@ class RadialContext:
             self._reason = "too_short"
             self.output_check.leave_out()
         self._dense_steps += self._begins and self._reason is not None
-        self._counts.add(self._backend_of(self._radial_call), self._reason)
+        whole = self._radial_call is not None and self._radial_call.mask.is_dense
+        self._counts.add(self._backend_of(self._radial_call), self._reason or ("mask" if whole else None))
         if self.output_check.check == "off":
             return
         calls = self._radial_call, self._dense_call
@@ -231,6 +232,7 @@ class RadialContext:
         choice: Choice | None,
     ) -> AttentionCall:
         """Returns how the layers of a sparse call attend."""
+        is_open = choice is not None and choice.name is None
         return AttentionCall(
             mask,
             self._choose(latents, width, mask, choice),
@@ -239,8 +241,8 @@ class RadialContext:
             parallel=self.parallel,
             far_field=self.adaptive.far_field,
             choices=self._choices,
-            choice=choice,
-            chooser=self._chooser,
+            choice=choice if is_open else None,
+            chooser=self._chooser if is_open else None,
         )
 
     def _choose(self, latents: Tensor, width: int, mask: BlockMask, choice: Choice | None) -> str:

@@ -28,15 +28,14 @@ class Counts:
 
         Args:
             backend: of the layers that are not dense at every step.
-            reason: one of `REASONS` why they were dense, None if they were not.
+            reason: one of `REASONS` why they attend to everything, None if they do not.
         """
-        if reason is not None:
-            self._reasons[reason] += self._layers
-        else:
-            self._reasons["dense_layer"] += self._always_dense
         able = self._layers - self._always_dense
-        self._calls["dense"] += self._layers - able
+        self._calls["dense"] += self._always_dense
         self._calls[backend] += able
+        self._reasons["dense_layer" if backend != "dense" else reason] += self._always_dense
+        if reason is not None:
+            self._reasons[reason] += able
         self._reasons["cross_attention"] += self._others
 
     def report(self) -> dict[str, Any]:
