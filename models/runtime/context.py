@@ -69,15 +69,8 @@ class RadialContext:
         self.adaptive, self._choices = adaptive, choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
-        refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
-        if refused is not None:
-            raise ValueError(refused.reason)
-        if self._in_ring and self.adaptive != replace(self.adaptive, **PLAIN):
-            words = ", ".join(f"{name}={value!r}" for name, value in vars(self.adaptive).items())
-            raise ValueError(
-                f"a ring does not support {words}: no process has all keys; allowed: selection='static', "
-                "far_field='none', residual='none'"
-            )
+        if self._in_ring:
+            self._check_ring()
         self._radial_call: AttentionCall | None = None
         self._dense_call: AttentionCall | None = None
         self._dtype, self._dense_steps = torch.float32, 0
@@ -87,6 +80,18 @@ class RadialContext:
         self._text = TextLengths(family)
         self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
+
+    def _check_ring(self) -> None:
+        """Raises ValueError for an option that a ring does not support."""
+        refused = self.parallel.ring.refusal(self.quantize, self.output_check.check, self.dense.name)
+        if refused is not None:
+            raise ValueError(refused.reason)
+        if self.adaptive != replace(self.adaptive, **PLAIN):
+            words = ", ".join(f"{name}={value!r}" for name, value in vars(self.adaptive).items())
+            raise ValueError(
+                f"a ring does not support {words}: no process has all keys; allowed: selection='static', "
+                "far_field='none', residual='none'"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for a copy or a pickle, without the latest calls, whose masks hold kernels."""
@@ -104,24 +109,24 @@ class RadialContext:
         lengths = self._text.read(arguments)
         if self.parallel is not None:
             self.parallel.begin(grid, self.config.block_size)
-        step, begins = self._counter.advance(arguments["timestep"])
-        if begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
+        step, self._begins = self._counter.advance(arguments["timestep"])
+        if self._begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
             self.schedule.check_run(*self._counter.plan)
         plan = self._counter.plan
         dense = scheduled = self.config.pattern == "dense" or self.schedule.is_dense(step, *plan)
         records = False
         if self._choices is not None and self.config.pattern != "dense":
-            self._begin_choices(transformer, grid, step, first=begins)
+            self._begin_choices(transformer, grid, step, first=self._begins)
             dense = dense or (self.adaptive.needs_dense_step and not self._choices.ready)
             records = dense and self.adaptive.records and self.schedule.precedes_sparse(step, *plan)
             if self.adaptive.selection == "profile" and (records or not dense):
                 self._choices.begin_part(self._counter.sigma(), latents.device)
         self._dtype, mask = _working_dtype(latents), self._mask(transformer, grid, step)
         attends = records or not dense
-        choice = self._open_choice(transformer, latents, mask, lengths) if attends or not scheduled else None
-        if choice is not None and choice.name == DENSE:
+        may_attend = attends or not scheduled
+        self._choice = self._open_choice(transformer, latents, mask, lengths) if may_attend else None
+        if self._stays_dense:
             dense, records, attends = True, False, False
-        self._choice, self._begins = choice, begins
         self._reason = self._reason_of(scheduled) if dense else None
         compare = self.output_check.begin(transformer, None if dense else mask, arguments)
         self._dense_call = None
@@ -129,7 +134,7 @@ class RadialContext:
             self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
         self._radial_call = self._dense_call
         if attends:
-            sparse = self._sparse_call(latents, transformer.config.attention_head_dim, mask, lengths, choice)
+            sparse = self._sparse_call(latents, transformer.config.attention_head_dim, mask, lengths)
             self._radial_call = sparse._replace(compare=compare)
         if records:
             self._choices.begin_dense()
@@ -153,8 +158,7 @@ class RadialContext:
         """Ends a call, as forward hook of a transformer; raises CheckError if it fails its check."""
         if self._choices is not None:
             self._choices.end_call()
-        shape_is_dense = self._choice is not None and self._choice.name == DENSE
-        if shape_is_dense and self._reason is None:
+        if self._stays_dense and self._reason is None:
             self._reason = "too_short"
             self.output_check.leave_out()
         self._dense_steps += self._begins and self._reason is not None
@@ -223,36 +227,36 @@ class RadialContext:
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
         )
 
+    @property
+    def _stays_dense(self) -> bool:
+        """Tells whether dense attention was found to be as fast for the shape of the call."""
+        return self._choice is not None and self._choice.name == DENSE
+
     def _sparse_call(
-        self,
-        latents: Tensor,
-        width: int,
-        mask: BlockMask,
-        lengths: Tensor | None,
-        choice: Choice | None,
+        self, latents: Tensor, width: int, mask: BlockMask, lengths: Tensor | None
     ) -> AttentionCall:
         """Returns how the layers of a sparse call attend."""
-        is_open = choice is not None and choice.name is None
+        is_open = self._choice is not None and self._choice.name is None
         return AttentionCall(
             mask,
-            self._choose(latents, width, mask, choice),
+            self._choose(latents, width, mask),
             self.quantize,
             text_lengths=lengths,
             parallel=self.parallel,
             far_field=self.adaptive.far_field,
             choices=self._choices,
-            choice=choice if is_open else None,
+            choice=self._choice if is_open else None,
             chooser=self._chooser if is_open else None,
         )
 
-    def _choose(self, latents: Tensor, width: int, mask: BlockMask, choice: Choice | None) -> str:
+    def _choose(self, latents: Tensor, width: int, mask: BlockMask) -> str:
         """Returns the backend of radial layers with heads `width` wide; logs the choice of "auto"."""
         if self.backend != "auto":
             return self.backend
-        if choice is not None and choice.name is not None:
-            return choice.name
+        if self._choice is not None and self._choice.name is not None:
+            return self._choice.name
         chosen = choose_backend(self._asked(latents, width, mask))
-        if choice is None:
+        if self._choice is None:
             levels = self._choices.densities if self._choices is not None else ()
             asked = " to ".join(f"{density:.3f}" for density in sorted({*levels[:1], *levels[-1:]}))
             report_choice(chosen, latents, mask, f"{asked} (chosen)" if levels else "")
@@ -310,8 +314,7 @@ class RadialContext:
         """Says why a call is dense."""
         if self.config.pattern == "dense":
             return "mask"
-        shape_is_dense = self._choice is not None and self._choice.name == DENSE
-        return "too_short" if shape_is_dense and not scheduled else "dense_step"
+        return "too_short" if self._stays_dense and not scheduled else "dense_step"
 
     @staticmethod
     def _backend_of(call: AttentionCall | None) -> str:
