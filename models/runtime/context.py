@@ -336,12 +336,11 @@ class RadialContext:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
             backend = "dense" if self._in_ring else "sage"
             return AttentionCall(mask, backend, text_lengths=lengths, parallel=self.parallel)
-        shape = self._shape(transformer, latents, grid)
-        masked = getattr(self._family, "DENSE_HAS_MASK", False)
-        self.dense.prepare(shape, self._dtype, latents.device, mask, masked=masked)
-        if self.parallel is None and self.observer is None and not records:
-            return None
+        self.dense.prepare(self._shape(transformer, latents, grid), self._dtype, latents.device, mask)
         valid = valid_keys(grid, lengths, latents.device)
+        sliced = isinstance(valid, tuple) and getattr(self._family, "DENSE_HAS_MASK", False)
+        if self.parallel is None and self.observer is None and not records and not sliced:
+            return None
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
 
 

@@ -14,6 +14,8 @@ from radial_attn.trial import DENSE
 
 from .choices import Choices
 
+SLICED_DEVICES = ("cuda",)  # elsewhere dense attention masks padded text, bit by bit as upstream does
+
 
 class AttentionCall(NamedTuple):
     """Tells the layers of a call how to attend, unless upstream serves them.
@@ -26,7 +28,7 @@ class AttentionCall(NamedTuple):
         compare: also compare with the definition.
         text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, None for all.
         parallel: the processes that share the sequence.
-        valid: keys for the dispatch, bool `[B, 1, 1, S]`, None for all.
+        valid: keys for the dispatch: a mask, bool `[B, 1, 1, S]`, or how many each sample has; None for all.
         observe: gets the inputs of each layer, None without an observer.
         far_field: as in `radial_attention`.
         choices: what the layers chose and kept at the last dense step, None if that plays no part.
@@ -40,7 +42,7 @@ class AttentionCall(NamedTuple):
     compare: bool = False
     text_lengths: Tensor | None = None
     parallel: Any = None
-    valid: Tensor | None = None
+    valid: Tensor | tuple[int, ...] | None = None
     observe: Callable[..., None] | None = None
     far_field: str = "none"
     choices: Choices | None = None
@@ -70,8 +72,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
             processor.layer_check.note((query, key, value), output, None, None)
         return output
     if call.backend == "dense":
-        named = getattr(processor, "_attention_backend", None)
-        output = dispatch_attention_fn(query, key, value, attn_mask=call.valid, backend=named)
+        output = _dense(query, key, value, call.valid, getattr(processor, "_attention_backend", None))
     elif call.choices is None:
         output = _sparse(query, key, value, call.mask, call.text_lengths, call=call, processor=processor)
     else:
@@ -113,10 +114,28 @@ def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
     return output
 
 
-def valid_keys(grid: TokenGrid, lengths: Tensor | None, device: torch.device) -> Tensor | None:
-    """Returns which keys count for the dispatch, bool `[B, 1, 1, S]`, None for all."""
+def _dense(query: Tensor, key: Tensor, value: Tensor, valid: Any, backend: Any) -> Tensor:
+    """Computes dense attention by the dispatch; `valid` is as in `AttentionCall`.
+
+    Keys beyond those of a sample are sliced off, because the fastest kernels take no mask.
+    """
+    if valid is None or isinstance(valid, Tensor):
+        return dispatch_attention_fn(query, key, value, attn_mask=valid, backend=backend)
+    if len(set(valid)) == 1:
+        key, value = (x[:, : valid[0]] for x in (key, value))
+        return dispatch_attention_fn(query, key, value, backend=backend)
+    samples = zip(query.split(1), key.split(1), value.split(1), valid, strict=True)
+    return torch.cat([_dense(q, k, v, (count,), backend) for q, k, v, count in samples])
+
+
+def valid_keys(
+    grid: TokenGrid, lengths: Tensor | None, device: torch.device
+) -> Tensor | tuple[int, ...] | None:
+    """Returns `AttentionCall.valid` for text lengths `[B]`."""
     if lengths is None:
         return None
+    if device.type in SLICED_DEVICES:
+        return tuple((lengths + grid.video_tokens).tolist())
     valid = torch.arange(grid.tokens) < grid.video_tokens + lengths[:, None]
     return valid[:, None, None].to(device)
 
@@ -130,6 +149,5 @@ def dense_attention(
     grid: TokenGrid,
     backend: Any,
 ) -> Tensor:
-    """Computes dense attention `[B, S, H, D]` as the layers do."""
-    valid = valid_keys(grid, text_lengths, query.device)
-    return dispatch_attention_fn(query, key, value, attn_mask=valid, backend=backend)
+    """Computes dense attention `[B, S, H, D]` as the layers do; `backend`: a name of the dispatch or None."""
+    return _dense(query, key, value, valid_keys(grid, text_lengths, query.device), backend)
