@@ -129,16 +129,9 @@ class RadialContext:
             dense, records, attends = True, False, False
         self._reason = self._reason_of(scheduled) if dense else None
         compare = self.output_check.begin(transformer, None if dense else mask, arguments)
-        self._dense_call = None
-        if dense or self.schedule.dense_layers:
-            self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
-        self._radial_call = self._dense_call
-        if attends:
-            sparse = self._sparse_call(latents, transformer.config.attention_head_dim, mask, lengths)
-            self._radial_call = sparse._replace(compare=compare)
-        if records:
-            self._choices.begin_dense()
-            self._radial_call = self._dense_call._replace(records=sparse)
+        self._set_calls(transformer, latents, mask, lengths, dense=dense, attends=attends, records=records)
+        if attends and not records:
+            self._radial_call = self._radial_call._replace(compare=compare)
         if self.observer is not None:
             sigma = self._counter.sigmas and self._counter.sigmas[step]
             note = self.observer.of_call(step=step, sigma=sigma, mask=mask, text_lengths=lengths)
@@ -146,6 +139,29 @@ class RadialContext:
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         before = self._densities.pop(grid, None)
         self._densities[grid] = mask.density if before is None or not dense else before
+
+    def _set_calls(
+        self,
+        transformer: torch.nn.Module,
+        latents: Tensor,
+        mask: BlockMask,
+        lengths: Tensor | None,
+        *,
+        dense: bool,
+        attends: bool,
+        records: bool,
+    ) -> None:
+        """Sets how radial and always dense layers attend; `records`: the former prepare sparse steps."""
+        self._dense_call = None
+        if dense or self.schedule.dense_layers:
+            self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
+        self._radial_call = self._dense_call
+        if attends:
+            width = transformer.config.attention_head_dim
+            self._radial_call = self._sparse_call(latents, width, mask, lengths)
+        if records:
+            self._choices.begin_dense()
+            self._radial_call = self._dense_call._replace(records=self._radial_call)
 
     def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
         """Adds the calls of radial and of always dense layers, as forward hook of the rotary embedding."""
