@@ -49,7 +49,7 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
         f"seconds    {pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
         f"a step     {pairs(steps)}{faster}",
         f"attention  {record['tokens']} tokens, density {record['density']:.3f}; "
-        f"calls: {_describe_calls(record['attention'])}",
+        f"calls: {describe_calls(record['attention'])}",
     ]
     if (cache := record["cache"])["kind"] != "none":
         skipped, has_threshold = cache["due"] - cache["computed"], cache["kind"] in ("first_block", "mag")
@@ -62,14 +62,13 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
     return [*lines, f"memory     {pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
 
 
-def _describe_calls(report: dict[str, Any]) -> str:
-    """Counts attention calls by backend, and dense ones by reason: `192 cpp, 48 dense (48 dense step)`."""
-    stayed = {name.replace("_", " "): count for name, count in report["stayed_dense"].items() if count}
-    cross = stayed.pop("cross attention", 0)
-    reasons = ", ".join(f"{count} {name}" for name, count in stayed.items())
-    calls = {name: count for name, count in report["calls"].items() if name != "dense"}
-    calls |= {name: count for name, count in report["calls"].items() if name == "dense"}
-    texts = [f"{count} {name}" for name, count in calls.items()]
+def describe_calls(report: dict[str, Any]) -> str:
+    """Counts attention calls by backend, and those with every block by reason: `8 cpp, 4 dense (4 mask)`."""
+    calls = sorted(report["calls"].items(), key=lambda entry: entry[0] == "dense")
+    texts = [f"{count} {name}" for name, count in calls] or ["none"]
+    stayed = {name: count for name, count in report["stayed_dense"].items() if count}
+    cross = stayed.pop("cross_attention", 0)
+    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in stayed.items())
     texts[-1] += f" ({reasons})" if reasons else ""
     return ", ".join([*texts, f"{cross} cross-attention"] if cross else texts)
 
