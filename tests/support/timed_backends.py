@@ -9,6 +9,7 @@ from torch import Tensor
 
 from radial_attn import trial
 from radial_attn.dispatch import kernel
+from radial_attn.models.runtime import layer_attention
 
 
 class Costs:
@@ -25,6 +26,11 @@ class Costs:
             module = kernel(name)
             for function in {"attention", "partial_attention", "with_far_field"} & vars(module).keys():
                 patch.setattr(module, function, partial(self.pay, name, getattr(module, function)))
+
+    def charge_models(self, patch: pytest.MonkeyPatch) -> None:
+        """Also sets what dense attention costs in models that measure."""
+        dispatch = partial(self.pay, "dense", layer_attention.dispatch_attention_fn)
+        patch.setattr(layer_attention, "dispatch_attention_fn", dispatch)
 
     def pay(self, name: str, attend: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
         """Calls a backend, moves the clock, and spoils the output if asked."""

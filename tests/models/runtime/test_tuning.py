@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from radial_attn import RadialConfig, radial_mask
 from radial_attn.kernels import reference
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime import context, layer_attention
+from radial_attn.models.runtime import context
 from tests.support.auto_backend import AUTO
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, families, run, with_text
 from tests.support.pipelines import generate
@@ -25,10 +25,7 @@ def costs(monkeypatch):
     for masks in (radial_mask, context._per_head):
         masks.cache_clear()  # a mask keeps the choices of its shapes
     costs = Costs(monkeypatch, {"reference": 1e-3, "cpp": 2e-3, "blocks": 3e-3, "dense": 4e-3})
-    dispatch = layer_attention.dispatch_attention_fn
-    monkeypatch.setattr(
-        layer_attention, "dispatch_attention_fn", lambda *a, **b: costs.pay("dense", dispatch, *a, **b)
-    )
+    costs.charge_models(monkeypatch)
     return costs
 
 
