@@ -78,7 +78,7 @@ def apply_radial_attention(
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
     fastest. "native" leaves the choice to upstream, "sage" is our own, and a name of diffusers' dispatch
     ("flash") is set. `tune` says whether `backend="auto"` measures the backends at the first sparse call of a
-    shape (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto", which is "once" on CUDA, else "off".
+    shape (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto": "once" on CUDA, else "off".
 
     `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
     values that are not finite. It names the step (from 1) and the first bad place: an input, the weights
@@ -199,7 +199,7 @@ class RadialAttentionHandle:
         - `layers`, `dense_layers`: of one transformer.
         - `calls`: self-attention calls by backend ("dense", ...).
         - `stayed_dense`: how many of them attend to everything because of a "dense_step", a "dense_layer", a
-          sequence that is "too_short" to gain, or a "mask" that keeps every block; calls of "cross_attention".
+          sequence that is "too_short" to gain, or a "mask" that keeps all; calls of "cross_attention".
         - `tuning`: what was measured for each `shape`: its `density`, the `backend` that was chosen, the
           `seconds` of those that were right, why others were `refused`, and the `efficiency`.
         - `quantize`: the option.
