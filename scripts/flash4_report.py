@@ -89,8 +89,8 @@ def report(rows: list[Row]) -> str:
         "# The kernels of FlashAttention-4 as compiled",
         "",
         f"`python -m scripts.flash4_report`: compiled, not run, by {versions}, for bfloat16. Registers are",
-        "those that a thread starts with; warps give some to each other later. Spills are the instructions that",
-        'use local memory. "prepare" and "finish" run before and after the backward.',
+        "those that a thread starts with; warps give some to each other later. Spills are the instructions",
+        'that use local memory. "prepare" and "finish" run before and after the backward.',
         *table(f"{titles} | tensor core instructions", cells),
     ]
     return "\n".join(lines) + "\n"

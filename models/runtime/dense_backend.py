@@ -200,9 +200,14 @@ class DenseBackend:
         for processor in free:
             self._give(processor, None if name == "native" else name)
 
+    @property
+    def in_use(self) -> Any:
+        """Returns what the processors name in the dispatch; None if they leave it to the dispatch."""
+        return next((processor._attention_backend for processor in self._given), None)
+
     def report(self) -> dict[str, Any]:
         """Returns `name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
-        chosen = next((processor._attention_backend for processor in self._given), None)
+        chosen = self.in_use
         native = _active() if self._dispatched else "native"
         backend = self.name if self.name in OURS else chosen.value if chosen else native
         return {"name": self.name, "backend": backend, "seconds": self._times}
