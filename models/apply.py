@@ -78,8 +78,8 @@ def apply_radial_attention(
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
     fastest. "native" leaves the choice to upstream, "sage" and "flash4" are our own, and a name of
     diffusers' dispatch ("flash") is set. `tune` says whether `backend="auto"` measures the backends at the
-    first sparse call of a shape (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto": "once" on
-    CUDA, else "off".
+    first sparse call of a shape (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto", which is
+    "once" on CUDA and "off" elsewhere.
 
     `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
     values that are not finite. It names the step (from 1) and the first bad place: an input, the weights
