@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
@@ -28,7 +27,7 @@ from radial_attn.selection import floor_blocks
 
 from .adaptive import Adaptive
 from .choices import Choices
-from .dense_backend import DenseBackend
+from .dense_backend import DenseBackend, dense_attention
 from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
@@ -89,7 +88,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
             processor.layer_check.note((query, key, value), output, None, None)
         return output
     if call.backend == "dense":
-        output = _dense(query, key, value, call.valid, getattr(processor, "_attention_backend", None))
+        named = getattr(processor, "_attention_backend", None)
+        output = dense_attention(query, key, value, valid=call.valid, backend=named)
     elif call.choices is None:
         output = _sparse(query, key, value, call.mask, call.text_lengths, call=call, processor=processor)
     else:
@@ -102,20 +102,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
         options = {"text_lengths": then.text_lengths, "sparse": sparse}
         then.choices.record(processor, (query, key, value), output, then.mask, **options)
     return output
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, valid: Any, backend: Any) -> Tensor:
-    """Computes dense attention by the dispatch; `valid` is as in `AttentionCall`.
-
-    Keys beyond those of a sample are sliced off, because the fastest kernels take no mask.
-    """
-    if valid is None or isinstance(valid, Tensor):
-        return dispatch_attention_fn(query, key, value, attn_mask=valid, backend=backend)
-    if len(set(valid)) == 1:
-        key, value = (x[:, : valid[0]] for x in (key, value))
-        return dispatch_attention_fn(query, key, value, backend=backend)
-    samples = zip(query.split(1), key.split(1), value.split(1), valid, strict=True)
-    return torch.cat([_dense(q, k, v, (count,), backend) for q, k, v, count in samples])
 
 
 def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)

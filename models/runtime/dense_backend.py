@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
 from radial_attn import BlockMask
@@ -130,6 +131,24 @@ def choose(
         return best, times
 
     return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device), build)
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, valid: Any, backend: Any) -> Tensor:
+    """Computes dense attention `[B, S, H, D]` by the dispatch.
+
+    Keys beyond those of a sample are sliced off, because the fastest kernels take no mask.
+
+    Args:
+        valid: keys of each sample as a mask, bool `[B, 1, 1, S]`, or as their numbers; None for all.
+        backend: a name of the dispatch, or None.
+    """
+    if valid is None or isinstance(valid, Tensor):
+        return dispatch.dispatch_attention_fn(query, key, value, attn_mask=valid, backend=backend)
+    if len(set(valid)) == 1:
+        key, value = (x[:, : valid[0]] for x in (key, value))
+        return dispatch.dispatch_attention_fn(query, key, value, backend=backend)
+    samples = zip(query.split(1), key.split(1), value.split(1), valid, strict=True)
+    return torch.cat([dense_attention(q, k, v, valid=(n,), backend=backend) for q, k, v, n in samples])
 
 
 class DenseBackend:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
+from diffusers.models import attention_dispatch
 
 from radial_attn.models import apply_radial_attention, hunyuan_video
 from radial_attn.models.runtime import context
@@ -69,13 +70,13 @@ def test_dense_calls_slice_padded_text_off(family, lengths, monkeypatch):
     """As on a GPU, where flash kernels take no mask; a CPU masks, bit by bit as upstream."""
     transformer, inputs = family.transformer(), family.sized(lengths=lengths)
     expected, seen = run(transformer, inputs), []
-    dispatch = context.dispatch_attention_fn
+    dispatch = attention_dispatch.dispatch_attention_fn
 
     def watched(query, key, value, attn_mask=None, backend=None):
         seen.append((len(key), query.shape[1] - key.shape[1], attn_mask))
         return dispatch(query, key, value, backend=backend)
 
-    monkeypatch.setattr(context, "dispatch_attention_fn", watched)
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", watched)
     with apply_radial_attention(transformer, DENSE):
         assert torch.equal(run(transformer, inputs), expected) and not seen
         monkeypatch.setattr(context, "SLICED_DEVICES", ("cpu",))
