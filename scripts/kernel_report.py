@@ -151,8 +151,8 @@ def compile_all(archs: list[str]) -> list[Compiled]:
         return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
 
 
-def report(rows: list[Compiled]) -> str:
-    """Returns the results file."""
+def report(rows: list[Compiled], command: str) -> str:
+    """Returns the results file; `command` made it."""
     import triton
 
     cells = []
@@ -168,7 +168,7 @@ def report(rows: list[Compiled]) -> str:
     lines = [
         "# The Triton kernels as compiled",
         "",
-        "`python -m scripts.kernel_report`: compiled, not run, by Triton "
+        f"`{command}`: compiled, not run, by Triton "
         f"{triton.__version__} from the launch table of radial_attn/kernels/triton/configs.py.",
         "Buffers: of each tile that is loaded, in the loop with the fewest. Barriers: of a program, a tile.",
         *table(f"{titles} | shared, B (limit) | buffers | barriers | tensor core instructions", cells),
@@ -185,9 +185,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--speed", type=Path, default=speed, help="file of the estimated speed")
     options = parser.parse_args(argv)
     rows = compile_all(options.arch)
-    write_text(options.out, report(rows))
+    some = "" if options.arch == list(LAUNCHES) else f" --arch {' '.join(options.arch)}"
+    command = f"python -m scripts.kernel_report{some}"
+    write_text(options.out, report(rows, command))
     measured = [(row.arch, row.variant, row.registers, row.shared, row.loop) for row in rows if row.loop]
-    write_text(options.speed, speed_report(measured))
+    write_text(options.speed, speed_report(measured, command))
     for row in rows:
         for fault in row.faults:
             about = f"{row.arch} {row.variant.kind} width {row.variant.width} {row.variant.masks}"

@@ -147,7 +147,7 @@ def makespan(costs: Sequence[float], processors: int) -> float:
 
 HEAD = """# Speed of the Triton kernels, estimated
 
-`python -m scripts.kernel_report`: **estimates, not measurements**, from the compiled kernels and from masks.
+`{command}`: **estimates, not measurements**, from the compiled kernels and from masks.
 The last column waits for a GPU.
 
 ## Share of the tensor cores' dense rate
@@ -170,8 +170,11 @@ as it becomes free."""
 Row = tuple[str, Variant, int, int, Counter[str]]  # architecture, kernel, registers, shared bytes, hot loop
 
 
-def speed_report(rows: Sequence[Row]) -> str:
-    """Returns the file of estimates of compiled kernels, with an empty column for what a GPU will show."""
+def speed_report(rows: Sequence[Row], command: str) -> str:
+    """Returns the file of estimates of compiled kernels, with an empty column for what a GPU will show.
+
+    `command` made it.
+    """
     kept = [row for row in rows if _is_modelled(row[1])]
     estimates = {(arch, each.kind, each.width): estimate(arch, each, *used) for arch, each, *used in kept}
     kernels = [
@@ -199,7 +202,7 @@ def speed_report(rows: Sequence[Row]) -> str:
         "tensor core, cycles | other, cycles (pipe) | at least | at most | estimate | measured"
     )
     lines = [
-        HEAD,
+        HEAD.format(command=command),
         *table(titles, kernels),
         BACKWARD,
         *table("arch | head width | nine products, estimate | one pass of seven, estimate | measured", both),

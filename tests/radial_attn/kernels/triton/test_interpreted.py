@@ -297,14 +297,7 @@ def test_unaligned_tensors_are_copied_for_descriptors():
 
 
 def test_the_order_of_programs_is_the_one_that_is_simulated():
-    import triton
-    import triton.language as tl
-
-    from radial_attn.kernels.triton.forward import program_tile
-
-    @triton.jit
-    def order_kernel(out, BY_KEY: tl.constexpr):
-        tl.store(out + tl.program_id(0), program_tile(BY_KEY))
+    from tests.support.program_order import order_kernel
 
     for by_key in (False, True):
         out = torch.zeros(37, dtype=torch.int32)
