@@ -36,7 +36,7 @@ from scripts.run.results import RESULTS
 
 TEST_SECONDS, START_SECONDS, COMPILE_SECONDS, RESERVE_SECONDS = 90.0, 60.0, 60.0, 8.0
 BUILD_SECONDS = 480.0
-LEAST_SECONDS = 3.0  # that must be left to begin a measurement
+LEAST_SECONDS, LEAST_TEST_SECONDS = 3.0, 20.0  # that must be left to begin a measurement, the tests
 # a dense kernel that is behind the best by this factor is not timed again: for the same stage, for another
 SLOWER, MUCH_SLOWER = 1.03, 1.25
 MOST_LOST, MOST_LOST_OF_ONE = 12, 2  # children that may be lost before the run, or a variant, ends
@@ -93,7 +93,9 @@ class Run:
                     self._measure(task)
             self._workers.close()
             if 2 in parts and not chosen.skip_tests and chosen.device == "cuda":
-                self.data["tests"] = run_tests(min(TEST_SECONDS, max(1.0, self._left())))
+                seconds = min(TEST_SECONDS, self._left())
+                late = {"note": f"the {chosen.minutes:g} minutes were over"}
+                self.data["tests"] = run_tests(seconds) if seconds > LEAST_TEST_SECONDS else late
                 self._done(f"kernel tests: {self.data['tests']}")
             self.data["finished"] = True
         finally:
@@ -154,8 +156,8 @@ class Run:
     def _check(self, task: Task) -> None:
         """Runs a check. One that is late, and is wrong in nothing, leaves its variant to be timed."""
         checks = self.data["checks"].setdefault(task.variant, {})
-        if (task.kind == "check" and checks) or "failure" in checks:
-            return
+        if {"failure", "right" if task.kind == "check" else "gradients"} & checks.keys():
+            return  # the other part ran it
         obstacle = flashinfer_obstacle() if task.variant == "flashinfer" else None
         result: dict[str, Any] = {"failure": obstacle}
         if not obstacle or (self.options.build_flashinfer and "not built" in obstacle):

@@ -26,6 +26,9 @@ from scripts.run.system import hardware, installed, versions
 PACKAGES = (
     "triton",
     "flash-attn",
+    "flash-attn-4",
+    "apache-tvm-ffi",
+    "nvidia-cutlass-dsl",
     "flashinfer-python",
     "flashinfer-jit-cache",
     "sageattention",
@@ -34,7 +37,7 @@ PACKAGES = (
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 NO_NAME = {"nvidia", "amd", "instinct", "geforce", "radeon", "tesla", "quadro", "graphics", "generation"}
 NO_NAME |= {"pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5"}
-TESTS = ("tests/radial_attn/kernels/triton/test_op.py", "tests/radial_attn/kernels/test_flex.py")
+TESTS = ("triton/test_op.py", "flash4/test_op.py", "test_flex.py")  # of the kernels
 TEST_PROCESSES = 6
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
@@ -130,7 +133,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*command, *TESTS],
+            [*command, *(f"tests/radial_attn/kernels/{name}" for name in TESTS)],
             cwd=Path(__file__).parents[2],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CU
 """
 SHAPED = ("nonzero", "masked_select", "_unique2", "bincount")  # the values give the shape of the result
 SYNCS = ("_local_scalar_dense", "is_nonzero", "equal", *SHAPED)
+FILLED = ("full", "ones", "zeros")
 SMALL = 1 << 20  # values of tensors up to this size are known
 Key = tuple[str, str]
 
@@ -106,7 +108,11 @@ class FakeCuda(TorchDispatchMode):
     def _compute(self, func: Any, given: list[Tensor], args: tuple, kwargs: dict) -> Any:
         """Computes on the host what an operator gives, if all it reads is small and known; else None."""
         known = [self._value(x) for x in given]
-        if func.namespace == "prim" or not given or any(x is None or x.numel() > SMALL for x in known):
+        if func.namespace == "prim" or any(x is None or x.numel() > SMALL for x in known):
+            return None
+        name = func.overloadpacket.__name__
+        shape = args[1] if name.startswith("new_") else args[0] if name in FILLED else ()
+        if not (given or name in FILLED) or prod(shape) > SMALL:
             return None
         args, kwargs = tree_map(self._value, args), tree_map(self._value, kwargs)
         if "device" in kwargs:

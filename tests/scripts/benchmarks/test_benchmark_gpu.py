@@ -212,6 +212,16 @@ def test_results_and_rehearsals_go_to_different_folders():
     assert parse([]).out.name == "results" and parse(["--tiny"]).out.name == "outputs"
 
 
+def test_carried_kernels_and_packages_are_found(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$RADIAL_ATTN_FLASH4 $PYTHONPATH"\n')
+    python.chmod(0o755)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "flash4.json").touch()
+    done = bash(PYTHON=str(python), RADIAL_ATTN_FLASH4=str(tmp_path), PYTHONPATH="")
+    assert done.stdout.split() == [str(tmp_path), f"{ROOT}:{tmp_path}/site"]
+
+
 def test_a_missing_python_is_one_line():
     done = bash("--tiny", PYTHON="/no/such/python")
     assert done.returncode == 2
