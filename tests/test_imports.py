@@ -31,7 +31,7 @@ ALLOWED = {
     "radial_attn.models": {
         *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
     },
-    "scripts": {"radial_attn", *LIBRARIES.split()},
+    "scripts": {"radial_attn", *LIBRARIES.split(), "flash_attn", "cutlass", "tvm_ffi"},
 }
 FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts": set()}
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
