@@ -1,12 +1,14 @@
 """Whole models whose code takes its branches for CUDA, on tensors of the CPU that pretend to be there."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from radial_attn import radial_mask
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.efficiency import place
 from radial_attn.models.runtime import dense_backend
 from tests.support.families import FAMILIES, SPARSE, assert_near, run
 from tests.support.pretended_cuda import OnGpu, on_gpu, pretended_cuda
@@ -48,3 +50,12 @@ def test_a_model_on_a_gpu_gives_what_it_gives_on_a_cpu(family, monkeypatch, capl
     assert costs.seconds.keys() <= found["seconds"].keys() and report["calls"].keys() == {"dense", "flex"}
     assert len(list(tmp_path.glob("choice-*.json"))) == 1
     assert any(line.startswith("backend flex for ") for line in caplog.messages)
+
+
+def test_offload_names_the_gpu_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    moved = SimpleNamespace(enable_model_cpu_offload=lambda device: named.append(device))
+    named: list[str] = []
+    for device in ("cuda", "cpu"):
+        place(moved, device, "model")
+    assert named == ["cuda:3", "cpu"]

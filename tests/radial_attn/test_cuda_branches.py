@@ -6,6 +6,7 @@ import torch
 from radial_attn import radial_attention
 from radial_attn.block_mask import Part
 from radial_attn.dispatch import obstacle, order_key
+from radial_attn.kernels import sage
 from radial_attn.kernels.blocks import op as blocks
 from radial_attn.kernels.contract import Call
 from radial_attn.partial import partial_attention
@@ -82,5 +83,6 @@ def check_masks_residuals_and_orders():
         assert isinstance(kept.values, OnGpu) and not isinstance(there.values, OnGpu)
         assert torch.equal(there.add_to(lacking), kept.add_to(lacking))
     assert order_key(GPU) in {"sm90", "cuda"}
+    assert sage.block_shape("spas_sage_attn", GPU) == (64, 128)
     call = Call(GPU, torch.float32, 16, False, mask)
     assert obstacle("blocks", call) is None and "got a tensor on cuda" in obstacle("cpp", call)
