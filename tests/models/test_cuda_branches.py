@@ -54,8 +54,7 @@ def test_a_model_on_a_gpu_gives_what_it_gives_on_a_cpu(family, monkeypatch, capl
 
 def test_offload_names_the_gpu_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    moved = SimpleNamespace(enable_model_cpu_offload=lambda device: named.append(device))
-    named: list[str] = []
+    named: dict[str, str] = {}
     for device in ("cuda", "cpu"):
-        place(moved, device, "model")
-    assert named == ["cuda:3", "cpu"]
+        place(SimpleNamespace(enable_model_cpu_offload=named.update), device, "model")
+        assert named == {"device": "cuda:3" if device == "cuda" else "cpu"}
