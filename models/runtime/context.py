@@ -315,9 +315,9 @@ class RadialContext:
 
     def _dense(self, mask: BlockMask) -> Callable[..., Tensor]:
         """Returns dense attention of query, key, value and text lengths, as dense layers compute it."""
-        if self.dense.name == "sage":
+        if self.dense.name in OURS:
             whole = radial_mask(mask.grid, replace(self.config, pattern="dense"))
-            return partial(radial_attention, mask=whole, backend="sage")
+            return partial(radial_attention, mask=whole, backend=self.dense.name)
         return partial(dense_attention, grid=mask.grid, backend=self.dense.in_use)
 
     def _shape(self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid) -> tuple[int, ...]:
