@@ -14,12 +14,12 @@ from torch import Tensor
 
 from radial_attn import TokenGrid
 
-from .runtime.context import attend
+from .runtime.layer_attention import attend
 from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
-DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every kernel takes
+DENSE_HAS_MASK = True  # upstream gives dense attention a mask; the fastest kernels take none
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
@@ -65,7 +65,7 @@ class JointProcessor:
         """
         *rotary, radial_call, dense_call = image_rotary_emb
         call = dense_call if self.dense else radial_call
-        if call is None:
+        if call is None or (call.backend == "dense" and self._parallel_config is not None):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
         streams = project(attn, hidden_states, encoder_hidden_states, rotary)
         output = attend(*streams, call, self).flatten(2, 3)

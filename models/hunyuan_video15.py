@@ -17,7 +17,7 @@ from .hunyuan_video import JointProcessor, joint_grid
 
 UPSTREAM_PROCESSOR = HunyuanVideo15AttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
-DENSE_HAS_MASK = True  # upstream gives dense attention a mask, which not every kernel takes
+DENSE_HAS_MASK = True  # upstream gives dense attention a mask; the fastest kernels take none
 
 
 def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:

@@ -111,6 +111,21 @@ class BlockMask:
             return host
         return self.cached(("csr", device), lambda: (host[0].to(device), host[1].to(device)))
 
+    def token_counts(self, text_lengths: Tensor | None, device: torch.device) -> Tensor | None:
+        """Returns the tokens of each sample that count, int32 `[B]` on a device; None if all do.
+
+        Without gradients lengths recur at every step, so each distinct list is copied once.
+        """
+        if text_lengths is None:
+            return None
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return (text_lengths + self.grid.video_tokens).to(device, torch.int32)
+        counts = tuple((text_lengths + self.grid.video_tokens).tolist())
+        return self.cached(
+            ("token counts", counts, device),
+            lambda: torch.tensor(counts, dtype=torch.int32, device=device),
+        )
+
     def token_mask(self) -> Tensor:
         """Expands the mask to tokens, bool `[S, S]` or `[H, S, S]`: for tests, memory quadratic in S."""
         rows = self.blocks.repeat_interleave(self.block_tokens, dim=-2)

@@ -4,9 +4,10 @@ A kernel states its `NEEDS`. A missing library or an unsuited call gives one lin
 `python -m radial_attn backends` prints the table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
@@ -135,15 +136,20 @@ def table(call: Call) -> list[tuple[str, str, str, str]]:
     for name in BACKENDS[1:]:
         needs = kernel(name).NEEDS
         reason = obstacle(name, call)
-        rows.append((name, _versions(needs.modules), "no" if reason else "yes", reason or ""))
+        rows.append((name, versions(needs.modules), "no" if reason else "yes", reason or ""))
     return rows
 
 
-def _versions(modules: tuple[str, ...]) -> str:
+def versions(modules: tuple[str, ...]) -> str:
     """Returns the versions of the installed libraries, "built in" if none is needed."""
-    versions = []
+    present = []
     for name in (name for names in modules for name in names.split("|")):
-        packages = metadata.packages_distributions().get(name, [name])
+        packages = _distributions().get(name, [name])
         with suppress(metadata.PackageNotFoundError):
-            versions.append(f"{packages[0]} {metadata.version(packages[0])}")
-    return ", ".join(versions) or ("no" if modules else "built in")
+            present.append(f"{packages[0]} {metadata.version(packages[0])}")
+    return ", ".join(present) or ("no" if modules else "built in")
+
+
+@lru_cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()

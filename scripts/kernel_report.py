@@ -1,21 +1,24 @@
 """Compiles every Triton kernel for every architecture of the launch table, on any machine, and reports it.
 
     python -m scripts.kernel_report [--out results/kernels_compiled.md] [--arch sm90 ...]
+                                    [--speed results/kernels_speed_estimates.md]
 
-Exit code 1 if a kernel spills registers, needs more shared memory than the architecture has, or does not use
-the tensor cores.
+Exit code 1 if a kernel spills registers, needs more shared memory than the architecture has, does not use the
+tensor cores, or on sm90 prefetches fewer tiles than it has stages, copies tiles or waits too often.
 """
 
 import re
-import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from typing import Any
 
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
+from scripts.benchmarks.hot_loop import Tiles, cuobjdump, loop_instructions, tiles_of
 from scripts.benchmarks.kernel_sources import Variant, source, variants
+from scripts.benchmarks.speed_model import PROCESSORS, speed_report
 from scripts.run.errors import OneLineParser
 from scripts.run.files import write_text
 from scripts.run.processes import end_with_parent
@@ -30,6 +33,7 @@ SHARED_BYTES = {  # the most that one program may have
     "sm120": 101_376,
     "gfx942": 65_536,
 }
+MOST_BARRIERS = 3  # of a program at a tile on sm90
 TENSOR_CORES = {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma"}  # else mma.sync
 
 
@@ -43,6 +47,10 @@ class Compiled:
     spilled: int  # bytes of a thread's stack
     shared: int  # bytes
     instructions: int  # of the tensor cores
+    tiles: Tiles
+    loop: Counter[str] = field(
+        default_factory=Counter
+    )  # of hot_loop.loop_instructions, where the model reads it
     moved_twice: bool = False  # rows of the second group of specialised warps
 
     @property
@@ -55,6 +63,18 @@ class Compiled:
             faults.append(f"shared memory over {SHARED_BYTES[self.arch]} B")
         if self.variant.kind in KINDS and not self.instructions:
             faults.append(f"no {tensor_cores(self.arch)}")
+        return faults + (self._loop_faults() if self.arch == "sm90" and self.variant.kind in KINDS else [])
+
+    def _loop_faults(self) -> list[str]:
+        launch, faults = self.variant.launch, []
+        if launch.specialize:  # other warps load, and their loop names no buffers
+            return faults
+        if self.variant.kind != "far field" and self.tiles.buffers < launch.stages:
+            faults.append(f"{self.tiles.buffers} buffers in {launch.stages} stages")
+        if self.tiles.moved:
+            faults.append(f"{self.tiles.moved} copies of tiles in a turn of the loop")
+        if self.loop["barriers"] > MOST_BARRIERS:
+            faults.append(f"{self.loop['barriers']} barriers in a turn of the loop")
         return faults
 
 
@@ -68,14 +88,30 @@ def compile_kernel(arch: str, variant: Variant) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64)
+    options = {"num_warps": variant.launch.warps, "num_stages": variant.launch.stages}
+    return examined(arch, variant, triton.compile(source(variant), target=target, options=options))
+
+
+def examined(arch: str, variant: Variant, made: Any) -> Compiled:
+    """Reads a kernel that Triton compiled."""
     cuda, launch = arch.startswith("sm"), variant.launch
-    target = GPUTarget("cuda", int(arch[2:]), 32) if cuda else GPUTarget("hip", arch, 64)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    made = triton.compile(source(variant), target=target, options=options)
     registers, spilled = cuda_usage(made.asm["cubin"]) if cuda else amd_usage(made.asm["amdgcn"])
     count = made.asm["ptx" if cuda else "amdgcn"].count(tensor_cores(arch))
-    twice = launch.specialize and moves_rows_twice(made.asm["ttgir"])
-    return Compiled(arch, variant, registers, spilled, made.metadata.shared, count, twice)
+    loop = Counter()
+    if arch in PROCESSORS and variant.kind in KINDS:
+        loop = loop_instructions(cuobjdump(made.asm["cubin"], "-sass"))
+    return Compiled(
+        arch,
+        variant,
+        registers,
+        spilled,
+        made.metadata.shared,
+        count,
+        tiles_of(made.asm["ttgir"]),
+        loop,
+        launch.specialize and moves_rows_twice(made.asm["ttgir"]),
+    )
 
 
 def moves_rows_twice(code: str) -> bool:
@@ -98,13 +134,7 @@ def moves_rows_twice(code: str) -> bool:
 
 def cuda_usage(cubin: bytes) -> tuple[int, int]:
     """Returns registers and stack bytes of a thread, by `cuobjdump -res-usage` of Triton's own toolchain."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    text = cuobjdump(cubin, "-res-usage")
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
@@ -121,8 +151,8 @@ def compile_all(archs: list[str]) -> list[Compiled]:
         return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
 
 
-def report(rows: list[Compiled]) -> str:
-    """Returns the results file."""
+def report(rows: list[Compiled], command: str) -> str:
+    """Returns the results file; `command` made it."""
     import triton
 
     cells = []
@@ -132,14 +162,16 @@ def report(rows: list[Compiled]) -> str:
         kernel = row.arch, variant.kind, variant.width, variant.masks
         launch = tile, chosen.warps, chosen.stages, "yes" if chosen.descriptors else ""
         memory = row.registers, row.spilled, f"{row.shared} ({SHARED_BYTES[row.arch]})"
-        cells.append([*kernel, *launch, *memory, f"{row.instructions} {tensor_cores(row.arch)}"])
+        loop = row.tiles.buffers or "", row.loop["barriers"] if row.loop else ""
+        cells.append([*kernel, *launch, *memory, *loop, f"{row.instructions} {tensor_cores(row.arch)}"])
     titles = "arch | kernel | head width | mask | tile | warps | stages | TMA | registers | spilled, B"
     lines = [
         "# The Triton kernels as compiled",
         "",
-        "`python -m scripts.kernel_report`: compiled, not run, by Triton "
+        f"`{command}`: compiled, not run, by Triton "
         f"{triton.__version__} from the launch table of radial_attn/kernels/triton/configs.py.",
-        *table(f"{titles} | shared, B (limit) | tensor core instructions", cells),
+        "Buffers: of each tile that is loaded, in the loop with the fewest. Barriers: of a program, a tile.",
+        *table(f"{titles} | shared, B (limit) | buffers | barriers | tensor core instructions", cells),
     ]
     return "\n".join(lines) + "\n"
 
@@ -149,9 +181,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m scripts.kernel_report", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels_compiled.md", help="file of the table")
     parser.add_argument("--arch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
+    speed = RESULTS / "kernels_speed_estimates.md"
+    parser.add_argument("--speed", type=Path, default=speed, help="file of the estimated speed")
     options = parser.parse_args(argv)
     rows = compile_all(options.arch)
-    write_text(options.out, report(rows))
+    some = "" if options.arch == list(LAUNCHES) else f" --arch {' '.join(options.arch)}"
+    command = f"python -m scripts.kernel_report{some}"
+    write_text(options.out, report(rows, command))
+    measured = [(row.arch, row.variant, row.registers, row.shared, row.loop) for row in rows if row.loop]
+    write_text(options.speed, speed_report(measured, command))
     for row in rows:
         for fault in row.faults:
             about = f"{row.arch} {row.variant.kind} width {row.variant.width} {row.variant.masks}"

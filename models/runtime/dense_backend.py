@@ -21,6 +21,7 @@ OURS = ("sage", "flash4")  # kernels of `radial_attention`
 CHOICES = ("auto", "native", *OURS)  # and every name of diffusers' dispatch
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 TIMED_DEVICES = ("cuda",)
+ROWS = 4096  # query tokens that are timed
 REPEATS = 3
 Agree = Callable[[Any], Any]  # returns the first process's value in all processes
 
@@ -62,21 +63,25 @@ def dense_obstacle(name: str) -> str | None:
 
 
 def measure(
-    names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device, masked: bool = False
+    names: Sequence[str], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> dict[str, float | None]:
     """Returns seconds of dense attention on random `[B, S, H, D]` for each name of the dispatch.
 
-    Each is the least of a few calls after a warm-up. It is None if the backend does not suit this machine or
-    these tensors, or if it takes no mask and the calls will be `masked`.
+    Each is the least of a few calls after a warm-up, of one sample and at most `ROWS` query tokens: a long
+    video takes seconds a call. It is None if the backend does not suit this machine or these tensors, or if
+    they do not fit in memory.
     """
     generator = torch.Generator(device).manual_seed(0)
     make = partial(torch.randn, generator=generator, dtype=dtype, device=device)
-    tensors = [make(tuple(shape)) for _ in range(3)]
-    allowed = tensors[0].new_ones(shape[0], 1, 1, shape[1], dtype=torch.bool) if masked else None
-    return {name: _seconds(name, tensors, allowed) for name in names}
+    _, tokens, *rest = shape
+    try:
+        tensors = [make((1, count, *rest)) for count in (min(tokens, ROWS), tokens, tokens)]
+    except torch.OutOfMemoryError:
+        return dict.fromkeys(names)
+    return {name: _seconds(name, tensors) for name in names}
 
 
-def _seconds(name: str, tensors: Sequence[Tensor], allowed: Tensor | None) -> float | None:
+def _seconds(name: str, tensors: Sequence[Tensor]) -> float | None:
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     device, times = tensors[0].device, []
@@ -86,7 +91,7 @@ def _seconds(name: str, tensors: Sequence[Tensor], allowed: Tensor | None) -> fl
             warnings.simplefilter("ignore")
             for _ in range(1 + REPEATS):
                 start = time.perf_counter()
-                dispatch_attention_fn(*tensors, attn_mask=allowed, backend=AttentionBackendName(name))
+                dispatch_attention_fn(*tensors, backend=AttentionBackendName(name))
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times.append(time.perf_counter() - start)
@@ -102,7 +107,6 @@ def choose(
     device: torch.device,
     mask: BlockMask,
     *,
-    masked: bool = False,
     agree: Agree | None = None,
 ) -> tuple[str, dict[str, float | None]]:
     """Returns the fastest of `names` for `[B, S, H, D]`, and the times of `measure`.
@@ -112,20 +116,21 @@ def choose(
     """
 
     def build() -> tuple[str, dict[str, float | None]]:
-        times = measure(names, shape, dtype, device, masked)
+        times = measure(names, shape, dtype, device)
         times = times if agree is None else agree(times)
         usable = {name: seconds for name, seconds in times.items() if seconds is not None}
         best = min(usable, key=usable.__getitem__, default="native")
         shown = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in usable.items())
         absent = ", ".join(name for name in times if name not in usable)
         logging.getLogger("radial_attn").info(
-            "dense backend %s for %s %s on %s: %s%s",
+            "dense backend %s for %s %s on %s: %s%s%s",
             *(best, list(shape), dtype, device, shown or "none of them runs"),
+            f" on {ROWS} query tokens" if shown and shape[1] > ROWS else "",
             absent and f"; not usable: {absent}",
         )
         return best, times
 
-    return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device, masked), build)
+    return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device), build)
 
 
 class DenseBackend:
@@ -180,13 +185,8 @@ class DenseBackend:
         dtype: torch.dtype,
         device: torch.device,
         mask: BlockMask,
-        *,
-        masked: bool = False,
     ) -> None:
-        """Chooses a backend for the dense attention of a call, `[B, S, H, D]`; `mask` caches the times.
-
-        `masked`: upstream gives the dispatch a mask of its own.
-        """
+        """Chooses a backend for the dense attention of a call, `[B, S, H, D]`; `mask` caches the times."""
         if device.type not in TIMED_DEVICES:
             return
         free = [
@@ -196,14 +196,18 @@ class DenseBackend:
             return
         name = None
         if _active() == "native":
-            options = {"masked": masked, "agree": self._agree}
-            name, self._times = choose(CANDIDATES, shape, dtype, device, mask, **options)
+            name, self._times = choose(CANDIDATES, shape, dtype, device, mask, agree=self._agree)
         for processor in free:
             self._give(processor, None if name == "native" else name)
 
+    @property
+    def in_use(self) -> Any:
+        """Returns what the processors name in the dispatch; None if they leave it to the dispatch."""
+        return next((processor._attention_backend for processor in self._given), None)
+
     def report(self) -> dict[str, Any]:
         """Returns `name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
-        chosen = next((processor._attention_backend for processor in self._given), None)
+        chosen = self.in_use
         native = _active() if self._dispatched else "native"
         backend = self.name if self.name in OURS else chosen.value if chosen else native
         return {"name": self.name, "backend": backend, "seconds": self._times}

@@ -17,7 +17,7 @@ from ..block_mask import BlockMask
 from .compiler import compiler_problem
 from .contract import Needs
 
-NEEDS = Needs(backward=("cuda",))
+NEEDS = Needs(backward=("cuda",), compiles=True)
 KERNEL_BLOCK = 128  # a multiple of every tile that FlexAttention chooses from
 LEAST_WIDTH = 16  # the smallest side of a tensor-core product
 MOST_SHAPES = 256  # compiled variants before torch.compile gives up
@@ -42,9 +42,7 @@ def attention(
     width = query.shape[-1]
     if width < LEAST_WIDTH:
         inputs = [F.pad(x, (0, LEAST_WIDTH - width)) for x in inputs]
-    valid = None
-    if text_lengths is not None:
-        valid = (text_lengths + mask.grid.video_tokens).to(query.device)
+    valid = mask.token_counts(text_lengths, query.device)
     block_mask = _block_mask(mask, query.device, valid)
     out = _compiled(mask)(*(x.transpose(1, 2) for x in inputs), block_mask=block_mask, scale=scale)
     out = out.transpose(1, 2)[..., :width]
@@ -96,15 +94,17 @@ def _block_mask(mask: BlockMask, device: torch.device, valid: Tensor | None) -> 
 def _build_block_mask(mask: BlockMask, device: torch.device, first_partial: int) -> flex.BlockMask:
     """Builds the mask; kernel blocks from `first_partial` on may hold padding, so they read the mask_mod."""
 
-    def build() -> tuple[Tensor, ...]:
-        return tuple(x.to(device) for x in (mask.blocks, *_kernel_tables(mask, first_partial)))
+    def build() -> tuple[Tensor, dict[str, Tensor]]:
+        table = mask.blocks.to(device)
+        return table, _kernel_tables(table, mask.block_size, first_partial)
 
-    table, *tables = mask.cached(("flex tables", device, first_partial), build)
-    return flex.BlockMask.from_kv_blocks(
-        *tables,
-        BLOCK_SIZE=max(mask.block_size, KERNEL_BLOCK),
-        mask_mod=_mask_mod(table, mask.block_size),
+    table, tables = mask.cached(("flex tables", device, first_partial), build)
+    size = max(mask.block_size, KERNEL_BLOCK)
+    return flex.BlockMask(
         seq_lengths=(mask.grid.tokens, mask.grid.tokens),
+        **tables,
+        BLOCK_SIZE=(size, size),
+        mask_mod=_mask_mod(table, mask.block_size),
     )
 
 
@@ -130,22 +130,33 @@ def _and_valid(kept: Callable[..., Tensor], valid: Tensor) -> Callable[..., Tens
     return kept_and_valid
 
 
-def _kernel_tables(mask: BlockMask, first_partial: int) -> tuple[Tensor, ...]:
-    """Returns counts `[1, H, Q]` and indices `[1, H, Q, K]` of partial, then of full kernel blocks.
+def _kernel_tables(blocks: Tensor, block_size: int, first_partial: int) -> dict[str, Tensor]:
+    """Returns the tables of partial and full kernel blocks, by query and by key, as FlexAttention names them.
 
-    A kernel block that holds several blocks of the mask is full only if all of them are kept.
+    A kernel block that holds several blocks of the mask is full only if all of them are kept. The tables are
+    made on the device of `blocks`, and nothing is sorted, as FlexAttention itself would: sorting takes
+    seconds at 460,800 tokens.
     """
-    blocks = mask.blocks if mask.blocks.ndim == 3 else mask.blocks.unsqueeze(0)
-    ratio = max(1, KERNEL_BLOCK // mask.block_size)
-    pad = -blocks.shape[-1] % ratio
-    cells = F.pad(blocks, (0, pad, 0, pad)).unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio))
+    cells = blocks if blocks.ndim == 3 else blocks.unsqueeze(0)
+    ratio = max(1, KERNEL_BLOCK // block_size)
+    pad = -cells.shape[-1] % ratio
+    cells = F.pad(cells, (0, pad, 0, pad)).unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio))
     some, every = cells.amax(dim=(2, 4)), cells.amin(dim=(2, 4))
     every[..., first_partial:] = False
-    return *_ordered(some & ~every), *_ordered(every)
+    tables = {}
+    for name, kept in (("", some & ~every), ("full_", every)):
+        tables[f"{name}kv_num_blocks"], tables[f"{name}kv_indices"] = _listed(kept)
+        tables[f"{name}q_num_blocks"], tables[f"{name}q_indices"] = _listed(kept.mT)
+    return tables
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists kept blocks of each row first, ascending: int32 counts `[1, H, Q]`, indices `[1, H, Q, K]`."""
-    counts = blocks.sum(dim=-1, dtype=torch.int32)
-    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts.unsqueeze(0), indices.unsqueeze(0)
+def _listed(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists the kept columns of each row, ascending: int32 counts `[1, H, Q]`, indices `[1, H, Q, K]`.
+
+    Behind a row's columns stand zeros, which nothing reads.
+    """
+    rank = kept.cumsum(-1)
+    columns = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device)
+    indices = columns.new_zeros((*kept.shape[:-1], kept.shape[-1] + 1))
+    indices.scatter_(-1, torch.where(kept, rank, 0), columns.expand(kept.shape))  # slot 0 is for the rest
+    return rank[..., -1].to(torch.int32).unsqueeze(0), indices[..., 1:].contiguous().unsqueeze(0)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from radial_attn import BlockMask, radial_attention
 from radial_attn.analysis.sampled_error import output_error, sample_blocks, sampled_reference, sampled_rows
+from radial_attn.block_mask import Part
+from radial_attn.kernels.reference import partial_attention
 from radial_attn.kernels.triton import configs as triton_configs
 from radial_attn.kernels.triton.configs import LAUNCHES, SPECIALIZED, Launch, architecture, launch
 from scripts.benchmarks.attention import (
@@ -33,7 +35,7 @@ from scripts.benchmarks.worker import Worker
 from scripts.run.files import write_text
 
 GRADIENTS = ("query gradient", "key gradients")
-TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
+TILES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4, 5, 6)
 MOST_REGISTERS = 200  # of a thread, for the accumulators alone
 SHARED = 232_448  # bytes of a program on the largest GPUs; smaller ones refuse at launch
 QUANTIZED = ("int8", "fp8")
@@ -169,14 +171,13 @@ class TuneSession:
     @torch.no_grad()
     def _check_lse(self, mask: BlockMask) -> None:
         """Raises ValueError for a wrong log-sum-exp, which the backward needs and no output shows."""
-        from radial_attn.kernels.blocks.op import block_attention
         from radial_attn.kernels.triton.op import triton_attention
 
-        shape = mask.blocks, mask.block_size, mask.grid.video_tokens
-        arguments = *self._inputs[:3], *shape, None, self._setting.width**-0.5
+        shape, scale = (mask.blocks, mask.block_size, mask.grid.video_tokens), self._setting.width**-0.5
         if self._lse is None:
-            self._lse = block_attention(*arguments)[1].transpose(1, 2)
-        error = (triton_attention(*arguments)[1] - self._lse).abs().max().item()
+            self._lse = sampled_lse(*self._inputs[:2], mask, self._sample, scale)
+        lse = triton_attention(*self._inputs[:3], *shape, None, scale)[1].transpose(1, 2)
+        error = (sampled_rows(lse, mask, self._sample) - self._lse).abs().max().item()
         if not error < LSE_TOLERANCE:
             raise ValueError(f"wrong log-sum-exp, off by {error:.1e}")
 
@@ -184,6 +185,17 @@ class TuneSession:
         if not error <= limit:
             raise ValueError(f"wrong output, relative L2 {error:.1e}")
         return {"ms": median_high(self._timer.repeated(run)), "relative_l2": error}
+
+
+def sampled_lse(query: Tensor, key: Tensor, mask: BlockMask, blocks: Sequence[int], scale: float) -> Tensor:
+    """Returns the log-sum-exp of the query tokens of some blocks by `reference`, float32 `[B, rows, H]`."""
+    size, parts = mask.block_size, []
+    for block in blocks:
+        part = Part(mask.blocks[..., block : block + 1, :], size)
+        rows = query[:, block * size : (block + 1) * size]
+        options = {"text_lengths": None, "scale": scale}
+        parts.append(partial_attention(rows, key, key, part, **options)[1])
+    return torch.cat(parts, dim=1)
 
 
 def row(kind: str, width: int, chosen: Launch) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from radial_attn.chooser import TUNES
 from radial_attn.kernels.contract import FAR_FIELDS
 from radial_attn.models.runtime.schedule import (
     DENSE_STEPS_FORM,
@@ -132,6 +133,12 @@ class MaskConfig:
     dense_backend: str = key(
         "auto",
         "kernel of dense attention: auto, native, sage, flash4, or one of diffusers such as _native_cudnn",
+    )
+    tune: str = key(
+        "auto",
+        "how backend=auto chooses: off: by a fixed order; always, once: it measures, in every run or until a "
+        "version, GPU or shape changes; auto: once on a GPU, else off",
+        TUNES,
     )
 
 

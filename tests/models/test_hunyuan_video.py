@@ -3,11 +3,9 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName
 
-from radial_attn import radial_mask
 from radial_attn.models import apply_radial_attention, hunyuan_video
-from radial_attn.models.runtime import dense_backend as dense
+from radial_attn.models.runtime import layer_attention
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, masked_upstream, run
 from tests.support.tiny_hunyuan import SHAPE, hunyuan_inputs, hunyuan_transformer
 
@@ -66,27 +64,22 @@ def test_framepack_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize("family", [HUNYUAN, HUNYUAN15], ids=["1.0", "1.5"])
-def test_auto_looks_for_a_dense_backend_that_takes_the_mask(family, monkeypatch):
-    """Flash kernels take none, and would stop upstream's processor."""
-    transformer, inputs, asked = family.transformer(), family.sized(lengths=(4,)), []
-    monkeypatch.setattr(dense, "TIMED_DEVICES", ("cpu",))
-    monkeypatch.setattr(dense, "measure", lambda names, *given: asked.append(given) or {"_native_math": 1e-3})
-    radial_mask.cache_clear()
-    expected = run(transformer, inputs)
+@pytest.mark.parametrize("lengths", [(4,), (3, 1, 7), (4, 4)], ids=str)
+def test_dense_calls_slice_padded_text_off(family, lengths, monkeypatch):
+    """As on a GPU, where flash kernels take no mask; a CPU masks, bit by bit as upstream."""
+    transformer, inputs = family.transformer(), family.sized(lengths=lengths)
+    expected, seen = run(transformer, inputs), []
+    dispatch = layer_attention.dispatch_attention_fn
+
+    def watched(query, key, value, attn_mask=None, backend=None):
+        seen.append((len(key), query.shape[1] - key.shape[1], attn_mask))
+        return dispatch(query, key, value, backend=backend)
+
+    monkeypatch.setattr(layer_attention, "dispatch_attention_fn", watched)
     with apply_radial_attention(transformer, DENSE):
+        assert torch.equal(run(transformer, inputs), expected) and not seen
+        monkeypatch.setattr(layer_attention, "SLICED_DEVICES", ("cpu",))
         assert_near(run(transformer, inputs), expected)
-    assert [given[-1] for given in asked] == [True]
-
-
-def test_measure_gives_a_mask_if_the_calls_will(monkeypatch):
-    masks = []
-    monkeypatch.setattr(
-        "diffusers.models.attention_dispatch.dispatch_attention_fn",
-        lambda *tensors, attn_mask, backend: masks.append((attn_mask, backend)),
-    )
-    call = ["native"], (2, 6, 1, 8), torch.float32, torch.device("cpu")
-    for masked in (False, True):
-        assert dense.measure(*call, masked)["native"] >= 0
-    assert {backend for _, backend in masks} == {AttentionBackendName.NATIVE}
-    (without, given) = masks[0][0], masks[-1][0]
-    assert without is None and given.shape == (2, 1, 1, 6) and given.all()
+    padding = (family.fork.text_mask(inputs) == 0).sum(1).tolist()
+    calls = [(len(padding), padding[0], None)] if len(set(padding)) == 1 else [(1, n, None) for n in padding]
+    assert seen == calls * family.layers

@@ -124,3 +124,12 @@ def test_masks_are_values_by_identity():
 def test_bad_blocks_are_named(blocks, block_size, message):
     with pytest.raises(ValueError, match=message):
         BlockMask.from_blocks(GRID, blocks, block_size)
+
+
+def test_text_lengths_are_copied_once_without_gradients():
+    mask, device = BlockMask.from_blocks(GRID, random_blocks(0, COUNT, COUNT)), torch.device("cpu")
+    assert mask.token_counts(None, device) is None
+    with torch.no_grad():
+        first, same, other = (mask.token_counts(torch.tensor(x), device) for x in ([2, 3], [2, 3], [1, 3]))
+    assert first is same and first.tolist() == [212, 213] and other.tolist() == [211, 213]
+    assert mask.token_counts(torch.tensor([2, 3]), device) is not first

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from radial_attn.analysis.sampled_error import sample_blocks, sampled_rows
 from radial_attn.kernels.triton.configs import KINDS
 from scripts import tune_triton
-from scripts.benchmarks.tuner import LAUNCHES, Launch, candidates, entry, fits, launch, row, show
+from scripts.benchmarks.tuner import LAUNCHES, Launch, candidates, entry, fits, launch, row, sampled_lse, show
+from tests.support.attention_cases import GRIDS, make_inputs, make_mask
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -27,6 +29,16 @@ def test_the_launch_table_is_put_back():
     with entry(kind, device, 64, other):
         assert launch(kind, device, 64) == other
     assert launch(kind, device, 64) == before
+
+
+def test_the_log_sum_exp_of_the_sample_is_that_of_all_kept_keys():
+    mask = make_mask(GRIDS[111], heads=2)
+    query, key, *_ = make_inputs(mask.grid, 2, 2, 16)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.25
+    wanted = scores.masked_fill(~mask.token_mask(), -torch.inf).logsumexp(-1).transpose(1, 2)
+    for blocks in ([0, 6], sample_blocks(mask, 3)):
+        actual = sampled_lse(query, key, mask, blocks, 0.25)
+        torch.testing.assert_close(actual, sampled_rows(wanted, mask, blocks))
 
 
 def test_the_best_row_of_each_kind_is_shown(capsys):

@@ -96,6 +96,7 @@ ABSENT = (
 )
 REPLACED = [
     (r"(not on this machine: .*?'[^']*').*", r"\1 ..."),  # the reason names what is installed
+    (r"(\bmeasured +at the first sparse call: ).*(; )", r"\1...\2"),
     (r"(\bcalls)\.(?!dense)\w+", r"\1.KERNEL"),  # the one that auto takes
     (r"(\blpips): .*", r"\1: float|null"),  # null without torchvision and its weights
     (re.escape(str(ROOT)), "ROOT"),

@@ -9,7 +9,7 @@ Algorithm: Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2, over the list
 import triton
 import triton.language as tl
 
-from .forward import INFINITY, LOG2E, find_work, kept_pairs, load_tile, store_tile
+from .forward import INFINITY, LOG2E, find_work, kept_pairs, load_tile, program_tile, store_tile
 
 
 @triton.jit
@@ -45,17 +45,18 @@ def query_gradient(
     PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the listed key tiles `first .. last - 1` give to the gradient of a query tile."""
+    start = tl.load(starts + first)
     for i in tl.range(first, last):
-        start = tl.load(starts + i)
         key = load_tile(keys, 0, start, 0, key_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, "")
         value = load_tile(values, 0, start, 0, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, "")
         weights = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - sums[:, None])
         if MIXED:
             columns = start + tl.arange(0, COLUMNS)
-            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS, False)
             weights = tl.where(keep, weights, 0.0)
         change = weights * (tl.dot(grad, value.T, input_precision="ieee") - products[:, None])
         total = tl.dot(change.to(key.dtype), key, total, input_precision="ieee")
+        start = tl.load(starts + i + 1)
     return total
 
 
@@ -73,9 +74,11 @@ def query_gradient_kernel(
 
     `factor` is the scale of the scores; `scale` is `factor` times log2(e).
     """
-    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    batch, head, limit, whole, mixed, end = find_work(
+        offsets, lengths, tokens, heads, PER_HEAD, LENGTHS, False
+    )
     pair = tl.program_id(1)
-    first = tl.program_id(0) * ROWS
+    first = program_tile(False) * ROWS
     rows = first + tl.arange(0, ROWS)
     queries = query + batch * query_batch + head * query_head
     grads = grad + batch * grad_batch + head * grad_head
@@ -106,20 +109,22 @@ def key_gradients(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, MIXED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the listed query tiles `first .. last - 1` give to the gradients of a key tile."""
+    start = tl.load(starts + first)
     for i in tl.range(first, last):
-        start = tl.load(starts + i)
         rows = start + tl.arange(0, ROWS)
         query = load_tile(queries, 0, start, 0, query_stride, tokens, ROWS, WIDTH, PADDED, MIXED, "")
         grad = load_tile(grads, 0, start, 0, grad_stride, tokens, ROWS, WIDTH, PADDED, MIXED, "")
         sums = row_weights(lse, pair, rows, tokens)
         dots = tl.load(products + pair.to(tl.int64) * tokens + rows, mask=rows < tokens, other=0.0)
-        weights = tl.exp2(tl.dot(query, key.T, input_precision="ieee") * scale - sums[:, None])
+        # [COLUMNS, ROWS], so that the products below read weights and changes as they lie in the registers
+        weights = tl.exp2(tl.dot(key, query.T, input_precision="ieee") * scale - sums[None, :])
         if MIXED:
-            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS, True)
             weights = tl.where(keep, weights, 0.0)
-        value_total = tl.dot(weights.to(grad.dtype).T, grad, value_total, input_precision="ieee")
-        change = weights * (tl.dot(grad, value.T, input_precision="ieee") - dots[:, None])
-        key_total = tl.dot(change.to(query.dtype).T, query, key_total, input_precision="ieee")
+        value_total = tl.dot(weights.to(grad.dtype), grad, value_total, input_precision="ieee")
+        change = weights * (tl.dot(value, grad.T, input_precision="ieee") - dots[None, :])
+        key_total = tl.dot(change.to(query.dtype), query, key_total, input_precision="ieee")
+        start = tl.load(starts + i + 1)
     return key_total, value_total
 
 
@@ -134,9 +139,11 @@ def key_gradients_kernel(
     LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of one tile of keys and values of one head; both results have equal strides."""
-    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    batch, head, limit, whole, mixed, end = find_work(
+        offsets, lengths, tokens, heads, PER_HEAD, LENGTHS, True
+    )
     pair = tl.program_id(1)
-    first = tl.program_id(0) * COLUMNS
+    first = program_tile(True) * COLUMNS
     columns = first + tl.arange(0, COLUMNS)
     queries = query + batch * query_batch + head * query_head
     grads = grad + batch * grad_batch + head * grad_head

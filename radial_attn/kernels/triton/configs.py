@@ -33,36 +33,31 @@ class Launch:
 
 AMPERE = {
     ("int8", 64): Launch(128, 64, 8, 3),
-    ("int8", 128): Launch(128, 64, 8, 3),
-    ("forward", 64): Launch(128, 64, 4, 3),
+    ("int8", 128): Launch(128, 32, 8, 3),
+    ("forward", 64): Launch(128, 64, 8, 3),
     ("forward", 128): Launch(128, 32, 8, 3),
     ("far field", 64): Launch(128, 64, 8, 3),
     ("far field", 128): Launch(128, 32, 8, 3),
-    ("query gradient", 64): Launch(64, 64, 4, 2),
-    ("query gradient", 128): Launch(64, 64, 4, 2),
-    ("key gradients", 64): Launch(64, 64, 8, 2),
-    ("key gradients", 128): Launch(64, 32, 8, 2),
-}
-ADA = AMPERE | {
-    ("forward", 64): Launch(128, 64, 8, 3),
     ("query gradient", 64): Launch(64, 64, 4, 3),
     ("query gradient", 128): Launch(128, 32, 8, 2),
+    ("key gradients", 64): Launch(32, 64, 4, 2),
+    ("key gradients", 128): Launch(64, 32, 8, 2),
 }
 FP8_PRODUCTS = {
     ("int8", 64): Launch(128, 64, 4, 3, fp8_values=True),
     ("int8", 128): Launch(128, 32, 8, 3, fp8_values=True),
-    ("fp8", 64): Launch(128, 64, 4, 3, fp8_values=True),
+    ("fp8", 64): Launch(128, 64, 8, 3, fp8_values=True),
     ("fp8", 128): Launch(128, 32, 8, 3, fp8_values=True),
 }
 HOPPER = {
     ("forward", 64): Launch(128, 128, 8, 3, "whole"),
-    ("forward", 128): Launch(128, 128, 8, 2, "whole"),
+    ("forward", 128): Launch(128, 128, 8, 3, "whole"),
     ("far field", 64): Launch(128, 128, 8, 3, "whole"),
     ("far field", 128): Launch(128, 128, 8, 2, "whole"),
-    ("query gradient", 64): Launch(128, 64, 8, 2),
-    ("query gradient", 128): Launch(128, 64, 8, 2),
-    ("key gradients", 64): Launch(128, 64, 8, 2),
-    ("key gradients", 128): Launch(128, 64, 8, 2),
+    ("query gradient", 64): Launch(128, 64, 8, 3),
+    ("query gradient", 128): Launch(128, 64, 8, 3),
+    ("key gradients", 64): Launch(64, 128, 8, 3),
+    ("key gradients", 128): Launch(32, 128, 8, 3),
     ("int8", 64): Launch(128, 128, 8, 3, "whole", fp8_values=True),
     ("int8", 128): Launch(128, 128, 8, 3, "whole", fp8_values=True),
     ("fp8", 64): Launch(128, 128, 8, 3, "whole", fp8_values=True),
@@ -83,10 +78,7 @@ GEFORCE_BLACKWELL = {
     **AMPERE,
     **FP8_PRODUCTS,
     ("int8", 64): Launch(128, 64, 8, 3, fp8_values=True),
-    ("fp8", 64): Launch(128, 64, 8, 3, fp8_values=True),
-    ("forward", 64): Launch(128, 64, 8, 3),
     ("query gradient", 64): Launch(64, 64, 8, 2),
-    ("query gradient", 128): Launch(128, 32, 8, 2),
     ("key gradients", 64): Launch(64, 32, 8, 2),
 }
 SPECIALIZED = {  # for sm90: the first to try once a GPU has proved them right
@@ -96,8 +88,8 @@ SPECIALIZED = {  # for sm90: the first to try once a GPU has proved them right
 CDNA = AMPERE | {("key gradients", 128): Launch(64, 32, 4, 1)}
 LAUNCHES = {
     "sm80": AMPERE,
-    "sm86": ADA,
-    "sm89": ADA | FP8_PRODUCTS,
+    "sm86": AMPERE,
+    "sm89": AMPERE | FP8_PRODUCTS,
     "sm90": HOPPER,
     "sm100": BLACKWELL,
     "sm120": GEFORCE_BLACKWELL,

@@ -78,12 +78,25 @@ def store_tile(
 
 
 @triton.jit
-def find_work(offsets, lengths, tokens, heads, PER_HEAD: tl.constexpr, LENGTHS: tl.constexpr):
+def program_tile(BY_KEY: tl.constexpr):
+    """Returns the tile of this program, a tile of keys if `BY_KEY`.
+
+    Tiles with the most work begin first: the text, at the end, and the keys of the first frame (the sink).
+    So query tiles begin from the end, and key tiles with the last sixteenth, then from the start.
+    """
+    program, count = tl.program_id(0), tl.num_programs(0)
+    return (program + count - count // 16) % count if BY_KEY else count - 1 - program
+
+
+@triton.jit
+def find_work(
+    offsets, lengths, tokens, heads, PER_HEAD: tl.constexpr, LENGTHS: tl.constexpr, BY_KEY: tl.constexpr
+):
     """Returns this program's sample, head, tokens that count, and the bounds of its lists of tiles.
 
     Sample and head are int64, because a stride times either may exceed 2^31.
     """
-    tile, pair = tl.program_id(0), tl.program_id(1)
+    tile, pair = program_tile(BY_KEY), tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
     limit = tokens
@@ -104,17 +117,21 @@ def kept_pairs(
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BY_KEY: tl.constexpr,
 ):
     """Marks the token pairs of a mixed tile that count: keys below `limit`; in kept blocks if `BLOCKS`.
 
-    `patterns[place]` holds the blocks of the tile, `SIZE` tokens each way, as bits (tiles.py).
+    `patterns[place]` holds the blocks of the tile, `SIZE` tokens each way, as bits (tiles.py). The result is
+    `[ROWS, COLUMNS]`, or transposed if `BY_KEY`.
     """
-    keep = (columns < limit)[None, :]
+    across: tl.constexpr = COLUMNS // SIZE if COLUMNS > SIZE else 1
+    key: tl.constexpr = 0 if BY_KEY else 1  # the axis of the keys
+    keep = tl.expand_dims(columns < limit, 1 - key)
     if BLOCKS:
-        across: tl.constexpr = COLUMNS // SIZE if COLUMNS > SIZE else 1
         line = tl.arange(0, ROWS) // SIZE * across
         bits = (tl.load(patterns + place) >> line.to(tl.int64)).to(tl.int32)
-        keep = keep & (((bits[:, None] >> (tl.arange(0, COLUMNS) // SIZE)[None, :]) & 1) != 0)
+        block = tl.expand_dims(tl.arange(0, COLUMNS) // SIZE, 1 - key)
+        keep = keep & (((tl.expand_dims(bits, key) >> block) & 1) != 0)
     return keep
 
 
@@ -172,22 +189,29 @@ def attend(
     DESCRIPTOR: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """Adds the listed key tiles `first .. last - 1` to the running sum, its weight and the maximum."""
+    """Adds the listed key tiles `first .. last - 1` to the running sum, its weight and the maximum.
+
+    The start of a tile is loaded one tile ahead, here and in the other kernels: the compiler holds as many
+    tiles as there are stages only if their addresses do not come from a load of the same turn.
+    """
+    ahead = tl.load(starts + first)
     for i in tl.range(first, last, warp_specialize=SPECIALIZE):
-        start = tl.load(starts + i)
+        start = tl.load(starts + i) if SPECIALIZE else ahead  # carried starts stop the specialising pass
         key = load_tile(
             keys, batch, start, head, key_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, DESCRIPTOR
         )
         scores = tl.dot(query, key.T, input_precision="ieee")
         if MIXED:
             columns = start + tl.arange(0, COLUMNS)
-            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS, False)
             scores = tl.where(keep, scores, -INFINITY)
         weights, shrink, peak, total = weigh(scores, scale, scale, peak, total, MIXED, 0)
         value = load_tile(
             values, batch, start, head, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, DESCRIPTOR
         )
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        if not SPECIALIZE:
+            ahead = tl.load(starts + i + 1)
     return acc, total, peak
 
 
@@ -281,13 +305,15 @@ def forward_kernel(
     are the keys and rows of each sample that count. The far field, if there is one, has contiguous means
     `[B, far_tokens, H, D]`, bias and, or None, `far_slope` times the scale of the scores, `[B, H, D, D]`.
     """
-    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, key_tokens, heads, PER_HEAD, LENGTHS)
+    batch, head, limit, whole, mixed, end = find_work(
+        offsets, lengths, key_tokens, heads, PER_HEAD, LENGTHS, False
+    )
     row_limit = tokens
     if LENGTHS:
         row_limit = tl.load(row_lengths + batch)
     # rows get a separate value: if warps specialise, the compiler (3.6, 3.7) moves the coordinate at which a
     # descriptor is read to the rows of each group of warps, and with it all that is computed from that value
-    first = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32)
+    first = (program_tile(False).to(tl.int64) * ROWS).to(tl.int32)
     rows = first + tl.arange(0, ROWS)
     source: tl.constexpr = "head" if DESCRIPTOR == "head" else ""
     # fmt: off
@@ -301,7 +327,7 @@ def forward_kernel(
         value, batch, head, key_tokens, value_batch, value_token, value_head, COLUMNS, WIDTH, PADDED,
         DESCRIPTOR,
     )
-    at = tl.program_id(0) * ROWS
+    at = program_tile(False) * ROWS
     q = load_tile(queries, batch, at, head, query_token, tokens, ROWS, WIDTH, PADDED, True, source)
     acc = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)

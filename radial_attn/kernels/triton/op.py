@@ -67,7 +67,7 @@ def attention(
         ValueError: a scale that is not positive.
     """
     inputs = checked((query, key, value), scale)
-    counts = token_counts(text_lengths, mask, query.device)
+    counts = mask.token_counts(text_lengths, query.device)
     shape = mask.blocks, mask.block_size, mask.grid.video_tokens
     if quantize is not None:
         from .quantized import quantized_attention
@@ -81,21 +81,6 @@ def checked(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
     if scale <= 0:
         raise ValueError(f"backend 'triton' takes a positive scale, got {scale}")
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def token_counts(text_lengths: Tensor | None, mask: BlockMask, device: torch.device) -> Tensor | None:
-    """Returns the tokens of each sample that count, int32 `[B]` on the device.
-
-    Without gradients lengths recur at every step, so each distinct list is copied once.
-    """
-    if text_lengths is None:
-        return None
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return (text_lengths + mask.grid.video_tokens).to(device, torch.int32)
-    counts = tuple((text_lengths + mask.grid.video_tokens).tolist())
-    return mask.cached(
-        ("lengths", counts, device), lambda: torch.tensor(counts, dtype=torch.int32, device=device)
-    )
 
 
 def partial_attention(
@@ -136,7 +121,7 @@ def with_far_field(
         ValueError: a scale that is not positive.
     """
     inputs = checked((query, key, value), scale)
-    counts = token_counts(text_lengths, mask, query.device)
+    counts = mask.token_counts(text_lengths, query.device)
     shape = mask.blocks, mask.block_size, mask.grid.video_tokens
     launch_tables = tables("far field", query, *shape, counts)
     out, lse = run_forward(inputs, launch_tables, (counts, counts), scale, far)
@@ -157,7 +142,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Returns gradients through the kept blocks; output and log-sum-exp `[B, S, H]` may cover more keys."""
     inputs = *checked((query, key, value), scale), out, lse.transpose(1, 2).contiguous()
-    counts = token_counts(text_lengths, mask, query.device)
+    counts = mask.token_counts(text_lengths, query.device)
     shape = mask.blocks, mask.block_size, mask.grid.video_tokens
     return triton_attention_backward(grad, None, *inputs, *shape, counts, scale)
 

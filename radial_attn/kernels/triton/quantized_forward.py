@@ -7,7 +7,7 @@ else in the 16 bits of the values. Algorithm: SageAttention2, arXiv 2411.10958, 
 import triton
 import triton.language as tl
 
-from .forward import INFINITY, LN2, find_work, finish, kept_pairs, load_tile, store_tile, weigh
+from .forward import INFINITY, LN2, find_work, finish, kept_pairs, load_tile, program_tile, store_tile, weigh
 
 BOOST = tl.constexpr(8)  # weights reach 2^8, well within fp8 e4m3 (448), before they are rounded
 
@@ -44,14 +44,14 @@ def quantized_attend(
     FP8_VALUES: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """Adds the listed key tiles `first .. last - 1` to the running sum, its weight and the maximum."""
+    start = tl.load(starts + first)
     for i in tl.range(first, last):
-        start = tl.load(starts + i)
         key = load_keys(keys, pair * room, start, COLUMNS, PADDED, DESCRIPTOR)
         scores = tl.dot(query, key.T).to(tl.float32)
         scale = query_scale * tl.load(key_scales + start // COLUMNS)
         if MIXED:
             columns = start + tl.arange(0, COLUMNS)
-            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS)
+            keep = kept_pairs(patterns, i, columns, limit, ROWS, COLUMNS, SIZE, BLOCKS, False)
             scores = tl.where(keep, scores, -INFINITY)
         if FP8_VALUES:
             weights, shrink, peak, total = weigh(scores, scale, scale[:, None], peak, total, MIXED, BOOST)
@@ -63,6 +63,7 @@ def quantized_attend(
             weights, shrink, peak, total = weigh(scores, scale, scale[:, None], peak, total, MIXED, 0)
             value = load_tile(values, 0, start, 0, value_stride, tokens, COLUMNS, WIDTH, PADDED, MIXED, "")
             acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None])
+        start = tl.load(starts + i + 1)
     return acc, total, peak
 
 
@@ -79,9 +80,11 @@ def quantized_forward_kernel(
     query and key are `[B, H, room, PADDED]`. value is `[B, H, PADDED, room]` with the largest magnitude of
     each channel, `tops`, scaled to `TOP`; or it is the unchanged input. Scales and shifts are in base 2.
     """
-    batch, head, limit, whole, mixed, end = find_work(offsets, lengths, tokens, heads, PER_HEAD, LENGTHS)
+    batch, head, limit, whole, mixed, end = find_work(
+        offsets, lengths, tokens, heads, PER_HEAD, LENGTHS, False
+    )
     pair = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * ROWS
+    first = program_tile(False) * ROWS
     rows = first + tl.arange(0, ROWS)
     q = load_keys(query, pair * room, first, ROWS, PADDED, False)
     query_scale = tl.load(query_scales + pair * room + rows)

@@ -52,6 +52,24 @@ def test_measure_times_what_runs():
         assert times["_native_cudnn"] is None and times["_flash_3"] is None
 
 
+def test_measure_takes_one_sample_and_a_part_of_the_rows(monkeypatch):
+    """Of 460,800 tokens a whole call takes seconds; what does not fit in memory is not usable."""
+    seen, call = [], (["native"], (2, 20, 3, 8), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(dense, "ROWS", 6)
+    monkeypatch.setattr(
+        "diffusers.models.attention_dispatch.dispatch_attention_fn",
+        lambda *tensors, backend: seen.append([tuple(x.shape) for x in tensors]),
+    )
+    assert dense.measure(*call)["native"] >= 0
+    assert seen == [[(1, 6, 3, 8), (1, 20, 3, 8), (1, 20, 3, 8)]] * (1 + dense.REPEATS)
+
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "randn", full)
+    assert dense.measure(*call) == {"native": None}
+
+
 def test_measure_leaves_the_random_numbers_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)

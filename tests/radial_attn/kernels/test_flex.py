@@ -81,14 +81,20 @@ def test_block_mask_and_mask_mod_agree_with_the_mask(block_size, heads, text):
     assert torch.equal(by_mod.expand(wanted.shape), wanted)
 
     def expand(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        listed = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
-        kept = torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), listed)
-        return kept.repeat_interleave(size, -1).repeat_interleave(size, -2)[..., :length, :length]
+        count = indices.shape[-1]
+        listed = torch.where(torch.arange(count) < counts.unsqueeze(-1), indices.long(), count)
+        kept = torch.zeros(*indices.shape[:-1], count + 1, dtype=torch.bool).scatter(-1, listed, True)
+        return (
+            kept[..., :count].repeat_interleave(size, -1).repeat_interleave(size, -2)[..., :length, :length]
+        )
 
     partial = expand(flex_mask.kv_num_blocks, flex_mask.kv_indices)
     full = expand(flex_mask.full_kv_num_blocks, flex_mask.full_kv_indices)
     assert not (partial & full).any()
     assert torch.equal((partial & by_mod) | full, wanted)
+    for name, kept in (("q", partial), ("full_q", full)):
+        by_key = expand(getattr(flex_mask, f"{name}_num_blocks"), getattr(flex_mask, f"{name}_indices"))
+        assert torch.equal(by_key.mT, kept)
 
 
 def test_block_mask_is_made_once_and_keeps_padding_apart():
