@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from radial_attn import RadialConfig
+from radial_attn.chooser import Chooser
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
 
@@ -17,6 +18,7 @@ from .profile import MeasuredModel, ModelProfile
 from .runtime.adaptive import Adaptive
 from .runtime.choices import Choices
 from .runtime.context import RadialContext
+from .runtime.counts import other_layers
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
 from .runtime.output_check import OutputCheck, resolve_check
@@ -44,6 +46,7 @@ def apply_radial_attention(
     backend: str = "auto",
     quantize: str | None = None,
     dense_backend: str = "auto",
+    tune: str = "auto",
     check: str = "auto",
     density_range: tuple[float, float] | None = None,
     selection: str = "static",
@@ -73,8 +76,10 @@ def apply_radial_attention(
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
-    fastest. "native" leaves the choice to upstream, "sage" is our own, and a name of diffusers' dispatch
-    ("flash") is set.
+    fastest. "native" leaves the choice to upstream, "sage" and "flash4" are our own, and a name of
+    diffusers' dispatch ("flash") is set. `tune` says whether `backend="auto"` measures the backends at the
+    first sparse call of a shape (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto", which is
+    "once" on CUDA and "off" elsewhere.
 
     `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
     values that are not finite. It names the step (from 1) and the first bad place: an input, the weights
@@ -91,7 +96,7 @@ def apply_radial_attention(
 
     `parallel`, a `SequenceParallel` or `RingParallel` of parallel/, shares the sequence with other processes,
     which make the same calls. `agree(value)` returns the value of the first of several processes: all take
-    the dense backend that the first one finds the fastest.
+    the backends that the first one finds the fastest. Without it sparse backends are not measured.
 
     `observe(seen)`, with a `Seen` of runtime/observe.py, is called by every attention layer at every step
     before it attends. Dense layers then run diffusers' dispatch instead of upstream's processor, with the
@@ -112,7 +117,7 @@ def apply_radial_attention(
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
     output_check = OutputCheck(resolve_check(check, quantize, backend, dense_backend))
-    dense = DenseBackend(dense_backend, agree)
+    dense, chooser = DenseBackend(dense_backend, agree), Chooser(tune, agree)
     schedule = Schedule(dense_steps, dense_layers, dense_last_steps, num_steps, density_range)
     profile = None if profile is None else str(profile)
     adaptive = Adaptive(selection, budget, far_field, residual, residual_memory, profile)
@@ -138,6 +143,8 @@ def apply_radial_attention(
         family=families[0],
         layers=len(numbers),
         always_dense=sum(number < dense_layers for number in numbers),
+        other_layers=other_layers(transformers[0], families[0]),
+        chooser=chooser,
         adaptive=adaptive,
         choices=Choices(adaptive, config, parallel, measured) if adaptive.has_state else None,
         pipeline=pipeline,
@@ -191,7 +198,11 @@ class RadialAttentionHandle:
         - `grids`: both for every grid seen, the latest last.
         - `videos`, `steps`, `dense_steps`: how many began.
         - `layers`, `dense_layers`: of one transformer.
-        - `calls`: attention calls by backend ("dense", ...).
+        - `calls`: self-attention calls by backend ("dense", ...).
+        - `stayed_dense`: how many of them attend to everything because of a "dense_step", a "dense_layer", a
+          sequence that is "too_short" to gain, or a "mask" that keeps all; calls of "cross_attention".
+        - `tuning`: what was measured for each `shape`: its `density`, the `backend` that was chosen, the
+          `seconds` of those that were right, why others were `refused`, and the `efficiency`.
         - `quantize`: the option.
         - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
           `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the
@@ -225,8 +236,7 @@ class RadialAttentionHandle:
         self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
-        if context.output_check.check != "off" or context.adaptive.has_state:
-            self._hooks.append(transformer.register_forward_hook(context.after_call))
+        self._hooks.append(transformer.register_forward_hook(context.after_call))
 
 
 def family_of(transformer: torch.nn.Module) -> ModuleType:

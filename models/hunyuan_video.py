@@ -14,7 +14,7 @@ from torch import Tensor
 
 from radial_attn import TokenGrid
 
-from .runtime.context import attend
+from .runtime.layer_attention import attend
 from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0

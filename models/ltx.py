@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_ltx import (
 
 from radial_attn import TokenGrid
 
-from .runtime.context import attend
+from .runtime.layer_attention import attend
 from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = LTXVideoAttnProcessor

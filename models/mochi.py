@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 
 from radial_attn import TokenGrid
 
-from .runtime.context import attend
+from .runtime.layer_attention import attend
 from .runtime.output_check import LayerCheck, watched
 
 UPSTREAM_PROCESSOR = MochiAttnProcessor2_0

@@ -4,9 +4,10 @@ A kernel states its `NEEDS`. A missing library or an unsuited call gives one lin
 `python -m radial_attn backends` prints the table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,7 +16,7 @@ import torch
 
 from .kernels.contract import Call, Needs
 
-BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage")
+BACKENDS = ("auto", "reference", "cpp", "blocks", "flex", "triton", "flash4", "flashinfer", "sage")
 # by device type, or by CUDA compute capability ("sm90") if measured; the first that serves a call is taken
 ORDER = {"cpu": ("cpp", "blocks"), "cuda": ("flex", "triton", "blocks")}
 
@@ -33,6 +34,8 @@ def kernel(backend: str) -> ModuleType:
             from .kernels import flex as module
         case "triton":
             from .kernels.triton import op as module
+        case "flash4":
+            from .kernels.flash4 import op as module
         case "flashinfer":
             from .kernels import flashinfer as module
         case "sage":
@@ -133,15 +136,20 @@ def table(call: Call) -> list[tuple[str, str, str, str]]:
     for name in BACKENDS[1:]:
         needs = kernel(name).NEEDS
         reason = obstacle(name, call)
-        rows.append((name, _versions(needs.modules), "no" if reason else "yes", reason or ""))
+        rows.append((name, versions(needs.modules), "no" if reason else "yes", reason or ""))
     return rows
 
 
-def _versions(modules: tuple[str, ...]) -> str:
+def versions(modules: tuple[str, ...]) -> str:
     """Returns the versions of the installed libraries, "built in" if none is needed."""
-    versions = []
+    present = []
     for name in (name for names in modules for name in names.split("|")):
-        packages = metadata.packages_distributions().get(name, [name])
+        packages = _distributions().get(name, [name])
         with suppress(metadata.PackageNotFoundError):
-            versions.append(f"{packages[0]} {metadata.version(packages[0])}")
-    return ", ".join(versions) or ("no" if modules else "built in")
+            present.append(f"{packages[0]} {metadata.version(packages[0])}")
+    return ", ".join(present) or ("no" if modules else "built in")
+
+
+@lru_cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()

@@ -27,7 +27,8 @@ def partial_attention(
     Args:
         query: `[B, Q, H, D]`; key, value: `[B, K, H, D]`, with its dtype and device.
         part: the kept blocks, of Q and K tokens.
-        backend: "blocks", "triton" or "reference"; "auto" takes the first of the device's order that can.
+        backend: "blocks", "triton", "flash4" or "reference"; "auto" takes the first in the device's order
+            that can.
         text_lengths: valid text tokens of each sample, int64 `[B]`, or None for all. The rest of the text is
             neither attended nor computed.
         scale: factor on the scores, `D ** -0.5` by default.

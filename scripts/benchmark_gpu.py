@@ -1,7 +1,11 @@
-"""Benchmarks attention and whole denoising steps on one GPU, correctness first, within a few minutes.
+"""Benchmarks attention and denoising steps on one GPU within a few minutes, what matters most first.
 
-    python -m scripts.benchmark_gpu [--minutes 8] [--out FOLDER] [--only wan-69 ...] [--backends triton ...]
-    python -m scripts.benchmark_gpu --device cpu --tiny       rehearses the same path on tiny shapes
+    python -m scripts.benchmark_gpu [--part 1] [--out FOLDER] [--only wan-69 ...] [--backends triton ...]
+    python -m scripts.benchmark_gpu --device cpu --tiny          rehearses the same path on tiny shapes
+    python -m scripts.benchmark_gpu --merge part1.json part2.json     makes one report of several runs
+
+Part 1 has the goals: kernels at two lengths, launch configurations, steps. Part 2 has the rest; each is for a
+machine on which nothing was prepared, and takes 4 minutes. Without --part both run, in 8.
 
 Writes gpu_<name>_<date>.md, .json and .png after every measurement. A child process measures: what crashes,
 hangs or runs out of memory becomes a line of the table. Missing libraries, and what does not fit into the
@@ -11,27 +15,33 @@ matplotlib.
 
 import argparse
 import datetime
+import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scripts.benchmarks.cases import CASES, DENSE, MEASURED, SPARSE, STEPS, Case, Task, shrink, tasks
-from scripts.benchmarks.findings import Findings
+from scripts.benchmarks.cases import CASES, DENSE, MEASURED, SPARSE, Case, Task, compilations, tasks
+from scripts.benchmarks.findings import Findings, merge
 from scripts.benchmarks.gpu_report import write
 from scripts.benchmarks.machine import QUERY, Session, flashinfer_obstacle, run_tests, short_name, smi
-from scripts.benchmarks.worker import Answer, Worker
+from scripts.benchmarks.worker import Answer, Workers
 from scripts.run.errors import OneLineParser, one_line, positive_number
 from scripts.run.results import RESULTS
 
-TEST_SECONDS, START_SECONDS, RESERVE_SECONDS = 90.0, 120.0, 8.0
+TEST_SECONDS, START_SECONDS, COMPILE_SECONDS, RESERVE_SECONDS = 90.0, 60.0, 60.0, 8.0
 BUILD_SECONDS = 480.0
-SLOWER = 1.25  # a dense kernel this much behind the best in its first case is not timed again
-MOST_LOST = 12  # children that may be lost before the run ends
+LEAST_SECONDS, LEAST_TEST_SECONDS = 3.0, 20.0  # that must be left to begin a measurement, the tests
+# a dense kernel that is behind the best by this factor is not timed again: for the same stage, for another
+SLOWER, MUCH_SLOWER = 1.03, 1.25
+MOST_LOST, MOST_LOST_OF_ONE = 12, 2  # children that may be lost before the run, or a variant, ends
+IN_PROCESS = ("flash4",)  # kernels that are kept in no cache on the disk: the child that measures makes them
+USING = {"radial": ("flash4", "triton", "flex", "blocks"), "radial 8 bit": ("triton-int8", "triton-fp8")}
 
 
 class NoDeviceError(RuntimeError):
@@ -41,11 +51,13 @@ class NoDeviceError(RuntimeError):
 class Run:
     """Holds one benchmark: its results so far, the time left, and where they are saved."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self._start = options, time.monotonic()
+    def __init__(self, options: argparse.Namespace, workers: Any = None) -> None:
+        self.options = options
+        self._workers = workers or Workers(Session, options.device, options.tiny, options.profile)
+        self._clock = self._workers.clock
+        self._start = self._clock()
         self._deadline = self._start + 60 * options.minutes - RESERVE_SECONDS
-        self._worker = Worker(Session, options.device, options.tiny, options.profile)
-        self._lost = 0
+        self._lost: Counter[str] = Counter()
         self.data: dict[str, Any] = {
             "command": options.command,
             "date": datetime.date.today().isoformat(),
@@ -56,6 +68,7 @@ class Run:
             "smi": {"query": QUERY, "before": smi(), "after": ""},
             "tests": {"note": "left out"},
             "cases": {},
+            "compiled": {},
             "checks": {},
             "rows": [],
             "steps": [],
@@ -64,86 +77,117 @@ class Run:
 
     @property
     def path(self) -> Path:
-        about = self.data["machine"]
-        name = short_name(about["gpu"]) if "gpu" in about else about["device"]
-        start = "rehearsal" if self.options.tiny else "gpu"
-        return self.options.out / f"{start}_{name}_{self.data['date']}.md"
+        return self.options.out / file_name(self.data, self.options.part)
 
     def go(self) -> None:
         """Measures all in order; NoDeviceError without a device, OSError if results cannot be saved."""
+        parts, chosen = (1, 2) if self.options.part is None else (self.options.part,), self.options
+        listed = [x for part in parts for x in tasks(part, chosen.only, chosen.backends, tiny=chosen.tiny)]
+        listed = [task for task in listed if task.kind != "step" or not chosen.skip_steps]
         try:
-            answer = self._worker.ask(Task("machine"), START_SECONDS)
-            if answer.result is None:
-                raise NoDeviceError(answer.failure)
-            self.data["machine"] = answer.result
-            cases = {name: shrink(case) if self.options.tiny else case for name, case in CASES.items()}
-            self.data["cases"] = {name: _about(case) for name, case in cases.items()}
-            self.save()
-            if not self.options.skip_tests and self.options.device == "cuda":
-                self.data["tests"] = run_tests(min(TEST_SECONDS, self._left()))
-                print(f"kernel tests: {self.data['tests']}", flush=True)
-                self.save()
-            self._measure()
+            self._prepare(listed)
+            for task in listed:
+                if self._lost.total() > MOST_LOST:
+                    self._leave_out(task, "too many processes were lost")
+                else:
+                    self._measure(task)
+            self._workers.close()
+            if 2 in parts and not chosen.skip_tests and chosen.device == "cuda":
+                seconds = min(TEST_SECONDS, self._left())
+                late = {"note": f"the {chosen.minutes:g} minutes were over"}
+                self.data["tests"] = run_tests(seconds) if seconds > LEAST_TEST_SECONDS else late
+                self._done(f"kernel tests: {self.data['tests']}")
             self.data["finished"] = True
         finally:
-            self._worker.close()
-            if self.data["cases"]:
+            self._workers.close()
+            if self.data["machine"]:
                 self.data["smi"]["after"] = smi()
                 self.save(picture=True)
 
     def save(self, picture: bool = False) -> None:
         """Writes the results so far."""
-        self.data["minutes"] = (time.monotonic() - self._start) / 60
+        self.data["minutes"] = (self._clock() - self._start) / 60
         write(self.path, self.data, picture=picture)
 
     def _left(self) -> float:
-        return self._deadline - time.monotonic()
+        return self._deadline - self._clock()
 
-    def _measure(self) -> None:
-        chosen = self.options
-        for task in tasks(chosen.only, chosen.backends, tiny=chosen.tiny, steps=not chosen.skip_steps):
-            if self._lost > MOST_LOST:
-                self._leave_out(task, "too many processes were lost")
-            elif task.kind == "check":
-                self._check(task)
-            elif task.kind == "step":
-                self._step(task)
-            else:
-                self._attention(task)
+    def _done(self, line: str) -> None:
+        """Prints and saves what was measured last."""
+        print(f"{self._clock() - self._start:4.0f} s  {line}", flush=True)
+        self.save()
+
+    def _prepare(self, listed: Sequence[Task]) -> None:
+        """Describes machine and masks while other processes make the kernels."""
+        made = compilations(listed) if self.options.device == "cuda" else []
+        self._workers.begin([x for x in made if x.variant not in IN_PROCESS], COMPILE_SECONDS)
+        answer = self._workers.ask(Task("machine"), START_SECONDS)
+        if answer.result is None:
+            raise NoDeviceError(answer.failure)
+        self.data["machine"] = answer.result
+        for case in dict.fromkeys(task.case for task in listed if task.case.name in CASES):
+            self.data["cases"][case.name] = _about(case)
+        for task in (x for x in made if x.variant in IN_PROCESS):
+            self._compiled(task, self._workers.ask(task, COMPILE_SECONDS))
+        for task, answer in self._workers.compiled():
+            self._compiled(task, answer)
+        self._done(f"{len(self.data['compiled'])} kernels")
+
+    def _compiled(self, task: Task, answer: Answer) -> None:
+        self.data["compiled"][task.detail[0].title] = answer.outcome
+
+    def _measure(self, task: Task) -> None:
+        if task.kind in {"check", "gradients"}:
+            self._check(task)
+        elif task.kind == "step":
+            self._step(task)
+        else:
+            self._attention(task)
 
     def _ask(self, task: Task, limit: float) -> Answer | None:
         """Returns the answer; None if too little time is left to begin."""
-        if self._left() < task.least:
+        if self._left() < LEAST_SECONDS:
             self._leave_out(task, f"the {self.options.minutes:g} minutes were over")
             return None
-        answer = self._worker.ask(task, min(limit, self._left()))
-        self._lost += answer.lost
+        answer = self._workers.ask(task, min(limit, self._left()))
+        self._lost[task.variant] += answer.lost
         return answer
 
     def _check(self, task: Task) -> None:
+        """Runs a check. One that is late, and is wrong in nothing, leaves its variant to be timed."""
+        checks = self.data["checks"].setdefault(task.variant, {})
+        if {"failure", "right" if task.kind == "check" else "gradients"} & checks.keys():
+            return  # the other part ran it
         obstacle = flashinfer_obstacle() if task.variant == "flashinfer" else None
         result: dict[str, Any] = {"failure": obstacle}
         if not obstacle or (self.options.build_flashinfer and "not built" in obstacle):
-            begin = time.monotonic()
+            begin = self._clock()
             if obstacle:  # building its kernels is no part of the time that was asked for
                 self._deadline += BUILD_SECONDS
             answer = self._ask(task, BUILD_SECONDS if obstacle else task.limit)
             if obstacle:
-                self._deadline += time.monotonic() - begin - BUILD_SECONDS
+                self._deadline += self._clock() - begin - BUILD_SECONDS
             if answer is None:
                 return
-            result = answer.outcome
-        self.data["checks"][task.variant] = result
-        print(f"check {task.variant}: {result}", flush=True)
-        self.save()
+            result = answer.result or {"late" if answer.late else "failure": answer.failure}
+            if task.kind == "gradients" and answer.result is None:
+                result = {"gradients": answer.failure}
+        checks |= result
+        self._done(f"{task.title}: {result}")
 
     def _attention(self, task: Task) -> None:
+        findings = Findings(self.data)
+        if findings.row(task.kind, task.case.name, task.variant):
+            return  # the other part measured it
         obstacle = self._obstacle(task)
         if obstacle is None:
+            dense = findings.best_dense(task.kind.replace("launch", "forward"), task.case.name)
+            if dense and not task.is_dense and not task.case.long:
+                task = replace(task, dense=dense[0])
             answer = self._ask(task, task.limit)
             if answer is None:
                 return
-            result = answer.outcome
+            result = answer.outcome | ({"dense": task.dense} if task.dense else {})
         elif task.is_dense:
             return  # its first case has the reason, or the time
         else:
@@ -151,63 +195,66 @@ class Run:
         if "ms" in result:
             flops = task.case.flops(task.is_dense, task.kind == "backward")
             result["tflops"] = flops / result["ms"] / 1e9
-        row = {"stage": task.kind, "case": task.case.name, "variant": task.variant, **result}
-        self.data["rows"].append(row)
+        variant = result.pop("launch", task.title) if task.kind == "launch" else task.variant
+        self.data["rows"].append({"stage": task.kind, "case": task.case.name, "variant": variant, **result})
         outcome = f"{result['ms']:.2f} ms" if "ms" in result else result.get("failure", "wrong output")
-        print(f"{task.title}: {outcome}", flush=True)
-        self.save()
+        self._done(f"{task.title}: {outcome}")
 
     def _obstacle(self, task: Task) -> str | None:
         """Returns why a variant is not timed: it failed its check, or as a dense kernel an earlier case."""
-        if not task.is_dense:
-            check = self.data["checks"].get(task.variant)
-            if check is None:
-                return "there was no time for its check"
-            if "failure" in check:
-                return check["failure"]
-            right = check["right"] and (task.kind == "forward" or check["gradients_right"])
-            return None if right else "wrong on the small case"
-        rows = [row for row in self.data["rows"] if row["variant"] in DENSE and row["stage"] == task.kind]
-        first = next((row for row in rows if row["variant"] == task.variant), None)
+        if task.is_dense:
+            return self._dense_obstacle(task)
+        check = self.data["checks"].get(task.variant, {})
+        wrong = [name for name in ("right", "gradients_right") if check.get(name) is False]
+        if "right" in wrong or (wrong and task.kind == "backward"):
+            return "wrong on the small case"
+        if self._lost[task.variant] >= MOST_LOST_OF_ONE:
+            return "its process was lost twice"
+        return check.get("failure")
+
+    def _dense_obstacle(self, task: Task) -> str | None:
+        rows = [row for row in self.data["rows"] if row["variant"] in DENSE]
+        timed = [
+            row for row in rows if "ms" in row and (row["stage"], row["case"]) == (task.kind, task.case.name)
+        ]
+        if task.variant == "sdpa" and timed:
+            return "another was timed"
+        earlier = (row for row in rows if row["variant"] == task.variant)
+        first = min(earlier, key=lambda row: row["stage"] != task.kind, default=None)
         if first is None:
             return None
         if "ms" not in first:
             return "failed before"
-        best = min(row["ms"] for row in rows if row["case"] == first["case"] and "ms" in row)
-        return None if first["ms"] <= SLOWER * best else "slower before"
+        alike = [row for row in rows if (row["stage"], row["case"]) == (first["stage"], first["case"])]
+        best = min(row["ms"] for row in alike if "ms" in row)
+        margin = SLOWER if first["stage"] == task.kind else MUCH_SLOWER
+        return "slower before" if first["ms"] > best * (1 if task.case.long else margin) else None
 
     def _step(self, task: Task) -> None:
-        task = self._equip(task)
+        findings, case = Findings(self.data), task.case.name
+        dense = findings.best_dense("forward", case) or ("sdpa", 0.0)
+        times = {name: findings.ms("forward", case, name) for name in USING.get(task.variant, ())}
+        using = min((name for name in times if times[name]), key=times.get, default="")
         result = {"failure": "no variant that is right and fast enough"}
-        if task.using or task.variant == "dense":
-            answer = self._ask(task, task.limit)
-            if answer is not None and answer.failure == "out of memory" and not task.reduced:
-                answer = self._ask(replace(task, reduced=True), task.limit)
+        if using or task.variant == "dense":
+            answer = self._ask(replace(task, using=using, dense=dense[0]), task.limit)
             if answer is None:
                 return
             result = answer.outcome
-        self.data["steps"].append({"case": task.case.name, "variant": task.variant, **result})
+        self.data["steps"].append({"case": case, "variant": task.variant, **result})
         outcome = f"{result['ms']:.1f} ms" if "ms" in result else result["failure"]
-        print(f"{task.title}: {outcome}", flush=True)
-        self.save()
-
-    def _equip(self, task: Task) -> Task:
-        """Adds the kernels to a task, and reduces the model if the whole one would take too long."""
-        findings, case = Findings(self.data), task.case.name
-        dense = findings.best_dense("forward", case) or ("sdpa", 0.0)
-        kinds = {"radial": ("triton", "flex", "blocks"), "radial 8 bit": ("triton-int8", "triton-fp8")}
-        times = {name: findings.ms("forward", case, name) for name in kinds.get(task.variant, ())}
-        timed = [name for name, ms in times.items() if ms]
-        using = min(timed, key=times.get, default="")
-        if task.variant == "radial" and "triton" in timed:
-            using = "triton"
-        seconds = STEPS[case].depth * 3 * dense[1] / 1e3 + 15  # dense, radial and what is no attention
-        earlier = findings.step(case, "dense")
-        reduced = seconds > self._left() if earlier is None else earlier["reduced"]
-        return replace(task, using=using, dense=dense[0], reduced=reduced)
+        self._done(f"{task.title}: {outcome}")
 
     def _leave_out(self, task: Task, reason: str) -> None:
         self.data["left_out"].append(f"{task.title}: {reason}")
+
+
+def file_name(data: dict[str, Any], part: int | None) -> str:
+    """Returns the name of the report of a run, or of all parts."""
+    about = data["machine"]
+    name = short_name(about["gpu"]) if "gpu" in about else about["device"]
+    end = "" if part is None else f"_part{part}"
+    return f"{'rehearsal' if data['rehearsal'] else 'gpu'}_{name}_{data['date']}{end}.md"
 
 
 def _about(case: Case) -> dict[str, Any]:
@@ -233,12 +280,14 @@ def _about(case: Case) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line; a wrong option ends the program with one line."""
-    about = "Attention and denoising steps on one GPU, correctness first, within a few minutes."
+    about = "Attention and denoising steps on one GPU within a few minutes, what matters most first."
     parser = OneLineParser(prog="scripts/benchmark_gpu.sh", description=about)
+    parser.add_argument("--part", type=int, choices=(1, 2), help="1: the goals, 2: the rest (default: both)")
     parser.add_argument(
-        "--minutes", type=positive_number, default=8.0, help="time for all of it (default: 8)"
+        "--minutes", type=positive_number, help="time for all of it (default: 8, of a part 4)"
     )
     parser.add_argument("--out", type=Path, help=f"folder ({RESULTS}, of a rehearsal outputs)")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="only joins these results")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--backends", nargs="+", choices=SPARSE, metavar="BACKEND")
     parser.add_argument("--skip-steps", action="store_true", help="attention alone")
@@ -253,9 +302,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.out = options.out or (Path("outputs") if options.tiny else RESULTS)
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out must be a folder, got {options.out}")
+    options.minutes = options.minutes or (8.0 if options.part is None else 4.0)
     options.backends = options.backends or (("blocks",) if options.device == "cpu" else MEASURED)
     options.command = " ".join(["bash scripts/benchmark_gpu.sh", *argv])
     return options
+
+
+def join(files: Sequence[Path], out: Path) -> Path:
+    """Writes one report of several results; ValueError or OSError for files that are none of one GPU."""
+    data = merge([json.loads(file.read_text()) for file in files])
+    path = out / file_name(data, None)
+    write(path, data, picture=True)
+    return path
 
 
 def _cut_off(number: int, _: FrameType | None) -> None:
@@ -265,6 +323,13 @@ def _cut_off(number: int, _: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 for a wrong option, no device or nowhere to write."""
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.merge:
+        try:
+            print(join(options.merge, options.out))
+        except (ValueError, KeyError, OSError) as error:
+            print(f"error: --merge: {one_line(error)}; name the .json files of one GPU", file=sys.stderr)
+            return 2
+        return 0
     signal.signal(signal.SIGTERM, _cut_off)
     run = Run(options)
     try:
@@ -277,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("cut off", file=sys.stderr)
-    if run.data["cases"]:
+    if run.data["machine"]:
         print(run.path)
     return 0
 

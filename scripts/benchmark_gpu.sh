@@ -5,6 +5,9 @@
 #   bash scripts/benchmark_gpu.sh --only wan-69 --skip-steps   one case; --help lists the options
 #   bash scripts/benchmark_gpu.sh --device cpu --tiny          rehearsal without a GPU
 # Installs nothing: PYTHON chooses the interpreter, else .venv or python3, whichever has torch that sees a GPU.
+# For a machine without network, take along the folder flash4 with exported kernels, and below it packages:
+#   bash scripts/export_flash4.sh --out flash4
+#   pip install --no-deps --only-binary=:all: --python-version 3.12 --target flash4/site apache-tvm-ffi diffusers
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 probe='import sys
@@ -30,5 +33,8 @@ if [[ -z "$chosen" ]]; then
         "PYTHON=/path/to/python" >&2
     exit 2
 fi
+carried="${RADIAL_ATTN_FLASH4:-$root/flash4}"
+[[ ! -f "$carried/flash4.json" ]] || export RADIAL_ATTN_FLASH4="$carried"
+[[ ! -d "$carried/site" ]] || PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$carried/site"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$chosen" -P -m scripts.benchmark_gpu "$@"

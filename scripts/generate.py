@@ -225,9 +225,9 @@ def make_one(sampler: "Sampler", pipeline: Any, video: Video, *, again: bool = F
     Returns False, and makes nothing, if another run makes it. Unless `again`, keeps one that another run has
     made since this one began.
     """
-    from scripts.run.describe import describe_video
     from scripts.run.files import claim
     from scripts.run.outputs import refuse_other_settings, unwritable
+    from scripts.run.summary import describe_video
 
     path, groups = video.path, sampler.groups
     try:

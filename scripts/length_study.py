@@ -20,7 +20,6 @@ import torch
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.length.report import write
 from scripts.length.runs import PRESET, ROWS, Result, Study, captions_of, title
-from scripts.length.scores import Record, record
 from scripts.lora.checkpoint import read_log
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.plan import plan_training
@@ -38,6 +37,7 @@ from scripts.run.sampler import Sampler, to_bytes
 from scripts.toyworld import all_attributes
 from scripts.toyworld.accuracy import readings, whole_run_seconds
 from scripts.toyworld.render import Attributes
+from scripts.toyworld.scores import Record, record
 from scripts.toyworld.videos import render_videos
 
 READINGS, SHOWN = "readings.json", "shown.mp4"

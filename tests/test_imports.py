@@ -16,15 +16,22 @@ LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors 
     av imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
     torchvision"""
 # imported where they are used, each by one kernel
-OPTIONAL = ("flashinfer", "spas_sage_attn", "sparse_sageattn", "sageattention")
+OPTIONAL = (
+    "flash_attn",
+    "cutlass",
+    "tvm_ffi",
+    "flashinfer",
+    "spas_sage_attn",
+    "sparse_sageattn",
+    "sageattention",
+)
 DRAWING = {"matplotlib", "PIL"}
-XDIT = ("xfuser", "yunchang")  # where several processes share a video
 ALLOWED = {
     "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
     "radial_attn.models": {
-        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", *XDIT)
+        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
     },
-    "scripts": {"radial_attn", *LIBRARIES.split()},
+    "scripts": {"radial_attn", *LIBRARIES.split(), "flash_attn", "cutlass", "tvm_ffi"},
 }
 FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts": set()}
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
@@ -41,7 +48,8 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.far_field",
     "radial_attn.attention",
     "radial_attn.analysis",
-    "radial_attn.selection radial_attn.residual",
+    "radial_attn.selection radial_attn.residual radial_attn.trial",
+    "radial_attn.chooser",
     "radial_attn.models.runtime",
     "radial_attn.models.wan radial_attn.models.mochi radial_attn.models.ltx",
     "radial_attn.models.hunyuan_video",

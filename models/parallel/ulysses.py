@@ -2,20 +2,20 @@
 
 Hooks split the tokens before the first block and gather them after the last projection. Rotary tables are
 split alike. `exchange` surrounds the attention op, which sees all tokens, video first and then the text once,
-of a share of the heads. Text goes through every block whole, on every process. Heads that keep different
-numbers of blocks are dealt for about equal work.
+of a share of the heads. Query, key and value travel together, and so do video and text on their way back.
+Text goes through every block whole, on every process. Heads that keep different numbers of blocks are dealt
+for about equal work.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
-from yunchang.comm.all_to_all import SeqAllToAll4D
+from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
 from radial_attn import TokenGrid
 from radial_attn.shards import HeadDeal, deal_heads
@@ -116,30 +116,41 @@ class SequenceParallel:
         """Computes attention of `[B, n + T, H, D]`, own video tokens and all text, over all tokens.
 
         `attend` gets `[B, N + T, h, D]`: all tokens of a share of the heads, padded with zero heads if the
-        degree does not divide H. `heads` are those of each process, as in `HeadDeal`, None for all in order.
+        degree does not divide H. The three are parts of one tensor, contiguous in the last dimension alone.
+        `heads` are those of each process, as in `HeadDeal`, None for all in order.
         Returns `[B, n + T, H, D]`.
         """
         self._heads, own_tokens = query.shape[2], query.shape[1] - grid.text
         order = None if heads is None else heads.flatten().to(query.device)
-        mixed = attend(*(self._own_heads(x, grid, order) for x in (query, key, value)))
-        video, text = mixed.tensor_split([self._tokens], dim=1)
-        video = pad(video, 1, own_tokens * self.degree - video.shape[1])
-        video = SeqAllToAll4D.apply(self._group, video, 1, 2)
-        output = torch.cat([video, gather_parts(text, 2, self._group)], dim=1) if grid.text else video
-        if order is not None:
-            output = output.index_select(2, order.argsort())
-        return output[:, :, : self._heads]
+        together = self._own_heads((query, key, value), grid, order)
+        mixed = attend(*together.chunk(3, dim=-1))
+        return self._own_tokens(mixed, own_tokens, order)
 
-    def _own_heads(self, x: Tensor, grid: TokenGrid, order: Tensor | None) -> Tensor:
-        """Returns `[B, N + T, h, D]`, all tokens of this process's heads, from `[B, n + T, H, D]`."""
-        x = pad(x, 2, -x.shape[2] % self.degree)
+    def _own_heads(self, tensors: Sequence[Tensor], grid: TokenGrid, order: Tensor | None) -> Tensor:
+        """Returns `[B, N + T, h, 3 D]`, all tokens of this process's heads, from three `[B, n + T, H, D]`."""
+        tensors = [pad(x, 2, -x.shape[2] % self.degree) for x in tensors]
         if order is not None:
-            x = x.index_select(2, order)
-        video, text = x.tensor_split([x.shape[1] - grid.text], dim=1)
-        video = SeqAllToAll4D.apply(self._group, video, 2, 1)[:, : self._tokens]
+            tensors = [x.index_select(2, order) for x in tensors]
+        apart = [x.unflatten(2, (self.degree, -1)).movedim(2, 0) for x in tensors]
+        own = apart[0].shape[2] - grid.text
+        sent = torch.cat([x[:, :, :own] for x in apart], dim=-1)  # [P, B, n, h, 3 D]
+        video = exchange_parts(sent, self._group).movedim(0, 1).flatten(1, 2)[:, : self._tokens]
         if not grid.text:
             return video
-        return torch.cat([video, text.chunk(self.degree, dim=2)[self.rank]], dim=1)
+        text = torch.cat([x[self.rank, :, own:] for x in apart], dim=-1)
+        return torch.cat([video, text], dim=1)
+
+    def _own_tokens(self, mixed: Tensor, own: int, order: Tensor | None) -> Tensor:
+        """Returns `[B, n + T, H, D]`, `own` video tokens and all text, from `[B, N + T, h, D]`."""
+        video, text = mixed.tensor_split([self._tokens], dim=1)
+        video = pad(video, 1, own * self.degree - video.shape[1])
+        video = video.unflatten(1, (self.degree, own)).movedim(1, 0)
+        sent = torch.cat([video, text.expand(self.degree, *text.shape)], dim=2)  # [P, B, n + T, h, D]
+        output = exchange_parts(sent, self._group).movedim(0, 2)
+        if order is None:
+            return output.flatten(2, 3)[:, :, : self._heads]
+        at = order.argsort()[: self._heads]
+        return output[:, :, at // output.shape[3], at % output.shape[3]]
 
     def install(self, transformer: torch.nn.Module, family: ModuleType) -> list[Any]:
         """Adds and returns hooks that split tokens before a transformer's blocks and gather them after."""
@@ -181,6 +192,18 @@ class _Entrance:
         if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs
+
+
+def exchange_parts(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sends each process of a group its part of `[P, ...]`; returns theirs, in order, of the same shape."""
+    if len(x) == 1:
+        return x
+    x = x.contiguous()
+    if torch.is_grad_enabled():
+        return all_to_all_single_autograd(x, None, None, group)
+    coming = torch.empty_like(x)
+    torch.distributed.all_to_all_single(coming, x, group=group)
+    return coming
 
 
 def gather_parts(x: Tensor, dim: int, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -132,6 +132,11 @@ class Choices:
         return () if self._budget is None else self._budget.densities
 
     @property
+    def density(self) -> float | None:
+        """Returns the density of the masks that layers choose for this call; None for a static mask."""
+        return None if self._budget is None else self._budget.densities[self._level]
+
+    @property
     def ready(self) -> bool:
         """Tells whether this call of a step has a state."""
         return self._call in self._calls

@@ -8,149 +8,38 @@ the layers on their outputs.
 """
 
 import inspect
-from collections import Counter
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.attention import choose_backend, report_choice
+from radial_attn.chooser import Choice, Chooser
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_near
 from radial_attn.selection import floor_blocks
+from radial_attn.trial import DENSE
 
 from .adaptive import Adaptive
 from .choices import Choices
-from .dense_backend import DenseBackend, dense_attention
+from .counts import Counts
+from .dense_backend import OURS, DenseBackend
+from .layer_attention import AttentionCall, dense_attention, valid_keys
 from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
+from .text_lengths import TextLengths
+from .transformers import is_compiled
 
-SLICED_DEVICES = ("cuda",)  # elsewhere dense attention masks padded text, bit by bit as upstream does
+ASSUMED_STEPS = 50  # of a run whose steps are not known
 PLAIN = {"selection": "static", "far_field": "none", "residual": "none"}  # one mask for all heads
-
-
-class AttentionCall(NamedTuple):
-    """Tells the layers of a call how to attend, unless upstream serves them.
-
-    Attributes:
-        mask: blocks that are computed.
-        backend: a backend of `radial_attention`, or "dense": upstream's dispatch, which several processes and
-            an observer need here, or a ring's own.
-        quantize: as in `radial_attention`.
-        compare: also compare with the definition.
-        text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, None for all.
-        parallel: the processes that share the sequence.
-        valid: keys for the dispatch: a mask, bool `[B, 1, 1, S]`, or how many each sample has; None for all.
-        observe: gets the inputs of each layer, None without an observer.
-        far_field: as in `radial_attention`.
-        choices: what the layers chose and kept at the last dense step, None if that plays no part.
-        records: the sparse call that a dense one prepares, None if no sparse step follows.
-    """
-
-    mask: BlockMask
-    backend: str
-    quantize: str | None = None
-    compare: bool = False
-    text_lengths: Tensor | None = None
-    parallel: Any = None
-    valid: Tensor | tuple[int, ...] | None = None
-    observe: Callable[..., None] | None = None
-    far_field: str = "none"
-    choices: Choices | None = None
-    records: "AttentionCall | None" = None
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
-    """Computes attention `[B, S, H, D]` of a layer that upstream does not serve; its check notes it."""
-    if call.observe is not None:
-        call.observe(processor, query, key, value)
-    of_all = partial(_attend, call=call, processor=processor)
-    if call.parallel is None:
-        return of_all(query, key, value)
-    choices = call.choices if call.records is None else call.records.choices
-    heads = None if choices is None else choices.deal(processor)
-    return call.parallel.exchange(query, key, value, call.mask.grid, of_all, heads=heads)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
-    if call.parallel is not None and call.parallel.ring is not None:
-        output = call.parallel.ring.attend(
-            query, key, value, call.mask, backend=call.backend, text_lengths=call.text_lengths
-        )
-        if processor.layer_check is not None and call.backend != "dense" and output.numel():
-            processor.layer_check.note((query, key, value), output, None, None)
-        return output
-    if call.backend == "dense":
-        named = getattr(processor, "_attention_backend", None)
-        output = dense_attention(query, key, value, valid=call.valid, backend=named)
-    elif call.choices is None:
-        output = _sparse(query, key, value, call.mask, call.text_lengths, call=call, processor=processor)
-    else:
-        sparse = partial(_sparse, call=call, processor=processor)
-        options = {"text_lengths": call.text_lengths, "sparse": sparse}
-        return call.choices.attend(processor, (query, key, value), call.mask, **options)
-    if call.records is not None and not processor.dense:
-        then = call.records
-        sparse = partial(_sparse, call=then, processor=processor)
-        options = {"text_lengths": then.text_lengths, "sparse": sparse}
-        then.choices.record(processor, (query, key, value), output, then.mask, **options)
-    return output
-
-
-def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    text_lengths: Tensor | None,
-    bias: Tensor | None = None,
-    *,
-    call: AttentionCall,
-    processor: Any,
-) -> Tensor:
-    options = {"text_lengths": text_lengths, "backend": call.backend, "quantize": call.quantize}
-    options |= {"far_field": call.far_field, "far_bias": bias}
-    output = radial_attention(query, key, value, mask, **options)
-    if processor.layer_check is not None:
-        compared = mask if call.compare else None
-        far = call.far_field, bias
-        processor.layer_check.note((query, key, value), output, compared, text_lengths, far=far)
-    return output
-
-
-class TextLengths:
-    """Counts valid text tokens of each sample, once for each of a family's latest mask tensors."""
-
-    def __init__(self, family: ModuleType) -> None:
-        self._find = getattr(family, "text_mask", None)
-        self._latest: list[tuple[Tensor, Tensor]] = []
-
-    def read(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Returns int64 `[B]` on the CPU; None if the family has video tokens alone, or no mask was given.
-
-        Raises ValueError if valid tokens do not come first.
-        """
-        mask = None if self._find is None else self._find(arguments)
-        if mask is None:
-            return None
-        for seen, lengths in self._latest:
-            if seen is mask:
-                return lengths
-        valid = mask.bool().cpu()
-        lengths = valid.sum(dim=-1)
-        if not torch.equal(valid, torch.arange(valid.shape[-1]) < lengths.unsqueeze(-1)):
-            raise ValueError(
-                f"valid text tokens must come first, got a mask {valid.int().tolist()}; pad texts at the end"
-            )
-        self._latest = [(mask, lengths), *self._latest[:1]]
-        return lengths
 
 
 class RadialContext:
@@ -168,6 +57,8 @@ class RadialContext:
         family: ModuleType,
         layers: int,
         always_dense: int,
+        other_layers: int,
+        chooser: Chooser,
         adaptive: Adaptive,
         choices: Choices | None = None,
         pipeline: Any = None,
@@ -178,27 +69,34 @@ class RadialContext:
         self.adaptive, self._choices = adaptive, choices
         self.output_check, self.dense, self.parallel, self.observer = output_check, dense, parallel, observer
         self._in_ring = parallel is not None and parallel.ring is not None
-        refused = parallel.ring.refusal(quantize, output_check.check, dense.name) if self._in_ring else None
+        if self._in_ring:
+            self._check_ring()
+        self._radial_call: AttentionCall | None = None
+        self._dense_call: AttentionCall | None = None
+        self._dtype, self._dense_steps = torch.float32, 0
+        self._family, self._layers, self._always_dense = family, layers, always_dense
+        self._chooser, self._counts = chooser, Counts(layers, always_dense, other_layers)
+        self._choice, self._reason, self._begins = None, None, False  # of the running call
+        self._text = TextLengths(family)
+        self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
+        self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
+
+    def _check_ring(self) -> None:
+        """Raises ValueError for an option that a ring does not support."""
+        refused = self.parallel.ring.refusal(self.quantize, self.output_check.check, self.dense.name)
         if refused is not None:
             raise ValueError(refused.reason)
-        if self._in_ring and self.adaptive != replace(self.adaptive, **PLAIN):
+        if self.adaptive != replace(self.adaptive, **PLAIN):
             words = ", ".join(f"{name}={value!r}" for name, value in vars(self.adaptive).items())
             raise ValueError(
                 f"a ring does not support {words}: no process has all keys; allowed: selection='static', "
                 "far_field='none', residual='none'"
             )
-        self._radial_call: AttentionCall | None = None
-        self._dense_call: AttentionCall | None = None
-        self._dtype, self._dense_steps = torch.float32, 0
-        self._family, self._layers, self._always_dense = family, layers, always_dense
-        self._text = TextLengths(family)
-        self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
-        self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
-        self._calls: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for a copy or a pickle, without the latest calls, whose masks hold kernels."""
-        return {**vars(self), "_family": self._family.__name__, "_radial_call": None, "_dense_call": None}
+        state = {**vars(self), "_family": self._family.__name__}
+        return state | {"_radial_call": None, "_dense_call": None, "_choice": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _family=import_module(state["_family"]))
@@ -211,38 +109,59 @@ class RadialContext:
         lengths = self._text.read(arguments)
         if self.parallel is not None:
             self.parallel.begin(grid, self.config.block_size)
-        step, begins = self._counter.advance(arguments["timestep"])
-        if begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
+        step, self._begins = self._counter.advance(arguments["timestep"])
+        if self._begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
             self.schedule.check_run(*self._counter.plan)
         plan = self._counter.plan
-        dense = self.config.pattern == "dense" or self.schedule.is_dense(step, *plan)
+        dense = scheduled = self.config.pattern == "dense" or self.schedule.is_dense(step, *plan)
         records = False
         if self._choices is not None and self.config.pattern != "dense":
-            self._begin_choices(transformer, grid, step, first=begins)
+            self._begin_choices(transformer, grid, step, first=self._begins)
             dense = dense or (self.adaptive.needs_dense_step and not self._choices.ready)
             records = dense and self.adaptive.records and self.schedule.precedes_sparse(step, *plan)
             if self.adaptive.selection == "profile" and (records or not dense):
                 self._choices.begin_part(self._counter.sigma(), latents.device)
-        self._dense_steps += begins and dense
-        self._dtype = _working_dtype(latents)
-        mask, attends = self._mask(transformer, grid, step), records or not dense
+        self._dtype, mask = _working_dtype(latents), self._mask(transformer, grid, step)
+        attends = records or not dense
+        may_attend = attends or not scheduled
+        self._choice = self._open_choice(transformer, latents, mask, lengths) if may_attend else None
+        if self._stays_dense:
+            dense, records, attends = True, False, False
+        self._reason = self._reason_of(scheduled) if dense else None
         compare = self.output_check.begin(transformer, None if dense else mask, arguments)
-        self._dense_call = None
-        if dense or self.schedule.dense_layers:
-            self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
-        self._radial_call = self._dense_call
-        if attends:
-            sparse = self._sparse_call(latents, transformer.config.attention_head_dim, mask, lengths)
-            self._radial_call = sparse._replace(compare=compare)
-        if records:
-            self._choices.begin_dense()
-            self._radial_call = self._dense_call._replace(records=sparse)
+        self._set_calls(transformer, latents, mask, lengths, dense=dense, attends=attends, records=records)
+        if attends and not records:
+            self._radial_call = self._radial_call._replace(compare=compare)
         if self.observer is not None:
             sigma = self._counter.sigmas and self._counter.sigmas[step]
             note = self.observer.of_call(step=step, sigma=sigma, mask=mask, text_lengths=lengths)
             calls = self._radial_call, self._dense_call
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
-        self._count(mask, None if dense else self._radial_call.backend)
+        before = self._densities.pop(grid, None)
+        self._densities[grid] = mask.density if before is None or not dense else before
+
+    def _set_calls(
+        self,
+        transformer: torch.nn.Module,
+        latents: Tensor,
+        mask: BlockMask,
+        lengths: Tensor | None,
+        *,
+        dense: bool,
+        attends: bool,
+        records: bool,
+    ) -> None:
+        """Sets how radial and always dense layers attend; `records`: the former prepare sparse steps."""
+        self._dense_call = None
+        if dense or self.schedule.dense_layers:
+            self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
+        self._radial_call = self._dense_call
+        if attends:
+            width = transformer.config.attention_head_dim
+            self._radial_call = self._sparse_call(latents, width, mask, lengths)
+        if records:
+            self._choices.begin_dense()
+            self._radial_call = self._dense_call._replace(records=self._radial_call)
 
     def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
         """Adds the calls of radial and of always dense layers, as forward hook of the rotary embedding."""
@@ -255,12 +174,18 @@ class RadialContext:
         """Ends a call, as forward hook of a transformer; raises CheckError if it fails its check."""
         if self._choices is not None:
             self._choices.end_call()
+        if self._stays_dense and self._reason is None:
+            self._reason = "too_short"
+            self.output_check.leave_out()
+        self._dense_steps += self._begins and self._reason is not None
+        whole = self._radial_call is not None and self._radial_call.mask.is_dense
+        self._counts.add(self._backend_of(self._radial_call), self._reason or ("mask" if whole else None))
         if self.output_check.check == "off":
             return
         calls = self._radial_call, self._dense_call
         planned = self.schedule.num_steps or self._counter.planned_steps
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
-        backends = tuple("dense" if call is None else call.backend for call in calls)
+        backends = tuple(map(self._backend_of, calls))
         moment = f"{step}, {str(self._dtype).removeprefix('torch.')}"
         self.output_check.end(transformer, output[0], backends, moment)
 
@@ -283,7 +208,8 @@ class RadialContext:
             "dense_steps": self._dense_steps,
             "layers": self._layers,
             "dense_layers": self._always_dense,
-            "calls": {name: count for name, count in self._calls.items() if count},
+            **self._counts.report(),
+            "tuning": self._chooser.report(),
             "quantize": self.quantize,
             "adaptive": vars(self.adaptive) | (chosen or {}),
             "dense_backend": self.dense.report(),
@@ -317,10 +243,16 @@ class RadialContext:
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
         )
 
+    @property
+    def _stays_dense(self) -> bool:
+        """Tells whether dense attention was found to be as fast for the shape of the call."""
+        return self._choice is not None and self._choice.name == DENSE
+
     def _sparse_call(
         self, latents: Tensor, width: int, mask: BlockMask, lengths: Tensor | None
     ) -> AttentionCall:
         """Returns how the layers of a sparse call attend."""
+        is_open = self._choice is not None and self._choice.name is None
         return AttentionCall(
             mask,
             self._choose(latents, width, mask),
@@ -329,19 +261,82 @@ class RadialContext:
             parallel=self.parallel,
             far_field=self.adaptive.far_field,
             choices=self._choices,
+            choice=self._choice if is_open else None,
+            chooser=self._chooser if is_open else None,
         )
 
-    def _choose(self, latents: torch.Tensor, width: int, mask: BlockMask) -> str:
+    def _choose(self, latents: Tensor, width: int, mask: BlockMask) -> str:
         """Returns the backend of radial layers with heads `width` wide; logs the choice of "auto"."""
         if self.backend != "auto":
             return self.backend
-        call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
-        call = replace(call, partial=self._in_ring, far_field=self.adaptive.far_field)
-        chosen = choose_backend(call)
-        levels = self._choices.densities if self._choices is not None else ()
-        asked = " to ".join(f"{density:.3f}" for density in sorted({*levels[:1], *levels[-1:]}))
-        report_choice(chosen, latents, mask, f"{asked} (chosen)" if levels else "")
+        if self._choice is not None and self._choice.name is not None:
+            return self._choice.name
+        chosen = choose_backend(self._asked(latents, width, mask))
+        if self._choice is None:
+            levels = self._choices.densities if self._choices is not None else ()
+            asked = " to ".join(f"{density:.3f}" for density in sorted({*levels[:1], *levels[-1:]}))
+            report_choice(chosen, latents, mask, f"{asked} (chosen)" if levels else "")
         return chosen
+
+    def _asked(self, latents: Tensor, width: int, mask: BlockMask) -> Call:
+        call = Call(latents.device, self._dtype, width, torch.is_grad_enabled(), mask, self.quantize)
+        return replace(call, partial=self._in_ring, far_field=self.adaptive.far_field)
+
+    def _open_choice(
+        self, transformer: torch.nn.Module, latents: Tensor, mask: BlockMask, lengths: Tensor | None
+    ) -> Choice | None:
+        """Returns the choice of this call's radial layers; None if backends are not measured.
+
+        In training, and if blocks are compiled, no layer can stop to measure: it is done here, on random
+        values.
+        """
+        settled = self.backend != "auto" or self._in_ring or mask.is_dense
+        if settled or self.adaptive.residual == "output" or not self._chooser.measures(latents.device):
+            return None
+        call = self._asked(latents, transformer.config.attention_head_dim, mask)
+        early = call.gradients or is_compiled(transformer)
+        density = None if self._choices is None else self._choices.density
+        if (density is not None and early) or (self.parallel is not None and not self._chooser.agrees):
+            return None
+        self._choose_dense(transformer, latents, mask, lengths, False)
+        choice = self._chooser.open(
+            call,
+            self._shape(transformer, latents, mask.grid),
+            mask.density if density is None else density,
+            dense=self._dense(mask),
+            dense_name=self.dense.report()["backend"],
+            calls=(self._layers - self._always_dense)
+            * (self.schedule.num_steps or self._counter.planned_steps or ASSUMED_STEPS),
+            spent=time.perf_counter() - self._counter.began,
+        )
+        if early:
+            self._chooser.settle_alone(choice, lengths)
+        return choice
+
+    def _dense(self, mask: BlockMask) -> Callable[..., Tensor]:
+        """Returns dense attention of query, key, value and text lengths, as dense layers compute it."""
+        if self.dense.name == "sage":
+            whole = radial_mask(mask.grid, replace(self.config, pattern="dense"))
+            return partial(radial_attention, mask=whole, backend="sage")
+        return partial(dense_attention, grid=mask.grid, backend=self.dense.in_use)
+
+    def _shape(self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid) -> tuple[int, ...]:
+        """Returns `[B, S, H, D]` of the tensors that this process attends over."""
+        heads = transformer.config.num_attention_heads
+        heads = -(-heads // (1 if self.parallel is None else self.parallel.degree))
+        return len(latents), grid.tokens, heads, transformer.config.attention_head_dim
+
+    def _reason_of(self, scheduled: bool) -> str:
+        """Says why a call is dense."""
+        if self.config.pattern == "dense":
+            return "mask"
+        return "too_short" if self._stays_dense and not scheduled else "dense_step"
+
+    @staticmethod
+    def _backend_of(call: AttentionCall | None) -> str:
+        if call is None:
+            return DENSE
+        return call.backend if call.choice is None or call.choice.name is None else call.choice.name
 
     def _choose_dense(
         self,
@@ -353,34 +348,16 @@ class RadialContext:
     ) -> AttentionCall | None:
         """Returns how dense layers attend: None by upstream, whose backend may be chosen by time first."""
         grid = mask.grid
-        if self.dense.name == "sage" or self._in_ring:
+        if self.dense.name in OURS or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))
-            backend = "dense" if self._in_ring else "sage"
+            backend = "dense" if self._in_ring else self.dense.name
             return AttentionCall(mask, backend, text_lengths=lengths, parallel=self.parallel)
-        settings = transformer.config
-        heads = -(-settings.num_attention_heads // (1 if self.parallel is None else self.parallel.degree))
-        shape = len(latents), grid.tokens, heads, settings.attention_head_dim
-        self.dense.prepare(shape, self._dtype, latents.device, mask)
-        sliced = lengths is not None and latents.device.type in SLICED_DEVICES
-        masks = getattr(self._family, "DENSE_HAS_MASK", False)
-        if self.parallel is None and self.observer is None and not records and not (sliced and masks):
+        self.dense.prepare(self._shape(transformer, latents, grid), self._dtype, latents.device, mask)
+        valid = valid_keys(grid, lengths, latents.device)
+        sliced = isinstance(valid, tuple) and getattr(self._family, "DENSE_HAS_MASK", False)
+        if self.parallel is None and self.observer is None and not records and not sliced:
             return None
-        valid = None
-        if sliced:
-            valid = tuple((lengths + grid.video_tokens).tolist())
-        elif lengths is not None:
-            valid = torch.arange(grid.tokens) < grid.video_tokens + lengths[:, None]
-            valid = valid[:, None, None].to(latents.device)
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
-
-    def _count(self, mask: BlockMask, backend: str | None) -> None:
-        """Counts the attention calls that follow; a compiled block cannot count them itself."""
-        before = self._densities.pop(mask.grid, None)
-        self._densities[mask.grid] = mask.density if before is None or backend is not None else before
-        dense = self._layers if backend is None else self._always_dense
-        self._calls["dense"] += dense
-        if backend is not None:
-            self._calls[backend] += self._layers - dense
 
 
 @lru_cache(maxsize=8)

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
 from radial_attn import BlockMask
 from radial_attn.dispatch import kernel, missing
 
-CHOICES = ("auto", "native", "sage")  # and every name of diffusers' dispatch
+OURS = ("sage", "flash4")  # kernels of `radial_attention`
+CHOICES = ("auto", "native", *OURS)  # and every name of diffusers' dispatch
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 TIMED_DEVICES = ("cuda",)
 ROWS = 4096  # query tokens that are timed
@@ -52,7 +52,7 @@ def known_backends() -> list[str]:
 def dense_obstacle(name: str) -> str | None:
     """Says why a known backend cannot serve dense attention here, whatever the call; None if it can."""
     if name in CHOICES:
-        return missing(kernel("sage").NEEDS) if name == "sage" else None
+        return missing(kernel(name).NEEDS) if name in OURS else None
     from diffusers.models.attention_dispatch import attention_backend
 
     try:
@@ -133,31 +133,13 @@ def choose(
     return mask.cached(("dense backend", tuple(names), tuple(shape), dtype, device), build)
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, valid: Any, backend: Any) -> Tensor:
-    """Computes dense attention `[B, S, H, D]` by the dispatch.
-
-    Keys beyond those of a sample are sliced off, because the fastest kernels take no mask.
-
-    Args:
-        valid: keys of each sample as a mask, bool `[B, 1, 1, S]`, or as their numbers; None for all.
-        backend: a name of the dispatch, or None.
-    """
-    if valid is None or isinstance(valid, Tensor):
-        return dispatch.dispatch_attention_fn(query, key, value, attn_mask=valid, backend=backend)
-    if len(set(valid)) == 1:
-        key, value = (x[:, : valid[0]] for x in (key, value))
-        return dispatch.dispatch_attention_fn(query, key, value, backend=backend)
-    samples = zip(query.split(1), key.split(1), value.split(1), valid, strict=True)
-    return torch.cat([dense_attention(q, k, v, valid=(n,), backend=backend) for q, k, v, n in samples])
-
-
 class DenseBackend:
     """Sets the dense backend of one application: the name that its processors give to diffusers' dispatch.
 
     `name` is one of these; `agree`: see `choose`.
 
     - "native": the user's `set_attention_backend` and similar calls decide.
-    - "sage": `radial_attention` with a dense mask.
+    - A name in `OURS`: `radial_attention` with a dense mask.
     - "auto": on CUDA the fastest of `CANDIDATES` for the shape of the run if the user chose none, else
       "native".
     - Any other name of the dispatch.
@@ -218,11 +200,16 @@ class DenseBackend:
         for processor in free:
             self._give(processor, None if name == "native" else name)
 
+    @property
+    def in_use(self) -> Any:
+        """Returns what the processors name in the dispatch; None if they leave it to the dispatch."""
+        return next((processor._attention_backend for processor in self._given), None)
+
     def report(self) -> dict[str, Any]:
         """Returns `name`, the `backend` in use, and the `seconds` of each candidate that "auto" timed."""
-        chosen = next((processor._attention_backend for processor in self._given), None)
+        chosen = self.in_use
         native = _active() if self._dispatched else "native"
-        backend = "sage" if self.name == "sage" else chosen.value if chosen else native
+        backend = self.name if self.name in OURS else chosen.value if chosen else native
         return {"name": self.name, "backend": backend, "seconds": self._times}
 
     def _give(self, processor: Any, name: str | None) -> None:

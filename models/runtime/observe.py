@@ -9,6 +9,8 @@ from torch import Tensor
 
 from radial_attn import BlockMask
 
+from .transformers import is_compiled
+
 
 class Seen(NamedTuple):
     """Describes one call of one attention layer, dense or not.
@@ -54,8 +56,6 @@ def refusal(models: Iterable[torch.nn.Module], parallel: Any) -> str | None:
     if parallel is not None:
         got = type(parallel).__name__
         return f"observe needs all tokens in one process, got parallel={got}; leave one of the two out"
-    for module in (module for model in models for module in model.modules()):
-        # torch.compile(module) or module.compile(); module.forward = torch.compile(...)
-        if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
-            return "observe cannot see the calls of a compiled transformer; observe it before compiling"
+    if any(map(is_compiled, models)):
+        return "observe cannot see the calls of a compiled transformer; observe it before compiling"
     return None

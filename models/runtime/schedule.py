@@ -1,6 +1,7 @@
 """Decides which denoising steps and layers are dense, and to which step a call of a transformer belongs."""
 
 import logging
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -243,6 +244,7 @@ class StepCounter:
         self.sigmas: list[float] | None = None  # noise level of each planned step, 1 for noise
         self._timestep, self._direction = float("inf"), 1 if rising else -1
         self.step = self.steps_begun = self.videos_begun = 0
+        self.began = time.perf_counter()  # the latest video
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_pipeline": None, "_copied_scheduler": self._any_scheduler()}
@@ -285,6 +287,7 @@ class StepCounter:
         self.step, self._timestep = step, value
         self.steps_begun += begins
         self.videos_begun += new_video
+        self.began = time.perf_counter() if new_video else self.began
         return step, begins
 
     def _scheduler(self) -> Any:

@@ -20,3 +20,14 @@ def transformers_of(model: Any) -> list[torch.nn.Module]:
     if not transformers:
         raise ValueError(f"expected a transformer, or a pipeline that has one, got {type(model).__name__}")
     return transformers
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Tells whether the forward pass of any part of a model was compiled.
+
+    `module.compile()` leaves one mark, `module.forward = torch.compile(...)` another.
+    """
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..far_field import Far
 
+SAMPLED_BLOCKS = 4  # query blocks that are compared
+
 
 @dataclass(frozen=True)
 class OutputError:

@@ -53,6 +53,8 @@ class Needs:
             merged with a far field.
         far_field: whether it computes the far field itself.
         far_backward: device types on which it has gradients with a far field.
+        exact: whether products have the bits of the tensors unless `quantize` says otherwise.
+        compiles: whether the first call of each shape compiles for seconds.
         also: further check of a call; returns a reason against it, or None.
     """
 
@@ -67,4 +69,6 @@ class Needs:
     partial: bool = False
     far_field: bool = False
     far_backward: tuple[str, ...] = ()
+    exact: bool = True
+    compiles: bool = False
     also: Callable[[Call], str | None] | None = None

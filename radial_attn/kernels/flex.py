@@ -17,7 +17,7 @@ from ..block_mask import BlockMask
 from .compiler import compiler_problem
 from .contract import Needs
 
-NEEDS = Needs(backward=("cuda",))
+NEEDS = Needs(backward=("cuda",), compiles=True)
 KERNEL_BLOCK = 128  # a multiple of every tile that FlexAttention chooses from
 LEAST_WIDTH = 16  # the smallest side of a tensor-core product
 MOST_SHAPES = 256  # compiled variants before torch.compile gives up

@@ -33,6 +33,7 @@ NEEDS = Needs(
     modules=("|".join((*SPARSE, "sageattention")),),
     install=INSTALL,
     capability=(8, 0),
+    exact=False,
     also=lambda call: None if call.mask is None else choose(call.mask, call.device)[1] or None,
 )
 

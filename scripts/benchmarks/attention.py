@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from radial_attn import BlockMask, radial_attention
+from radial_attn import BlockMask, TokenGrid, radial_attention
 from radial_attn.analysis.sampled_error import (
     OutputError,
     output_error,
@@ -30,9 +30,9 @@ from scripts.run.errors import one_line
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "sdpa": None}
 PACKAGES = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
+WHOLE_BLOCK = 128
 SAMPLED = 4  # query blocks whose outputs are compared
 TOLERANCE, QUANTIZED_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1, 2e-2  # relative L2 norms
-SHORT_MS = 500.0  # a first call under this time is repeated before calls are timed
 TEXT_LENGTHS = 0.3, 1.0  # of the two samples of a check, as shares of the text
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,6 +47,8 @@ def dense_attention(name: str) -> Attend:
                 return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
 
         return sdpa
+    if name == "flash4-dense":
+        return lambda *tensors: radial_attention(*tensors, whole_mask(tensors[0].shape[1]), backend="flash4")
     package = PACKAGES[name]
     try:
         function = import_module(package).flash_attn_func
@@ -58,6 +60,14 @@ def dense_attention(name: str) -> Attend:
         return out[0] if isinstance(out, tuple) else out
 
     return flash
+
+
+@lru_cache
+def whole_mask(tokens: int) -> BlockMask:
+    """Returns the mask that keeps all pairs of a sequence."""
+    grid = TokenGrid(1, 1, tokens)
+    blocks = grid.num_blocks(WHOLE_BLOCK)
+    return BlockMask(grid, WHOLE_BLOCK, torch.ones(blocks, blocks, dtype=torch.bool))
 
 
 def attention(variant: str, mask: BlockMask, **options: Any) -> Attend:
@@ -72,7 +82,7 @@ def tolerance(variant: str) -> float:
 
 
 class AttentionBench:
-    """Runs "check", "forward" and "backward" tasks; keeps the tensors of the latest case."""
+    """Runs "check", "gradients", "forward" and "backward" tasks; keeps the tensors of the latest case."""
 
     def __init__(self, device: str, dtype: torch.dtype, profile: bool) -> None:
         self.device, self.dtype, self.profile = device, dtype, profile
@@ -88,54 +98,64 @@ class AttentionBench:
 
     def run(self, task: Task) -> dict[str, Any]:
         """Returns what the report needs; for a wrong output `wrong` is true, and there are no times."""
-        if task.kind == "check":
+        if task.kind in {"check", "gradients"}:
             return self.check(task)
         self._take(task.case)
         before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         # a new object, so that no variant finds lists or tables made by another
-        mask = fresh(task.case.mask)
-        attend, backward = attention(task.variant, mask), task.kind == "backward"
-        run = partial(self._gradients, attend) if backward else partial(self._forward, attend)
+        attend = attention(task.variant, fresh(task.case.mask))
+        call = self._gradients if task.kind == "backward" else self._forward
+        run, partner = (
+            partial(call, attend),
+            partial(call, dense_attention(task.dense)) if task.dense else None,
+        )
         # leaves NaN in the memory that the output is likely to get
         torch.full_like(self._inputs[0], float("nan"))
-        out, first = self.timer.once(run)
+        once = task.is_dense and task.case.long
+        out, first = (self.timer.behind_work if once else self.timer.once)(run)
         error = self._error(out, task.is_dense)
         del out
         result: dict[str, Any] = asdict(error)
         if not error.relative_l2 <= tolerance(task.variant):
             return result | {"wrong": True}
-        result |= {"first_ms": first} | self._times(run, first)
+        result |= {"first_ms": first, "times_ms": [first], "ms": first}
+        if once:
+            return result
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run()
         if self.device == "cuda":
             inputs = 3 * self._inputs[0].nbytes
             result["peak_bytes"] = torch.cuda.max_memory_allocated() - before + inputs
-        return result | self._extras(task, run)
+        return result | self._times(run, partner) | self._extras(task, run)
+
+    def compile(self, task: Task) -> dict[str, Any]:
+        """Makes the kernels of a task by one call, which nothing checks."""
+        if task.kind in {"check", "gradients"}:
+            return {"seconds": self.timer.once(partial(self.check, task))[1] / 1e3}
+        self._take(task.case)
+        attend = attention(task.variant, fresh(task.case.mask))
+        call = self._gradients if task.kind == "backward" else self._forward
+        return {"seconds": self.timer.once(partial(call, attend))[1] / 1e3}
 
     def check(self, task: Task) -> dict[str, Any]:
-        """Returns relative L2 errors on a small case with full and padded text, and of the gradients.
+        """Returns relative L2 errors on a small case: with full and padded text, or of the gradients.
 
         If the variant refuses a form, the reason replaces the error.
         """
-        case, variant = task.case, task.variant
+        case, variant, limit = task.case, task.variant, tolerance(task.variant)
         self.forget()
-        mask, text = case.mask, case.grid.text
         inputs = self._random(case, batch=len(TEXT_LENGTHS))
-        lengths = [round(share * text) for share in TEXT_LENGTHS]
-        forms: dict[str, dict[str, Any]] = {"out": {}, "padded": {"text_lengths": lengths}}
-        if variant not in QUANTIZED:
-            forms["gradients"] = {"gradients": True}
-        result: dict[str, Any] = {}
-        for name, options in forms.items():
-            try:
-                out, *gradients = _errors(variant, inputs, mask, **options)
-                result[name] = max(gradients, default=out)
-            except (ValueError, ImportError) as error:  # how a backend refuses a call
-                if name == "out":
-                    raise
-                result[name] = one_line(error)
-        limit = tolerance(variant)
-        result["right"] = _within(result["out"], limit) and _within(result["padded"], limit)
-        result["gradients_right"] = _within(result.get("gradients", "none"), GRADIENT_TOLERANCE)
-        return result
+        if task.kind == "gradients":
+            errors = _errors(variant, inputs, case.mask, gradients=True)
+            return {"gradients": max(errors[1:]), "gradients_right": max(errors[1:]) <= GRADIENT_TOLERANCE}
+        lengths = [round(share * case.grid.text) for share in TEXT_LENGTHS]
+        (out,) = _errors(variant, inputs, case.mask)
+        try:
+            (padded,) = _errors(variant, inputs, case.mask, text_lengths=lengths)
+        except (ValueError, ImportError) as error:  # how a backend refuses a call
+            return {"out": out, "padded": one_line(error), "right": out <= limit}
+        return {"out": out, "padded": padded, "right": max(out, padded) <= limit}
 
     def _take(self, case: Case) -> None:
         if case != self._case:
@@ -173,14 +193,16 @@ class AttentionBench:
             self._truths[dense] = sampled_reference(*self._inputs[:3], whole, sample)
         return output_error(sampled_rows(out, mask, sample), self._truths[dense])
 
-    def _times(self, run: Callable[[], Any], first: float) -> dict[str, Any]:
-        """Returns milliseconds of some calls, and the clock after them."""
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        if first < SHORT_MS:
-            run()
-        times = self.timer.repeated(run)
-        result: dict[str, Any] = {"times_ms": times, "ms": statistics.median(times)}
+    def _times(self, run: Callable[[], Any], partner: Callable[[], Any] | None) -> dict[str, Any]:
+        """Returns milliseconds of some calls, of the partner's between them, and the clock after them."""
+        result: dict[str, Any] = {}
+        if partner is None:
+            result["times_ms"] = self.timer.repeated(run)
+        else:
+            partner()
+            result["times_ms"], result["dense_times_ms"] = self.timer.in_turn(run, partner)
+            result["dense_ms"] = statistics.median(result["dense_times_ms"])
+        result["ms"] = statistics.median(result["times_ms"])
         if self.device == "cuda":
             with suppress(Exception):  # needs an optional package
                 result["clock_mhz"] = torch.cuda.clock_rate()
@@ -190,7 +212,8 @@ class AttentionBench:
     def _extras(self, task: Task, run: Callable[[], Any]) -> dict[str, Any]:
         """Returns what a new mask costs at its first call, and with `profile` the time of each kernel."""
         result: dict[str, Any] = {}
-        if not task.is_dense and task.kind == "forward" and task.variant != "flex":  # flex compiles again
+        left_out = task.is_dense or task.case.long or task.variant == "flex"  # which compiles again
+        if task.kind == "forward" and not left_out:
             attend = attention(task.variant, fresh(task.case.mask))
             result["new_mask_ms"] = self.timer.once(partial(self._forward, attend))[1]
         if self.profile:
@@ -240,8 +263,3 @@ def _call(attend: Attend, inputs: list[Tensor], gradients: bool) -> list[Tensor]
     leaves = [x.detach().requires_grad_(gradients) for x in inputs[:3]]
     out = attend(*leaves)
     return [out.detach(), *(torch.autograd.grad(out, leaves, inputs[3]) if gradients else ())]
-
-
-def _within(error: float | str, limit: float) -> bool:
-    """Returns whether an error is small enough; a refusal is no error of the output."""
-    return isinstance(error, str) or error <= limit

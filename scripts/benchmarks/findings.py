@@ -1,11 +1,14 @@
 """Computes speed-up, efficiency and 50 steps end to end from the results of a GPU benchmark."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.benchmarks.cases import DENSE, STEPS, StepModel
+from scripts.benchmarks.cases import DENSE, QUANTIZED, STEPS, StepModel
 
 STEPS_OF_A_VIDEO = 50
+GOALS = ("flash4", "triton")  # variants that have one for their efficiency
+FASTEST, EFFICIENCY, TRAINING, EIGHT_BITS = 0.9, 0.75, 0.8, 1.3  # goals on an H200, bfloat16, width 128
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,6 @@ class EndToEnd:
     variant: str
     dense_ms: float
     radial_ms: float
-    extrapolated: bool
 
     @property
     def dense_seconds(self) -> float:
@@ -56,14 +58,28 @@ class Findings:
         return min(((name, ms) for name, ms in times.items() if ms), key=lambda pair: pair[1], default=None)
 
     def speedup(self, stage: str, case: str, variant: str) -> float | None:
-        """Returns the speed-up over the fastest dense kernel of the same run."""
-        ms, dense = self.ms(stage, case, variant), self.best_dense(stage, case)
-        return dense[1] / ms if ms and dense else None
+        """Returns the speed-up over the fastest dense kernel; in turn with it if so measured."""
+        row, best = self.row(stage, case, variant), self.best_dense(stage.replace("launch", "forward"), case)
+        if best is None or "ms" not in row:
+            return None
+        name, ms = best
+        return (row["dense_ms"] if row.get("dense") == name else ms) / row["ms"]
 
     def efficiency(self, stage: str, case: str, variant: str) -> float | None:
         """Returns speed-up x density: 1 if a kept block costs what it costs in dense attention."""
         speedup = self.speedup(stage, case, variant)
         return speedup and speedup * self.data["cases"][case]["density"]
+
+    def goal(self, stage: str, case: str, variant: str) -> str | None:
+        """Compares a row with the goal of its variant; None if it has none, or no number."""
+        if variant in QUANTIZED:
+            times = [self.ms(stage, case, name) for name in ("triton", variant)]
+            return verdict(times[0] / times[1], EIGHT_BITS, "x of triton in 16 bits") if all(times) else None
+        least = {"forward": EFFICIENCY if variant == "triton" else FASTEST, "backward": TRAINING}.get(stage)
+        reached = self.efficiency(stage, case, variant)
+        if reached is None or least is None or variant in DENSE or variant not in GOALS:
+            return None
+        return verdict(reached, least, "")
 
     def steps(self, case: str) -> list[dict[str, Any]]:
         """Returns all rows of a case's denoising steps, failures too."""
@@ -75,13 +91,16 @@ class Findings:
         return next((step for step in steps if "ms" in step), None)
 
     def end_to_end(self, case: str, variant: str = "radial") -> EndToEnd | None:
-        """Returns 50 steps from one dense and one radial call, if both were measured alike."""
+        """Returns 50 steps from one dense and one radial call, if both were measured."""
         dense, radial, spec = self.step(case, "dense"), self.step(case, variant), STEPS[case]
-        if not dense or not radial or dense["reduced"] != radial["reduced"]:
+        if not dense or not radial:
             return None
-        if not dense["reduced"]:
-            return EndToEnd(spec, variant, dense["ms"], radial["ms"], False)
-        return EndToEnd(spec, variant, whole_ms(spec, dense, dense), whole_ms(spec, radial, dense), True)
+        return EndToEnd(spec, variant, whole_ms(spec, dense, dense), whole_ms(spec, radial, dense))
+
+
+def verdict(reached: float, least: float, unit: str) -> str:
+    """Compares a number with its goal, as two digits show it."""
+    return f"{'met' if round(reached, 2) >= least else 'missed'}: {least:g}{unit}"
 
 
 def whole_ms(spec: StepModel, measured: dict[str, Any], dense: dict[str, Any]) -> float:
@@ -92,5 +111,36 @@ def whole_ms(spec: StepModel, measured: dict[str, Any], dense: dict[str, Any]) -
     )
     outside = measured["ms"] - sum(sum(times) for times in measured["blocks_ms"].values())
     first = spec.blocks[0][1]
-    blocks = sum(count * means[where] for where, count in spec.counts(reduced=False).items())
+    blocks = sum(count * means[where] for where, count in spec.counts.items())
     return outside + blocks + spec.dense_layers * (dense_means[first] - means[first])
+
+
+def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Joins the results of several runs on one GPU; of two numbers for the same, the first counts.
+
+    Raises ValueError for different GPUs or a rehearsal among measurements, KeyError for other files.
+    """
+    names = {(data["machine"].get("gpu", "the CPU"), data["rehearsal"]) for data in parts}
+    if len(names) > 1:
+        raise ValueError(f"results of different machines: {', '.join(sorted(name for name, _ in names))}")
+    joined = parts[0] | {
+        "command": "; ".join(data["command"] for data in parts),
+        "minutes": sum(data["minutes"] for data in parts),
+        "finished": all(data["finished"] for data in parts),
+        "smi": parts[0]["smi"] | {"after": parts[-1]["smi"]["after"]},
+        "tests": next((x["tests"] for x in parts if "counts" in x["tests"]), parts[-1]["tests"]),
+        "left_out": [line for data in parts for line in data["left_out"]],
+    }
+    for name in ("cases", "compiled"):
+        joined[name] = {key: value for data in reversed(parts) for key, value in data[name].items()}
+    joined["checks"] = {}
+    for variant in dict.fromkeys(variant for data in parts for variant in data["checks"]):
+        found = [data["checks"].get(variant, {}) for data in reversed(parts)]
+        joined["checks"][variant] = {key: value for check in found for key, value in check.items()}
+    for name in ("rows", "steps"):
+        rows = sorted((row for data in parts for row in data[name]), key=lambda row: "ms" not in row)
+        first: dict[tuple, dict] = {}
+        for row in rows:
+            first.setdefault((row.get("stage"), row["case"], row["variant"]), row)
+        joined[name] = list(first.values())
+    return joined

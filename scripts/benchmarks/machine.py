@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,14 +16,19 @@ from typing import Any
 
 import torch
 
+from radial_attn.kernels.triton.configs import launch
 from scripts.benchmarks.attention import AttentionBench
 from scripts.benchmarks.cases import Task
 from scripts.benchmarks.steps import StepBench
+from scripts.benchmarks.tuner import candidates, entry, row
 from scripts.run.system import hardware, installed, versions
 
 PACKAGES = (
     "triton",
     "flash-attn",
+    "flash-attn-4",
+    "apache-tvm-ffi",
+    "nvidia-cutlass-dsl",
     "flashinfer-python",
     "flashinfer-jit-cache",
     "sageattention",
@@ -31,7 +37,7 @@ PACKAGES = (
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 NO_NAME = {"nvidia", "amd", "instinct", "geforce", "radeon", "tesla", "quadro", "graphics", "generation"}
 NO_NAME |= {"pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", "sxm5"}
-TESTS = ("tests/radial_attn/kernels/triton/test_op.py", "tests/radial_attn/kernels/test_flex.py")
+TESTS = ("triton/test_op.py", "flash4/test_op.py", "test_flex.py")  # of the kernels
 TEST_PROCESSES = 6
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
@@ -49,11 +55,24 @@ class Session:
             if self._device == "cuda" and not torch.cuda.is_available():
                 raise ValueError("torch finds no CUDA device here")
             return machine(self._device)
-        bench, other = self._attention, self._steps
         if task.kind == "step":
-            bench, other = other, bench
-        other.forget()
-        return bench.run(task)
+            self._attention.forget()
+            return self._steps.run(task)
+        self._steps.forget()
+        if task.kind == "compile":
+            return self._measure(task.detail[0], self._attention.compile)
+        return self._measure(task, self._attention.run)
+
+    def _measure(self, task: Task, run: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a task of attention, with the launch configuration that it names."""
+        if task.kind != "launch":
+            return run(task)
+        device, width = torch.device(self._device), task.case.width
+        current, *others = candidates(launch("forward", device, width), "forward", width)
+        buffered = [x for x in others if x.stages > 1 or current.stages == 1]
+        chosen = buffered[task.detail[0] - 1]
+        with entry("forward", device, width, chosen):
+            return {"launch": row("forward", width, chosen)} | run(task)
 
 
 def short_name(gpu: str) -> str:
@@ -114,7 +133,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*command, *TESTS],
+            [*command, *(f"tests/radial_attn/kernels/{name}" for name in TESTS)],
             cwd=Path(__file__).parents[2],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -15,7 +15,7 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_attention, ra
 from radial_attn.analysis.sampled_error import OutputError, output_error
 from radial_attn.kernels.quantized_reference import quantized_attention
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from scripts.run.config import read_config
 from scripts.run.plan import make_plan
 from scripts.run.results import table
@@ -97,7 +97,7 @@ def activations() -> list[tuple[list[Tensor], BlockMask]]:
         return attend(query, key, value, mask, **options)
 
     pipeline, mask = Sampler(plan).load(), RadialConfig(block_size=16, decimation_width="block")
-    with patch.object(context, "radial_attention", keep), apply_radial_attention(pipeline, mask):
+    with patch.object(layer_attention, "radial_attention", keep), apply_radial_attention(pipeline, mask):
         sample(pipeline, plan.config, [plan.config.generation.prompt], [1])
     first = 10 * len(kept) // plan.config.generation.steps
     return kept[first : first + plan.model.layers]

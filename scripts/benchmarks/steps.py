@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +31,6 @@ TINY = {
         "pooled_projection_dim": 16,
     },
 }
-TINY_BLOCKS = 3
 
 
 class StepBench:
@@ -42,7 +42,7 @@ class StepBench:
 
     def forget(self) -> None:
         """Frees the model."""
-        self._built: tuple[str, bool] | None = None
+        self._built = ""
         self._model: torch.nn.Module | None = None
 
     def run(self, task: Task) -> dict[str, Any]:
@@ -50,10 +50,11 @@ class StepBench:
 
         Raises ImportError without diffusers, and ValueError without a fork of the model.
         """
-        spec = STEPS[task.case.name]
-        reduced = task.reduced or spec.only_reduced
-        apply = nullcontext if task.variant == "dense" else self._radial(spec, task, reduced)
-        model = self._take(spec, task.case, reduced)
+        if find_spec("diffusers") is None:
+            raise ImportError("needs diffusers: pip install diffusers")
+        spec, frames = STEPS[task.case.name], task.case.grid.frames
+        apply = nullcontext if task.variant == "dense" else self._radial(spec, task)
+        model = self._take(spec, task.case)
         inputs = self._inputs(task.case, model)
         short = inputs | {"hidden_states": inputs["hidden_states"][:, :, :WARM_FRAMES].contiguous()}
         if self.device == "cuda":
@@ -61,9 +62,10 @@ class StepBench:
         with torch.no_grad(), apply(model):
             # kernels are loaded and compiled on a short video, which costs next to nothing
             self._call(spec, model, short, task, WARM_FRAMES)
-            if reduced:  # its blocks stand for many, so they must not contain what a new mask costs once
-                self._call(spec, model, inputs, task, task.case.grid.frames)
-            watch = self._call(spec, model, inputs, task, task.case.grid.frames)
+            if task.variant != "dense" or not task.case.long:
+                # the blocks stand for many, so they must not contain what a new mask costs once
+                self._call(spec, model, inputs, task, frames)
+            watch = self._call(spec, model, inputs, task, frames)
         attention = watch.read("attention")
         result = {
             "ms": watch.read("step")[0],
@@ -74,35 +76,33 @@ class StepBench:
         }
         if self.device == "cuda":
             result["peak_bytes"] = torch.cuda.max_memory_allocated()
-        return result | {"reduced": reduced, "using": task.using or task.dense}
+        return result | {"using": task.using or task.dense}
 
-    def _radial(self, spec: StepModel, task: Task, reduced: bool) -> Callable[[torch.nn.Module], Any]:
-        """Returns what applies radial attention to the model; reduced models have no dense layer."""
+    def _radial(self, spec: StepModel, task: Task) -> Callable[[torch.nn.Module], Any]:
+        """Returns what applies radial attention to the model; none of its layers is dense."""
         from radial_attn.models.apply import TRANSFORMERS, apply_radial_attention
 
         if spec.name not in TRANSFORMERS:
             raise ValueError(f"radial_attn.models has no fork of {spec.name}")
         options = {**SPARSE[task.using], "dense_backend": "native"}
-        layers = 0 if reduced else spec.dense_layers
-        return partial(apply_radial_attention, config=task.case.config, dense_layers=layers, **options)
+        return partial(apply_radial_attention, config=task.case.config, **options)
 
-    def _take(self, spec: StepModel, case: Case, reduced: bool) -> torch.nn.Module:
-        """Returns the model, whole or with fewer blocks."""
-        if self._built != (spec.case, reduced):
+    def _take(self, spec: StepModel, case: Case) -> torch.nn.Module:
+        """Returns the model with a few blocks."""
+        if self._built != spec.case:
             self.forget()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            self._model = self._build(spec, case, reduced)
-            self._built = spec.case, reduced
+            counts = dict.fromkeys(spec.counts, spec.built)
+            self._model, self._built = self._build(spec, case, counts), spec.case
         return self._model
 
-    def _build(self, spec: StepModel, case: Case, reduced: bool) -> torch.nn.Module:
+    def _build(self, spec: StepModel, case: Case, counts: dict[str, int]) -> torch.nn.Module:
         """Builds the model on its device and in its dtype, so nothing is moved."""
         import diffusers
 
-        options = {option: spec.counts(reduced)[where] for option, where, _ in spec.blocks}
+        options = {option: counts[where] for option, where, _ in spec.blocks}
         if self.tiny:
-            options = {option: min(count, TINY_BLOCKS) for option, count in options.items()}
             heads = {"num_attention_heads": case.heads, "attention_head_dim": case.width}
             options |= TINY[spec.name] | heads
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 from scripts.run.system import synchronizer
 
 REPEATS, ENOUGH_MS = 10, 1500.0  # of a call of the GPU benchmark
+BUSY_SIZE, BUSY_PRODUCTS = 16_384, 80  # 7e14 FLOPs
 
 
 def timed_call(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, float]:
@@ -83,13 +84,33 @@ class Timer:
         result, seconds = timed_call(run, synchronizer(self.device))
         return result, seconds * 1e3
 
+    def behind_work(self, run: Callable[[], Any]) -> tuple[Any, float]:
+        """Returns the result of `run()` and its milliseconds, for a call that is made only once.
+
+        A GPU multiplies matrices for about a second first, so that what the host prepares is not timed.
+        """
+        if self.device == "cuda":
+            square = torch.ones(BUSY_SIZE, BUSY_SIZE, device="cuda", dtype=torch.bfloat16)
+            for _ in range(BUSY_PRODUCTS):
+                square @ square
+        watch = Stopwatch(self.device)
+        watch.start("call")
+        result = run()
+        watch.stop("call")
+        return result, watch.read("call")[0]
+
     def repeated(self, run: Callable[[], object]) -> list[float]:
         """Times up to `REPEATS` calls, fewer once `ENOUGH_MS` are spent; call `run` once before."""
-        times: list[float] = []
-        while len(times) < REPEATS and sum(times) < ENOUGH_MS:
-            watch = Stopwatch(self.device)
-            watch.start("call")
-            run()
-            watch.stop("call")
-            times += watch.read("call")
+        return self.in_turn(run)[0]
+
+    def in_turn(self, *runs: Callable[[], object]) -> list[list[float]]:
+        """Times rounds of calls, so that a GPU that heats up slows all alike; limits are as in `repeated`."""
+        times: list[list[float]] = [[] for _ in runs]
+        while len(times[0]) < REPEATS and sum(map(sum, times)) < ENOUGH_MS:
+            for run, spans in zip(runs, times, strict=True):
+                watch = Stopwatch(self.device)
+                watch.start("call")
+                run()
+                watch.stop("call")
+                spans.extend(watch.read("call"))
         return times

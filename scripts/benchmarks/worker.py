@@ -7,18 +7,22 @@ takes one task at a time. The parent gives up a task that is late or lost, notes
 import multiprocessing
 import os
 import signal
+import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
-
-import torch
 
 from scripts.run.errors import one_line
 from scripts.run.processes import end_with_parent
 
+MOST_COMPILERS = 14
 LONGEST = 200  # characters of a failure that a table has room for
 
 
@@ -29,6 +33,7 @@ class Answer:
     result: dict[str, Any] | None = None
     failure: str = ""
     lost: bool = False  # the child is gone too
+    late: bool = False  # it was given up
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -46,13 +51,12 @@ class Worker:
 
     def ask(self, task: Any, seconds: float) -> Answer:
         """Runs one task, in a fresh child if there is none; gives up after `seconds`."""
-        if self._process is None:
-            self._start()
+        self.start()
         try:
             self._connection.send(task)
             if not self._connection.poll(seconds):
                 self.close()
-                return Answer(failure=f"given up after {seconds:.0f} s", lost=True)
+                return Answer(failure=f"given up after {seconds:.0f} s", lost=True, late=True)
             answer = self._connection.recv()
         except (EOFError, OSError):
             code = self._end()
@@ -67,7 +71,15 @@ class Worker:
         if self._process is not None:
             self._end()
 
-    def _start(self) -> None:
+    def kill(self) -> None:
+        """Ends the child from another thread than the one that asks, which then gets an answer."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def start(self) -> None:
+        """Starts a child, if there is none."""
+        if self._process is not None:
+            return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, self._make, self._arguments))
@@ -83,6 +95,61 @@ class Worker:
         process.kill()
         process.join(10)
         return process.exitcode
+
+
+class Workers:
+    """Holds the child that measures, and before it others that compile all kernels at once.
+
+    Arguments are those of `Worker`. `clock` counts seconds.
+    """
+
+    clock = staticmethod(time.monotonic)
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._new = partial(Worker, make, *arguments)
+        self._worker = self._new()
+        self._threads = ThreadPoolExecutor(MOST_COMPILERS)
+        self._compilers: list[Worker] = []
+        self._jobs: list[Future] = []
+        self._closed = False
+
+    def ask(self, task: Any, seconds: float) -> Answer:
+        """Measures one task; see `Worker`."""
+        return self._worker.ask(task, seconds)
+
+    def begin(self, compilations: Sequence[Any], seconds: float) -> None:
+        """Begins to compile in other processes, which are given up after `seconds`; starts the child too."""
+        self._worker.start()
+        if compilations:
+            count = max(1, min(len(compilations), (os.cpu_count() or 1) - 2, MOST_COMPILERS))
+            self._compilers = [self._new() for _ in range(count)]
+            waiting, deadline = deque(compilations), self.clock() + seconds
+            self._jobs = [
+                self._threads.submit(self._compile, worker, waiting, deadline) for worker in self._compilers
+            ]
+
+    def compiled(self) -> Iterator[tuple[Any, Answer]]:
+        """Yields each compilation with its outcome, once its process is done."""
+        for job in as_completed(self._jobs):
+            yield from job.result()
+
+    def _compile(self, worker: Worker, waiting: deque, deadline: float) -> list[tuple[Any, Answer]]:
+        """Compiles in one process as long as something waits."""
+        answers = []
+        while waiting and not self._closed:
+            with suppress(IndexError):  # another took the last one
+                task = waiting.popleft()
+                answers.append((task, worker.ask(task, max(0.1, deadline - self.clock()))))
+        worker.close()
+        return answers
+
+    def close(self) -> None:
+        """Ends all children."""
+        self._closed = True
+        for worker in self._compilers:
+            worker.kill()
+        self._threads.shutdown()
+        self._worker.close()
 
 
 def serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
@@ -114,7 +181,7 @@ def answer_of(session: Any, task: Any) -> Answer:
 
 def describe(error: BaseException) -> str:
     """Returns one line for a table."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error):
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory"
     line = one_line(error).replace("|", "/")
     if not isinstance(error, ValueError | ImportError) or line == type(error).__name__:
@@ -124,7 +191,8 @@ def describe(error: BaseException) -> str:
 
 def recovered() -> bool:
     """Returns whether the device still works after an error; frees what it left behind."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()

@@ -134,7 +134,7 @@ class Ablation:
     def dense(self) -> Config:
         """Returns the configuration of the dense videos, the same for all options of the mask."""
         given = self.plan.config.attention
-        kept = {"backend": given.backend, "dense_backend": given.dense_backend}
+        kept = {name: getattr(given, name) for name in ("backend", "dense_backend", "tune")}
         attention = AttentionConfig(pattern=DENSE, dense_steps=0, dense_layers=0, check="off", **kept)
         return replace(self.plan.config, attention=attention)
 

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.videos import Evaluation
-from scripts.length.scores import judged, record
 from scripts.toyworld.render import Attributes, parse_caption
+from scripts.toyworld.scores import judged, record
 
 SHOWN = ("attributes", "motion_throughout", "speed_right")
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from radial_attn.masks.draw import save_figure
 from scripts.evaluation.frame_sheet import read_frames, sheet
 from scripts.length.runs import Result, Study, title
-from scripts.length.scores import SCORES, by_part, difference, parts, shares
 from scripts.lora.latents import LatentStore
 from scripts.run.describe import describe_settings
 from scripts.run.files import write_text
 from scripts.run.machine_checks import find_device
 from scripts.run.results import number, style, table
 from scripts.run.system import hardware, pairs, versions
+from scripts.toyworld.scores import SCORES, by_part, difference, parts, shares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

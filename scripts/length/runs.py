@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radial_attn.models.training.adapter import FILE
-from scripts.length.scores import Record
 from scripts.lora.config import SCHEMA as TRAINING
 from scripts.lora.config import LoraTrainConfig
 from scripts.run.config import Config, read_one_seed
 from scripts.toyworld import all_attributes
 from scripts.toyworld.render import Attributes
+from scripts.toyworld.scores import Record
 
 PRESET, TRAIN_PRESET = "configs/wan_tiny_4x.yaml", "configs/train/wan_tiny_4x.yaml"
 NEXT_CAPTION = 43  # has no factor in common with their number: each comes once, and values mix early
@@ -93,7 +93,7 @@ class Result:
 
     Attributes:
         config: of its generation; density: of its mask.
-        entries: a record of `scripts.length.scores` for each caption; shown: the video of the first caption.
+        entries: a record of `toyworld.scores` for each caption; shown: the video of the first caption.
         held_out_loss: the trainer's loss on videos held out; None without such videos.
         training_seconds: median of the training steps; None without a training.
         step_seconds: median of the denoising steps of one video, in turn with the other runs; with dense

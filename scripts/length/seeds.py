@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scripts.length.scores import judged, record
 from scripts.run.files import write_text
 from scripts.run.inputs import Inputs
 from scripts.run.plan import RunPlan, make_plan
@@ -20,6 +19,7 @@ from scripts.run.results import read_json, table
 from scripts.run.sampler import Sampler
 from scripts.toyworld.accuracy import first_frame, with_pattern
 from scripts.toyworld.render import parse_caption
+from scripts.toyworld.scores import judged, record
 
 PATTERNS = ("dense", "radial")
 SCORES = ("whole", "motion_throughout", "speed_right")
@@ -34,7 +34,7 @@ def seed_records(
 ) -> list[dict[str, Any]]:
     """Makes each prompt with each seed, dense and radial in turn; reuses the records that `file` holds.
 
-    A record is that of `scripts.length.scores` with `pattern`, `seed`, `density` and `denoise` (s) added.
+    A record is that of `scripts.toyworld.scores` with `pattern`, `seed`, `density` and `denoise` (s) added.
     """
     records = read_json(file, list)
     made = {(entry["caption"], entry["seed"], entry["pattern"]) for entry in records}

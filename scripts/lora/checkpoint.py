@@ -31,6 +31,7 @@ FREE = (  # beginnings of keys that do not change what is learnt
     "validation.steps",
     "validation.guidance_scale",
     "model.device",
+    "attention.tune",
     "train.save_every",
     "train.most_skipped",
     "data.folder",

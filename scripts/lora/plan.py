@@ -118,6 +118,7 @@ class TrainPlan:
             "config": radial_config(attention),
             "dense_layers": attention.dense_layers,
             "backend": attention.backend,
+            "tune": attention.tune,
             "far_field": self.far_field,
             "dense_backend": "native" if backend == "auto" else backend,
         }

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from radial_attn import RadialConfig, TokenGrid, radial_mask
+import torch
+
+from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.chooser import Choice, Chooser
+from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_density, resolve_near
 from radial_attn.masks.patterns import COMPARED
 from radial_attn.models.profile import MeasuredModel, ModelProfile
@@ -175,9 +179,26 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> R
     return solved
 
 
+def sparse_call(attention: AttentionConfig, mask: BlockMask, device: str, dtype: str, width: int) -> Call:
+    """Returns what decides which backends serve the sparse calls of heads `width` wide."""
+    quantize = None if attention.quantize == "none" else attention.quantize
+    far_field = "none" if attention.pattern == "dense" else attention.far_field
+    return Call(
+        torch.device(device), getattr(torch, dtype), width, False, mask, quantize, far_field=far_field
+    )
+
+
+def measured(attention: AttentionConfig, call: Call, tokens: int) -> list[str]:
+    """Returns what is measured at the first sparse call; [] if an order decides."""
+    kept = attention.pattern == "dense" or attention.residual == "output" or call.mask.is_dense
+    if attention.backend != "auto" or kept or not Chooser(attention.tune).measures(call.device):
+        return []
+    return Choice(call, (1, tokens, 1, call.width), call.mask.density, "").candidates()
+
+
 def attention_arguments(attention: AttentionConfig, references: int = 0) -> dict[str, Any]:
     """Returns the group `attention` as the keyword arguments of `apply_radial_attention`."""
-    names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "check")
+    names = ("dense_steps", "dense_layers", "dense_last_steps", "dense_backend", "backend", "tune", "check")
     arguments = {name: getattr(attention, name) for name in names}
     if attention.pattern != "dense":  # which has no blocks to choose and drops none
         arguments |= vars(adaptive_of(attention))

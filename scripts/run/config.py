@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from radial_attn.chooser import TUNES
 from radial_attn.kernels.contract import FAR_FIELDS
 from radial_attn.models.runtime.schedule import (
     DENSE_STEPS_FORM,
@@ -109,7 +110,7 @@ class MaskConfig:
     backend: str = key(
         "auto",
         "kernel of sparse attention",
-        ("auto", "reference", "cpp", "blocks", "flex", "triton", "flashinfer", "sage"),
+        ("auto", "reference", "cpp", "blocks", "flex", "triton", "flash4", "flashinfer", "sage"),
     )
     block_size: int = key(128, "tokens per block", (16, 32, 64, 128, 256))
     density: float | None = key(
@@ -131,7 +132,13 @@ class MaskConfig:
     dense_layers: int = key(1, "number of first layers with dense attention", low=0)
     dense_backend: str = key(
         "auto",
-        "kernel of dense attention: auto, native, sage, or one of diffusers such as flash or _native_cudnn",
+        "kernel of dense attention: auto, native, sage, flash4, or one of diffusers such as _native_cudnn",
+    )
+    tune: str = key(
+        "auto",
+        "how backend=auto chooses: off: by a fixed order; always, once: it measures, in every run or until a "
+        "version, GPU or shape changes; auto: once on a GPU, else off",
+        TUNES,
     )
 
 

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
-from scripts.run.attention import radial_config, sparse_name
+from scripts.run.attention import measured, radial_config, sparse_call
 from scripts.run.config import Config, keys
 from scripts.run.loras import FoundLora
-from scripts.run.memory import GIB, Kept, Memory, decoded_tiles, gib, is_tiled
+from scripts.run.memory import Kept, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan
-from scripts.run.system import pairs
 
 SHARED = {  # who shares the number of blocks
     "head": "equally many by each head",
@@ -50,6 +48,9 @@ def describe_plan(plan: RunPlan) -> str:
         seeds = ", ".join(map(str, generation.all_seeds))
         rows["videos"] = f"{count}: {len(plan.prompts)} prompts, seeds {seeds}"
     rows |= describe_adaptive(plan)
+    call = sparse_call(attention, plan.block_mask, plan.device, model.dtype, plan.model.head_dim)
+    if names := measured(attention, call, grid.tokens):
+        rows["measured"] = f"at the first sparse call: {', '.join(names)}; tune={attention.tune}"
     lines = [_row(name, text) for name, text in rows.items()] + _memory_choices(plan)
     if attention.pattern != "dense" and static:
         lines += [
@@ -301,54 +302,6 @@ def describe_settings(config: Config) -> str:
     numbers = f"guidance {sizes.guidance_scale}, shift {sizes.flow_shift}, seeds from {sizes.seed}"
     options = ", ".join(f"{k} {v}" for k, v in asdict(config.attention).items() if k != "pattern")
     return f"- {config.model.path}, {sizes.num_frames} frames: {sizes.steps} steps, {numbers}; {options}"
-
-
-def describe_video(record: dict[str, Any], path: object) -> list[str]:
-    """Returns the summary of a video: seconds, attention, checks, gain and memory."""
-    seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
-    groups = _step_groups(record).items()
-    steps = {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups}
-    calls = ", ".join(f"{count} {name}" for name, count in record["attention"]["calls"].items() if count)
-    check = record["attention"]["check"]
-    peak = {kind.split("_")[0]: f"{size / GIB:.2f} GiB" for kind, size in record["peak_memory"].items()}
-    predicted = sum(record["predicted_memory"].values()) / GIB
-    lines = [
-        f"video      {path} (record: the .json of the same name)",
-        f"seconds    {pairs(seconds)}, total {sum(record['seconds'].values()):.2f}",
-        f"a step     {pairs(steps)}",
-        f"attention  {record['tokens']} tokens, density {record['density']:.3f}; calls: {calls}",
-    ]
-    if (cache := record["cache"])["kind"] != "none":
-        skipped, has_threshold = cache["due"] - cache["computed"], cache["kind"] in ("first_block", "mag")
-        hint = "; a larger model.cache_threshold skips more" if not skipped and has_threshold else ""
-        lines.append(f"cache      {cache['kind']}: {skipped} of {cache['due']} attention calls skipped{hint}")
-    if "worst" in check:
-        worst = "{where}: relative L2 {relative_l2:.2e}, cosine {cosine:.6f}".format(**check["worst"])
-        lines.append(f"check      {check['compared']} outputs against the reference, worst in {worst}")
-    lines += _measured_gain(record)
-    return [*lines, f"memory     {pairs(peak)} at the peak, {predicted:.2f} GiB predicted"]
-
-
-def _measured_gain(record: dict[str, Any]) -> list[str]:
-    """Estimates how long denoising would take with every step dense, from the median dense step."""
-    groups = _step_groups(record)
-    if len(groups) < 2 or record["cache"]["kind"] != "none":
-        return []
-    count, took = len(record["step_seconds"]), record["seconds"]["denoise"]
-    dense = count * median(groups["dense"])
-    return [
-        f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the median dense "
-        f"step): {dense / took:.2f}x faster"
-    ]
-
-
-def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Groups the seconds of steps by "dense" and what runs at sparse ones, whichever occur."""
-    dense, pattern = set(record["dense_steps"]), sparse_name(record["config"]["attention"])
-    groups: dict[str, list[float]] = {}
-    for step, seconds in enumerate(record["step_seconds"]):
-        groups.setdefault("dense" if step in dense else pattern, []).append(seconds)
-    return groups
 
 
 def duration(seconds: float) -> str:

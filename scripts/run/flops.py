@@ -70,6 +70,10 @@ class Flops(NamedTuple):
         """Returns how many times fewer operations the configured run has in all."""
         return (self.dense + self.other) / (self.sparse + self.other)
 
+    def sparse_share(self, steps: int, sparse: int) -> float:
+        """Returns the operations of one of `sparse` steps over those of a dense one, of `steps` in all."""
+        return 1 - steps / sparse * (self.dense - self.sparse) / (self.dense + self.other)
+
 
 def count_flops(
     model: ModelInfo,

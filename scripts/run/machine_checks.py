@@ -12,7 +12,7 @@ from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.compiler import compiler_problem
 from radial_attn.kernels.contract import QUANTIZE, Call
 from radial_attn.models.parallel.groups import Degrees, import_xfuser
-from radial_attn.models.runtime.dense_backend import dense_obstacle, known_backends
+from radial_attn.models.runtime.dense_backend import OURS, dense_obstacle, known_backends
 from scripts.run.config import AttentionConfig, MaskConfig, ModelConfig
 from scripts.run.errors import UsageError, nearest_key
 from scripts.run.memory import gib
@@ -100,7 +100,7 @@ def dense_problem(backend: str, call: Call | None = None) -> str | None:
         near = nearest_key(backend, known)
         raise UsageError(f"{got} is unknown; did you mean {near!r}? allowed: {', '.join(known)}")
     reason = dense_obstacle(backend)
-    if reason is None and backend == "sage" and call is not None:
+    if reason is None and backend in OURS and call is not None:
         whole = radial_mask(call.mask.grid, RadialConfig(block_size=call.mask.block_size, pattern="dense"))
         reason = obstacle(backend, replace(call, mask=whole, quantize=None))
     return reason and f"{got} {reason}; allowed here: auto, native"

@@ -32,7 +32,8 @@ FILES = ("image", "last_image", "video", "mask", "reference_images")
 INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
 NO_FRAMES = (
-    *("output.path", "output.overwrite", "generation.prompt_file", "generation.seeds", "attention.check"),
+    *("output.path", "output.overwrite", "generation.prompt_file", "generation.seeds"),
+    *("attention.check", "attention.tune"),
     *INPUTS,
     *DEGREES,
 )

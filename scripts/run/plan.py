@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
-from radial_attn.kernels.contract import Call
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.load import noise_levels
 from radial_attn.models.profile import MeasuredModel
@@ -19,6 +16,7 @@ from scripts.run.attention import (
     check_profile,
     dense_steps,
     solve_mask,
+    sparse_call,
     sparse_name,
     step_densities,
 )
@@ -322,10 +320,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     check_profile(attention, plan.measured_model)
     warnings = () if dry_run else _memory_warnings(plan)
     radial = len(dense) < steps and plan.dense_layers < model.layers
-    quantize = None if attention.quantize == "none" else attention.quantize
-    dtype = getattr(torch, config.model.dtype)
-    call = Call(torch.device(device), dtype, model.head_dim, False, plan.block_mask, quantize)
-    call = replace(call, far_field="none" if attention.pattern == "dense" else attention.far_field)
+    call = sparse_call(attention, plan.block_mask, device, config.model.dtype, model.head_dim)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
     texts = texts_of(config.generation, config.model.family, prompts)
     options = {"plain": config.generation.prompt_template == "plain", "fetch": not dry_run}

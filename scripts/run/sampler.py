@@ -30,6 +30,7 @@ from scripts.run.machine_checks import is_out_of_memory
 from scripts.run.outputs import resolved, unwritable, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
+from scripts.run.summary import step_speed
 from scripts.run.system import Clock, hardware, peak_memory, room, synchronizer, timed, versions
 
 SHRINK = 0.8  # after a real shortage, a video that fits needs at most this share of the prediction
@@ -217,6 +218,7 @@ class Sampler:
             "mask": asdict(self.plan.mask),
             **run,
             "dense_steps": list(self.plan.dense_steps),
+            "speed": step_speed(self.plan, run["step_seconds"]),
             "seconds": seconds,
             "peak_memory": peak_memory(self.plan.device),
             "predicted_memory": vars(self.plan.memory),

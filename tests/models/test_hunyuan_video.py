@@ -3,10 +3,9 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from diffusers.models import attention_dispatch
 
 from radial_attn.models import apply_radial_attention, hunyuan_video
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, masked_upstream, run
 from tests.support.tiny_hunyuan import SHAPE, hunyuan_inputs, hunyuan_transformer
 
@@ -70,16 +69,16 @@ def test_dense_calls_slice_padded_text_off(family, lengths, monkeypatch):
     """As on a GPU, where flash kernels take no mask; a CPU masks, bit by bit as upstream."""
     transformer, inputs = family.transformer(), family.sized(lengths=lengths)
     expected, seen = run(transformer, inputs), []
-    dispatch = attention_dispatch.dispatch_attention_fn
+    dispatch = layer_attention.dispatch_attention_fn
 
     def watched(query, key, value, attn_mask=None, backend=None):
         seen.append((len(key), query.shape[1] - key.shape[1], attn_mask))
         return dispatch(query, key, value, backend=backend)
 
-    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", watched)
+    monkeypatch.setattr(layer_attention, "dispatch_attention_fn", watched)
     with apply_radial_attention(transformer, DENSE):
         assert torch.equal(run(transformer, inputs), expected) and not seen
-        monkeypatch.setattr(context, "SLICED_DEVICES", ("cpu",))
+        monkeypatch.setattr(layer_attention, "SLICED_DEVICES", ("cpu",))
         assert_near(run(transformer, inputs), expected)
     padding = (family.fork.text_mask(inputs) == 0).sum(1).tolist()
     calls = [(len(padding), padding[0], None)] if len(set(padding)) == 1 else [(1, n, None) for n in padding]

@@ -6,6 +6,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from radial_attn import radial_mask
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.runtime.counts import REASONS
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, masked_upstream, run
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_wan import vace_transformer
@@ -30,9 +31,9 @@ def test_report_before_and_after_the_first_call():
         after = handle.report()
     nothing = {"grid": None, "density": None, "grids": [], "videos": 0, "steps": 0, "dense_steps": 0}
     options = {"layers": 4, "dense_layers": 0, "quantize": None, "check": {"mode": "off"}}
-    assert report == nothing | options | {
-        name: report[name] for name in ("adaptive", "calls", "dense_backend")
-    }
+    options |= {"tuning": [], "calls": {}, "stayed_dense": dict.fromkeys(REASONS, 0)}
+    assert report == nothing | options | {name: report[name] for name in ("adaptive", "dense_backend")}
+    assert after["stayed_dense"] == dict.fromkeys(REASONS, 0) | {"cross_attention": 4}
     assert (after["grid"], after["density"]) == ([6, 6, 8], radial_mask(WAN.grid(), SPARSE).density)
     assert (after["videos"], after["steps"], after["dense_steps"]) == (1, 1, 0)
 

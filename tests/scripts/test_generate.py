@@ -47,13 +47,16 @@ def test_a_video_and_its_record(tiny_model, tmp_path, capsys):
     assert len(record["step_seconds"]) == 3 and record["dense_steps"] == [0]
     # one dense step of 4 layers, two steps with 2 layers dense and 2 radial; two guidance halves
     assert record["attention"]["calls"] == {"dense": 2 * (4 + 2 * 2), AUTO: 2 * 2 * 2}
+    reasons = {"dense_step": 8, "dense_layer": 8, "too_short": 0, "mask": 0, "cross_attention": 24}
+    assert record["attention"]["stayed_dense"] == reasons and None not in record["speed"].values()
     assert 0 < record["density"] <= 1
     assert record["peak_memory"]["host_bytes"] > 2**27
     assert {"python", "torch", "diffusers", "transformers", "radial-attention"} <= set(record["versions"])
     assert {"device", "cpu", "cores", "threads", "memory_bytes"} <= set(record["hardware"])
     printed = capsys.readouterr()
     assert printed.out.startswith(f"config: {TINY} (named on the command line)\n")
-    assert f"backend {AUTO} for" in printed.out
+    assert f"backend {AUTO} for" in printed.out and "x faster, efficiency " in printed.out
+    assert f" calls: 8 {AUTO}, 16 dense (8 dense step, 8 dense layer), 24 cross-attention\n" in printed.out
     assert all(f"\n{word} " in printed.out for word in ("video", "seconds", "a step", "attention", "memory"))
     assert "denoising: 100%" in printed.err and "radial" in printed.err
 

@@ -62,6 +62,8 @@ COMMANDS = {  # the name in the golden files -> the module that runs, and a subc
     "train_tiny": "scripts.train_tiny",
     "render_toyworld": "scripts.render_toyworld",
     "contact_sheet": "scripts.contact_sheet",
+    "export_flash4": "scripts.export_flash4",
+    "flash4_report": "scripts.flash4_report",
     "tune_triton": "scripts.tune_triton",
     "kernel_report": "scripts.kernel_report",
     "check_upstream": "scripts.check_upstream",
@@ -88,9 +90,13 @@ FRAMES: dict[str, tuple[str, ...]] = {  # bundled preset -> what the golden run 
 
 # What depends on the machine is pinned or replaced here, and only here.
 ALONE = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "NPROC")
-ABSENT = ("torchao", "bitsandbytes", "flash_attn", "flash_attn_interface", "flashinfer", "sageattention")
+ABSENT = (
+    *("torchao", "bitsandbytes", "flash_attn", "flash_attn_interface", "tvm_ffi", "flashinfer"),
+    "sageattention",
+)
 REPLACED = [
     (r"(not on this machine: .*?'[^']*').*", r"\1 ..."),  # the reason names what is installed
+    (r"(\bmeasured +at the first sparse call: ).*(; )", r"\1...\2"),
     (r"(\bcalls)\.(?!dense)\w+", r"\1.KERNEL"),  # the one that auto takes
     (r"(\blpips): .*", r"\1: float|null"),  # null without torchvision and its weights
     (re.escape(str(ROOT)), "ROOT"),

@@ -93,12 +93,12 @@ def _fingerprint(source: Path, compiler: str) -> str:
     headers = sorted(source.parent.glob("*.h"))
     parts = [*(file.read_bytes() for file in (source, *headers)), version, repr((FLAGS, CHOICES)).encode()]
     digest = hashlib.sha256()
-    for part in (*parts, *(line.encode() for line in _processor())):
+    for part in (*parts, *(line.encode() for line in processor())):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
 
 
-def _processor() -> Iterator[str]:
+def processor() -> Iterator[str]:
     """Yields what identifies the instructions of this machine's processor."""
     yield platform.machine()
     yield platform.processor()

@@ -8,8 +8,8 @@ the sequence, text whose length differs by sample, or blocks that are left out.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,7 +58,7 @@ def query_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device:
     """
 
     def build() -> Tiles:
-        return _list(_cut(blocks.numpy(), extent, rows, columns), columns, device)
+        return _list(_cut(blocks.to(device), extent, rows, columns), columns)
 
     return _cached(blocks, ("query", extent, rows, columns, device), build)
 
@@ -67,8 +67,8 @@ def key_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: t
     """Lists the query tiles of each key tile; arguments are as in `query_tiles`."""
 
     def build() -> Tiles:
-        tiles = _cut(blocks.numpy(), extent, rows, columns)
-        return _list([None if x is None else x.swapaxes(1, 2) for x in tiles], rows, device)
+        tiles = _cut(blocks.to(device), extent, rows, columns)
+        return _list([None if x is None else x.mT for x in tiles], rows)
 
     return _cached(blocks, ("key", extent, rows, columns, device), build)
 
@@ -81,47 +81,45 @@ def _cached(blocks: Tensor, key: tuple, build: Callable[[], Tiles]) -> Tiles:
     return cache[key]
 
 
-def _cut(blocks: np.ndarray, extent: Extent, rows: int, columns: int) -> list[np.ndarray | None]:
-    """Returns non-empty tiles, whole tiles and patterns, each `[H or 1, query tiles, key tiles]`."""
+def _cut(blocks: Tensor, extent: Extent, rows: int, columns: int) -> list[Tensor | None]:
+    """Returns non-empty tiles, whole tiles and patterns, each `[H or 1, query tiles, key tiles]`.
+
+    All is computed on the device: heads that choose their blocks change the lists at each new density.
+    """
     cells = blocks if blocks.ndim == 3 else blocks[None]
     length = extent.tokens if extent.rows is None else extent.rows
     for axis, tile, tokens in ((1, rows, length), (3, columns, extent.tokens)):
         cells = _split(cells, axis, extent.block_size, tile, tokens)
-    some, every = cells.any(axis=(2, 4)), cells.all(axis=(2, 4))
+    some, every = cells.any(dim=(2, 4)), cells.all(dim=(2, 4))
     patterns = None
-    if (some & ~every).any():
-        bits = cells.swapaxes(2, 3).reshape(*some.shape, -1)
-        patterns = bits @ (1 << np.arange(bits.shape[-1], dtype=np.uint64))
+    if bool((some & ~every).any()):
+        patterns = torch.zeros(some.shape, dtype=torch.int64, device=some.device)
+        across = cells.shape[4]
+        for bit in range(cells.shape[2] * across):
+            patterns |= cells[:, :, bit // across, :, bit % across].long() << bit
     every[:, length // rows :] = False
     every[:, :, extent.mixed_from // columns :] = False
     return [some, every, patterns]
 
 
-def _split(blocks: np.ndarray, axis: int, size: int, tile: int, tokens: int) -> np.ndarray:
+def _split(blocks: Tensor, axis: int, size: int, tile: int, tokens: int) -> Tensor:
     """Splits an axis of blocks of `size` tokens into tiles of `tile` tokens, then the blocks of each tile.
 
     A last tile that lacks blocks repeats its last one.
     """
-    if tile <= size:
-        finer = np.repeat(blocks, size // tile, axis)
-        return np.expand_dims(np.take(finer, range(-(-tokens // tile)), axis), axis + 1)
-    ratio = tile // size
-    padding = [(0, 0)] * blocks.ndim
-    padding[axis] = (0, -blocks.shape[axis] % ratio)
-    padded = np.pad(blocks, padding, mode="edge")
-    return padded.reshape(*padded.shape[:axis], -1, ratio, *padded.shape[axis + 1 :])
+    count, ratio = -(-tokens // tile), max(1, tile // size)
+    at = torch.arange(count * ratio, device=blocks.device) * tile // (size * ratio)
+    return blocks.index_select(axis, at.clamp(max=blocks.shape[axis] - 1)).unflatten(axis, (count, ratio))
 
 
-def _list(tiles: list[np.ndarray | None], step: int, device: torch.device) -> Tiles:
+def _list(tiles: list[Tensor | None], step: int) -> Tiles:
     some, every, patterns = tiles
-    kept = np.stack([some & every, some & ~every], axis=2)
-    counts = np.count_nonzero(kept, axis=3)
-    ends = np.cumsum(counts).reshape(counts.shape)
-    offsets = np.concatenate([ends[..., :1] - counts[..., :1], ends], axis=2).astype(np.int32)
-    starts = np.broadcast_to(np.arange(kept.shape[3], dtype=np.int32) * step, kept.shape)[kept]
-    starts = np.append(starts, np.int32(0))
+    kept = torch.stack([some & every, some & ~every], dim=2)
+    counts = kept.sum(dim=3)
+    ends = counts.flatten().cumsum(0).view(counts.shape)
+    offsets = torch.cat([ends[..., :1] - counts[..., :1], ends], dim=2).to(torch.int32)
+    starts = torch.arange(0, kept.shape[3] * step, step, dtype=torch.int32, device=kept.device)
+    starts = F.pad(starts.expand(kept.shape)[kept], (0, 1))
     if patterns is not None:
-        patterns = np.broadcast_to(patterns[:, :, None], kept.shape)[kept].view(np.int64)
-        patterns = torch.from_numpy(patterns).to(device)
-    mixed = bool(counts[..., 1].any())
-    return Tiles(torch.from_numpy(offsets).to(device), torch.from_numpy(starts).to(device), patterns, mixed)
+        patterns = patterns[:, :, None].expand(kept.shape)[kept]
+    return Tiles(offsets, starts, patterns, bool(counts[..., 1].any()))

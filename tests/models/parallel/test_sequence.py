@@ -8,6 +8,7 @@ import pytest
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.parallel.ring import Ring
+from tests.support import exchange_cost
 from tests.support.families import SPARSE
 from tests.support.multi_process import run_ranks
 from tests.support.tiny import wan_inputs, wan_transformer
@@ -29,6 +30,12 @@ def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
     alone = 73 if processes == 2 else 41
     assert len(results) == (61 if ring > 1 else alone if cfg == 1 else 9)
     assert {name: worst for name, worst in results.items() if not worst <= MOST} == {}
+
+
+def test_tensors_travel_together():
+    """Counts collectives: one to the heads, one back; results/ulysses_2026-11-30.md has bytes and copies."""
+    for case in exchange_cost.CASES.values():
+        assert exchange_cost.count(case)["exchanges"] == 2
 
 
 @pytest.mark.parametrize(

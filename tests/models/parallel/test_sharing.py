@@ -89,11 +89,14 @@ def test_compiled_blocks_exchange_and_are_not_compiled_again():
             assert 0 < first[-1] <= 8 and set(second) == {first[-1]}, name
 
 
-def test_all_take_the_dense_backend_of_the_first():
-    (everyone,) = cases("choice").values()
+def test_all_take_the_backends_of_the_first():
+    everyone, sparse = cases("choice").values()
     assert [one["times"] for one in everyone] == 2 * [everyone[0]["own"]]
     assert [one["name"] for one in everyone] == 2 * ["native"]
     assert everyone[1]["own"] != everyone[0]["own"]
+    assert [one["own"] for one in sparse] == ["reference", "blocks"]
+    assert [one["names"] for one in sparse] == 2 * [["reference", "reference", "dense"]]
+    assert all(one["dense"] < 1e-4 for one in sparse)
 
 
 @pytest.mark.long

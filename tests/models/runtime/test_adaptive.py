@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from radial_attn import BlockMask, RadialConfig
+from radial_attn import BlockMask, RadialConfig, radial_mask
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.pipeline.caches import cached
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.choices import Choices
 from radial_attn.residual import Residual
@@ -29,13 +29,13 @@ OPTIONS = {"selection": "dense_step", "dense_steps": 1, "num_steps": 4, "backend
 @pytest.fixture
 def masks(monkeypatch) -> list[BlockMask]:
     """Lists the masks that layers attend with."""
-    seen, attention = [], context.radial_attention
+    seen, attention = [], layer_attention.radial_attention
 
     def noted(*args, **options):
         seen.append(args[3])
         return attention(*args, **options)
 
-    monkeypatch.setattr(context, "radial_attention", noted)
+    monkeypatch.setattr(layer_attention, "radial_attention", noted)
     return seen
 
 
@@ -149,18 +149,18 @@ def test_a_copy_of_the_model_has_a_state_of_its_own():
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_layer_that_a_cache_skips_keeps_its_far_field(cache, monkeypatch):
     """Every sparse call is corrected by the last dense one that its layer made, in its half of guidance."""
-    recorded, corrected, sparse, record = {}, [], context._sparse, Choices.record
+    recorded, corrected, sparse, record = {}, [], layer_attention._sparse, Choices.record
 
     def noted(self: Choices, layer: object, *args: object, **options: object) -> None:
         record(self, layer, *args, **options)
         recorded[self._call, layer] = self._calls[self._call][layer].biases[0]
 
-    def seen(*args: object, call: context.AttentionCall, processor: object) -> torch.Tensor:
+    def seen(*args: object, call: layer_attention.AttentionCall, processor: object) -> torch.Tensor:
         corrected.append(args[5] is recorded[call.choices._call, processor])
         return sparse(*args, call=call, processor=processor)
 
     monkeypatch.setattr(Choices, "record", noted)
-    monkeypatch.setattr(context, "_sparse", seen)
+    monkeypatch.setattr(layer_attention, "_sparse", seen)
     pipeline, options = KINDS["wan"].make(), {"guidance_scale": 1.0 if cache == "pab" else 3.0}
     settings = {"threshold": 0.3} | CACHES[cache]
     with (
@@ -240,10 +240,10 @@ def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
 
     def sparse(*inputs):
         *tensors, mask, text_lengths, _ = inputs
-        return context.radial_attention(*tensors, mask, text_lengths=text_lengths)
+        return layer_attention.radial_attention(*tensors, mask, text_lengths=text_lengths)
 
-    dense = sparse(*tensors, context.radial_mask(grid, FULL), None, None)
-    mask = context.radial_mask(grid, config)
+    dense = sparse(*tensors, radial_mask(grid, FULL), None, None)
+    mask = radial_mask(grid, config)
     options = {"text_lengths": None, "sparse": sparse}
     choices.record("layer", tensors, dense, mask, **options)
     kept = choices.attend("layer", tensors, mask, **options, residual=False)

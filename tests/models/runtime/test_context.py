@@ -12,7 +12,7 @@ from diffusers import UniPCMultistepScheduler
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.pipeline.load import noise_levels
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from radial_attn.models.runtime.schedule import Schedule, StepCounter, read_density
 from tests.support.auto_backend import AUTO
 from tests.support.families import SPARSE
@@ -191,13 +191,13 @@ def test_a_range_of_densities(selection, monkeypatch):
     """Gives every sparse step the density of the range; the report has the latest."""
     pipeline, seen = wan_pipeline(), []
     config = RadialConfig(block_size=16)
-    attention = context.radial_attention
+    attention = layer_attention.radial_attention
 
     def noted(*args, **options):
         seen.append(args[3].density)
         return attention(*args, **options)
 
-    monkeypatch.setattr(context, "radial_attention", noted)
+    monkeypatch.setattr(layer_attention, "radial_attention", noted)
     options = {"dense_steps": [0, 2], "density_range": (0.9, 0.6), "selection": selection}
     with apply_radial_attention(pipeline, config, **options) as handle:
         generate(pipeline, steps=5)

@@ -9,7 +9,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch._dynamo.testing import CompileCounter
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.kernels import reference, sage
+from radial_attn.dispatch import kernel
+from radial_attn.kernels import reference
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import dense_backend as dense
 from tests.support.families import DENSE, SPARSE, assert_near, run
@@ -179,7 +180,7 @@ def test_unknown_and_missing_backends_are_one_line():
     transformer = wan_transformer()
     with pytest.raises(ValueError, match="got 'flsh'; did you mean 'flash'") as raised:
         apply_radial_attention(transformer, SPARSE, dense_backend="flsh")
-    assert "\n" not in str(raised.value) and "auto, native, sage, flash, " in str(raised.value)
+    assert "\n" not in str(raised.value) and "auto, native, sage, flash4, flash, " in str(raised.value)
     message = r"dense_backend '_sage_qk_int8_pv_fp16_cuda' cannot be used here: .* install `sageattention"
     with pytest.raises(ImportError, match=message) as raised:
         apply_radial_attention(transformer, SPARSE, dense_backend="_sage_qk_int8_pv_fp16_cuda")
@@ -187,7 +188,8 @@ def test_unknown_and_missing_backends_are_one_line():
     assert not transformer._forward_pre_hooks
 
 
-def test_sage_serves_dense_layers_through_the_op(monkeypatch):
+@pytest.mark.parametrize(("name", "check"), [("sage", "nan"), ("flash4", "off")])
+def test_our_own_serve_dense_layers_through_the_op(name, check, monkeypatch):
     """Replaces it by the definition, which needs no GPU."""
     seen = []
 
@@ -195,22 +197,23 @@ def test_sage_serves_dense_layers_through_the_op(monkeypatch):
         seen.append(args[3])
         return reference.attention(*args, **options)
 
-    monkeypatch.setattr(sage, "NEEDS", reference.NEEDS)
-    monkeypatch.setattr(sage, "attention", attention, raising=False)
+    monkeypatch.setattr(kernel(name), "NEEDS", reference.NEEDS)
+    monkeypatch.setattr(kernel(name), "attention", attention, raising=False)
     transformer = wan_transformer()
     expected = run(transformer)
-    with apply_radial_attention(transformer, SPARSE, dense_layers=4, dense_backend="sage") as handle:
+    with apply_radial_attention(transformer, SPARSE, dense_layers=4, dense_backend=name) as handle:
         assert_near(run(transformer), expected)
         report = handle.report()
     assert len(seen) == 4 and all(mask.is_dense for mask in seen)
-    assert report["calls"] == {"dense": 4} and report["check"] == {"mode": "nan"}
-    assert report["dense_backend"] == {"name": "sage", "backend": "sage", "seconds": {}}
+    assert report["calls"] == {"dense": 4} and report["check"] == {"mode": check}
+    assert report["dense_backend"] == {"name": name, "backend": name, "seconds": {}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="may be installed")
-def test_sage_without_its_library_is_one_line():
-    with pytest.raises(ImportError, match="dense_backend 'sage' needs "):
-        apply_radial_attention(wan_transformer(), SPARSE, dense_backend="sage")
+@pytest.mark.parametrize("name", ["sage", "flash4"])
+def test_our_own_without_their_library_are_one_line(name):
+    with pytest.raises(ImportError, match=f"dense_backend '{name}' needs "):
+        apply_radial_attention(wan_transformer(), SPARSE, dense_backend=name)
 
 
 @pytest.mark.gpu

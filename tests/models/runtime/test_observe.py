@@ -6,7 +6,7 @@ import torch
 from radial_attn import radial_mask
 from radial_attn.kernels import reference
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from tests.support.families import DENSE, SPARSE, families, run
 from tests.support.pipelines import generate
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
@@ -22,13 +22,13 @@ def two_steps(family) -> list[dict]:
 
 def recorded(monkeypatch) -> list[torch.Tensor]:
     """Records the outputs of the attention in their order."""
-    outputs, attend = [], context._attend
+    outputs, attend = [], layer_attention._attend
 
     def record(*args, **options):
         outputs.append(attend(*args, **options))
         return outputs[-1]
 
-    monkeypatch.setattr(context, "_attend", record)
+    monkeypatch.setattr(layer_attention, "_attend", record)
     return outputs
 
 

@@ -9,7 +9,7 @@ import torch
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from radial_attn.models.runtime.output_check import CheckError, resolve_check
 from tests.support.auto_backend import AUTO, automatic
 from tests.support.failing_kernel import fail, one_nan, twice
@@ -123,7 +123,7 @@ def test_reference_stops_at_a_wrong_output(prepare, monkeypatch, caplog):
 @pytest.mark.parametrize("selection", ["static", "dense_step"])
 def test_reference_knows_the_far_field_and_the_mask_of_each_head(name, far_field, selection, monkeypatch):
     """The samples of a batch have masks of their own; an error of the first one is not lost."""
-    family, attention = BY_NAME[name], context.radial_attention
+    family, attention = BY_NAME[name], layer_attention.radial_attention
     transformer = family.transformer()
     config = SPARSE if selection == "static" else RadialConfig(block_size=16, density=0.9)
     options = {"far_field": far_field, "selection": selection, "dense_steps": 1, "num_steps": 2}
@@ -144,7 +144,7 @@ def test_reference_knows_the_far_field_and_the_mask_of_each_head(name, far_field
         pytest.raises(CheckError, match=f"in layer 0 at step 2 of 2, float32, backend {AUTO}: relative L2 1"),
     ):
         run(transformer, calls[0])
-        monkeypatch.setattr(context, "radial_attention", wrong_once)
+        monkeypatch.setattr(layer_attention, "radial_attention", wrong_once)
         run(transformer, calls[1])
 
 

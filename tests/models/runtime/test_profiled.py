@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from radial_attn import BlockMask, RadialConfig, calibrate, enable
+from radial_attn import BlockMask, RadialConfig, TokenGrid, calibrate, enable
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.profile import ModelProfile
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from radial_attn.selection import Budget, floor_blocks
 from tests.support.families import assert_near
 from tests.support.pipelines import KINDS
@@ -51,13 +51,13 @@ def test_all_blocks_are_dense_and_videos_repeat(name, calibrated):
 
 @pytest.mark.parametrize("budget", ["head", "layer", "model"])
 def test_layers_keep_the_blocks_that_cost_most(budget, calibrated, monkeypatch):
-    seen, attention = [], context.radial_attention
+    seen, attention = [], layer_attention.radial_attention
 
     def noted(*args, **options):
         seen.append(args[3])
         return attention(*args, **options)
 
-    monkeypatch.setattr(context, "radial_attention", noted)
+    monkeypatch.setattr(layer_attention, "radial_attention", noted)
     kind, profile = KINDS["wan"], ModelProfile.read(calibrated("wan"))
     pipeline = kind.make()
     options = {"selection": "profile", "profile": calibrated("wan"), "budget": budget}
@@ -73,7 +73,7 @@ def test_layers_keep_the_blocks_that_cost_most(budget, calibrated, monkeypatch):
 
 
 def expected_masks(profile: ModelProfile, part: int, budget: str) -> list[BlockMask]:
-    grid = context.TokenGrid(*KINDS["wan"].grid)
+    grid = TokenGrid(*KINDS["wan"].grid)
     chooser = Budget(floor_blocks(grid, CONFIG), grid.block_tokens(16), [0.9], budget)
     layers = range(profile.model.layers)
     losses = [profile.losses(part, layer, grid, 16, far_field=False) for layer in layers]

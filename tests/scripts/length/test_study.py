@@ -14,10 +14,10 @@ import torch
 from scripts import length_study
 from scripts.length.report import differences
 from scripts.length.runs import ROWS, Result, captions_of
-from scripts.length.scores import by_part, difference, judged, parts, record, shares
 from scripts.run.config import ROOT
 from scripts.toyworld import Attributes, random_scene, render
 from scripts.toyworld.render import VOCABULARY
+from scripts.toyworld.scores import by_part, difference, judged, parts, record, shares
 
 FRAMES, TRAINED = 129, 33
 SMALL = ["generation.num_frames=17", "generation.height=32", "generation.width=32"]

@@ -9,7 +9,7 @@ from diffusers import WanPipeline
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.lora.load import Lora, load_loras
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import layer_attention
 from radial_attn.models.training.flow import predict_velocity, stack_text
 from scripts.generate import main as generate
 from scripts.lora import step
@@ -114,7 +114,7 @@ def test_training_counts_what_the_mask_drops(lora_config, tmp_path, monkeypatch)
     with prepared(plan_training(parsed)) as (run, _):
         assert train_step(run, 0)["skipped"] == 0  # no matrix B is zero after it
         actual = gradients(run)
-        monkeypatch.setattr(context, "radial_attention", by_definition)
+        monkeypatch.setattr(layer_attention, "radial_attention", by_definition)
         expected = gradients(run)
         run.plain.disable_gradient_checkpointing()
         monkeypatch.undo()

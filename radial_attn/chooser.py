@@ -1,0 +1,307 @@
+"""Chooses the backend of a shape by measurement: the fastest of those whose output is right.
+
+Every backend that serves the calls attends over the same tensors, over a few of their heads if the sequence
+is long. Its output, and in training its gradients, are compared with the definition on four query blocks.
+Dense attention takes part too: if it is as fast, calls of this shape stay dense. A mask keeps the choices of
+its shapes, and a file of the user those of other runs on the same device with the same versions.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .attention import choose_backend
+from .block_mask import BlockMask
+from .dispatch import BACKENDS, kernel, obstacle, order, versions
+from .kernels.contract import Call
+from .kernels.cpp.build import cache_folder, processor
+from .trial import DENSE, OUT_OF_MEMORY, Dense, Trial, reason_of, some_heads
+
+TUNES = ("auto", "off", "once", "always")
+TUNED_DEVICES = ("cuda",)  # on which "auto" is "once"
+AS_FAST = 1.02  # dense attention is as fast up to this ratio, and exact
+QUADRATIC, MOST_TOKENS = ("reference",), 4096  # these take memory quadratic in the tokens
+
+Agree = Callable[[Any], Any]  # returns the first process's value in all processes
+
+
+@dataclass(eq=False)
+class Choice:
+    """Holds the backend of all sparse calls of a shape, once it is known.
+
+    Attributes:
+        call: decides which backends serve; its mask is that of the calls, or stands for those of the layers.
+        size: `[B, S, H, D]`.
+        density: of the calls.
+        key: identifies the shape, the device and the versions.
+        times: seconds of each backend that is right and of "dense", or why it was refused.
+        name: the backend, or "dense"; None until it is known.
+        file: where the times are kept, None for nowhere.
+        dense: computes dense attention as the model does.
+        calls: about how many calls of this shape the run makes; spent: seconds that it has taken so far.
+    """
+
+    call: Call
+    size: tuple[int, ...]
+    density: float
+    key: str
+    times: dict[str, float | str] = field(default_factory=dict)
+    name: str | None = None
+    file: Path | None = None
+    dense: Dense | None = None
+    calls: int = 1
+    spent: float = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds of each that is right, the fastest first."""
+        seconds = {name: x for name, x in self.times.items() if isinstance(x, float)}
+        return dict(sorted(seconds.items(), key=lambda entry: entry[1]))
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Returns why each of the others was refused."""
+        return {name: x for name, x in self.times.items() if isinstance(x, str)}
+
+    @property
+    def efficiency(self) -> float | None:
+        """Returns the dense seconds times the density over those of the choice; None if not measured."""
+        seconds = self.seconds
+        if self.name == DENSE or not {DENSE, self.name} <= seconds.keys():
+            return None
+        return seconds[DENSE] * self.density / seconds[self.name]
+
+    def report(self) -> dict[str, Any]:
+        """Returns what was found, as values that JSON can hold."""
+        names = ("density", "seconds", "refused", "efficiency")
+        found = {name: getattr(self, name) for name in names}
+        return {"shape": list(self.size), "backend": self.name, **found}
+
+    def candidates(self) -> list[str]:
+        """Returns what is measured, in this order: the default, dense attention, all others that serve.
+
+        Left out are products of fewer bits than asked for, memory quadratic in a long sequence, and on a CPU
+        backends out of the order that compile for each shape.
+        """
+        first, tried = choose_backend(self.call), order(self.call.device)
+        names = []
+        for name in (*tried, *BACKENDS[1:]):
+            needs, long = kernel(name).NEEDS, name in QUADRATIC and self.size[1] > MOST_TOKENS
+            slow = needs.compiles and self.call.device.type == "cpu" and name not in tried
+            if needs.exact and not long and not slow and obstacle(name, self.call) is None:
+                names.append(name)
+        return list(dict.fromkeys([first, DENSE, *names]))
+
+    def decide(self, remark: str = "") -> None:
+        """Takes the fastest of those that were measured, and says so; without any, the default."""
+        seconds, shown = self.seconds, self.candidates()
+        sparse = [name for name in seconds if name != DENSE]
+        self.name = sparse[0] if sparse else DENSE if DENSE in seconds else shown[0]
+        if DENSE in seconds and self.name != DENSE and seconds[DENSE] <= AS_FAST * seconds[self.name]:
+            self.name = DENSE
+        parts = [", ".join(f"{name} {1000 * x:.2f} ms" for name, x in seconds.items()) or "none was measured"]
+        if self.efficiency is not None:
+            parts.append(f"efficiency {self.efficiency:.2f}")
+        if self.name == DENSE:
+            parts.append("dense attention is as fast, so these calls stay dense")
+        parts += [f"{name} refused: {reason}" for name, reason in self.refused.items()]
+        left = [name for name in shown if name not in self.times]
+        parts += [f"not measured: {', '.join(left)}"] if left else []
+        logging.getLogger("radial_attn").info(
+            "backend %s for %s %s on %s, density %.3f: %s%s",
+            *(self.name, list(self.size), self.call.dtype, self.call.device, self.density),
+            *("; ".join(parts), remark),
+        )
+
+
+class Chooser:
+    """Makes the choices of one application.
+
+    Args:
+        tune: "off": the first backend of the device's order that serves a call. "always": measured in every
+            run. "once": kept in the folder of the C++ library for other runs. "auto": "once" on a GPU, "off"
+            elsewhere.
+        agree: returns the value of the first of several processes, in all of them: its times hold for all.
+
+    Raises ValueError for another `tune`.
+    """
+
+    def __init__(self, tune: str = "auto", agree: Agree | None = None) -> None:
+        if tune not in TUNES:
+            raise ValueError(f"tune must be one of {', '.join(TUNES)}, got {tune!r}")
+        self.tune, self._agree = tune, agree
+        self.agrees = agree is not None
+        self._choices: list[Choice] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, without the choices, which hold masks."""
+        return vars(self) | {"_choices": []}
+
+    def measures(self, device: torch.device) -> bool:
+        """Tells whether backends are measured on a device."""
+        return self.tune in {"once", "always"} or (self.tune == "auto" and device.type in TUNED_DEVICES)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Returns `Choice.report` of each shape that is decided."""
+        return [choice.report() for choice in self._choices if choice.name is not None]
+
+    def open(
+        self,
+        call: Call,
+        size: Sequence[int],
+        density: float,
+        *,
+        dense: Dense,
+        dense_name: str,
+        calls: int,
+        spent: float = 0.0,
+    ) -> Choice:
+        """Returns the choice of a shape, with what is known of it; a mask keeps the choices of its shapes.
+
+        `dense_name`: the kernel of dense attention; the other arguments are as in `Choice`.
+        """
+        about = {name: getattr(call, name) for name in ("gradients", "quantize", "far_field")} | {
+            "device": device_name(call.device),
+            "versions": installed(),
+            "shape": list(size),
+            "block_size": call.mask.block_size,
+            "heads_alike": call.mask.heads is None,
+            "dtype": str(call.dtype).removeprefix("torch."),
+            "density": round(density, 2),
+            "dense": dense_name,
+        }
+        key = json.dumps(about, sort_keys=True)
+        choice = call.mask.cached(("choice", key), lambda: self._begin(call, tuple(size), density, key))
+        choice.dense, choice.calls, choice.spent = dense, calls, spent
+        if choice not in self._choices:
+            self._choices.append(choice)
+        return choice
+
+    def _begin(self, call: Call, size: tuple[int, ...], density: float, key: str) -> Choice:
+        choice = Choice(call, size, density, key)
+        if self.tune == "always":
+            return choice
+        choice.file = _file(key)
+        choice.times = self._of_first(_read(choice))
+        if choice.times.keys() >= set(choice.candidates()):
+            choice.decide("; measured before")
+        return choice
+
+    def settle(
+        self,
+        choice: Choice,
+        tensors: Sequence[Tensor],
+        mask: BlockMask,
+        *,
+        text_lengths: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> str:
+        """Returns the name of a choice, which it measures unless it is known.
+
+        Args:
+            tensors: query, key and value of a call, `[B, S, H, D]`.
+            mask: of that call.
+            text_lengths, bias: as in `radial_attention`, of that call.
+        """
+        if choice.name is None:
+            self._measure(choice, lambda: Trial(choice.call, tensors, mask, text_lengths, bias))
+        return choice.name
+
+    def settle_alone(self, choice: Choice, text_lengths: Tensor | None = None) -> str:
+        """Returns the name of a choice, which it measures on normal random values unless it is known."""
+        call, mask, (batch, tokens, heads, width) = choice.call, choice.call.mask, choice.size
+
+        def trial() -> Trial:
+            options = {"dtype": call.dtype, "device": call.device}
+            options["generator"] = torch.Generator(call.device).manual_seed(0)
+            some = some_heads(choice.size) if mask.heads is None else heads
+            tensors = [torch.randn(batch, tokens, some, width, **options) for _ in range(3)]
+            return Trial(call, tensors, mask, text_lengths)
+
+        if choice.name is None:
+            self._measure(choice, trial)
+        return choice.name
+
+    def _measure(self, choice: Choice, make: Callable[[], Trial]) -> None:
+        times = choice.times
+        try:
+            options = {"calls": choice.calls, "spent": choice.spent}
+            times = make().measure(choice.candidates(), times, choice.dense, **options)
+        except (RuntimeError, MemoryError) as error:  # no memory for the definition
+            times = times | {choose_backend(choice.call): reason_of(error)}
+        choice.times = self._of_first(times)
+        _write(choice)
+        choice.decide()
+
+    def _of_first(self, value: Any) -> Any:
+        return value if self._agree is None else self._agree(value)
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU, or of the processor with the number of threads."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    names = (line.split(":", 1)[1].strip() for line in processor() if line.startswith("model name"))
+    return f"{next(names, device.type)}, {torch.get_num_threads()} threads"
+
+
+@lru_cache
+def installed() -> dict[str, str]:
+    """Returns the versions of this project, torch and the libraries of all backends."""
+    libraries = {name: versions(kernel(name).NEEDS.modules) for name in BACKENDS[1:]}
+    return {"radial-attention": __version__, "torch": torch.__version__, **libraries}
+
+
+def _file(key: str) -> Path | None:
+    """Returns the file of a choice; None if the user has no home."""
+    with suppress(RuntimeError):
+        return cache_folder() / f"choice-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return None
+
+
+def _read(choice: Choice) -> dict[str, float | str]:
+    """Returns the times that another run kept; {} if there are none, or with a note if they are damaged."""
+    if choice.file is None or not choice.file.exists():
+        return {}
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        content = json.loads(choice.file.read_bytes())
+        times = content["times"]
+        if content["key"] == json.loads(choice.key) and all(map(_is_entry, times.values())):
+            return times
+    logging.getLogger("radial_attn").warning("%s is damaged; backends are measured again", choice.file)
+    return {}
+
+
+def _is_entry(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, float) and 0 < value < math.inf)
+
+
+def _write(choice: Choice) -> None:
+    """Keeps the times, whole or not at all; a shortage of memory may pass. A folder may be read-only."""
+    if choice.file is None:
+        return
+    times = {name: x for name, x in choice.times.items() if x != OUT_OF_MEMORY}
+    text = json.dumps({"key": json.loads(choice.key), "times": times}, indent=1)
+    with suppress(OSError):
+        choice.file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=choice.file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as stream:
+                stream.write(text + "\n")
+            os.replace(name, choice.file)
+        except BaseException:
+            os.unlink(name)
+            raise

@@ -1,0 +1,1 @@
+"""Runs FlashAttention-4, sparse and dense, on Hopper and Blackwell."""

@@ -1,0 +1,126 @@
+"""Exports compiled kernels of FlashAttention-4 to files for a machine without network or compiler.
+
+    bash scripts/export_flash4.sh --out flash4
+    RADIAL_ATTN_FLASH4=flash4 python -m radial_attn backends
+
+Needs flash-attn-4 and a C compiler here, and no GPU; there torch and apache-tvm-ffi. A file has about 100 KB.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from radial_attn.kernels.compiler import find_program
+from radial_attn.kernels.flash4 import library
+from radial_attn.kernels.flash4.exported import FORMAT, INDEX, MADE
+from radial_attn.kernels.flash4.op import HOPPER
+from scripts.benchmarks.flash4_kernels import KINDS, Wanted, compile_kernel, prepare_compiler, wanted
+from scripts.run.errors import OneLineParser
+from scripts.run.files import write_text
+from scripts.run.processes import end_with_parent
+
+# The package's own function for errors is in its library of 43 MB; this one needs only the CUDA runtime.
+ERRORS = """
+#include <stdint.h>
+const char *cudaGetErrorName(int);
+const char *cudaGetErrorString(int);
+__attribute__((visibility("hidden"))) void CuteDSLRT_TVMFFISetRaisedCudaError(
+    void (*raise)(const char *kind, const char **parts, int32_t count), int32_t code) {
+  const char *parts[] = {cudaGetErrorName(code), ": ", cudaGetErrorString(code)};
+  raise("RuntimeError", parts, 3);
+}
+"""
+
+
+def export(call: Wanted, folder: Path) -> tuple[str, dict]:
+    """Compiles a kernel into a library in `folder`; returns its name and its entry of the index."""
+    made = compile_kernel(call, HOPPER)
+    file = folder / f"{made.name}.so"
+    with TemporaryDirectory() as spare:
+        objects = []
+        for step, function in made.functions.items():
+            objects.append(str(Path(spare) / f"{step}.o"))
+            function.export_to_c(objects[-1], function_name=step)
+        link(objects, file, Path(spare))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return made.name, {
+        "file": file.name,
+        "sha256": digest,
+        "functions": list(made.functions),
+        "rows": made.rows,
+    }
+
+
+def link(objects: list[str], target: Path, spare: Path) -> None:
+    """Links object files into a library that needs only tvm_ffi and the CUDA runtime of the process."""
+    import tvm_ffi
+    from cutlass.cute.runtime import find_runtime_libraries
+
+    source = spare / "errors.c"
+    source.write_text(ERRORS, encoding="utf-8")
+    runtime = (
+        Path(find_runtime_libraries(enable_tvm_ffi=False)[0]).parent / "libcuda_dialect_runtime_static.a"
+    )
+    needed = Path(tvm_ffi.__file__).parent / "lib"
+    options = ["-shared", "-fPIC", "-O2", "-s", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"]
+    inputs = [*objects, str(source), str(runtime), f"-L{needed}", "-ltvm_ffi"]
+    compiler = find_program("CC", ("gcc", "clang", "cc"))
+    subprocess.run(
+        [compiler, *options, *inputs, "-o", str(target)], check=True, capture_output=True, text=True
+    )
+
+
+def problem() -> str | None:
+    """Says what this machine lacks to export; None if nothing."""
+    if (reason := library.problem()) is not None:
+        return reason
+    if find_program("CC", ("gcc", "clang", "cc")) is None:
+        return "needs a C compiler, but none was found: apt install gcc"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exports the kernels and prints their sizes."""
+    parser = OneLineParser(prog="scripts/export_flash4.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("flash4"), help="folder of the files")
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"])
+    parser.add_argument(
+        "--width", nargs="+", type=int, choices=(64, 128), default=[64, 128], help="of a head"
+    )
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at the same time")
+    options = parser.parse_args(argv)
+    if (reason := problem()) is not None:
+        parser.error(reason)
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    calls = wanted(HOPPER, [getattr(torch, name) for name in options.dtype], options.width, options.kind)
+    kernels = {}
+    with ProcessPoolExecutor(options.jobs, initializer=_start) as pool:
+        for name, entry in pool.map(export, calls, [options.out] * len(calls)):
+            kernels[name] = entry
+            print(f"{name}: {(options.out / entry['file']).stat().st_size / 1000:.0f} KB", flush=True)
+    index = {"format": FORMAT, "package": MADE, "capability": HOPPER, "kernels": kernels}
+    index["compiler"] = f"{library.COMPILER} {metadata.version(library.COMPILER)}"
+    write_text(options.out / INDEX, json.dumps(index, indent=1) + "\n")
+    return 0
+
+
+def _start() -> None:
+    end_with_parent()
+    prepare_compiler(HOPPER)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
