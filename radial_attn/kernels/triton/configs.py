@@ -85,7 +85,10 @@ SPECIALIZED = {  # for sm90: the first to try once a GPU has proved them right
     ("forward", 64): Launch(128, 128, 4, 3, "head", specialize=True),
     ("forward", 128): Launch(128, 128, 4, 2, "head", specialize=True),
 }
-CDNA = AMPERE | {("key gradients", 128): Launch(64, 32, 4, 1)}
+CDNA = AMPERE | {
+    ("query gradient", 128): Launch(64, 64, 4, 2),
+    ("key gradients", 128): Launch(64, 32, 4, 1),
+}
 LAUNCHES = {
     "sm80": AMPERE,
     "sm86": AMPERE,
