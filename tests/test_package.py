@@ -22,6 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from radial_attn import __version__ as VERSION
+from radial_attn.kernels.flash4.library import VERSION as FLASH4
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = {"radial_attn": "radial_attn", "radial_attn.models": "models"}
@@ -157,7 +158,9 @@ def test_the_citation_names_the_version():
 
 
 def test_the_pinned_versions_lie_within_the_ranges_of_the_package():
-    extras = PROJECT["project"]["optional-dependencies"]
+    extras = dict(PROJECT["project"]["optional-dependencies"])
+    on_gpus, pinned = extras.pop("flash4"), f"flash-attn-4=={FLASH4}"  # not installed by requirements.txt
+    assert pinned in on_gpus and pinned in (ROOT / "requirements-gpu.txt").read_text(encoding="utf-8")
     ranges = [Requirement(line) for line in [*PROJECT["project"]["dependencies"], *chain(*extras.values())]]
     assert {"torch", "diffusers"} < {entry.name for entry in ranges}
     for entry in ranges:

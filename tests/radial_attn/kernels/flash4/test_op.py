@@ -11,6 +11,7 @@ from radial_attn.block_mask import Part
 from radial_attn.dispatch import obstacle, unsuited
 from radial_attn.far_field import far_attention
 from radial_attn.kernels import reference
+from radial_attn.kernels.blocks import op as blocks
 from radial_attn.kernels.contract import Call
 from radial_attn.kernels.flash4 import library, lists
 from radial_attn.kernels.flash4 import op as kernel
@@ -78,7 +79,7 @@ def compare_gradients(inputs, mask, lengths=None):
 
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("block_size", [64, 128, 256])
-@pytest.mark.parametrize("tokens", [63, 111, 300, 390])
+@pytest.mark.parametrize("tokens", [111, 300, 390])
 def test_odd_sizes(package, tokens, block_size, heads):
     mask = random_mask(TokenGrid(1, tokens // 3, 3), block_size, heads)
     compare_gradients(make_inputs(mask.grid, 2, 2, WIDTH), mask)
@@ -166,8 +167,6 @@ def test_far_field(package, lengths):
     *inputs, grad = (x.half() for x in make_inputs(mask.grid, 2, 2, WIDTH))
     counts = None if lengths is None else torch.tensor(lengths)
     results = []
-    from radial_attn.kernels.blocks import op as blocks
-
     for module in (kernel, blocks):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = far_attention(module, leaves, mask, ("linear", None), text_lengths=counts, scale=0.125)
