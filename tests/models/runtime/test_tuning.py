@@ -68,13 +68,12 @@ def test_the_first_sparse_call_measures_and_the_next_ones_follow(costs, caplog):
 
 
 @families
-@pytest.mark.parametrize("check", ["nan", "reference"])
-def test_a_short_sequence_stays_dense(family, check, costs):
+def test_a_short_sequence_stays_dense(family, costs):
     """Every later call is upstream's own; the first is finished densely, and compared with nothing."""
     costs.seconds["dense"] = 1e-4
     transformer, inputs = family.transformer(), family.sized(**family.samples[-1])
     expected = run(transformer, inputs)
-    with apply_radial_attention(transformer, SPARSE, tune="always", check=check) as handle:
+    with apply_radial_attention(transformer, SPARSE, tune="always", check="reference") as handle:
         for _ in range(2):
             assert_near(run(transformer, inputs), expected)
         report = handle.report()
