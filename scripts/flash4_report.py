@@ -1,9 +1,9 @@
-"""Compiles the kernels of FlashAttention-4 for Hopper and Blackwell, anywhere, and reports what they take.
+"""Compiles the kernels of FlashAttention-4 for Hopper and Blackwell, and reports what they use; needs no GPU.
 
     python -m scripts.flash4_report [--out results/kernels_flash4.md] [--arch sm90 sm100]
 
-Needs flash-attn-4 and Triton, whose programs read GPU code. Exit code 1 if a thread of a kernel keeps more
-than 64 B in local memory, or no tensor cores are used.
+Needs flash-attn-4, and Triton for its programs that read GPU code. Exit code 1 if a thread of a kernel keeps
+more than 64 B in local memory, or if a kernel does not use the tensor cores.
 """
 
 import sys
@@ -35,13 +35,13 @@ ARCHITECTURES = {"sm90": HOPPER, "sm100": BLACKWELL}
 TENSOR_CORES = {"sm90": "HGMMA", "sm100": "UTCHMMA"}
 LOADS = "UTMALDG"  # a tile through TMA
 LOCAL = ("STL", "LDL")  # what is spilled
-MOST_STACK = 64  # bytes: where the backward looks up blocks of 64 tokens, it has none to spare
+MOST_STACK = 64  # bytes; the backward spills if it looks up blocks of 64 tokens
 WITHOUT_PRODUCTS = ("prepare", "finish")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Holds what one function of a kernel takes."""
+    """Holds what one function of a kernel uses."""
 
     arch: str
     name: str
@@ -63,7 +63,7 @@ class Row:
 
 
 def measure(call: Wanted, arch: str) -> list[Row]:
-    """Compiles one kernel, and reads what each of its functions takes."""
+    """Compiles one kernel, and reads what each of its functions uses."""
     made = compile_kernel(call, ARCHITECTURES[arch])
     return [
         Row(arch, made.name, step, usage(gpu_code(function))) for step, function in made.functions.items()
@@ -89,8 +89,8 @@ def report(rows: list[Row]) -> str:
         "# The kernels of FlashAttention-4 as compiled",
         "",
         f"`python -m scripts.flash4_report`: compiled, not run, by {versions}, for bfloat16. Registers are",
-        "those that a thread starts with; warps give some to each other later. Spills are the instructions",
-        'that use local memory. "prepare" and "finish" run before and after the backward.',
+        "those with which a thread starts; later, warps give some to each other. Spills are instructions that",
+        'use local memory. "prepare" and "finish" run before and after the backward.',
         *table(f"{titles} | tensor core instructions", cells),
     ]
     return "\n".join(lines) + "\n"

@@ -147,26 +147,26 @@ def makespan(costs: Sequence[float], processors: int) -> float:
 
 HEAD = """# Speed of the Triton kernels, estimated
 
-`{command}`: **estimates, not measurements**, from the compiled kernels and from masks.
+`{command}`: **estimates, not measurements**, from compiled kernels and masks.
 The last column waits for a GPU.
 
 ## Share of the tensor cores' dense rate
 
-A warp's instructions and cycles at a whole tile: cycles of the tensor core, and of the busiest other pipe of
+Instructions and cycles of a warp for a whole tile: cycles of the tensor core, and of the busiest other pipe of
 its sub-core. At least: nothing overlaps. At most: warps overlap as well as they can. The estimate is the
-middle: the warps of a program wait for each other at every tile. Latencies, the memory system and the clock
-are left out, so dense kernels do not reach 1 either."""
+middle, because the warps of a program wait for each other at every tile. Latencies, the memory system and the
+clock are left out, so dense kernels do not reach 1 either."""
 BACKWARD = """
 ## Forward and backward
 
 Seven products count: two forward, five backward. The kernels compute nine, because both backward kernels need
-the scores and the gradient of the weights. One pass for all three gradients would compute seven; the second
-number takes it to be as busy as the kernel of the key gradients, and its atomic sums to cost nothing."""
+the scores and the gradient of the weights. One pass for all three gradients would compute seven. The second
+number assumes that it is as busy as the kernel of the key gradients, and that its atomic sums cost nothing."""
 ORDER = """
 ## Order of the programs
 
-Time of all programs over what it were if the 132 multiprocessors ended at once. Each takes the next program
-as it becomes free."""
+Time of all programs, divided by the time if all 132 multiprocessors ended at once. Each takes the next program
+as soon as it is free."""
 Row = tuple[str, Variant, int, int, Counter[str]]  # architecture, kernel, registers, shared bytes, hot loop
 
 
