@@ -76,10 +76,11 @@ def apply_radial_attention(
 
     Dense attention runs upstream's own processor, and `set_attention_backend` governs it. If that was not
     used, `dense_backend="auto"` times a few backends on CUDA, once for the shape of the run, and takes the
-    fastest. "native" leaves the choice to upstream, "sage" and "flash4" are our own, and a name of
-    diffusers' dispatch ("flash") is set. `tune` says whether `backend="auto"` measures the backends at the
-    first sparse call of a shape (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto", which is
-    "once" on CUDA and "off" elsewhere.
+    fastest. "native" leaves the choice to upstream, "sage" and "flash4" are backends of
+    `radial_attention`, and a name of diffusers' dispatch ("flash") is set. `tune` says whether
+    `backend="auto"` measures the backends at the first sparse call of a shape
+    (`radial_attn.chooser.Chooser`): "off", "once", "always", or "auto", which is "once" on CUDA and "off"
+    elsewhere.
 
     `check="nan"` raises `CheckError` (runtime/output_check.py) after the first call of a transformer with
     values that are not finite. It names the step (from 1) and the first bad place: an input, the weights
@@ -95,8 +96,9 @@ def apply_radial_attention(
     `dense_steps` and `dense_last_steps` at 0, and every call is radial.
 
     `parallel`, a `SequenceParallel` or `RingParallel` of parallel/, shares the sequence with other processes,
-    which make the same calls. `agree(value)` returns the value of the first of several processes: all take
-    the backends that the first one finds the fastest. Without it sparse backends are not measured.
+    which make the same calls. `agree(value)` returns the value of the first of several processes: all use
+    the backends that are the fastest on the first one. With `parallel` but no `agree`, sparse backends are
+    not measured.
 
     `observe(seen)`, with a `Seen` of runtime/observe.py, is called by every attention layer at every step
     before it attends. Dense layers then run diffusers' dispatch instead of upstream's processor, with the
@@ -200,7 +202,7 @@ class RadialAttentionHandle:
         - `layers`, `dense_layers`: of one transformer.
         - `calls`: self-attention calls by backend ("dense", ...).
         - `stayed_dense`: how many of them attend to everything because of a "dense_step", a "dense_layer", a
-          sequence that is "too_short" to gain, or a "mask" that keeps all; calls of "cross_attention".
+          sequence that is "too_short" to gain, or a "mask" that keeps all; also calls of "cross_attention".
         - `tuning`: what was measured for each `shape`: its `density`, the `backend` that was chosen, the
           `seconds` of those that were right, why others were `refused`, and the `efficiency`.
         - `quantize`: the option.

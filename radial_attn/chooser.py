@@ -2,8 +2,8 @@
 
 Every backend that serves the calls attends over the same tensors, over a few of their heads if the sequence
 is long. Its output, and in training its gradients, are compared with the definition on four query blocks.
-Dense attention takes part too: if it is as fast, calls of this shape stay dense. A mask keeps the choices of
-its shapes, and a file of the user those of other runs on the same device with the same versions.
+Dense attention is timed too: if it is as fast, calls of this shape stay dense. The mask caches the choices of
+its shapes. A file keeps the times for later runs on the same device with the same versions.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from .trial import DENSE, OUT_OF_MEMORY, Dense, Trial, reason_of, some_heads
 
 TUNES = ("auto", "off", "once", "always")
 TUNED_DEVICES = ("cuda",)  # on which "auto" is "once"
-AS_FAST = 1.02  # dense attention is as fast up to this ratio, and exact
-QUADRATIC, MOST_TOKENS = ("reference",), 4096  # these take memory quadratic in the tokens
+AS_FAST = 1.02  # up to this ratio of times dense attention is taken, as it is exact
+QUADRATIC, MOST_TOKENS = ("reference",), 4096  # backends with memory quadratic in the tokens
 
 Agree = Callable[[Any], Any]  # returns the first process's value in all processes
 
@@ -43,15 +43,15 @@ class Choice:
     """Holds the backend of all sparse calls of a shape, once it is known.
 
     Attributes:
-        call: decides which backends serve; its mask is that of the calls, or stands for those of the layers.
+        call: decides which backends serve; its mask is that of the calls, or stands for those of layers.
         size: `[B, S, H, D]`.
         density: of the calls.
         key: identifies the shape, the device and the versions.
-        times: seconds of each backend that is right and of "dense", or why it was refused.
+        times: seconds of "dense" and of each backend that is right; of the others, why they were refused.
         name: the backend, or "dense"; None until it is known.
         file: where the times are kept, None for nowhere.
         dense: computes dense attention as the model does.
-        calls: about how many calls of this shape the run makes; spent: seconds that it has taken so far.
+        calls: about how many calls of this shape the run makes; spent: seconds that the run took so far.
     """
 
     call: Call
@@ -67,34 +67,34 @@ class Choice:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Returns the seconds of each that is right, the fastest first."""
+        """Returns the seconds by name, the fastest first, of all but the refused backends."""
         seconds = {name: x for name, x in self.times.items() if isinstance(x, float)}
         return dict(sorted(seconds.items(), key=lambda entry: entry[1]))
 
     @property
     def refused(self) -> dict[str, str]:
-        """Returns why each of the others was refused."""
+        """Returns by name why backends were refused."""
         return {name: x for name, x in self.times.items() if isinstance(x, str)}
 
     @property
     def efficiency(self) -> float | None:
-        """Returns the dense seconds times the density over those of the choice; None if not measured."""
+        """Returns dense seconds x density / seconds of the choice; None if they were not measured."""
         seconds = self.seconds
         if self.name == DENSE or not {DENSE, self.name} <= seconds.keys():
             return None
         return seconds[DENSE] * self.density / seconds[self.name]
 
     def report(self) -> dict[str, Any]:
-        """Returns what was found, as values that JSON can hold."""
+        """Returns the results as values that JSON can hold."""
         names = ("density", "seconds", "refused", "efficiency")
-        found = {name: getattr(self, name) for name in names}
-        return {"shape": list(self.size), "backend": self.name, **found}
+        results = {name: getattr(self, name) for name in names}
+        return {"shape": list(self.size), "backend": self.name, **results}
 
     def candidates(self) -> list[str]:
         """Returns what is measured, in this order: the default, dense attention, all others that serve.
 
-        Left out are products of fewer bits than asked for, memory quadratic in a long sequence, and on a CPU
-        backends out of the order that compile for each shape.
+        Leaves out backends that multiply in fewer bits than asked for, those with memory quadratic in a long
+        sequence, and on a CPU those outside the order that compile for each shape.
         """
         first, tried = choose_backend(self.call), order(self.call.device)
         names = []
@@ -106,7 +106,7 @@ class Choice:
         return list(dict.fromkeys([first, DENSE, *names]))
 
     def decide(self, remark: str = "") -> None:
-        """Takes the fastest of those that were measured, and says so; without any, the default."""
+        """Chooses the fastest that was measured, or the default if none was, and logs the choice."""
         seconds, shown = self.seconds, self.candidates()
         sparse = [name for name in seconds if name != DENSE]
         self.name = sparse[0] if sparse else DENSE if DENSE in seconds else shown[0]
@@ -131,10 +131,10 @@ class Chooser:
     """Makes the choices of one application.
 
     Args:
-        tune: "off": the first backend of the device's order that serves a call. "always": measured in every
-            run. "once": kept in the folder of the C++ library for other runs. "auto": "once" on a GPU, "off"
-            elsewhere.
-        agree: returns the value of the first of several processes, in all of them: its times hold for all.
+        tune: "off" takes the first backend of the device's order that serves a call. "always" measures in
+            every run. "once" keeps the times in the folder of the C++ library for other runs. "auto" is
+            "once" on a GPU and "off" elsewhere.
+        agree: returns the first process's value in all of several processes, so its times hold for all.
 
     Raises ValueError for another `tune`.
     """
@@ -169,7 +169,7 @@ class Chooser:
         calls: int,
         spent: float = 0.0,
     ) -> Choice:
-        """Returns the choice of a shape, with what is known of it; a mask keeps the choices of its shapes.
+        """Returns the choice of a shape, with what is known of it; the mask caches it.
 
         `dense_name`: the kernel of dense attention; the other arguments are as in `Choice`.
         """
@@ -209,7 +209,7 @@ class Chooser:
         text_lengths: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> str:
-        """Returns the name of a choice, which it measures unless it is known.
+        """Returns the name of a choice; measures first if it is not known.
 
         Args:
             tensors: query, key and value of a call, `[B, S, H, D]`.
@@ -221,7 +221,7 @@ class Chooser:
         return choice.name
 
     def settle_alone(self, choice: Choice, text_lengths: Tensor | None = None) -> str:
-        """Returns the name of a choice, which it measures on normal random values unless it is known."""
+        """Returns the name of a choice; measures first, on normal random values, if it is not known."""
         call, mask, (batch, tokens, heads, width) = choice.call, choice.call.mask, choice.size
 
         def trial() -> Trial:
@@ -273,7 +273,7 @@ def _file(key: str) -> Path | None:
 
 
 def _read(choice: Choice) -> dict[str, float | str]:
-    """Returns the times that another run kept; {} if there are none, or with a note if they are damaged."""
+    """Returns the times that another run kept; {} if there are none, or if they are damaged (logged)."""
     if choice.file is None or not choice.file.exists():
         return {}
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
@@ -290,7 +290,10 @@ def _is_entry(value: object) -> bool:
 
 
 def _write(choice: Choice) -> None:
-    """Keeps the times, whole or not at all; a shortage of memory may pass. A folder may be read-only."""
+    """Writes the times, whole or not at all, without failures for lack of memory, which may pass.
+
+    Does nothing if the folder is read-only.
+    """
     if choice.file is None:
         return
     times = {name: x for name, x in choice.times.items() if x != OUT_OF_MEMORY}

@@ -23,10 +23,10 @@ from .far_field import Far
 from .kernels.contract import Call
 
 REPEATS = 3
-ROWS = 1 << 18  # query rows of all heads that are enough to time
+ROWS = 1 << 18  # query rows, of all heads together, that are enough to time
 LIMITS = {torch.float32: 5e-3}  # relative L2 error; TF32 stays below
 HALF_LIMIT, QUANTIZED_LIMIT = 1e-2, 0.2
-SHARE, LEAST_SECONDS = 0.02, 0.1  # of the run that measuring may take; so much in any case
+SHARE, LEAST_SECONDS = 0.02, 0.1  # of the run that measuring may take; seconds that it may always take
 DENSE = "dense"
 OUT_OF_MEMORY = "out of memory"
 clock = time.perf_counter
@@ -37,7 +37,7 @@ Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of query, k
 class Trial:
     """Holds a call whose backends are compared: some heads of its tensors, and the definition's result.
 
-    `share`: heads of the whole call over these.
+    `share`: heads of the call divided by those that are compared.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Trial:
             names: backends, the default first, and "dense".
             known: what is not measured again.
             dense: dense attention.
-            calls: of the run, which takes at least their time.
+            calls: how many the run makes; it takes at least their time.
             spent: seconds that the run has taken so far.
         """
         times, start = dict(known), clock()
@@ -90,7 +90,7 @@ class Trial:
             run = partial(self.run, partial(dense, text_lengths=self.lengths) if name == DENSE else name)
             times[name] = self.read(run, least, compared=name != DENSE)
             if name == names[0]:
-                start = clock()  # the default would have been compiled in any case
+                start = clock()  # the run compiles the default in any case, so it does not count
         return times
 
     def run(self, backend: str | Dense) -> list[Tensor]:
@@ -167,13 +167,13 @@ class Trial:
 
 
 def some_heads(size: Sequence[int]) -> int:
-    """Returns how many heads of `[B, S, H, D]` have `ROWS` query rows."""
+    """Returns how many heads of `[B, S, H, D]` together have `ROWS` query rows."""
     batch, tokens, heads, _ = size
     return min(heads, -(-ROWS // (batch * tokens)))
 
 
 def reason_of(error: Exception) -> str:
-    """Returns one line on a failure."""
+    """Describes a failure in one line."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error):
         return OUT_OF_MEMORY
     lines = str(error).splitlines() or [""]

@@ -1,11 +1,11 @@
-"""Benchmarks attention and denoising steps on one GPU within a few minutes, what matters most first.
+"""Benchmarks attention and denoising steps on one GPU within a few minutes, the goals first.
 
     python -m scripts.benchmark_gpu [--part 1] [--out FOLDER] [--only wan-69 ...] [--backends triton ...]
     python -m scripts.benchmark_gpu --device cpu --tiny          rehearses the same path on tiny shapes
     python -m scripts.benchmark_gpu --merge part1.json part2.json     makes one report of several runs
 
-Part 1 has the goals: kernels at two lengths, launch configurations, steps. Part 2 has the rest; each is for a
-machine on which nothing was prepared, and takes 4 minutes. Without --part both run, in 8.
+Part 1 measures the goals: kernels at two lengths, launch configurations, steps. Part 2 measures the rest.
+Each takes 4 minutes on a machine on which nothing was prepared. Without --part both run, in 8.
 
 Writes gpu_<name>_<date>.md, .json and .png after every measurement. A child process measures: what crashes,
 hangs or runs out of memory becomes a line of the table. Missing libraries, and what does not fit into the
@@ -36,11 +36,11 @@ from scripts.run.results import RESULTS
 
 TEST_SECONDS, START_SECONDS, COMPILE_SECONDS, RESERVE_SECONDS = 90.0, 60.0, 60.0, 8.0
 BUILD_SECONDS = 480.0
-LEAST_SECONDS, LEAST_TEST_SECONDS = 3.0, 20.0  # that must be left to begin a measurement, the tests
+LEAST_SECONDS, LEAST_TEST_SECONDS = 3.0, 20.0  # that must be left to begin a measurement, and the tests
 # a dense kernel that is behind the best by this factor is not timed again: for the same stage, for another
 SLOWER, MUCH_SLOWER = 1.03, 1.25
 MOST_LOST, MOST_LOST_OF_ONE = 12, 2  # children that may be lost before the run, or a variant, ends
-IN_PROCESS = ("flash4",)  # kernels that are kept in no cache on the disk: the child that measures makes them
+IN_PROCESS = ("flash4",)  # kernels without a cache on disk: the child that measures compiles them
 USING = {"radial": ("flash4", "triton", "flex", "blocks"), "radial 8 bit": ("triton-int8", "triton-fp8")}
 
 
@@ -113,12 +113,12 @@ class Run:
         return self._deadline - self._clock()
 
     def _done(self, line: str) -> None:
-        """Prints and saves what was measured last."""
+        """Prints a line about the latest result, and saves all results."""
         print(f"{self._clock() - self._start:4.0f} s  {line}", flush=True)
         self.save()
 
     def _prepare(self, listed: Sequence[Task]) -> None:
-        """Describes machine and masks while other processes make the kernels."""
+        """Describes machine and masks while other processes compile the kernels."""
         made = compilations(listed) if self.options.device == "cuda" else []
         self._workers.begin([x for x in made if x.variant not in IN_PROCESS], COMPILE_SECONDS)
         answer = self._workers.ask(Task("machine"), START_SECONDS)
@@ -154,7 +154,7 @@ class Run:
         return answer
 
     def _check(self, task: Task) -> None:
-        """Runs a check. One that is late, and is wrong in nothing, leaves its variant to be timed."""
+        """Runs a check. If it is late, but nothing was wrong, its variant is still timed."""
         checks = self.data["checks"].setdefault(task.variant, {})
         if {"failure", "right" if task.kind == "check" else "gradients"} & checks.keys():
             return  # the other part ran it
@@ -280,14 +280,20 @@ def _about(case: Case) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line; a wrong option ends the program with one line."""
-    about = "Attention and denoising steps on one GPU within a few minutes, what matters most first."
+    about = "Attention and denoising steps on one GPU within a few minutes, the goals first."
     parser = OneLineParser(prog="scripts/benchmark_gpu.sh", description=about)
     parser.add_argument("--part", type=int, choices=(1, 2), help="1: the goals, 2: the rest (default: both)")
     parser.add_argument(
-        "--minutes", type=positive_number, help="time for all of it (default: 8, of a part 4)"
+        "--minutes", type=positive_number, help="time for the whole run (default: 8, or 4 for one part)"
     )
     parser.add_argument("--out", type=Path, help=f"folder ({RESULTS}, of a rehearsal outputs)")
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="only joins these results")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="joins these results into one report; measures nothing",
+    )
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--backends", nargs="+", choices=SPARSE, metavar="BACKEND")
     parser.add_argument("--skip-steps", action="store_true", help="attention alone")
@@ -309,7 +315,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def join(files: Sequence[Path], out: Path) -> Path:
-    """Writes one report of several results; ValueError or OSError for files that are none of one GPU."""
+    """Writes one report of several results.
+
+    Raises ValueError, KeyError or OSError for files that are not results of one GPU.
+    """
     data = merge([json.loads(file.read_text()) for file in files])
     path = out / file_name(data, None)
     write(path, data, picture=True)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measures attention and denoising steps on one GPU, correctness first.
+# Measures attention and denoising steps on one GPU, the goals first.
 # Writes gpu_<name>_<date>.md to outputs/results; --out names another folder.
 #   bash scripts/benchmark_gpu.sh                              at most 8 minutes
 #   bash scripts/benchmark_gpu.sh --only wan-69 --skip-steps   one case; --help lists the options
 #   bash scripts/benchmark_gpu.sh --device cpu --tiny          rehearsal without a GPU
 # Installs nothing: PYTHON chooses the interpreter, else .venv or python3, whichever has torch that sees a GPU.
-# For a machine without network, take along the folder flash4 with exported kernels, and below it packages:
+# A machine without a network needs the folder flash4 with exported kernels, and with packages in flash4/site:
 #   bash scripts/export_flash4.sh --out flash4
 #   pip install --no-deps --only-binary=:all: --python-version 3.12 --target flash4/site apache-tvm-ffi diffusers
 set -euo pipefail

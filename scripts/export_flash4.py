@@ -3,7 +3,8 @@
     bash scripts/export_flash4.sh --out flash4
     RADIAL_ATTN_FLASH4=flash4 python -m radial_attn backends
 
-Needs flash-attn-4 and a C compiler here, and no GPU; there torch and apache-tvm-ffi. A file has about 100 KB.
+Needs flash-attn-4 and a C compiler, but no GPU. The GPU machine needs torch and apache-tvm-ffi. A file has
+about 100 KB.
 """
 
 import argparse
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Writes the kernels and their index; returns 0."""
     options.out.mkdir(parents=True, exist_ok=True)
     calls = wanted(HOPPER, [getattr(torch, name) for name in options.dtype], options.width, options.kind)
     kernels = {}

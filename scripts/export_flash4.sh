@@ -2,7 +2,7 @@
 # Compiles kernels of FlashAttention-4 into files of about 100 KB for a GPU machine without network; needs no GPU.
 #   .venv/bin/python -m pip install '.[flash4]'
 #   bash scripts/export_flash4.sh --out flash4
-# Take the folder along and, on the GPU machine, which needs torch and apache-tvm-ffi, name it in RADIAL_ATTN_FLASH4.
+# Copy the folder to the GPU machine, which needs torch and apache-tvm-ffi, and name it in RADIAL_ATTN_FLASH4.
 # PYTHON chooses another interpreter than .venv.
 set -euo pipefail
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # fake tensors make it warn

@@ -1,4 +1,4 @@
-"""Compiles the kernels of FlashAttention-4 for Hopper and Blackwell, and reports what they use; needs no GPU.
+"""Compiles the kernels of FlashAttention-4 for Hopper and Blackwell without a GPU, and reports what they use.
 
     python -m scripts.flash4_report [--out results/kernels_flash4.md] [--arch sm90 sm100]
 
@@ -89,8 +89,8 @@ def report(rows: list[Row]) -> str:
         "# The kernels of FlashAttention-4 as compiled",
         "",
         f"`python -m scripts.flash4_report`: compiled, not run, by {versions}, for bfloat16. Registers are",
-        "those with which a thread starts; later, warps give some to each other. Spills are instructions that",
-        'use local memory. "prepare" and "finish" run before and after the backward.',
+        "those with which a thread starts; later, warps give some to each other. Spills are instructions",
+        'that use local memory. "prepare" and "finish" run before and after the backward.',
         *table(f"{titles} | tensor core instructions", cells),
     ]
     return "\n".join(lines) + "\n"

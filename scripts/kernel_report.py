@@ -48,9 +48,7 @@ class Compiled:
     shared: int  # bytes
     instructions: int  # of the tensor cores
     tiles: Tiles
-    loop: Counter[str] = field(
-        default_factory=Counter
-    )  # of hot_loop.loop_instructions, where the model reads it
+    loop: Counter[str] = field(default_factory=Counter)  # of loop_instructions, if the model reads it
     moved_twice: bool = False  # rows of the second group of specialised warps
 
     @property

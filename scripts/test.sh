@@ -3,7 +3,7 @@
 #   bash scripts/test.sh
 #   bash scripts/test.sh -k mask -x
 #   bash scripts/test.sh -m gpu        the tests that need a CUDA device
-#   bash scripts/test.sh -m long       those that are left out because they take long, ten minutes
+#   bash scripts/test.sh -m long       slow tests that other runs leave out, ten minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

@@ -245,7 +245,7 @@ class RadialContext:
 
     @property
     def _stays_dense(self) -> bool:
-        """Tells whether dense attention was found to be as fast for the shape of the call."""
+        """Tells whether dense attention is as fast for the shape of the call."""
         return self._choice is not None and self._choice.name == DENSE
 
     def _sparse_call(
@@ -287,7 +287,7 @@ class RadialContext:
     ) -> Choice | None:
         """Returns the choice of this call's radial layers; None if backends are not measured.
 
-        In training, and if blocks are compiled, no layer can stop to measure: it is done here, on random
+        In training, and if blocks are compiled, no layer can stop to measure. So this measures, on random
         values.
         """
         settled = self.backend != "auto" or self._in_ring or mask.is_dense
@@ -346,7 +346,7 @@ class RadialContext:
         lengths: Tensor | None,
         records: bool,
     ) -> AttentionCall | None:
-        """Returns how dense layers attend: None by upstream, whose backend may be chosen by time first."""
+        """Returns how dense layers attend, None for upstream; may first choose upstream's backend by time."""
         grid = mask.grid
         if self.dense.name in OURS or self._in_ring:
             mask = radial_mask(grid, replace(self.config, pattern="dense"))

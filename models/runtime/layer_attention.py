@@ -1,4 +1,4 @@
-"""Attends in the layers that upstream does not serve, as the context of their transformer says."""
+"""Computes attention in the layers that upstream does not serve."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from radial_attn.trial import DENSE
 
 from .choices import Choices
 
-SLICED_DEVICES = ("cuda",)  # elsewhere dense attention masks padded text, bit by bit as upstream does
+SLICED_DEVICES = ("cuda",)  # elsewhere dense attention masks padded text, bit for bit as upstream
 
 
 class AttentionCall(NamedTuple):
@@ -22,8 +22,8 @@ class AttentionCall(NamedTuple):
 
     Attributes:
         mask: blocks that are computed.
-        backend: a backend of `radial_attention`, or "dense": upstream's dispatch, which several processes and
-            an observer need here, or a ring's own.
+        backend: a backend of `radial_attention`, or "dense": upstream's dispatch, which runs here for several
+            processes or an observer, or the dense attention of a ring.
         quantize: as in `radial_attention`.
         compare: also compare with the definition.
         text_lengths: valid text tokens of each sample, int64 `[B]` on the CPU, None for all.
@@ -31,9 +31,9 @@ class AttentionCall(NamedTuple):
         valid: keys for the dispatch: a mask, bool `[B, 1, 1, S]`, or how many each sample has; None for all.
         observe: gets the inputs of each layer, None without an observer.
         far_field: as in `radial_attention`.
-        choices: what the layers chose and kept at the last dense step, None if that plays no part.
+        choices: what the layers chose and kept at the last dense step, None if they choose and keep nothing.
         records: the sparse call that a dense one prepares, None if no sparse step follows.
-        choice: replaces the backend as soon as its chooser has measured it, None if the backend stands.
+        choice: replaces the backend as soon as `chooser` has measured it; None if the backend is final.
     """
 
     mask: BlockMask
@@ -52,7 +52,7 @@ class AttentionCall(NamedTuple):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, processor: Any) -> Tensor:
-    """Computes attention `[B, S, H, D]` of a layer that upstream does not serve; its check notes it."""
+    """Computes attention `[B, S, H, D]` of a layer that upstream does not serve; notes it for its check."""
     if call.observe is not None:
         call.observe(processor, query, key, value)
     of_all = partial(_attend, call=call, processor=processor)
@@ -87,7 +87,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
     return output
 
 
-def _sparse(  # noqa: PLR0917 (the choices of the layers give all but the call)
+def _sparse(  # noqa: PLR0917 (`Choices` passes all but the call)
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -133,9 +133,9 @@ def _and_valid(kept: Callable[..., Tensor], valid: Tensor) -> Callable[..., Tens
 def _kernel_tables(blocks: Tensor, block_size: int, first_partial: int) -> dict[str, Tensor]:
     """Returns the tables of partial and full kernel blocks, by query and by key, as FlexAttention names them.
 
-    A kernel block that holds several blocks of the mask is full only if all of them are kept. The tables are
-    made on the device of `blocks`, and nothing is sorted, as FlexAttention itself would: sorting takes
-    seconds at 460,800 tokens.
+    A kernel block that holds several blocks of the mask is full only if all of them are kept. Makes the
+    tables on the device of `blocks` and sorts nothing; FlexAttention itself would sort, which takes seconds
+    at 460,800 tokens.
     """
     cells = blocks if blocks.ndim == 3 else blocks.unsqueeze(0)
     ratio = max(1, KERNEL_BLOCK // block_size)
@@ -153,10 +153,11 @@ def _kernel_tables(blocks: Tensor, block_size: int, first_partial: int) -> dict[
 def _listed(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Lists the kept columns of each row, ascending: int32 counts `[1, H, Q]`, indices `[1, H, Q, K]`.
 
-    Behind a row's columns stand zeros, which nothing reads.
+    Zeros, which nothing reads, fill the rest of a row.
     """
     rank = kept.cumsum(-1)
     columns = torch.arange(kept.shape[-1], dtype=torch.int32, device=kept.device)
     indices = columns.new_zeros((*kept.shape[:-1], kept.shape[-1] + 1))
-    indices.scatter_(-1, torch.where(kept, rank, 0), columns.expand(kept.shape))  # slot 0 is for the rest
+    slots = torch.where(kept, rank, 0)  # slot 0 takes the dropped columns
+    indices.scatter_(-1, slots, columns.expand(kept.shape))
     return rank[..., -1].to(torch.int32).unsqueeze(0), indices[..., 1:].contiguous().unsqueeze(0)

@@ -152,7 +152,7 @@ class Task:
 
 
 def tasks(part: int, cases: Sequence[str], variants: Sequence[str], *, tiny: bool) -> Iterator[Task]:
-    """Yields the measurements of a part in their order, without what others have measured before.
+    """Yields the measurements of a part in their order; some are in both parts.
 
     Part 1 has the goals: kernels at two lengths, launch configurations, whole steps. Part 2 has the rest.
     """
@@ -235,9 +235,10 @@ def shrink(case: Case) -> Case:
 
 
 def shorten(case: Case) -> Case:
-    """Makes a short video for which Triton compiles what it would for the case: the same last tile.
+    """Makes a short video for which Triton compiles the same kernels as for the case.
 
-    The remainder of its tokens by 128 is the same, and so is that by 16, on which launches are specialised.
+    Its tokens have the same remainder by 128, so the same last tile, and by 16, on which launches are
+    specialised.
     """
     grid = case.grid
     alike = (replace(grid, frames=frames) for frames in range(2, grid.frames))

@@ -58,7 +58,7 @@ class Findings:
         return min(((name, ms) for name, ms in times.items() if ms), key=lambda pair: pair[1], default=None)
 
     def speedup(self, stage: str, case: str, variant: str) -> float | None:
-        """Returns the speed-up over the fastest dense kernel; in turn with it if so measured."""
+        """Returns the speed-up over the fastest dense kernel, from times in turn with it if there are any."""
         row, best = self.row(stage, case, variant), self.best_dense(stage.replace("launch", "forward"), case)
         if best is None or "ms" not in row:
             return None
@@ -99,7 +99,7 @@ class Findings:
 
 
 def verdict(reached: float, least: float, unit: str) -> str:
-    """Compares a number with its goal, as two digits show it."""
+    """Compares a number, rounded to two digits, with its goal."""
     return f"{'met' if round(reached, 2) >= least else 'missed'}: {least:g}{unit}"
 
 
@@ -116,7 +116,7 @@ def whole_ms(spec: StepModel, measured: dict[str, Any], dense: dict[str, Any]) -
 
 
 def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Joins the results of several runs on one GPU; of two numbers for the same, the first counts.
+    """Joins the results of several runs on one GPU; if two have measured the same, the first counts.
 
     Raises ValueError for different GPUs or a rehearsal among measurements, KeyError for other files.
     """
@@ -135,8 +135,8 @@ def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         joined[name] = {key: value for data in reversed(parts) for key, value in data[name].items()}
     joined["checks"] = {}
     for variant in dict.fromkeys(variant for data in parts for variant in data["checks"]):
-        found = [data["checks"].get(variant, {}) for data in reversed(parts)]
-        joined["checks"][variant] = {key: value for check in found for key, value in check.items()}
+        checks = [data["checks"].get(variant, {}) for data in reversed(parts)]
+        joined["checks"][variant] = {key: value for check in checks for key, value in check.items()}
     for name in ("rows", "steps"):
         rows = sorted((row for data in parts for row in data[name]), key=lambda row: "ms" not in row)
         first: dict[tuple, dict] = {}

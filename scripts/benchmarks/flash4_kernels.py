@@ -23,7 +23,7 @@ from radial_attn.kernels.flash4.library import ARCHITECTURE, Library
 from radial_attn.kernels.flash4.lists import Lists
 from radial_attn.kernels.flash4.op import BACKWARD_TILE, BLACKWELL, HOPPER, SIZES, forward_tile
 
-PROCESSORS = {HOPPER: 132, BLACKWELL: 148}  # multiprocessors; they decide nothing for these kernels on Hopper
+PROCESSORS = {HOPPER: 132, BLACKWELL: 148}  # multiprocessors; on Hopper these kernels do not depend on them
 KINDS = ("forward", "backward")
 TOKENS, HEADS = 1000, 3
 ELF, CUDA = b"\x7fELF", 190  # how a file begins, and the machine that it names for GPU code
@@ -82,7 +82,7 @@ def prepare_compiler(capability: tuple[int, int]) -> None:
             def get_device_multiprocessor_count(self) -> int:
                 return PROCESSORS[BLACKWELL]
 
-        cutlass.utils.HardwareInfo = Hardware  # which asks the driver, even of a machine without a GPU
+        cutlass.utils.HardwareInfo = Hardware  # the original asks the driver, even without a GPU
 
 
 def compile_kernel(call: Wanted, capability: tuple[int, int]) -> Made:
@@ -156,7 +156,7 @@ def _lists(call: Wanted, tile: tuple[int, int]) -> Lists:
 
 @dataclass(frozen=True)
 class Usage:
-    """Holds what GPU code takes: registers and stack bytes of a thread, and instructions by name."""
+    """Holds what GPU code uses: registers and stack bytes of a thread, and instructions by name."""
 
     registers: int
     stack: int

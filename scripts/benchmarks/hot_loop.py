@@ -64,14 +64,14 @@ def tiles_of(code: str) -> Tiles:
 
 def _loops(code: str) -> list[str]:
     """Returns the text of every loop without a loop in it; the IR indents what is inside."""
-    lines, found = code.splitlines(), []
+    lines, bodies = code.splitlines(), []
     for first, line in enumerate(lines):
         if "scf.for" in line:
             indent = len(line) - len(line.lstrip())
             last = next(i for i in range(first + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
             body = "\n".join(lines[first + 1 : last])
-            found += [body] * ("scf.for" not in body)
-    return found
+            bodies += [body] * ("scf.for" not in body)
+    return bodies
 
 
 def _elements(sides: str) -> int:

@@ -1,7 +1,7 @@
 """Estimates, from what the compiler made and from masks, how busy a GPU's tensor cores can be.
 
-An estimate is no measurement. It knows instructions, pipes and occupancy. It does not know latencies, the
-memory system or the clock.
+An estimate is not a measurement. It knows instructions, pipes and occupancy, but not latencies, the memory
+system or the clock.
 """
 
 import heapq
@@ -123,7 +123,7 @@ def launch_order(count: int, by_key: bool) -> list[int]:
 def tail(
     mask: BlockMask, heads: int, processors: int, *, rows: int = 128, columns: int = 128, by_key: bool = False
 ) -> float:
-    """Returns the time of all programs over what it were if all multiprocessors ended at once.
+    """Returns the time of all programs divided by the time if all multiprocessors ended at once.
 
     Each processor takes the next program as it becomes free. Programs cost what their tiles cost and
     `PROGRAM` more.
@@ -152,21 +152,21 @@ The last column waits for a GPU.
 
 ## Share of the tensor cores' dense rate
 
-Instructions and cycles of a warp for a whole tile: cycles of the tensor core, and of the busiest other pipe of
-its sub-core. At least: nothing overlaps. At most: warps overlap as well as they can. The estimate is the
-middle, because the warps of a program wait for each other at every tile. Latencies, the memory system and the
-clock are left out, so dense kernels do not reach 1 either."""
+Instructions and cycles of a warp for a whole tile: cycles of the tensor core, and of the busiest other pipe
+of its sub-core. At least: nothing overlaps. At most: warps overlap as well as they can. The estimate is the
+middle, because the warps of a program wait for each other at every tile. Latencies, the memory system and
+the clock are left out, so dense kernels do not reach 1 either."""
 BACKWARD = """
 ## Forward and backward
 
 Seven products count: two forward, five backward. The kernels compute nine, because both backward kernels need
-the scores and the gradient of the weights. One pass for all three gradients would compute seven. The second
-number assumes that it is as busy as the kernel of the key gradients, and that its atomic sums cost nothing."""
+the scores and the gradient of the weights. One pass for all three gradients would compute seven. The
+second number assumes that it is as busy as the kernel of the key gradients, with atomic sums at no cost."""
 ORDER = """
 ## Order of the programs
 
-Time of all programs, divided by the time if all 132 multiprocessors ended at once. Each takes the next program
-as soon as it is free."""
+Time of all programs, divided by the time if all 132 multiprocessors ended at once. Each takes the next
+program as soon as it is free."""
 Row = tuple[str, Variant, int, int, Counter[str]]  # architecture, kernel, registers, shared bytes, hot loop
 
 

@@ -136,8 +136,8 @@ class MaskConfig:
     )
     tune: str = key(
         "auto",
-        "how backend=auto chooses: off: by a fixed order; always, once: it measures, in every run or until a "
-        "version, GPU or shape changes; auto: once on a GPU, else off",
+        "how backend=auto chooses: off: by a fixed order; always: measures in every run; once: measures "
+        "again only if a version, the GPU or a shape changes; auto: once on a GPU, else off",
         TUNES,
     )
 

@@ -29,8 +29,8 @@ def step_speed(plan: RunPlan, seconds: list[float]) -> dict[str, float | None]:
     speedup = dense / sparse if known else None
     share = plan.flops.sparse_share(len(seconds), len(times[1])) if times[1] else None
     efficiency = speedup * share if known else None
-    found = {"dense_step": dense, "sparse_step": sparse, "speedup": speedup}
-    return found | {"operations": share, "efficiency": efficiency}
+    result = {"dense_step": dense, "sparse_step": sparse, "speedup": speedup}
+    return result | {"operations": share, "efficiency": efficiency}
 
 
 def describe_video(record: dict[str, Any], path: object) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs kernels of FlashAttention-4 for Hopper that were exported to files, without the package.
 
-A folder has one library a kernel, and flash4.json, which says what each was compiled for. They need
-apache-tvm-ffi, and the CUDA runtime that torch has loaded. Calls follow those of the package's
+A folder holds one library for each kernel, and flash4.json, which says what each was compiled for. Kernels
+need apache-tvm-ffi, and the CUDA runtime that torch has loaded. Calls follow those of the package's
 flash_attn/cute/interface.py; each kernel takes one sample.
 """
 
@@ -30,7 +30,7 @@ Sparse = tuple[Tensor | None, ...]
 
 
 def folder() -> Path | None:
-    """Returns the folder of exported kernels that the user names; None without one."""
+    """Returns the folder of exported kernels that the user names; None if none is named."""
     named = os.environ.get(FOLDER)
     return Path(named) if named else None
 
@@ -49,7 +49,10 @@ def problem(path: Path, capability: tuple[int, int]) -> str | None:
 
 @lru_cache
 def load(path: Path) -> "Exported":
-    """Loads the kernels of a folder; raises ImportError with what they lack, after "needs"."""
+    """Loads the kernels of a folder.
+
+    Raises ImportError, which begins with "needs", if the kernels or something that they need is missing.
+    """
     if find_spec("tvm_ffi") is None:
         raise ImportError(f"needs apache-tvm-ffi for {FOLDER}={path}: pip install apache-tvm-ffi")
     kernels, capability = _read_index(path)
@@ -61,7 +64,7 @@ def load(path: Path) -> "Exported":
 
 
 def _read_index(path: Path) -> tuple[dict[str, dict[str, Any]], tuple[int, int]]:
-    """Returns what each kernel is, and the compute capability; checks every file by its digest."""
+    """Returns the kernels' entries and the compute capability; checks every file by its digest."""
     again = f"of {FOLDER}={path}: export the kernels again"
     try:
         content = json.loads((path / INDEX).read_text(encoding="utf-8"))
@@ -71,18 +74,18 @@ def _read_index(path: Path) -> tuple[dict[str, dict[str, Any]], tuple[int, int]]
     except OSError as error:
         raise ImportError(f"needs the file {INDEX} {again} ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ImportError(f"needs the whole file {INDEX} {again}") from error
+        raise ImportError(f"needs the complete file {INDEX} {again}") from error
     if made != (MADE, FORMAT):
         raise ImportError(f"needs kernels of {MADE} in format {FORMAT}, got {made[0]} in {made[1]} {again}")
     for name, digest in digests.items():
         file = path / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise ImportError(f"needs the whole file {name} {again}")
+            raise ImportError(f"needs the complete file {name} {again}")
     return kernels, capability
 
 
 def cuda_runtime() -> str | None:
-    """Returns the file of the CUDA runtime that this process has loaded; None without one."""
+    """Returns the file of the CUDA runtime that this process has loaded; None if it has loaded none."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     files = (line.split(maxsplit=5)[-1] for line in lines)
     return next((file for file in files if re.search(r"/libcudart[^/]*\.so", file)), None)
@@ -90,13 +93,13 @@ def cuda_runtime() -> str | None:
 
 def variant(kind: str, query: Tensor, lists: Lists | None) -> str:
     """Names the kernel that serves a call; `kind`: "forward" or "backward"."""
-    words = [kind, str(query.dtype).removeprefix("torch."), str(query.shape[-1])]
+    parts = [kind, str(query.dtype).removeprefix("torch."), str(query.shape[-1])]
     if lists is None:
-        return "-".join([*words, "dense"])
+        return "-".join([*parts, "dense"])
     shared = lists.counts.shape[1] != query.shape[2]
     rows, columns = lists.tile
     mixed = [] if lists.table is None else ["mixed"]
-    return "-".join([*words, f"{rows}x{columns}", *mixed, "shared" if shared else "heads"])
+    return "-".join([*parts, f"{rows}x{columns}", *mixed, "shared" if shared else "heads"])
 
 
 class Exported:
@@ -164,7 +167,7 @@ class Exported:
             if name not in self._kernels:
                 raise ValueError(f"backend 'flash4' has no kernel {name} in {FOLDER}={self._path}: export it")
             module = tvm_ffi.load_module(str(self._path / self._kernels[name]["file"]))
-            self._functions |= {(name, word): module[word] for word in self._kernels[name]["functions"]}
+            self._functions |= {(name, each): module[each] for each in self._kernels[name]["functions"]}
         return self._functions[name, step]
 
 

@@ -1,7 +1,7 @@
 """Calls the package flash-attn-4, which compiles each kernel at its first call.
 
-Both functions are private there, so one version of the package is taken. It runs dense without a word if
-block lists meet a kernel for compute capability 8.x, so the capability is always passed on.
+Both functions are private, so only one version of the package is accepted. Its kernels for compute capability
+8.x silently ignore block lists, so the capability is always passed on.
 """
 
 import os
@@ -32,9 +32,7 @@ def problem() -> str | None:
     compiler = _version(COMPILER) or "none"
     numbers = tuple(int(x) for x in re.findall(r"\d+", compiler)[:2])
     if numbers < LEAST_COMPILER:
-        return (
-            f"needs {COMPILER} 4.7 or later, as 4.6 compiles gradients that hang, got {compiler}: {INSTALL}"
-        )
+        return f"needs {COMPILER} 4.7 or later, as gradients of 4.6 may hang, got {compiler}: {INSTALL}"
     if ARCHITECTURE in os.environ:
         return f"reads the architecture from the GPU, got {ARCHITECTURE}={os.environ[ARCHITECTURE]}: unset it"
     return None

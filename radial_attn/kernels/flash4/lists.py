@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T")
-MOST_BYTES = 1 << 28  # of one list before rows that keep everything are computed apart
+MOST_BYTES = 1 << 28  # of one list; beyond it, rows that keep everything are computed apart
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _make(blocks: Tensor, cut: Cut, device: torch.device) -> Lists:
     mixed = some & ~every
     table = None
     if mixed.any():
-        # a tile's second half may lie behind the end: the kernel asks for its pairs, and drops them
+        # a tile's second half may lie behind the end: the kernel looks up its pairs, and drops them
         heads = blocks.reshape(-1, *blocks.shape[-2:])
         missing = [-heads.shape[axis] % (cut.tile[axis - 1] // cut.block_size) for axis in (1, 2)]
         table = F.pad(heads.to(device, torch.int8), (0, missing[1], 0, missing[0]))

@@ -76,7 +76,7 @@ def attention(
 
     Raises:
         ValueError: a scale that is not positive, or a mask or GPU that the kernels do not serve.
-        ImportError: neither the package nor exported kernels are there.
+        ImportError: neither the package nor exported kernels can be used.
     """
     inputs = _checked((query, key, value), scale)
     shape = mask.blocks, mask.block_size, mask.grid.video_tokens
@@ -218,7 +218,7 @@ def forward_tile(capability: tuple[int, int], block_size: int) -> tuple[int, int
 
 
 def _kernels(device: torch.device, blocks: Tensor, block_size: int) -> Library | Exported:
-    """Returns what runs the kernels; raises if nothing does, or if they do not serve the mask."""
+    """Returns what runs the kernels; raises if nothing can, or if the kernels do not serve the mask."""
     capability = _capability(device)
     reason = _objection(capability, blocks, block_size)
     if reason is not None:
@@ -229,7 +229,7 @@ def _kernels(device: torch.device, blocks: Tensor, block_size: int) -> Library |
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Returns the compute capability of a GPU, and Hopper's for plans without one."""
+    """Returns the compute capability of a GPU; Hopper's for plans on a machine without one."""
     known = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(device) if known else HOPPER
 

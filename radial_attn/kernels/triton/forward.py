@@ -81,8 +81,8 @@ def store_tile(
 def program_tile(BY_KEY: tl.constexpr):
     """Returns the tile of this program, a tile of keys if `BY_KEY`.
 
-    Tiles with the most work begin first: the text, at the end, and the keys of the first frame (the sink).
-    So query tiles begin from the end, and key tiles with the last sixteenth, then from the start.
+    Tiles with the most work come first: the text, at the end, and the keys of the first frame (the sink). So
+    query tiles go from the end, and key tiles begin with the last sixteenth and go on from the start.
     """
     program, count = tl.program_id(0), tl.num_programs(0)
     return (program + count - count // 16) % count if BY_KEY else count - 1 - program

@@ -84,7 +84,7 @@ def _cached(blocks: Tensor, key: tuple, build: Callable[[], Tiles]) -> Tiles:
 def _cut(blocks: Tensor, extent: Extent, rows: int, columns: int) -> list[Tensor | None]:
     """Returns non-empty tiles, whole tiles and patterns, each `[H or 1, query tiles, key tiles]`.
 
-    All is computed on the device: heads that choose their blocks change the lists at each new density.
+    Computes on the device, because heads that choose their blocks change the lists at each new density.
     """
     cells = blocks if blocks.ndim == 3 else blocks[None]
     length = extent.tokens if extent.rows is None else extent.rows

@@ -84,13 +84,13 @@ def remove(name):
             remove("flash4.json"),
             r"needs the file flash4.json of RADIAL_ATTN_FLASH4=.*: export .* \(No such file",
         ),
-        (cut, "needs the whole file flash4.json of RADIAL_ATTN_FLASH4=.*: export the kernels again"),
-        (change(kernels=[1]), "needs the whole file flash4.json of .*: export the kernels again"),
+        (cut, "needs the complete file flash4.json of RADIAL_ATTN_FLASH4=.*: export the kernels again"),
+        (change(kernels=[1]), "needs the complete file flash4.json of .*: export the kernels again"),
         (
             remove("kernel.so"),
-            "needs the whole file kernel.so of RADIAL_ATTN_FLASH4=.*: export the kernels again",
+            "needs the complete file kernel.so of RADIAL_ATTN_FLASH4=.*: export the kernels again",
         ),
-        (damage, "needs the whole file kernel.so of RADIAL_ATTN_FLASH4=.*: export the kernels again"),
+        (damage, "needs the complete file kernel.so of RADIAL_ATTN_FLASH4=.*: export the kernels again"),
         (
             change(package="flash-attn-4 4.0.0"),
             "needs kernels of flash-attn-4 4.0.0b36 .*, got flash-attn-4 4.0.0 in",
