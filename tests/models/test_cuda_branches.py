@@ -1,4 +1,4 @@
-"""Whole models whose code takes its branches for CUDA, on tensors of the CPU that pretend to be there."""
+"""Whole models that take their branches for CUDA, on CPU tensors that pretend to be on a GPU."""
 
 import logging
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ CASES = [pytest.param(x, id=x.name, marks=[pytest.mark.long] * (x.name not in QU
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_model_on_a_gpu_gives_what_it_gives_on_a_cpu(family, monkeypatch, caplog, tmp_path):
-    """Times dense kernels, slices padded text off, measures sparse ones and keeps what it found."""
+    """Times dense kernels, slices padded text off, measures sparse ones and keeps the times."""
     caplog.set_level(logging.INFO, logger="radial_attn")
     monkeypatch.setenv("RADIAL_ATTN_CACHE", str(tmp_path))
     monkeypatch.setattr(dense_backend, "CANDIDATES", ("native", "_native_math"))
@@ -46,8 +46,8 @@ def test_a_model_on_a_gpu_gives_what_it_gives_on_a_cpu(family, monkeypatch, capl
     assert mode.asked and all(isinstance(output, OnGpu) for output in outputs)
     for output, want in zip(outputs, expected, strict=True):
         assert_near(output.as_subclass(torch.Tensor), want)
-    (found,) = report["tuning"]
-    assert costs.seconds.keys() <= found["seconds"].keys() and report["calls"].keys() == {"dense", "flex"}
+    (tuned,) = report["tuning"]
+    assert costs.seconds.keys() <= tuned["seconds"].keys() and report["calls"].keys() == {"dense", "flex"}
     assert len(list(tmp_path.glob("choice-*.json"))) == 1
     assert any(line.startswith("backend flex for ") for line in caplog.messages)
 

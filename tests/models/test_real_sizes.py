@@ -31,7 +31,7 @@ PRESETS = {
     "hunyuan": "hunyuan_t2v",
     "mochi": "mochi_t2v",
 }
-WAITS = {"mochi": {"nonzero"}}  # in dense layers, where upstream removes padded text by value
+WAITS = {"mochi": {"nonzero"}}  # in dense layers: upstream removes padded text by value
 TEXT = 256  # tokens of HunyuanVideo and Mochi
 KERNELS = ("triton", "flex", "flash4")
 
@@ -74,7 +74,7 @@ def watch(model: torch.nn.Module, mode: FakeCuda) -> None:
 
 
 def check(name: str, sizes: dict, texts: tuple[int, ...]) -> None:
-    """Runs dense and sparse steps in turn, of a model with each backend and length of the text."""
+    """Runs dense and sparse steps of a model in turn, with each backend and length of the text."""
     make = MODELS[name][0]
     config = read_config(f"configs/{PRESETS[name]}.yaml", [])
     plan = plan_of(config, HUB_MODELS[config.model.path], "cuda")
@@ -103,7 +103,7 @@ def check(name: str, sizes: dict, texts: tuple[int, ...]) -> None:
 
 @pytest.fixture(autouse=True)
 def without_libraries(monkeypatch):
-    """Lets an empty tensor stand for the kernel that torch.compile would make; flash4 needs no library."""
+    """Replaces the kernel that torch.compile would make by an empty tensor; flash4 needs no library."""
     monkeypatch.setattr(flex, "_check_compiler", lambda device: None)
     monkeypatch.setattr(flex, "_compiled", lambda mask: lambda query, *_, **__: query.new_empty(query.shape))
     monkeypatch.setattr(flash4, "NEEDS", replace(flash4.NEEDS, modules=(), also=None))

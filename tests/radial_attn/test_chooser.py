@@ -1,4 +1,4 @@
-"""The backend that measurements choose: the fastest right one, kept in a file, the same in all processes."""
+"""The backend that is chosen by measurement: the fastest right one, kept in a file, for all processes."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def costs(monkeypatch, tmp_path):
-    """By their times `blocks` is the fastest; the default is `cpp`, whose compiler the tests do not need."""
+    """Makes `blocks` the fastest; the default is `cpp`, whose compiler the tests do not need."""
     monkeypatch.setenv("RADIAL_ATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("radial_attn.chooser.choose_backend", lambda call: "cpp")
     for name in ("NEEDS", "attention", "partial_attention"):
@@ -34,7 +34,7 @@ def costs(monkeypatch, tmp_path):
 
 
 def choose(costs, tune="always", *, agree=None, calls=MANY, batch=2, **options) -> Choice:
-    """Chooses for a mask of its own, as every run has."""
+    """Chooses for a new mask, as every run has."""
     mask = options.pop("mask", None) or fresh_mask(GRID)
     call = Call(CPU, torch.float32, 16, options.pop("gradients", False), mask, **options)
     chooser, dense = Chooser(tune, agree), partial(costs.pay, "dense", sdpa)

@@ -1,4 +1,4 @@
-"""What code does for tensors on a GPU, on tensors of the CPU that pretend to be there."""
+"""Branches for tensors on a GPU, on CPU tensors that pretend to be there."""
 
 import pytest
 import torch

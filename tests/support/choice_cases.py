@@ -42,8 +42,8 @@ def measure(group: torch.distributed.ProcessGroup) -> Iterator[tuple[str, dict[s
 def sparse(rank: int, group: torch.distributed.ProcessGroup, groups: Groups) -> dict[str, Any]:
     """Returns the backends of three runs, and the difference of the last one from dense attention.
 
-    By its own times each process would take another one. Before the second run only the first process still
-    has its file; the third measures again, and dense attention is the fastest for the first process.
+    By its own times, each process would choose another backend. Before the second run only the first process
+    still has its file; the third measures again, and dense attention is the fastest for the first process.
     """
     transformer, inputs, names = wan_transformer(num_layers=2), wan_inputs(5, 6, 14), []
     expected = run(transformer, inputs)

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels as calls with real sizes do, without a GPU: a driver that only names one."""
+"""Compiles the Triton kernels for calls of real sizes without a GPU, by a driver that only names one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from scripts.kernel_report import Compiled, examined
 
 
 class NamedGpu:
-    """Stands for the driver of a GPU of an architecture, such as "sm90", on which nothing can be launched."""
+    """Replaces the driver by one that names an architecture, such as "sm90", and can launch nothing."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -35,7 +35,7 @@ class NamedGpu:
 
 @contextmanager
 def compiling_for(arch: str) -> Iterator[list[tuple[Any, Any]]]:
-    """Makes launches compile for an architecture instead; yields the functions and what came of them."""
+    """Makes launches compile for an architecture instead; yields the functions and their compiled kernels."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 

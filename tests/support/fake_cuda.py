@@ -1,7 +1,7 @@
 """Runs models of real size on fake CUDA tensors: shapes, devices and dtypes are real, there is no memory.
 
-torch for the CPU makes CUDA tensors under FakeTensorMode once a device guard is registered, which a line of
-C++ does. Values are known of small tensors alone, those that a host would copy: lengths, masks, timesteps.
+torch for the CPU makes CUDA tensors under FakeTensorMode once a device guard is registered, by a line of C++.
+Only the values of small tensors are known, those that a host would copy: lengths, masks, timesteps.
 """
 
 import subprocess
@@ -131,7 +131,7 @@ class FakeCuda(TorchDispatchMode):
 def fake_cuda() -> Iterator[FakeCuda]:
     """Makes CUDA tensors fake in the block; dense attention of them is one kernel, as it is on a GPU.
 
-    torch for the CPU has no such kernel and would write the scores.
+    torch for the CPU has no such kernel, and would store the scores.
     """
     original = F.scaled_dot_product_attention
 

@@ -1,8 +1,8 @@
-"""What flash-attn-4 4.0.0b36 promises, in plain torch on the CPU: its restrictions, its walk of the lists.
+"""Emulates flash-attn-4 4.0.0b36 in plain torch on the CPU: its restrictions and its walk of the lists.
 
 Functions have the names and arguments of flash_attn/cute/interface.py and compute in float32 what its kernels
 do. Of each list only the last tile is masked at the end of the keys, and keys behind it are zeros that count.
-Rows that a kernel leaves unwritten are NaN. For compute capability 8.x lists are dropped without a word.
+Rows that a kernel leaves unwritten are NaN. For compute capability 8.x lists are silently ignored.
 """
 
 import sys

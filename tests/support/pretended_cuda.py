@@ -1,7 +1,7 @@
-"""Tensors on the CPU that say they are on a GPU: code that asks takes its branch for CUDA, and computes.
+"""Tensors on the CPU that say they are on a GPU, so that code takes its branches for CUDA and computes.
 
-`with pretended_cuda(monkeypatch): on_gpu(tensor)`. What is computed from such tensors, or made for the device
-"cuda", is such a tensor too. The kernels that only a GPU has are replaced by the same in plain torch.
+`with pretended_cuda(monkeypatch): on_gpu(tensor)`. Tensors that are computed from these, or made for the
+device "cuda", pretend too. Kernels that only a GPU has are replaced by plain torch.
 """
 
 from collections.abc import Iterator

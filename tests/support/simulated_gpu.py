@@ -1,7 +1,7 @@
-"""Answers the GPU benchmark as an H200 might, by a clock of its own.
+"""Answers the GPU benchmark as an H200 might, on a simulated clock.
 
-Seconds of a call are its FLOPs over a stated rate, seconds before it are stated too. All of them are meant to
-be on the slow side. No number says anything about a GPU.
+A call takes its FLOPs over an assumed rate; the seconds before it are assumed too. All are meant to be on the
+slow side. No number says anything about a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +17,10 @@ EFFICIENCY = {"flash4": 0.9, "triton": 0.6, "triton-int8": 0.7, "triton-fp8": 0.
 BACKWARD = 0.6  # of the efficiency of a forward
 SLOW_DENSE = {"cudnn": 1.0, "flash4-dense": 0.95, "flash": 0.5, "sdpa": 1.0}
 START, COMPILE, LONG_COMPILE = 20.0, 25.0, 45.0  # a child; a kernel of Triton; one of torch.compile
-BUSY = 1.5  # what keeps a GPU busy before a call that is made once
+BUSY = 1.5  # for which a GPU is kept busy before a call that is made once
 MACHINE = {"gpu": "NVIDIA Simulated", "gpu_memory_bytes": 2**37, "multiprocessors": 132, "device": "cuda"}
 MACHINE |= {"cuda": "13", "cudnn": 9, "versions": {"torch": "2.11.0"}}
-FIXED = {  # what these tasks give, and their seconds
+FIXED = {  # results of these tasks, and their seconds
     "machine": (MACHINE, 1.0),
     "compile": ({"seconds": COMPILE}, COMPILE),
     "check": ({"out": 1e-3, "padded": 1e-3, "right": True}, 2.0),
@@ -86,25 +86,25 @@ class SimulatedWorkers:
         return answer if spent <= seconds else Answer(failure="late", lost=True, late=True)
 
     def _result(self, task: Task) -> tuple[dict[str, Any], float]:
-        """Returns what a task gives, and the seconds that it takes."""
+        """Returns the result of a task, and the seconds that it takes."""
         if task.kind in FIXED:
             return FIXED[task.kind]
         return self._step(task) if task.kind == "step" else self._attention(task)
 
     def _attention(self, task: Task) -> tuple[dict[str, Any], float]:
         new_case, self._case = task.case != self._case, task.case
-        host = task.case.grid.tokens / 2e5 if new_case else 0.0  # inputs, mask and what is exact
-        own, lists = call_ms(task, task.variant), 0.0 if task.is_dense else task.case.grid.tokens / 5e5
-        result = {"relative_l2": 1e-3, "cosine": 1.0, "first_ms": own + 1e3 * lists}
+        host = task.case.grid.tokens / 2e5 if new_case else 0.0  # inputs, mask and the exact result
+        ms, lists = call_ms(task, task.variant), 0.0 if task.is_dense else task.case.grid.tokens / 5e5
+        result = {"relative_l2": 1e-3, "cosine": 1.0, "first_ms": ms + 1e3 * lists}
         if task.is_dense and task.case.long:
-            return result | {"times_ms": [own], "ms": own}, host + BUSY + own / 1e3
-        turn = [own, call_ms(task, task.dense)] if task.dense else [own]
+            return result | {"times_ms": [ms], "ms": ms}, host + BUSY + ms / 1e3
+        turn = [ms, call_ms(task, task.dense)] if task.dense else [ms]
         rounds = next(n for n in range(1, REPEATS + 1) if n == REPEATS or n * sum(turn) >= ENOUGH_MS)
-        result |= {"times_ms": [own] * rounds, "ms": median([own])}
+        result |= {"times_ms": [ms] * rounds, "ms": median([ms])}
         if task.dense:
             result["dense_ms"] = turn[1]
         fresh = task.kind == "forward" and not (task.is_dense or task.case.long)  # again with a new mask
-        calls = (2 + fresh) * own + sum(turn[1:]) + rounds * sum(turn)
+        calls = (2 + fresh) * ms + sum(turn[1:]) + rounds * sum(turn)
         return result, host + (1 + fresh) * lists + 0.5 + calls / 1e3
 
     def _step(self, task: Task) -> tuple[dict[str, Any], float]:

@@ -31,7 +31,7 @@ PARTS = ("decode", "cache", "gradient", "compile", "choice")
 def results() -> dict[str, list[dict[str, Any]]]:
     """Runs all cases in two processes, once; returns one entry for each process."""
     with TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
+        out = Path(folder) / "results.json"
         run_ranks(2, "tests.support.sharing_worker", out, *PARTS)
         return json.loads(out.read_text())
 

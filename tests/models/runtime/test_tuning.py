@@ -1,4 +1,4 @@
-"""Backends that a model measures at its first sparse call, and what its report says of dense calls."""
+"""Backends that a model measures at its first sparse call, and the report about dense calls."""
 
 import logging
 
@@ -21,9 +21,9 @@ MASKS = RadialConfig(block_size=16, density=0.9)
 
 @pytest.fixture(autouse=True)
 def costs(monkeypatch):
-    """By their times `reference` is the fastest, which "auto" never takes unmeasured."""
+    """Makes `reference` the fastest, which "auto" never takes unmeasured."""
     for masks in (radial_mask, context._per_head):
-        masks.cache_clear()  # a mask keeps the choices of its shapes
+        masks.cache_clear()  # a mask caches the choices of its shapes
     costs = Costs(monkeypatch, {"reference": 1e-3, "cpp": 2e-3, "blocks": 3e-3, "dense": 4e-3})
     costs.charge_models(monkeypatch)
     return costs
@@ -55,9 +55,9 @@ def test_the_first_sparse_call_measures_and_the_next_ones_follow(costs, caplog):
         "cross_attention": 12,
     }
     assert report["check"]["compared"] == 3 and report["dense_steps"] == 1
-    (found,) = report["tuning"]
-    assert found["backend"] == "reference" and found["shape"] == [1, 288, 2, 12] and not found["refused"]
-    assert found["seconds"] == pytest.approx({name: costs.seconds[name] for name in found["seconds"]})
+    (tuned,) = report["tuning"]
+    assert tuned["backend"] == "reference" and tuned["shape"] == [1, 288, 2, 12] and not tuned["refused"]
+    assert tuned["seconds"] == pytest.approx({name: costs.seconds[name] for name in tuned["seconds"]})
     assert costs.calls["reference"] == 4 + 6 and costs.calls["blocks"] == costs.calls["dense"] == 4
     lines = [line for line in caplog.messages if line.startswith("backend")]
     assert (
@@ -69,7 +69,7 @@ def test_the_first_sparse_call_measures_and_the_next_ones_follow(costs, caplog):
 
 @families
 def test_a_short_sequence_stays_dense(family, costs):
-    """Every later call is upstream's own; the first is finished densely, and compared with nothing."""
+    """Every later call is upstream's; the first ends dense, and is compared with nothing."""
     costs.seconds["dense"] = 1e-4
     transformer, inputs = family.transformer(), family.sized(**family.samples[-1])
     expected = run(transformer, inputs)
@@ -139,8 +139,8 @@ def test_training_measures_both_passes_before_the_call(checkpointing, costs):
         transformer.enable_gradient_checkpointing()
     with apply_radial_attention(transformer, SPARSE, tune="always") as handle:
         transformer(**wan_inputs()).sample.square().mean().backward()
-        (found,) = handle.report()["tuning"]
-    assert found["backend"] == "reference" and not found["refused"]
+        (tuned,) = handle.report()["tuning"]
+    assert tuned["backend"] == "reference" and not tuned["refused"]
     assert costs.calls["reference"] == 4 + (4 if checkpointing else 2)
     assert all(x.grad is not None for x in transformer.blocks[0].attn1.parameters())
 
@@ -184,6 +184,6 @@ def test_the_definition_is_the_only_one_that_a_test_may_spoil(costs):
     transformer = wan_transformer()
     with apply_radial_attention(transformer, SPARSE, tune="always", check="reference") as handle:
         run(transformer)
-        (found,) = handle.report()["tuning"]
-    assert found["backend"] == AUTO and found["refused"]["reference"].startswith("relative L2 error 1")
+        (tuned,) = handle.report()["tuning"]
+    assert tuned["backend"] == AUTO and tuned["refused"]["reference"].startswith("relative L2 error 1")
     assert reference.NEEDS.exact

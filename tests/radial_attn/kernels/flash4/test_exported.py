@@ -1,4 +1,4 @@
-"""Exported kernels of FlashAttention-4: which folders are refused, and what is called of the rest."""
+"""Exported kernels of FlashAttention-4: which folders are refused, and how the others are called."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def write(folder, index):
 
 
 def test_a_call_reaches_the_kernel_of_its_name(folder):
-    """Of each sample the valid part, with lists cut to it; another kernel is named that is not there."""
+    """The kernel gets the valid part of each sample and lists cut to it; a missing kernel is named."""
     import tvm_ffi
 
     mask = fresh_mask(TokenGrid(4, 10, 10, text=100), 128)

@@ -267,7 +267,7 @@ def test_deterministic_gradients_are_refused(package, poison):
     ],
 )
 def test_the_package_must_be_the_one_that_was_read(versions, environment, message, monkeypatch):
-    """FLASH_ATTENTION_ARCH=80 would make it drop the lists without a word."""
+    """FLASH_ATTENTION_ARCH=80 would make it silently ignore the lists."""
     installed = versions and {"flash-attn-4": library.VERSION, **versions}
     monkeypatch.setattr(library, "_version", installed.get)
     for name, value in environment.items():
