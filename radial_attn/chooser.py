@@ -28,6 +28,7 @@ from .block_mask import BlockMask
 from .dispatch import BACKENDS, kernel, obstacle, order, versions
 from .kernels.contract import Call
 from .kernels.cpp.build import cache_folder, processor
+from .kernels.flash4.exported import fingerprint
 from .trial import DENSE, PASSING, Dense, Trial, reason_of, some_heads
 
 TUNES = ("auto", "off", "once", "always")
@@ -264,7 +265,8 @@ def device_name(device: torch.device) -> str:
 def installed() -> dict[str, str]:
     """Returns the versions of this project, torch and the libraries of all backends."""
     libraries = {name: versions(kernel(name).NEEDS.modules) for name in BACKENDS[1:]}
-    return {"radial-attention": __version__, "torch": torch.__version__, **libraries}
+    exported = {"exported kernels": fingerprint()}
+    return {"radial-attention": __version__, "torch": torch.__version__, **libraries, **exported}
 
 
 def _file(key: str) -> Path | None:
