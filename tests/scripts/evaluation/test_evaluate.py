@@ -229,6 +229,10 @@ def test_damaged_records_and_frames_are_made_again(run: Path, tmp_path: Path, mo
     evaluation = planned(tmp_path / "run", *COMPARE)
     first, second = evaluation.takes
     record = evaluation.path("thin", first).with_suffix(".json")
+    whole = json.loads(record.read_text())
+    for harm in ({"metrics": None}, {"machine": "here"}, {"step_seconds": [1.0]}, {"seconds": 2}):
+        record.write_text(json.dumps(whole | harm))
+        assert missing_videos(evaluation) == [("thin", first)]
     record.write_bytes(record.read_bytes()[:100])
     assert missing_videos(evaluation) == [("thin", first)]
     frames = evaluation.path("dense", first).with_suffix(".mkv")
