@@ -28,7 +28,8 @@ from .block_mask import BlockMask
 from .dispatch import BACKENDS, kernel, obstacle, order, versions
 from .kernels.contract import Call
 from .kernels.cpp.build import cache_folder, processor
-from .trial import DENSE, OUT_OF_MEMORY, Dense, Trial, reason_of, some_heads
+from .kernels.flash4.exported import fingerprint
+from .trial import DENSE, PASSING, Dense, Trial, reason_of, some_heads
 
 TUNES = ("auto", "off", "once", "always")
 TUNED_DEVICES = ("cuda",)  # on which "auto" is "once"
@@ -116,7 +117,8 @@ class Choice:
         if self.efficiency is not None:
             parts.append(f"efficiency {self.efficiency:.2f}")
         if self.name == DENSE:
-            parts.append("dense attention is as fast, so these calls stay dense")
+            reason = "dense attention is as fast" if sparse else "no sparse backend is right"
+            parts.append(f"{reason}, so these calls stay dense")
         parts += [f"{name} refused: {reason}" for name, reason in self.refused.items()]
         left = [name for name in shown if name not in self.times]
         parts += [f"not measured: {', '.join(left)}"] if left else []
@@ -195,8 +197,10 @@ class Chooser:
         if self.tune == "always":
             return choice
         choice.file = _file(key)
-        choice.times = self._of_first(_read(choice))
-        if choice.times.keys() >= set(choice.candidates()):
+        kept, names = _read(choice), choice.candidates()
+        known = {name: kept[name] for name in names if name in kept}  # others do not serve here any more
+        choice.times, is_whole = self._of_first((known, len(known) == len(names)))
+        if is_whole:
             choice.decide("; measured before")
         return choice
 
@@ -236,15 +240,14 @@ class Chooser:
         return choice.name
 
     def _measure(self, choice: Choice, make: Callable[[], Trial]) -> None:
-        times = choice.times
+        times, compared = choice.times, True
         try:
             options = {"calls": choice.calls, "spent": choice.spent}
             times = make().measure(choice.candidates(), times, choice.dense, **options)
-        except (RuntimeError, MemoryError) as error:  # no memory for the definition
-            times = times | {choose_backend(choice.call): reason_of(error)}
-        choice.times = self._of_first(times)
-        _write(choice)
-        choice.decide()
+        except Exception as error:  # as no memory for the definition; other processes wait for the times
+            times, compared = times | {choose_backend(choice.call): reason_of(error)}, False
+        choice.times, compared = self._of_first((times, compared))
+        choice.decide(_write(choice) if compared else "")
 
     def _of_first(self, value: Any) -> Any:
         return value if self._agree is None else self._agree(value)
@@ -262,7 +265,8 @@ def device_name(device: torch.device) -> str:
 def installed() -> dict[str, str]:
     """Returns the versions of this project, torch and the libraries of all backends."""
     libraries = {name: versions(kernel(name).NEEDS.modules) for name in BACKENDS[1:]}
-    return {"radial-attention": __version__, "torch": torch.__version__, **libraries}
+    exported = {"exported kernels": fingerprint()}
+    return {"radial-attention": __version__, "torch": torch.__version__, **libraries, **exported}
 
 
 def _file(key: str) -> Path | None:
@@ -274,14 +278,20 @@ def _file(key: str) -> Path | None:
 
 def _read(choice: Choice) -> dict[str, float | str]:
     """Returns the times that another run kept; {} if there are none, or if they are damaged (logged)."""
-    if choice.file is None or not choice.file.exists():
+    if choice.file is None:
         return {}
-    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+    try:
         content = json.loads(choice.file.read_bytes())
         times = content["times"]
         if content["key"] == json.loads(choice.key) and all(map(_is_entry, times.values())):
             return times
-    logging.getLogger("radial_attn").warning("%s is damaged; backends are measured again", choice.file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    logging.getLogger("radial_attn").warning(
+        "%s is damaged or cannot be read; backends are measured again", choice.file
+    )
     return {}
 
 
@@ -289,16 +299,13 @@ def _is_entry(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, float) and 0 < value < math.inf)
 
 
-def _write(choice: Choice) -> None:
-    """Writes the times, whole or not at all, without failures for lack of memory, which may pass.
-
-    Does nothing if the folder is read-only.
-    """
+def _write(choice: Choice) -> str:
+    """Keeps the times, but no failure that may pass, whole or not at all; returns a remark if that fails."""
     if choice.file is None:
-        return
-    times = {name: x for name, x in choice.times.items() if x != OUT_OF_MEMORY}
+        return ""
+    times = {name: x for name, x in choice.times.items() if not str(x).startswith(PASSING)}
     text = json.dumps({"key": json.loads(choice.key), "times": times}, indent=1)
-    with suppress(OSError):
+    try:
         choice.file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=choice.file.parent, suffix=".tmp")
         try:
@@ -308,3 +315,6 @@ def _write(choice: Choice) -> None:
         except BaseException:
             os.unlink(name)
             raise
+    except OSError as error:
+        return f"; not kept, as {choice.file} cannot be written ({error.strerror})"
+    return ""

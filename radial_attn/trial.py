@@ -28,7 +28,8 @@ LIMITS = {torch.float32: 5e-3}  # relative L2 error; TF32 stays below
 HALF_LIMIT, QUANTIZED_LIMIT = 1e-2, 0.2
 SHARE, LEAST_SECONDS = 0.02, 0.1  # of the run that measuring may take; seconds that it may always take
 DENSE = "dense"
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, SYSTEM_ERROR = "out of memory", "system error"
+PASSING = OUT_OF_MEMORY, SYSTEM_ERROR  # how reasons begin that another run may not meet
 clock = time.perf_counter
 
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of query, key, value and text lengths
@@ -38,6 +39,8 @@ class Trial:
     """Holds a call whose backends are compared: some heads of its tensors, and the definition's result.
 
     `share`: heads of the call divided by those that are compared.
+
+    Raises FloatingPointError if the definition's result is not finite.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Trial:
         self._grad = self._sampled_gradient() if call.gradients else None
         self._limit = QUANTIZED_LIMIT if call.quantize else LIMITS.get(call.dtype, HALF_LIMIT)
         self._wanted = self._differentiated(self._definition)
+        if not all(x.isfinite().all() for x in self._wanted):
+            raise FloatingPointError("query, key or value is not finite, so nothing can be compared")
 
     def measure(
         self,
@@ -176,5 +181,7 @@ def reason_of(error: Exception) -> str:
     """Describes a failure in one line."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error):
         return OUT_OF_MEMORY
+    if isinstance(error, OSError) or "No space left" in str(error):
+        return f"{SYSTEM_ERROR}: {' '.join(str(error).split())[:80]}"
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:80]}"

@@ -28,10 +28,10 @@ from typing import Any
 
 from scripts.benchmarks.cases import CASES, DENSE, MEASURED, SPARSE, Case, Task, compilations, tasks
 from scripts.benchmarks.findings import Findings, merge
-from scripts.benchmarks.gpu_report import write
+from scripts.benchmarks.gpu_report import report, write
 from scripts.benchmarks.machine import QUERY, Session, flashinfer_obstacle, run_tests, short_name, smi
 from scripts.benchmarks.worker import Answer, Workers
-from scripts.run.errors import OneLineParser, one_line, positive_number
+from scripts.run.errors import OneLineParser, one_line, positive_number, reason_of
 from scripts.run.results import RESULTS
 
 TEST_SECONDS, START_SECONDS, COMPILE_SECONDS, RESERVE_SECONDS = 90.0, 60.0, 60.0, 8.0
@@ -317,12 +317,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def join(files: Sequence[Path], out: Path) -> Path:
     """Writes one report of several results.
 
-    Raises ValueError, KeyError or OSError for files that are not results of one GPU.
+    Raises ValueError for files that are damaged or not of one GPU, OSError for those that cannot be read.
     """
-    data = merge([json.loads(file.read_text()) for file in files])
+    parts = [_results(file) for file in files]
+    for i, part in enumerate(parts):
+        if part in parts[:i]:
+            raise ValueError(f"{files[i]} has the same results as {files[parts.index(part)]}; name each once")
+    data = merge(parts)
     path = out / file_name(data, None)
     write(path, data, picture=True)
     return path
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """Reads the results of a part; ValueError if a report cannot be made of them."""
+    content = file.read_bytes()
+    try:
+        data = json.loads(content)
+        merge([data, data])
+        report(data, file)
+    except Exception as error:  # whatever is missing, or of another type
+        raise ValueError(f"{file} is damaged, or has no results of this benchmark") from error
+    return data
 
 
 def _cut_off(number: int, _: FrameType | None) -> None:
@@ -335,7 +351,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.merge:
         try:
             print(join(options.merge, options.out))
-        except (ValueError, KeyError, OSError) as error:
+        except OSError as error:
+            print(f"error: --merge: {error.filename}: {reason_of(error)}", file=sys.stderr)
+            return 2
+        except ValueError as error:
             print(f"error: --merge: {one_line(error)}; name the .json files of one GPU", file=sys.stderr)
             return 2
         return 0

@@ -24,7 +24,7 @@ from radial_attn.kernels.flash4 import library
 from radial_attn.kernels.flash4.exported import FORMAT, INDEX, MADE
 from radial_attn.kernels.flash4.op import HOPPER
 from scripts.benchmarks.flash4_kernels import KINDS, Wanted, compile_kernel, prepare_compiler, wanted
-from scripts.run.errors import OneLineParser
+from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.files import write_text
 from scripts.run.processes import end_with_parent
 
@@ -97,15 +97,17 @@ def main(argv: list[str] | None = None) -> int:
         "--width", nargs="+", type=int, choices=(64, 128), default=[64, 128], help="of a head"
     )
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at the same time")
+    parser.add_argument("--jobs", type=positive, default=1, help="kernels compiled at the same time")
     options = parser.parse_args(argv)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, got {options.out}")
     if (reason := problem()) is not None:
         parser.error(reason)
-    return run(options)
+    return exit_code(lambda: run(options), "run the same command again", subprocess.SubprocessError)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Writes the kernels and their index; returns 0."""
+def run(options: argparse.Namespace) -> None:
+    """Writes the kernels and their index."""
     options.out.mkdir(parents=True, exist_ok=True)
     calls = wanted(HOPPER, [getattr(torch, name) for name in options.dtype], options.width, options.kind)
     kernels = {}
@@ -116,7 +118,6 @@ def run(options: argparse.Namespace) -> int:
     index = {"format": FORMAT, "package": MADE, "capability": HOPPER, "kernels": kernels}
     index["compiler"] = f"{library.COMPILER} {metadata.version(library.COMPILER)}"
     write_text(options.out / INDEX, json.dumps(index, indent=1) + "\n")
-    return 0
 
 
 def _start() -> None:

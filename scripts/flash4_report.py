@@ -26,7 +26,7 @@ from scripts.benchmarks.flash4_kernels import (
     usage,
     wanted,
 )
-from scripts.run.errors import OneLineParser
+from scripts.run.errors import OneLineParser, positive
 from scripts.run.files import write_text
 from scripts.run.processes import end_with_parent
 from scripts.run.results import RESULTS, table
@@ -104,8 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--width", nargs="+", type=int, choices=(64, 128), default=[64, 128], help="of a head"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="kernels compiled at the same time")
+    parser.add_argument("--jobs", type=positive, default=1, help="kernels compiled at the same time")
     options = parser.parse_args(argv)
+    if options.out.is_dir():
+        parser.error(f"--out must be a file, got {options.out}")
     if (reason := library.problem()) is not None:
         parser.error(reason)
     rows = []

@@ -118,13 +118,22 @@ def whole_ms(spec: StepModel, measured: dict[str, Any], dense: dict[str, Any]) -
 def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Joins the results of several runs on one GPU; if two have measured the same, the first counts.
 
-    Raises ValueError for different GPUs or a rehearsal among measurements, KeyError for other files.
+    Versions that differ are all listed. Raises ValueError for different GPUs or masks, or a rehearsal among
+    measurements.
     """
-    names = {(data["machine"].get("gpu", "the CPU"), data["rehearsal"]) for data in parts}
+    names = {data["machine"].get("gpu", "the CPU") for data in parts}
     if len(names) > 1:
-        raise ValueError(f"results of different machines: {', '.join(sorted(name for name, _ in names))}")
+        raise ValueError(f"results of different machines: {', '.join(sorted(names))}")
+    if len({data["rehearsal"] for data in parts}) > 1:
+        raise ValueError("a rehearsal among measurements")
+    densities = {(name, case["density"]) for data in parts for name, case in data["cases"].items()}
+    if len(densities) > len(dict(densities)):
+        raise ValueError("the same case with masks of different densities")
+    libraries = [data["machine"]["versions"] for data in parts]
+    listed = {name: dict.fromkeys(x.get(name, "absent") for x in libraries) for x in libraries for name in x}
     joined = parts[0] | {
         "command": "; ".join(data["command"] for data in parts),
+        "machine": parts[0]["machine"] | {"versions": {name: " or ".join(x) for name, x in listed.items()}},
         "minutes": sum(data["minutes"] for data in parts),
         "finished": all(data["finished"] for data in parts),
         "smi": parts[0]["smi"] | {"after": parts[-1]["smi"]["after"]},

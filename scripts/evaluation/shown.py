@@ -1,6 +1,7 @@
 """Reads from saved videos of the toy world whether they show what their captions ask for."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from statistics import mean
 from typing import Any
 
@@ -38,12 +39,25 @@ def shown(evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
 
 
 def captions(prompts: Iterable[str]) -> dict[str, Attributes]:
-    """Returns the attributes of each prompt; {} if one of them is no caption of the toy world."""
-    try:
-        asked = {prompt: parse_caption(prompt) for prompt in prompts}
-    except ValueError:
-        return {}
-    return asked if all(prompt == x.caption for prompt, x in asked.items()) else {}
+    """Returns the attributes of each prompt; {} if one of them is no caption of the toy world.
+
+    A note says so if others are, or if it names all attributes in other words.
+    """
+    asked, others = {}, []
+    for prompt in dict.fromkeys(prompts):
+        with suppress(ValueError):
+            asked[prompt] = parse_caption(prompt)
+        if prompt not in asked or asked[prompt].caption != prompt:
+            others.append(prompt)
+    if not others:
+        return asked
+    if asked:
+        print(
+            f"note: the toy world's reader is left out, because {others[0]!r} is no caption of it; captions "
+            f"are as {next(iter(asked.values())).caption!r}",
+            flush=True,
+        )
+    return {}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -73,6 +73,13 @@ class Evaluation:
         """Reads the JSON of a video; {} if it is missing or damaged."""
         return read_record(self.path(name, take).with_suffix(".json"))
 
+    def is_measured(self, name: str, take: Take) -> bool:
+        """Returns whether the JSON of a video has the form of what is measured on it."""
+        record, kinds = self.record(name, take), {"seconds": dict, "step_seconds": list, "machine": dict}
+        kinds |= {"attention": dict, "asked": dict} if name == DENSE else {"metrics": dict}
+        whole = all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        return whole and len(record["step_seconds"]) >= self.plans[name].config.generation.steps
+
     @cached_property
     def programs(self) -> dict[str, str]:
         """Digests program, weights, LoRAs and device of a setting's videos and of the dense ones, by name."""
@@ -96,7 +103,7 @@ def make_missing(evaluation: Evaluation) -> None:
     if outdated := sum(_is_outdated(evaluation, name, take) for name, take in missing):
         videos = f"{outdated} video{'s are' if outdated > 1 else ' is'}"
         print(f"note: {videos} made again, because program, weights or device have changed", flush=True)
-    here = [evaluation.path(name, take) for name, take in missing if not evaluation.record(name, take)]
+    here = [evaluation.path(name, take) for name, take in missing if not evaluation.is_measured(name, take)]
     if damaged := [path for path in here if path.with_suffix(".json").exists()]:
         print(f"note: {listed(map(str, damaged), 3)} made again, because the record is damaged", flush=True)
     steps = evaluation.plans[DENSE].config.generation.steps
@@ -139,7 +146,8 @@ def _is_done(evaluation: Evaluation, name: str, take: Take) -> bool:
     if changed:
         keys = ", ".join(changed)
         raise UsageError(f"{path} was made with other settings ({keys}); use these, or another --work")
-    return done and is_whole(path) and not _is_outdated(evaluation, name, take)
+    whole = is_whole(path) and evaluation.is_measured(name, take)
+    return done and whole and not _is_outdated(evaluation, name, take)
 
 
 def _has_frames(evaluation: Evaluation, take: Take) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from functools import partial
 
 import pytest
@@ -33,14 +34,15 @@ def costs(monkeypatch, tmp_path):
     return Costs(monkeypatch, SECONDS)
 
 
-def choose(costs, tune="always", *, agree=None, calls=MANY, batch=2, **options) -> Choice:
+def choose(costs, tune="always", *, agree=None, calls=MANY, batch=2, tensors=None, **options) -> Choice:
     """Chooses for a new mask, as every run has."""
     mask = options.pop("mask", None) or fresh_mask(GRID)
     call = Call(CPU, torch.float32, 16, options.pop("gradients", False), mask, **options)
     chooser, dense = Chooser(tune, agree), partial(costs.pay, "dense", sdpa)
     size = batch, GRID.tokens, 3, 16
     choice = chooser.open(call, size, mask.density, dense=dense, dense_name="native", calls=calls)
-    chooser.settle(choice, make_inputs(GRID, batch, 3, 16)[:3], mask, text_lengths=torch.tensor([4] * batch))
+    tensors = tensors or make_inputs(GRID, batch, 3, 16)[:3]
+    chooser.settle(choice, tensors, mask, text_lengths=torch.tensor([4] * batch))
     assert chooser.report() == [choice.report()]
     return choice
 
@@ -70,6 +72,7 @@ def choose(costs, tune="always", *, agree=None, calls=MANY, batch=2, **options) 
         ({"dense": 2.02e-3}, {}, "dense", {}),
         ({"dense": 2.1e-3}, {}, "blocks", {}),
         ({}, dict.fromkeys(SECONDS, RuntimeError("x")), "cpp", {"dense": "RuntimeError: x"}),
+        ({}, {"cpp": ValueError("x"), "blocks": KeyError("x"), "reference": TypeError("x")}, "dense", {}),
     ],
 )
 def test_the_fastest_right_one(costs, gradients, seconds, spoil, name, refused):  # noqa: PLR0917
@@ -118,6 +121,17 @@ def test_a_short_sequence_stays_dense_and_says_so(costs, caplog):
     costs.seconds["dense"] = 1e-3
     assert choose(costs).report()["efficiency"] is None
     assert caplog.messages[0].endswith("; dense attention is as fast, so these calls stay dense")
+    costs.spoil |= {name: RuntimeError("x") for name in SECONDS if name != "dense"}
+    choose(costs)
+    assert "; no sparse backend is right, so these calls stay dense; cpp refused" in caplog.messages[1]
+
+
+def test_values_that_are_not_finite_decide_nothing(costs, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="radial_attn")
+    bad = [torch.full((2, GRID.tokens, 3, 16), math.nan)] * 3
+    assert choose(costs, "once", tensors=bad).name == "cpp" and not (tmp_path / "cache").exists()
+    assert "cpp refused: FloatingPointError: query, key or value is not finite" in caplog.messages[0]
+    assert choose(costs, "once").name == "blocks"
 
 
 def test_measuring_ends_when_its_share_of_the_run_is_spent(costs, caplog):
@@ -153,7 +167,11 @@ def test_a_long_sequence_is_measured_on_a_few_heads(costs, monkeypatch):
         (lambda text: text[: len(text) // 2], True),
         (lambda text: text.replace("0.002", "-0.002"), True),
         (lambda text: text.replace('"device": "', '"device": "another '), True),
-        (lambda text: "[]", True),
+        *((lambda text, x=text: x, True) for text in ("", "[]", "null", "\0", "[" * 9999)),
+        *(
+            (lambda text, x=times: json.dumps(json.loads(text) | {"times": x}), True)
+            for times in ([], None, "cpp", 1, {"cpp": [1.0]}, {"cpp": True}, {"cpp": 10**400})
+        ),
     ],
 )
 def test_once_keeps_the_times_in_a_file(costs, tmp_path, caplog, damage, note):
@@ -182,6 +200,26 @@ def test_what_was_left_is_measured_by_the_next_run(costs):
     assert not costs.calls["cpp"] and costs.calls["dense"] and costs.calls["reference"]
 
 
+def test_a_backend_that_serves_no_more_is_not_chosen_from_the_file(costs, tmp_path):
+    """Exported kernels, a compiler or deterministic mode come and go without another version."""
+    choose(costs, "once")
+    (file,) = (tmp_path / "cache").iterdir()
+    content = json.loads(file.read_text())
+    content["times"] |= {"flash4": 1e-4, "removed": 1e-5}
+    file.write_text(json.dumps(content))
+    costs.calls = dict.fromkeys(SECONDS, 0)
+    choice = choose(costs, "once")
+    assert choice.name == "blocks" and choice.seconds.keys() == SECONDS.keys()
+    assert not any(costs.calls.values())
+
+
+def test_a_failure_that_may_pass_is_not_kept(costs, tmp_path):
+    costs.spoil["blocks"] = OSError(28, "No space left on device")
+    assert choose(costs, "once").refused == {"blocks": "system error: [Errno 28] No space left on device"}
+    costs.spoil.clear()
+    assert choose(costs, "once").name == "blocks"
+
+
 @pytest.mark.parametrize("other", [{"batch": 1}, {"gradients": True}, {"mask": fresh_mask(GRID, 32)}])
 def test_another_shape_is_measured_anew(costs, tmp_path, other):
     choose(costs, "once")
@@ -198,17 +236,46 @@ def test_always_measures_again_and_keeps_nothing(costs, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing(costs, monkeypatch, tmp_path):
+UNWRITABLE = {"file": "File exists", "file/cache": "Not a directory", "x" * 300: "File name too long"}
+
+
+@pytest.mark.parametrize("named", UNWRITABLE)
+def test_a_folder_that_cannot_be_written_keeps_nothing(costs, monkeypatch, tmp_path, caplog, named):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("RADIAL_ATTN_CACHE", str(tmp_path / "file" / "cache"))
+    caplog.set_level(logging.INFO, logger="radial_attn")
+    monkeypatch.setenv("RADIAL_ATTN_CACHE", str(tmp_path / named))
     assert choose(costs, "once").name == "blocks"
+    assert caplog.messages[-1].endswith(f".json cannot be written ({UNWRITABLE[named]})")
+
+
+def test_a_file_that_is_a_folder_is_reported_and_stays(costs, tmp_path, caplog):
+    choose(costs, "once")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.unlink()
+    file.mkdir()
+    assert choose(costs, "once").name == "blocks"
+    assert caplog.messages == [f"{file} is damaged or cannot be read; backends are measured again"]
+    assert [*file.parent.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("tune", ["once", "always"])
 def test_processes_take_what_the_first_one_found(costs, tune):
-    told = iter([{}, {"cpp": 1e-3, "blocks": 2e-3, "dense": 9e-3}][tune == "always" :])
+    times = {"cpp": 1e-3, "blocks": 2e-3, "dense": 9e-3}
+    told = iter([({}, False), (times, True)][tune == "always" :])
     assert choose(costs, tune, agree=lambda _: next(told)).name == "cpp"
     assert not list(told)
+
+
+def test_a_failure_in_one_process_does_not_leave_the_others_waiting(costs, monkeypatch, tmp_path):
+    def fails(*_):
+        raise KeyError("only here")
+
+    monkeypatch.setattr("radial_attn.chooser.Trial", fails)
+    told = iter([({}, False), ({"cpp": 2e-3, "blocks": 1e-3}, True)])
+    assert choose(costs, "once", agree=lambda _: next(told)).name == "blocks" and not list(told)
+    said = []
+    assert choose(costs, agree=lambda x: said.append(x) or x).name == "cpp"
+    assert said == [({"cpp": "KeyError: 'only here'"}, False)]
 
 
 def test_when_backends_are_measured():

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,13 @@ def folder() -> Path | None:
     """Returns the folder of exported kernels that the user names; None if none is named."""
     named = os.environ.get(FOLDER)
     return Path(named) if named else None
+
+
+def fingerprint() -> str:
+    """Returns what changes if the user's exported kernels do; "none" without any."""
+    with suppress(TypeError, OSError):
+        return hashlib.sha256((folder() / INDEX).read_bytes()).hexdigest()[:16]
+    return "none"
 
 
 def problem(path: Path, capability: tuple[int, int]) -> str | None:
@@ -69,19 +77,22 @@ def _read_index(path: Path) -> tuple[dict[str, dict[str, Any]], tuple[int, int]]
     try:
         content = json.loads((path / INDEX).read_text(encoding="utf-8"))
         made = content["package"], content["format"]
-        kernels, capability = dict(content["kernels"]), tuple(content["capability"])
-        digests = {kernel["file"]: kernel["sha256"] for kernel in kernels.values()}
+        kernels, (major, minor) = dict(content["kernels"]), content["capability"]
+        digests = {str(kernel["file"]): kernel["sha256"] for kernel in kernels.values()}
+        if not all(isinstance(x["functions"], list) and isinstance(x["rows"], int) for x in kernels.values()):
+            raise TypeError("functions or rows")
     except OSError as error:
         raise ImportError(f"needs the file {INDEX} {again} ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImportError(f"needs the complete file {INDEX} {again}") from error
     if made != (MADE, FORMAT):
         raise ImportError(f"needs kernels of {MADE} in format {FORMAT}, got {made[0]} in {made[1]} {again}")
     for name, digest in digests.items():
-        file = path / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise ImportError(f"needs the complete file {name} {again}")
-    return kernels, capability
+        with suppress(OSError, ValueError):
+            if hashlib.sha256((path / name).read_bytes()).hexdigest() == digest:
+                continue
+        raise ImportError(f"needs the complete file {name} {again}")
+    return kernels, (major, minor)
 
 
 def cuda_runtime() -> str | None:

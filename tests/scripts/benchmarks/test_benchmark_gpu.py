@@ -25,7 +25,7 @@ from scripts.benchmarks.cases import (
     shrink,
     tasks,
 )
-from scripts.benchmarks.findings import Findings, whole_ms
+from scripts.benchmarks.findings import Findings, merge, whole_ms
 from scripts.benchmarks.gpu_report import report
 from scripts.benchmarks.machine import flashinfer_obstacle, read_log, short_name
 from scripts.benchmarks.worker import Workers, describe
@@ -159,11 +159,50 @@ def test_two_parts_make_one_report(parts, tmp_path, capsys):
     assert "| wan-161 | flash4 | 0.260 |" in lines and "| 0.90 | met: 0.9 |" in lines
     assert "| 0.60 | missed: 0.75 |" in lines and "| missed: 1.3x of triton in 16 bits |" in lines
     assert "missed: 0.8 |" in lines and "| missed: 1.77 |" in lines and "| met: 3.7 |" in lines
-    other = data | {"machine": data["machine"] | {"gpu": "NVIDIA H100"}}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    for bad, reason in (("other.json", "of different machines: NVIDIA H100, NVIDIA Simulated"), ("no", "no")):
-        assert main(["--merge", files[0], str(tmp_path / bad), "--out", str(tmp_path)]) == 2
-        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"machine": {"gpu": "NVIDIA H100", "versions": {}}}, "bad.json is damaged, or has no results"),
+        ({"rehearsal": True}, "a rehearsal among measurements"),
+        ({"cases": {"wan-69": {"density": 0.5}}}, "bad.json is damaged, or has no results"),
+        ({"rows": [{"stage": "forward", "case": "wan-69"}]}, "bad.json is damaged, or has no results"),
+        ({"machine": []}, "bad.json is damaged, or has no results"),
+        ({"minutes": "4"}, "bad.json is damaged, or has no results"),
+        ({"tests": None}, "bad.json is damaged, or has no results"),
+        ("", "bad.json is damaged, or has no results"),
+        ("[]", "bad.json is damaged, or has no results"),
+        ("\0", "bad.json is damaged, or has no results"),
+        ({}, "bad.json has the same results as"),
+        (None, "bad.json: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(parts, tmp_path, capsys, change, reason):
+    file = parts[0][0].path.with_suffix(".json")
+    if change is not None:
+        whole = json.loads(file.read_text())
+        (tmp_path / "bad.json").write_text(change if isinstance(change, str) else json.dumps(whole | change))
+    out = tmp_path / "out"
+    assert main(["--merge", str(file), str(tmp_path / "bad.json"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_parts_of_other_machines_masks_and_versions(parts):
+    whole, _ = data = [json.loads(run.path.with_suffix(".json").read_text()) for run, _, _ in parts]
+
+    def other(**about: object) -> dict:
+        return whole | {"machine": whole["machine"] | about}
+
+    with pytest.raises(ValueError, match="of different machines: NVIDIA H100, NVIDIA Simulated"):
+        merge([whole, other(gpu="NVIDIA H100")])
+    denser = whole["cases"] | {"wan-69": whole["cases"]["wan-69"] | {"density": 0.5}}
+    with pytest.raises(ValueError, match="masks of different densities"):
+        merge([whole, whole | {"cases": denser}])
+    before = whole["machine"]["versions"]
+    joined = merge([*data, other(versions=before | {"torch": "1.0"})])["machine"]["versions"]
+    assert joined == before | {"torch": f"{before['torch']} or 1.0"}
 
 
 def test_a_rehearsal_writes_what_a_run_writes(tmp_path):

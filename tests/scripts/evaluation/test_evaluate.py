@@ -17,7 +17,7 @@ from scripts.evaluate import examined, main
 from scripts.evaluation.frame_sheet import read_video
 from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of
-from scripts.evaluation.shown import shown
+from scripts.evaluation.shown import captions, shown
 from scripts.evaluation.tables import content as found_in
 from scripts.evaluation.tables import draw, explained, points, table
 from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
@@ -99,6 +99,26 @@ def test_the_reader_scores_captions_of_the_toy_world_alone(run: Path):
     assert "attributes | motion" in titles and "speed" not in titles
     other = "a red circle moving vertically on a gray background at night"
     assert shown(planned(run, *COMPARE, f"generation.prompt={other}")) == {}
+
+
+RED = "a red circle moving vertically on a gray background"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ([RED], None),
+        (["a cat", "a red circle"], None),
+        ([RED.upper()], RED.upper()),
+        ([RED, f"{RED}."], f"{RED}."),
+        (["a cat", RED], "a cat"),
+        ([f"{RED} "], f"{RED} "),
+    ],
+)
+def test_a_note_says_which_prompt_the_reader_cannot_judge(prompts, named, capsys):
+    assert bool(captions(prompts)) == (prompts == [RED])
+    note = f"note: the toy world's reader is left out, because {named!r} is no caption of it; captions are as"
+    assert capsys.readouterr().out == ("" if named is None else f"{note} {RED!r}\n")
 
 
 def test_metrics_are_those_of_the_frames_before_encoding(run: Path, pipeline: Any):
@@ -209,6 +229,10 @@ def test_damaged_records_and_frames_are_made_again(run: Path, tmp_path: Path, mo
     evaluation = planned(tmp_path / "run", *COMPARE)
     first, second = evaluation.takes
     record = evaluation.path("thin", first).with_suffix(".json")
+    whole = json.loads(record.read_text())
+    for harm in ({"metrics": None}, {"machine": "here"}, {"step_seconds": [1.0]}, {"seconds": 2}):
+        record.write_text(json.dumps(whole | harm))
+        assert missing_videos(evaluation) == [("thin", first)]
     record.write_bytes(record.read_bytes()[:100])
     assert missing_videos(evaluation) == [("thin", first)]
     frames = evaluation.path("dense", first).with_suffix(".mkv")

@@ -68,6 +68,11 @@ def change(**entries):
     return apply
 
 
+def entry(**fields):
+    kernel = {"file": "kernel.so", "sha256": "", "functions": ["forward"], "rows": 0} | fields
+    return change(kernels={NAME: kernel})
+
+
 def damage(folder):
     (folder / "kernel.so").write_bytes(b"machine cod")
 
@@ -85,7 +90,22 @@ def remove(name):
             r"needs the file flash4.json of RADIAL_ATTN_FLASH4=.*: export .* \(No such file",
         ),
         (cut, "needs the complete file flash4.json of RADIAL_ATTN_FLASH4=.*: export the kernels again"),
-        (change(kernels=[1]), "needs the complete file flash4.json of .*: export the kernels again"),
+        *(
+            (change(**entries), "needs the complete file flash4.json of .*: export the kernels again")
+            for entries in (
+                {"kernels": [1]},
+                {"kernels": {NAME: {"file": "kernel.so", "sha256": ""}}},
+                {"kernels": {NAME: {"file": "kernel.so", "sha256": "", "functions": 1, "rows": 0}}},
+                {"capability": [9]},
+                {"capability": 9},
+            )
+        ),
+        (
+            entry(file="x" * 300),
+            "needs the complete file x+ of RADIAL_ATTN_FLASH4=.*: export the kernels again",
+        ),
+        (entry(file=".\0"), "needs the complete file .*: export the kernels again"),
+        (entry(file=""), "needs the complete file .*: export the kernels again"),
         (
             remove("kernel.so"),
             "needs the complete file kernel.so of RADIAL_ATTN_FLASH4=.*: export the kernels again",
@@ -111,6 +131,24 @@ def test_a_folder_that_is_not_whole_is_refused(folder, harm, message):
         mask = fresh_mask(TokenGrid(4, 10, 10), 128)
         with pytest.raises(ImportError, match="backend 'flash4' needs"):
             attend(kernel, make_inputs(mask.grid, 1, 2, 64), mask, torch.float16)
+
+
+def test_a_file_in_place_of_the_folder_is_named(folder):
+    file = folder / "kernel.so"
+    assert exported.problem(file, (9, 0)) == (
+        f"needs the file flash4.json of RADIAL_ATTN_FLASH4={file}: export the kernels again (Not a directory)"
+    )
+
+
+def test_the_fingerprint_changes_with_the_kernels(folder, monkeypatch):
+    before = exported.fingerprint()
+    assert before == exported.fingerprint() != "none"
+    entry(rows=128)(folder)
+    assert exported.fingerprint() not in {before, "none"}
+    monkeypatch.setenv(exported.FOLDER, str(folder / "kernel.so"))
+    assert exported.fingerprint() == "none"
+    monkeypatch.delenv(exported.FOLDER)
+    assert exported.fingerprint() == "none"
 
 
 def test_what_a_machine_lacks_is_named(folder, monkeypatch):
