@@ -196,7 +196,7 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
             lines.append(
                 f"The seconds of {videos}, made on another machine or with other threads, are left out."
             )
-        if data["settings"][0].get("attributes") is not None:
+        if any(x.get("attributes") is not None for x in data.get("settings", ())):
             lines.append(
                 "The last columns are what the reader of the toy world finds in the videos: the share of the "
                 "caption's four attributes, the share of videos with its motion in each part of the trained "

@@ -38,7 +38,7 @@ def test_dense_attention_is_past_the_dispatch():
     with apply_radial_attention(transformer, DENSE) as handle:
         run(transformer, mochi_inputs())
         assert handle.report()["dense_backend"] == {"name": "auto", "backend": "native", "seconds": {}}
-    message = r"dense_backend must be one of auto, native, sage for .*'_native_math'"
+    message = r"dense_backend must be one of auto, native, sage, flash4 for .*'_native_math'"
     with pytest.raises(ValueError, match=message):
         apply_radial_attention(transformer, DENSE, dense_backend="_native_math")
     assert not transformer._forward_pre_hooks

@@ -58,7 +58,7 @@ def query_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device:
     """
 
     def build() -> Tiles:
-        return _list(_cut(blocks.to(device), extent, rows, columns), columns)
+        return _list(_cut(_values(blocks, device), extent, rows, columns), columns, device)
 
     return _cached(blocks, ("query", extent, rows, columns, device), build)
 
@@ -67,8 +67,8 @@ def key_tiles(blocks: Tensor, extent: Extent, rows: int, columns: int, device: t
     """Lists the query tiles of each key tile; arguments are as in `query_tiles`."""
 
     def build() -> Tiles:
-        tiles = _cut(blocks.to(device), extent, rows, columns)
-        return _list([None if x is None else x.mT for x in tiles], rows)
+        tiles = _cut(_values(blocks, device), extent, rows, columns)
+        return _list([None if x is None else x.mT for x in tiles], rows, device)
 
     return _cached(blocks, ("key", extent, rows, columns, device), build)
 
@@ -79,6 +79,11 @@ def _cached(blocks: Tensor, key: tuple, build: Callable[[], Tiles]) -> Tiles:
         with torch.inference_mode(False):
             cache[key] = build()
     return cache[key]
+
+
+def _values(blocks: Tensor, device: torch.device) -> Tensor:
+    """Returns the blocks on the device; where they are if it is "meta", for which kernels are only compiled."""
+    return blocks if device.type == "meta" else blocks.to(device)
 
 
 def _cut(blocks: Tensor, extent: Extent, rows: int, columns: int) -> list[Tensor | None]:
@@ -112,7 +117,7 @@ def _split(blocks: Tensor, axis: int, size: int, tile: int, tokens: int) -> Tens
     return blocks.index_select(axis, at.clamp(max=blocks.shape[axis] - 1)).unflatten(axis, (count, ratio))
 
 
-def _list(tiles: list[Tensor | None], step: int) -> Tiles:
+def _list(tiles: list[Tensor | None], step: int, device: torch.device) -> Tiles:
     some, every, patterns = tiles
     kept = torch.stack([some & every, some & ~every], dim=2)
     counts = kept.sum(dim=3)
@@ -122,4 +127,5 @@ def _list(tiles: list[Tensor | None], step: int) -> Tiles:
     starts = F.pad(starts.expand(kept.shape)[kept], (0, 1))
     if patterns is not None:
         patterns = patterns[:, :, None].expand(kept.shape)[kept]
-    return Tiles(offsets, starts, patterns, bool(counts[..., 1].any()))
+    lists = (None if x is None else x.to(device) for x in (offsets, starts, patterns))
+    return Tiles(*lists, bool(counts[..., 1].any()))

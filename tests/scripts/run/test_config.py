@@ -25,7 +25,7 @@ TINY = "configs/wan_tiny.yaml"
 OPTIONAL = {
     "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
     "cache_ratios positions positions_frames",
-    "attention": "density selection profile budget far_field residual residual_memory",
+    "attention": "density selection profile budget far_field residual residual_memory tune",
     "generation": "prompt_file image last_image video mask reference_images guidance_scale_2 true_cfg_scale "
     "prompt_template seeds",
     "output": "overwrite",
