@@ -82,7 +82,7 @@ def _cached(blocks: Tensor, key: tuple, build: Callable[[], Tiles]) -> Tiles:
 
 
 def _values(blocks: Tensor, device: torch.device) -> Tensor:
-    """Returns the blocks on the device; where they are if it is "meta", for which kernels are only compiled."""
+    """Returns the blocks on the device, or unmoved if it is "meta", for which kernels are only compiled."""
     return blocks if device.type == "meta" else blocks.to(device)
 
 
