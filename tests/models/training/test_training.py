@@ -89,10 +89,11 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
     ("name", "changes", "check", "graphs", "schedule"),
     [
         ("wan", {"num_layers": 10}, "off", 4, SCHEDULE),
-        ("wan", {"num_layers": 10}, "nan", 4, SCHEDULE),
+        pytest.param("wan", {"num_layers": 10}, "nan", 4, SCHEDULE, marks=pytest.mark.long),
         ("wan", {"num_layers": 10}, "reference", 5, SCHEDULE),  # one more for the calls that are compared
-        ("hunyuan_video", {}, "nan", 9, SCHEDULE),  # two kinds of blocks, and two graphs for the inputs
-        ("hunyuan_video15", {}, "nan", 5, SCHEDULE),
+        # two kinds of blocks, and two graphs for the inputs
+        pytest.param("hunyuan_video", {}, "nan", 9, SCHEDULE, marks=pytest.mark.long),
+        pytest.param("hunyuan_video15", {}, "nan", 5, SCHEDULE, marks=pytest.mark.long),
         ("mochi", {}, "nan", 2, {}),  # the last block has no text
         ("wan_vace", {}, "nan", 3, {}),
         ("ltx", {}, "nan", 1, {}),

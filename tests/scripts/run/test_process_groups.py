@@ -286,6 +286,7 @@ def test_machines_that_cannot_find_each_other_are_refused(node, line, monkeypatc
         machines()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all(tiny_model: Path, tmp_path: Path):
     process, ranks = endless(tiny_model, tmp_path)
     os.kill(process.pid, signal.SIGINT)
