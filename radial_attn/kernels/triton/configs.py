@@ -39,9 +39,9 @@ AMPERE = {
     ("far field", 64): Launch(128, 64, 8, 3),
     ("far field", 128): Launch(128, 32, 8, 3),
     ("query gradient", 64): Launch(64, 64, 4, 3),
-    ("query gradient", 128): Launch(128, 32, 8, 2),
-    ("key gradients", 64): Launch(32, 64, 4, 2),
-    ("key gradients", 128): Launch(64, 32, 8, 2),
+    ("query gradient", 128): Launch(128, 32, 8, 3),
+    ("key gradients", 64): Launch(32, 64, 4, 3),
+    ("key gradients", 128): Launch(64, 32, 8, 3),
 }
 FP8_PRODUCTS = {
     ("int8", 64): Launch(128, 64, 4, 3, fp8_values=True),
@@ -78,8 +78,8 @@ GEFORCE_BLACKWELL = {
     **AMPERE,
     **FP8_PRODUCTS,
     ("int8", 64): Launch(128, 64, 8, 3, fp8_values=True),
-    ("query gradient", 64): Launch(64, 64, 8, 2),
-    ("key gradients", 64): Launch(64, 32, 8, 2),
+    ("query gradient", 64): Launch(64, 64, 8, 3),
+    ("key gradients", 64): Launch(64, 32, 8, 3),
 }
 SPECIALIZED = {  # for sm90: the first to try once a GPU has proved them right
     ("forward", 64): Launch(128, 128, 4, 3, "head", specialize=True),
