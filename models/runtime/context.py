@@ -294,9 +294,10 @@ class RadialContext:
         if settled or self.adaptive.residual == "output" or not self._chooser.measures(latents.device):
             return None
         call = self._asked(latents, transformer.config.attention_head_dim, mask)
-        early = call.gradients or is_compiled(transformer)
         density = None if self._choices is None else self._choices.density
-        if (density is not None and early) or (self.parallel is not None and not self._chooser.agrees):
+        if self.parallel is not None and not self._chooser.agrees:
+            return None
+        if density is not None and (call.gradients or is_compiled(transformer)):
             return None
         self._choose_dense(transformer, latents, mask, lengths, False)
         choice = self._chooser.open(
@@ -309,7 +310,7 @@ class RadialContext:
             * (self.schedule.num_steps or self._counter.planned_steps or ASSUMED_STEPS),
             spent=time.perf_counter() - self._counter.began,
         )
-        if early:
+        if choice.name is None and (call.gradients or is_compiled(transformer)):
             self._chooser.settle_alone(choice, lengths)
         return choice
 
