@@ -10,8 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from . import __version__
 from .attention import choose_backend
 from .block_mask import BlockMask
 from .dispatch import BACKENDS, kernel, obstacle, order, versions
+from .files import whole_file
 from .kernels.contract import Call
 from .kernels.cpp.build import cache_folder, processor
 from .kernels.flash4.exported import fingerprint
@@ -307,14 +306,8 @@ def _write(choice: Choice) -> str:
     text = json.dumps({"key": json.loads(choice.key), "times": times}, indent=1)
     try:
         choice.file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=choice.file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as stream:
-                stream.write(text + "\n")
-            os.replace(name, choice.file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with whole_file(choice.file) as part:
+            part.write_text(text + "\n")
     except OSError as error:
         return f"; not kept, as {choice.file} cannot be written ({error.strerror})"
     return ""

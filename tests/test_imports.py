@@ -37,7 +37,7 @@ FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts"
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
 PLANNERS = {"scripts.run.plan", "scripts.lora.plan"}  # derive from a configuration and a model
 LAYERS = (  # lowest first: a module imports from its own row and those before it
-    "radial_attn.grid radial_attn.block_mask",
+    "radial_attn.files radial_attn.grid radial_attn.block_mask",
     "radial_attn.masks.radial",
     "radial_attn.masks.density radial_attn.masks.patterns",
     "radial_attn.masks.make",
