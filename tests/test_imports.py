@@ -257,7 +257,7 @@ def test_only_the_picture_needs_the_drawing_packages_and_only_when_it_is_drawn()
 
 
 def test_kernels_do_not_import_one_another():
-    shared = {"contract", "compiler", "operator", "quantized_reference"}
+    shared = {"contract", "compiler", "operator", "quantized_reference", "block_tiles"}
     kernels = {module_of(file) for file in SOURCES if module_of(file).startswith("radial_attn.kernels.")}
     for file in SOURCES:
         if module_of(file) in kernels:
