@@ -17,7 +17,7 @@ def cut_into_tiles(
         tile: its tokens; it may be finer or coarser than a block.
 
     Returns:
-        Bool `[H or 1, query tiles, blocks, key tiles, blocks]`; the others `[H or 1, query tiles, key tiles]`.
+        Bool `[H or 1, query tiles, blocks, key tiles, blocks]`, and two `[H or 1, query tiles, key tiles]`.
     """
     cells = blocks if blocks.ndim == 3 else blocks[None]
     for axis, side, length in zip((1, 3), tile, tokens, strict=True):
