@@ -204,7 +204,8 @@ class RadialAttentionHandle:
         - `stayed_dense`: how many of them attend to everything because of a "dense_step", a "dense_layer", a
           sequence that is "too_short" to gain, or a "mask" that keeps all; also calls of "cross_attention".
         - `tuning`: what was measured for each `shape`: its `density`, the `backend` that was chosen, the
-          `seconds` of those that were right, why others were `refused`, and the `efficiency`.
+          `seconds` of those that were right, why others were `refused`, and the `efficiency`. The seconds
+          were scaled from those at the density `measured_at`, unless this is None.
         - `quantize`: the option.
         - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
           `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the

@@ -304,8 +304,12 @@ class RadialContext:
             call,
             self._shape(transformer, latents, mask.grid),
             mask.density if density is None else density,
+            about={
+                "dense": self.dense.report()["backend"],
+                "pattern": self.config.pattern,
+                "padded_text": lengths is not None,
+            },
             dense=self._dense(mask),
-            dense_name=self.dense.report()["backend"],
             calls=(self._layers - self._always_dense)
             * (self.schedule.num_steps or self._counter.planned_steps or ASSUMED_STEPS),
             spent=time.perf_counter() - self._counter.began,
