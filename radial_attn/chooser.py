@@ -113,24 +113,29 @@ class Choice:
 
     def decide(self, remark: str = "") -> None:
         """Chooses the fastest that was measured, or the default if none was, and logs the choice."""
-        seconds, shown = self.seconds, self.candidates()
-        sparse = [name for name in seconds if name != DENSE]
-        self.name = sparse[0] if sparse else DENSE if DENSE in seconds else shown[0]
-        if DENSE in seconds and self.name != DENSE and seconds[DENSE] <= AS_FAST * seconds[self.name]:
-            self.name = DENSE
+        seconds = self.seconds
+        sparse = next((name for name in seconds if name != DENSE), None)
+        if sparse is None:
+            self.name = DENSE if DENSE in seconds else self.candidates()[0]
+        else:
+            self.name = DENSE if seconds.get(DENSE, math.inf) <= AS_FAST * seconds[sparse] else sparse
+        calls = f"{list(self.size)} {self.call.dtype} on {self.call.device}, density {self.density:.3f}"
+        logging.getLogger("radial_attn").info(
+            "backend %s for %s: %s%s", self.name, calls, self._results(), remark
+        )
+
+    def _results(self) -> str:
+        """Describes the times, the efficiency, why calls stay dense, and what was refused or left out."""
+        seconds = self.seconds
         parts = [", ".join(f"{name} {1000 * x:.2f} ms" for name, x in seconds.items()) or "none was measured"]
         if self.efficiency is not None:
             parts.append(f"efficiency {self.efficiency:.2f}")
         if self.name == DENSE:
-            reason = "dense attention is as fast" if sparse else "no sparse backend is right"
+            reason = "dense attention is as fast" if len(seconds) > 1 else "no sparse backend is right"
             parts.append(f"{reason}, so these calls stay dense")
         parts += [f"{name} refused: {reason}" for name, reason in self.refused.items()]
-        left = [name for name in shown if name not in self.times]
-        parts += [f"not measured: {', '.join(left)}"] if left else []
-        calls = f"{list(self.size)} {self.call.dtype} on {self.call.device}, density {self.density:.3f}"
-        logging.getLogger("radial_attn").info(
-            "backend %s for %s: %s%s", self.name, calls, "; ".join(parts), remark
-        )
+        left = [name for name in self.candidates() if name not in self.times]
+        return "; ".join([*parts, f"not measured: {', '.join(left)}"] if left else parts)
 
 
 class Chooser:
