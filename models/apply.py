@@ -114,6 +114,8 @@ def apply_radial_attention(
     """
     if not isinstance(config, RadialConfig):
         raise ValueError(f"config must be a RadialConfig, got {type(config).__name__}")
+    if density_range is not None and config.compat != "none":
+        raise ValueError(f"density must be left out with compat={config.compat!r}, got {density_range}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if quantize not in QUANTIZE:
