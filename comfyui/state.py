@@ -14,6 +14,8 @@ from radial_attn.models.runtime.layer_attention import AttentionCall
 
 from .protocol import LayerCounter, Layout, step_of
 
+EDGE = 1e-4  # noise levels that differ by this share are the same
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,7 +47,7 @@ class Run:
 
     Attributes:
         sigmas: noise level of each step, None if they are not known.
-        window: highest and lowest noise level that is sparse.
+        window: noise levels between which steps are sparse; one that begins at the first is, at the last not.
         config: of the mask.
         masks: static masks by grid.
         choices: what layers chose, by condition.
@@ -69,7 +71,8 @@ class Run:
     def is_dense(self, sigma: float) -> bool:
         """Tells whether the step at noise level `sigma` is dense."""
         level = sigma if self.sigmas is None else self.sigmas[step_of(sigma, self.sigmas)]
-        return not self.window[1] <= level <= self.window[0]
+        first, last = (edge * (1 + EDGE) for edge in self.window)
+        return not last < level <= first
 
     def mask(self, grid: TokenGrid) -> BlockMask:
         """Returns the static mask of a grid, with the nearest density if none has that asked for."""

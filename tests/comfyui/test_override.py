@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui.override import STATE, PatchedModel
-from comfyui.state import Settings
+from comfyui.state import Run, Settings
 from radial_attn import TokenGrid, radial_attention, radial_mask
 from radial_attn.models.published import ModelTraits, nearest_settings
 from tests.support.comfy_stub import (
@@ -162,6 +162,15 @@ def test_steps_and_blocks_that_are_dense():
     assert report["calls"] == {"dense": 12, "cpp": 4}
     assert report["stayed_dense"]["dense_step"] == 4 and report["stayed_dense"]["dense_block"] == 8
     assert report["model_calls"] == {"dense": 2, "sparse": 2}
+
+
+@pytest.mark.parametrize("error", [-1e-7, 0, 1e-7])
+def test_a_step_on_the_edge_of_the_window(error):
+    """The first is sparse and the last dense, however the noise levels were rounded."""
+    sigmas = tuple(level * (1 + error) for level in SIGMAS[:-1])
+    run = Run(sigmas, window=(0.75, 0.25))
+    assert [run.is_dense(level) for level in sigmas] == [True, False, False, True]
+    assert [run.precedes_sparse(level) for level in sigmas] == [True, True, False, False]
 
 
 def test_another_override_is_called_for_what_is_not_served():
