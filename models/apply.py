@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from radial_attn import RadialConfig
+from radial_attn import BlockMask, RadialConfig
 from radial_attn.chooser import Chooser
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
@@ -217,6 +217,16 @@ class RadialAttentionHandle:
           `cosine`).
         """
         return self._context.report()
+
+    def chosen(self, layer: int) -> BlockMask | None:
+        """Returns the blocks that the heads of a layer chose, as a mask of `[H, Q, K]`, at the latest step.
+
+        They are those of the first sample, with guidance those of its first half. None if the layer has
+        chosen nothing: with selection="static", in a dense layer, before the first sparse step.
+
+        `layer`: its index by order of execution, from 0.
+        """
+        return self._context.chosen(layer)
 
     def __enter__(self) -> Self:
         return self

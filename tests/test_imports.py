@@ -19,7 +19,7 @@ SOURCES = sorted(file for folder in PLACES.values() for file in (ROOT / folder).
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
     av imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
-    torchvision"""
+    torchvision gradio"""
 # imported where they are used, each by one kernel
 OPTIONAL = (
     "flash_attn",
@@ -76,7 +76,7 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "scripts.run",
     "scripts.lora scripts.toyworld",
     "scripts.evaluation",
-    "scripts.benchmarks scripts.length",
+    "scripts.benchmarks scripts.length scripts.web",
 )
 
 

@@ -215,6 +215,10 @@ class RadialContext:
             "check": self.output_check.report(),
         }
 
+    def chosen(self, layer: int) -> BlockMask | None:
+        """Returns what RadialAttentionHandle.chosen explains."""
+        return None if self._choices is None else self._choices.mask(layer)
+
     def _begin_choices(
         self, transformer: torch.nn.Module, grid: TokenGrid, step: int, *, first: bool
     ) -> None:
