@@ -1,12 +1,12 @@
 """Draws a mask: `python -m radial_attn draw --frames 12 --height 12 --width 20 --out mask.png`."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..files import whole_file
 from ..grid import TokenGrid
 from .density import resolve_density
 from .make import radial_mask
@@ -149,7 +149,7 @@ def _mark_frames(axes: "Axes", grid: TokenGrid, block_size: int) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a figure under a temporary name and renames it, so `path` is never half a file.
+    """Writes a figure, whole or not at all.
 
     Raises:
         ValueError: the name does not end in .png, .svg or .pdf.
@@ -157,14 +157,10 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"file name must end in one of {FORMATS}, got {path.name!r}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
+    with whole_file(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower(), dpi=150)
         if path.suffix.lower() == ".png":
-            _to_palette(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            _to_palette(part)
 
 
 def _to_palette(path: Path) -> None:
