@@ -114,6 +114,8 @@ def apply_radial_attention(
     """
     if not isinstance(config, RadialConfig):
         raise ValueError(f"config must be a RadialConfig, got {type(config).__name__}")
+    if density_range is not None and config.compat != "none":
+        raise ValueError(f"density must be left out with compat={config.compat!r}, got {density_range}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if quantize not in QUANTIZE:
@@ -204,7 +206,8 @@ class RadialAttentionHandle:
         - `stayed_dense`: how many of them attend to everything because of a "dense_step", a "dense_layer", a
           sequence that is "too_short" to gain, or a "mask" that keeps all; also calls of "cross_attention".
         - `tuning`: what was measured for each `shape`: its `density`, the `backend` that was chosen, the
-          `seconds` of those that were right, why others were `refused`, and the `efficiency`.
+          `seconds` of those that were right, why others were `refused`, and the `efficiency`. The seconds
+          were scaled from those at the density `measured_at`, unless this is None.
         - `quantize`: the option.
         - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
           `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the

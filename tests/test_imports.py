@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = {"radial_attn": "radial_attn", "radial_attn.models": "models", "scripts": "scripts"}
+PLACES = {
+    "radial_attn": "radial_attn",
+    "radial_attn.models": "models",
+    "comfyui": "comfyui",
+    "scripts": "scripts",
+}
 SOURCES = sorted(file for folder in PLACES.values() for file in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
@@ -31,13 +36,19 @@ ALLOWED = {
     "radial_attn.models": {
         *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
     },
+    "comfyui": {"torch", "comfy_api"},
     "scripts": {"radial_attn", *LIBRARIES.split(), "flash_attn", "cutlass", "tvm_ffi"},
 }
-FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts": set()}
+FORBIDDEN = {
+    "radial_attn": set(),
+    "radial_attn.models": {"argparse"},
+    "comfyui": {"argparse"},
+    "scripts": set(),
+}
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
 PLANNERS = {"scripts.run.plan", "scripts.lora.plan"}  # derive from a configuration and a model
 LAYERS = (  # lowest first: a module imports from its own row and those before it
-    "radial_attn.grid radial_attn.block_mask",
+    "radial_attn.files radial_attn.grid radial_attn.block_mask",
     "radial_attn.masks.radial",
     "radial_attn.masks.density radial_attn.masks.patterns",
     "radial_attn.masks.make",
@@ -58,6 +69,10 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.models.pipeline radial_attn.models.lora radial_attn.models.parallel",
     "radial_attn.models.training radial_attn.models.published",
     "radial_attn.models.enable",
+    "comfyui.protocol",
+    "comfyui.state",
+    "comfyui.override",
+    "comfyui.nodes",
     "scripts.run",
     "scripts.lora scripts.toyworld",
     "scripts.evaluation",
@@ -257,7 +272,7 @@ def test_only_the_picture_needs_the_drawing_packages_and_only_when_it_is_drawn()
 
 
 def test_kernels_do_not_import_one_another():
-    shared = {"contract", "compiler", "operator", "quantized_reference"}
+    shared = {"contract", "compiler", "operator", "quantized_reference", "block_tiles"}
     kernels = {module_of(file) for file in SOURCES if module_of(file).startswith("radial_attn.kernels.")}
     for file in SOURCES:
         if module_of(file) in kernels:

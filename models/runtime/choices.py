@@ -8,7 +8,7 @@ The masks of a profile need no dense step, and are the same for all calls of a p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -336,3 +336,9 @@ class Choices:
             state.masks = [BlockMask(self._grid, size, x) for x in (kept[:1] if same else kept)]
             state.level = self._level
         return state.masks
+
+
+@lru_cache(maxsize=8)
+def least_mask(grid: TokenGrid, config: RadialConfig, heads: int) -> BlockMask:
+    """Returns the least mask that heads may choose, one pattern for each."""
+    return BlockMask(grid, config.block_size, floor_blocks(grid, config).repeat(heads, 1, 1))

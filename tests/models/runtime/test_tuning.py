@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from radial_attn import RadialConfig, radial_mask
 from radial_attn.kernels import reference
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import choices
 from tests.support.auto_backend import AUTO
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, families, run, with_text
 from tests.support.pipelines import generate
@@ -22,7 +22,7 @@ MASKS = RadialConfig(block_size=16, density=0.9)
 @pytest.fixture(autouse=True)
 def costs(monkeypatch):
     """Makes `reference` the fastest, which "auto" never takes unmeasured."""
-    for masks in (radial_mask, context._per_head):
+    for masks in (radial_mask, choices.least_mask):
         masks.cache_clear()  # a mask caches the choices of its shapes
     costs = Costs(monkeypatch, {"reference": 1e-3, "cpp": 2e-3, "blocks": 3e-3, "dense": 4e-3})
     costs.charge_models(monkeypatch)
@@ -106,6 +106,17 @@ def test_heads_that_choose_are_measured_with_their_masks(far_field, costs):
         report = handle.report()
     assert report["tuning"][0]["density"] == pytest.approx(0.9, abs=0.03)
     assert report["calls"].keys() == {"dense", report["tuning"][0]["backend"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "dense_step", "dense_steps": 1}], ids=str)
+def test_a_range_of_densities_is_measured_once(options, costs):
+    pipeline = wan_pipeline()
+    options |= {"tune": "always", "density_range": (0.95, 0.8), "num_steps": 4}
+    with apply_radial_attention(pipeline, RadialConfig(block_size=16), **options) as handle:
+        generate(pipeline, steps=4)
+        tuned = handle.report()["tuning"]
+    assert costs.calls["blocks"] == 4  # a first call, and three that are timed
+    assert [x["measured_at"] for x in tuned] == [None, *[tuned[0]["density"]] * 2]
 
 
 @with_text
