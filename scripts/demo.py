@@ -9,11 +9,11 @@ import os
 import sys
 from importlib.util import find_spec
 
-from scripts.run.errors import OneLineParser, UsageError, exit_code, one_line, positive
+from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.processes import processes
 
 GRADIO = "gradio>=6.31,<7"  # as in pyproject.toml, which says why
-PORT = 7860
+PORT, PORTS = 7860, 65535
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def serve(options: argparse.Namespace) -> None:
     try:
         _, local, shared = page.launch(prevent_thread_lock=True, quiet=True, **look, **where)
     except OSError as error:
-        raise UsageError(f"--port: got {options.port}, which cannot be used ({one_line(error)})") from error
+        raise UsageError(f"--port: got {options.port}, which is taken; name another") from error
     print(f"open {shared or local} in a browser; Ctrl-C ends it", flush=True)
     try:
         jobs.serve()
@@ -51,7 +51,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=positive, default=PORT, help=f"port on 127.0.0.1 ({PORT})")
     parser.add_argument("--share", action="store_true", help="also open a public link, by Gradio's servers")
     parser.add_argument("--work", default="outputs/demo", help="folder of the videos (outputs/demo)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.port > PORTS:
+        parser.error(f"--port: got {options.port}, must be at most {PORTS}")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
