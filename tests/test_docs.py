@@ -42,6 +42,15 @@ def examples():
             yield pytest.param(block, marks=marks, id=f"{title} {next(numbers)}")
 
 
+def test_the_lines_for_those_who_come_from_elsewhere(capsys):
+    text = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
+    names = {"pipe": wan_pipeline(), "radial_attn": radial_attn}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+        assert radial_attn.disable(names["pipe"])
+    assert re.findall(r"compat=(\w+),", capsys.readouterr().out) == ["woct0rdho", "kijai", "lightx2v"]
+
+
 @pytest.mark.parametrize("block", examples())
 def test_an_example_runs(block, tmp_path, monkeypatch):
     """A cache skips calls, anything else changes nothing but a LoRA; compiled blocks round otherwise."""
