@@ -20,6 +20,7 @@ from radial_attn import BlockMask, TokenGrid
 from radial_attn.attention import choose_backend, require
 from radial_attn.chooser import Choice, Chooser
 from radial_attn.kernels.contract import Call
+from radial_attn.masks.density import TOLERANCE
 from radial_attn.models.profile import MeasuredModel, ModelProfile
 from radial_attn.models.published import nearest_settings
 from radial_attn.models.runtime.adaptive import Adaptive
@@ -243,6 +244,8 @@ class PatchedModel:
         if dense and not records:
             return Plan("dense_step")
         run.grid, run.density = grid, run.density if self._chooses else mask.density
+        if not self._chooses and abs(mask.density - density) > TOLERANCE * density:
+            self.note(f"no mask of this size has density {density:g}: the nearest has {mask.density:.3f}")
         density = density if self._chooses else mask.density
         backend, choice = self._backend(forward, mask, query[halves[0][0]], density)
         if choice is not None and choice.name == DENSE:
