@@ -37,20 +37,46 @@ def report(model) -> dict:
     return model.get_attachment(nodes.KEY).report()
 
 
-def by_hand(model, mask, lengths=None):
-    """Returns a clone with an override that computes all calls over the mask's tokens by the definition."""
+def overridden(model, override):
+    """Returns a clone whose calls go to `override`."""
+    clone = model.clone()
+    clone.model_options["transformer_options"][SLOT] = override
+    return clone
+
+
+def by_hand(model, mask, lengths=None, *, turned=0):
+    """Returns a clone that computes all calls over the mask's tokens by the definition.
+
+    `turned`: tokens of text before the video.
+    """
 
     def override(func, q, k, v, heads, *args, skip_reshape=False, **kwargs):
         tokens = q.shape[2 if skip_reshape else 1]
         if tokens != mask.grid.tokens or k.shape != q.shape:
             return func(q, k, v, heads, *args, skip_reshape=skip_reshape, **kwargs)
         tensors = [x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v)]
+        tensors = [torch.cat([x[:, turned:], x[:, :turned]], 1) for x in tensors]
         given = None if lengths is None else torch.tensor(lengths)
-        return radial_attention(*tensors, mask, backend="reference", text_lengths=given).flatten(2)
+        output = radial_attention(*tensors, mask, backend="reference", text_lengths=given).flatten(2)
+        return torch.cat([output[:, len(output[0]) - turned :], output[:, : len(output[0]) - turned]], 1)
 
-    clone = model.clone()
-    clone.model_options["transformer_options"][SLOT] = override
-    return clone
+    return overridden(model, override)
+
+
+def text_before(model, tokens, text):
+    """Counts the tokens of text before the video: the rows of the first query that other noise leaves."""
+    queries = []
+
+    def override(func, q, *args, **kwargs):
+        if q.shape[2] == tokens:
+            queries.append(q)
+        return func(q, *args, **kwargs)
+
+    for seed in (0, 1):
+        sample(overridden(model, override), steps=1, positive=text, seed=seed)
+    same = (queries[0] == queries[len(queries) // 2]).all(3).all(1)[0]
+    assert same.sum() == tokens - 6 * 6 * 8
+    return int(same.sum()) if same[0] else 0
 
 
 def masks(text: int = 0):
@@ -77,15 +103,47 @@ def test_wan_equals_the_op():
 @pytest.mark.parametrize("valid", [None, 4])
 def test_hunyuan_video_equals_the_op(valid):
     model, text = hunyuan(), condition(1, 9, valid)
+    turned = text_before(model, 6 * 6 * 8 + 9, text)
     sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
     plain = sample(model, positive=text)
     torch.testing.assert_close(sample(dense, positive=text), plain, **NEAR)
     output = sample(sparse, positive=text)
     lengths = None if valid is None else [valid]
-    torch.testing.assert_close(output, sample(by_hand(model, masks(9), lengths), positive=text), **NEAR)
+    hand = by_hand(model, masks(9), lengths, turned=turned)
+    torch.testing.assert_close(output, sample(hand, positive=text), **NEAR)
     assert (output - plain).abs().max() > 1e-3
     assert report(sparse)["calls"] == {"cpp": 16}
     assert report(sparse)["stayed_dense"]["cross_attention"] == 8  # two blocks of the refiner
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "calls"),
+    [
+        ("wan i2v", (6, 6, 8, 0), 3),
+        ("wan2.2 5b", (6, 6, 8, 0), 3),
+        ("wan with a reference", (7, 6, 8, 0), 3),
+        ("wan vace", (6, 6, 8, 0), 6),
+        ("mochi", (6, 6, 8, 5), 3),
+        ("ltx", (6, 12, 16, 0), 3),
+    ],
+)
+def test_other_models_equal_the_op(name, grid, calls):
+    model, text = comfy_core.kind(name), condition(1, 9, valid=5)
+    if "reference" in name:
+        text[0][1]["reference_latents"] = [comfy_core.noise((1, *comfy_core.SIZE[1:]))]
+    options = {"positive": text, "steps": 2}
+    sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
+    plain, output = sample(model, **options), sample(sparse, **options)
+    torch.testing.assert_close(sample(dense, **options), plain, **NEAR)
+    mask = sparse.get_attachment(nodes.KEY).run.mask(TokenGrid(*grid))
+    torch.testing.assert_close(output, sample(by_hand(model, mask), **options), **NEAR)
+    assert mask.density < 0.7 and (output - plain).abs().max() > 1e-4
+    assert report(sparse)["grid"] == list(grid) and report(sparse)["calls"] == {"cpp": 2 * calls}
+    if name == "mochi":
+        assert text_before(model, mask.grid.tokens, text) == 0
+    first = radial(model, dense_blocks="0")
+    sample(first, **options)
+    assert report(first)["stayed_dense"]["dense_block"] == 2 * (2 if "vace" in name else 1)
 
 
 @pytest.mark.parametrize(
@@ -109,19 +167,16 @@ def test_another_override_is_called_for_the_rest_whichever_came_first():
         return func(q, *args, **kwargs)
 
     model = wan()
-    before = model.clone()
-    before.model_options["transformer_options"][SLOT] = other
-    sample(radial(before))
+    sample(radial(overridden(model, other)))
     assert len(seen) == 12  # cross-attention
-    after = radial(model).clone()
-    after.model_options["transformer_options"][SLOT] = other
+    after = overridden(radial(model), other)
     sample(after)
     assert len(seen) == 24 and report(after)["calls"] == {"cpp": 12}
     assert after.model_options["transformer_options"] == {SLOT: other}
 
 
 def test_an_unknown_model_passes_through_with_one_line(caplog):
-    model = comfy_core.patcher("Flux", comfy_core.FLUX)
+    model = comfy_core.flux()
     patched = radial(model)
     lines = [line for line in caplog.messages if line.startswith("Radial Attention")]
     assert lines == [
