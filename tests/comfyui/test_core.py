@@ -1,7 +1,11 @@
 """The node pack in the core of a real ComfyUI: COMFYUI_PATH=... bash scripts/test.sh -m comfy."""
 
+import asyncio
+import json
 import os
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,8 @@ pytestmark = [
 ALL_SPARSE = {"start_percent": 0.0, "dense_blocks": "", "min_tokens": 0, "density": 0.5}
 NEAR = {"atol": 1e-5, "rtol": 1e-5}
 SLOT = protocol.OVERRIDE
+PACK = Path(nodes.__file__).parent
+EXTRAS = ("custom_sampler", "flux", "hunyuan", "model_advanced", "preview_any", "video")  # nodes of workflows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,12 +129,21 @@ def test_hunyuan_video_equals_the_op(valid):
         ("wan2.2 5b", (6, 6, 8, 0), 3),
         ("wan with a reference", (7, 6, 8, 0), 3),
         ("wan vace", (6, 6, 8, 0), 6),
+        ("wan animate", (6, 6, 8, 0), 5),
+        ("hunyuan 1.5", (6, 12, 16, 9 + 4), 4),
         ("mochi", (6, 6, 8, 5), 3),
         ("ltx", (6, 12, 16, 0), 3),
     ],
 )
 def test_other_models_equal_the_op(name, grid, calls):
+    from comfy import supported_models
+
+    if not hasattr(supported_models, comfy_core.KINDS[name][0]):
+        pytest.skip("this ComfyUI is older than the model")
     model, text = comfy_core.kind(name), condition(1, 9, valid=5)
+    if "1.5" in name:
+        del text[0][1]["attention_mask"]
+        text[0][1]["conditioning_byt5small"] = torch.randn(1, 4, 1472)
     if "reference" in name:
         text[0][1]["reference_latents"] = [comfy_core.noise((1, *comfy_core.SIZE[1:]))]
     options = {"positive": text, "steps": 2}
@@ -136,7 +151,8 @@ def test_other_models_equal_the_op(name, grid, calls):
     plain, output = sample(model, **options), sample(sparse, **options)
     torch.testing.assert_close(sample(dense, **options), plain, **NEAR)
     mask = sparse.get_attachment(nodes.KEY).run.mask(TokenGrid(*grid))
-    torch.testing.assert_close(output, sample(by_hand(model, mask), **options), **NEAR)
+    turned = grid[3] if "hunyuan" in name else 0
+    torch.testing.assert_close(output, sample(by_hand(model, mask, turned=turned), **options), **NEAR)
     assert mask.density < 0.7 and (output - plain).abs().max() > 1e-4
     assert report(sparse)["grid"] == list(grid) and report(sparse)["calls"] == {"cpp": 2 * calls}
     if name == "mochi":
@@ -261,3 +277,48 @@ def test_the_same_weights_in_diffusers_give_the_same_video():
                 velocity = transformer(x, encoder_hidden_states=text, timestep=timestep, return_dict=False)[0]
                 x = x + (following - sigma) * velocity
         torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def loaded(core, tmp_path_factory):
+    """Loads the pack through a link, as ComfyUI does; returns the core's table of nodes."""
+    import nodes as table
+
+    link = tmp_path_factory.mktemp("custom_nodes") / "radial-attention"
+    link.symlink_to(PACK)
+    assert asyncio.run(table.load_custom_node(str(link)))
+    return table
+
+
+def test_the_nodes_of_the_newer_api(loaded):
+    made = loaded.NODE_CLASS_MAPPINGS["RadialAttention"], loaded.NODE_CLASS_MAPPINGS["RadialAttentionReport"]
+    kinds = made[0].INPUT_TYPES()["required"]
+    assert list(kinds) == [entry.name for entry in nodes.INPUTS]
+    defaults = {name: options["default"] for name, (_, options) in kinds.items() if name != "model"}
+    (sparse,) = made[0].execute(model=wan(), **defaults | {"min_tokens": 0, "density": 0.5}).args
+    sample(sparse)
+    output = made[1].execute(model=sparse, after={})
+    assert output.args[0].startswith("Radial Attention over 6 x 6 x 8 tokens, density 0.497\n")
+    assert output.ui.as_dict() == {"text": (output.args[0],)}
+
+
+def test_workflows_fit_the_nodes_of_the_core(loaded):
+    folder = Path(os.environ["COMFYUI_PATH"]) / "comfy_extras"
+    for name in EXTRAS:
+        file = str(folder / f"nodes_{name}.py")
+        assert asyncio.run(loaded.load_custom_node(file, module_parent="comfy_extras"))
+    for file in (PACK / "workflows" / "api").glob("*.json"):
+        for entry in json.loads(file.read_text()).values():
+            kinds = loaded.NODE_CLASS_MAPPINGS[entry["class_type"]].INPUT_TYPES()
+            known = {*kinds["required"], *kinds.get("optional", {})}
+            assert set(kinds["required"]) <= set(entry["inputs"]) <= known, entry
+
+
+def test_the_core_reads_the_metadata(loaded):
+    from comfy_config import config_parser
+
+    read = config_parser.extract_node_configuration(str(PACK))
+    content = tomllib.loads((PACK / "pyproject.toml").read_text())
+    assert read.project.name == content["project"]["name"] and read.project.license.text == "Apache-2.0"
+    assert read.tool_comfy.publisher_id and read.tool_comfy.display_name == "Radial Attention"
+    assert read.project.supported_os and len(read.project.supported_accelerators) == 2

@@ -46,6 +46,17 @@ HUNYUAN = {
     "vision_in_dim": None,
     "meanflow_sum": False,
 }
+HUNYUAN15 = HUNYUAN | {
+    "image_model": "hunyuan_video",
+    "in_channels": 65,
+    "out_channels": 32,
+    "patch_size": [1, 1, 1],
+    "vec_in_dim": None,
+    "guidance_embed": False,
+    "byt5": True,
+    "use_cond_type_embedding": True,
+    "vision_in_dim": 1152,
+}
 FLUX = HUNYUAN | {"patch_size": 2, "depth": 1, "depth_single_blocks": 1, "txt_ids_dims": []}
 MOCHI = {
     "image_model": "mochi_preview",
@@ -83,6 +94,8 @@ KINDS = {  # class in the core's table of models, settings
         "WAN21_Vace",
         WAN | {"model_type": "vace", "vace_layers": 2, "vace_in_dim": 96, "num_layers": 4},
     ),
+    "wan animate": ("WAN22_Animate", WAN | {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
+    "hunyuan 1.5": ("HunyuanVideo15", HUNYUAN15),
     "mochi": ("GenmoMochi", MOCHI),
     "ltx": ("LTXV", LTX),
 }
