@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = {"radial_attn": "radial_attn", "radial_attn.models": "models", "scripts": "scripts"}
+PLACES = {
+    "radial_attn": "radial_attn",
+    "radial_attn.models": "models",
+    "comfyui": "comfyui",
+    "scripts": "scripts",
+}
 SOURCES = sorted(file for folder in PLACES.values() for file in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
     av imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
-    torchvision"""
+    torchvision gradio"""
 # imported where they are used, each by one kernel
 OPTIONAL = (
     "flash_attn",
@@ -31,9 +36,15 @@ ALLOWED = {
     "radial_attn.models": {
         *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
     },
+    "comfyui": {"torch", "comfy_api"},
     "scripts": {"radial_attn", *LIBRARIES.split(), "flash_attn", "cutlass", "tvm_ffi"},
 }
-FORBIDDEN = {"radial_attn": set(), "radial_attn.models": {"argparse"}, "scripts": set()}
+FORBIDDEN = {
+    "radial_attn": set(),
+    "radial_attn.models": {"argparse"},
+    "comfyui": {"argparse"},
+    "scripts": set(),
+}
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
 PLANNERS = {"scripts.run.plan", "scripts.lora.plan"}  # derive from a configuration and a model
 LAYERS = (  # lowest first: a module imports from its own row and those before it
@@ -58,10 +69,14 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.models.pipeline radial_attn.models.lora radial_attn.models.parallel",
     "radial_attn.models.training radial_attn.models.published",
     "radial_attn.models.enable",
+    "comfyui.protocol",
+    "comfyui.state",
+    "comfyui.override",
+    "comfyui.nodes",
     "scripts.run",
     "scripts.lora scripts.toyworld",
     "scripts.evaluation",
-    "scripts.benchmarks scripts.length",
+    "scripts.benchmarks scripts.length scripts.web",
 )
 
 

@@ -8,7 +8,7 @@ The masks of a profile need no dense step, and are the same for all calls of a p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -280,6 +280,15 @@ class Choices:
             "imbalance": self._busiest / self._mean if self._mean else None,
         }
 
+    def mask(self, layer: int) -> BlockMask | None:
+        """Returns what the heads of a layer keep, of the first sample in a step's first call, None before it.
+
+        `layer`: its index by order of execution.
+        """
+        states = self._profiled[layer : layer + 1]
+        states += [state for at, state in self._calls.get(0, {}).items() if at.index == layer]
+        return next((state.masks[0] for state in states if state.masks), None)
+
     def _blocks(self, layer: Any) -> _Layer:
         """Returns the state that holds a layer's masks."""
         if self._profile is not None:
@@ -327,3 +336,9 @@ class Choices:
             state.masks = [BlockMask(self._grid, size, x) for x in (kept[:1] if same else kept)]
             state.level = self._level
         return state.masks
+
+
+@lru_cache(maxsize=8)
+def least_mask(grid: TokenGrid, config: RadialConfig, heads: int) -> BlockMask:
+    """Returns the least mask that heads may choose, one pattern for each."""
+    return BlockMask(grid, config.block_size, floor_blocks(grid, config).repeat(heads, 1, 1))

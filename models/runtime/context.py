@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -24,11 +24,10 @@ from radial_attn.attention import choose_backend, report_choice
 from radial_attn.chooser import Choice, Chooser
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_near
-from radial_attn.selection import floor_blocks
 from radial_attn.trial import DENSE
 
 from .adaptive import Adaptive
-from .choices import Choices
+from .choices import Choices, least_mask
 from .counts import Counts
 from .dense_backend import OURS, DenseBackend
 from .layer_attention import AttentionCall, dense_attention, valid_keys
@@ -216,6 +215,10 @@ class RadialContext:
             "check": self.output_check.report(),
         }
 
+    def chosen(self, layer: int) -> BlockMask | None:
+        """Returns what RadialAttentionHandle.chosen explains."""
+        return None if self._choices is None else self._choices.mask(layer)
+
     def _begin_choices(
         self, transformer: torch.nn.Module, grid: TokenGrid, step: int, *, first: bool
     ) -> None:
@@ -239,7 +242,7 @@ class RadialContext:
                 return radial_mask(grid, self.config)
             return radial_mask(grid, resolve_near(grid, replace(self.config, density=density)))
         heads = transformer.config.num_attention_heads
-        return _per_head(
+        return least_mask(
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
         )
 
@@ -363,12 +366,6 @@ class RadialContext:
         if self.parallel is None and self.observer is None and not records and not sliced:
             return None
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
-
-
-@lru_cache(maxsize=8)
-def _per_head(grid: TokenGrid, config: RadialConfig, heads: int) -> BlockMask:
-    """Returns the least mask that heads may choose, one pattern for each."""
-    return BlockMask(grid, config.block_size, floor_blocks(grid, config).repeat(heads, 1, 1))
 
 
 def _working_dtype(latents: torch.Tensor) -> torch.dtype:

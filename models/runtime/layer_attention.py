@@ -1,6 +1,6 @@
 """Computes attention in the layers that upstream does not serve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,11 +80,21 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, proc
         options = {"text_lengths": call.text_lengths, "sparse": sparse}
         return call.choices.attend(processor, (query, key, value), call.mask, **options)
     if call.records is not None and not processor.dense:
-        then = call.records
-        sparse = partial(_sparse, call=then, processor=processor)
-        options = {"text_lengths": then.text_lengths, "sparse": sparse}
-        then.choices.record(processor, (query, key, value), output, then.mask, **options)
+        record((query, key, value), output, call.records, processor)
     return output
+
+
+def record(tensors: Sequence[Tensor], dense: Tensor, call: AttentionCall, processor: Any) -> None:
+    """Keeps what a layer needs for the sparse steps to come.
+
+    Args:
+        tensors: query, key and value, `[B, S, H, D]`.
+        dense: the dense output.
+        call: a sparse call that follows.
+    """
+    sparse = partial(_sparse, call=call, processor=processor)
+    options = {"text_lengths": call.text_lengths, "sparse": sparse}
+    call.choices.record(processor, tensors, dense, call.mask, **options)
 
 
 def _sparse(  # noqa: PLR0917 (`Choices` passes all but the call)

@@ -49,8 +49,10 @@ def layers(grid: TokenGrid, config: RadialConfig) -> list[Layer]:
     text = np.arange(grid.num_blocks(config.block_size)) >= grid.video_tokens // config.block_size
     text &= grid.text > 0
     text = text[:, None] | text[None, :]
-    sink = ~radial_mask(grid, replace(config, sink=False)).blocks.numpy()
-    sink &= radial_mask(grid, config).blocks.numpy()
+    sink = np.zeros_like(text)
+    if config.compat == "none":  # another program's sink is drawn as frames at a distance
+        sink = ~radial_mask(grid, replace(config, sink=False)).blocks.numpy()
+        sink &= radial_mask(grid, config).blocks.numpy()
     distance = frame_distance(grid, config.block_size)
     level = np.frexp(np.maximum(distance, 1))[1] - 1
     bands = max((grid.frames - 1).bit_length(), 1)
@@ -118,10 +120,9 @@ def _title(grid: TokenGrid, config: RadialConfig, density: float) -> str:
     if config.pattern == "dense":
         return f"{head}\nblocks of {config.block_size}"
     sink = "sink" if config.sink else "no sink"
-    return (
-        f"{head}\nblocks of {config.block_size}, decay factor {config.decay_factor:g}, {sink}, "
-        f"neighbour {config.neighbour}, decimation width {config.decimation_width}"
-    )
+    rest = f"{sink}, neighbour {config.neighbour}, decimation width {config.decimation_width}"
+    rest = rest if config.compat == "none" else f"as {config.compat} makes it"
+    return f"{head}\nblocks of {config.block_size}, decay factor {config.decay_factor:g}, {rest}"
 
 
 def _mark_frames(axes: "Axes", grid: TokenGrid, block_size: int) -> None:

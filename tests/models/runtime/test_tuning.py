@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from radial_attn import RadialConfig, radial_mask
 from radial_attn.kernels import reference
 from radial_attn.models import apply_radial_attention
-from radial_attn.models.runtime import context
+from radial_attn.models.runtime import choices
 from tests.support.auto_backend import AUTO
 from tests.support.families import BY_NAME, DENSE, FULL, SPARSE, assert_near, families, run, with_text
 from tests.support.pipelines import generate
@@ -22,7 +22,7 @@ MASKS = RadialConfig(block_size=16, density=0.9)
 @pytest.fixture(autouse=True)
 def costs(monkeypatch):
     """Makes `reference` the fastest, which "auto" never takes unmeasured."""
-    for masks in (radial_mask, context._per_head):
+    for masks in (radial_mask, choices.least_mask):
         masks.cache_clear()  # a mask caches the choices of its shapes
     costs = Costs(monkeypatch, {"reference": 1e-3, "cpp": 2e-3, "blocks": 3e-3, "dense": 4e-3})
     costs.charge_models(monkeypatch)

@@ -1,0 +1,208 @@
+"""The node pack in the core of a real ComfyUI: COMFYUI_PATH=... bash scripts/test.sh -m comfy."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui import nodes, protocol
+from radial_attn import TokenGrid, radial_attention, radial_mask
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.published import BUNDLED
+from tests.support import comfy_core
+from tests.support.comfy_core import condition, hunyuan, sample, wan
+from tests.support.tiny import seeded
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI"),
+]
+
+ALL_SPARSE = {"start_percent": 0.0, "dense_blocks": "", "min_tokens": 0, "density": 0.5}
+NEAR = {"atol": 1e-5, "rtol": 1e-5}
+SLOT = protocol.OVERRIDE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def core():
+    print("ComfyUI", comfy_core.load())
+
+
+def radial(model, **settings):
+    return nodes.patch_model(model, **ALL_SPARSE | settings)
+
+
+def report(model) -> dict:
+    return model.get_attachment(nodes.KEY).report()
+
+
+def by_hand(model, mask, lengths=None):
+    """Returns a clone with an override that computes all calls over the mask's tokens by the definition."""
+
+    def override(func, q, k, v, heads, *args, skip_reshape=False, **kwargs):
+        tokens = q.shape[2 if skip_reshape else 1]
+        if tokens != mask.grid.tokens or k.shape != q.shape:
+            return func(q, k, v, heads, *args, skip_reshape=skip_reshape, **kwargs)
+        tensors = [x.transpose(1, 2) if skip_reshape else x.unflatten(2, (heads, -1)) for x in (q, k, v)]
+        given = None if lengths is None else torch.tensor(lengths)
+        return radial_attention(*tensors, mask, backend="reference", text_lengths=given).flatten(2)
+
+    clone = model.clone()
+    clone.model_options["transformer_options"][SLOT] = override
+    return clone
+
+
+def masks(text: int = 0):
+    return radial_mask(TokenGrid(6, 6, 8, text), replace(BUNDLED, density=0.5))
+
+
+def test_names_of_the_core():
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    assert (protocol.APPLY_MODEL, protocol.ON_CLEANUP) == (WrappersMP.APPLY_MODEL, CallbacksMP.ON_CLEANUP)
+
+
+def test_wan_equals_the_op():
+    model = wan()
+    sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
+    plain = sample(model)
+    torch.testing.assert_close(sample(dense), plain, **NEAR)
+    output = sample(sparse)
+    torch.testing.assert_close(output, sample(by_hand(model, masks())), **NEAR)
+    assert (output - plain).abs().max() > 1e-3
+    assert report(sparse)["calls"] == {"cpp": 12} and report(sparse)["stayed_dense"]["cross_attention"] == 12
+
+
+@pytest.mark.parametrize("valid", [None, 4])
+def test_hunyuan_video_equals_the_op(valid):
+    model, text = hunyuan(), condition(1, 9, valid)
+    sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
+    plain = sample(model, positive=text)
+    torch.testing.assert_close(sample(dense, positive=text), plain, **NEAR)
+    output = sample(sparse, positive=text)
+    lengths = None if valid is None else [valid]
+    torch.testing.assert_close(output, sample(by_hand(model, masks(9), lengths), positive=text), **NEAR)
+    assert (output - plain).abs().max() > 1e-3
+    assert report(sparse)["calls"] == {"cpp": 16}
+    assert report(sparse)["stayed_dense"]["cross_attention"] == 8  # two blocks of the refiner
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"far_field": "linear"}, {"selection": "dense_step", "far_field": "mean"}]
+)
+def test_guidance_in_one_batch_equals_one_by_one(settings):
+    model = wan()
+    sparse = radial(model, start_percent=0.3, **settings)
+    together, counts = sample(sparse, cfg=3.0), report(sparse)
+    model.model.memory_required = lambda *args, **kwargs: float("inf")
+    apart = sample(sparse, cfg=3.0)
+    torch.testing.assert_close(together, apart, **NEAR)
+    assert counts["calls"] == {"dense": 6, "cpp": 6} and report(sparse)["calls"] == {"dense": 12, "cpp": 12}
+
+
+def test_another_override_is_called_for_the_rest_whichever_came_first():
+    seen = []
+
+    def other(func, q, *args, **kwargs):
+        seen.append(q.shape[1])
+        return func(q, *args, **kwargs)
+
+    model = wan()
+    before = model.clone()
+    before.model_options["transformer_options"][SLOT] = other
+    sample(radial(before))
+    assert len(seen) == 12  # cross-attention
+    after = radial(model).clone()
+    after.model_options["transformer_options"][SLOT] = other
+    sample(after)
+    assert len(seen) == 24 and report(after)["calls"] == {"cpp": 12}
+    assert after.model_options["transformer_options"] == {SLOT: other}
+
+
+def test_an_unknown_model_passes_through_with_one_line(caplog):
+    model = comfy_core.patcher("Flux", comfy_core.FLUX)
+    patched = radial(model)
+    lines = [line for line in caplog.messages if line.startswith("Radial Attention")]
+    assert lines == [
+        "Radial Attention: Flux stays dense: this node serves Wan, HunyuanVideo, Mochi and LTX-Video"
+    ]
+    assert not patched.wrappers.get(protocol.APPLY_MODEL, {}).get(nodes.KEY)
+    assert torch.equal(sample(patched, size=(12, 16)), sample(model, size=(12, 16)))
+    assert "note: Flux stays dense" in nodes.report_text(patched)
+
+
+def test_runs_sizes_samplers_and_clones():
+    model = wan()
+    sparse = radial(model, selection="dense_step", start_percent=0.3)
+    first = sample(sparse)
+    sample(sparse, size=(4, 10, 12), batch=2)
+    assert report(sparse)["grid"] == [4, 5, 6, 0]
+    sample(sparse, sampler="heun")
+    assert report(sparse)["calls"] == {"dense": 9, "cpp": 12}
+    sample(sparse, sampler="dpmpp_2m", steps=6)
+    assert torch.equal(sample(sparse.clone()), first)
+    assert not sparse.get_attachment(nodes.KEY).run.choices
+    twice = radial(sparse, density=1.0, backend="cpp")
+    torch.testing.assert_close(sample(twice), sample(model), **NEAR)
+
+
+def test_a_lora():
+    model = wan()
+    key = "diffusion_model.blocks.1.self_attn.q.weight"
+    change = {key: ("diff", (torch.randn(24, 24) / 5,))}
+    sparse = radial(model)
+    sparse.add_patches(change, 0.8)
+    hand = by_hand(model, masks())
+    hand.add_patches(change, 0.8)
+    changed = sample(sparse)
+    torch.testing.assert_close(changed, sample(hand), **NEAR)
+    assert not torch.allclose(changed, sample(radial(model)))
+
+
+def test_a_compiled_model():
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = wan()
+    expected = sample(radial(model, start_percent=0.3))
+    for order in (0, 1):
+        compiled = radial(model, start_percent=0.3) if order == 0 else model.clone()
+        set_torch_compile_wrapper(compiled, backend="eager")
+        compiled = compiled if order == 0 else radial(compiled, start_percent=0.3)
+        torch.testing.assert_close(sample(compiled), expected, **NEAR)
+        assert report(compiled)["calls"] == {"dense": 6, "cpp": 6}
+
+
+def test_the_same_weights_in_diffusers_give_the_same_video():
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    model = wan()
+    state = model.model.diffusion_model.state_dict()
+    transformer = seeded(
+        0,
+        WanTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=3,
+    )
+    converted = convert_wan_transformer_to_diffusers({key: value.clone() for key, value in state.items()})
+    transformer.load_state_dict(converted)
+    config = replace(BUNDLED, density=0.5)
+    for adaptive in ({}, {"selection": "dense_step", "far_field": "linear"}):
+        sparse = radial(model, start_percent=0.2, dense_blocks="0", **adaptive)
+        ours = model.model.process_latent_in(sample(sparse, steps=5))
+        sigmas = sparse.get_attachment(nodes.KEY).run.sigmas
+        options = {"dense_steps": 1, "dense_layers": 1, "num_steps": 5, **adaptive}
+        with apply_radial_attention(transformer, config, **options), torch.no_grad():
+            x, text = comfy_core.noise(), condition(1)[0][0]
+            for sigma, following in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+                timestep = torch.tensor([1000 * sigma])
+                velocity = transformer(x, encoder_hidden_states=text, timestep=timestep, return_dict=False)[0]
+                x = x + (following - sigma) * velocity
+        torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
