@@ -99,10 +99,16 @@ def _prompt(text: str) -> tuple[gr.Row, gr.Textbox]:
 
 
 def suit(models: Models, model: str, frames: int, way: str) -> list[Any]:
-    """Returns length, selection, density, layer and head that suit a model; a selection that suits stays."""
+    """Returns length, selection, density, layer and head that suit a model; a selection that suits stays.
+
+    Raises gradio.Error, which the page shows, if there is no room for the model.
+    """
     presets = lengths(models, model)
     way = way if way in selections(presets[frames]) else "static"
-    plan = usual(presets[frames], way)
+    try:
+        plan = usual(presets[frames], way)
+    except UsageError as error:
+        raise gr.Error(one_line(error), print_exception=False) from error
     layers, count = heads(plan)
     return [
         gr.update(choices=list(presets), value=frames),
@@ -124,10 +130,10 @@ def suit_model(models: Models, model: str, prompt: str) -> list[Any]:
     except ValueError:
         is_caption = False
     frames, preset = next(iter(lengths(models, model).items()))
-    bundled = model in BUNDLED
+    suited, bundled = suit(models, model, frames, "static"), model in BUNDLED
     if is_caption != bundled:
         prompt = usual(preset, "static").config.generation.prompt
-    return [*suit(models, model, frames, "static"), gr.update(visible=bundled), prompt]
+    return [*suited, gr.update(visible=bundled), prompt]
 
 
 def _ways(preset: str) -> list[tuple[str, str]]:

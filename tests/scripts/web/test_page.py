@@ -32,6 +32,8 @@ def test_what_suits_a_model():
     assert words["visible"] and prompt == "a red circle moving around on a navy background"
     mine = "a blue square moving vertically on a gray background"
     assert suit_model(models, "Mochi (bundled)", mine)[-1] == mine
+    with pytest.raises(gr.Error, match="has no room here: no CUDA device"):
+        suit_model(models, "Wan2.1 14B", mine)
 
 
 @pytest.fixture(scope="module")
