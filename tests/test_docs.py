@@ -1,5 +1,6 @@
-"""The tests that docs/development.md names are there, and the examples of docs/python.md run."""
+"""The tests that docs/development.md names are there; the examples of docs/python.md and the notebook run."""
 
+import json
 import re
 from itertools import count
 
@@ -8,6 +9,7 @@ import torch
 
 import radial_attn
 from scripts.run.config import ROOT
+from tests.support.notebook import NOTEBOOK, code_cells, outputs_of, read
 from tests.support.pipelines import CALL, generate
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_lora import random_pairs, spell, write
@@ -71,3 +73,32 @@ def test_an_example_runs(block, tmp_path, monkeypatch):
     assert (0 < len(made) < 3) == cached
     same = "lora" not in block and not cached
     assert ((names["video"] - expected).abs().max() < 1e-5 * expected.abs().max()) == same
+
+
+def kinds(outputs: list[list[dict]]) -> list[list[str]]:
+    """Names what each cell printed and showed."""
+    return [[name for output in cell for name in output.get("data", {"text": 0})] for cell in outputs]
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_the_notebook_runs(steps):
+    """With few steps also with one density."""
+    changes = {} if steps == 20 else {"steps = 20": f"steps = {steps}", "(0.21, 0.35, 0.5)": "(0.21,)"}
+    outputs = outputs_of(read(), changes)
+    assert kinds(outputs) == kinds([cell["outputs"] for cell in code_cells(read())])
+    assert kinds(outputs)[2] == ["text", "image/gif"] and kinds(outputs)[4] == ["text", "image/png"]
+    if steps == 20:
+        radial, profile = (re.search(r"([\d.]+) dB at 0.21", line)[1] for line in outputs[4][0]["text"])
+        assert float(profile) > float(radial) > 15
+
+
+def test_the_notebook_is_whole_small_and_of_no_machine():
+    notebook, text = read(), NOTEBOOK.read_text(encoding="utf-8")
+    assert len(text.encode()) < 60_000 and (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    names = [cell["id"] for cell in notebook["cells"]]
+    assert len(names) == len(set(names))
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    said = [output.get("text", "") for cell in cells for output in cell["outputs"]]
+    assert not re.search(r"/home|/tmp|/root|/work|\.venv/lib", json.dumps(said))

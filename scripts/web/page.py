@@ -29,10 +29,13 @@ CSS = """
 #player iframe { width: 100%; border: 0; display: block; }
 #numbers table { width: auto; }
 #numbers :is(th, td) { white-space: nowrap; padding: 0.3rem 0.6rem; }
+#numbers td:first-child { white-space: normal; }
 #numbers code { overflow-wrap: anywhere; }
 #mask { overflow-x: auto; }
 #mask img { max-width: none; height: 28rem; background: #fff; }
+@media (max-width: 40rem) { #mask img { height: 20rem; } }
 """
+SCROLL = "() => document.querySelector('#player').scrollIntoView({ block: 'nearest' })"
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the machine
 
 
@@ -44,10 +47,10 @@ def build(jobs: Jobs, studio: Studio) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 inputs = _inputs(studio.models)
                 with gr.Row():
-                    make = gr.Button("Make both videos", variant="primary", elem_id="make")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    make = gr.Button("Make videos", variant="primary", min_width=120, elem_id="make")
+                    stop = gr.Button("Stop", min_width=120, elem_id="stop")
+                status = gr.HTML(elem_id="status")
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML("<p>Nothing made yet.</p>", elem_id="status")
                 outputs = [status, gr.HTML(elem_id="player"), gr.Markdown(elem_id="numbers")]
                 outputs.append(gr.HTML(elem_id="mask"))
 
@@ -55,7 +58,8 @@ def build(jobs: Jobs, studio: Studio) -> gr.Blocks:
             yield from answers(jobs, studio, Request(*values))
 
         options = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-        made = gr.on([make.click], run, inputs, outputs, **options)
+        made = make.click(run, inputs, outputs, **options)
+        made.success(js=SCROLL, api_visibility="private")
         stop.click(lambda: "<p>Stopped.</p>", None, status, cancels=[made], queue=False)
     return page
 
@@ -99,10 +103,16 @@ def _prompt(text: str) -> tuple[gr.Row, gr.Textbox]:
 
 
 def suit(models: Models, model: str, frames: int, way: str) -> list[Any]:
-    """Returns length, selection, density, layer and head that suit a model; a selection that suits stays."""
+    """Returns length, selection, density, layer and head that suit a model; a selection that suits stays.
+
+    Raises gradio.Error, which the page shows, if there is no room for the model.
+    """
     presets = lengths(models, model)
     way = way if way in selections(presets[frames]) else "static"
-    plan = usual(presets[frames], way)
+    try:
+        plan = usual(presets[frames], way)
+    except UsageError as error:
+        raise gr.Error(one_line(error), print_exception=False) from error
     layers, count = heads(plan)
     return [
         gr.update(choices=list(presets), value=frames),
@@ -124,10 +134,10 @@ def suit_model(models: Models, model: str, prompt: str) -> list[Any]:
     except ValueError:
         is_caption = False
     frames, preset = next(iter(lengths(models, model).items()))
-    bundled = model in BUNDLED
+    suited, bundled = suit(models, model, frames, "static"), model in BUNDLED
     if is_caption != bundled:
         prompt = usual(preset, "static").config.generation.prompt
-    return [*suit(models, model, frames, "static"), gr.update(visible=bundled), prompt]
+    return [*suited, gr.update(visible=bundled), prompt]
 
 
 def _ways(preset: str) -> list[tuple[str, str]]:
@@ -144,8 +154,9 @@ def answers(jobs: Jobs, studio: Studio, request: Request) -> Iterator[tuple[Any,
                 yield working(state, time.monotonic() - began), *(gr.skip(),) * len(blank)
                 continue
             frame = f'<iframe title="Both videos" srcdoc="{html.escape(state.player)}"></iframe>'
+            frame = f"<p><strong>{html.escape(state.line)}</strong></p>{frame}"
             mask = f'<img src="{state.mask}" alt="The blocks that the mask keeps">'
-            line = f"<p><strong>{html.escape(state.line)}</strong></p>"
+            line = f'<p role="status">done ({time.monotonic() - began:.0f} s)</p>'
             yield line + noted(state.notes), frame, state.table, mask
     except (UsageError, GenerationError) as error:
         yield wrong(one_line(error)), *blank

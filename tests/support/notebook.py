@@ -4,7 +4,6 @@ IPython need not be installed: what a cell displays is collected by a small stan
 """
 
 import argparse
-import ast
 import base64
 import contextlib
 import io
@@ -15,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from scripts.run.config import ROOT
 
 NOTEBOOK = ROOT / "docs/quickstart.ipynb"
@@ -23,8 +24,10 @@ NOTEBOOK = ROOT / "docs/quickstart.ipynb"
 class Shown:
     """Stands in for `IPython.display.Image`."""
 
-    def __init__(self, data: bytes, format: str = "png") -> None:
-        self.bundle = {f"image/{format}": base64.b64encode(data).decode("ascii") + "\n"}
+    def __init__(self, data: bytes, format: str = "png", **size: int) -> None:
+        kind = f"image/{format}"
+        self.data = {kind: base64.b64encode(data).decode("ascii") + "\n"}
+        self.metadata = {kind: size} if size else {}
 
 
 def read(path: Path = NOTEBOOK) -> dict[str, Any]:
@@ -44,38 +47,34 @@ def outputs_of(notebook: dict[str, Any], changes: Mapping[str, str]) -> list[lis
     for before, after in changes.items():
         assert sum(source.count(before) for source in sources) == 1, before
         sources = [source.replace(before, after) for source in sources]
-    shown: list[dict[str, str]] = []
+    shown: list[Shown] = []
     display = ModuleType("IPython.display")
-    display.Image, display.display = Shown, lambda image: shown.append(image.bundle)
-    sys.modules["IPython.display"] = display
+    display.Image, display.display = Shown, shown.append
     namespace: dict[str, Any] = {"__name__": "__main__"}
     outputs = []
-    for number, source in enumerate(sources, 1):
-        shown.clear()
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(ast.parse(source), f"cell {number}", "exec"), namespace)
-        text = printed.getvalue().splitlines(keepends=True)
-        stream = [{"name": "stdout", "output_type": "stream", "text": text}] if text else []
-        images = [{"data": data, "metadata": {}, "output_type": "display_data"} for data in shown]
-        outputs.append(stream + images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, display.__name__, display)
+        patch.setattr(sys, "path", [*sys.path])
+        for number, source in enumerate(sources, 1):
+            shown.clear()
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(source, f"cell {number}", "exec"), namespace)
+            text = printed.getvalue().splitlines(keepends=True)
+            stream = [{"name": "stdout", "output_type": "stream", "text": text}] if text else []
+            outputs.append(stream + [vars(image) | {"output_type": "display_data"} for image in shown])
     return outputs
 
 
 def main() -> None:
-    """Runs the notebook with the changes that are given as BEFORE AFTER; `--write`: keeps the outputs."""
+    """Runs the notebook and keeps its outputs in the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="keep the outputs in the file")
-    parser.add_argument("--change", nargs=2, action="append", default=[], metavar=("BEFORE", "AFTER"))
-    options = parser.parse_args()
+    parser.add_argument("--write", action="store_true", required=True, help="keep the outputs in the file")
+    parser.parse_args()
     notebook = read()
-    outputs = outputs_of(notebook, dict(options.change))
-    if options.write:
-        for number, (cell, output) in enumerate(zip(code_cells(notebook), outputs, strict=True), 1):
-            cell |= {"execution_count": number, "outputs": output}
-        NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return
-    json.dump(outputs, sys.stdout)
+    for number, outputs in enumerate(outputs_of(notebook, {}), 1):
+        code_cells(notebook)[number - 1] |= {"execution_count": number, "outputs": outputs}
+    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
