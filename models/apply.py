@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from radial_attn import RadialConfig
+from radial_attn import BlockMask, RadialConfig
 from radial_attn.chooser import Chooser
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
@@ -114,6 +114,8 @@ def apply_radial_attention(
     """
     if not isinstance(config, RadialConfig):
         raise ValueError(f"config must be a RadialConfig, got {type(config).__name__}")
+    if density_range is not None and config.compat != "none":
+        raise ValueError(f"density must be left out with compat={config.compat!r}, got {density_range}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if quantize not in QUANTIZE:
@@ -204,7 +206,8 @@ class RadialAttentionHandle:
         - `stayed_dense`: how many of them attend to everything because of a "dense_step", a "dense_layer", a
           sequence that is "too_short" to gain, or a "mask" that keeps all; also calls of "cross_attention".
         - `tuning`: what was measured for each `shape`: its `density`, the `backend` that was chosen, the
-          `seconds` of those that were right, why others were `refused`, and the `efficiency`.
+          `seconds` of those that were right, why others were `refused`, and the `efficiency`. The seconds
+          were scaled from those at the density `measured_at`, unless this is None.
         - `quantize`: the option.
         - `adaptive`: the options. If layers choose or keep something, also the mean `density` and
           `residual_bytes` of this process, and the `imbalance` of those that share the heads: the work of the
@@ -214,6 +217,16 @@ class RadialAttentionHandle:
           `cosine`).
         """
         return self._context.report()
+
+    def chosen(self, layer: int) -> BlockMask | None:
+        """Returns the blocks that the heads of a layer chose, as a mask of `[H, Q, K]`, at the latest step.
+
+        They are those of the first sample, with guidance those of its first half. None if the layer has
+        chosen nothing: with selection="static", in a dense layer, before the first sparse step.
+
+        `layer`: its index by order of execution, from 0.
+        """
+        return self._context.chosen(layer)
 
     def __enter__(self) -> Self:
         return self

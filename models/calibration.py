@@ -1,12 +1,12 @@
 """Measures what each head of a pipeline needs, on videos that it makes, for `selection="profile"`."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from radial_attn import RadialConfig
+from radial_attn.files import whole_file
 
 from .apply import apply_radial_attention, family_of, measured_model
 from .pipeline.rope_scaling import turns_of
@@ -63,9 +63,5 @@ def calibrate(
     model = measured_model(first, family)
     (reading,) = readings.values()
     profile = ModelProfile.of(reading, model, levels, frequencies=turns_of(first.rope))
-    unfinished = Path(f"{file}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(profile.to_bytes())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(Path(file)) as part:
+        part.write_bytes(profile.to_bytes())

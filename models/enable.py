@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from radial_attn import RadialConfig, radial_mask
+from radial_attn.masks.radial import COMPAT
 
 from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention
 from .published import ModelTraits, PublishedSettings, nearest_settings, traits_of
@@ -26,6 +27,7 @@ def enable(
     neighbour: float | str | None = None,
     decimation_width: int | str | None = None,
     pattern: str | None = None,
+    compat: str = "none",
     dense_steps: int | float | str | Sequence[int] | None = None,
     dense_layers: int | None = None,
     dense_last_steps: int = 0,
@@ -52,7 +54,7 @@ def enable(
     The settings are those published for the model, or the nearest ones (`models.published`). An option that
     is None keeps its published value. `RadialConfig` and `apply_radial_attention` explain the options.
     `density` replaces `decay_factor`; `{"start": 0.4, "end": 0.15}` changes it from the first sparse step to
-    the last.
+    the last. `compat` names the program whose mask to make, and what it fixes must be left out.
 
     The published number of dense steps is a share of the steps: 12 of 50 become 7 of 30. The pipeline's
     scheduler has the number of steps when a run begins; a transformer alone needs `num_steps`. `dense_steps`
@@ -93,7 +95,13 @@ def enable(
         "decimation_width": decimation_width,
         "pattern": pattern,
     }
-    config = replace(settings.config, **{k: value for k, value in mask_options.items() if value is not None})
+    given = {name: value for name, value in mask_options.items() if value is not None}
+    if compat == "none":
+        config = replace(settings.config, **given)
+    else:
+        config = RadialConfig(compat=compat, **given)
+        if decay_factor is None and COMPAT[compat].decay_factor is None:
+            config = replace(config, decay_factor=settings.config.decay_factor)
     schedule = Schedule(
         dense_steps=settings.dense_share if dense_steps is None else dense_steps,
         dense_layers=settings.dense_layers if dense_layers is None else dense_layers,
@@ -162,7 +170,8 @@ def _mask_line(
     strength = "decay_factor" if config.density is None else "density"
     names = [strength, "neighbour", "sink", "block_size", "decimation_width"]
     names += [] if config.pattern == "radial" else ["pattern"]
-    text = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+    names += [] if config.compat == "none" else ["compat"]
+    text = ", ".join(f"{name}={value}" for name in names if (value := getattr(config, name)) is not None)
     if schedule.density_range is not None:
         text = text.replace(
             f"{strength}={getattr(config, strength)}", "density={:g} to {:g}".format(*schedule.density_range)
@@ -172,7 +181,7 @@ def _mask_line(
         "dense_layers": settings.dense_layers,
     }
     chosen = vars(config) | vars(schedule)
-    changed = [name for name, value in published.items() if chosen[name] != value]
+    changed = [name for name, value in published.items() if chosen[name] not in (value, None)]
     source = settings.source + (f"; changed: {', '.join(changed)}" if changed else "")
     return f"Radial attention for {model}: {text}, backend={backend} ({source})."
 

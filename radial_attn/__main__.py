@@ -22,7 +22,7 @@ from .kernels.contract import DTYPES, Call
 from .masks.density_curve import curve_lines, target_table
 from .masks.draw import FORMATS, draw_mask, save_figure
 from .masks.make import radial_mask
-from .masks.radial import NEIGHBOURS, PATTERNS, RadialConfig
+from .masks.radial import COMPAT, NEIGHBOURS, PATTERNS, RadialConfig
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -98,6 +98,8 @@ def print_density(args: argparse.Namespace) -> None:
     grid, config = mask_options(args)
     if config.pattern == "dense":
         raise ValueError("--pattern must be radial, got 'dense'")
+    if config.compat != "none":
+        raise ValueError(f"--compat must be none, got {config.compat!r}, whose rule is fixed; see draw")
     print(target_table(grid, config, args.target) if args.target else "\n".join(curve_lines(grid, config)))
 
 
@@ -107,12 +109,13 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, required=True, help=f"{name} in tokens, after patching")
     parser.add_argument("--text", type=int, default=0, help="text tokens after the video")
     parser.add_argument("--block-size", type=int, default=128, help=f"one of {BLOCK_SIZES}")
-    parser.add_argument("--decay-factor", type=float, default=1.0, help="scales the width of the bands")
+    parser.add_argument("--decay-factor", type=float, help="scales the width of the bands")
     parser.add_argument("--no-sink", action="store_true", help="do not keep frame 0 for every query")
     help_text = f"half-width at frame distance 1: one of {NEIGHBOURS}, or a share of a frame"
-    parser.add_argument("--neighbour", type=_neighbour, default="full", help=help_text)
-    parser.add_argument("--decimation-width", type=_width, default=128, help="tokens, or 'block'")
+    parser.add_argument("--neighbour", type=_neighbour, help=help_text)
+    parser.add_argument("--decimation-width", type=_width, help="tokens, or 'block'")
     parser.add_argument("--pattern", default="radial", help=f"one of {PATTERNS}")
+    parser.add_argument("--compat", default="none", help=f"whose rule: one of {tuple(COMPAT)}")
 
 
 def mask_options(args: argparse.Namespace) -> tuple[TokenGrid, RadialConfig]:
@@ -120,10 +123,11 @@ def mask_options(args: argparse.Namespace) -> tuple[TokenGrid, RadialConfig]:
     config = RadialConfig(
         decay_factor=args.decay_factor,
         block_size=args.block_size,
-        sink=not args.no_sink,
+        sink=False if args.no_sink else None,
         neighbour=args.neighbour,
         decimation_width=args.decimation_width,
         pattern=args.pattern,
+        compat=args.compat,
     )
     return TokenGrid(args.frames, args.height, args.width, args.text), config
 

@@ -2,17 +2,17 @@
 
 Every backend that serves the calls attends over the same tensors, over a few of their heads if the sequence
 is long. Its output, and in training its gradients, are compared with the definition on four query blocks.
-Dense attention is timed too: if it is as fast, calls of this shape stay dense. The mask caches the choices of
-its shapes. A file keeps the times for later runs on the same device with the same versions.
+Dense attention is timed too: if it is as fast, calls of this shape stay dense. If the density changes in a
+run, the first one is measured; at others, times of sparse backends are taken as proportional to the density.
+The mask caches the choices of its shapes. A file keeps the times for later runs on the same device with the
+same versions.
 """
 
 import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +26,7 @@ from . import __version__
 from .attention import choose_backend
 from .block_mask import BlockMask
 from .dispatch import BACKENDS, kernel, obstacle, order, versions
+from .files import whole_file
 from .kernels.contract import Call
 from .kernels.cpp.build import cache_folder, processor
 from .kernels.flash4.exported import fingerprint
@@ -49,6 +50,7 @@ class Choice:
         density: of the calls.
         key: identifies the shape, the device and the versions.
         times: seconds of "dense" and of each backend that is right; of the others, why they were refused.
+        measured_at: density of the calls that were timed, if it is another; None if it is this one.
         name: the backend, or "dense"; None until it is known.
         file: where the times are kept, None for nowhere.
         dense: computes dense attention as the model does.
@@ -62,14 +64,17 @@ class Choice:
     times: dict[str, float | str] = field(default_factory=dict)
     name: str | None = None
     file: Path | None = None
+    measured_at: float | None = None
     dense: Dense | None = None
     calls: int = 1
     spent: float = 0.0
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Returns the seconds by name, the fastest first, of all but the refused backends."""
-        seconds = {name: x for name, x in self.times.items() if isinstance(x, float)}
+        """Returns the seconds by name at this density, the fastest first, of all but the refused backends."""
+        scale = 1.0 if self.measured_at is None else self.density / self.measured_at
+        times = {name: x for name, x in self.times.items() if isinstance(x, float)}
+        seconds = {name: x if name == DENSE else scale * x for name, x in times.items()}
         return dict(sorted(seconds.items(), key=lambda entry: entry[1]))
 
     @property
@@ -88,7 +93,7 @@ class Choice:
     def report(self) -> dict[str, Any]:
         """Returns the results as values that JSON can hold."""
         names = ("density", "seconds", "refused", "efficiency")
-        results = {name: getattr(self, name) for name in names}
+        results = {name: getattr(self, name) for name in (*names, "measured_at")}
         return {"shape": list(self.size), "backend": self.name, **results}
 
     def candidates(self) -> list[str]:
@@ -108,25 +113,29 @@ class Choice:
 
     def decide(self, remark: str = "") -> None:
         """Chooses the fastest that was measured, or the default if none was, and logs the choice."""
-        seconds, shown = self.seconds, self.candidates()
-        sparse = [name for name in seconds if name != DENSE]
-        self.name = sparse[0] if sparse else DENSE if DENSE in seconds else shown[0]
-        if DENSE in seconds and self.name != DENSE and seconds[DENSE] <= AS_FAST * seconds[self.name]:
-            self.name = DENSE
+        seconds = self.seconds
+        sparse = next((name for name in seconds if name != DENSE), None)
+        if sparse is None:
+            self.name = DENSE if DENSE in seconds else self.candidates()[0]
+        else:
+            self.name = DENSE if seconds.get(DENSE, math.inf) <= AS_FAST * seconds[sparse] else sparse
+        calls = f"{list(self.size)} {self.call.dtype} on {self.call.device}, density {self.density:.3f}"
+        logging.getLogger("radial_attn").info(
+            "backend %s for %s: %s%s", self.name, calls, self._results(), remark
+        )
+
+    def _results(self) -> str:
+        """Describes the times, the efficiency, why calls stay dense, and what was refused or left out."""
+        seconds = self.seconds
         parts = [", ".join(f"{name} {1000 * x:.2f} ms" for name, x in seconds.items()) or "none was measured"]
         if self.efficiency is not None:
             parts.append(f"efficiency {self.efficiency:.2f}")
         if self.name == DENSE:
-            reason = "dense attention is as fast" if sparse else "no sparse backend is right"
+            reason = "dense attention is as fast" if len(seconds) > 1 else "no sparse backend is right"
             parts.append(f"{reason}, so these calls stay dense")
         parts += [f"{name} refused: {reason}" for name, reason in self.refused.items()]
-        left = [name for name in shown if name not in self.times]
-        parts += [f"not measured: {', '.join(left)}"] if left else []
-        logging.getLogger("radial_attn").info(
-            "backend %s for %s %s on %s, density %.3f: %s%s",
-            *(self.name, list(self.size), self.call.dtype, self.call.device, self.density),
-            *("; ".join(parts), remark),
-        )
+        left = [name for name in self.candidates() if name not in self.times]
+        return "; ".join([*parts, f"not measured: {', '.join(left)}"] if left else parts)
 
 
 class Chooser:
@@ -146,11 +155,11 @@ class Chooser:
             raise ValueError(f"tune must be one of {', '.join(TUNES)}, got {tune!r}")
         self.tune, self._agree = tune, agree
         self.agrees = agree is not None
-        self._choices: list[Choice] = []
+        self._choices: dict[str, Choice] = {}  # by key
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for a copy or a pickle, without the choices, which hold masks."""
-        return vars(self) | {"_choices": []}
+        return vars(self) | {"_choices": {}}
 
     def measures(self, device: torch.device) -> bool:
         """Tells whether backends are measured on a device."""
@@ -158,7 +167,7 @@ class Chooser:
 
     def report(self) -> list[dict[str, Any]]:
         """Returns `Choice.report` of each shape that is decided."""
-        return [choice.report() for choice in self._choices if choice.name is not None]
+        return [choice.report() for choice in self._choices.values() if choice.name is not None]
 
     def open(
         self,
@@ -166,37 +175,45 @@ class Chooser:
         size: Sequence[int],
         density: float,
         *,
+        about: Mapping[str, Any],
         dense: Dense,
-        dense_name: str,
         calls: int,
         spent: float = 0.0,
     ) -> Choice:
-        """Returns the choice of a shape, with what is known of it; the mask caches it.
+        """Returns the choice of a shape, with what is known of it.
 
-        `dense_name`: the kernel of dense attention; the other arguments are as in `Choice`.
+        `about`: what else tells calls apart, in values that JSON can hold; the other arguments are as in
+        `Choice`.
         """
-        about = {name: getattr(call, name) for name in ("gradients", "quantize", "far_field")} | {
-            "device": device_name(call.device),
-            "versions": installed(),
-            "shape": list(size),
-            "block_size": call.mask.block_size,
-            "heads_alike": call.mask.heads is None,
-            "dtype": str(call.dtype).removeprefix("torch."),
-            "density": round(density, 2),
-            "dense": dense_name,
-        }
-        key = json.dumps(about, sort_keys=True)
-        choice = call.mask.cached(("choice", key), lambda: self._begin(call, tuple(size), density, key))
+        key = _key(call, size, density, about)
+        if key not in self._choices:
+            choice = Choice(call, tuple(size), density, key)
+            if (other := self._at_other_density(key)) is not None:
+                choice.times, choice.measured_at = other.times, other.density
+                choice.decide(f"; scaled from the times at density {other.density:.3f}")
+            else:
+                choice = call.mask.cached(("choice", key), lambda: self._recalled(choice))
+            self._choices[key] = choice
+        choice = self._choices[key]
         choice.dense, choice.calls, choice.spent = dense, calls, spent
-        if choice not in self._choices:
-            self._choices.append(choice)
         return choice
 
-    def _begin(self, call: Call, size: tuple[int, ...], density: float, key: str) -> Choice:
-        choice = Choice(call, size, density, key)
+    def _at_other_density(self, key: str) -> Choice | None:
+        """Returns a choice that was measured and whose key differs in the density alone."""
+        about = json.loads(key)
+        for other in self._choices.values():
+            alike = json.loads(other.key) | {"density": about["density"]} == about
+            if alike and other.name is not None and other.measured_at is None:
+                return other
+        return None
+
+    def _recalled(self, choice: Choice) -> Choice:
+        """Returns a choice with what other runs have measured."""
         if self.tune == "always":
             return choice
-        choice.file = _file(key)
+        with suppress(RuntimeError):  # the user has no home
+            digest = hashlib.sha256(choice.key.encode()).hexdigest()
+            choice.file = cache_folder() / f"choice-{digest[:16]}.json"
         kept, names = _read(choice), choice.candidates()
         known = {name: kept[name] for name in names if name in kept}  # others do not serve here any more
         choice.times, is_whole = self._of_first((known, len(known) == len(names)))
@@ -240,14 +257,14 @@ class Chooser:
         return choice.name
 
     def _measure(self, choice: Choice, make: Callable[[], Trial]) -> None:
-        times, compared = choice.times, True
+        times, is_measured = choice.times, True
         try:
             options = {"calls": choice.calls, "spent": choice.spent}
             times = make().measure(choice.candidates(), times, choice.dense, **options)
         except Exception as error:  # as no memory for the definition; other processes wait for the times
-            times, compared = times | {choose_backend(choice.call): reason_of(error)}, False
-        choice.times, compared = self._of_first((times, compared))
-        choice.decide(_write(choice) if compared else "")
+            times, is_measured = times | {choose_backend(choice.call): reason_of(error)}, False
+        choice.times, is_measured = self._of_first((times, is_measured))
+        choice.decide(_write(choice) if is_measured else "")
 
     def _of_first(self, value: Any) -> Any:
         return value if self._agree is None else self._agree(value)
@@ -269,11 +286,19 @@ def installed() -> dict[str, str]:
     return {"radial-attention": __version__, "torch": torch.__version__, **libraries, **exported}
 
 
-def _file(key: str) -> Path | None:
-    """Returns the file of a choice; None if the user has no home."""
-    with suppress(RuntimeError):
-        return cache_folder() / f"choice-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    return None
+def _key(call: Call, size: Sequence[int], density: float, about: Mapping[str, Any]) -> str:
+    """Returns everything on which the times depend, as JSON."""
+    options = {name: getattr(call, name) for name in ("gradients", "quantize", "far_field")}
+    every = options | {
+        "device": device_name(call.device),
+        "versions": installed(),
+        "shape": list(size),
+        "block_size": call.mask.block_size,
+        "heads_alike": call.mask.heads is None,
+        "dtype": str(call.dtype).removeprefix("torch."),
+        "density": round(density, 2),
+    }
+    return json.dumps(every | dict(about), sort_keys=True)
 
 
 def _read(choice: Choice) -> dict[str, float | str]:
@@ -283,7 +308,10 @@ def _read(choice: Choice) -> dict[str, float | str]:
     try:
         content = json.loads(choice.file.read_bytes())
         times = content["times"]
-        if content["key"] == json.loads(choice.key) and all(map(_is_entry, times.values())):
+        are_times = (
+            isinstance(x, str) or (isinstance(x, float) and 0 < x < math.inf) for x in times.values()
+        )
+        if content["key"] == json.loads(choice.key) and all(are_times):
             return times
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -295,10 +323,6 @@ def _read(choice: Choice) -> dict[str, float | str]:
     return {}
 
 
-def _is_entry(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, float) and 0 < value < math.inf)
-
-
 def _write(choice: Choice) -> str:
     """Keeps the times, but no failure that may pass, whole or not at all; returns a remark if that fails."""
     if choice.file is None:
@@ -307,14 +331,8 @@ def _write(choice: Choice) -> str:
     text = json.dumps({"key": json.loads(choice.key), "times": times}, indent=1)
     try:
         choice.file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=choice.file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as stream:
-                stream.write(text + "\n")
-            os.replace(name, choice.file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with whole_file(choice.file) as part:
+            part.write_text(text + "\n")
     except OSError as error:
         return f"; not kept, as {choice.file} cannot be written ({error.strerror})"
     return ""

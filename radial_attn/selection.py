@@ -5,7 +5,6 @@ rows, and a `Budget` turns it into blocks: a floor that every mask keeps, then t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -114,7 +113,8 @@ def floor_blocks(grid: TokenGrid, config: RadialConfig) -> Tensor:
 
     The sink is no part of it: heads that look at the first frame choose it by its mass.
     """
-    return torch.from_numpy(band_blocks(grid, replace(config, sink=False), lambda distance: None))
+    bare = RadialConfig(block_size=config.block_size, sink=False)
+    return torch.from_numpy(band_blocks(grid, bare, lambda distance: None))
 
 
 class Budget:

@@ -54,7 +54,7 @@ class Trial:
         heads = tensors[0].shape[2]
         count = some_heads(tensors[0].shape)
         self.share = heads / count
-        cut = slice(0, heads // count * count, heads // count)
+        cut = slice(0, heads // count * count, heads // count)  # evenly spaced
         if mask.heads is not None and count < heads:
             mask = BlockMask(mask.grid, mask.block_size, mask.blocks[cut].contiguous())
         if bias is not None and bias.shape[1] == heads:
@@ -93,7 +93,7 @@ class Trial:
             if clock() - start > max(LEAST_SECONDS, SHARE * (spent + calls * self.share * least)):
                 break
             run = partial(self.run, partial(dense, text_lengths=self.lengths) if name == DENSE else name)
-            times[name] = self.read(run, least, compared=name != DENSE)
+            times[name] = self.seconds_of(run, least, compared=name != DENSE)
             if name == names[0]:
                 start = clock()  # the run compiles the default in any case, so it does not count
         return times
@@ -106,7 +106,7 @@ class Trial:
         options |= {"far_field": self._call.far_field, "far_bias": self._bias}
         return self._differentiated(lambda *tensors: radial_attention(*tensors, self._mask, **options))
 
-    def read(self, run: Callable[[], list[Tensor]], least: float, *, compared: bool) -> float | str:
+    def seconds_of(self, run: Callable[[], list[Tensor]], least: float, *, compared: bool) -> float | str:
         """Returns the least seconds of a few calls after a first one, or why it is refused.
 
         A call that takes twice the `least` so far is not repeated.

@@ -39,6 +39,7 @@ from scripts.toyworld.render import VOCABULARY
 NEEDED = {  # keys that a table varies, that hide attention from the observer, or that these videos lack
     ("attention", "pattern"): "radial",
     ("attention", "density"): None,
+    ("attention", "compat"): "none",
     ("model", "compile"): "none",
     ("model", "cache"): "none",
     ("generation", "video"): None,

@@ -77,7 +77,8 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return self.options.out / file_name(self.data, self.options.part)
+        part = self.options.part
+        return self.options.out / file_name(self.data, "" if part is None else f"_part{part}")
 
     def go(self) -> None:
         """Measures all in order; NoDeviceError without a device, OSError if results cannot be saved."""
@@ -249,11 +250,10 @@ class Run:
         self.data["left_out"].append(f"{task.title}: {reason}")
 
 
-def file_name(data: dict[str, Any], part: int | None) -> str:
-    """Returns the name of the report of a run, or of all parts."""
+def file_name(data: dict[str, Any], end: str) -> str:
+    """Returns the name of a report; `end` tells those of one GPU and day apart."""
     about = data["machine"]
     name = short_name(about["gpu"]) if "gpu" in about else about["device"]
-    end = "" if part is None else f"_part{part}"
     return f"{'rehearsal' if data['rehearsal'] else 'gpu'}_{name}_{data['date']}{end}.md"
 
 
@@ -315,7 +315,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def join(files: Sequence[Path], out: Path) -> Path:
-    """Writes one report of several results.
+    """Writes one report of several results, beside that of a whole run.
 
     Raises ValueError for files that are damaged or not of one GPU, OSError for those that cannot be read.
     """
@@ -324,7 +324,7 @@ def join(files: Sequence[Path], out: Path) -> Path:
         if part in parts[:i]:
             raise ValueError(f"{files[i]} has the same results as {files[parts.index(part)]}; name each once")
     data = merge(parts)
-    path = out / file_name(data, None)
+    path = out / file_name(data, "_merged")
     write(path, data, picture=True)
     return path
 

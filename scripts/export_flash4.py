@@ -8,14 +8,16 @@ about 100 KB.
 """
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ from radial_attn.kernels.flash4.exported import FORMAT, INDEX, MADE
 from radial_attn.kernels.flash4.op import HOPPER
 from scripts.benchmarks.flash4_kernels import KINDS, Wanted, compile_kernel, prepare_compiler, wanted
 from scripts.run.errors import OneLineParser, exit_code, positive
-from scripts.run.files import write_text
+from scripts.run.files import sha256, write_text
 from scripts.run.processes import end_with_parent
 
 # The package's own function for errors is in its library of 43 MB; this one needs only the CUDA runtime.
@@ -51,10 +53,9 @@ def export(call: Wanted, folder: Path) -> tuple[str, dict]:
             objects.append(str(Path(spare) / f"{step}.o"))
             function.export_to_c(objects[-1], function_name=step)
         link(objects, file, Path(spare))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return made.name, {
         "file": file.name,
-        "sha256": digest,
+        "sha256": sha256(file),
         "functions": list(made.functions),
         "rows": made.rows,
     }
@@ -107,17 +108,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the kernels and their index."""
+    """Writes the kernels and their index; kernels of an earlier export of the same versions stay in it."""
     options.out.mkdir(parents=True, exist_ok=True)
+    about = {"format": FORMAT, "package": MADE, "capability": list(HOPPER)}
+    about["compiler"] = f"{library.COMPILER} {metadata.version(library.COMPILER)}"
     calls = wanted(HOPPER, [getattr(torch, name) for name in options.dtype], options.width, options.kind)
     kernels = {}
     with ProcessPoolExecutor(options.jobs, initializer=_start) as pool:
         for name, entry in pool.map(export, calls, [options.out] * len(calls)):
             kernels[name] = entry
             print(f"{name}: {(options.out / entry['file']).stat().st_size / 1000:.0f} KB", flush=True)
-    index = {"format": FORMAT, "package": MADE, "capability": HOPPER, "kernels": kernels}
-    index["compiler"] = f"{library.COMPILER} {metadata.version(library.COMPILER)}"
+    index = about | {"kernels": earlier(options.out, about) | kernels}
     write_text(options.out / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def earlier(folder: Path, about: Mapping[str, Any]) -> dict[str, dict]:
+    """Returns the whole kernels of a folder by name, with their entries of the index; {} if it has none.
+
+    If its index is damaged or says anything else than `about`, there are none, and a note says so.
+    """
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        content = json.loads((folder / INDEX).read_bytes()) if (folder / INDEX).exists() else {"kernels": {}}
+        kernels = content.pop("kernels")
+        if not kernels or content == about:
+            files = {name: folder / entry["file"] for name, entry in kernels.items()}
+            whole = (x for x in files if files[x].is_file() and sha256(files[x]) == kernels[x]["sha256"])
+            return {name: kernels[name] for name in whole}
+    print(f"note: {folder / INDEX} is damaged or of other versions; its kernels are left out", flush=True)
+    return {}
 
 
 def _start() -> None:

@@ -19,7 +19,7 @@ SOURCES = sorted(file for folder in PLACES.values() for file in (ROOT / folder).
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LIBRARIES = """torch numpy jinja2 diffusers transformers tokenizers safetensors huggingface_hub omegaconf yaml
     av imageio imageio_ffmpeg PIL matplotlib tqdm psutil pytest triton accelerate bitsandbytes torchmetrics
-    torchvision"""
+    torchvision gradio"""
 # imported where they are used, each by one kernel
 OPTIONAL = (
     "flash_attn",
@@ -48,7 +48,7 @@ FORBIDDEN = {
 COMMANDS = {f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"}
 PLANNERS = {"scripts.run.plan", "scripts.lora.plan"}  # derive from a configuration and a model
 LAYERS = (  # lowest first: a module imports from its own row and those before it
-    "radial_attn.grid radial_attn.block_mask",
+    "radial_attn.files radial_attn.grid radial_attn.block_mask",
     "radial_attn.masks.radial",
     "radial_attn.masks.density radial_attn.masks.patterns",
     "radial_attn.masks.make",
@@ -76,7 +76,7 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "scripts.run",
     "scripts.lora scripts.toyworld",
     "scripts.evaluation",
-    "scripts.benchmarks scripts.length",
+    "scripts.benchmarks scripts.length scripts.web",
 )
 
 
@@ -272,7 +272,7 @@ def test_only_the_picture_needs_the_drawing_packages_and_only_when_it_is_drawn()
 
 
 def test_kernels_do_not_import_one_another():
-    shared = {"contract", "compiler", "operator", "quantized_reference"}
+    shared = {"contract", "compiler", "operator", "quantized_reference", "block_tiles"}
     kernels = {module_of(file) for file in SOURCES if module_of(file).startswith("radial_attn.kernels.")}
     for file in SOURCES:
         if module_of(file) in kernels:

@@ -161,6 +161,9 @@ def test_the_pinned_versions_lie_within_the_ranges_of_the_package():
     extras = dict(PROJECT["project"]["optional-dependencies"])
     on_gpus, pinned = extras.pop("flash4"), f"flash-attn-4=={FLASH4}"  # not installed by requirements.txt
     assert pinned in on_gpus and pinned in (ROOT / "requirements-gpu.txt").read_text(encoding="utf-8")
+    page = extras.pop("demo")  # installed by scripts/demo.sh
+    for name in ("demo.sh", "demo.py"):
+        assert f'"{page[0]}"' in (ROOT / "scripts" / name).read_text(encoding="utf-8")
     ranges = [Requirement(line) for line in [*PROJECT["project"]["dependencies"], *chain(*extras.values())]]
     assert {"torch", "diffusers"} < {entry.name for entry in ranges}
     for entry in ranges:

@@ -280,6 +280,15 @@ class Choices:
             "imbalance": self._busiest / self._mean if self._mean else None,
         }
 
+    def mask(self, layer: int) -> BlockMask | None:
+        """Returns what the heads of a layer keep, of the first sample in a step's first call, None before it.
+
+        `layer`: its index by order of execution.
+        """
+        states = self._profiled[layer : layer + 1]
+        states += [state for at, state in self._calls.get(0, {}).items() if at.index == layer]
+        return next((state.masks[0] for state in states if state.masks), None)
+
     def _blocks(self, layer: Any) -> _Layer:
         """Returns the state that holds a layer's masks."""
         if self._profile is not None:

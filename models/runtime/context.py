@@ -215,6 +215,10 @@ class RadialContext:
             "check": self.output_check.report(),
         }
 
+    def chosen(self, layer: int) -> BlockMask | None:
+        """Returns what RadialAttentionHandle.chosen explains."""
+        return None if self._choices is None else self._choices.mask(layer)
+
     def _begin_choices(
         self, transformer: torch.nn.Module, grid: TokenGrid, step: int, *, first: bool
     ) -> None:
@@ -303,8 +307,12 @@ class RadialContext:
             call,
             self._shape(transformer, latents, mask.grid),
             mask.density if density is None else density,
+            about={
+                "dense": self.dense.report()["backend"],
+                "pattern": self.config.pattern,
+                "padded_text": lengths is not None,
+            },
             dense=self._dense(mask),
-            dense_name=self.dense.report()["backend"],
             calls=(self._layers - self._always_dense)
             * (self.schedule.num_steps or self._counter.planned_steps or ASSUMED_STEPS),
             spent=time.perf_counter() - self._counter.began,

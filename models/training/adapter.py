@@ -4,13 +4,14 @@ It is saved in diffusers' format, so its pipelines load it. The header describes
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from radial_attn.files import whole_file
 
 from ..apply import family_of
 from ..lora.files import METADATA_KEY, TRAINED_KEY
@@ -92,12 +93,8 @@ def save_adapter(
     tensors = _by_key(trained)
     header = {f"{PREFIX}.{name}": value for name, value in settings.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(header), TRAINED_KEY: json.dumps(dict(about))}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as part:
         part.write_bytes(save(tensors, metadata))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def holds_adapter(path: Path, trained: Mapping[str, Tensor]) -> bool:

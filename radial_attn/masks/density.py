@@ -47,13 +47,16 @@ def solve_density(
     `RadialConfig(density=...)` solves each grid once.
 
     Raises:
-        ValueError: a target outside (0, 1], the dense pattern, or a density that no such mask of this grid
-            has; the message then gives the possible range, or the nearest density on each side.
+        ValueError: a target outside (0, 1], the dense pattern, the mask of another program, or a density
+            that no such mask of this grid has; the message then gives the possible range, or the nearest
+            density on each side.
     """
     if not is_share(target):
         raise ValueError(f"density must be a number in (0, 1], got {target!r}")
     if config.pattern == "dense":
         raise ValueError(f"pattern must be 'radial' to solve for a density, got {config.pattern!r}")
+    if config.compat != "none":
+        raise ValueError(f"compat must be 'none' to solve for a density, got {config.compat!r}")
     tolerance = tolerance if target < 1 else 0.0
     search = _Search(grid, replace(config, density=None), target, tolerance)
     for combination, least in search.combinations():

@@ -1,12 +1,12 @@
 """Draws a mask: `python -m radial_attn draw --frames 12 --height 12 --width 20 --out mask.png`."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..files import whole_file
 from ..grid import TokenGrid
 from .density import resolve_density
 from .make import radial_mask
@@ -49,8 +49,10 @@ def layers(grid: TokenGrid, config: RadialConfig) -> list[Layer]:
     text = np.arange(grid.num_blocks(config.block_size)) >= grid.video_tokens // config.block_size
     text &= grid.text > 0
     text = text[:, None] | text[None, :]
-    sink = ~radial_mask(grid, replace(config, sink=False)).blocks.numpy()
-    sink &= radial_mask(grid, config).blocks.numpy()
+    sink = np.zeros_like(text)
+    if config.compat == "none":  # another program's sink is drawn as frames at a distance
+        sink = ~radial_mask(grid, replace(config, sink=False)).blocks.numpy()
+        sink &= radial_mask(grid, config).blocks.numpy()
     distance = frame_distance(grid, config.block_size)
     level = np.frexp(np.maximum(distance, 1))[1] - 1
     bands = max((grid.frames - 1).bit_length(), 1)
@@ -118,10 +120,9 @@ def _title(grid: TokenGrid, config: RadialConfig, density: float) -> str:
     if config.pattern == "dense":
         return f"{head}\nblocks of {config.block_size}"
     sink = "sink" if config.sink else "no sink"
-    return (
-        f"{head}\nblocks of {config.block_size}, decay factor {config.decay_factor:g}, {sink}, "
-        f"neighbour {config.neighbour}, decimation width {config.decimation_width}"
-    )
+    rest = f"{sink}, neighbour {config.neighbour}, decimation width {config.decimation_width}"
+    rest = rest if config.compat == "none" else f"as {config.compat} makes it"
+    return f"{head}\nblocks of {config.block_size}, decay factor {config.decay_factor:g}, {rest}"
 
 
 def _mark_frames(axes: "Axes", grid: TokenGrid, block_size: int) -> None:
@@ -148,7 +149,7 @@ def _mark_frames(axes: "Axes", grid: TokenGrid, block_size: int) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a figure under a temporary name and renames it, so `path` is never half a file.
+    """Writes a figure, whole or not at all.
 
     Raises:
         ValueError: the name does not end in .png, .svg or .pdf.
@@ -156,14 +157,10 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"file name must end in one of {FORMATS}, got {path.name!r}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
+    with whole_file(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower(), dpi=150)
         if path.suffix.lower() == ".png":
-            _to_palette(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            _to_palette(part)
 
 
 def _to_palette(path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,34 @@ PATTERNS = (
     "power",
     "random",
 )
+DEFAULTS = {"decay_factor": 1.0, "sink": True, "neighbour": "full", "decimation_width": 128}
+FIXED = ("sink", "neighbour", "decimation_width", "density")  # by a program whose mask is wanted
+
+
+class Program(NamedTuple):
+    """Says what a published program fixes; compat.py has the rest of its rule.
+
+    Attributes:
+        video: what it sets otherwise than `DEFAULTS`, for a sequence of video alone.
+        text: the same for a sequence with text; None if it serves none.
+        decay_factor: its default, None if that depends on the model.
+        block_sizes: those it takes.
+    """
+
+    video: dict[str, Any]
+    text: dict[str, Any] | None = None
+    decay_factor: float | None = None
+    block_sizes: tuple[int, ...] = (64, 128)
+
+
+COMPAT = {
+    "none": None,
+    "authors-2025-06": Program({"neighbour": "half"}, {}),
+    "authors-2025-11": Program({}, {"sink": False}),
+    "kijai": Program({"neighbour": "half", "decimation_width": "block"}, decay_factor=0.2),
+    "woct0rdho": Program({"neighbour": "half"}, decay_factor=0.2),
+    "lightx2v": Program({"neighbour": "half"}, decay_factor=0.2, block_sizes=(128,)),
+}
 
 
 @dataclass(frozen=True)
@@ -31,35 +60,51 @@ class RadialConfig:
     """Holds the options of the radial rule; the defaults are from the authors' code for longer video.
 
     Attributes:
-        decay_factor: scales the half-width of the band at frame distances of 2 and more.
+        decay_factor: scales the half-width of the band at frame distances of 2 and more; by default 1.0.
         block_size: tokens of a block, 16, 32, 64, 128 or 256.
-        sink: every query keeps the tokens of frame 0 as keys; a number means so many first frames, as for the
-            reference images in front of a video.
-        neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full" is 1, "half" 0.5.
-        decimation_width: bands narrower than this many tokens keep only every so many frame distances;
-            "block" ties it to `block_size`.
+        sink: every query keeps the tokens of frame 0 as keys, by default; a number means so many first
+            frames, as for the reference images in front of a video.
+        neighbour: half-width at frame distance 1, as a share of a frame in (0, 1]; "full", the default, is 1,
+            "half" 0.5.
+        decimation_width: bands narrower than this many tokens, by default 128, keep only every so many frame
+            distances; "block" ties it to `block_size`.
         pattern: "radial", "dense" to keep everything, or one of patterns.py for comparison, made as dense as
             the radial mask of these options.
         density: kept share of all token pairs, text included, in (0, 1]. `radial_mask` then solves for
             decay_factor, neighbour, decimation_width and sink on each grid (density.py), starting from the
             values given here. With None, or with the dense pattern, it takes them as they are.
+        compat: whose mask to make, block by block: "none" is this repository's, the others are published
+            programs (compat.py). They fix the options of `FIXED`, which must be left out and stay None, and
+            `decay_factor` is by default theirs.
 
     Raises:
         ValueError: a value outside the ones named above.
     """
 
-    decay_factor: float = 1.0
+    decay_factor: float | None = None
     block_size: int = 128
-    sink: bool | int = True
-    neighbour: float | str = "full"
-    decimation_width: int | str = 128
+    sink: bool | int | None = None
+    neighbour: float | str | None = None
+    decimation_width: int | str | None = None
     pattern: str = "radial"
     density: float | None = None
+    compat: str = "none"
 
     def __post_init__(self) -> None:
+        choices = {"block_size": BLOCK_SIZES, "pattern": PATTERNS, "compat": tuple(COMPAT)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if COMPAT[self.compat] is not None:
+            self._check_compat(COMPAT[self.compat])
+        for name, default in DEFAULTS.items():
+            if getattr(self, name) is None and (self.compat == "none" or name not in FIXED):
+                object.__setattr__(self, name, default)
         factor = self.decay_factor
         if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"decay_factor must be a finite number above 0, got {factor!r}")
+        if self.compat != "none":
+            return
         if self.neighbour not in NEIGHBOURS and not is_share(self.neighbour):
             raise ValueError(
                 f"neighbour must be one of {NEIGHBOURS} or a number in (0, 1], got {self.neighbour!r}"
@@ -74,10 +119,25 @@ class RadialConfig:
             require_int("decimation_width", self.decimation_width, 1)
         if not isinstance(self.sink, bool):
             require_int("sink", self.sink, 0)
-        choices = {"block_size": BLOCK_SIZES, "pattern": PATTERNS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    def _check_compat(self, program: Program) -> None:
+        """Takes the program's decay factor; ValueError for an option that it fixes or does not take."""
+        with_it = f"with compat={self.compat!r}"
+        for name in FIXED:
+            if (given := getattr(self, name)) is not None:
+                raise ValueError(f"{name} must be left out {with_it}, which fixes it, got {given!r}")
+        if self.pattern not in ("radial", "dense"):
+            raise ValueError(f"pattern must be 'radial' or 'dense' {with_it}, got {self.pattern!r}")
+        if self.block_size not in program.block_sizes:
+            raise ValueError(
+                f"block_size must be one of {program.block_sizes} {with_it}, got {self.block_size!r}"
+            )
+        if self.decay_factor is None:
+            object.__setattr__(self, "decay_factor", program.decay_factor)
+        elif self.compat == "lightx2v" and self.decay_factor != program.decay_factor:
+            raise ValueError(
+                f"decay_factor must be {program.decay_factor} {with_it}, got {self.decay_factor!r}"
+            )
 
     @property
     def neighbour_share(self) -> float:
@@ -142,15 +202,15 @@ def band_blocks(grid: TokenGrid, config: RadialConfig, half_width: Callable[[int
     frame, frames = grid.tokens_per_frame, grid.frames
     count = grid.num_blocks(config.block_size)
     blocks = np.zeros((count, count), dtype=bool)
-    pair_blocks = lru_cache(maxsize=4096)(partial(_pair_blocks, frame, config.block_size))
+    pattern = lru_cache(maxsize=4096)(partial(pair_blocks, frame, config.block_size))
     for distance in range(frames):
         width = half_width(distance)
         if width is not None:
-            stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=width))
+            stamp = partial(_stamp, blocks, grid, config.block_size, partial(pattern, width=width))
             stamp(queries=range(frames - distance), key=distance, step=1)
             stamp(queries=range(distance, frames), key=0, step=1)
     for seen in range(min(config.sink, frames)):
-        stamp = partial(_stamp, blocks, grid, config.block_size, partial(pair_blocks, width=frame))
+        stamp = partial(_stamp, blocks, grid, config.block_size, partial(pattern, width=frame))
         stamp(queries=range(frames), key=seen, step=0)
     np.fill_diagonal(blocks, True)
     if grid.text:
@@ -201,7 +261,7 @@ def _frame_edges(offset: int, frame: int, block: int) -> tuple[np.ndarray, np.nd
     return np.maximum(edges[:-1], 0), np.minimum(edges[1:], frame)
 
 
-def _pair_blocks(frame: int, block: int, row: int, column: int, last_rows: int, *, width: int) -> np.ndarray:
+def pair_blocks(frame: int, block: int, row: int, column: int, last_rows: int, *, width: int) -> np.ndarray:
     """Returns blocks kept between frames that begin `row` and `column` tokens into a block, bool `[Q', K']`.
 
     `last_rows` is the number of tokens in the last of the query blocks.

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = ("psnr", "ssim", "lpips")
+RADIAL = "radial"  # the curve that `gains` compares with
 STAGES = ("encode_text", "denoise", "decode")  # of a video's seconds, without loading and saving
 COLUMNS = {
     "psnr": ("PSNR, dB", ".2f"),
+    "gain": ("gain, dB", "+.2f"),
+    "gain_error": ("±", ".2f"),
     "ssim": ("SSIM", ".4f"),
     "lpips": ("LPIPS", ".4f"),
     "recall": ("recall", ".4f"),
@@ -57,7 +60,7 @@ def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, An
         name: [record for record in of_setting.values() if record["machine"] == here[name]]
         for name, of_setting in records.items()
     }
-    return {
+    data = {
         "reference": DENSE,
         "settings": [
             planned(evaluation, name)
@@ -77,6 +80,9 @@ def content(evaluation: Evaluation, words: dict[str, list[str]]) -> dict[str, An
             for name in others
         },
     }
+    for name, gain in gains(data).items():
+        data["means"][name] |= gain
+    return data
 
 
 def means(metrics: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
@@ -152,10 +158,36 @@ def points(data: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
         name, cost = setting["name"], setting.get("attention_flops")
         psnr = data["means"].get(name, {}).get("psnr")
         if cost is not None and psnr is not None:
-            stem, _, last = name.rpartition("_")
-            curve = curves.setdefault(stem if stem and last.isdecimal() else name, [])
-            curve.append((cost / data["settings"][0]["attention_flops"], psnr))
+            curves.setdefault(_curve(name), []).append((cost / data["settings"][0]["attention_flops"], psnr))
     return {name: sorted(curve) for name, curve in curves.items()}
+
+
+def _curve(name: str) -> str:
+    stem, _, last = name.rpartition("_")
+    return stem if stem and last.isdecimal() else name
+
+
+def gains(data: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Returns by setting `gain`, the mean PSNR over that of radial at the same operations, and `gain_error`.
+
+    The curve is that of the settings `radial` and `radial_N`; {} for fewer than two. Each video is
+    interpolated linearly in the operations. Beyond an end of the curve its last setting counts. The error is
+    the standard error of the mean; None for a single video.
+    """
+    costs = {x["name"]: x["attention_flops"] for x in data["settings"] if x["attention_flops"] is not None}
+    curve = sorted((name for name in costs if _curve(name) == RADIAL), key=costs.get)
+    if len(curve) < 2:
+        return {}
+    result = {}
+    for name in costs.keys() - {*curve, data["reference"]}:
+        videos = [[v["metrics"][x]["psnr"] for x in (name, *curve)] for v in data["videos"]]
+        known = [values for values in videos if None not in values]
+        xs = [costs[x] for x in curve]
+        values = [psnr - float(np.interp(costs[name], xs, radial)) for psnr, *radial in known]
+        if values:
+            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+            result[name] = {"gain": mean(values), "gain_error": error}
+    return result
 
 
 def draw(curves: dict[str, list[tuple[float, float]]]) -> "Figure":
@@ -196,11 +228,12 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
             lines.append(
                 f"The seconds of {videos}, made on another machine or with other threads, are left out."
             )
+        lines += _gain(data)
         if any(x.get("attributes") is not None for x in data.get("settings", ())):
             lines.append(
                 "The last columns are what the reader of the toy world finds in the videos: the share of the "
-                "caption's four attributes, the share of videos with its motion in each part of the trained "
-                "length, and, if they are long enough, the share that moves at a speed of the toy world."
+                "caption's attributes, and, if the videos are long enough to tell, the share with its motion "
+                "in each part of the trained length, and the share that moves at a speed of the toy world."
             )
         if any(plan.config.model.cache != "none" for plan in evaluation.plans.values()):
             lines.append("Operations are not given with a cache, which skips calls.")
@@ -210,6 +243,26 @@ def explained(data: dict[str, Any], evaluation: Evaluation | None) -> str:
     if no_lpips() and all(metrics["lpips"] is None for metrics in compared):
         lines.append(f"There is {no_lpips()}.")
     return " ".join(lines)
+
+
+def _gain(data: dict[str, Any]) -> list[str]:
+    """Explains the gain, and names the settings that radial is not compared with at the same operations."""
+    known = [name for name, values in data["means"].items() if values.get("gain") is not None]
+    if not known:
+        return []
+    costs = {setting["name"]: setting["attention_flops"] for setting in data["settings"]}
+    curve = [cost for name, cost in costs.items() if _curve(name) == RADIAL and cost is not None]
+    more = [name for name in known if costs[name] > max(curve)]
+    fewer = [name for name in known if costs[name] < min(curve)]
+    lines = [
+        "Gain is PSNR over that of radial with as many operations, video by video, with the standard error: "
+        "radial is interpolated linearly in its operations."
+    ]
+    if more:
+        lines.append(f"It is too large for {', '.join(more)}: every radial setting has fewer operations.")
+    if fewer:
+        lines.append(f"It is too small for {', '.join(fewer)}: every radial setting has more operations.")
+    return lines
 
 
 def _videos(count: int) -> str:

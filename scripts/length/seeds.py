@@ -58,7 +58,9 @@ def seed_records(
 def seed_row(records: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the cells of a line of the table, from the records of one prompt with one pattern."""
     scores = {entry["seed"]: judged(entry) for entry in records}
-    right = {seed: entry["whole"] * entry["motion_throughout"] == 1 for seed, entry in scores.items()}
+    right = {
+        seed: entry["attributes"] == 1 and entry["motion_throughout"] != 0 for seed, entry in scores.items()
+    }
     failed = ", ".join(str(seed) for seed, is_right in right.items() if not is_right) or "none"
     columns = [[entry[name] for entry in scores.values()] for name in SCORES] + [list(right.values())]
     counts = ["" if None in column else f"{int(sum(column))} of {len(column)}" for column in columns]

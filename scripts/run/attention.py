@@ -11,6 +11,7 @@ from radial_attn.chooser import Choice, Chooser
 from radial_attn.kernels.contract import Call
 from radial_attn.masks.density import resolve_density, resolve_near
 from radial_attn.masks.patterns import COMPARED
+from radial_attn.masks.radial import FIXED
 from radial_attn.models.profile import MeasuredModel, ModelProfile
 from radial_attn.models.runtime.adaptive import Adaptive
 from radial_attn.models.runtime.schedule import AboveSigma, Schedule, read_density
@@ -20,7 +21,7 @@ from scripts.run.errors import UsageError
 from scripts.run.schema import find_path
 
 ADAPTIVE_OPTIONS = ("selection", "budget", "far_field", "residual", "residual_memory")
-MASK_OPTIONS = ("decay_factor", "block_size", "sink", "neighbour", "decimation_width", "pattern", "density")
+MASK_OPTIONS = ("decay_factor", "block_size", "pattern", "compat", *FIXED)
 
 
 def schedule_of(attention: AttentionConfig, steps: int) -> Schedule:
@@ -148,19 +149,31 @@ def radial_config(attention: MaskConfig, references: int = 0) -> RadialConfig:
     """Returns the group `attention` as the method's own options.
 
     With a sink every query also sees the frames of VACE's `references`, which come before the video's first.
+    Raises UsageError for options that `attention.compat` does not take.
     """
     options = {name: getattr(attention, name) for name in MASK_OPTIONS}
     density = read_density(attention.density)
     options["density"] = None if isinstance(density, tuple) else density
     if references and attention.sink:
         options["sink"] = references + 1
-    return RadialConfig(**options)
+    if attention.compat == "none":
+        return RadialConfig(**options)
+    if density is not None:
+        raise UsageError(
+            f"attention.density: got {attention.density}, but attention.compat={attention.compat} has a rule "
+            "of its own; set attention.density=null"
+        )
+    try:
+        return RadialConfig(**options | dict.fromkeys(FIXED))
+    except ValueError as error:
+        raise UsageError(f"attention.{error}") from error
 
 
 def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> RadialConfig:
     """Returns the options of the mask with `attention.density` solved for this grid.
 
-    Raises UsageError if the grid has no mask of that density, or if another pattern has none about as dense.
+    Raises UsageError if the grid has no mask of that density, if another pattern has none about as dense, or
+    if the program of `attention.compat` has none.
     """
     wanted = radial_config(attention, references)
     if getattr(attention, "selection", "static") != "static":
@@ -169,6 +182,11 @@ def solve_mask(attention: MaskConfig, grid: TokenGrid, references: int = 0) -> R
         solved = resolve_density(grid, wanted)
     except ValueError as error:
         raise UsageError(f"attention.density: got {wanted.density:g}, which no mask has: {error}") from error
+    try:
+        if solved.compat != "none":
+            radial_mask(grid, solved)
+    except ValueError as error:
+        raise UsageError(f"attention.compat: got {solved.compat!r}: {error}") from error
     try:
         if solved.pattern in COMPARED:
             radial_mask(grid, solved)  # raises if there is none; the mask is cached

@@ -129,6 +129,13 @@ class MaskConfig:
     decimation_width: int | str = key(
         128, "windows narrower than this skip frames; 'block': block_size", words=("block",)
     )
+    compat: str = key(
+        "none",
+        "make the mask of a published program, with its sink, neighbour and decimation_width, and without a "
+        "density",
+        ("none", "authors-2025-06", "authors-2025-11", "kijai", "woct0rdho", "lightx2v"),
+        replaces=("attention.sink", "attention.neighbour", "attention.decimation_width"),
+    )
     dense_layers: int = key(1, "number of first layers with dense attention", low=0)
     dense_backend: str = key(
         "auto",

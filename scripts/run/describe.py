@@ -28,7 +28,8 @@ def describe_plan(plan: RunPlan) -> str:
     shift = "of the model" if generation.flow_shift is None else f"{generation.flow_shift:g}"
     true = f", true guidance {generation.true_cfg_scale:g}" if generation.true_cfg_scale > 1 else ""
     static = attention.selection == "static"
-    density = f"{plan.density:.4f} ({attention.pattern if static else 'chosen'})"
+    kind = attention.pattern if attention.compat == "none" else attention.compat
+    density = f"{plan.density:.4f} ({kind if static else 'chosen'})"
     whole = f"{_flops(flops.dense + flops.other)} dense, {_flops(flops.sparse + flops.other)} as configured"
     rows = {
         "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
@@ -52,7 +53,7 @@ def describe_plan(plan: RunPlan) -> str:
     if names := measured(attention, call, grid.tokens):
         rows["measured"] = f"at the first sparse call: {', '.join(names)}; tune={attention.tune}"
     lines = [_row(name, text) for name, text in rows.items()] + _memory_choices(plan)
-    if attention.pattern != "dense" and static:
+    if attention.pattern != "dense" and static and attention.compat == "none":
         lines += [
             _row("curve", line) for line in curve_lines(grid, radial_config(attention, plan.model.references))
         ]
@@ -172,12 +173,12 @@ def notes(plan: RunPlan) -> list[str]:
         lines.append(f"memory: not checked, the size of the weights of {path} is unknown before loading")
     if attention.pattern == "dense":
         return lines
-    frame = plan.grid.tokens_per_frame
-    if 3 * frame < attention.block_size:
+    frame, free = plan.grid.tokens_per_frame, attention.compat == "none"
+    if free and 3 * frame < attention.block_size:
         lines.append(f"frames of {frame} tokens are under a third of a block: set attention.block_size=16")
     width = attention.block_size if attention.decimation_width == "block" else attention.decimation_width
     power = 1 << (frame.bit_length() - 1)
-    if width // power > 1:  # the rule keeps distance 1 only if this is 1
+    if free and width // power > 1:  # the rule keeps distance 1 only if this is 1
         lines.append(
             f"frames of {frame} tokens lose their neighbours: set attention.decimation_width={power} or less"
         )

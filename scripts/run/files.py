@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-LONGEST = 255  # bytes of a file name on Linux
-LEFT = re.compile(r"\.(.*)\.(?:(\w{8})-)?(\d+)\.part(?:\.\w+)?")  # of `temporary`, or without a machine
+from radial_attn.files import LONGEST, cut_name, whole_file
+
+LEFT = re.compile(r"\.(.*)\.(?:(\w{8})-)?(\d+)\.part(?:\.\w+)?")  # of `temporary`, or of `whole_file`
 LOCK = ".lock"
 DAY = 24 * 3600
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some network file systems
@@ -33,11 +34,7 @@ def temporary(path: Path, suffix: str = "") -> Path:
     `suffix`: the end of the name. A name too long for the file system is cut.
     """
     end = f".{machine()}-{os.getpid()}.part{suffix}"
-    return path.with_name(f".{_cut(path.name, LONGEST - 1 - len(end))}{end}")
-
-
-def _cut(name: str, length: int) -> str:
-    return os.fsencode(name)[:length].decode(errors="ignore")
+    return path.with_name(f".{cut_name(path.name, LONGEST - 1 - len(end))}{end}")
 
 
 @contextmanager
@@ -48,10 +45,10 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     same file is removed. An OSError names the file, also one that torch hides in an error of its own.
     """
     part = temporary(path, suffix)
-    remove_leftovers(path.parent, _cut(path.name, LONGEST - 1))
+    remove_leftovers(path.parent, cut_name(path.name, LONGEST - 1))
     try:
-        yield part
-        os.replace(part, path)
+        with whole_file(path, part):
+            yield part
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, OSError):
@@ -60,8 +57,6 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         if "inline_container" in str(error):  # of torch's writer, which does not say more
             raise OSError(errno.EIO, "torch cannot write it; is the disk full?", str(path)) from error
         raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -98,7 +93,7 @@ def claim(path: Path) -> Iterator[bool]:
     The claim is a lock on `.NAME.lock` next to it. It ends with the block, or with the process, however that
     ends. On a file system without locks every process has the claim.
     """
-    file = path.with_name(f".{_cut(path.name, LONGEST - 1 - len(LOCK))}{LOCK}")
+    file = path.with_name(f".{cut_name(path.name, LONGEST - 1 - len(LOCK))}{LOCK}")
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from radial_attn.models import apply_radial_attention
+from radial_attn.models import RadialAttentionHandle, apply_radial_attention
 from radial_attn.models.pipeline.caches import cached
 from radial_attn.models.pipeline.efficiency import economize, quantization_config
 from radial_attn.models.pipeline.load import is_local, load_pipeline
@@ -102,7 +102,7 @@ class Sampler:
             frames, run = self.sample_video(pipeline, prompt, seconds)
         if not self.groups.leads:
             return None
-        record = self._record(prompt, run, seconds)
+        record = self.record(prompt, run, seconds)
         try:
             write_pair(path, frames, self.plan.config.output.fps, record)
         except OSError as error:
@@ -117,11 +117,13 @@ class Sampler:
         *,
         bar: tqdm | None = None,
         observer: Observer | None = None,
+        look: Callable[[RadialAttentionHandle], object] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns frames uint8 `[T, H, W, 3]`, and the reports of attention, cache and clock.
 
         Adds its stages to `seconds`, without the time of the attention's observer. `bar` counts the steps of
-        several videos. Raises the errors of `make_video`, but leaves a shortage of memory as it is.
+        several videos. `look` gets the handle of the attention when the video is made. Raises the errors of
+        `make_video`, but leaves a shortage of memory as it is.
         """
         groups, config = self.groups, self.plan.config
         whole = whole_tokens(config.model.family, groups)
@@ -145,6 +147,8 @@ class Sampler:
                 hook.remove()
             seconds |= clock.seconds | {"decode": clock.lap()}
             run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
+            if look is not None:
+                look(handle)
             return to_bytes(frames) if groups.leads else frames, run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
@@ -204,7 +208,8 @@ class Sampler:
         if (pattern := self.plan.pattern(step)) not in self.begun:
             bar.set_postfix_str(f"compiling for {pattern} steps")
 
-    def _record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    def record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        """Returns the content of a video's JSON, from what `sample_video` returned."""
         return {
             "prompt": prompt,
             "seed": self.plan.config.generation.seed,

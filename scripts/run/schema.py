@@ -32,7 +32,7 @@ KINDS = {
 NULL_OR_MERGE = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 ZERO = "0"  # as `share`: the share may be 0
 NUMBERS = (float, float | None, int | float | str)
-PLAIN = {"choices": (), "low": None, "words": (), "share": None, "parse": None}  # metadata of a key
+PLAIN = {"choices": (), "low": None, "words": (), "share": None, "parse": None, "replaces": ()}  # of a key
 
 SHORT = Repr()  # of a value in a message
 SHORT.maxstring = SHORT.maxother = 300
@@ -48,6 +48,7 @@ def key(
     share: str | None = None,
     form: str = "",
     parse: Callable[[Any], Any] | None = None,
+    replaces: tuple[str, ...] = (),
 ) -> Any:
     """Makes the field of a configuration key.
 
@@ -57,9 +58,10 @@ def key(
         words: texts that a key of numbers also takes.
         share: for a number above 0 up to 1, says which other values the key takes.
         parse: makes the value of a key of several forms, which `form` names.
+        replaces: the keys that any value but the default replaces, so that they must be left out.
     """
     meta = {"help": help, "choices": choices, "low": low, "words": words, "share": share}
-    meta |= {"form": form, "parse": parse}
+    meta |= {"form": form, "parse": parse, "replaces": replaces}
     return field(default=default, metadata=PLAIN | meta)
 
 
@@ -146,11 +148,14 @@ class Schema:
                 be None.
 
         Raises:
-            UsageError: the file is missing or unreadable, a key is unknown, a value has the wrong type.
+            UsageError: the file is missing or unreadable, a key is unknown, a value has the wrong type, or is
+                given besides a key that replaces it.
         """
         config = OmegaConf.structured(self.root)
-        self._update(config, self._read_file(config_file), source=config_file)
-        self._update(config, self._read_overrides(overrides), source="command line")
+        content, given = self._read_file(config_file), self._read_overrides(overrides)
+        self._drop_replaced(content, given)
+        self._update(config, content, source=config_file)
+        self._update(config, given, source="command line")
         try:
             return OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
@@ -237,6 +242,25 @@ class Schema:
                 if isinstance(value, str):
                     values[leaf] = self._parse_value(f"{group}.{leaf}", value, null=None)
         return content
+
+    def _drop_replaced(self, content: dict[str, dict], given: dict[str, dict]) -> None:
+        """Removes from a file's values those that a key of the command line replaces.
+
+        Raises UsageError for a value beside the key that replaces it: both on the command line, or in the
+        file with another value than the default, which a record has.
+        """
+        known = self.keys()
+        for name, entry in known.items():
+            group, _, leaf = name.partition(".")
+            here, file = given.get(group, {}), content.get(group, {})
+            value = here.get(leaf, file.get(leaf, entry.default))
+            for other in entry.metadata["replaces"] if value != entry.default else ():
+                part, default = other.partition(".")[2], known[other].default
+                before = default if leaf in here else file.get(part, default)
+                if part in here or before != default:
+                    got = SHORT.repr(here.get(part, before))
+                    raise UsageError(f"{other}: got {got}, but {name}={value} replaces it; leave it out")
+                file.pop(part, None)
 
     def _read_overrides(self, overrides: Sequence[str]) -> dict[str, dict]:
         content: dict[str, dict] = {}

@@ -35,10 +35,12 @@ def step_speed(plan: RunPlan, seconds: list[float]) -> dict[str, float | None]:
 
 def describe_video(record: dict[str, Any], path: object) -> list[str]:
     """Returns the summary of a video: seconds, attention, checks, gain and memory."""
+    sparse = sparse_name(record["config"]["attention"])
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
-    groups = _step_groups(record).items()
-    steps = {name: f"{median(times):.3f} s (median of {len(times)})" for name, times in groups}
-    speed = record["speed"]
+    speed, count = record["speed"], len(record["step_seconds"])
+    dense = sum(step < count for step in record["dense_steps"])
+    kinds = ("dense", dense, "dense_step"), (sparse, count - dense, "sparse_step")
+    steps = {name: f"{speed[key]:.3f} s (median of {many})" for name, many, key in kinds if many}
     faster = f": {speed['speedup']:.2f}x faster" if speed["speedup"] else ""
     faster += f", efficiency {speed['efficiency']:.2f}" if speed["efficiency"] else ""
     check = record["attention"]["check"]
@@ -75,21 +77,11 @@ def describe_calls(report: dict[str, Any]) -> str:
 
 def _measured_gain(record: dict[str, Any]) -> list[str]:
     """Estimates how long denoising would take with every step dense, from the median dense step."""
-    groups = _step_groups(record)
-    if len(groups) < 2 or record["cache"]["kind"] != "none":
+    speed, count = record["speed"], len(record["step_seconds"])
+    if None in (speed["dense_step"], speed["sparse_step"]) or record["cache"]["kind"] != "none":
         return []
-    count, took = len(record["step_seconds"]), record["seconds"]["denoise"]
-    dense = count * median(groups["dense"])
+    took, dense = record["seconds"]["denoise"], count * speed["dense_step"]
     return [
         f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the median dense "
         f"step): {dense / took:.2f}x faster"
     ]
-
-
-def _step_groups(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Groups the seconds of steps by "dense" and what runs at sparse ones, whichever occur."""
-    dense, pattern = set(record["dense_steps"]), sparse_name(record["config"]["attention"])
-    groups: dict[str, list[float]] = {}
-    for step, seconds in enumerate(record["step_seconds"]):
-        groups.setdefault("dense" if step in dense else pattern, []).append(seconds)
-    return groups

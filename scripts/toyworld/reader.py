@@ -21,6 +21,7 @@ LINE = 0.3  # a path is a line if its width is under this share of its length
 PADDED = 4096  # least number of points of the spectrum that a period is read from
 STRAIGHT = 0.35  # a line is horizontal or vertical if its slope is under this
 MASS = 4  # pixels of shape that a frame must have
+POINTS = 3  # frames that a motion is read from, at least
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _period(path: Tensor) -> float:
 def _motion(path: Tensor) -> str | None:
     """Classifies a path by the principal axes of its points."""
     points = path[~path.isnan().any(dim=1)]
-    if len(points) < 3:
+    if len(points) < POINTS:
         return None
     spread, axes = torch.linalg.eigh(torch.cov(points.T))
     if spread[1] < 1:

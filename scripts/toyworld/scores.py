@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scripts.toyworld import read
+from scripts.toyworld.reader import POINTS
 from scripts.toyworld.render import PERIODS, RADII, VOCABULARY, Attributes
 
 IDENTITY = ("colour", "shape")
@@ -64,21 +65,23 @@ def record(video: Tensor, attributes: Attributes, trained_frames: int) -> Record
 def judged(entry: Record) -> dict[str, float | None]:
     """Returns every score of `SCORES` for one video, from 0 to 1; None if it is too short to tell.
 
-    - attributes: share of the four that the whole video shows; whole: whether it shows all four.
+    - attributes: share that the whole video shows, of those that can be told; whole: whether it shows all.
     - motion_throughout: each part by itself shows the motion of the caption.
     - identity_held: colour and shape can be read in the first and last quarter, and are the same.
     - identity_right: they are also those of the caption.
     - size_right, speed_right: radius and period are those of the toy world, within 10 %.
     """
-    right = {name: float(entry[name]) for name in VOCABULARY}
+    moves = entry["frames"] >= POINTS
+    right = {name: float(entry[name]) if moves or name != "motion" else None for name in VOCABULARY}
+    throughout = all(part["motion"] == entry["asked"]["motion"] for part in entry["parts"])
     first, last = entry["ends"]
     held = first == last and None not in first.values()
     asked = entry["asked"]
     return {
         **right,
-        "attributes": mean(right.values()),
-        "whole": float(all(right.values())),
-        "motion_throughout": float(all(part["motion"] == asked["motion"] for part in entry["parts"])),
+        "attributes": mean(value for value in right.values() if value is not None),
+        "whole": float(all(right.values())) if moves else None,
+        "motion_throughout": float(throughout) if moves else None,
         "identity_held": float(held),
         "identity_right": float(held and first == {name: asked[name] for name in IDENTITY}),
         "size_right": _within(entry["radius"], RADII),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from radial_attn import RadialConfig
+from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models.apply import HANDLE, apply_radial_attention
 from radial_attn.models.enable import disable, enable
 from radial_attn.models.published import nearest_settings, traits_of
@@ -121,6 +121,19 @@ def test_options_arrive():
     assert set(report["calls"]) == {"dense", "reference"} and seen
 
 
+def test_the_mask_of_another_program(capsys):
+    """The decay factor of the authors' programs depends on the model; the others have one of their own."""
+    pipeline, size = wan_pipeline(), {"height": 64, "width": 128}
+    for name, decay_factor in (("authors-2025-06", 0.5), ("woct0rdho", 0.2)):
+        with enable(pipeline, compat=name, block_size=64, dense_steps=0) as handle:
+            generate(pipeline, 1, **size)
+            (grid,) = handle.report()["grids"]
+        config = RadialConfig(decay_factor, 64, compat=name)
+        assert grid["density"] == radial_mask(TokenGrid(*grid["grid"]), config).density
+        line = capsys.readouterr().out.splitlines()[0]
+        assert f"decay_factor={decay_factor}, block_size=64, compat={name}, backend=auto" in line
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -157,6 +170,13 @@ def test_options_arrive():
         ({"backend": "fast"}, ValueError, "backend must be one of auto, "),
         ({"quantize": "int4"}, ValueError, "quantize must be one of (None, 'int8', 'fp8'), got 'int4'"),
         ({"check": "yes"}, ValueError, "check must be one of auto, off, nan, reference, got 'yes'"),
+        ({"compat": "theirs"}, ValueError, "compat must be one of ('none', 'authors-2025-06', "),
+        ({"compat": "kijai", "sink": True}, ValueError, "sink must be left out with compat='kijai'"),
+        (
+            {"compat": "kijai", "density": {"start": 0.4, "end": 0.2}},
+            ValueError,
+            "density must be left out with compat='kijai', got (0.4, 0.2)",
+        ),
     ],
 )
 def test_wrong_options_change_nothing(options, error, message, capsys):

@@ -38,8 +38,9 @@ def test_rows_are_the_presets(model):
     (row,) = (row for row in PUBLISHED if row.model == model)
     config = OmegaConf.load(f"configs/{PRESETS[model]}.yaml")
     attention = dict(config.attention)
-    mask = {name: value for name, value in vars(row.config).items() if name != "density"}
-    assert {name: attention[name] for name in mask} == mask and row.config.density is None
+    mask = dict(vars(row.config))
+    assert (mask.pop("density"), mask.pop("compat")) == (None, "none")
+    assert {name: attention[name] for name in mask} == mask
     steps = attention["dense_steps"], config.generation.steps, attention["dense_layers"]
     assert (row.dense_steps, row.steps, row.dense_layers) == steps
     assert attention["dense_last_steps"] == 0

@@ -19,6 +19,7 @@ from tests.support.timed_backends import Costs, sdpa
 GRID, CPU = GRIDS[111], torch.device("cpu")
 SECONDS = {"cpp": 3e-3, "blocks": 2e-3, "reference": 5e-3, "dense": 8e-3}
 MANY = 100_000  # calls of a run
+ABOUT = {"dense": "native", "pattern": "radial", "padded_text": True}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,13 +35,15 @@ def costs(monkeypatch, tmp_path):
     return Costs(monkeypatch, SECONDS)
 
 
-def choose(costs, tune="always", *, agree=None, calls=MANY, batch=2, tensors=None, **options) -> Choice:
+def choose(
+    costs, tune="always", *, agree=None, calls=MANY, batch=2, tensors=None, about=ABOUT, **options
+) -> Choice:
     """Chooses for a new mask, as every run has."""
     mask = options.pop("mask", None) or fresh_mask(GRID)
     call = Call(CPU, torch.float32, 16, options.pop("gradients", False), mask, **options)
     chooser, dense = Chooser(tune, agree), partial(costs.pay, "dense", sdpa)
     size = batch, GRID.tokens, 3, 16
-    choice = chooser.open(call, size, mask.density, dense=dense, dense_name="native", calls=calls)
+    choice = chooser.open(call, size, mask.density, about=about, dense=dense, calls=calls)
     tensors = tensors or make_inputs(GRID, batch, 3, 16)[:3]
     chooser.settle(choice, tensors, mask, text_lengths=torch.tensor([4] * batch))
     assert chooser.report() == [choice.report()]
@@ -145,6 +148,28 @@ def test_measuring_ends_when_its_share_of_the_run_is_spent(costs, caplog):
     assert costs.calls["reference"] == 2  # a first call, and one that is so slow that it is not repeated
 
 
+@pytest.mark.parametrize("tune", ["once", "always"])
+def test_a_range_of_densities_is_measured_once(costs, caplog, tmp_path, tune):
+    """Dense attention takes as long at every density, so it is chosen while the density is high."""
+    caplog.set_level(logging.INFO, logger="radial_attn")
+    costs.seconds |= {"blocks": 0.3, "cpp": 0.4, "reference": 9.0, "dense": 0.2}
+    chooser, dense = Chooser(tune), partial(costs.pay, "dense", sdpa)
+    names = {}
+    for density in (0.9, 0.8, 0.5, 0.3, 0.5):
+        mask = fresh_mask(GRID)
+        call, size = Call(CPU, torch.float32, 16, False, mask), (2, GRID.tokens, 3, 16)
+        choice = chooser.open(call, size, density, about=ABOUT, dense=dense, calls=MANY)
+        names[density] = chooser.settle(choice, make_inputs(GRID, 2, 3, 16)[:3], mask)
+        assert choice.seconds["blocks"] == pytest.approx(0.3 * density / 0.9)
+    assert names == {0.9: "dense", 0.8: "dense", 0.5: "blocks", 0.3: "blocks"}
+    assert costs.calls["blocks"] == 4 and len(caplog.messages) == 4
+    assert caplog.messages[3].endswith("; scaled from the times at density 0.900")
+    assert [x["measured_at"] for x in chooser.report()] == [None, 0.9, 0.9, 0.9]
+    assert len(list(tmp_path.rglob("choice-*.json"))) == (tune == "once")
+    other = chooser.open(call, (1, *size[1:]), 0.3, about=ABOUT, dense=dense, calls=MANY)
+    assert other.name is None  # another shape is measured
+
+
 def test_a_long_sequence_is_measured_on_a_few_heads(costs, monkeypatch):
     assert [some_heads((1, tokens, 40, 128)) for tokens in (460_800, 115_200, 32_760, 1000)] == [1, 3, 9, 40]
     assert ROWS // 2 <= 3 * 115_200
@@ -220,7 +245,17 @@ def test_a_failure_that_may_pass_is_not_kept(costs, tmp_path):
     assert choose(costs, "once").name == "blocks"
 
 
-@pytest.mark.parametrize("other", [{"batch": 1}, {"gradients": True}, {"mask": fresh_mask(GRID, 32)}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"batch": 1},
+        {"gradients": True},
+        {"mask": fresh_mask(GRID, 32)},
+        {"about": ABOUT | {"pattern": "spatial"}},
+        {"about": ABOUT | {"padded_text": False}},
+    ],
+    ids=str,
+)
 def test_another_shape_is_measured_anew(costs, tmp_path, other):
     choose(costs, "once")
     costs.calls = dict.fromkeys(SECONDS, 0)
@@ -292,7 +327,7 @@ def test_made_up_tensors_if_the_call_has_none_to_show(costs, monkeypatch):
     mask = fresh_mask(GRID)
     call = Call(CPU, torch.float32, 16, False, mask)
     chooser, dense = Chooser("always"), partial(costs.pay, "dense", sdpa)
-    options = {"dense": dense, "dense_name": "native", "calls": MANY}
+    options = {"dense": dense, "about": ABOUT, "calls": MANY}
     state = torch.get_rng_state()
     assert chooser.settle_alone(chooser.open(call, (2, GRID.tokens, 3, 16), 0.5, **options)) == "blocks"
     assert torch.equal(torch.get_rng_state(), state)

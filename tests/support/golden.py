@@ -52,6 +52,7 @@ COMMANDS = {  # the name in the golden files -> the module that runs, and a subc
     "calibrate": "scripts.calibrate",
     "cost": "scripts.cost",
     "report": "scripts.report",
+    "demo": "scripts.demo",
     "benchmark": "scripts.benchmark",
     "benchmark_gpu": "scripts.benchmark_gpu",
     "benchmark_mask": "scripts.benchmark --mask",

@@ -1,11 +1,33 @@
 """The radial rule written out on tokens, slow and plain: the oracle of the mask's tests."""
 
+import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from radial_attn import RadialConfig, TokenGrid
+
+PROGRAMS = {  # options of each published program without and with text, as its source has them
+    "authors-2025-06": ({"neighbour": "half"}, {}),
+    "authors-2025-11": ({}, {"sink": False}),
+    "kijai": ({"neighbour": "half", "decimation_width": "block"}, None),
+    "woct0rdho": ({"neighbour": "half"}, None),
+    "lightx2v": ({"neighbour": "half"}, None),
+}
+
+
+def stored_masks(name: str) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """The masks of a file of `tests/data`, which other programs made: options and blocks, bool `[Q, Q]`."""
+    with np.load(Path(__file__).parents[1] / "data" / name) as data:
+        for number, meta in enumerate(json.loads(str(data["meta"]))):
+            rows, columns = meta["blocks"]
+            bits = np.unpackbits(data[f"mask{number}"])[: rows * columns]
+            yield meta, torch.from_numpy(bits.reshape(rows, columns).astype(bool))
 
 
 def equation_four(frames: int, tokens_per_frame: int, sink: bool = True) -> Tensor:
@@ -73,6 +95,35 @@ def block_rule(grid: TokenGrid, config: RadialConfig) -> Tensor:
     is_text = torch.arange(grid.tokens) >= grid.video_tokens
     text = torch.tensor([bool(part.any()) for part in is_text.split(size)])
     return blocks | text[:, None] | text[None, :]
+
+
+def program_rule(grid: TokenGrid, name: str, block_size: int, decay_factor: float) -> Tensor | None:
+    """The block mask of a published program by brute force, bool `[Q, Q]`; None if it serves no such grid."""
+    options, size = PROGRAMS[name][grid.text > 0], block_size
+    pads, pairs = name == "woct0rdho", size == 64 and name in ("kijai", "woct0rdho")
+    count = -(-grid.tokens // size)
+    whole = {"kijai": grid.tokens_per_frame, "authors-2025-11": grid.video_tokens}.get(name, 0)
+    if options is None or whole % size or (pairs and count % 2):
+        return None
+    config = RadialConfig(decay_factor, size, **options)
+    video = count * size if pads else grid.video_tokens
+    length = video // grid.frames
+    touched = math.ceil(length / size)
+    blocks = torch.zeros(count, count, dtype=torch.bool)
+    for i in range(grid.frames):
+        for j in range(grid.frames):
+            (row, above), (column, left) = divmod(i * length, size), divmod(j * length, size)
+            tokens = torch.zeros(above + length + size, left + length + size, dtype=torch.bool)
+            tokens[above : above + length, left : left + length] = pair_rule(i, j, length, config)
+            kept = pool(tokens[: touched * size, : touched * size], size)
+            if pads:
+                kept[0, 0] = kept[-1, -1] = True
+            blocks[row : row + touched, column : column + touched] |= kept
+    last = torch.arange(count) >= video // size
+    blocks |= last[:, None] | last
+    if pairs:
+        blocks = blocks.unflatten(0, (-1, 2)).any(1).repeat_interleave(2, 0)
+    return blocks if blocks.any(1).all() else None
 
 
 def _frame(grid: TokenGrid, frame: int) -> slice:

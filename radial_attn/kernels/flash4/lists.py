@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..block_tiles import cut_into_tiles
+
 T = TypeVar("T")
 MOST_BYTES = 1 << 28  # of one list; beyond it, rows that keep everything are computed apart
 
@@ -125,40 +127,24 @@ def _sparse_rows(blocks: Tensor, cut: Cut) -> int:
 
 
 def _make(blocks: Tensor, cut: Cut, device: torch.device) -> Lists:
-    some, every = _tiles(blocks, cut)
+    heads = blocks.to(device).reshape(-1, *blocks.shape[-2:])
+    _, some, every = cut_into_tiles(heads, cut.block_size, cut.tokens, cut.tile)
     mixed = some & ~every
     table = None
-    if mixed.any():
+    if bool(mixed.any()):
         # a tile's second half may lie behind the end: the kernel looks up its pairs, and drops them
-        heads = blocks.reshape(-1, *blocks.shape[-2:])
         missing = [-heads.shape[axis] % (cut.tile[axis - 1] // cut.block_size) for axis in (1, 2)]
-        table = F.pad(heads.to(device, torch.int8), (0, missing[1], 0, missing[0]))
+        table = F.pad(heads.to(torch.int8), (0, missing[1], 0, missing[0]))
     if cut.transposed:
-        every, mixed = every.swapaxes(1, 2), mixed.swapaxes(1, 2)
-    return Lists(*_list(every, device), *_list(mixed, device), cut.tile, table, cut.block_size)
+        every, mixed = every.mT.contiguous(), mixed.mT.contiguous()
+    return Lists(*_list(every), *_list(mixed), cut.tile, table, cut.block_size)
 
 
-def _tiles(blocks: Tensor, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tiles that hold a kept block, and those that keep all of theirs, `[H or 1, rows, columns]`."""
-    cells = blocks.numpy() if blocks.ndim == 3 else blocks.numpy()[None]
-    some = every = cells
-    for axis, tokens, tile in zip((1, 2), cut.tokens, cut.tile, strict=True):
-        if tile <= cut.block_size:
-            finer = np.arange(-(-tokens // tile)) // (cut.block_size // tile)
-            some, every = some.take(finer, axis), every.take(finer, axis)
-        else:
-            starts = np.arange(0, cells.shape[axis], tile // cut.block_size)
-            some = np.logical_or.reduceat(some, starts, axis)
-            every = np.logical_and.reduceat(every, starts, axis)
-    return some, every
-
-
-def _list(kept: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def _list(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Returns counts and ascending numbers of the kept tiles in each row of `[H or 1, rows, columns]`."""
-    counts = np.count_nonzero(kept, axis=-1).astype(np.int32)
+    counts = kept.sum(-1, dtype=torch.int32)
     width = max(1, int(counts.max()))
-    indices = [_packed(torch.from_numpy(head).to(device), width) for head in np.ascontiguousarray(kept)]
-    return torch.from_numpy(counts[None]).to(device), torch.stack(indices)[None]
+    return counts[None], torch.stack([_packed(head, width) for head in kept])[None]
 
 
 def _packed(kept: Tensor, width: int) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..block_tiles import cut_into_tiles
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -87,15 +89,10 @@ def _values(blocks: Tensor, device: torch.device) -> Tensor:
 
 
 def _cut(blocks: Tensor, extent: Extent, rows: int, columns: int) -> list[Tensor | None]:
-    """Returns non-empty tiles, whole tiles and patterns, each `[H or 1, query tiles, key tiles]`.
-
-    Computes on the device, because heads that choose their blocks change the lists at each new density.
-    """
-    cells = blocks if blocks.ndim == 3 else blocks[None]
+    """Returns non-empty tiles, whole tiles and patterns, each `[H or 1, query tiles, key tiles]`."""
     length = extent.tokens if extent.rows is None else extent.rows
-    for axis, tile, tokens in ((1, rows, length), (3, columns, extent.tokens)):
-        cells = _split(cells, axis, extent.block_size, tile, tokens)
-    some, every = cells.any(dim=(2, 4)), cells.all(dim=(2, 4))
+    tokens, tile = (length, extent.tokens), (rows, columns)
+    cells, some, every = cut_into_tiles(blocks, extent.block_size, tokens, tile)
     patterns = None
     if bool((some & ~every).any()):
         patterns = torch.zeros(some.shape, dtype=torch.int64, device=some.device)
@@ -105,16 +102,6 @@ def _cut(blocks: Tensor, extent: Extent, rows: int, columns: int) -> list[Tensor
     every[:, length // rows :] = False
     every[:, :, extent.mixed_from // columns :] = False
     return [some, every, patterns]
-
-
-def _split(blocks: Tensor, axis: int, size: int, tile: int, tokens: int) -> Tensor:
-    """Splits an axis of blocks of `size` tokens into tiles of `tile` tokens, then the blocks of each tile.
-
-    A last tile that lacks blocks repeats its last one.
-    """
-    count, ratio = -(-tokens // tile), max(1, tile // size)
-    at = torch.arange(count * ratio, device=blocks.device) * tile // (size * ratio)
-    return blocks.index_select(axis, at.clamp(max=blocks.shape[axis] - 1)).unflatten(axis, (count, ratio))
 
 
 def _list(tiles: list[Tensor | None], step: int, device: torch.device) -> Tiles:

@@ -1,6 +1,6 @@
 // Plays the videos of one prompt in step: the first leads, the others follow to within a frame.
 const get = (id) => document.getElementById(id);
-const { clips, amplify } = JSON.parse(get("data").textContent);
+const { clips, amplify, plays } = JSON.parse(get("data").textContent);
 const [stage, play, slider, time, rate] = ["stage", "play", "frame", "time", "rate"].map(get);
 let clip, videos = [], playing = false;
 
@@ -83,3 +83,4 @@ document.onkeydown = (event) => {
   keys[event.key]();
 };
 show(0);
+if (plays) toggle(true);

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from radial_attn import RadialConfig, TokenGrid
 from radial_attn.masks.draw import MOST_BLOCKS, draw_mask, save_figure
@@ -43,14 +43,11 @@ def render(runs: list[Run], clips: list[Clip], packed: list[dict[str, Any]], amp
         packed: the clips whose videos are in the page, as player.js takes them.
         amplify: factor on the brightness of differences.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
-    settings = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = Environment(loader=loader, autoescape=True, **settings).get_template("template.html")
-    page = template.render(
+    page = template("template.html").render(
         runs=runs,
         days=sorted({run.content["made"] for run in runs if run.content.get("made")}),
         count=len(clips),
-        data={"clips": packed, "amplify": amplify},
+        data={"clips": packed, "amplify": amplify, "plays": False},
         videos=all_videos(clips),
         documents=[document(run) for run in runs if run.kind != "generation"],
         missing=[kind for kind in MADE_BY if kind not in {"generation", *(run.kind for run in runs)}],
@@ -59,6 +56,18 @@ def render(runs: list[Run], clips: list[Clip], packed: list[dict[str, Any]], amp
         dumps=lambda config: json.dumps(config, indent=2, ensure_ascii=False),
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half of a surrogate pair
+
+
+def player(packed: dict[str, Any], amplify: int) -> str:
+    """Returns a page for a frame of another page: it plays one clip, and sets the height of its frame."""
+    return template("pair.html").render(data={"clips": [packed], "amplify": amplify, "plays": True})
+
+
+def template(name: str) -> Template:
+    """Returns a template of this folder; a value that it lacks is an error."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    settings = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=loader, autoescape=True, **settings).get_template(name)
 
 
 def all_videos(clips: list[Clip]) -> list[list[str]]:

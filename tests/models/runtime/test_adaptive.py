@@ -56,8 +56,10 @@ def test_layers_attend_to_the_blocks_that_cost_most(family, masks):
     """Compares the masks of sparse steps, by half and sample, with the losses at the dense step before."""
     transformer, seen = family.transformer(), []
     options = {**OPTIONS, "dense_layers": 1, "observe": seen.append}
-    with apply_radial_attention(transformer, CHOSEN, **options):
+    with apply_radial_attention(transformer, CHOSEN, **options) as handle:
+        assert handle.chosen(1) is None
         video(family, transformer, batch=2) if not family.text else video(family, transformer)
+        chosen = [handle.chosen(layer) for layer in range(family.layers + 1)]
     grid, layers = seen[0].mask.grid, family.layers
     floor = floor_blocks(grid, CHOSEN)
     heads, batch = seen[0].query.shape[2], len(seen[0].query)
@@ -79,6 +81,8 @@ def test_layers_attend_to_the_blocks_that_cost_most(family, masks):
         kept = wanted[call % len(wanted)][sample]
         assert (mask.blocks != kept).sum() <= 2  # losses that are equal after rounding
         assert mask.density > 0.85
+    latest = masks[-2 * (layers - 1) * batch :: batch][: layers - 1]  # of the first sample, in the first half
+    assert chosen == [None, *latest, None]
 
 
 @pytest.mark.parametrize(("residual", "tolerance"), [("none", 1e-5), ("mean", 1e-5), ("int8", 1e-3)])

@@ -108,6 +108,17 @@ def test_heads_that_choose_are_measured_with_their_masks(far_field, costs):
     assert report["calls"].keys() == {"dense", report["tuning"][0]["backend"]}
 
 
+@pytest.mark.parametrize("options", [{}, {"selection": "dense_step", "dense_steps": 1}], ids=str)
+def test_a_range_of_densities_is_measured_once(options, costs):
+    pipeline = wan_pipeline()
+    options |= {"tune": "always", "density_range": (0.95, 0.8), "num_steps": 4}
+    with apply_radial_attention(pipeline, RadialConfig(block_size=16), **options) as handle:
+        generate(pipeline, steps=4)
+        tuned = handle.report()["tuning"]
+    assert costs.calls["blocks"] == 4  # a first call, and three that are timed
+    assert [x["measured_at"] for x in tuned] == [None, *[tuned[0]["density"]] * 2]
+
+
 @with_text
 def test_padded_text_is_measured_too(family, costs):
     transformer, inputs = family.transformer(), family.sized(**family.samples[-1])

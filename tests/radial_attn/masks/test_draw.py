@@ -29,6 +29,33 @@ def test_every_kept_block_has_one_colour(text):
     assert ("text" in names) == bool(text)
 
 
+def test_a_picture_of_the_mask_of_another_program(tmp_path, capsys):
+    """Its sink has the colours of the distances."""
+    shape = ["--frames=9", "--height=8", "--width=16", "--compat=woct0rdho", "--block-size=64"]
+    main(["draw", *shape, f"--out={tmp_path / 'mask.png'}"])
+    grid, config = TokenGrid(9, 8, 16), RadialConfig(block_size=64, compat="woct0rdho")
+    assert f"density {radial_mask(grid, config).density:.4f}" in capsys.readouterr().out
+    assert sum(layer.member.astype(int) for layer in layers(grid, config)).max() == 1
+    title = draw_mask(grid, config).axes[0].get_title(loc="left")
+    assert title.endswith("blocks of 64, decay factor 0.2, as woct0rdho makes it")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["draw", "--compat=kijai", "--no-sink", "--out=a.png"], "sink must be left out with compat='kijai'"),
+        (["draw", "--compat=kijai", "--density=0.5", "--out=a.png"], "density must be left out with compat"),
+        (["draw", "--compat=kijai", "--out=a.png"], "compat='kijai' needs frames of whole blocks of 128"),
+        (["density", "--compat=kijai"], "--compat must be none, got 'kijai', whose rule is fixed; see draw"),
+    ],
+)
+def test_what_the_mask_of_another_program_does_not_take(command, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--frames=3", "--height=5", "--width=5"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_frame_distance_is_that_of_the_nearest_frames():
     """Frames of 24 tokens in blocks of 16: the second block holds the end of frame 0 and the start of 1."""
     distance = frame_distance(TokenGrid(4, 4, 6), 16)

@@ -1,9 +1,6 @@
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +8,7 @@ from hypothesis import strategies as st
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.radial import half_width
-from tests.support.mask_oracle import block_rule, equation_four, pair_rule, token_rule
-
-REFERENCE = Path(__file__).parents[2] / "data" / "reference_masks.npz"
+from tests.support.mask_oracle import block_rule, equation_four, pair_rule, stored_masks, token_rule
 
 TEXT = st.sampled_from([0, 0, 1, 17, 64])
 GRIDS = st.builds(TokenGrid, st.integers(1, 10), st.integers(1, 9), st.integers(1, 11), TEXT)
@@ -28,15 +23,7 @@ CONFIGS = st.builds(
 )
 
 
-def reference_masks():
-    with np.load(REFERENCE) as data:
-        for number, meta in enumerate(json.loads(str(data["meta"]))):
-            rows, columns = meta["blocks"]
-            bits = np.unpackbits(data[f"mask{number}"])[: rows * columns]
-            yield meta, torch.from_numpy(bits.reshape(rows, columns).astype(bool))
-
-
-@pytest.mark.parametrize(("meta", "expected"), list(reference_masks()))
+@pytest.mark.parametrize(("meta", "expected"), list(stored_masks("reference_masks.npz")))
 def test_equals_the_masks_of_the_authors(meta, expected):
     grid = TokenGrid(meta["frames"], 1, meta["tokens_per_frame"], meta["text"])
     config = RadialConfig(meta["decay_factor"], meta["block_size"], meta["sink"], meta["neighbour"])
@@ -197,6 +184,20 @@ def test_equal_arguments_return_the_same_mask():
         ({"decimation_width": 0}, "decimation_width must be an integer >= 1, got 0"),
         ({"decimation_width": "frame"}, "decimation_width must be an integer >= 1 or 'block', got 'frame'"),
         ({"pattern": "banded"}, r"pattern must be one of \('radial', 'dense', .*\), got 'banded'"),
+        ({"compat": "authors"}, r"compat must be one of \('none', 'authors-2025-06', .*\), got 'authors'"),
+        (
+            {"compat": "kijai", "neighbour": "half"},
+            "neighbour must be left out with compat='kijai', .* 'half'",
+        ),
+        ({"compat": "kijai", "sink": True}, "sink must be left out with compat='kijai', .* got True"),
+        ({"compat": "kijai", "density": 0.3}, "density must be left out with compat='kijai', .* got 0.3"),
+        (
+            {"compat": "woct0rdho", "pattern": "power"},
+            "pattern must be 'radial' or 'dense' with .* got 'power'",
+        ),
+        ({"compat": "kijai", "block_size": 16}, r"block_size must be one of \(64, 128\) with .*, got 16"),
+        ({"compat": "lightx2v", "decay_factor": 1.0}, "decay_factor must be 0.2 with .*lightx2v.*, got 1.0"),
+        ({"compat": "kijai", "decay_factor": -1}, "decay_factor must be a finite number above 0, got -1"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -147,7 +147,8 @@ def test_what_is_late_or_missing_blocks_nothing_else(tmp_path):
 def test_two_parts_make_one_report(parts, tmp_path, capsys):
     files = [str(run.path.with_suffix(".json")) for run, _, _ in parts]
     assert main(["--merge", *files, "--out", str(tmp_path)]) == 0
-    text = next(tmp_path.glob("gpu_simulated_*.md"))
+    (text,) = tmp_path.glob("gpu_simulated_*.md")
+    assert text.stem.endswith("_merged")  # beside the report of a whole run
     data = json.loads(text.with_suffix(".json").read_text())
     keys = [(row["stage"], row["case"], row["variant"]) for row in data["rows"]]
     assert len(keys) == len(set(keys)) and {case for _, case, _ in keys} == set(CASES)

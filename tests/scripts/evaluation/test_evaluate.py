@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from scripts.evaluation.metrics import compare
 from scripts.evaluation.settings import settings_of
 from scripts.evaluation.shown import captions, shown
 from scripts.evaluation.tables import content as found_in
-from scripts.evaluation.tables import draw, explained, points, table
+from scripts.evaluation.tables import draw, explained, gains, points, table
 from scripts.evaluation.videos import Evaluation, make_missing, missing_videos, write_frames
 from scripts.run import sampler as video
 from scripts.run.attention import attention_arguments, radial_config
@@ -99,6 +100,22 @@ def test_the_reader_scores_captions_of_the_toy_world_alone(run: Path):
     assert "attributes | motion" in titles and "speed" not in titles
     other = "a red circle moving vertically on a gray background at night"
     assert shown(planned(run, *COMPARE, f"generation.prompt={other}")) == {}
+
+
+def test_what_the_reader_saw_is_kept_until_a_video_changes(run: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(run / "work", tmp_path / "work")
+    evaluation, taken, look = planned(tmp_path, *COMPARE), [], read_video
+    monkeypatch.setattr("scripts.evaluation.shown.read_video", lambda path: taken.append(path) or look(path))
+    before = shown(evaluation)
+    assert before and not taken
+    changed = evaluation.path("thin", evaluation.takes[0])
+    shutil.copy(evaluation.path("dense", evaluation.takes[1]), changed)
+    assert shown(evaluation) and not taken  # that video is known
+    changed.write_bytes(changed.read_bytes() + bytes(8))
+    shown(evaluation)
+    assert taken == [changed]
+    (tmp_path / "work" / "shown.json").write_text("[")
+    assert shown(evaluation) and len(taken) == 7  # the two of "all" are those of "dense"
 
 
 RED = "a red circle moving vertically on a gray background"
@@ -312,3 +329,41 @@ def test_the_picture_joins_settings_that_differ_in_their_number():
     (axes,) = draw(curves).axes
     assert [line.get_label() for line in axes.lines] == ["radial", "chosen"]
     assert list(axes.lines[0].get_xdata()) == [0.25, 0.5] and list(axes.lines[0].get_ydata()) == [18.0, 24.0]
+
+
+def test_the_gain_is_over_radial_at_the_same_operations(run: Path):
+    """Each video by itself; beyond the curve its last setting counts, and a line says so."""
+    costs = {
+        "dense": 8.0,
+        "radial_57": 4.0,
+        "radial": 2.0,
+        "mid": 2.5,
+        "much": 5.0,
+        "less": 1.0,
+        "equal": 3.0,
+    }
+    psnr = {"radial": (18, 20), "radial_57": (24, 22), "mid": (30, 24), "much": (26, 26), "less": (17, 18)}
+    psnr |= {"equal": (None, 25)}
+    data = {
+        "reference": "dense",
+        "settings": [{"name": name, "attention_flops": cost} for name, cost in costs.items()],
+        "videos": [
+            {"metrics": {name: {"psnr": x[i], "lpips": None} for name, x in psnr.items()}} for i in (0, 1)
+        ],
+        "elsewhere": 0,
+    }
+    found_gains = gains(data)
+    assert {name: x["gain"] for name, x in found_gains.items()} == pytest.approx(
+        {"mid": (10.5 + 3.5) / 2, "much": 3, "less": -1.5, "equal": 4}
+    )
+    assert (
+        found_gains["mid"]["gain_error"] == pytest.approx(3.5) and found_gains["equal"]["gain_error"] is None
+    )
+    data["means"] = {name: found_gains.get(name, {}) for name in psnr}
+    rows = table(data)
+    assert rows[1] == "| setting | gain, dB | ± | attention, FLOP |"
+    assert "| mid | +7.00 | 3.50 | 2.5 |" in rows
+    text = explained(data, replace(planned(run, *COMPARE), rows=0))
+    assert "too large for much: every" in text and "too small for less: every" in text
+    data["settings"] = data["settings"][:2]
+    assert gains(data) == {}

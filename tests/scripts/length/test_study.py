@@ -75,6 +75,13 @@ def test_a_video_that_stops_or_is_empty_fails():
     assert scores(gone, asked)["identity_held"] == 0
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_motion_is_not_judged_in_one_or_two_frames(frames):
+    score = scores(clip(attributes(), frames), attributes())
+    assert score["motion"] is score["motion_throughout"] is score["whole"] is None
+    assert score["attributes"] == score["colour"] == score["shape"] == score["background"] == 1
+
+
 def test_parts_are_as_long_as_the_training():
     assert parts(129, 33) == [slice(0, 33), slice(32, 65), slice(64, 97), slice(96, 129)]
     assert parts(33, 33) == [slice(0, 33)] and parts(17, 33) == [slice(0, 17)]

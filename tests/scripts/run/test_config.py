@@ -1,7 +1,7 @@
 """Schema, YAML, overrides and presets."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -12,6 +12,7 @@ from radial_attn import RadialConfig
 from radial_attn.block_mask import BLOCK_SIZES
 from radial_attn.dispatch import BACKENDS
 from radial_attn.kernels.contract import QUANTIZE
+from radial_attn.masks.radial import COMPAT
 from radial_attn.models.pipeline.load import FAMILIES
 from radial_attn.models.pipeline.rope_scaling import METHODS
 from radial_attn.models.runtime.output_check import CHECKS
@@ -25,7 +26,7 @@ TINY = "configs/wan_tiny.yaml"
 OPTIONAL = {
     "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
     "cache_ratios positions positions_frames",
-    "attention": "density selection profile budget far_field residual residual_memory tune",
+    "attention": "density compat selection profile budget far_field residual residual_memory tune",
     "generation": "prompt_file image last_image video mask reference_images guidance_scale_2 true_cfg_scale "
     "prompt_template seeds",
     "output": "overwrite",
@@ -67,6 +68,7 @@ def test_choices_are_those_of_the_packages_below():
     assert choices["attention.quantize"] == ("none", *QUANTIZE[1:])
     assert choices["attention.check"] == CHECKS
     assert choices["attention.block_size"] == tuple(BLOCK_SIZES)
+    assert choices["attention.compat"] == tuple(COMPAT)
     assert choices["model.family"] == tuple(FAMILIES)
     assert choices["model.positions"] == METHODS
     for key in ("pattern", "neighbour"):
@@ -177,6 +179,24 @@ def test_a_record_is_a_configuration(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"config": asdict(before), "seconds": {}}))
     assert read_config(str(tmp_path / "a.json"), []) == before
     assert read_config(str(tmp_path / "a.json"), ["generation.seed=5"]).generation.seed == 5
+
+
+def test_the_mask_of_a_program_replaces_options_of_a_preset(tmp_path):
+    """A record of it is a configuration; only what is given beside it is refused."""
+    config = read_config("configs/wan_tiny.yaml", ["attention.compat=kijai"])
+    assert vars(config.attention)["neighbour"] == "half" and config.attention.decimation_width == 128
+    assert radial_config(replace(config.attention, block_size=64)) == RadialConfig(0.5, 64, compat="kijai")
+    (tmp_path / "a.json").write_text(json.dumps({"config": asdict(config)}))
+    assert read_config(str(tmp_path / "a.json"), []) == config
+    (tmp_path / "a.yaml").write_text("attention:\n  compat: kijai\n  sink: false\n")
+    for file, words in (
+        ("a.json", ["attention.sink=true"]),
+        ("a.yaml", []),
+        ("a.yaml", ["attention.sink=true"]),
+    ):
+        with pytest.raises(UsageError, match=r"attention.sink: got .*"):
+            read_config(str(tmp_path / file), words)
+    assert not read_config(str(tmp_path / "a.yaml"), ["attention.compat=none"]).attention.sink
 
 
 @given(st.text(alphabet="\\\\${}ab:\"' ", min_size=1, max_size=9))

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Opens a page in the browser to try the models: dense and sparse video side by side, with seconds, density and PSNR.
+# It is on 127.0.0.1 alone, and sends nothing anywhere. The first call installs Gradio into .venv.
+#   bash scripts/demo.sh
+#   bash scripts/demo.sh --port 8000 --work outputs/tried
+#   bash scripts/demo.sh --share            also a public link, by Gradio's servers
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/scripts/setup.sh"
+python="$root/.venv/bin/python"
+gradio="gradio>=6.31,<7" # as in pyproject.toml, which says why
+if ! "$python" -c "import gradio" 2>/dev/null; then
+    echo "setup: installing $gradio"
+    "$python" -m pip install --disable-pip-version-check --quiet --progress-bar off "$gradio"
+fi
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -P -m scripts.demo "$@"
