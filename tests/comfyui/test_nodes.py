@@ -104,7 +104,7 @@ def graph_of(ui: dict) -> dict:
     sources = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
     graph = {}
     for entry in ui["nodes"]:
-        values = [value for value in entry.get("widgets_values", []) if value != "randomize"]
+        values = [value for value in entry.get("widgets_values", []) if value != "fixed"]
         inputs = {}
         for slot in entry["inputs"]:
             if slot["link"] is not None:
