@@ -1,6 +1,6 @@
-"""Adds radial attention to ComfyUI: a node pack that is this folder, linked or copied into custom_nodes.
+"""Adds radial attention to ComfyUI. This folder is the node pack: link or copy it into custom_nodes.
 
-It needs the package radial_attn. A link into a checkout of the repository finds the one beside it.
+It needs the package radial_attn. A link into a checkout of the repository finds the package there.
 """
 
 import logging
@@ -36,6 +36,6 @@ try:
 except ImportError as error:
     NODE_CLASS_MAPPINGS = {}
     logging.getLogger("radial_attn").error(
-        "Radial Attention has no nodes here (%s): in a checkout of the repository run %s -m pip install .",
+        "Radial Attention cannot load its nodes: %s; in a checkout of its repository run %s -m pip install .",
         *(error, sys.executable),
     )

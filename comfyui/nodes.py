@@ -29,7 +29,11 @@ class Input(NamedTuple):
 
 
 INPUTS = (
-    Input("model", "MODEL", {"tooltip": "A video model. Any other passes through unchanged, with one line."}),
+    Input(
+        "model",
+        "MODEL",
+        {"tooltip": "A video model. Any other model passes through unchanged."},
+    ),
     Input(
         "density",
         "FLOAT",
@@ -39,7 +43,7 @@ INPUTS = (
             "max": 1.0,
             "step": 0.01,
             "tooltip": "Share of the attention that is computed: lower is faster and less exact. 1 is dense, "
-            "0 takes the published mask of the model.",
+            "0 takes the mask published for the model.",
         },
     ),
     Input(
@@ -49,8 +53,8 @@ INPUTS = (
             "options": list(SELECTIONS),
             "default": Settings.selection,
             "tooltip": "static: the radial mask, the same for all heads. dense_step: each head chooses its "
-            "blocks at the last dense step; closer to dense at the same density. profile: they come from a "
-            "file of calibration.",
+            "blocks at the last dense step; closer to dense at the same density. profile: the blocks come "
+            "from a calibration file.",
         },
     ),
     Input(
@@ -59,8 +63,8 @@ INPUTS = (
         {
             "options": list(FAR_FIELDS),
             "default": Settings.far_field,
-            "tooltip": "How the blocks that are left out count: not at all, by their mean, or by their mean "
-            "with a first-order term (linear), the closest to dense.",
+            "tooltip": "How the blocks that are left out count. none: not at all. mean: by their mean. "
+            "linear: by their mean and a first-order term, the closest to dense.",
         },
     ),
     Input(
@@ -71,8 +75,8 @@ INPUTS = (
             "min": 0.0,
             "max": 1.0,
             "step": 0.01,
-            "tooltip": "Before this part of the sampling all attention is dense. The first steps lay out the "
-            "video: with few steps (turbo LoRAs) keep at least one of them dense.",
+            "tooltip": "Up to this fraction of the sampling all attention is dense. The first steps lay out "
+            "the video: with few steps (turbo LoRAs) keep at least one dense.",
         },
     ),
     Input(
@@ -83,7 +87,7 @@ INPUTS = (
             "min": 0.0,
             "max": 1.0,
             "step": 0.01,
-            "tooltip": "After this part of the sampling all attention is dense. Try 0.9 against flicker.",
+            "tooltip": "After this fraction of the sampling all attention is dense. Try 0.9 against flicker.",
         },
     ),
     Input(
@@ -91,7 +95,7 @@ INPUTS = (
         "STRING",
         {
             "default": Settings.dense_blocks,
-            "tooltip": "Blocks of the model that are always dense, such as 0, 1, 38-39. Empty for none.",
+            "tooltip": "Transformer blocks that are always dense, such as 0, 1, 38-39. Empty for none.",
         },
     ),
     Input(
@@ -100,8 +104,8 @@ INPUTS = (
         {
             "options": list(BACKENDS),
             "default": Settings.backend,
-            "tooltip": "The kernel. On a GPU, auto measures those that run there at the first sparse step, "
-            "and takes the fastest; if dense attention is as fast, it stays dense.",
+            "tooltip": "The kernel. On a GPU, auto times the kernels that run there, at the first sparse "
+            "step, and takes the fastest. If dense attention is as fast, calls stay dense.",
         },
     ),
     Input(
@@ -117,19 +121,19 @@ INPUTS = (
     Input(
         "profile",
         "STRING",
-        {"default": Settings.profile, "tooltip": "File of calibration, for selection = profile alone."},
+        {"default": Settings.profile, "tooltip": "Calibration file, only for selection = profile."},
     ),
 )
 REPORT_INPUTS = (
-    Input("model", "MODEL", {"tooltip": "The output of Radial Attention."}),
-    Input("after", "LATENT", {"tooltip": "The sampler's output: the report is made after it ran."}),
+    Input("model", "MODEL", {"tooltip": "The model from Radial Attention."}),
+    Input("after", "LATENT", {"tooltip": "The sampler's output: the report waits for it."}),
 )
 
 
 def patch_model(model: Any, **settings: Any) -> Any:
     """Returns a clone of a model patcher with radial attention; `settings` are those of `Settings`.
 
-    A model that makes no video is returned as it is, with one line in the log. Raises ValueError for a
+    The clone of a model that makes no video stays dense, with one line in the log. Raises ValueError for a
     setting with a wrong value.
     """
     patched = PatchedModel(Settings(**settings))

@@ -1,8 +1,8 @@
 """Serves the attention calls of one patched model of ComfyUI by radial attention.
 
 `PatchedModel.apply_model` wraps every call of the diffusion model. It puts its override into the call's
-options, above an override that is there, and takes it out after the call: nothing stays behind, and a node
-that is added later cannot push it out. What the layers keep belongs to one run of a sampler.
+options, on top of any that is there, and removes it after the call. So nothing stays behind, and a node that
+is added later cannot replace it. What the layers keep belongs to one run of a sampler.
 """
 
 import logging
@@ -119,7 +119,7 @@ class PatchedModel:
         }
 
     def _begin(self, base: Any, latents: Any, t: Tensor, arguments: dict[str, Any]) -> Forward:
-        """Returns the state of a call; begins a run with the first one."""
+        """Returns the state of a call; begins a run at its first call."""
         model, options = base.diffusion_model, arguments["transformer_options"]
         model = getattr(model, "_orig_mod", model)
         layout = layout_of(model, latents, arguments)
@@ -211,13 +211,13 @@ class PatchedModel:
             forward.planned_for = grid, mask
             try:
                 if options.get("scale") is not None or options.get("enable_gqa"):
-                    raise NotServedError("attention with a scale or groups of its own stays dense")
+                    raise NotServedError("attention with a scale of its own or grouped queries stays dense")
                 layout = forward.layout
                 lengths = text_lengths(mask, grid, layout.batch, text_first=layout.text_first)
                 forward.plan = self._make_plan(forward, grid, tensors[0], lengths)
             except (NotServedError, ValueError, ImportError) as error:
                 self.note(str(error))
-                self.run.choices.clear()  # one that was refused has begun in part
+                self.run.choices.clear()  # a refused plan has begun some
                 forward.plan = Plan("refused")
         return forward.plan
 
@@ -263,7 +263,7 @@ class PatchedModel:
     def _halves(
         self, forward: Forward, grid: TokenGrid, query: Tensor, density: float
     ) -> list[tuple[slice, Choices | None]]:
-        """Returns the rows of each condition with what its layers keep; all rows if they keep nothing."""
+        """Returns the rows of each condition and what its layers keep, or all rows and None for nothing."""
         if not self.adaptive.has_state:
             return [(slice(None), None)]
         alike = self._profile is not None  # the masks of a profile are the same for all
@@ -339,7 +339,7 @@ def _backend_of(call: AttentionCall) -> str:
 
 
 def _now(device: torch.device) -> float:
-    """Returns the seconds of a clock, once the device has done what it was given."""
+    """Returns the seconds of a clock, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

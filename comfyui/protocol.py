@@ -16,9 +16,10 @@ from torch import Tensor
 from radial_attn import TokenGrid
 from radial_attn.models.published import ModelTraits
 
-OVERRIDE = "optimized_attention_override"  # names of ComfyUI's core: a key of `transformer_options`,
-APPLY_MODEL = "apply_model"  # a kind of wrappers,
-ON_CLEANUP = "on_cleanup"  # and a kind of callbacks
+# names of ComfyUI's core
+OVERRIDE = "optimized_attention_override"  # key of `transformer_options`
+APPLY_MODEL = "apply_model"  # kind of wrapper
+ON_CLEANUP = "on_cleanup"  # kind of callback
 
 
 class NotServedError(Exception):
@@ -27,7 +28,7 @@ class NotServedError(Exception):
 
 @dataclass(frozen=True)
 class Family:
-    """Tells how a class of ComfyUI's core names what is read from a model.
+    """Says where a class of ComfyUI's core has what is read from a model.
 
     Attributes:
         name: of the family in `radial_attn.models`.
@@ -83,12 +84,12 @@ class Layout:
     Attributes:
         sizes: frames, height and width of the video in tokens, after patching.
         leading: tokens in front of the video: reference frames.
-        trailing: tokens at the end of the latents that are no frames of the video: LTX's keyframes.
-        most_others: how many tokens may be no frames, None for any number.
+        trailing: tokens at the end of the latents that are not frames of the video: LTX's keyframes.
+        most_others: the most tokens that may lie outside frames, None for no limit.
         text_first: the text comes first, as in newer versions of HunyuanVideo.
-        context: tokens of the text; calls over as many attend to the text alone.
+        context: tokens of the text; a call over exactly as many is over the text alone.
         batch: samples.
-        layers: number of the layer of each self-attention call in order, None for one call a layer.
+        layers: the layer of each self-attention call, in order; None if each layer makes one call.
     """
 
     sizes: tuple[int, int, int]
@@ -101,9 +102,9 @@ class Layout:
     layers: tuple[int, ...] | None
 
     def grid(self, tokens: int, options: Mapping[str, Any]) -> TokenGrid | None:
-        """Returns the grid of a call over `tokens`, in which all that is no frame counts as text.
+        """Returns the grid of a call over `tokens` tokens; those outside frames count as text.
 
-        A newer core has the sizes in `options`. Returns None if the tokens are no video.
+        A newer core has the sizes in `options`. Returns None if the call is not over the video.
         """
         frames, height, width = (int(size) for size in options.get("grid_sizes", self.sizes))
         frames += (self.leading - self.trailing) // (height * width)
@@ -124,7 +125,7 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
         arguments: of the call; `c_crossattn` is the text.
 
     Raises:
-        NotServedError: the model or its latents are no video, or references are of another size.
+        NotServedError: the model or its latents are not of video, or references have another size.
     """
     family = family_of(model)
     shape = (arguments.get("latent_shapes") or [getattr(latents, "shape", ())])[0]
@@ -140,7 +141,7 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
     if leading % frame or trailing % frame:
         raise NotServedError(
             f"{type(model).__name__} stays dense: {leading + trailing} tokens of references or keyframes are "
-            f"no whole frames of {frame}; give them the size of the video"
+            f"not whole frames of {frame}; give these images the size of the video"
         )
     double = getattr(model, "double_blocks", None)
     return Layout(
@@ -168,7 +169,7 @@ def _references(model: Any, arguments: Mapping[str, Any], patch: Sequence[int], 
 
 
 def _layer_order(model: Any, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Returns the layer of each self-attention call of Wan-VACE: a control layer counts as that it feeds."""
+    """Returns the layers of Wan-VACE's self-attention calls; a control layer counts as the one it feeds."""
     control, mapping = arguments.get("vace_context"), getattr(model, "vace_layers_mapping", None)
     if control is None or mapping is None:
         return None
@@ -196,7 +197,7 @@ class LayerCounter:
 
     Attributes:
         layout: of the pass.
-        double: how many blocks come before the single ones.
+        double: number of double blocks, which come before the single ones.
     """
 
     layout: Layout
@@ -237,19 +238,19 @@ def text_lengths(
         text_first: the text comes before the video.
 
     Raises:
-        NotServedError: the mask is another one, hides video, or valid text does not come first.
+        NotServedError: the mask is not of keys alone, weighs them, or hides others than the last of the text.
     """
     if mask is None:
         return None
     if mask.shape[-1] != grid.tokens or mask.numel() not in {grid.tokens, batch * grid.tokens}:
-        raise NotServedError(f"a mask {list(mask.shape)} is no mask of keys; such calls stay dense")
+        raise NotServedError(f"a mask of shape {list(mask.shape)} is not one of keys; such calls stay dense")
     keys = mask.reshape(-1, grid.tokens).expand(batch, -1).cpu().roll(-grid.text if text_first else 0, 1)
     valid = keys if keys.dtype == torch.bool else keys == 0
     hidden = ~valid if keys.dtype == torch.bool else keys < -1e4
     lengths = valid.sum(1) - grid.video_tokens
     first = torch.arange(grid.tokens) < grid.video_tokens + lengths[:, None]
     if not bool((valid | hidden).all()) or not torch.equal(valid, first) or bool((lengths < 0).any()):
-        raise NotServedError("a mask weighs keys, or hides other keys than the last; such calls stay dense")
+        raise NotServedError("a mask weighs keys, or hides keys other than the last; such calls stay dense")
     return lengths
 
 
@@ -269,9 +270,9 @@ def halves_of(options: Mapping[str, Any], batch: int) -> list[tuple[Any, slice]]
 
 
 def step_of(sigma: float, planned: Sequence[float]) -> int:
-    """Returns the step (from 0) of a call at noise level `sigma`; `planned` has that of each step, falling.
+    """Returns the step (from 0) of a call at noise level `sigma`.
 
-    A sampler that looks between two steps is at the first of them.
+    `planned` has the noise level of each step, falling. A call between two steps belongs to the first.
     """
     return max(0, sum(level >= sigma - 1e-6 * abs(sigma) for level in planned) - 1)
 

@@ -27,7 +27,7 @@ class Settings:
         start_percent, end_percent: part of the sampling that is sparse, as ComfyUI counts it.
         dense_blocks: numbers of blocks that are always dense.
         backend: as in `radial_attn.radial_attention`.
-        min_tokens: sequences below stay dense.
+        min_tokens: shorter sequences stay dense.
     """
 
     density: float = 0.25
@@ -47,7 +47,7 @@ class Run:
 
     Attributes:
         sigmas: noise level of each step, None if they are not known.
-        window: noise levels between which steps are sparse; one that begins at the first is, at the last not.
+        window: noise levels between which steps are sparse, the first level included, the last not.
         config: of the mask.
         masks: static masks by grid.
         choices: what layers chose, by condition.
@@ -75,7 +75,7 @@ class Run:
         return not last < level <= first
 
     def mask(self, grid: TokenGrid) -> BlockMask:
-        """Returns the static mask of a grid, with the nearest density if none has that asked for."""
+        """Returns the static mask of a grid, with the nearest density if no mask has the one asked for."""
         if grid not in self.masks:
             try:
                 self.masks[grid] = radial_mask(grid, self.config)
@@ -84,7 +84,7 @@ class Run:
         return self.masks[grid]
 
     def precedes_sparse(self, sigma: float) -> bool:
-        """Tells whether a sparse step may follow that at `sigma`."""
+        """Tells whether a sparse step may follow the one at `sigma`."""
         if self.sigmas is None:
             return sigma > self.window[1]
         following = step_of(sigma, self.sigmas) + 1
@@ -95,8 +95,8 @@ class Plan(NamedTuple):
     """Tells the self-attention calls of a forward pass what to do.
 
     Attributes:
-        reason: why all are dense, None if they are sparse.
-        calls: rows of the batch, and how they attend; of a dense pass, how the steps after it will.
+        reason: why all calls are dense, None if they are sparse.
+        calls: rows of the batch, and how they attend; in a dense pass, how they will in the steps after it.
     """
 
     reason: str | None = None

@@ -21,7 +21,7 @@ def serve(options: argparse.Namespace) -> None:
     if processes() > 1:
         raise UsageError(f"got {processes()} processes, but the page needs one; run without torchrun")
     if find_spec("gradio") is None:
-        raise UsageError(f"the page needs Gradio: {sys.executable} -m pip install '{GRADIO}'")
+        raise UsageError(f"the page needs Gradio; run {sys.executable} -m pip install '{GRADIO}'")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import gradio as gr
 
@@ -37,7 +37,7 @@ def serve(options: argparse.Namespace) -> None:
     try:
         _, local, shared = page.launch(prevent_thread_lock=True, quiet=True, **look, **where)
     except OSError as error:
-        raise UsageError(f"--port: got {options.port}, which is taken; name another") from error
+        raise UsageError(f"--port: got {options.port}, which is in use; name another port") from error
     print(f"open {shared or local} in a browser; Ctrl-C ends it", flush=True)
     try:
         jobs.serve()
@@ -49,8 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = OneLineParser(prog="scripts/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=positive, default=PORT, help=f"port on 127.0.0.1 ({PORT})")
-    parser.add_argument("--share", action="store_true", help="also open a public link, by Gradio's servers")
-    parser.add_argument("--work", default="outputs/demo", help="folder of the videos (outputs/demo)")
+    parser.add_argument("--share", action="store_true", help="also open a public link via Gradio's servers")
+    parser.add_argument("--work", default="outputs/demo", help="folder for the videos (outputs/demo)")
     options = parser.parse_args(argv)
     if options.port > PORTS:
         parser.error(f"--port: got {options.port}, must be at most {PORTS}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Opens a page in the browser to try the models: dense and sparse video side by side, with seconds, density and PSNR.
-# It is on 127.0.0.1 alone, and sends nothing anywhere. The first call installs Gradio into .venv.
+# Only this machine can open it (127.0.0.1), and it sends nothing. The first call installs Gradio into .venv.
 #   bash scripts/demo.sh
 #   bash scripts/demo.sh --port 8000 --work outputs/tried
-#   bash scripts/demo.sh --share            also a public link, by Gradio's servers
+#   bash scripts/demo.sh --share            also a public link via Gradio's servers
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"

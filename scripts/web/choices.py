@@ -1,4 +1,4 @@
-"""Lists what the page offers, and plans the two videos that are asked for."""
+"""Lists what the page offers, and plans the two videos of a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from scripts.run.errors import UsageError
 from scripts.run.plan import RunPlan, make_plan
 
 DENSE = "dense"
-# name -> presets without their ending, one a length; PRESET_profile and PRESET_adaptive hold other selections
+# name -> presets without .yaml, one for each length; PRESET_profile and PRESET_adaptive hold other selections
 BUNDLED = {
     "Wan (bundled)": ("configs/wan_tiny", "configs/wan_tiny_4x"),
     "HunyuanVideo (bundled)": ("configs/hunyuan_tiny",),
@@ -47,7 +47,7 @@ def offered() -> Models:
 
 
 def lengths(models: Models, model: str) -> dict[int, str]:
-    """Returns the presets of a model by their frames; UsageError for an unknown model."""
+    """Returns the presets of a model by number of frames; UsageError for an unknown model."""
     if model not in models:
         raise UsageError(f"model: got {model!r}, allowed: {', '.join(models)}")
     return {read_config(f"{preset}.yaml", []).generation.num_frames: preset for preset in models[model]}
@@ -59,9 +59,10 @@ def selections(preset: str) -> list[str]:
 
 
 def settings(preset: str, selection: str) -> tuple[str, list[str]]:
-    """Returns the configuration of a preset with a selection, and its overrides; UsageError if it has none.
+    """Returns the configuration file of a preset with a selection, and overrides of its keys.
 
-    On a GPU that is too small for a large model, the overrides save memory.
+    On a GPU that is too small for a large model, the overrides save memory. UsageError if the preset lacks
+    the selection, or the model does not fit.
     """
     if selection not in selections(preset):
         raise UsageError(f"selection: got {selection!r}, allowed: {', '.join(selections(preset))}")
@@ -69,7 +70,7 @@ def settings(preset: str, selection: str) -> tuple[str, list[str]]:
     if any(preset in presets for presets in LARGE.values()):
         chosen, saving, reason = choose_preset([], f"{preset}.yaml")
         if chosen != f"{preset}.yaml":
-            raise UsageError(f"model: {preset} has no room here: {reason}; take a bundled model")
+            raise UsageError(f"model: {preset} does not fit here: {reason}; choose a bundled model")
     if selection == "static":
         return f"{preset}.yaml", saving
     if selection == "dense_step" and find_path(f"{preset}_adaptive.yaml").is_file():
@@ -78,16 +79,16 @@ def settings(preset: str, selection: str) -> tuple[str, list[str]]:
 
 
 def usual(preset: str, selection: str) -> RunPlan:
-    """Returns the plan of a preset with a selection, as it is; its density is the one to begin with."""
+    """Returns the unchanged plan of a preset with a selection; the page starts from its density."""
     return make_plan(read_config(*settings(preset, selection)), dry_run=True)
 
 
 def plans(models: Models, request: Request, folder: str) -> dict[str, RunPlan]:
     """Returns the plans of the dense video and of the sparse one, which is named by its selection.
 
-    The density that a preset has leaves its mask as it is. Videos go to subfolders of `folder`.
+    At the preset's own density its mask stays as it is. Videos go to subfolders of `folder`.
 
-    Raises UsageError for all that can be refused without weights.
+    Raises UsageError for everything that can be refused without weights.
     """
     presets = lengths(models, request.model)
     if request.frames not in presets:

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
-BEAT = 1.0  # seconds after which the latest status is told again
+BEAT = 1.0  # seconds after which the latest status is repeated
 
 
 class Stopped(BaseException):
-    """Ends a job that nobody waits for; no handler of ordinary errors takes it for one."""
+    """Ends a job that nobody waits for; handlers of ordinary errors let it pass."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Says what a job does, how many steps of it are done, and what the user should know."""
+    """Says what a job does, how many of its steps are done, and what the user should know."""
 
     text: str
     done: int = 0
@@ -46,13 +46,13 @@ class Jobs:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue = SimpleQueue()
-        self._open: list[_Job] = []  # that wait or run, in their order
+        self._open: list[_Job] = []  # jobs that wait or run, in order
 
     def run(self, work: Callable[[Callable[[Status], None]], Any]) -> Iterator[Any]:
-        """Yields how many jobs come first, each `Status` that a job tells, and its result last.
+        """Yields how many jobs come first, then each `Status` that the job tells, and last its result.
 
-        The latest status is told again every second. Raises the job's error. The job stops at what it tells
-        next, or never begins, if its reader ends before it.
+        The latest status is repeated every second. Raises the job's error. If the reader ends before the job,
+        the job stops at its next status, or never begins.
         """
         job, latest = _Job(work), None
         self._open.append(job)
@@ -70,14 +70,14 @@ class Jobs:
     def _place(self, job: _Job) -> Status:
         first = self._open.index(job) if job in self._open else 0
         runs = f"{first} run{'s' if first > 1 else ''} before yours"
-        return Status(f"waiting in the queue: {runs}" if first else "beginning")
+        return Status(f"waiting in the queue: {runs}" if first else "starting")
 
     def _end(self, job: _Job) -> None:
         with suppress(ValueError):  # ended by the other thread
             self._open.remove(job)
 
     def serve(self) -> None:
-        """Runs jobs until `close` is called; a job that ends with an error is no reason to stop."""
+        """Runs jobs until `close` is called; an error in one job does not stop the next."""
         while (job := self._queue.get()) is not None:
             try:
                 job.future.set_result(None if job.stop.is_set() else job.work(job.tell))

@@ -14,11 +14,11 @@ from scripts.web.jobs import Jobs, Status
 from scripts.web.videos import Studio
 
 TITLE = """# Radial Attention
-The same video twice: with dense attention, and with a part of it. Both start from the same noise."""
+The same video twice, from the same noise: once with dense attention, once with only a part of it."""
 MEANING = {
     "static": "static: one mask for all heads",
-    "dense_step": "dense_step: each head chooses blocks at the first steps, which are dense",
-    "profile": "profile: each head has blocks measured before; no dense step",
+    "dense_step": "dense_step: each head chooses its blocks during the first steps, which are dense",
+    "profile": "profile: each head keeps blocks that were measured beforehand; no dense step",
 }
 CSS = """
 .gradio-container { max-width: 76rem !important; }
@@ -65,7 +65,7 @@ def build(jobs: Jobs, studio: Studio) -> gr.Blocks:
 
 
 def _inputs(models: Models) -> list[Any]:
-    """Adds the inputs of a request, in its order, and what changes one by another."""
+    """Adds the inputs of a request, in the order of its fields, and keeps them consistent."""
     first = next(iter(models))
     (frames, preset), *_ = lengths(models, first).items()
     plan = usual(preset, "static")
@@ -74,7 +74,7 @@ def _inputs(models: Models) -> list[Any]:
     words, prompt = _prompt(plan.config.generation.prompt)
     way = gr.Radio(_ways(preset), value="static", label="Blocks that are kept", elem_id="selection")
     density = gr.Slider(0.02, 1.0, round(plan.density, 3), step=0.001, label="Density", elem_id="density")
-    with gr.Accordion("Seed, layer and head of the mask", open=False):
+    with gr.Accordion("Seed, and the layer and head whose mask is shown", open=False):
         seed = gr.Number(plan.config.generation.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
         counts = zip(("Layer", "Head"), heads(plan), strict=True)
         layer, head = (gr.Slider(0, count - 1, 0, step=1, label=name) for name, count in counts)
@@ -105,7 +105,7 @@ def _prompt(text: str) -> tuple[gr.Row, gr.Textbox]:
 def suit(models: Models, model: str, frames: int, way: str) -> list[Any]:
     """Returns length, selection, density, layer and head that suit a model; a selection that suits stays.
 
-    Raises gradio.Error, which the page shows, if there is no room for the model.
+    Raises gradio.Error, which the page shows, if the model does not fit on this machine.
     """
     presets = lengths(models, model)
     way = way if way in selections(presets[frames]) else "static"
@@ -124,9 +124,9 @@ def suit(models: Models, model: str, frames: int, way: str) -> list[Any]:
 
 
 def suit_model(models: Models, model: str, prompt: str) -> list[Any]:
-    """Returns what `suit` does for a model's first length, whether words are offered, and a prompt.
+    """Returns what `suit` returns for a model's first length, whether words are offered, and a prompt.
 
-    The prompt stays if it is of the kind that suits: a caption of the toy world for a bundled model.
+    The prompt stays if it suits: a caption of the toy world for a bundled model, any other text for the rest.
     """
     try:
         parse_caption(prompt)
@@ -145,7 +145,7 @@ def _ways(preset: str) -> list[tuple[str, str]]:
 
 
 def answers(jobs: Jobs, studio: Studio, request: Request) -> Iterator[tuple[Any, ...]]:
-    """Yields what the page shows while a request is run and after it: status, player, numbers, mask."""
+    """Yields what the page shows during and after a request: status, player, numbers, mask."""
     began, blank = time.monotonic(), ("", "", "")
     yield "", *blank
     try:

@@ -47,7 +47,7 @@ class Take:
 
 @dataclass(frozen=True)
 class Shown:
-    """Holds what the page shows: a line, notes, the player's HTML, Markdown, a picture as a data: address."""
+    """Holds what the page shows: a line, notes, the player's HTML, Markdown, a picture as a data: URL."""
 
     line: str
     notes: tuple[str, ...]
@@ -57,7 +57,7 @@ class Shown:
 
 
 class Steps(tqdm):
-    """Tells of every step instead of drawing a bar."""
+    """Reports every step instead of drawing a bar."""
 
     def __init__(self, kind: str, total: int, tell: Tell) -> None:
         self._kind, self._tell = kind, tell
@@ -74,11 +74,11 @@ class Steps(tqdm):
 class Studio:
     """Makes the videos of requests, one after the other.
 
-    It keeps the pipeline of the last model, and the last dense video: other densities need no other one.
+    It keeps the pipeline of the last model, and the last dense video, which serves every density.
 
     Attributes:
-        models: that may be asked for.
-        folder: of the videos.
+        models: those that a request may name.
+        folder: folder for the videos.
     """
 
     models: Models
@@ -90,7 +90,7 @@ class Studio:
     def make(self, request: Request, tell: Tell) -> Shown:
         """Makes both videos and returns what to show.
 
-        Raises UsageError or GenerationError with one line; then no file is there in part.
+        Raises UsageError or GenerationError with one line; then no file is left half written.
         """
         planned = plans(self.models, request, self.folder)
         plan = planned[request.selection]
@@ -113,7 +113,7 @@ class Studio:
         try:
             with writable_folder(plan.config), claim(path) as claimed:
                 if not claimed:
-                    raise UsageError(f"{path} is being made by another run; try again when that has ended")
+                    raise UsageError(f"{path} is being made by another run; try again when it has ended")
                 sampler = self._sampler(plan, tell)
                 with sampler.reporting_memory():
                     frames, run = sampler.sample_video(
@@ -130,7 +130,7 @@ class Studio:
         return Take(plan, path, record, frames, *chosen)
 
     def _sampler(self, plan: RunPlan, tell: Tell) -> Sampler:
-        """Returns a sampler of the plan; loads its pipeline unless it is the one that is kept."""
+        """Returns a sampler of the plan; loads its pipeline unless it is the one in memory."""
         if self._loaded is None or self._loaded.plan.config.model != plan.config.model:
             tell(Status("loading the model"))
             self._loaded = self._pipeline = None
@@ -141,22 +141,25 @@ class Studio:
 
 
 def shown(dense: Take, sparse: Take, request: Request, notes: tuple[str, ...], *, kept: bool) -> Shown:
-    """Compares both videos; `kept`: the dense one is of a run before."""
+    """Compares both videos; `kept`: the dense one is from the previous run."""
     way, density, near = request.selection, sparse.record["density"], psnr(sparse.frames, dense.frames)
     near = "equal" if near == math.inf else f"{near:.1f} dB"
     times = [take.record["seconds"]["denoise"] for take in (dense, sparse)]
     line = f"{way} has {times[0] / times[1]:.2f}x the speed of dense; PSNR {near}, density {density:.3f}"
     videos = [Video(name, take.path, "", {}) for name, take in ((DENSE, dense), (way, sparse))]
     (clip,) = packed([Clip(request.prompt, request.seed, videos, compared=True)], MOST)
-    captions = f"{times[0]:.2f} s{', of the run before' if kept else ''}", f"{times[1]:.2f} s, PSNR {near}"
+    captions = (
+        f"{times[0]:.2f} s{'; from the previous run' if kept else ''}",
+        f"{times[1]:.2f} s, PSNR {near}",
+    )
     for video, caption in zip(clip["videos"], captions, strict=True):
         video["caption"] = caption
     pair, steps = (dense, sparse), sparse.plan.config.generation.steps
     rows = [
         ("denoising", *(f"{seconds:.2f} s" for seconds in times)),
-        ("a step, median", *(f"{median(take.record['step_seconds']):.3f} s" for take in pair)),
+        ("median step", *(f"{median(take.record['step_seconds']):.3f} s" for take in pair)),
         ("dense steps", *(f"{len(take.plan.dense_steps)} of {steps}" for take in pair)),
-        ("density of the others", None, f"{density:.3f}"),
+        ("density of the other steps", None, f"{density:.3f}"),
         ("PSNR to dense", None, near),
     ]
     lines = [*table(f" | {DENSE} | {way}", rows), ""]

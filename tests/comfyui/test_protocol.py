@@ -65,7 +65,7 @@ def test_the_grid_of_a_call(model, sizes, arguments, tokens, grid):
         (make("Flux"), torch.zeros(1, 4, 2, 4, 4), {}, "Flux stays dense: this node serves"),
         (HunyuanVideo(), torch.zeros(1, 4, 4, 4), {}, "its latents are no video"),
         (LTX, torch.zeros(1, 1, 99), {}, "its latents are no video"),
-        (LTX, torch.zeros(1, 4, 2, 4, 4), {"keyframe_idxs": torch.zeros(1, 3, 5)}, "no whole frames of 16"),
+        (LTX, torch.zeros(1, 4, 2, 4, 4), {"keyframe_idxs": torch.zeros(1, 3, 5)}, "not whole frames of 16"),
     ],
 )
 def test_no_video(model, latents, arguments, words):

@@ -41,7 +41,7 @@ def test_the_longer_video_has_its_adapter():
 
 
 def test_a_large_model_without_a_gpu_is_one_line():
-    with pytest.raises(UsageError, match="no CUDA device here; take a bundled model"):
+    with pytest.raises(UsageError, match="no CUDA device here; choose a bundled model"):
         settings("configs/hunyuan_t2v", "static")
 
 

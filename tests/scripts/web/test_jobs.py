@@ -28,7 +28,7 @@ def test_what_is_told_comes_first_and_the_result_last(jobs):
         return 3
 
     *told, result = jobs.run(work)
-    assert result == 3 and told[0] == Status("beginning") and set(told[1:]) <= {*told[:1], *steps}
+    assert result == 3 and told[0] == Status("starting") and set(told[1:]) <= {*told[:1], *steps}
 
 
 def test_a_waiting_job_tells_its_place_and_jobs_keep_their_order(jobs):

@@ -32,7 +32,7 @@ def test_what_suits_a_model():
     assert words["visible"] and prompt == "a red circle moving around on a navy background"
     mine = "a blue square moving vertically on a gray background"
     assert suit_model(models, "Mochi (bundled)", mine)[-1] == mine
-    with pytest.raises(gr.Error, match="has no room here: no CUDA device"):
+    with pytest.raises(gr.Error, match="does not fit here: no CUDA device"):
         suit_model(models, "Wan2.1 14B", mine)
 
 
@@ -51,7 +51,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         second = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         assert (second.returncode, second.stderr) == (
             2,
-            f"error: --port: got {port}, which is taken; name another\n",
+            f"error: --port: got {port}, which is in use; name another port\n",
         )
         yield line.split()[1]
         process.send_signal(2)
@@ -171,7 +171,7 @@ def test_a_wrong_input_is_one_line_and_words_that_are_unknown_a_note(opened):
 def test_two_users_wait_for_each_other_on_a_phone_too(opened):
     one, two = opened(), opened(**PHONE)
     for page, seed in ((one, "11"), (two, "12")):
-        page.get_by_text("Seed, layer and head").click()
+        page.get_by_text("Seed, and the layer").click()
         page.locator("#seed input").fill(seed)
         page.locator("#make").click()
     status_of(one, "of 20")

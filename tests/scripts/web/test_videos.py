@@ -44,7 +44,7 @@ def test_two_videos_are_made_step_by_step_and_compared(tiny_model, tmp_path):
     told.clear()
     again = studio.make(request(selection="dense_step"), told.append)
     assert not [status for status in told if status.text.startswith(("loading", "dense:"))]
-    assert "of the run before" in data_of(again.player)["clips"][0]["videos"][0]["caption"]
+    assert "from the previous run" in data_of(again.player)["clips"][0]["videos"][0]["caption"]
     assert again.line.startswith("dense_step has ") and again.mask != shown.mask
 
 
@@ -59,7 +59,7 @@ def test_a_stopped_run_leaves_nothing_in_part(tiny_model, tmp_path):
         studio.make(request(), stop)
     kept = [file for file in (tmp_path / "videos").rglob("*") if file.is_file()]
     assert sorted(file.suffix for file in kept) == [".json", ".mp4"] and is_whole(kept[0].with_suffix(".mp4"))
-    assert "of the run before" in studio.make(request(), lambda status: None).player
+    assert "from the previous run" in studio.make(request(), lambda status: None).player
 
 
 def test_a_video_that_another_run_makes_and_a_folder_that_cannot_be_written_are_one_line(
