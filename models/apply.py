@@ -221,8 +221,8 @@ class RadialAttentionHandle:
     def chosen(self, layer: int) -> BlockMask | None:
         """Returns the blocks that the heads of a layer chose, as a mask of `[H, Q, K]`, at the latest step.
 
-        They are those of the first sample, with guidance those of its first half. None if the layer has
-        chosen nothing: with selection="static", in a dense layer, before the first sparse step.
+        They are those of the first sample; with guidance, of its first half. None if the layer has chosen
+        nothing: with selection="static", in a dense layer, or before the first sparse step.
 
         `layer`: its index by order of execution, from 0.
         """

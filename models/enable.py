@@ -52,7 +52,7 @@ def enable(
     The settings are those published for the model, or the nearest ones (`models.published`). An option that
     is None keeps its published value. `RadialConfig` and `apply_radial_attention` explain the options.
     `density` replaces `decay_factor`; `{"start": 0.4, "end": 0.15}` changes it from the first sparse step to
-    the last. `compat` names the program whose mask to make, and what it fixes must be left out.
+    the last. `compat` names the program whose mask to make; leave out the options that it fixes.
 
     The published number of dense steps is a share of the steps: 12 of 50 become 7 of 30. The pipeline's
     scheduler has the number of steps when a run begins; a transformer alone needs `num_steps`. `dense_steps`

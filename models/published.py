@@ -68,9 +68,9 @@ class PublishedSettings:
         return self.dense_steps / self.steps if self.dense_steps else 0
 
     def mask(self, given: Mapping[str, Any]) -> RadialConfig:
-        """Returns the mask with the options that are given.
+        """Returns the options of the mask: those given, and the published ones for the rest.
 
-        With `compat`, only a decay factor is taken from here, if the program has none of its own. ValueError
+        With `compat`, only the published decay factor is used, if the program has none of its own. ValueError
         as in `RadialConfig`.
         """
         if given.get("compat", "none") == "none":

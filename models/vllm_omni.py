@@ -1,7 +1,8 @@
-"""Serves vLLM-Omni as a kernel of its entry point `vllm_omni.sparse_attn`; imports nothing of it.
+"""Serves vLLM-Omni as a plugin, by its entry point `vllm_omni.sparse_attn`; imports nothing of vLLM-Omni.
 
-Written against pull request 4493 of vllm-project/vllm-omni (commit ef4a8b5; a later revision passes the
-same), which was open then. This has not run in vLLM-Omni: tests/support/vllm_omni.py has the tested contract.
+Written against pull request 4493 of vllm-project/vllm-omni while that was open (commit ef4a8b5; a later
+revision passes the same arguments). The plugin has not run in vLLM-Omni; it is tested against the contract in
+tests/support/vllm_omni.py.
 """
 
 import warnings
@@ -35,15 +36,15 @@ def attention(  # noqa: PLR0917 (the plugin's contract)
 ) -> Tensor:
     """Computes radial self-attention of a video, as vLLM-Omni calls its plugins.
 
-    Dense attention serves dense steps and, with a warning, calls of which the framework does not say what the
-    mask or the schedule needs. Which layer calls it does not say either, so none stays dense at every step.
+    Dense steps run dense attention; so does, with a warning, a call whose video size or step vLLM-Omni does
+    not give. vLLM-Omni does not say which layer is calling, so no layer can stay dense at every step.
 
     Args:
         query, key, value: `[B, S, H, D]`, video tokens frame by frame.
         params: options of `radial_attn.enable` by name: those of the mask, `dense_steps`, `dense_last_steps`,
-            `num_steps`, `backend`; where left out, as published for Wan2.1 T2V 14B. From the framework
+            `num_steps`, `backend`; if left out, as published for Wan2.1 T2V 14B. vLLM-Omni adds
             `total_latent_frames`, `patches_per_frame`, `denoise_step_idx` and `total_denoise_steps`, numbers
-            or tensors `[B]`. Others are ignored.
+            or tensors `[B]`. Other entries are ignored.
         softmax_scale: factor on the scores.
 
     Returns:

@@ -99,7 +99,7 @@ def print_density(args: argparse.Namespace) -> None:
     if config.pattern == "dense":
         raise ValueError("--pattern must be radial, got 'dense'")
     if config.compat != "none":
-        raise ValueError(f"--compat must be none, got {config.compat!r}, whose rule is fixed; see draw")
+        raise ValueError(f"--compat must be none, got {config.compat!r}; draw prints the density of its mask")
     print(target_table(grid, config, args.target) if args.target else "\n".join(curve_lines(grid, config)))
 
 
@@ -115,7 +115,7 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--neighbour", type=_neighbour, help=help_text)
     parser.add_argument("--decimation-width", type=_width, help="tokens, or 'block'")
     parser.add_argument("--pattern", default="radial", help=f"one of {PATTERNS}")
-    parser.add_argument("--compat", default="none", help=f"whose rule: one of {tuple(COMPAT)}")
+    parser.add_argument("--compat", default="none", help=f"whose mask to make: one of {tuple(COMPAT)}")
 
 
 def mask_options(args: argparse.Namespace) -> tuple[TokenGrid, RadialConfig]:

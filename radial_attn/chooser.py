@@ -3,7 +3,7 @@
 Every backend that serves the calls attends over the same tensors, over a few of their heads if the sequence
 is long. Its output, and in training its gradients, are compared with the definition on four query blocks.
 Dense attention is timed too: if it is as fast, calls of this shape stay dense. If the density changes in a
-run, the first one is measured; at others, times of sparse backends are taken as proportional to the density.
+run, only the first one is measured; for the others, the times of sparse backends are scaled in proportion.
 The mask caches the choices of its shapes. A file keeps the times for later runs on the same device with the
 same versions.
 """
@@ -50,7 +50,7 @@ class Choice:
         density: of the calls.
         key: identifies the shape, the device and the versions.
         times: seconds of "dense" and of each backend that is right; of the others, why they were refused.
-        measured_at: density of the calls that were timed, if it is another; None if it is this one.
+        measured_at: density of the calls that were timed, if it differs from `density`; else None.
         name: the backend, or "dense"; None until it is known.
         file: where the times are kept, None for nowhere.
         dense: computes dense attention as the model does.

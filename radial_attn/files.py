@@ -11,9 +11,10 @@ LONGEST = 255  # bytes of a file name
 
 @contextmanager
 def whole_file(path: Path, part: Path | None = None) -> Iterator[Path]:
-    """Yields a file next to `path`. It replaces `path` if the block ends without an error, else is removed.
+    """Yields the path of a temporary file next to `path`, for the caller to write.
 
-    `part`: this file, which the block makes; by default `.NAME.UNIQUE-PID.part`, shortened if necessary.
+    At the end the file replaces `path`; after an error it is removed instead. `part` names it; by default it
+    is `.NAME.UNIQUE-PID.part`, shortened if necessary.
     """
     if part is None:
         end = f".{uuid4().hex[:8]}-{os.getpid()}.part"

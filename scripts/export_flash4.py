@@ -123,9 +123,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def earlier(folder: Path, about: Mapping[str, Any]) -> dict[str, dict]:
-    """Returns the whole kernels of a folder by name, with their entries of the index; {} if it has none.
+    """Returns the index entries, by name, of the kernels in a folder that are whole; {} if there are none.
 
-    If its index is damaged or says anything else than `about`, there are none, and a note says so.
+    If the index is damaged or differs from `about`, none of them counts, and a note says so.
     """
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         content = json.loads((folder / INDEX).read_bytes()) if (folder / INDEX).exists() else {"kernels": {}}

@@ -281,7 +281,7 @@ class Choices:
         }
 
     def mask(self, layer: int) -> BlockMask | None:
-        """Returns what the heads of a layer keep, of the first sample in a step's first call, None before it.
+        """Returns what the heads of a layer keep for the first sample of a step's first call; None before it.
 
         `layer`: its index by order of execution.
         """

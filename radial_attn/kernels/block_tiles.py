@@ -7,14 +7,14 @@ from torch import Tensor
 def cut_into_tiles(
     blocks: Tensor, block_size: int, tokens: tuple[int, int], tile: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the blocks of each tile, whether it keeps some of them, and whether it keeps all.
+    """Returns the blocks of each tile, whether the tile keeps some of them, and whether it keeps all.
 
-    Computes on the device of `blocks`: heads that choose their blocks change them at each new density.
+    Computes on the device of `blocks`, as heads that choose their blocks change them at each new density.
 
     Args:
         blocks: bool `[Q, K]` or `[H, Q, K]`.
-        tokens: of both sides of the sequence, queries then keys, like `tile`.
-        tile: its tokens; it may be finer or coarser than a block.
+        tokens: numbers of query and key tokens.
+        tile: query and key tokens of a tile, which may be finer or coarser than a block.
 
     Returns:
         Bool `[H or 1, query tiles, blocks, key tiles, blocks]`, and two `[H or 1, query tiles, key tiles]`.
@@ -28,7 +28,7 @@ def cut_into_tiles(
 def _split(blocks: Tensor, axis: int, size: int, tile: int, tokens: int) -> Tensor:
     """Splits an axis of blocks of `size` tokens into tiles of `tile` tokens, then the blocks of each tile.
 
-    A last tile that lacks blocks repeats its last one.
+    If the last tile lacks blocks, the last block is repeated.
     """
     count, ratio = -(-tokens // tile), max(1, tile // size)
     at = torch.arange(count * ratio, device=blocks.device) * tile // (size * ratio)

@@ -19,20 +19,20 @@ def compat_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
     All of them apply the radial rule (`half_width`) to each pair of frames, and keep a block by the same
     threshold as `radial_rule_mask`. They differ from it at the borders of frames and of the sequence:
 
-    - a frame of `s` tokens is followed for `ceil(s / block)` blocks from the one that it begins in, so that
-      its end is lost if it begins far enough into a block; a short last block counts as a whole one;
+    - a frame of `s` tokens is followed for `ceil(s / block)` blocks from the one in which it begins, so its
+      end is lost if it begins late in a block; a short last block counts as a whole one;
     - the diagonal is kept only as far as the rule keeps it;
-    - from the block in which the video ends, every block is kept;
+    - from the first block that is not all video on, every row and column of blocks is kept whole;
     - "woct0rdho" pads the sequence to whole blocks and divides the result by the number of frames, so frames
       may seem longer than they are; of each pair of frames it keeps the first and the last block, even if
       decimation drops the pair;
     - "kijai" and "woct0rdho", in blocks of 64, keep a block for both query blocks of a pair if one of them
-      asks for it: their kernel's query blocks have 128 tokens.
+      asks for it, because the query blocks of their kernel have 128 tokens.
 
-    What is no mask is not imitated: some of them let queries attend to the padding, or drop a last block.
+    Only the mask is reproduced: some programs also let queries attend to padding, or drop a last block.
 
     Raises:
-        ValueError: the program serves no such grid, or its mask leaves queries without any key.
+        ValueError: the program does not serve this grid, or its mask leaves queries without any key.
     """
     block, count = config.block_size, grid.num_blocks(config.block_size)
     _check_grid(grid, config)

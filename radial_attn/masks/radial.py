@@ -26,17 +26,17 @@ PATTERNS = (
     "random",
 )
 DEFAULTS = {"decay_factor": 1.0, "sink": True, "neighbour": "full", "decimation_width": 128}
-FIXED = ("sink", "neighbour", "decimation_width", "density")  # by a program whose mask is wanted
+FIXED = ("sink", "neighbour", "decimation_width", "density")  # options that a program fixes
 
 
 class Program(NamedTuple):
     """Says what a published program fixes; compat.py has the rest of its rule.
 
     Attributes:
-        video: what it sets otherwise than `DEFAULTS`, for a sequence of video alone.
+        video: its options that differ from `DEFAULTS`, for a sequence without text.
         text: the same for a sequence with text; None if it serves none.
-        decay_factor: its default, None if that depends on the model.
-        block_sizes: those it takes.
+        decay_factor: its default; None if that depends on the model.
+        block_sizes: the sizes that it takes.
     """
 
     video: dict[str, Any]
@@ -73,9 +73,9 @@ class RadialConfig:
         density: kept share of all token pairs, text included, in (0, 1]. `radial_mask` then solves for
             decay_factor, neighbour, decimation_width and sink on each grid (density.py), starting from the
             values given here. With None, or with the dense pattern, it takes them as they are.
-        compat: whose mask to make, block by block: "none" is this repository's, the others are published
-            programs (compat.py). They fix the options of `FIXED`, which must be left out and stay None, and
-            `decay_factor` is by default theirs.
+        compat: whose mask to make, block by block: "none" is this repository's, the others are those of
+            published programs (compat.py). A program fixes the options of `FIXED`, which must be left out
+            and stay None; its `decay_factor` is the default, if it has one.
 
     Raises:
         ValueError: a value outside the ones named above.
@@ -121,7 +121,7 @@ class RadialConfig:
             require_int("sink", self.sink, 0)
 
     def _check_compat(self, program: Program) -> None:
-        """Takes the program's decay factor; ValueError for an option that it fixes or does not take."""
+        """Sets the program's decay factor; ValueError for an option or value that it does not take."""
         with_it = f"with compat={self.compat!r}"
         for name in FIXED:
             if (given := getattr(self, name)) is not None:

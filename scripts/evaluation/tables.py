@@ -255,7 +255,7 @@ def _gain(data: dict[str, Any]) -> list[str]:
     more = [name for name in known if costs[name] > max(curve)]
     fewer = [name for name in known if costs[name] < min(curve)]
     lines = [
-        "Gain is PSNR over that of radial with as many operations, video by video, with the standard error: "
+        "Gain is PSNR minus that of radial with as many operations, video by video, with its standard error: "
         "radial is interpolated linearly in its operations."
     ]
     if more:

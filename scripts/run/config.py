@@ -131,7 +131,7 @@ class MaskConfig:
     )
     compat: str = key(
         "none",
-        "make the mask of a published program, with its sink, neighbour and decimation_width, and without a "
+        "whose mask to make; a published program fixes sink, neighbour and decimation_width, and takes no "
         "density",
         ("none", "authors-2025-06", "authors-2025-11", "kijai", "woct0rdho", "lightx2v"),
         replaces=("attention.sink", "attention.neighbour", "attention.decimation_width"),

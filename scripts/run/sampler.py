@@ -122,7 +122,7 @@ class Sampler:
         """Returns frames uint8 `[T, H, W, 3]`, and the reports of attention, cache and clock.
 
         Adds its stages to `seconds`, without the time of the attention's observer. `bar` counts the steps of
-        several videos. `look` gets the handle of the attention when the video is made. Raises the errors of
+        several videos. `look` gets the handle of the attention once the video is made. Raises the errors of
         `make_video`, but leaves a shortage of memory as it is.
         """
         groups, config = self.groups, self.plan.config

@@ -246,8 +246,8 @@ class Schema:
     def _drop_replaced(self, content: dict[str, dict], given: dict[str, dict]) -> None:
         """Removes from a file's values those that a key of the command line replaces.
 
-        Raises UsageError for a value beside the key that replaces it: both on the command line, or in the
-        file with another value than the default, which a record has.
+        Raises UsageError for a value beside the key that replaces it: a value on the command line, or, if the
+        key is in the file too, a value there that is not the default. (A record holds every default.)
         """
         known = self.keys()
         for name, entry in known.items():

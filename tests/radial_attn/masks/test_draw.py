@@ -46,7 +46,10 @@ def test_a_picture_of_the_mask_of_another_program(tmp_path, capsys):
         (["draw", "--compat=kijai", "--no-sink", "--out=a.png"], "sink must be left out with compat='kijai'"),
         (["draw", "--compat=kijai", "--density=0.5", "--out=a.png"], "density must be left out with compat"),
         (["draw", "--compat=kijai", "--out=a.png"], "compat='kijai' needs frames of whole blocks of 128"),
-        (["density", "--compat=kijai"], "--compat must be none, got 'kijai', whose rule is fixed; see draw"),
+        (
+            ["density", "--compat=kijai"],
+            "--compat must be none, got 'kijai'; draw prints the density",
+        ),
     ],
 )
 def test_what_the_mask_of_another_program_does_not_take(command, message, capsys):
