@@ -68,7 +68,7 @@ def test_the_grid_of_a_call(model, sizes, arguments, tokens, grid):
         (LTX, torch.zeros(1, 4, 2, 4, 4), {"keyframe_idxs": torch.zeros(1, 3, 5)}, "not whole frames of 16"),
     ],
 )
-def test_no_video(model, latents, arguments, words):
+def test_a_model_or_latents_that_are_not_served(model, latents, arguments, words):
     with pytest.raises(NotServedError, match=words):
         layout_of(model, latents, arguments)
 
@@ -115,12 +115,12 @@ def test_text_lengths(mask, lengths):
         torch.tensor([[[0.0, 0, 0, LOW, LOW, LOW, LOW]]]),  # hides video
     ],
 )
-def test_other_masks_stay_dense(mask):
+def test_a_mask_that_is_not_of_padding_stays_dense(mask):
     with pytest.raises(NotServedError, match="stay dense"):
         text_lengths(mask, GRID, 2)
 
 
-def test_halves():
+def test_halves_of_a_batch():
     window = SimpleNamespace(index_list=[0, 1, 2])
     assert halves_of({}, 2) == [((0, 0, None), slice(0, 2))]
     assert halves_of({"uuids": ["a", "b"], "cond_or_uncond": [1, 0]}, 4) == [
@@ -133,12 +133,12 @@ def test_halves():
     ]
 
 
-def test_steps():
+def test_the_step_of_a_noise_level():
     planned = [1.0, 0.75, 0.5, 0.25]
     assert [step_of(sigma, planned) for sigma in (1.0, 0.9, 0.7499999, 0.5, 0.3, 0.1)] == [0, 0, 1, 2, 2, 3]
 
 
-def test_blocks():
+def test_reading_dense_blocks():
     assert read_blocks("") == set() and read_blocks(" 0, 3-5,1 ") == {0, 1, 3, 4, 5}
     for text in ("a", "1-", "-1", "1.5"):
         with pytest.raises(ValueError, match="dense_blocks must be numbers"):

@@ -85,7 +85,7 @@ def test_the_mask_of_another_program(tensors):
         (SHAPE, "denoise_step_idx is not known; set dense_steps=0"),
     ],
 )
-def test_what_is_not_published_is_dense_with_a_warning(state, reason, tensors):
+def test_a_call_without_its_size_or_step_is_dense_with_a_warning(state, reason, tensors):
     with pytest.warns(UserWarning, match=f"dense attention for a sequence of 192 tokens: .*{reason}"):
         assert torch.equal(forward(KERNEL, tensors, static=STATIC, per_forward=state), dense(tensors))
 

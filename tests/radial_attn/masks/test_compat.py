@@ -92,7 +92,7 @@ def test_the_options_that_a_program_fixes_stay_none():
     assert replace(config, compat="none") == RadialConfig(0.2)
 
 
-def test_what_else_reads_the_options():
+def test_floor_dense_pattern_ring_and_solver_with_compat():
     config, grid = RadialConfig(compat="authors-2025-06"), TokenGrid(4, 8, 16, 10)
     assert torch.equal(floor_blocks(grid, config), floor_blocks(grid, RadialConfig()))
     assert radial_mask(grid, replace(config, pattern="dense")).is_dense
