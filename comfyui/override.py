@@ -7,7 +7,7 @@ that is added later cannot push it out. What the layers keep belongs to one run 
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -20,6 +20,7 @@ from radial_attn import BlockMask, TokenGrid
 from radial_attn.attention import choose_backend, require
 from radial_attn.chooser import Choice, Chooser
 from radial_attn.kernels.contract import Call
+from radial_attn.masks.density import TOLERANCE
 from radial_attn.models.profile import MeasuredModel, ModelProfile
 from radial_attn.models.published import nearest_settings
 from radial_attn.models.runtime.adaptive import Adaptive
@@ -167,7 +168,7 @@ class PatchedModel:
         if forward is None:
             return dense()
         tensors = [to_heads(x, heads, skip_reshape) for x in (q, k, v)]
-        grid = self._grid(forward, tensors)
+        grid = _grid(forward, tensors, options)
         if grid is None:
             self.run.reasons["cross_attention"] += 1
             return dense()
@@ -175,29 +176,26 @@ class PatchedModel:
         plan, layer = self._plan(forward, grid, tensors, mask, kwargs), forward.counter.next(options)
         reason = "dense_block" if layer.index in self.dense_blocks else plan.reason
         if reason is None:
-            return from_heads(self._sparse(forward, plan, tensors, layer), skip_output_reshape)
+            return from_heads(self._sparse(forward, plan, grid, tensors, layer), skip_output_reshape)
         self.run.calls["dense"] += 1
         self.run.reasons[reason] += 1
         output = dense()
-        if reason == plan.reason:
+        if reason == plan.reason and plan.calls:
             whole = to_heads(output, heads, skip_output_reshape)
+            *tensors, whole = (_turn(x, forward.text_before(grid)) for x in (*tensors, whole))
             for rows, call in plan.calls:
                 record([x[rows] for x in tensors], whole[rows], call, layer)
         return output
 
-    def _sparse(self, forward: Forward, plan: Plan, tensors: Sequence[Tensor], layer: Layer) -> Tensor:
+    def _sparse(
+        self, forward: Forward, plan: Plan, grid: TokenGrid, tensors: Sequence[Tensor], layer: Layer
+    ) -> Tensor:
         """Computes sparse attention `[B, S, H, D]`, each condition by its own choices."""
-        forward.sparse = True
+        forward.sparse, before = True, forward.text_before(grid)
+        tensors = [_turn(x, before) for x in tensors]
         output = [attend(*(x[rows] for x in tensors), call, layer) for rows, call in plan.calls]
         self.run.calls[_backend_of(plan.calls[0][1])] += 1
-        return output[0] if len(output) == 1 else torch.cat(output)
-
-    def _grid(self, forward: Forward, tensors: Sequence[Tensor]) -> TokenGrid | None:
-        """Returns the grid of a call that is self-attention of the video, else None."""
-        query, key, value = tensors
-        if not query.shape == key.shape == value.shape or len(query) != forward.layout.batch:
-            return None
-        return forward.layout.grid(query.shape[1], forward.options)
+        return _turn(output[0] if len(output) == 1 else torch.cat(output), -before)
 
     def _plan(
         self,
@@ -214,7 +212,8 @@ class PatchedModel:
             try:
                 if options.get("scale") is not None or options.get("enable_gqa"):
                     raise NotServedError("attention with a scale or groups of its own stays dense")
-                lengths = text_lengths(mask, grid, forward.layout.batch)
+                layout = forward.layout
+                lengths = text_lengths(mask, grid, layout.batch, text_first=layout.text_first)
                 forward.plan = self._make_plan(forward, grid, tensors[0], lengths)
             except (NotServedError, ValueError, ImportError) as error:
                 self.note(str(error))
@@ -236,13 +235,15 @@ class PatchedModel:
             return Plan("too_short")
         mask = least_mask(grid, run.config, query.shape[2]) if self._chooses else run.mask(grid)
         density = run.config.density or run.mask(grid).density
-        halves = self._halves(forward, grid, query.device, density)
+        halves = self._halves(forward, grid, query, density)
         is_ready = all(choices is None or choices.ready for _, choices in halves)
         dense = run.is_dense(forward.sigma) or (adaptive.needs_dense_step and not is_ready)
         records = dense and adaptive.records and run.precedes_sparse(forward.sigma)
         if dense and not records:
             return Plan("dense_step")
         run.grid, run.density = grid, run.density if self._chooses else mask.density
+        if not self._chooses and abs(mask.density - density) > TOLERANCE * density:
+            self.note(f"no mask of this size has density {density:g}: the nearest has {mask.density:.3f}")
         density = density if self._chooses else mask.density
         backend, choice = self._backend(forward, mask, query[halves[0][0]], density)
         if choice is not None and choice.name == DENSE:
@@ -260,7 +261,7 @@ class PatchedModel:
         return Plan("dense_step" if dense else None, tuple(calls))
 
     def _halves(
-        self, forward: Forward, grid: TokenGrid, device: torch.device, density: float
+        self, forward: Forward, grid: TokenGrid, query: Tensor, density: float
     ) -> list[tuple[slice, Choices | None]]:
         """Returns the rows of each condition with what its layers keep; all rows if they keep nothing."""
         if not self.adaptive.has_state:
@@ -268,7 +269,7 @@ class PatchedModel:
         alike = self._profile is not None  # the masks of a profile are the same for all
         parts = [(None, slice(None))] if alike else halves_of(forward.options, forward.layout.batch)
         if alike:
-            self._check_profile(forward.model)
+            self._check_profile(forward.model, query.shape[2], query.shape[3])
         halves = []
         for key, rows in parts:
             if key not in self.run.choices:
@@ -277,17 +278,14 @@ class PatchedModel:
             choices = self.run.choices[key]
             choices.begin(forward.model, grid, video=0, densities=[density], first=True)
             if alike:
-                choices.begin_part(forward.sigma, device)
+                choices.begin_part(forward.sigma, query.device)
             halves.append((rows, choices))
         return halves
 
-    def _check_profile(self, model: Any) -> None:
+    def _check_profile(self, model: Any, heads: int, width: int) -> None:
         """Raises ValueError if the profile was measured on another model."""
-        family, traits = family_of(model), traits_of(model)
-        heads = model.num_heads
-        difference = self._profile.model.other(
-            MeasuredModel(family.name, traits.layers, heads, traits.width // heads)
-        )
+        measured = MeasuredModel(family_of(model).name, traits_of(model).layers, heads, width)
+        difference = self._profile.model.other(measured)
         if difference is not None:
             raise ValueError(f"the profile was measured on another model: {difference}; calibrate this one")
 
@@ -321,6 +319,19 @@ class PatchedModel:
             bias = valid[:, None, None].to(q.device)
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         return self._core(*heads, q.shape[2], mask=bias).transpose(1, 2)
+
+
+def _grid(forward: Forward, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> TokenGrid | None:
+    """Returns the grid of a call if it is self-attention of the video, else None."""
+    query, key, value = tensors
+    if not query.shape == key.shape == value.shape or len(query) != forward.layout.batch:
+        return None
+    return forward.layout.grid(query.shape[1], options)
+
+
+def _turn(tensor: Tensor, tokens: int) -> Tensor:
+    """Moves the first tokens of `[B, S, H, D]` to the end; a negative number moves them back."""
+    return tensor.roll(-tokens, 1) if tokens else tensor
 
 
 def _backend_of(call: AttentionCall) -> str:

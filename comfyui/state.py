@@ -116,3 +116,7 @@ class Forward:
     plan: Plan | None = None
     planned_for: tuple[TokenGrid, Tensor | None] | None = None
     sparse: bool = False
+
+    def text_before(self, grid: TokenGrid) -> int:
+        """Counts the tokens of text that the model puts before the video."""
+        return grid.text if self.layout.text_first else 0

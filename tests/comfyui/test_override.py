@@ -15,6 +15,7 @@ from tests.support.comfy_stub import (
     Base,
     Flux,
     HunyuanVideo,
+    NewHunyuanVideo,
     WanModel,
     core_attention,
     to_tokens,
@@ -91,9 +92,10 @@ def test_wan_equals_the_op_and_cross_attention_stays(modern, backend):
     assert report["stayed_dense"]["cross_attention"] == 3
 
 
+@pytest.mark.parametrize("made", [HunyuanVideo, NewHunyuanVideo])
 @pytest.mark.parametrize("lengths", [None, (4, 9)])
-def test_hunyuan_equals_the_op_and_the_refiner_stays(lengths):
-    model, patch = HunyuanVideo(), patched(far_field="none")
+def test_hunyuan_equals_the_op_and_the_refiner_stays(made, lengths):
+    model, patch = made(), patched()
     x, text = latents(2), context(2, 9)
     arguments = {}
     if lengths is not None:
@@ -127,9 +129,9 @@ def test_a_reference_frame_is_a_frame_and_other_extras_are_context():
 
 
 @pytest.mark.parametrize("settings", [{}, {"far_field": "linear"}, {"selection": "dense_step"}])
-@pytest.mark.parametrize("named", ["uuids", "cond_or_uncond"])
-def test_a_batch_of_two_conditions_equals_one_by_one(settings, named):
-    model = WanModel()
+@pytest.mark.parametrize(("named", "made"), [("uuids", WanModel), ("cond_or_uncond", NewHunyuanVideo)])
+def test_a_batch_of_two_conditions_equals_one_by_one(settings, named, made):
+    model = made() if made is WanModel else made(2, 1)
     x, text = latents(2), context(2)
     together, apart = patched(start_percent=0.3, **settings), patched(start_percent=0.3, **settings)
     for sigma in SIGMAS[:-1]:
