@@ -1,6 +1,7 @@
 """The override of a patched model against a stub of ComfyUI's core."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from comfyui.override import STATE, PatchedModel
 from comfyui.state import Run, Settings
 from radial_attn import TokenGrid, radial_attention, radial_mask
 from radial_attn.models.published import ModelTraits, nearest_settings
+from tests.support import comfy_stub
+from tests.support.auto_backend import AUTO
 from tests.support.comfy_stub import (
     HEADS,
     OVERRIDE,
@@ -20,6 +23,7 @@ from tests.support.comfy_stub import (
     core_attention,
     to_tokens,
 )
+from tests.support.timed_backends import Costs
 from tests.support.tiny import first, randoms
 
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -88,7 +92,7 @@ def test_wan_equals_the_op_and_cross_attention_stays(modern, backend):
     torch.testing.assert_close(output, expected(model, x, text, mask))
     report = patch.report()
     assert report["grid"] == [6, 6, 8, 0] and report["density"] == mask.density
-    assert report["calls"] == {"cpp" if backend == "auto" else backend: 3}
+    assert report["calls"] == {AUTO if backend == "auto" else backend: 3}
     assert report["stayed_dense"]["cross_attention"] == 3
 
 
@@ -112,12 +116,12 @@ def test_density_one_is_the_core():
         patch = patched(density=1.0)
         assert torch.equal(call(model, patch, latents(), text), plain)
         assert patch.report()["stayed_dense"]["mask"] > 2
-        named = call(model, patched(density=1.0, backend="cpp"), latents(), text)
+        named = call(model, patched(density=1.0, backend="blocks"), latents(), text)
         torch.testing.assert_close(named, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_frame_is_a_frame_and_other_extras_are_context():
-    model, patch, reference = WanModel(), patched(), randoms(3)(1, 4, *SIZE[1:])
+    model, patch, reference = WanModel(), patched(density=0), randoms(3)(1, 4, *SIZE[1:])
     model.ref_conv = object()
     call(model, patch, latents(), context(), reference_latent=reference)
     assert patch.report()["grid"] == [7, 6, 8, 0]
@@ -161,7 +165,7 @@ def test_steps_and_blocks_that_are_dense():
         output = call(model, patch, latents(), context(), sigma=sigma)
         assert torch.equal(output, plain) == (sigma not in {0.75, 0.5})
     report = patch.report()
-    assert report["calls"] == {"dense": 12, "cpp": 4}
+    assert report["calls"] == {"dense": 12, AUTO: 4}
     assert report["stayed_dense"]["dense_step"] == 4 and report["stayed_dense"]["dense_block"] == 8
     assert report["model_calls"] == {"dense": 2, "sparse": 2}
 
@@ -230,9 +234,9 @@ def test_runs_do_not_mix():
     assert patch.report()["model_calls"] == {"dense": 1, "sparse": 1} and patch.run.choices
     smaller = latents()[:, :, :5]
     call(model, patch, smaller, context(), sigma=0.5)
-    assert patch.report()["grid"] == [5, 6, 8, 0] and patch.report()["calls"] == {"dense": 6, "cpp": 3}
+    assert patch.report()["grid"] == [5, 6, 8, 0] and patch.report()["calls"] == {"dense": 6, AUTO: 3}
     patch.clean_up()
-    assert not patch.run.choices and patch.report()["calls"] == {"dense": 6, "cpp": 3}
+    assert not patch.run.choices and patch.report()["calls"] == {"dense": 6, AUTO: 3}
     options = {"sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
     base, t = Base(model), torch.ones(1)
     arguments = {"c_crossattn": context(), "transformer_options": options}
@@ -247,3 +251,29 @@ def test_a_control_layer_counts_as_the_layer_that_it_feeds():
     control = torch.zeros(1, 1, 4, *SIZE)
     call(model, patch, latents(), context(), vace_context=control)
     assert patch.report()["stayed_dense"]["dense_block"] == 2
+
+
+@pytest.mark.parametrize("fastest", ["reference", "dense"])
+@pytest.mark.parametrize(
+    ("model", "lengths"),
+    [(WanModel(), None), (NewHunyuanVideo(2, 1), (9, 9)), (NewHunyuanVideo(2, 1), (4, 9))],
+)
+def test_auto_measures_and_takes_the_fastest(fastest, model, lengths, monkeypatch):
+    """Dense attention as the core has it is one of them: if it is the fastest, later calls are the core's."""
+    radial_mask.cache_clear()  # a mask caches the choices of its shapes
+    seconds = {"reference": 2e-3, "cpp": 3e-3, "blocks": 3e-3, "dense": 4e-3, fastest: 1e-3}
+    costs = Costs(monkeypatch, seconds)
+    core = partial(costs.pay, "dense", comfy_stub.core_attention)
+    monkeypatch.setattr(comfy_stub, "core_attention", core)
+    x, text = latents(2), context(2, 9)
+    masks = {} if lengths is None else {"attention_mask": torch.where(first(lengths, 9), 0.0, HUGE)}
+    patch = PatchedModel(Settings(**SPARSE), tune="always")
+    wanted = call(model, patched() if fastest == "reference" else None, x, text, **masks)
+    for sigma in (1.0, 0.75):
+        torch.testing.assert_close(call(model, patch, x, text, sigma=sigma, **masks), wanted)
+    report = patch.report()
+    assert report["calls"] == {fastest: 6} and report["tuning"][0]["backend"] == fastest
+    assert report["stayed_dense"]["too_short"] == (6 if fastest == "dense" else 0)
+    assert report["model_calls"] == dict.fromkeys(("dense", "sparse"), 0) | {
+        "dense" if fastest == "dense" else "sparse": 2
+    }
