@@ -9,6 +9,7 @@ import torch
 from comfyui.override import STATE, PatchedModel
 from comfyui.state import Run, Settings
 from radial_attn import TokenGrid, radial_attention, radial_mask
+from radial_attn.models.profile import MeasuredModel, ModelProfile, Reading
 from radial_attn.models.published import ModelTraits, nearest_settings
 from tests.support import comfy_stub
 from tests.support.auto_backend import AUTO
@@ -277,3 +278,22 @@ def test_auto_measures_and_takes_the_fastest(fastest, model, lengths, monkeypatc
     assert report["model_calls"] == dict.fromkeys(("dense", "sparse"), 0) | {
         "dense" if fastest == "dense" else "sparse": 2
     }
+
+
+def test_a_profile_serves_every_step_of_its_model_alone(tmp_path):
+    reading, model = Reading(GRID, 16), WanModel()
+    for part in (0, 1):
+        for layer in model.blocks:
+            tensors = [x.unflatten(2, (HEADS, -1)) for x in model.projections.of(layer, to_tokens(latents()))]
+            reading.add(part, layer, tensors, None)
+    file = tmp_path / "wan.safetensors"
+    file.write_bytes(ModelProfile.of(reading, MeasuredModel("wan", 3, HEADS, 8), [0.5, 0.0]).to_bytes())
+    patch = patched(selection="profile", profile=str(file), far_field="linear")
+    x, text = latents(2), context(2)
+    for sigma in SIGMAS[:-1]:
+        pair = call(model, patch, x, text, sigma=sigma, options={"uuids": [0, 1]})
+        torch.testing.assert_close(pair[1:], call(model, patch, x[1:], text[1:], sigma=sigma))
+    assert patch.report()["calls"] == {AUTO: 24} and patch.report()["density"] == pytest.approx(0.5, abs=0.05)
+    call(WanModel(2), patch, x, text)
+    assert patch.report()["stayed_dense"]["refused"] == 2
+    assert "measured on another model: layers 3, not 2" in patch.notes[-1]
