@@ -64,7 +64,7 @@ class PatchedModel:
         self._chooser, self._core = Chooser(tune), None
         self._core_name = ""
         self.run, self._is_over = Run(), True
-        self.notes: list[str] = []
+        self._said: set[str] = set()
         self.override = torch.compiler.disable(self._override)
 
     def apply_model(self, executor: Any, x: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -96,9 +96,11 @@ class PatchedModel:
         self._core, self._is_over = None, True
 
     def note(self, text: str) -> None:
-        """Keeps a line for the report, and logs it once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        """Keeps a line for the report of the run, and logs it once."""
+        if text not in self.run.notes:
+            self.run.notes.append(text)
+        if text not in self._said:
+            self._said.add(text)
             logging.getLogger("radial_attn").warning("Radial Attention: %s", text)
 
     def report(self) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class PatchedModel:
             "model_calls": {name: len(values) for name, values in run.seconds.items()},
             "seconds": {name: median(values) if values else None for name, values in run.seconds.items()},
             "tuning": self._chooser.report(),
-            "notes": list(self.notes),
+            "notes": list(run.notes),
         }
 
     def _begin(self, base: Any, latents: Any, t: Tensor, arguments: dict[str, Any]) -> Forward:
@@ -129,13 +131,13 @@ class PatchedModel:
         model = getattr(model, "_orig_mod", model)
         layout = layout_of(model, latents, arguments)
         sigmas = options.get("sample_sigmas")
-        planned = None if sigmas is None else tuple(sigmas.tolist()[:-1])
+        planned = None if sigmas is None else tuple(sigmas.tolist()[:-1]) or None
         if self._is_over or planned != self.run.sigmas:
             percents, sampling = (self.settings.start_percent, self.settings.end_percent), base.model_sampling
             window = tuple(float(sampling.percent_to_sigma(percent)) for percent in percents)
             config = nearest_settings(traits_of(model)).config
             config = replace(config, density=self.settings.density or None)
-            self.run, self._is_over = Run(planned or None, window, config), False
+            self.run, self._is_over = Run(planned, window, config), False
         counter = LayerCounter(layout, len(getattr(model, "double_blocks", ())))
         return Forward(model, layout, counter, float(t.max()), options, options.get(OVERRIDE))
 
@@ -226,7 +228,6 @@ class PatchedModel:
                 forward.plan = self._make_plan(forward, grid, tensors[0], lengths)
             except (NotServedError, ValueError, ImportError) as error:
                 self.note(str(error))
-                self.run.choices.clear()  # one that was refused has begun in part
                 forward.plan = Plan("refused")
         return forward.plan
 
@@ -286,7 +287,11 @@ class PatchedModel:
                 config = self.run.config
                 self.run.choices[key] = Choices(self.adaptive, config, profile=self._profile)
             choices = self.run.choices[key]
-            choices.begin(forward.model, grid, video=0, densities=[density], first=True)
+            try:
+                choices.begin(forward.model, grid, video=0, densities=[density], first=True)
+            except ValueError:
+                del self.run.choices[key]  # it has begun in part
+                raise
             if alike:
                 choices.begin_part(forward.sigma, query.device)
             halves.append((rows, choices))

@@ -1,5 +1,6 @@
 """The override of a patched model against a stub of ComfyUI's core."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -199,6 +200,19 @@ def test_another_override_is_called_for_what_is_not_served():
     assert OVERRIDE not in alone and STATE not in alone
 
 
+def test_a_copy_of_the_options_does_not_copy_the_model():
+    class Copies(WanModel):
+        def __call__(self, latents, options, context, **arguments):
+            return super().__call__(latents, copy.deepcopy(options), context, **arguments)
+
+        def __deepcopy__(self, memo):
+            raise AssertionError
+
+    patch = patched()
+    call(Copies(), patch, latents(), context())
+    assert patch.report()["calls"] == {AUTO: 3}
+
+
 def test_an_error_in_the_model_leaves_nothing_behind():
     options: dict = {}
     with pytest.raises(RuntimeError):
@@ -222,7 +236,7 @@ def test_what_cannot_be_served_is_dense_and_said_once(settings, model, reason, w
         assert torch.equal(call(model, patch, x, context(), sigma=sigma), plain)
         patch.clean_up()
     lines = [line for line in caplog.messages if line.startswith("Radial Attention:")]
-    assert len(lines) == 1 and words in lines[0] and words in patch.notes[0]
+    assert len(lines) == 1 and words in lines[0] and words in patch.report()["notes"][0]
     counts = patch.report()["stayed_dense"]
     assert reason is None or counts[reason] == 3
 
@@ -236,13 +250,14 @@ def test_runs_do_not_mix():
     smaller = latents()[:, :, :5]
     call(model, patch, smaller, context(), sigma=0.5)
     assert patch.report()["grid"] == [5, 6, 8, 0] and patch.report()["calls"] == {"dense": 6, AUTO: 3}
+    patch.note("a line of this run")
     patch.clean_up()
     assert not patch.run.choices and patch.report()["calls"] == {"dense": 6, AUTO: 3}
     options = {"sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
     base, t = Base(model), torch.ones(1)
     arguments = {"c_crossattn": context(), "transformer_options": options}
     base.apply_model(patch.apply_model, latents(), t, **arguments)
-    assert patch.report()["calls"] == {"dense": 3}
+    assert patch.report()["calls"] == {"dense": 3} and not patch.report()["notes"]
 
 
 def test_a_control_layer_counts_as_the_layer_that_it_feeds():
@@ -296,4 +311,4 @@ def test_a_profile_serves_every_step_of_its_model_alone(tmp_path):
     assert patch.report()["calls"] == {AUTO: 24} and patch.report()["density"] == pytest.approx(0.5, abs=0.05)
     call(WanModel(2), patch, x, text)
     assert patch.report()["stayed_dense"]["refused"] == 2
-    assert "measured on another model: layers 3, not 2" in patch.notes[-1]
+    assert "measured on another model: layers 3, not 2" in patch.report()["notes"][-1]
