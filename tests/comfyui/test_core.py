@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from comfyui import nodes, protocol
 from radial_attn import TokenGrid, radial_attention, radial_mask
@@ -17,7 +18,6 @@ from radial_attn.models.published import BUNDLED
 from tests.support import comfy_core
 from tests.support.auto_backend import AUTO
 from tests.support.comfy_core import condition, hunyuan, sample, wan
-from tests.support.tiny import seeded
 
 pytestmark = [
     pytest.mark.comfy,
@@ -245,39 +245,44 @@ def test_a_compiled_model():
         assert report(compiled)["calls"] == {"dense": 6, AUTO: 6}
 
 
-def test_the_same_weights_in_diffusers_give_the_same_video():
-    from diffusers import WanTransformer3DModel
+def wan_in_diffusers(model):
+    """Returns diffusers' transformer with the weights of a patcher of Wan."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    model = wan()
-    state = model.model.diffusion_model.state_dict()
-    transformer = seeded(
-        0,
-        WanTransformer3DModel,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=3,
-    )
-    converted = convert_wan_transformer_to_diffusers({key: value.clone() for key, value in state.items()})
-    transformer.load_state_dict(converted)
-    config = replace(BUNDLED, density=0.5)
-    for adaptive in ({}, {"selection": "dense_step", "far_field": "linear"}):
-        sparse = radial(model, start_percent=0.2, dense_blocks="0", **adaptive)
-        ours = model.model.process_latent_in(sample(sparse, steps=5))
-        sigmas = sparse.get_attachment(nodes.KEY).run.sigmas
-        options = {"dense_steps": 1, "dense_layers": 1, "num_steps": 5, **adaptive}
-        with apply_radial_attention(transformer, config, **options), torch.no_grad():
-            x, text = comfy_core.noise(), condition(1)[0][0]
-            for sigma, following in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
-                timestep = torch.tensor([1000 * sigma])
-                velocity = transformer(x, encoder_hidden_states=text, timestep=timestep, return_dict=False)[0]
-                x = x + (following - sigma) * velocity
-        torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16}
+    sizes = {"text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 3}
+    transformer = WanTransformer3DModel(**heads, **sizes).eval()
+    state = {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
+    transformer.load_state_dict(convert_wan_transformer_to_diffusers(state))
+    return transformer
+
+
+@pytest.mark.parametrize("adaptive", [{}, {"selection": "dense_step", "far_field": "linear"}])
+@pytest.mark.parametrize(
+    ("made", "converted"), [(wan, wan_in_diffusers), (hunyuan, comfy_core.hunyuan_in_diffusers)]
+)
+def test_the_same_weights_in_diffusers_give_the_same_video(made, converted, adaptive):
+    model, text = made(), condition(1, 9)
+    sparse = radial(model, start_percent=0.2, dense_blocks="0", **adaptive)
+    ours = model.model.process_latent_in(sample(sparse, steps=5, positive=text))
+    sigmas = sparse.get_attachment(nodes.KEY).run.sigmas
+    arguments = {"encoder_hidden_states": text[0][0], "return_dict": False}
+    if made is hunyuan:
+        arguments["pooled_projections"], arguments["guidance"] = (
+            text[0][1]["pooled_output"],
+            torch.tensor([6e3]),
+        )
+        arguments["encoder_attention_mask"] = torch.ones(1, 9)
+    transformer, config = converted(model), replace(BUNDLED, density=0.5)
+    options = {"dense_steps": 1, "dense_layers": 1, "num_steps": 5, **adaptive}
+    with apply_radial_attention(transformer, config, **options) as handle, torch.no_grad():
+        x = comfy_core.noise()
+        for sigma, following in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+            velocity = transformer(x, timestep=torch.tensor([1000 * sigma]), **arguments)[0]
+            x = x + (following - sigma) * velocity
+        calls = handle.report()["calls"]
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    assert report(sparse)["calls"] == calls
 
 
 @pytest.fixture(scope="module")
