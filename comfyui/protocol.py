@@ -282,7 +282,8 @@ def read_blocks(text: str) -> frozenset[int]:
     blocks: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        is_range = first.isdecimal() and (last if dash else first).isdecimal()
+        if not is_range or int(last or first) < int(first):
             raise ValueError(f"dense_blocks must be numbers and ranges such as '0, 1, 38-39', got {text!r}")
         blocks.update(range(int(first), int(last or first) + 1))
     return frozenset(blocks)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.dispatch import BACKENDS
 from radial_attn.masks.density import resolve_near
 from radial_attn.models.runtime.choices import Choices
 from radial_attn.models.runtime.layer_attention import AttentionCall
@@ -39,6 +40,19 @@ class Settings:
     backend: str = "auto"
     min_tokens: int = 4096
     profile: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what a linked input may hold, as the core checks the widgets alone."""
+        for name in ("density", "start_percent", "end_percent"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+        if self.start_percent > self.end_percent:
+            percents = f"{self.start_percent:g} and {self.end_percent:g}"
+            raise ValueError(f"start_percent must be at most end_percent, got {percents}")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
 
 
 @dataclass

@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 with one line on stderr; 130 ended by Ctrl-C.
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.processes import processes
@@ -50,13 +51,15 @@ def serve(options: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = OneLineParser(prog="scripts/demo.sh", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="scripts/demo.sh", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--port", type=positive, default=PORT, help=f"port on 127.0.0.1 ({PORT})")
     parser.add_argument("--share", action="store_true", help="also open a public link via Gradio's servers")
     parser.add_argument("--work", default="outputs/demo", help="folder for the videos (outputs/demo)")
     options = parser.parse_args(argv)
     if options.port > PORTS:
         parser.error(f"--port: got {options.port}, must be at most {PORTS}")
+    if not options.work or Path(options.work).is_file():
+        parser.error(f"--work: got {options.work!r}, which is no folder; name one")
     return options
 
 

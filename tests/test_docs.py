@@ -35,6 +35,15 @@ def test_every_named_test_is_there():
             assert file.endswith(".py") and not missing, (kind, file, missing)
 
 
+def test_every_row_of_a_table_has_as_many_cells_as_its_head():
+    pages = [path for folder in (".", "docs", "comfyui", "results") for path in (ROOT / folder).glob("*.md")]
+    for page in pages:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for table in re.findall(r"(?:^\|.*\n)+", re.sub(r"`[^`\n]*`", "", prose), re.MULTILINE):
+            head, *rows = table.splitlines()
+            assert all(row.count("|") == head.count("|") for row in rows), (page.name, head)
+
+
 def examples():
     text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     for part in text.split("\n## With offload")[1].split("\n## ")[0].split("\n### ")[1:]:

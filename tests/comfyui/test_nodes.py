@@ -74,6 +74,11 @@ def test_reports_without_a_sparse_call():
     ("changes", "words"),
     [
         ({"dense_blocks": "first"}, "dense_blocks must be numbers and ranges"),
+        ({"density": 1.5}, "density must be from 0 to 1, got 1.5"),
+        ({"end_percent": -0.1}, "end_percent must be from 0 to 1"),
+        ({"start_percent": 0.9, "end_percent": 0.5}, "at most end_percent, got 0.9 and 0.5"),
+        ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        ({"backend": "xformers"}, "backend must be one of auto, .*, got 'xformers'"),
         ({"selection": "profile"}, "needs the file of a profile"),
         ({"selection": "profile", "profile": "none.safetensors"}, "none.safetensors"),
         ({"profile": "some.safetensors"}, "serves selection='profile' alone"),

@@ -140,7 +140,7 @@ def test_the_step_of_a_noise_level():
 
 def test_reading_dense_blocks():
     assert read_blocks("") == set() and read_blocks(" 0, 3-5,1 ") == {0, 1, 3, 4, 5}
-    for text in ("a", "1-", "-1", "1.5"):
+    for text in ("a", "1-", "-1", "1.5", "9-3"):
         with pytest.raises(ValueError, match="dense_blocks must be numbers"):
             read_blocks(text)
 
