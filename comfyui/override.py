@@ -51,15 +51,20 @@ REASONS = ("dense_step", "dense_block", "too_short", "mask", "refused", "cross_a
 class PatchedModel:
     """Holds the settings and the run of one patched model; clones of the model share it."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ValueError for a setting with a wrong value, or a profile that cannot be read."""
+    def __init__(self, settings: Settings, tune: str = "auto") -> None:
+        """Takes the inputs of the node, and `tune` as `radial_attn.chooser.Chooser` has it.
+
+        Raises:
+            ValueError: a setting with a wrong value, or a profile that cannot be read.
+        """
         profile = settings.profile or None
         self.settings, self.dense_blocks = settings, read_blocks(settings.dense_blocks)
         self.adaptive = Adaptive(settings.selection, far_field=settings.far_field, profile=profile)
         self._profile = None if profile is None else ModelProfile.read(profile)
-        self._chooser, self._core = Chooser("auto"), None
+        self._chooser, self._core = Chooser(tune), None
+        self._core_name = ""
         self.run, self._is_over = Run(), True
-        self.notes: list[str] = []
+        self._said: set[str] = set()
         self.override = torch.compiler.disable(self._override)
 
     def apply_model(self, executor: Any, x: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -91,9 +96,11 @@ class PatchedModel:
         self._core, self._is_over = None, True
 
     def note(self, text: str) -> None:
-        """Keeps a line for the report, and logs it once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        """Keeps a line for the report of the run, and logs it once."""
+        if text not in self.run.notes:
+            self.run.notes.append(text)
+        if text not in self._said:
+            self._said.add(text)
             logging.getLogger("radial_attn").warning("Radial Attention: %s", text)
 
     def report(self) -> dict[str, Any]:
@@ -115,7 +122,7 @@ class PatchedModel:
             "model_calls": {name: len(values) for name, values in run.seconds.items()},
             "seconds": {name: median(values) if values else None for name, values in run.seconds.items()},
             "tuning": self._chooser.report(),
-            "notes": list(self.notes),
+            "notes": list(run.notes),
         }
 
     def _begin(self, base: Any, latents: Any, t: Tensor, arguments: dict[str, Any]) -> Forward:
@@ -124,13 +131,13 @@ class PatchedModel:
         model = getattr(model, "_orig_mod", model)
         layout = layout_of(model, latents, arguments)
         sigmas = options.get("sample_sigmas")
-        planned = None if sigmas is None else tuple(sigmas.tolist()[:-1])
+        planned = None if sigmas is None else tuple(sigmas.tolist()[:-1]) or None
         if self._is_over or planned != self.run.sigmas:
             percents, sampling = (self.settings.start_percent, self.settings.end_percent), base.model_sampling
             window = tuple(float(sampling.percent_to_sigma(percent)) for percent in percents)
             config = nearest_settings(traits_of(model)).config
             config = replace(config, density=self.settings.density or None)
-            self.run, self._is_over = Run(planned or None, window, config), False
+            self.run, self._is_over = Run(planned, window, config), False
         counter = LayerCounter(layout, len(getattr(model, "double_blocks", ())))
         return Forward(model, layout, counter, float(t.max()), options, options.get(OVERRIDE))
 
@@ -173,6 +180,7 @@ class PatchedModel:
             self.run.reasons["cross_attention"] += 1
             return dense()
         self._core = partial(core, skip_reshape=True, skip_output_reshape=True, **kwargs)
+        self._core_name = getattr(func, "__name__", "attention")
         plan, layer = self._plan(forward, grid, tensors, mask, kwargs), forward.counter.next(options)
         reason = "dense_block" if layer.index in self.dense_blocks else plan.reason
         if reason is None:
@@ -191,10 +199,13 @@ class PatchedModel:
         self, forward: Forward, plan: Plan, grid: TokenGrid, tensors: Sequence[Tensor], layer: Layer
     ) -> Tensor:
         """Computes sparse attention `[B, S, H, D]`, each condition by its own choices."""
-        forward.sparse, before = True, forward.text_before(grid)
+        before = forward.text_before(grid)
         tensors = [_turn(x, before) for x in tensors]
         output = [attend(*(x[rows] for x in tensors), call, layer) for rows, call in plan.calls]
-        self.run.calls[_backend_of(plan.calls[0][1])] += 1
+        backend = _backend_of(plan.calls[0][1])
+        self.run.calls[backend] += 1
+        self.run.reasons["too_short"] += backend == DENSE
+        forward.sparse = forward.sparse or backend != DENSE
         return _turn(output[0] if len(output) == 1 else torch.cat(output), -before)
 
     def _plan(
@@ -217,7 +228,6 @@ class PatchedModel:
                 forward.plan = self._make_plan(forward, grid, tensors[0], lengths)
             except (NotServedError, ValueError, ImportError) as error:
                 self.note(str(error))
-                self.run.choices.clear()  # one that was refused has begun in part
                 forward.plan = Plan("refused")
         return forward.plan
 
@@ -245,7 +255,8 @@ class PatchedModel:
         if not self._chooses and abs(mask.density - density) > TOLERANCE * density:
             self.note(f"no mask of this size has density {density:g}: the nearest has {mask.density:.3f}")
         density = density if self._chooses else mask.density
-        backend, choice = self._backend(forward, mask, query[halves[0][0]], density)
+        first, is_padded = query[halves[0][0]], lengths is not None
+        backend, choice = self._backend(forward, mask, first, density, is_padded=is_padded)
         if choice is not None and choice.name == DENSE:
             return Plan("too_short")
         if mask.is_dense and self.settings.backend == "auto":
@@ -276,7 +287,11 @@ class PatchedModel:
                 config = self.run.config
                 self.run.choices[key] = Choices(self.adaptive, config, profile=self._profile)
             choices = self.run.choices[key]
-            choices.begin(forward.model, grid, video=0, densities=[density], first=True)
+            try:
+                choices.begin(forward.model, grid, video=0, densities=[density], first=True)
+            except ValueError:
+                del self.run.choices[key]  # it has begun in part
+                raise
             if alike:
                 choices.begin_part(forward.sigma, query.device)
             halves.append((rows, choices))
@@ -290,7 +305,7 @@ class PatchedModel:
             raise ValueError(f"the profile was measured on another model: {difference}; calibrate this one")
 
     def _backend(
-        self, forward: Forward, mask: BlockMask, query: Tensor, density: float
+        self, forward: Forward, mask: BlockMask, query: Tensor, density: float, *, is_padded: bool
     ) -> tuple[str, Choice | None]:
         """Returns the backend of sparse calls, and the choice that replaces it once it is measured."""
         call = Call(query.device, query.dtype, query.shape[3], torch.is_grad_enabled(), mask)
@@ -304,8 +319,8 @@ class PatchedModel:
             call,
             query.shape,
             density,
+            about={"dense": f"ComfyUI's {self._core_name}", "padded_text": is_padded},
             dense=self._dense,
-            dense_name="comfyui",
             calls=traits_of(forward.model).layers * len(self.run.sigmas or ()),
         )
         return choice.name or choose_backend(call), choice if choice.name in {None, DENSE} else None

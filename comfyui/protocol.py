@@ -128,10 +128,10 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
     """
     family = family_of(model)
     shape = (arguments.get("latent_shapes") or [getattr(latents, "shape", ())])[0]
-    if len(shape) != 5:
-        raise NotServedError(f"{type(model).__name__} stays dense: its latents are no video")
     patch = getattr(model, "patch_size", 1)
     patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    if len(shape) != 5 or len(patch) != 3:
+        raise NotServedError(f"{type(model).__name__} stays dense: its latents are no video")
     sizes = _tokens(shape, patch)
     frame, text = sizes[1] * sizes[2], arguments.get("c_crossattn")
     leading = _references(model, arguments, patch, frame)

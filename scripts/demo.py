@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 with one line on stderr; 130 ended by Ctrl-C.
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
@@ -21,11 +20,15 @@ def serve(options: argparse.Namespace) -> None:
     """Shows the page until Ctrl-C, and runs its jobs in this thread."""
     if processes() > 1:
         raise UsageError(f"got {processes()} processes, but the page needs one; run without torchrun")
-    if find_spec("gradio") is None:
-        raise UsageError(f"the page needs Gradio: {sys.executable} -m pip install '{GRADIO}'")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    import gradio as gr
-
+    try:
+        from gradio import __version__ as version
+        from gradio.themes import Default
+    except ImportError:
+        version = "none"
+    if not version.startswith("6."):
+        remedy = f"{sys.executable} -m pip install '{GRADIO}'"
+        raise UsageError(f"the page needs Gradio 6, got {version}; install it: {remedy}")
     from scripts.web.choices import offered
     from scripts.web.jobs import Jobs
     from scripts.web.page import CSS, FONTS, build
@@ -33,7 +36,7 @@ def serve(options: argparse.Namespace) -> None:
 
     jobs, studio = Jobs(), Studio(offered(), options.work)
     page = build(jobs, studio)
-    look = {"theme": gr.themes.Default(**FONTS), "css": CSS, "footer_links": [], "run_history": False}
+    look = {"theme": Default(**FONTS), "css": CSS, "footer_links": [], "run_history": False}
     where = {"server_name": "127.0.0.1", "server_port": options.port, "share": options.share}
     try:
         _, local, shared = page.launch(prevent_thread_lock=True, quiet=True, **look, **where)

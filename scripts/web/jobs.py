@@ -41,7 +41,7 @@ class _Job:
 class Jobs:
     """Takes jobs from any thread, and runs them in the one that calls `serve`.
 
-    That is the main thread of the command: there Ctrl-C and SIGTERM end a run through every `finally`.
+    That is the main thread of the command, the only one that Ctrl-C ends and that may handle signals.
     """
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ def _inputs(models: Models) -> list[Any]:
     asked, suited = [model, length, way], [length, way, density, layer, head]
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     of_model = [*suited, words, prompt]
-    model.input(lambda *values: suit_model(models, *values), [model, prompt], of_model, **quick)
+    model.change(lambda *values: suit_model(models, *values), [model, prompt], of_model, **quick)
     gr.on([length.input, way.input], lambda *values: suit(models, *values), asked, suited, **quick)
     return [model, length, prompt, way, density, seed, layer, head]
 
@@ -98,7 +98,7 @@ def _prompt(text: str) -> tuple[gr.Row, gr.Textbox]:
         prompt = gr.Textbox(text, label="Prompt", lines=2, max_length=5000, elem_id="prompt")
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     for part in parts:
-        part.input(lambda *names: Attributes(*names).caption, parts, prompt, **quick)
+        part.change(lambda *names: Attributes(*names).caption, parts, prompt, **quick)
     return words, prompt
 
 

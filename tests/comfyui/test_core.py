@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from comfyui import nodes, protocol
 from radial_attn import TokenGrid, radial_attention, radial_mask
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.published import BUNDLED
 from tests.support import comfy_core
+from tests.support.auto_backend import AUTO
 from tests.support.comfy_core import condition, hunyuan, sample, wan
-from tests.support.tiny import seeded
 
 pytestmark = [
     pytest.mark.comfy,
@@ -97,20 +98,20 @@ def test_names_of_the_core():
 
 def test_wan_equals_the_op():
     model = wan()
-    sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
+    sparse, dense = radial(model), radial(model, density=1.0, backend="blocks")
     plain = sample(model)
     torch.testing.assert_close(sample(dense), plain, **NEAR)
     output = sample(sparse)
     torch.testing.assert_close(output, sample(by_hand(model, masks())), **NEAR)
     assert (output - plain).abs().max() > 1e-3
-    assert report(sparse)["calls"] == {"cpp": 12} and report(sparse)["stayed_dense"]["cross_attention"] == 12
+    assert report(sparse)["calls"] == {AUTO: 12} and report(sparse)["stayed_dense"]["cross_attention"] == 12
 
 
 @pytest.mark.parametrize("valid", [None, 4])
 def test_hunyuan_video_equals_the_op(valid):
     model, text = hunyuan(), condition(1, 9, valid)
     turned = text_before(model, 6 * 6 * 8 + 9, text)
-    sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
+    sparse, dense = radial(model), radial(model, density=1.0, backend="blocks")
     plain = sample(model, positive=text)
     torch.testing.assert_close(sample(dense, positive=text), plain, **NEAR)
     output = sample(sparse, positive=text)
@@ -118,7 +119,7 @@ def test_hunyuan_video_equals_the_op(valid):
     hand = by_hand(model, masks(9), lengths, turned=turned)
     torch.testing.assert_close(output, sample(hand, positive=text), **NEAR)
     assert (output - plain).abs().max() > 1e-3
-    assert report(sparse)["calls"] == {"cpp": 16}
+    assert report(sparse)["calls"] == {AUTO: 16}
     assert report(sparse)["stayed_dense"]["cross_attention"] == 8  # two blocks of the refiner
 
 
@@ -147,14 +148,14 @@ def test_other_models_equal_the_op(name, grid, calls):
     if "reference" in name:
         text[0][1]["reference_latents"] = [comfy_core.noise((1, *comfy_core.SIZE[1:]))]
     options = {"positive": text, "steps": 2}
-    sparse, dense = radial(model), radial(model, density=1.0, backend="cpp")
+    sparse, dense = radial(model), radial(model, density=1.0, backend="blocks")
     plain, output = sample(model, **options), sample(sparse, **options)
     torch.testing.assert_close(sample(dense, **options), plain, **NEAR)
     mask = sparse.get_attachment(nodes.KEY).run.mask(TokenGrid(*grid))
     turned = grid[3] if "hunyuan" in name else 0
     torch.testing.assert_close(output, sample(by_hand(model, mask, turned=turned), **options), **NEAR)
     assert mask.density < 0.7 and (output - plain).abs().max() > 1e-4
-    assert report(sparse)["grid"] == list(grid) and report(sparse)["calls"] == {"cpp": 2 * calls}
+    assert report(sparse)["grid"] == list(grid) and report(sparse)["calls"] == {AUTO: 2 * calls}
     if name == "mochi":
         assert text_before(model, mask.grid.tokens, text) == 0
     first = radial(model, dense_blocks="0")
@@ -172,7 +173,7 @@ def test_guidance_in_one_batch_equals_one_by_one(settings):
     model.model.memory_required = lambda *args, **kwargs: float("inf")
     apart = sample(sparse, cfg=3.0)
     torch.testing.assert_close(together, apart, **NEAR)
-    assert counts["calls"] == {"dense": 6, "cpp": 6} and report(sparse)["calls"] == {"dense": 12, "cpp": 12}
+    assert counts["calls"] == {"dense": 6, AUTO: 6} and report(sparse)["calls"] == {"dense": 12, AUTO: 12}
 
 
 def test_another_override_is_called_for_the_rest_whichever_came_first():
@@ -187,7 +188,7 @@ def test_another_override_is_called_for_the_rest_whichever_came_first():
     assert len(seen) == 12  # cross-attention
     after = overridden(radial(model), other)
     sample(after)
-    assert len(seen) == 24 and report(after)["calls"] == {"cpp": 12}
+    assert len(seen) == 24 and report(after)["calls"] == {AUTO: 12}
     assert after.model_options["transformer_options"] == {SLOT: other}
 
 
@@ -210,11 +211,11 @@ def test_runs_sizes_samplers_and_clones():
     sample(sparse, size=(4, 10, 12), batch=2)
     assert report(sparse)["grid"] == [4, 5, 6, 0]
     sample(sparse, sampler="heun")
-    assert report(sparse)["calls"] == {"dense": 9, "cpp": 12}
+    assert report(sparse)["calls"] == {"dense": 9, AUTO: 12}
     sample(sparse, sampler="dpmpp_2m", steps=6)
     assert torch.equal(sample(sparse.clone()), first)
     assert not sparse.get_attachment(nodes.KEY).run.choices
-    twice = radial(sparse, density=1.0, backend="cpp")
+    twice = radial(sparse, density=1.0, backend="blocks")
     torch.testing.assert_close(sample(twice), sample(model), **NEAR)
 
 
@@ -241,42 +242,47 @@ def test_a_compiled_model():
         set_torch_compile_wrapper(compiled, backend="eager")
         compiled = compiled if order == 0 else radial(compiled, start_percent=0.3)
         torch.testing.assert_close(sample(compiled), expected, **NEAR)
-        assert report(compiled)["calls"] == {"dense": 6, "cpp": 6}
+        assert report(compiled)["calls"] == {"dense": 6, AUTO: 6}
 
 
-def test_the_same_weights_in_diffusers_give_the_same_video():
-    from diffusers import WanTransformer3DModel
+def wan_in_diffusers(model):
+    """Returns diffusers' transformer with the weights of a patcher of Wan."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    model = wan()
-    state = model.model.diffusion_model.state_dict()
-    transformer = seeded(
-        0,
-        WanTransformer3DModel,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=3,
-    )
-    converted = convert_wan_transformer_to_diffusers({key: value.clone() for key, value in state.items()})
-    transformer.load_state_dict(converted)
-    config = replace(BUNDLED, density=0.5)
-    for adaptive in ({}, {"selection": "dense_step", "far_field": "linear"}):
-        sparse = radial(model, start_percent=0.2, dense_blocks="0", **adaptive)
-        ours = model.model.process_latent_in(sample(sparse, steps=5))
-        sigmas = sparse.get_attachment(nodes.KEY).run.sigmas
-        options = {"dense_steps": 1, "dense_layers": 1, "num_steps": 5, **adaptive}
-        with apply_radial_attention(transformer, config, **options), torch.no_grad():
-            x, text = comfy_core.noise(), condition(1)[0][0]
-            for sigma, following in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
-                timestep = torch.tensor([1000 * sigma])
-                velocity = transformer(x, encoder_hidden_states=text, timestep=timestep, return_dict=False)[0]
-                x = x + (following - sigma) * velocity
-        torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16}
+    sizes = {"text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 3}
+    transformer = WanTransformer3DModel(**heads, **sizes).eval()
+    state = {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
+    transformer.load_state_dict(convert_wan_transformer_to_diffusers(state))
+    return transformer
+
+
+@pytest.mark.parametrize("adaptive", [{}, {"selection": "dense_step", "far_field": "linear"}])
+@pytest.mark.parametrize(
+    ("made", "converted"), [(wan, wan_in_diffusers), (hunyuan, comfy_core.hunyuan_in_diffusers)]
+)
+def test_the_same_weights_in_diffusers_give_the_same_video(made, converted, adaptive):
+    model, text = made(), condition(1, 9)
+    sparse = radial(model, start_percent=0.2, dense_blocks="0", **adaptive)
+    ours = model.model.process_latent_in(sample(sparse, steps=5, positive=text))
+    sigmas = sparse.get_attachment(nodes.KEY).run.sigmas
+    arguments = {"encoder_hidden_states": text[0][0], "return_dict": False}
+    if made is hunyuan:
+        arguments["pooled_projections"], arguments["guidance"] = (
+            text[0][1]["pooled_output"],
+            torch.tensor([6e3]),
+        )
+        arguments["encoder_attention_mask"] = torch.ones(1, 9)
+    transformer, config = converted(model), replace(BUNDLED, density=0.5)
+    options = {"dense_steps": 1, "dense_layers": 1, "num_steps": 5, **adaptive}
+    with apply_radial_attention(transformer, config, **options) as handle, torch.no_grad():
+        x = comfy_core.noise()
+        for sigma, following in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+            velocity = transformer(x, timestep=torch.tensor([1000 * sigma]), **arguments)[0]
+            x = x + (following - sigma) * velocity
+        calls = handle.report()["calls"]
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    assert report(sparse)["calls"] == calls
 
 
 @pytest.fixture(scope="module")

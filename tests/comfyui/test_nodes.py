@@ -16,6 +16,7 @@ from comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from comfyui.nodes import INPUTS, KEY, report_text
 from comfyui.protocol import APPLY_MODEL, ON_CLEANUP
 from comfyui.state import Settings
+from tests.support.auto_backend import AUTO
 from tests.support.comfy_stub import Base, Flux, Patcher, WanModel
 
 PACK = Path(radial_attn.__file__).parents[1] / "comfyui"
@@ -53,7 +54,7 @@ def test_a_model_is_patched_as_a_clone_and_reports():
     assert output["ui"]["text"] == (shown,)
     assert re.fullmatch(
         r"Radial Attention over 6 x 6 x 8 tokens, density 0\.306\n"
-        r"self-attention calls: 1 dense, 2 cpp\n"
+        rf"self-attention calls: 1 dense, 2 {AUTO}\n"
         r"stayed dense: 1 dense_block, 3 cross_attention\n"
         r"a call of the model: sparse \d+\.\d\d\d s \(median of 1\)\n"
         r"note: no mask of this size has density 0.25: the nearest has 0.306",

@@ -1,6 +1,7 @@
 """Loads the core of a real ComfyUI, `COMFYUI_PATH`, on the CPU; samples with tiny random models of it."""
 
 import os
+import re
 import sys
 from dataclasses import fields
 from importlib.abc import Loader, MetaPathFinder
@@ -99,6 +100,18 @@ KINDS = {  # class in the core's table of models, settings
     "mochi": ("GenmoMochi", MOCHI),
     "ltx": ("LTXV", LTX),
 }
+ORIGINAL = (  # names of HunyuanVideo's layers in the core -> in its authors' files
+    (r"^(time_in|guidance_in|txt_in\.t_embedder)\.in_layer", r"\1.mlp.0"),
+    (r"^(time_in|guidance_in|txt_in\.t_embedder)\.out_layer", r"\1.mlp.2"),
+    (r"c_embedder\.in_layer", "c_embedder.linear_1"),
+    (r"c_embedder\.out_layer", "c_embedder.linear_2"),
+    (r"(_mod|modulation)\.lin\.", r"\1.linear."),
+    (r"_attn\.(qkv|proj)\.", r"_attn_\1."),
+    (r"_attn\.norm\.(query|key)_norm\.(scale|weight)", lambda found: f"_attn_{found[1][0]}_norm.weight"),
+    (r"\.norm\.(query|key)_norm\.(scale|weight)", lambda found: f".{found[1][0]}_norm.weight"),
+    (r"mlp\.0\.(?=\w+$)(?<!in\.mlp\.0\.)(?<!embedder\.mlp\.0\.)", "mlp.fc1."),
+    (r"mlp\.2\.(?=\w+$)(?<!in\.mlp\.2\.)(?<!embedder\.mlp\.2\.)", "mlp.fc2."),
+)
 ABSENT = ("torchvision", "torchaudio")  # of images and sounds, which no model here looks at
 
 
@@ -176,6 +189,31 @@ def hunyuan() -> Any:
     from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
     return patcher("HunyuanVideo", {"image_model": "hunyuan_video", **_known(HunyuanVideoParams, HUNYUAN)})
+
+
+def hunyuan_in_diffusers(model: Any) -> Any:
+    """Returns diffusers' transformer with the weights of a patcher of HunyuanVideo."""
+    from diffusers import HunyuanVideoTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+
+    state = {}
+    for key, value in model.model.diffusion_model.state_dict().items():
+        for pattern, name in ORIGINAL:
+            key = re.sub(pattern, name, key)  # noqa: PLW2901
+        state[key] = value.clone()
+    joined = {key: state.pop(key) for key in list(state) if "linear1" in key}
+    state = convert_hunyuan_video_transformer_to_diffusers(state)
+    for key, value in joined.items():  # diffusers' function knows one width alone
+        block, kind = key.replace("single_blocks", "single_transformer_blocks").split(".linear1.")
+        names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        parts = value.split([24, 24, 24, len(value) - 72])
+        state |= {f"{block}.{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "rope_axes_dim": (4, 4, 4), "mlp_ratio": 2.0}
+    blocks = {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2}
+    text = {"text_embed_dim": TEXT, "pooled_projection_dim": 8}
+    transformer = HunyuanVideoTransformer3DModel(**shape, **blocks, **text).eval()
+    transformer.load_state_dict(state)
+    return transformer
 
 
 def flux() -> Any:
