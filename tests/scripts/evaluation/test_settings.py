@@ -63,7 +63,7 @@ def test_operations_are_not_given_with_a_cache(tmp_path: Path, capsys):
     assert main([*words, "model.cache=first_block"]) == 0
     head = capsys.readouterr().out.splitlines()[0]
     assert "| density |" in head and "FLOP" not in head and "with warm-up" not in head
-    data = {"reference": "dense", "videos": [{"metrics": {}}], "attention": {}, "elsewhere": 0}
+    data = {"reference": "dense", "videos": [{"metrics": {}}], "attention": {}, "elsewhere": 0, "means": {}}
     text = explained(data, planned(tmp_path, "model.cache=first_block"))
     assert (
         "There is no recall: in every observed step" in text
