@@ -27,7 +27,7 @@ from scripts.toyworld.train.options import (
     render_scene,
     run,
 )
-from scripts.toyworld.train.paths import KINDS, kind, movement
+from scripts.toyworld.train.paths import KINDS, kind, movement, token_places
 from scripts.toyworld.train.vae import initialise_vae
 from scripts.toyworld.train.wan import TEXT_SLOTS, Denoiser
 from scripts.train_tiny import parse, prepare, train, write_caption
@@ -353,16 +353,20 @@ def test_caption_loss_moves_two_shapes_apart_and_trains_only_the_text():
 
 
 @pytest.mark.parametrize("motion", VOCABULARY["motion"])
-def test_movement_is_the_way_from_the_middle_of_the_path_and_its_rate(motion):
+def test_movement_is_the_place_of_the_shape_and_its_rate(motion):
     """A latent frame stands at the mean time of its frames: 0, then 2.5, 6.5 and so on."""
     scene = random_scene(Attributes("red", "circle", motion, "navy"), torch.Generator().manual_seed(2))
     times = torch.tensor([0, 2.5, 6.5], dtype=torch.float64)
-    frame = 2 * math.pi / scene.period  # radians
     place, next_place = (torch.stack(scene.position(t), dim=1) for t in (times, times + 1e-4))
-    way = (place - torch.tensor(scene.centre)) / torch.tensor(scene.reach)
-    rate = (next_place - place) / (1e-4 * frame * torch.tensor(scene.reach))
-    expected = torch.cat([way, rate], dim=1).float()
+    step = 1e-4 * 2 * math.pi / scene.period  # radians
+    rate = (next_place - place) / (step * torch.tensor(scene.reach))
+    expected = torch.cat([place, rate], dim=1).float()
     torch.testing.assert_close(movement(scene, 9, 4), expected, atol=1e-3, rtol=0)
+
+
+def test_tokens_stand_in_the_middle_of_their_pixels():
+    expected = torch.tensor([[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]])
+    assert torch.equal(token_places(4), expected)
 
 
 def test_path_loss_trains_the_blocks_before_it_to_tell_a_line_from_a_circle():
