@@ -160,13 +160,12 @@ def report_text(model: Any) -> str:
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
-    if report["grid"] is None:
+    if not set(report["calls"]) - {"dense"}:
         lines.append("No call was sparse.")
     else:
         *sizes, text = report["grid"]
-        density = "not known yet" if report["density"] is None else f"{report['density']:.3f}"
         video = " x ".join(map(str, sizes)) + (f" tokens and {text} of text" if text else " tokens")
-        lines.append(f"Radial Attention over {video}, density {density}")
+        lines.append(f"Radial Attention over {video}, density {report['density']:.3f}")
     calls = ", ".join(f"{count} {name}" for name, count in report["calls"].items())
     lines.append(f"self-attention calls: {calls or 'none'}")
     dense = ", ".join(f"{count} {name}" for name, count in report["stayed_dense"].items() if count)

@@ -7,7 +7,7 @@ that is added later cannot push it out. What the layers keep belongs to one run 
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -20,6 +20,7 @@ from radial_attn import BlockMask, TokenGrid
 from radial_attn.attention import choose_backend, require
 from radial_attn.chooser import Choice, Chooser
 from radial_attn.kernels.contract import Call
+from radial_attn.masks.density import TOLERANCE
 from radial_attn.models.profile import MeasuredModel, ModelProfile
 from radial_attn.models.published import nearest_settings
 from radial_attn.models.runtime.adaptive import Adaptive
@@ -50,15 +51,20 @@ REASONS = ("dense_step", "dense_block", "too_short", "mask", "refused", "cross_a
 class PatchedModel:
     """Holds the settings and the run of one patched model; clones of the model share it."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ValueError for a setting with a wrong value, or a profile that cannot be read."""
+    def __init__(self, settings: Settings, tune: str = "auto") -> None:
+        """Takes the inputs of the node, and `tune` as `radial_attn.chooser.Chooser` has it.
+
+        Raises:
+            ValueError: a setting with a wrong value, or a profile that cannot be read.
+        """
         profile = settings.profile or None
         self.settings, self.dense_blocks = settings, read_blocks(settings.dense_blocks)
         self.adaptive = Adaptive(settings.selection, far_field=settings.far_field, profile=profile)
         self._profile = None if profile is None else ModelProfile.read(profile)
-        self._chooser, self._core = Chooser("auto"), None
+        self._chooser, self._core = Chooser(tune), None
+        self._core_name = ""
         self.run, self._is_over = Run(), True
-        self.notes: list[str] = []
+        self._said: set[str] = set()
         self.override = torch.compiler.disable(self._override)
 
     def apply_model(self, executor: Any, x: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -90,9 +96,11 @@ class PatchedModel:
         self._core, self._is_over = None, True
 
     def note(self, text: str) -> None:
-        """Keeps a line for the report, and logs it once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        """Keeps a line for the report of the run, and logs it once."""
+        if text not in self.run.notes:
+            self.run.notes.append(text)
+        if text not in self._said:
+            self._said.add(text)
             logging.getLogger("radial_attn").warning("Radial Attention: %s", text)
 
     def report(self) -> dict[str, Any]:
@@ -114,7 +122,7 @@ class PatchedModel:
             "model_calls": {name: len(values) for name, values in run.seconds.items()},
             "seconds": {name: median(values) if values else None for name, values in run.seconds.items()},
             "tuning": self._chooser.report(),
-            "notes": list(self.notes),
+            "notes": list(run.notes),
         }
 
     def _begin(self, base: Any, latents: Any, t: Tensor, arguments: dict[str, Any]) -> Forward:
@@ -123,13 +131,13 @@ class PatchedModel:
         model = getattr(model, "_orig_mod", model)
         layout = layout_of(model, latents, arguments)
         sigmas = options.get("sample_sigmas")
-        planned = None if sigmas is None else tuple(sigmas.tolist()[:-1])
+        planned = None if sigmas is None else tuple(sigmas.tolist()[:-1]) or None
         if self._is_over or planned != self.run.sigmas:
             percents, sampling = (self.settings.start_percent, self.settings.end_percent), base.model_sampling
             window = tuple(float(sampling.percent_to_sigma(percent)) for percent in percents)
             config = nearest_settings(traits_of(model)).config
             config = replace(config, density=self.settings.density or None)
-            self.run, self._is_over = Run(planned or None, window, config), False
+            self.run, self._is_over = Run(planned, window, config), False
         counter = LayerCounter(layout, len(getattr(model, "double_blocks", ())))
         return Forward(model, layout, counter, float(t.max()), options, options.get(OVERRIDE))
 
@@ -167,37 +175,38 @@ class PatchedModel:
         if forward is None:
             return dense()
         tensors = [to_heads(x, heads, skip_reshape) for x in (q, k, v)]
-        grid = self._grid(forward, tensors)
+        grid = _grid(forward, tensors, options)
         if grid is None:
             self.run.reasons["cross_attention"] += 1
             return dense()
         self._core = partial(core, skip_reshape=True, skip_output_reshape=True, **kwargs)
+        self._core_name = getattr(func, "__name__", "attention")
         plan, layer = self._plan(forward, grid, tensors, mask, kwargs), forward.counter.next(options)
         reason = "dense_block" if layer.index in self.dense_blocks else plan.reason
         if reason is None:
-            return from_heads(self._sparse(forward, plan, tensors, layer), skip_output_reshape)
+            return from_heads(self._sparse(forward, plan, grid, tensors, layer), skip_output_reshape)
         self.run.calls["dense"] += 1
         self.run.reasons[reason] += 1
         output = dense()
-        if reason == plan.reason:
+        if reason == plan.reason and plan.calls:
             whole = to_heads(output, heads, skip_output_reshape)
+            *tensors, whole = (_turn(x, forward.text_before(grid)) for x in (*tensors, whole))
             for rows, call in plan.calls:
                 record([x[rows] for x in tensors], whole[rows], call, layer)
         return output
 
-    def _sparse(self, forward: Forward, plan: Plan, tensors: Sequence[Tensor], layer: Layer) -> Tensor:
+    def _sparse(
+        self, forward: Forward, plan: Plan, grid: TokenGrid, tensors: Sequence[Tensor], layer: Layer
+    ) -> Tensor:
         """Computes sparse attention `[B, S, H, D]`, each condition by its own choices."""
-        forward.sparse = True
+        before = forward.text_before(grid)
+        tensors = [_turn(x, before) for x in tensors]
         output = [attend(*(x[rows] for x in tensors), call, layer) for rows, call in plan.calls]
-        self.run.calls[_backend_of(plan.calls[0][1])] += 1
-        return output[0] if len(output) == 1 else torch.cat(output)
-
-    def _grid(self, forward: Forward, tensors: Sequence[Tensor]) -> TokenGrid | None:
-        """Returns the grid of a call that is self-attention of the video, else None."""
-        query, key, value = tensors
-        if not query.shape == key.shape == value.shape or len(query) != forward.layout.batch:
-            return None
-        return forward.layout.grid(query.shape[1], forward.options)
+        backend = _backend_of(plan.calls[0][1])
+        self.run.calls[backend] += 1
+        self.run.reasons["too_short"] += backend == DENSE
+        forward.sparse = forward.sparse or backend != DENSE
+        return _turn(output[0] if len(output) == 1 else torch.cat(output), -before)
 
     def _plan(
         self,
@@ -214,11 +223,11 @@ class PatchedModel:
             try:
                 if options.get("scale") is not None or options.get("enable_gqa"):
                     raise NotServedError("attention with a scale or groups of its own stays dense")
-                lengths = text_lengths(mask, grid, forward.layout.batch)
+                layout = forward.layout
+                lengths = text_lengths(mask, grid, layout.batch, text_first=layout.text_first)
                 forward.plan = self._make_plan(forward, grid, tensors[0], lengths)
             except (NotServedError, ValueError, ImportError) as error:
                 self.note(str(error))
-                self.run.choices.clear()  # one that was refused has begun in part
                 forward.plan = Plan("refused")
         return forward.plan
 
@@ -236,15 +245,18 @@ class PatchedModel:
             return Plan("too_short")
         mask = least_mask(grid, run.config, query.shape[2]) if self._chooses else run.mask(grid)
         density = run.config.density or run.mask(grid).density
-        halves = self._halves(forward, grid, query.device, density)
+        halves = self._halves(forward, grid, query, density)
         is_ready = all(choices is None or choices.ready for _, choices in halves)
         dense = run.is_dense(forward.sigma) or (adaptive.needs_dense_step and not is_ready)
         records = dense and adaptive.records and run.precedes_sparse(forward.sigma)
         if dense and not records:
             return Plan("dense_step")
         run.grid, run.density = grid, run.density if self._chooses else mask.density
+        if not self._chooses and abs(mask.density - density) > TOLERANCE * density:
+            self.note(f"no mask of this size has density {density:g}: the nearest has {mask.density:.3f}")
         density = density if self._chooses else mask.density
-        backend, choice = self._backend(forward, mask, query[halves[0][0]], density)
+        first, is_padded = query[halves[0][0]], lengths is not None
+        backend, choice = self._backend(forward, mask, first, density, is_padded=is_padded)
         if choice is not None and choice.name == DENSE:
             return Plan("too_short")
         if mask.is_dense and self.settings.backend == "auto":
@@ -260,7 +272,7 @@ class PatchedModel:
         return Plan("dense_step" if dense else None, tuple(calls))
 
     def _halves(
-        self, forward: Forward, grid: TokenGrid, device: torch.device, density: float
+        self, forward: Forward, grid: TokenGrid, query: Tensor, density: float
     ) -> list[tuple[slice, Choices | None]]:
         """Returns the rows of each condition with what its layers keep; all rows if they keep nothing."""
         if not self.adaptive.has_state:
@@ -268,31 +280,32 @@ class PatchedModel:
         alike = self._profile is not None  # the masks of a profile are the same for all
         parts = [(None, slice(None))] if alike else halves_of(forward.options, forward.layout.batch)
         if alike:
-            self._check_profile(forward.model)
+            self._check_profile(forward.model, query.shape[2], query.shape[3])
         halves = []
         for key, rows in parts:
             if key not in self.run.choices:
                 config = self.run.config
                 self.run.choices[key] = Choices(self.adaptive, config, profile=self._profile)
             choices = self.run.choices[key]
-            choices.begin(forward.model, grid, video=0, densities=[density], first=True)
+            try:
+                choices.begin(forward.model, grid, video=0, densities=[density], first=True)
+            except ValueError:
+                del self.run.choices[key]  # it has begun in part
+                raise
             if alike:
-                choices.begin_part(forward.sigma, device)
+                choices.begin_part(forward.sigma, query.device)
             halves.append((rows, choices))
         return halves
 
-    def _check_profile(self, model: Any) -> None:
+    def _check_profile(self, model: Any, heads: int, width: int) -> None:
         """Raises ValueError if the profile was measured on another model."""
-        family, traits = family_of(model), traits_of(model)
-        heads = model.num_heads
-        difference = self._profile.model.other(
-            MeasuredModel(family.name, traits.layers, heads, traits.width // heads)
-        )
+        measured = MeasuredModel(family_of(model).name, traits_of(model).layers, heads, width)
+        difference = self._profile.model.other(measured)
         if difference is not None:
             raise ValueError(f"the profile was measured on another model: {difference}; calibrate this one")
 
     def _backend(
-        self, forward: Forward, mask: BlockMask, query: Tensor, density: float
+        self, forward: Forward, mask: BlockMask, query: Tensor, density: float, *, is_padded: bool
     ) -> tuple[str, Choice | None]:
         """Returns the backend of sparse calls, and the choice that replaces it once it is measured."""
         call = Call(query.device, query.dtype, query.shape[3], torch.is_grad_enabled(), mask)
@@ -306,8 +319,8 @@ class PatchedModel:
             call,
             query.shape,
             density,
+            about={"dense": f"ComfyUI's {self._core_name}", "padded_text": is_padded},
             dense=self._dense,
-            dense_name="comfyui",
             calls=traits_of(forward.model).layers * len(self.run.sigmas or ()),
         )
         return choice.name or choose_backend(call), choice if choice.name in {None, DENSE} else None
@@ -321,6 +334,19 @@ class PatchedModel:
             bias = valid[:, None, None].to(q.device)
         heads = [x.transpose(1, 2) for x in (q, k, v)]
         return self._core(*heads, q.shape[2], mask=bias).transpose(1, 2)
+
+
+def _grid(forward: Forward, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> TokenGrid | None:
+    """Returns the grid of a call if it is self-attention of the video, else None."""
+    query, key, value = tensors
+    if not query.shape == key.shape == value.shape or len(query) != forward.layout.batch:
+        return None
+    return forward.layout.grid(query.shape[1], options)
+
+
+def _turn(tensor: Tensor, tokens: int) -> Tensor:
+    """Moves the first tokens of `[B, S, H, D]` to the end; a negative number moves them back."""
+    return tensor.roll(-tokens, 1) if tokens else tensor
 
 
 def _backend_of(call: AttentionCall) -> str:

@@ -78,12 +78,14 @@ def traits_of(model: Any) -> ModelTraits:
 
 @dataclass(frozen=True)
 class Layout:
-    """Describes the tokens of a call of the diffusion model: `[reference] video [context or text]`.
+    """Describes the tokens of a call of the diffusion model: `[text] [reference] video [context or text]`.
 
     Attributes:
         sizes: frames, height and width of the video in tokens, after patching.
         leading: tokens in front of the video: reference frames.
         trailing: tokens at the end of the latents that are no frames of the video: LTX's keyframes.
+        most_others: how many tokens may be no frames, None for any number.
+        text_first: the text comes first, as in newer versions of HunyuanVideo.
         context: tokens of the text; calls over as many attend to the text alone.
         batch: samples.
         layers: number of the layer of each self-attention call in order, None for one call a layer.
@@ -92,6 +94,8 @@ class Layout:
     sizes: tuple[int, int, int]
     leading: int
     trailing: int
+    most_others: int | None
+    text_first: bool
     context: int
     batch: int
     layers: tuple[int, ...] | None
@@ -104,7 +108,8 @@ class Layout:
         frames, height, width = (int(size) for size in options.get("grid_sizes", self.sizes))
         frames += (self.leading - self.trailing) // (height * width)
         text = tokens - frames * height * width
-        if text < 0 or frames < 1 or tokens == self.context:
+        most = text if self.most_others is None else self.most_others
+        if not 0 <= text <= most or frames < 1 or tokens == self.context:
             return None
         return TokenGrid(frames, height, width, text)
 
@@ -114,18 +119,20 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
 
     Args:
         model: the diffusion model.
-        latents: `[B, C, frames, height, width]`.
+        latents: `[B, C, frames, height, width]`, or packed with others as `latent_shapes` among the arguments
+            says, the video first.
         arguments: of the call; `c_crossattn` is the text.
 
     Raises:
         NotServedError: the model or its latents are no video, or references are of another size.
     """
-    family_of(model)
-    if not isinstance(latents, Tensor) or latents.ndim != 5:
-        raise NotServedError(f"{type(model).__name__} stays dense: its latents are no video")
+    family = family_of(model)
+    shape = (arguments.get("latent_shapes") or [getattr(latents, "shape", ())])[0]
     patch = getattr(model, "patch_size", 1)
     patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    sizes = _tokens(latents, patch)
+    if len(shape) != 5 or len(patch) != 3:
+        raise NotServedError(f"{type(model).__name__} stays dense: its latents are no video")
+    sizes = _tokens(shape, patch)
     frame, text = sizes[1] * sizes[2], arguments.get("c_crossattn")
     leading = _references(model, arguments, patch, frame)
     keyframes = arguments.get("keyframe_idxs")
@@ -135,12 +142,21 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
             f"{type(model).__name__} stays dense: {leading + trailing} tokens of references or keyframes are "
             f"no whole frames of {frame}; give them the size of the video"
         )
-    context = 0 if text is None else text.shape[1]
-    return Layout(sizes, leading, trailing, context, len(latents), _layer_order(model, arguments))
+    double = getattr(model, "double_blocks", None)
+    return Layout(
+        sizes,
+        leading,
+        trailing,
+        most_others=trailing if family.name == "ltx" else None,
+        text_first=double is not None and not getattr(double[0], "flipped_img_txt", False),
+        context=0 if text is None else text.shape[1],
+        batch=len(latents),
+        layers=_layer_order(model, arguments),
+    )
 
 
-def _tokens(latents: Tensor, patch: Sequence[int]) -> tuple[int, int, int]:
-    return tuple(-(-size // part) for size, part in zip(latents.shape[-3:], patch, strict=True))
+def _tokens(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
+    return tuple(-(-size // part) for size, part in zip(shape[-3:], patch, strict=True))
 
 
 def _references(model: Any, arguments: Mapping[str, Any], patch: Sequence[int], frame: int) -> int:
@@ -148,7 +164,7 @@ def _references(model: Any, arguments: Mapping[str, Any], patch: Sequence[int], 
     if getattr(model, "ref_conv", None) is not None and arguments.get("reference_latent") is not None:
         return frame
     latents = arguments.get("ref_latent")
-    return 0 if latents is None else math.prod(_tokens(latents, patch))
+    return 0 if latents is None else math.prod(_tokens(latents.shape, patch))
 
 
 def _layer_order(model: Any, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -210,12 +226,15 @@ def from_heads(tensor: Tensor, skip_output_reshape: bool) -> Tensor:
     return tensor.transpose(1, 2) if skip_output_reshape else tensor.flatten(2)
 
 
-def text_lengths(mask: Tensor | None, grid: TokenGrid, batch: int) -> Tensor | None:
+def text_lengths(
+    mask: Tensor | None, grid: TokenGrid, batch: int, *, text_first: bool = False
+) -> Tensor | None:
     """Counts the valid text tokens of each sample, int64 `[B]` on the CPU; None without a mask.
 
     Args:
         mask: of keys, bool or a bias of 0 and about minus infinity, `[S]` with dimensions of size 1 or `B` in
             front.
+        text_first: the text comes before the video.
 
     Raises:
         NotServedError: the mask is another one, hides video, or valid text does not come first.
@@ -224,7 +243,7 @@ def text_lengths(mask: Tensor | None, grid: TokenGrid, batch: int) -> Tensor | N
         return None
     if mask.shape[-1] != grid.tokens or mask.numel() not in {grid.tokens, batch * grid.tokens}:
         raise NotServedError(f"a mask {list(mask.shape)} is no mask of keys; such calls stay dense")
-    keys = mask.reshape(-1, grid.tokens).expand(batch, -1).cpu()
+    keys = mask.reshape(-1, grid.tokens).expand(batch, -1).cpu().roll(-grid.text if text_first else 0, 1)
     valid = keys if keys.dtype == torch.bool else keys == 0
     hidden = ~valid if keys.dtype == torch.bool else keys < -1e4
     lengths = valid.sum(1) - grid.video_tokens

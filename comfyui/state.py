@@ -55,6 +55,7 @@ class Run:
         reasons: calls that stayed dense, by reason.
         seconds: of each call of the model, "dense" or "sparse".
         grid, density: of the latest sparse or recording call.
+        notes: why calls were refused.
     """
 
     sigmas: tuple[float, ...] | None = None
@@ -67,6 +68,7 @@ class Run:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"dense": [], "sparse": []})
     grid: TokenGrid | None = None
     density: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     def is_dense(self, sigma: float) -> bool:
         """Tells whether the step at noise level `sigma` is dense."""
@@ -105,7 +107,7 @@ class Plan(NamedTuple):
 
 @dataclass
 class Forward:
-    """Holds the state of one call of the diffusion model."""
+    """Holds the state of one call of the diffusion model; a copy of the options around it shares it."""
 
     model: Any
     layout: Layout
@@ -116,3 +118,10 @@ class Forward:
     plan: Plan | None = None
     planned_for: tuple[TokenGrid, Tensor | None] | None = None
     sparse: bool = False
+
+    def text_before(self, grid: TokenGrid) -> int:
+        """Counts the tokens of text that the model puts before the video."""
+        return grid.text if self.layout.text_first else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
+        return self

@@ -2,13 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from radial_attn import RadialConfig, radial_mask
-from radial_attn.masks.radial import COMPAT
 
 from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention
 from .published import ModelTraits, PublishedSettings, nearest_settings, traits_of
@@ -94,14 +92,9 @@ def enable(
         "neighbour": neighbour,
         "decimation_width": decimation_width,
         "pattern": pattern,
+        "compat": compat,
     }
-    given = {name: value for name, value in mask_options.items() if value is not None}
-    if compat == "none":
-        config = replace(settings.config, **given)
-    else:
-        config = RadialConfig(compat=compat, **given)
-        if decay_factor is None and COMPAT[compat].decay_factor is None:
-            config = replace(config, decay_factor=settings.config.decay_factor)
+    config = settings.mask({name: value for name, value in mask_options.items() if value is not None})
     schedule = Schedule(
         dense_steps=settings.dense_share if dense_steps is None else dense_steps,
         dense_layers=settings.dense_layers if dense_layers is None else dense_layers,

@@ -5,12 +5,14 @@ The rows are for the default length of each model. Masks of longer video (decay_
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from radial_attn import RadialConfig, TokenGrid
+from radial_attn.masks.radial import COMPAT
 
 PAPER = "arXiv 2506.19852, default length"
 NOT_PUBLISHED = "nothing published for this model, settings of"
@@ -64,6 +66,18 @@ class PublishedSettings:
     def dense_share(self) -> int | float:
         """Returns the dense steps for `apply_radial_attention`: a share of the steps of the run, or 0."""
         return self.dense_steps / self.steps if self.dense_steps else 0
+
+    def mask(self, given: Mapping[str, Any]) -> RadialConfig:
+        """Returns the mask with the options that are given.
+
+        With `compat`, only a decay factor is taken from here, if the program has none of its own. ValueError
+        as in `RadialConfig`.
+        """
+        if given.get("compat", "none") == "none":
+            return replace(self.config, **given)
+        config = RadialConfig(**given)
+        published = "decay_factor" not in given and COMPAT[config.compat].decay_factor is None
+        return replace(config, decay_factor=self.config.decay_factor) if published else config
 
 
 WAN = RadialConfig(decay_factor=0.2, neighbour="half")

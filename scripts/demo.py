@@ -7,24 +7,27 @@ Exit codes: 0 done; 2 with one line on stderr; 130 ended by Ctrl-C.
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 
-from scripts.run.errors import OneLineParser, UsageError, exit_code, one_line, positive
+from scripts.run.errors import OneLineParser, UsageError, exit_code, positive
 from scripts.run.processes import processes
 
 GRADIO = "gradio>=6.31,<7"  # as in pyproject.toml, which says why
-PORT = 7860
+PORT, PORTS = 7860, 65535
 
 
 def serve(options: argparse.Namespace) -> None:
     """Shows the page until Ctrl-C, and runs its jobs in this thread."""
     if processes() > 1:
         raise UsageError(f"got {processes()} processes, but the page needs one; run without torchrun")
-    if find_spec("gradio") is None:
-        raise UsageError(f"the page needs Gradio: {sys.executable} -m pip install '{GRADIO}'")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    import gradio as gr
-
+    try:
+        from gradio import __version__ as version
+        from gradio.themes import Default
+    except ImportError:
+        version = "none"
+    if not version.startswith("6."):
+        remedy = f"{sys.executable} -m pip install '{GRADIO}'"
+        raise UsageError(f"the page needs Gradio 6, got {version}; install it: {remedy}")
     from scripts.web.choices import offered
     from scripts.web.jobs import Jobs
     from scripts.web.page import CSS, FONTS, build
@@ -32,12 +35,12 @@ def serve(options: argparse.Namespace) -> None:
 
     jobs, studio = Jobs(), Studio(offered(), options.work)
     page = build(jobs, studio)
-    look = {"theme": gr.themes.Default(**FONTS), "css": CSS, "footer_links": [], "run_history": False}
+    look = {"theme": Default(**FONTS), "css": CSS, "footer_links": [], "run_history": False}
     where = {"server_name": "127.0.0.1", "server_port": options.port, "share": options.share}
     try:
         _, local, shared = page.launch(prevent_thread_lock=True, quiet=True, **look, **where)
     except OSError as error:
-        raise UsageError(f"--port: got {options.port}, which cannot be used ({one_line(error)})") from error
+        raise UsageError(f"--port: got {options.port}, which is taken; name another") from error
     print(f"open {shared or local} in a browser; Ctrl-C ends it", flush=True)
     try:
         jobs.serve()
@@ -51,7 +54,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=positive, default=PORT, help=f"port on 127.0.0.1 ({PORT})")
     parser.add_argument("--share", action="store_true", help="also open a public link, by Gradio's servers")
     parser.add_argument("--work", default="outputs/demo", help="folder of the videos (outputs/demo)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.port > PORTS:
+        parser.error(f"--port: got {options.port}, must be at most {PORTS}")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,11 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"
 python="$root/.venv/bin/python"
 gradio="gradio>=6.31,<7" # as in pyproject.toml, which says why
-if ! "$python" -c "import gradio" 2>/dev/null; then
+if [[ "$("$python" -c "import gradio; print(gradio.__version__)" 2>/dev/null)" != 6.* ]]; then
     echo "setup: installing $gradio"
-    "$python" -m pip install --disable-pip-version-check --quiet --progress-bar off "$gradio"
+    "$python" -m pip install --disable-pip-version-check --quiet --progress-bar off "$gradio" || {
+        echo "error: pip could not install $gradio, which the page needs; see above" >&2
+        exit 2
+    }
 fi
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -P -m scripts.demo "$@"

@@ -50,7 +50,7 @@ PLANNERS = {"scripts.run.plan", "scripts.lora.plan"}  # derive from a configurat
 LAYERS = (  # lowest first: a module imports from its own row and those before it
     "radial_attn.files radial_attn.grid radial_attn.block_mask",
     "radial_attn.masks.radial",
-    "radial_attn.masks.density radial_attn.masks.patterns",
+    "radial_attn.masks.density radial_attn.masks.patterns radial_attn.masks.compat",
     "radial_attn.masks.make",
     "radial_attn.masks.density_curve radial_attn.masks.draw",
     "radial_attn.kernels",
@@ -68,7 +68,7 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.models.apply",
     "radial_attn.models.pipeline radial_attn.models.lora radial_attn.models.parallel",
     "radial_attn.models.training radial_attn.models.published",
-    "radial_attn.models.enable",
+    "radial_attn.models.enable radial_attn.models.vllm_omni",
     "comfyui.protocol",
     "comfyui.state",
     "comfyui.override",

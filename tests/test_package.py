@@ -170,6 +170,13 @@ def test_the_pinned_versions_lie_within_the_ranges_of_the_package():
         assert entry.specifier.contains(version(entry.name)), f"{entry}: {version(entry.name)} is installed"
 
 
+def test_the_wheel_registers_the_plugin_of_vllm_omni(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        lines = archive.read(name).decode().split("\n")
+    assert lines[:2] == ["[vllm_omni.sparse_attn]", "radial_attn = radial_attn.models.vllm_omni:attention"]
+
+
 def test_wheel_holds_the_package_alone(wheel):
     files = files_of(wheel)
     tops = {name.split("/")[0] for name in files}

@@ -259,9 +259,9 @@ def _gain(data: dict[str, Any]) -> list[str]:
         "radial is interpolated linearly in its operations."
     ]
     if more:
-        lines.append(f"It is too large for {', '.join(more)}: every radial setting has fewer operations.")
+        lines.append(f"For {', '.join(more)} it is at most this: every radial setting has fewer operations.")
     if fewer:
-        lines.append(f"It is too small for {', '.join(fewer)}: every radial setting has more operations.")
+        lines.append(f"For {', '.join(fewer)} it is at least this: every radial setting has more operations.")
     return lines
 
 

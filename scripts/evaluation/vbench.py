@@ -13,13 +13,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from radial_attn.files import LONGEST
 from scripts.run.config import find_path
 from scripts.run.errors import UsageError, one_line, reason_of
 from scripts.run.files import read_lines, read_text, replacing
 from scripts.run.inputs import prompt_lines
 from scripts.run.tables import parse_json, read_csv
-
-LONGEST = 255  # bytes of a file's name
 
 
 def listed_prompts(file: str, dimensions: str | None) -> list[str]:

@@ -22,15 +22,20 @@ MEANING = {
 }
 CSS = """
 .gradio-container { max-width: 76rem !important; }
-#status p { margin: 0.25rem 0; }
-#status progress { width: 100%; height: 0.6rem; }
-#status [role="alert"] { color: #b3261e; font-weight: 600; overflow-wrap: anywhere; }
+#status p { margin: 0.25rem 0; overflow-wrap: anywhere; }
+#status progress { width: 100%; height: 0.6rem; accent-color: var(--color-accent); }
+#status [role="alert"] { color: #b3261e; font-weight: 600; }
 .dark #status [role="alert"] { color: #ffb4ab; }
-#status { min-height: 4.5rem; }
 #player iframe { width: 100%; border: 0; display: block; }
-#mask img { width: min(100%, 40rem); background: #fff; }
-#words { gap: 0.5rem; }
+#numbers table { width: auto; }
+#numbers :is(th, td) { white-space: nowrap; padding: 0.3rem 0.6rem; }
+#numbers td:first-child { white-space: normal; }
+#numbers code { overflow-wrap: anywhere; }
+#mask { overflow-x: auto; }
+#mask img { max-width: none; height: 28rem; background: #fff; }
+@media (max-width: 40rem) { #mask img { height: 20rem; } }
 """
+SCROLL = "() => document.querySelector('#player').scrollIntoView({ block: 'nearest' })"
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the machine
 
 
@@ -42,18 +47,19 @@ def build(jobs: Jobs, studio: Studio) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 inputs = _inputs(studio.models)
                 with gr.Row():
-                    make = gr.Button("Make both videos", variant="primary", elem_id="make")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    make = gr.Button("Make videos", variant="primary", min_width=120, elem_id="make")
+                    stop = gr.Button("Stop", min_width=120, elem_id="stop")
+                status = gr.HTML(elem_id="status")
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML("<p>Nothing made yet.</p>", elem_id="status")
                 outputs = [status, gr.HTML(elem_id="player"), gr.Markdown(elem_id="numbers")]
                 outputs.append(gr.HTML(elem_id="mask"))
 
         def run(*values: Any) -> Iterator[tuple[Any, ...]]:
             yield from answers(jobs, studio, Request(*values))
 
-        options = {"show_progress_on": [status], "concurrency_limit": 1, "api_visibility": "private"}
-        made = gr.on([make.click], run, inputs, outputs, **options)
+        options = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        made = make.click(run, inputs, outputs, **options)
+        made.success(js=SCROLL, api_visibility="private")
         stop.click(lambda: "<p>Stopped.</p>", None, status, cancels=[made], queue=False)
     return page
 
@@ -68,14 +74,14 @@ def _inputs(models: Models) -> list[Any]:
     words, prompt = _prompt(plan.config.generation.prompt)
     way = gr.Radio(_ways(preset), value="static", label="Blocks that are kept", elem_id="selection")
     density = gr.Slider(0.02, 1.0, round(plan.density, 3), step=0.001, label="Density", elem_id="density")
-    with gr.Accordion("Seed, and the head whose mask is shown", open=False):
+    with gr.Accordion("Seed, layer and head of the mask", open=False):
         seed = gr.Number(plan.config.generation.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
         counts = zip(("Layer", "Head"), heads(plan), strict=True)
         layer, head = (gr.Slider(0, count - 1, 0, step=1, label=name) for name, count in counts)
     asked, suited = [model, length, way], [length, way, density, layer, head]
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     of_model = [*suited, words, prompt]
-    model.input(lambda *values: suit_model(models, *values), [*asked, prompt], of_model, **quick)
+    model.change(lambda *values: suit_model(models, *values), [model, prompt], of_model, **quick)
     gr.on([length.input, way.input], lambda *values: suit(models, *values), asked, suited, **quick)
     return [model, length, prompt, way, density, seed, layer, head]
 
@@ -92,16 +98,21 @@ def _prompt(text: str) -> tuple[gr.Row, gr.Textbox]:
         prompt = gr.Textbox(text, label="Prompt", lines=2, max_length=5000, elem_id="prompt")
     quick = {"show_progress": "hidden", "api_visibility": "private"}
     for part in parts:
-        part.input(lambda *names: Attributes(*names).caption, parts, prompt, **quick)
+        part.change(lambda *names: Attributes(*names).caption, parts, prompt, **quick)
     return words, prompt
 
 
 def suit(models: Models, model: str, frames: int, way: str) -> list[Any]:
-    """Returns length, selection, density, layer and head that suit a model; what suits it stays."""
+    """Returns length, selection, density, layer and head that suit a model; a selection that suits stays.
+
+    Raises gradio.Error, which the page shows, if there is no room for the model.
+    """
     presets = lengths(models, model)
-    frames = frames if frames in presets else next(iter(presets))
     way = way if way in selections(presets[frames]) else "static"
-    plan = usual(presets[frames], way)
+    try:
+        plan = usual(presets[frames], way)
+    except UsageError as error:
+        raise gr.Error(one_line(error), print_exception=False) from error
     layers, count = heads(plan)
     return [
         gr.update(choices=list(presets), value=frames),
@@ -112,18 +123,21 @@ def suit(models: Models, model: str, frames: int, way: str) -> list[Any]:
     ]
 
 
-def suit_model(models: Models, model: str, frames: int, way: str, prompt: str) -> list[Any]:
-    """Returns what `suit` does, then whether words are offered, and a prompt of the kind that suits."""
+def suit_model(models: Models, model: str, prompt: str) -> list[Any]:
+    """Returns what `suit` does for a model's first length, whether words are offered, and a prompt.
+
+    The prompt stays if it is of the kind that suits: a caption of the toy world for a bundled model.
+    """
     try:
         parse_caption(prompt)
         is_caption = True
     except ValueError:
         is_caption = False
-    bundled = model in BUNDLED
+    frames, preset = next(iter(lengths(models, model).items()))
+    suited, bundled = suit(models, model, frames, "static"), model in BUNDLED
     if is_caption != bundled:
-        preset = next(iter(lengths(models, model).values()))
         prompt = usual(preset, "static").config.generation.prompt
-    return [*suit(models, model, frames, way), gr.update(visible=bundled), prompt]
+    return [*suited, gr.update(visible=bundled), prompt]
 
 
 def _ways(preset: str) -> list[tuple[str, str]]:
@@ -133,15 +147,16 @@ def _ways(preset: str) -> list[tuple[str, str]]:
 def answers(jobs: Jobs, studio: Studio, request: Request) -> Iterator[tuple[Any, ...]]:
     """Yields what the page shows while a request is run and after it: status, player, numbers, mask."""
     began, blank = time.monotonic(), ("", "", "")
-    yield "<p>Waiting.</p>", *blank
+    yield "", *blank
     try:
         for state in jobs.run(lambda tell: studio.make(request, tell)):
             if isinstance(state, Status):
                 yield working(state, time.monotonic() - began), *(gr.skip(),) * len(blank)
                 continue
             frame = f'<iframe title="Both videos" srcdoc="{html.escape(state.player)}"></iframe>'
+            frame = f"<p><strong>{html.escape(state.line)}</strong></p>{frame}"
             mask = f'<img src="{state.mask}" alt="The blocks that the mask keeps">'
-            line = f"<p><strong>{html.escape(state.line)}</strong></p>"
+            line = f'<p role="status">done ({time.monotonic() - began:.0f} s)</p>'
             yield line + noted(state.notes), frame, state.table, mask
     except (UsageError, GenerationError) as error:
         yield wrong(one_line(error)), *blank

@@ -143,12 +143,12 @@ class Studio:
 def shown(dense: Take, sparse: Take, request: Request, notes: tuple[str, ...], *, kept: bool) -> Shown:
     """Compares both videos; `kept`: the dense one is of a run before."""
     way, density, near = request.selection, sparse.record["density"], psnr(sparse.frames, dense.frames)
-    near = "no difference" if near == math.inf else f"PSNR {near:.1f} dB"
+    near = "equal" if near == math.inf else f"{near:.1f} dB"
     times = [take.record["seconds"]["denoise"] for take in (dense, sparse)]
-    line = f"{way} has {times[0] / times[1]:.2f}x the speed of dense; {near}, density {density:.3f}"
+    line = f"{way} has {times[0] / times[1]:.2f}x the speed of dense; PSNR {near}, density {density:.3f}"
     videos = [Video(name, take.path, "", {}) for name, take in ((DENSE, dense), (way, sparse))]
     (clip,) = packed([Clip(request.prompt, request.seed, videos, compared=True)], MOST)
-    captions = f"{times[0]:.2f} s{', of the run before' if kept else ''}", f"{times[1]:.2f} s, {near}"
+    captions = f"{times[0]:.2f} s{', of the run before' if kept else ''}", f"{times[1]:.2f} s, PSNR {near}"
     for video, caption in zip(clip["videos"], captions, strict=True):
         video["caption"] = caption
     pair, steps = (dense, sparse), sparse.plan.config.generation.steps
@@ -157,7 +157,7 @@ def shown(dense: Take, sparse: Take, request: Request, notes: tuple[str, ...], *
         ("a step, median", *(f"{median(take.record['step_seconds']):.3f} s" for take in pair)),
         ("dense steps", *(f"{len(take.plan.dense_steps)} of {steps}" for take in pair)),
         ("density of the others", None, f"{density:.3f}"),
-        ("difference", None, near),
+        ("PSNR to dense", None, near),
     ]
     lines = [*table(f" | {DENSE} | {way}", rows), ""]
     remarks = [line.removeprefix("note: ") for line in describe_start(sparse.plan)]

@@ -1,6 +1,8 @@
 """The override of a patched model against a stub of ComfyUI's core."""
 
+import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,17 +10,22 @@ import torch
 from comfyui.override import STATE, PatchedModel
 from comfyui.state import Run, Settings
 from radial_attn import TokenGrid, radial_attention, radial_mask
+from radial_attn.models.profile import MeasuredModel, ModelProfile, Reading
 from radial_attn.models.published import ModelTraits, nearest_settings
+from tests.support import comfy_stub
+from tests.support.auto_backend import AUTO
 from tests.support.comfy_stub import (
     HEADS,
     OVERRIDE,
     Base,
     Flux,
     HunyuanVideo,
+    NewHunyuanVideo,
     WanModel,
     core_attention,
     to_tokens,
 )
+from tests.support.timed_backends import Costs
 from tests.support.tiny import first, randoms
 
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -87,13 +94,14 @@ def test_wan_equals_the_op_and_cross_attention_stays(modern, backend):
     torch.testing.assert_close(output, expected(model, x, text, mask))
     report = patch.report()
     assert report["grid"] == [6, 6, 8, 0] and report["density"] == mask.density
-    assert report["calls"] == {"cpp" if backend == "auto" else backend: 3}
+    assert report["calls"] == {AUTO if backend == "auto" else backend: 3}
     assert report["stayed_dense"]["cross_attention"] == 3
 
 
+@pytest.mark.parametrize("made", [HunyuanVideo, NewHunyuanVideo])
 @pytest.mark.parametrize("lengths", [None, (4, 9)])
-def test_hunyuan_equals_the_op_and_the_refiner_stays(lengths):
-    model, patch = HunyuanVideo(), patched(far_field="none")
+def test_hunyuan_equals_the_op_and_the_refiner_stays(made, lengths):
+    model, patch = made(), patched()
     x, text = latents(2), context(2, 9)
     arguments = {}
     if lengths is not None:
@@ -110,12 +118,12 @@ def test_density_one_is_the_core():
         patch = patched(density=1.0)
         assert torch.equal(call(model, patch, latents(), text), plain)
         assert patch.report()["stayed_dense"]["mask"] > 2
-        named = call(model, patched(density=1.0, backend="cpp"), latents(), text)
+        named = call(model, patched(density=1.0, backend="blocks"), latents(), text)
         torch.testing.assert_close(named, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_a_reference_frame_is_a_frame_and_other_extras_are_context():
-    model, patch, reference = WanModel(), patched(), randoms(3)(1, 4, *SIZE[1:])
+    model, patch, reference = WanModel(), patched(density=0), randoms(3)(1, 4, *SIZE[1:])
     model.ref_conv = object()
     call(model, patch, latents(), context(), reference_latent=reference)
     assert patch.report()["grid"] == [7, 6, 8, 0]
@@ -127,9 +135,9 @@ def test_a_reference_frame_is_a_frame_and_other_extras_are_context():
 
 
 @pytest.mark.parametrize("settings", [{}, {"far_field": "linear"}, {"selection": "dense_step"}])
-@pytest.mark.parametrize("named", ["uuids", "cond_or_uncond"])
-def test_a_batch_of_two_conditions_equals_one_by_one(settings, named):
-    model = WanModel()
+@pytest.mark.parametrize(("named", "made"), [("uuids", WanModel), ("cond_or_uncond", NewHunyuanVideo)])
+def test_a_batch_of_two_conditions_equals_one_by_one(settings, named, made):
+    model = made() if made is WanModel else made(2, 1)
     x, text = latents(2), context(2)
     together, apart = patched(start_percent=0.3, **settings), patched(start_percent=0.3, **settings)
     for sigma in SIGMAS[:-1]:
@@ -159,7 +167,7 @@ def test_steps_and_blocks_that_are_dense():
         output = call(model, patch, latents(), context(), sigma=sigma)
         assert torch.equal(output, plain) == (sigma not in {0.75, 0.5})
     report = patch.report()
-    assert report["calls"] == {"dense": 12, "cpp": 4}
+    assert report["calls"] == {"dense": 12, AUTO: 4}
     assert report["stayed_dense"]["dense_step"] == 4 and report["stayed_dense"]["dense_block"] == 8
     assert report["model_calls"] == {"dense": 2, "sparse": 2}
 
@@ -192,6 +200,19 @@ def test_another_override_is_called_for_what_is_not_served():
     assert OVERRIDE not in alone and STATE not in alone
 
 
+def test_a_copy_of_the_options_does_not_copy_the_model():
+    class Copies(WanModel):
+        def __call__(self, latents, options, context, **arguments):
+            return super().__call__(latents, copy.deepcopy(options), context, **arguments)
+
+        def __deepcopy__(self, memo):
+            raise AssertionError
+
+    patch = patched()
+    call(Copies(), patch, latents(), context())
+    assert patch.report()["calls"] == {AUTO: 3}
+
+
 def test_an_error_in_the_model_leaves_nothing_behind():
     options: dict = {}
     with pytest.raises(RuntimeError):
@@ -215,7 +236,7 @@ def test_what_cannot_be_served_is_dense_and_said_once(settings, model, reason, w
         assert torch.equal(call(model, patch, x, context(), sigma=sigma), plain)
         patch.clean_up()
     lines = [line for line in caplog.messages if line.startswith("Radial Attention:")]
-    assert len(lines) == 1 and words in lines[0] and words in patch.notes[0]
+    assert len(lines) == 1 and words in lines[0] and words in patch.report()["notes"][0]
     counts = patch.report()["stayed_dense"]
     assert reason is None or counts[reason] == 3
 
@@ -228,14 +249,15 @@ def test_runs_do_not_mix():
     assert patch.report()["model_calls"] == {"dense": 1, "sparse": 1} and patch.run.choices
     smaller = latents()[:, :, :5]
     call(model, patch, smaller, context(), sigma=0.5)
-    assert patch.report()["grid"] == [5, 6, 8, 0] and patch.report()["calls"] == {"dense": 6, "cpp": 3}
+    assert patch.report()["grid"] == [5, 6, 8, 0] and patch.report()["calls"] == {"dense": 6, AUTO: 3}
+    patch.note("a line of this run")
     patch.clean_up()
-    assert not patch.run.choices and patch.report()["calls"] == {"dense": 6, "cpp": 3}
+    assert not patch.run.choices and patch.report()["calls"] == {"dense": 6, AUTO: 3}
     options = {"sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
     base, t = Base(model), torch.ones(1)
     arguments = {"c_crossattn": context(), "transformer_options": options}
     base.apply_model(patch.apply_model, latents(), t, **arguments)
-    assert patch.report()["calls"] == {"dense": 3}
+    assert patch.report()["calls"] == {"dense": 3} and not patch.report()["notes"]
 
 
 def test_a_control_layer_counts_as_the_layer_that_it_feeds():
@@ -245,3 +267,48 @@ def test_a_control_layer_counts_as_the_layer_that_it_feeds():
     control = torch.zeros(1, 1, 4, *SIZE)
     call(model, patch, latents(), context(), vace_context=control)
     assert patch.report()["stayed_dense"]["dense_block"] == 2
+
+
+@pytest.mark.parametrize("fastest", ["reference", "dense"])
+@pytest.mark.parametrize(
+    ("model", "lengths"),
+    [(WanModel(), None), (NewHunyuanVideo(2, 1), (9, 9)), (NewHunyuanVideo(2, 1), (4, 9))],
+)
+def test_auto_measures_and_takes_the_fastest(fastest, model, lengths, monkeypatch):
+    """Dense attention as the core has it is one of them: if it is the fastest, later calls are the core's."""
+    radial_mask.cache_clear()  # a mask caches the choices of its shapes
+    seconds = {"reference": 2e-3, "cpp": 3e-3, "blocks": 3e-3, "dense": 4e-3, fastest: 1e-3}
+    costs = Costs(monkeypatch, seconds)
+    core = partial(costs.pay, "dense", comfy_stub.core_attention)
+    monkeypatch.setattr(comfy_stub, "core_attention", core)
+    x, text = latents(2), context(2, 9)
+    masks = {} if lengths is None else {"attention_mask": torch.where(first(lengths, 9), 0.0, HUGE)}
+    patch = PatchedModel(Settings(**SPARSE), tune="always")
+    wanted = call(model, patched() if fastest == "reference" else None, x, text, **masks)
+    for sigma in (1.0, 0.75):
+        torch.testing.assert_close(call(model, patch, x, text, sigma=sigma, **masks), wanted)
+    report = patch.report()
+    assert report["calls"] == {fastest: 6} and report["tuning"][0]["backend"] == fastest
+    assert report["stayed_dense"]["too_short"] == (6 if fastest == "dense" else 0)
+    assert report["model_calls"] == dict.fromkeys(("dense", "sparse"), 0) | {
+        "dense" if fastest == "dense" else "sparse": 2
+    }
+
+
+def test_a_profile_serves_every_step_of_its_model_alone(tmp_path):
+    reading, model = Reading(GRID, 16), WanModel()
+    for part in (0, 1):
+        for layer in model.blocks:
+            tensors = [x.unflatten(2, (HEADS, -1)) for x in model.projections.of(layer, to_tokens(latents()))]
+            reading.add(part, layer, tensors, None)
+    file = tmp_path / "wan.safetensors"
+    file.write_bytes(ModelProfile.of(reading, MeasuredModel("wan", 3, HEADS, 8), [0.5, 0.0]).to_bytes())
+    patch = patched(selection="profile", profile=str(file), far_field="linear")
+    x, text = latents(2), context(2)
+    for sigma in SIGMAS[:-1]:
+        pair = call(model, patch, x, text, sigma=sigma, options={"uuids": [0, 1]})
+        torch.testing.assert_close(pair[1:], call(model, patch, x[1:], text[1:], sigma=sigma))
+    assert patch.report()["calls"] == {AUTO: 24} and patch.report()["density"] == pytest.approx(0.5, abs=0.05)
+    call(WanModel(2), patch, x, text)
+    assert patch.report()["stayed_dense"]["refused"] == 2
+    assert "measured on another model: layers 3, not 2" in patch.report()["notes"][-1]

@@ -47,6 +47,8 @@ LTX = make("LTXVModel", transformer_blocks=range(28), inner_dim=2048)
         (MOCHI, (5, 12, 16), {}, 249, TokenGrid(5, 6, 8, 9)),
         (LTX, (5, 6, 8), {}, 240, TokenGrid(5, 6, 8)),
         (LTX, (5, 6, 8), {"keyframe_idxs": torch.zeros(1, 3, 48)}, 240, TokenGrid(4, 6, 8, 48)),
+        (LTX, (5, 6, 8), {"latent_shapes": [(1, 4, 7, 6, 8), (1, 8, 30, 16)]}, 336, TokenGrid(7, 6, 8)),
+        (LTX, (5, 6, 8), {}, 250, None),  # audio
         (WanModel(), (5, 12, 16), {}, 100, None),  # fewer tokens than the video has
         (HunyuanVideo(), (1, 4, 4), {}, 9, None),  # as many as the text has: the refiner
     ],
@@ -62,7 +64,7 @@ def test_the_grid_of_a_call(model, sizes, arguments, tokens, grid):
     [
         (make("Flux"), torch.zeros(1, 4, 2, 4, 4), {}, "Flux stays dense: this node serves"),
         (HunyuanVideo(), torch.zeros(1, 4, 4, 4), {}, "its latents are no video"),
-        (LTX, [torch.zeros(1, 4, 2, 4, 4)], {}, "its latents are no video"),
+        (LTX, torch.zeros(1, 1, 99), {}, "its latents are no video"),
         (LTX, torch.zeros(1, 4, 2, 4, 4), {"keyframe_idxs": torch.zeros(1, 3, 5)}, "no whole frames of 16"),
     ],
 )
@@ -99,8 +101,9 @@ def test_layers_of_vace():
     ],
 )
 def test_text_lengths(mask, lengths):
-    got = text_lengths(mask, GRID, 2)
-    assert (got if got is None else got.tolist()) == lengths
+    turned = None if mask is None else mask.roll(3, -1)
+    for got in (text_lengths(mask, GRID, 2), text_lengths(turned, GRID, 2, text_first=True)):
+        assert (got if got is None else got.tolist()) == lengths
 
 
 @pytest.mark.parametrize(

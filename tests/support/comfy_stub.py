@@ -95,10 +95,11 @@ class HunyuanVideo:
     """Joint attention over video and text in layout `[B, H, S, D]`, after a refiner over the text."""
 
     patch_size, in_channels, out_channels, hidden_size, num_heads = list(PATCH), 4, 4, HEADS * WIDTH, HEADS
+    modern = False  # a newer core puts the text first
 
     def __init__(self, double: int = 2, single: int = 2) -> None:
-        self.double_blocks, self.single_blocks = range(double), range(single)
-        self.projections = Projections(double + single)
+        self.double_blocks = [SimpleNamespace(flipped_img_txt=not self.modern) for _ in range(double)]
+        self.single_blocks, self.projections = range(single), Projections(double + single)
 
     def __call__(self, latents: Tensor, options: dict[str, Any], context: Tensor, **arguments: Any) -> Tensor:
         kwargs = {"skip_reshape": True, "transformer_options": options}
@@ -109,13 +110,19 @@ class HunyuanVideo:
         video, mask = to_tokens(latents), arguments.get("attention_mask")
         refiner = None if mask is None else mask[:, None].expand(-1, mask.shape[1], -1)
         text = context + attention(*heads(0, context), HEADS, mask=refiner, **kwargs)
-        x = torch.cat([video, text], 1)
-        bias = None
+        x, bias = torch.cat([text, video] if self.modern else [video, text], 1), None
         if mask is not None:
-            bias = torch.cat([mask.new_zeros(len(mask), video.shape[1]), mask], 1)[:, None]
+            parts = [mask.new_zeros(len(mask), video.shape[1]), mask]
+            bias = torch.cat(parts[::-1] if self.modern else parts, 1)[:, None]
         for layer in range(len(self.projections.layers)):
             x = x + attention(*heads(layer, x), HEADS, mask=bias, **kwargs)
-        return x[:, : video.shape[1]]
+        return x[:, text.shape[1] :] if self.modern else x[:, : video.shape[1]]
+
+
+class NewHunyuanVideo(HunyuanVideo):
+    """Joint attention with the text first."""
+
+    modern = True
 
 
 class Flux:
@@ -141,7 +148,7 @@ class Base:
 
         def call(x: Tensor, t: Tensor, *given: Any, **more: Any) -> Tensor:
             _, context, _, options = given
-            return self.diffusion_model(x, options, context, **more)
+            return self.diffusion_model(x, dict(options), context, **more)  # newer cores pass a copy
 
         call.class_obj = self
         names = ("c_concat", "c_crossattn", "control", "transformer_options")

@@ -94,6 +94,7 @@ ALONE = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "NPROC")
 ABSENT = (
     *("torchao", "bitsandbytes", "flash_attn", "flash_attn_interface", "tvm_ffi", "flashinfer"),
     "sageattention",
+    "gradio",
 )
 REPLACED = [
     (r"(not on this machine: .*?'[^']*').*", r"\1 ..."),  # the reason names what is installed

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.masks.density import solve_density
 from radial_attn.selection import floor_blocks
+from radial_attn.shards import deal
 from tests.support.mask_oracle import PROGRAMS, program_rule, stored_masks
 
 GRIDS = st.builds(TokenGrid, st.integers(1, 6), st.integers(1, 12), st.integers(8, 24), st.just(0))
@@ -95,5 +96,7 @@ def test_what_else_reads_the_options():
     config, grid = RadialConfig(compat="authors-2025-06"), TokenGrid(4, 8, 16, 10)
     assert torch.equal(floor_blocks(grid, config), floor_blocks(grid, RadialConfig()))
     assert radial_mask(grid, replace(config, pattern="dense")).is_dense
+    shared = deal(grid, 128, 2).kept(radial_mask(grid, config))
+    assert shared.sum() == radial_mask(grid, config).blocks.sum()
     with pytest.raises(ValueError, match="compat must be 'none' to solve for a density, got 'authors-2025"):
         solve_density(grid, config, 0.5)

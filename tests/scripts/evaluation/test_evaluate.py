@@ -364,6 +364,6 @@ def test_the_gain_is_over_radial_at_the_same_operations(run: Path):
     assert rows[1] == "| setting | gain, dB | ± | attention, FLOP |"
     assert "| mid | +7.00 | 3.50 | 2.5 |" in rows
     text = explained(data, replace(planned(run, *COMPARE), rows=0))
-    assert "too large for much: every" in text and "too small for less: every" in text
+    assert "For much it is at most this: every" in text and "For less it is at least this: every" in text
     data["settings"] = data["settings"][:2]
     assert gains(data) == {}

@@ -28,25 +28,26 @@ def test_what_is_told_comes_first_and_the_result_last(jobs):
         return 3
 
     *told, result = jobs.run(work)
-    assert result == 3 and set(told) <= {*steps, Status("waiting for the run before")}
+    assert result == 3 and told[0] == Status("beginning") and set(told[1:]) <= {*told[:1], *steps}
 
 
-def test_a_waiting_job_tells_so_and_jobs_keep_their_order(jobs):
-    begun, go, order = threading.Event(), threading.Event(), []
+def test_a_waiting_job_tells_its_place_and_jobs_keep_their_order(jobs):
+    go, order = threading.Event(), []
 
     def first(tell):
-        begun.set()
+        tell(Status("begun"))
         go.wait()
         order.append(1)
 
-    one, two = jobs.run(first), jobs.run(lambda tell: order.append(2))
-    thread = threading.Thread(target=lambda: list(one))
-    thread.start()
-    begun.wait()
-    assert next(two) == Status("waiting for the run before")
+    one, two, three, four = (jobs.run(work) for work in (first, *([lambda tell: order.append(2)] * 3)))
+    while next(one) != Status("begun"):
+        pass
+    assert next(two) == Status("waiting in the queue: 1 run before yours")
+    assert next(three) == Status("waiting in the queue: 2 runs before yours")
+    two.close()  # its reader has gone
+    assert next(four) == Status("waiting in the queue: 2 runs before yours")
     go.set()
-    assert list(two)[-1] is None and order == [1, 2]
-    thread.join()
+    assert [list(job)[-1] for job in (one, three, four)] == [None] * 3 and order == [1, 2, 2]
 
 
 def test_an_error_is_raised_where_the_job_is_read_and_the_next_job_runs(jobs):
