@@ -23,38 +23,43 @@ from scripts.run.config import find_path
 from scripts.run.errors import OneLineParser, exit_code, positive, positive_number
 from scripts.run.files import replacing
 from scripts.run.results import note_damage, read_json, write_json
-from scripts.toyworld import all_attributes
-from scripts.toyworld.render import Attributes
+from scripts.toyworld.render import Attributes, Scene
 from scripts.toyworld.train.loop import Stage
 from scripts.toyworld.train.model import TinyDenoiser, check_target, save_pipeline, take_over_vae
-from scripts.toyworld.train.options import FAMILIES, Options, draw_video, generator, mixed_precision, run
+from scripts.toyworld.train.options import (
+    FAMILIES,
+    Options,
+    draw_scene,
+    generator,
+    mixed_precision,
+    render_scene,
+    run,
+)
 from scripts.toyworld.train.vae import train_vae
 
 FREE = ("out", "work", "device", "save_every", "compile")  # may differ when a run is resumed
 
 
-def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Attributes]]:
-    """Returns latents `[videos, C, F, H, W]` and attributes of random scenes, kept in the work folder."""
+def encode_videos(vae: nn.Module, options: Options) -> tuple[Tensor, list[Scene]]:
+    """Returns latents `[videos, C, F, H, W]`, kept in the work folder, and their random scenes."""
     path = options.work / "latents.safetensors"
-    combinations = all_attributes()
+    scenes = [draw_scene(generator(options, 3, index)) for index in range(options.videos)]
     try:
-        stored = load_file(path)
-        return stored["latents"], [combinations[i] for i in stored["attributes"].tolist()]
-    except (OSError, SafetensorError, KeyError, IndexError):
+        return load_file(path)["latents"], scenes
+    except (OSError, SafetensorError, KeyError):
         if path.exists():
             note_damage(path)
-    latents, names = [], []
+    latents = []
     for first in tqdm(range(0, options.videos, options.batch), desc="encode", mininterval=1):
-        indices = range(first, min(first + options.batch, options.videos))
-        drawn = [draw_video(options, options.frames, generator(options, 3, index)) for index in indices]
+        drawn = scenes[first : first + options.batch]
+        videos = [render_scene(scene, options.frames, options.size) for scene in drawn]
         with torch.no_grad():
-            video = torch.stack([video for video, _ in drawn]).to(options.device)
+            video = torch.stack(videos).to(options.device)
             latents.append(FAMILIES[options.family].encode(vae, video).cpu())
-        names += [combinations.index(attributes) for _, attributes in drawn]
-    stored = {"latents": torch.cat(latents), "attributes": torch.tensor(names)}
+    stored = torch.cat(latents)
     with replacing(path) as part:
-        save_file(stored, part)
-    return stored["latents"], [combinations[i] for i in names]
+        save_file({"latents": stored}, part)
+    return stored, scenes
 
 
 def write_caption(attributes: Attributes, random: torch.Generator) -> str:
@@ -76,7 +81,7 @@ def write_caption(attributes: Attributes, random: torch.Generator) -> str:
 
 
 def flow_loss(
-    denoiser: TinyDenoiser, latents: Tensor, attributes: list[Attributes], options: Options
+    denoiser: TinyDenoiser, latents: Tensor, scenes: list[Scene], options: Options
 ) -> Callable[[int], Tensor]:
     """Makes the rectified-flow loss of a step, with shifted logit-normal noise levels.
 
@@ -87,7 +92,8 @@ def flow_loss(
     def loss(step: int) -> Tensor:
         random = generator(options, 4, step)
         chosen = torch.randint(len(latents), (options.batch,), generator=random)
-        captions = [write_caption(attributes[i], random) for i in chosen.tolist()]
+        shown = [scenes[i] for i in chosen.tolist()]
+        captions = [write_caption(scene.attributes, random) for scene in shown]
         share = torch.arange(options.batch) + torch.rand(options.batch, generator=random)
         level = torch.special.ndtri((share / options.batch).clamp(1e-4, 1 - 1e-4)).sigmoid()
         sigma = (options.shift * level / (1 + (options.shift - 1) * level)).to(options.device)
@@ -97,14 +103,14 @@ def flow_loss(
         noisy = torch.cat([(1 - mix) * video + mix * noise, given], dim=1)
         with mixed_precision(options):
             velocity = denoiser(noisy, sigma, captions)
-            apart = denoiser.caption_loss(captions)
-        return (velocity.float() - (noise - video)).square().mean() + apart
+            more = denoiser.more_loss(captions, shown, options.frames)
+        return (velocity.float() - (noise - video)).square().mean() + more
 
     return loss
 
 
 def train_denoiser(
-    denoiser: TinyDenoiser, latents: Tensor, attributes: list[Attributes], options: Options
+    denoiser: TinyDenoiser, latents: Tensor, scenes: list[Scene], options: Options
 ) -> nn.Module:
     """Trains text encoder and transformer on normalised latents, with dense attention."""
     denoiser.to(options.device)
@@ -112,7 +118,7 @@ def train_denoiser(
         blocks = (block for name in denoiser.BLOCKS for block in getattr(denoiser.transformer, name))
         for block in blocks:
             block.compile()
-    loss = flow_loss(denoiser, latents, attributes, options)
+    loss = flow_loss(denoiser, latents, scenes, options)
     matrices = tuple(f"transformer.{name}." for name in denoiser.BLOCKS)
     more = {"ema": 0.998, "matrices": matrices, "decay": 0.4}
     return run(Stage("transformer", denoiser, loss, options.steps, options.rate, **more), options)
@@ -165,10 +171,10 @@ def train(options: Options) -> None:
         pipeline = DiffusionPipeline.from_pretrained(start, dtype=torch.float32)
         denoiser.take_over(pipeline)
         vae = take_over_vae(vae, pipeline.vae).to(options.device).requires_grad_(False).eval()
-    latents, attributes = encode_videos(vae, options)
+    latents, scenes = encode_videos(vae, options)
     if start is None:
         family.set_statistics(vae, latents)
-    denoiser = train_denoiser(denoiser, family.normalise(latents, vae), attributes, options)
+    denoiser = train_denoiser(denoiser, family.normalise(latents, vae), scenes, options)
     save_pipeline(options.out, denoiser.cpu().pipeline(vae.cpu()))
     print(f"saved {options.out}")
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from radial_attn.models.hunyuan_video import project
+from scripts.toyworld.render import Scene
 from scripts.toyworld.train.model import (
     CONV_GAIN,
     END,
@@ -147,6 +148,10 @@ class Denoiser(TinyDenoiser):
     def llama_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Returns the Llama's text `[B, T, 64]` from the layer that pipelines take."""
         return self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states[-SKIPPED_LAYERS - 1]
+
+    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int) -> Tensor:
+        """Returns the caption loss."""
+        return self.caption_loss(captions)
 
     def caption_loss(self, captions: list[str]) -> Tensor:
         """Returns the cross-entropy of each token of the Llama's text, whose direction must tell its word.

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from radial_attn.models.apply import family_of
 from radial_attn.models.training.flow import scaled
-from scripts.toyworld.render import VOCABULARY
+from scripts.toyworld.render import VOCABULARY, Scene
 
 CAPTION_SLOTS = 24  # enough for every caption; the rest of a pipeline's text slots is padding
 GLUE = ("a", "moving", "on", "background", ",", ".")
@@ -99,8 +99,8 @@ class TinyDenoiser(nn.Module):
         batch = self.tokenizer(captions, padding="max_length", max_length=CAPTION_SLOTS, return_tensors="pt")
         return batch.input_ids.to(device), batch.attention_mask.to(device)
 
-    def caption_loss(self, captions: list[str]) -> Tensor | float:
-        """Returns a loss that keeps the words of captions apart; most families need none."""
+    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int) -> Tensor | float:
+        """Returns what a family adds to the flow loss, after `forward` of `scenes` with `frames` frames."""
         return 0.0
 
     def take_over(self, pipeline: DiffusionPipeline) -> None:

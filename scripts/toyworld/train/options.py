@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.toyworld import all_attributes, random_scene, render
-from scripts.toyworld.render import Attributes, Scene
+from scripts.toyworld.render import Scene
 from scripts.toyworld.train import hunyuan_video, mochi, wan, wan_i2v
 from scripts.toyworld.train.loop import Stage, run_stage
 from scripts.toyworld.train.model import Family
@@ -59,11 +59,9 @@ def run(stage: Stage, options: Options) -> nn.Module:
     return run_stage(stage, options.work, options.device, options.save_every)
 
 
-def draw_video(options: Options, frames: int, random: torch.Generator) -> tuple[Tensor, Attributes]:
-    """Draws a random captioned video as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
-    scene = draw_scene(random)
-    video = render(scene, frames, options.size, options.size)
-    return video.permute(3, 0, 1, 2) * 2 - 1, scene.attributes
+def render_scene(scene: Scene, frames: int, size: int) -> Tensor:
+    """Renders a scene as the VAE takes it: `[3, frames, size, size]` in [-1, 1]."""
+    return render(scene, frames, size, size).permute(3, 0, 1, 2) * 2 - 1
 
 
 def draw_scene(random: torch.Generator) -> Scene:
@@ -85,7 +83,7 @@ def draw_mosaic(options: Options, frames: int, random: torch.Generator) -> Tenso
 def _quarter(size: int, frames: int, random: torch.Generator) -> Tensor:
     """Cuts `[3, frames, size / 2, size / 2]` out of a random video, around the shape in its first frame."""
     scene, half = draw_scene(random), size // 2
-    video = render(scene, frames, size, size).permute(3, 0, 1, 2) * 2 - 1
+    video = render_scene(scene, frames, size)
     for dim, centre in zip((3, 2), scene.position(torch.zeros(())), strict=True):
         shift = int(torch.randint(-half // 5, half // 5 + 1, (), generator=random))
         first = int(size * (centre + 0.5)) - half // 2 + shift

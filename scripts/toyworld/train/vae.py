@@ -13,9 +13,10 @@ from scripts.toyworld.train.options import (
     FAMILIES,
     Options,
     draw_mosaic,
-    draw_video,
+    draw_scene,
     generator,
     mixed_precision,
+    render_scene,
     run,
 )
 
@@ -34,7 +35,9 @@ def vae_loss(
 
     def draw(random: torch.Generator) -> Tensor:
         mosaic = family.mosaic and edges == 0
-        return draw_mosaic(options, frames, random) if mosaic else draw_video(options, frames, random)[0]
+        if mosaic:
+            return draw_mosaic(options, frames, random)
+        return render_scene(draw_scene(random), frames, options.size)
 
     def loss(step: int) -> Tensor:
         random = generator(options, stage, step)

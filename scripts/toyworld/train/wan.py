@@ -9,8 +9,12 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from scripts.toyworld.render import Scene
 from scripts.toyworld.train.model import CAPTION_SLOTS, T5_SHAPE, Family, TinyDenoiser, plain_attention
+from scripts.toyworld.train.paths import PathReader
 
+HEADS, HEAD_WIDTH = 4, 48
+FRAMES_STEP = 4  # frames of a latent frame
 TEXT_SLOTS = 512  # text tokens of WanPipeline: captions are padded to this with zero embeddings
 
 
@@ -33,8 +37,8 @@ def build_transformer(in_channels: int = 16, num_layers: int = 6) -> WanTransfor
     """Builds a transformer of 4 heads x 48, with one token a latent pixel."""
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
-        num_attention_heads=4,
-        attention_head_dim=48,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_WIDTH,
         in_channels=in_channels,
         out_channels=16,
         text_dim=64,
@@ -94,6 +98,7 @@ class Denoiser(TinyDenoiser):
         super().__init__()
         self.text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(self.tokenizer), **T5_SHAPE))
         self.transformer = build_transformer(**self.TRANSFORMER)
+        self.paths = PathReader(self.transformer.blocks, HEADS * HEAD_WIDTH)
         self.use_training_attention(True)
 
     def use_training_attention(self, on: bool) -> None:
@@ -110,6 +115,10 @@ class Denoiser(TinyDenoiser):
     def forward(self, latents: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
         """Predicts the velocity (noise - video) of `[B, 16, F, H, W]` at noise levels `[B]`."""
         return self.transformer(latents, 1000 * sigma, self.embed(captions), return_dict=False)[0]
+
+    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int) -> Tensor:
+        """Returns the loss of the paths that the blocks have to see."""
+        return self.paths.loss(scenes, frames, FRAMES_STEP)
 
     def other_parts(self) -> dict[str, Any]:
         """Returns Wan's flow-matching UniPC."""

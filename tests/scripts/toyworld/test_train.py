@@ -1,6 +1,7 @@
 """The trainer of the bundled models: it resumes exactly, and trains on what the pipelines use."""
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from radial_attn.models.hunyuan_video import attention_layers
-from scripts.toyworld import Attributes, all_attributes, parse_caption
+from scripts.toyworld import Attributes, all_attributes, parse_caption, random_scene
+from scripts.toyworld.render import VOCABULARY
 from scripts.toyworld.train.hunyuan_video import LIKENESS, WORDS_APART
 from scripts.toyworld.train.loop import Stage, build_optimizers, learning_rate
-from scripts.toyworld.train.options import FAMILIES, Options, draw_mosaic, draw_video, generator, run
+from scripts.toyworld.train.options import (
+    FAMILIES,
+    Options,
+    draw_mosaic,
+    draw_scene,
+    generator,
+    render_scene,
+    run,
+)
+from scripts.toyworld.train.paths import KINDS, kind, movement, token_places
 from scripts.toyworld.train.vae import initialise_vae
 from scripts.toyworld.train.wan import TEXT_SLOTS, Denoiser
 from scripts.train_tiny import parse, prepare, train, write_caption
@@ -292,7 +303,7 @@ def test_the_start_of_a_vae_keeps_the_size_of_its_signal():
         vae = family.build_vae()
         initialise_vae(vae)
         family.quieten(vae)
-        video = torch.stack([draw_video(Options(), 1, generator(Options(), 9, n))[0] for n in range(4)])
+        video = torch.stack([render_scene(draw_scene(generator(Options(), 9, n)), 1, 64) for n in range(4)])
         with torch.no_grad():
             posterior = vae.encode(video).latent_dist
             decoded = vae.decode(posterior.mean).sample
@@ -339,3 +350,32 @@ def test_caption_loss_moves_two_shapes_apart_and_trains_only_the_text():
         optimizer.step()
     assert before < 5 and angle() > 60
     assert all(weight.grad is None for weight in one.transformer.parameters())
+
+
+@pytest.mark.parametrize("motion", VOCABULARY["motion"])
+def test_movement_is_the_place_of_the_shape_and_its_rate(motion):
+    """A latent frame stands at the mean time of its frames: 0, then 2.5, 6.5 and so on."""
+    scene = random_scene(Attributes("red", "circle", motion, "navy"), torch.Generator().manual_seed(2))
+    times = torch.tensor([0, 2.5, 6.5], dtype=torch.float64)
+    place, next_place = (torch.stack(scene.position(t), dim=1) for t in (times, times + 1e-4))
+    step = 1e-4 * 2 * math.pi / scene.period  # radians
+    rate = (next_place - place) / (step * torch.tensor(scene.reach))
+    expected = torch.cat([place, rate], dim=1).float()
+    torch.testing.assert_close(movement(scene, 9, 4), expected, atol=1e-3, rtol=0)
+
+
+def test_tokens_stand_in_the_middle_of_their_pixels():
+    expected = torch.tensor([[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]])
+    assert torch.equal(token_places(4), expected)
+
+
+def test_path_loss_trains_the_blocks_before_it_to_tell_a_line_from_a_circle():
+    """No caption says which it is; blocks after the last reading get no gradient."""
+    scenes = [draw_scene(generator(Options(), 3, number)) for number in range(40)]
+    assert {kind(scene) for scene in scenes} == set(range(len(KINDS)))
+    torch.manual_seed(0)
+    denoiser, latents = Denoiser(), torch.randn(40, 16, 3, 2, 2)
+    denoiser(latents, torch.full((40,), 0.5), [""] * 40)
+    denoiser.more_loss([], scenes, 9).backward()
+    reached = [block.attn1.to_v.weight.grad is not None for block in denoiser.transformer.blocks]
+    assert reached == [True] * 4 + [False] * 2
