@@ -37,12 +37,14 @@ class Program(NamedTuple):
         text: the same for a sequence with text; None if it serves none.
         decay_factor: its default; None if that depends on the model.
         block_sizes: the sizes that it takes.
+        fixes_decay_factor: whether it takes no other decay factor.
     """
 
     video: dict[str, Any]
     text: dict[str, Any] | None = None
     decay_factor: float | None = None
     block_sizes: tuple[int, ...] = (64, 128)
+    fixes_decay_factor: bool = False
 
 
 COMPAT = {
@@ -51,7 +53,7 @@ COMPAT = {
     "authors-2025-11": Program({}, {"sink": False}),
     "kijai": Program({"neighbour": "half", "decimation_width": "block"}, decay_factor=0.2),
     "woct0rdho": Program({"neighbour": "half"}, decay_factor=0.2),
-    "lightx2v": Program({"neighbour": "half"}, decay_factor=0.2, block_sizes=(128,)),
+    "lightx2v": Program({"neighbour": "half"}, decay_factor=0.2, block_sizes=(128,), fixes_decay_factor=True),
 }
 
 
@@ -134,7 +136,7 @@ class RadialConfig:
             )
         if self.decay_factor is None:
             object.__setattr__(self, "decay_factor", program.decay_factor)
-        elif self.compat == "lightx2v" and self.decay_factor != program.decay_factor:
+        elif program.fixes_decay_factor and self.decay_factor != program.decay_factor:
             raise ValueError(
                 f"decay_factor must be {program.decay_factor} {with_it}, got {self.decay_factor!r}"
             )
