@@ -1,11 +1,12 @@
 """Opens a page to try the models: `python -m scripts.demo [--port N] [--share] [--work DIR]`.
 
 It makes each video twice, dense and sparse, and shows both in step, with seconds, density, PSNR and a mask.
-Exit codes: 0 done; 2 with one line on stderr; 130 ended by Ctrl-C.
+Exit codes: 0 done; 2 with one line on stderr; 130 ended by Ctrl-C or SIGTERM.
 """
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,9 +18,10 @@ PORT, PORTS = 7860, 65535
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Shows the page until Ctrl-C, and runs its jobs in this thread."""
+    """Shows the page until Ctrl-C or SIGTERM, and runs its jobs in this thread."""
     if processes() > 1:
         raise UsageError(f"got {processes()} processes, but the page needs one; run without torchrun")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
         from gradio import __version__ as version

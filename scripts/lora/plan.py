@@ -11,6 +11,7 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.kernels.contract import Call
 from radial_attn.models.training.adapter import target_names
 from scripts.lora.config import SCHEMA, DataConfig, LoraTrainConfig
+from scripts.lora.latents import LatentStore
 from scripts.run.attention import radial_config, solve_mask
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
@@ -199,6 +200,29 @@ def _check_processes(config: LoraTrainConfig, world: int) -> None:
         )
 
 
+def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, list[int]], list[int]]:
+    """Divides the samples of the run's sizes: some to train on, by bucket, and some held out, spread evenly.
+
+    Raises UsageError if none are left to train on.
+    """
+    sizes = [tuple(size) for size in config.data.sizes]
+    fitting = [
+        i for i, sample in enumerate(store.samples) if (sample.frames, sample.height, sample.width) in sizes
+    ]
+    count = config.validation.samples if config.validation.every else 0
+    if len(fitting) <= count:
+        raise UsageError(
+            f"data.latents: {store.folder} has {len(fitting)} clips of data.sizes, but "
+            f"validation.samples={count} holds out {count}; add clips, or hold out fewer"
+        )
+    held_out = [fitting[(2 * n + 1) * len(fitting) // (2 * count)] for n in range(count)]
+    trains: dict[tuple, list[int]] = {}
+    for i in fitting:
+        if i not in held_out:
+            trains.setdefault(store.samples[i].bucket, []).append(i)
+    return trains, held_out
+
+
 def memory_warnings(plan: TrainPlan) -> tuple[str, ...]:
     """Returns a warning if a GPU has less memory free than predicted, which was not measured there yet.
 
@@ -288,4 +312,9 @@ def describe_training(plan: TrainPlan) -> str:
         ]
     if not (data := user_path(config.data.latents)).is_dir():
         lines.append(f"{'note':<10} {data} is not there yet; run prepare_latents.sh")
+    else:
+        try:
+            divided(config, LatentStore.open(data))
+        except UsageError as error:
+            lines.append(f"{'note':<10} {one_line(error)}")
     return "\n".join(lines)

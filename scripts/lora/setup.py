@@ -22,7 +22,7 @@ from scripts.lora.config import LoraTrainConfig
 from scripts.lora.fingerprint import fingerprint
 from scripts.lora.latent_shards import locked
 from scripts.lora.latents import BucketSampler, LatentStore
-from scripts.lora.plan import TrainPlan, unknown_targets
+from scripts.lora.plan import TrainPlan, divided, unknown_targets
 from scripts.lora.step import Run
 from scripts.run.errors import UsageError, one_line
 from scripts.run.files import user_path
@@ -92,29 +92,6 @@ def _start(device: str, world: int, ulysses: int) -> tuple[Accelerator, Sequence
     if ulysses == 1:
         return accelerator, None
     return accelerator, SequenceParallel(import_xfuser(device).get_sp_group().ulysses_group)
-
-
-def divided(config: LoraTrainConfig, store: LatentStore) -> tuple[dict[tuple, list[int]], list[int]]:
-    """Divides the samples of the run's sizes: some to train on, by bucket, and some held out, spread evenly.
-
-    Raises UsageError if none are left to train on.
-    """
-    sizes = [tuple(size) for size in config.data.sizes]
-    fitting = [
-        i for i, sample in enumerate(store.samples) if (sample.frames, sample.height, sample.width) in sizes
-    ]
-    count = config.validation.samples if config.validation.every else 0
-    if len(fitting) <= count:
-        raise UsageError(
-            f"data.latents: {store.folder} has {len(fitting)} clips of data.sizes, but "
-            f"validation.samples={count} holds out {count}; add clips, or hold out fewer"
-        )
-    held_out = [fitting[(2 * n + 1) * len(fitting) // (2 * count)] for n in range(count)]
-    trains: dict[tuple, list[int]] = {}
-    for i in fitting:
-        if i not in held_out:
-            trains.setdefault(store.samples[i].bucket, []).append(i)
-    return trains, held_out
 
 
 def load_transformer(config: LoraTrainConfig, path: str) -> torch.nn.Module:

@@ -229,8 +229,9 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
     video, text = temporary(path, ".mp4"), temporary(path.with_suffix(".json"))
     for file in (path, path.with_suffix(".json")):
         remove_leftovers(path.parent, file.name)
-    # ends the process with the signal's exit code, but through every `finally`
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.getsignal(signal.SIGTERM)
+    if before == signal.SIG_DFL:  # ends the process with the signal's exit code, but through every `finally`
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with timed(record["seconds"], "write"):
             encode(video, frames, fps)

@@ -138,18 +138,24 @@ def test_another_configuration_is_refused(lora_config, lora_run, capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("words", "message"),
     [
         ("data.sizes=13x48x64", "has 0 clips of data.sizes"),
+        ("validation.every=1 validation.samples=8", "has 8 clips of data.sizes, but validation.samples=8"),
         ("output.path=README.md", "output.path: got 'README.md'"),
         ("parallel.ulysses_degree=2", "parallel.ulysses_degree: got 2, must divide"),
         ("model.path=assets/wan-tiny", "another vae"),
     ],
 )
-def test_options_that_do_not_fit_the_latents_are_refused(lora_config, tmp_path, word, message, capsys):
-    assert train(lora_config, tmp_path / "out", word) == 2
-    assert message in error_line(capsys)
+def test_options_that_do_not_fit_the_latents_are_refused(lora_config, tmp_path, words, message, capsys):
+    """A dry run says the same of the numbers of clips."""
+    assert train(lora_config, tmp_path / "out", *words.split()) == 2
+    line = error_line(capsys)
+    assert message in line
     assert not (tmp_path / "out").exists()
+    if "clips of" in message:
+        assert train(lora_config, tmp_path / "out", *words.split(), "--dry-run") == 0
+        assert line.replace("error: ", "note       ") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["lacks 1 tensor of", "of shape"])

@@ -2,11 +2,13 @@
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,13 +38,12 @@ def test_what_suits_a_model():
         suit_model(models, "Wan2.1 14B", mine)
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Starts the command on a free port; at the end Ctrl-C ends it with one line."""
+@contextmanager
+def served(work: Path, ending: signal.Signals) -> Iterator[str]:
+    """Yields the address of the page, started on a free port; at the end a signal ends it with one line."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    work = tmp_path_factory.mktemp("work")
     command = [sys.executable, "-m", "scripts.demo", "--port", str(port), "--work", str(work)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
@@ -54,12 +55,25 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             f"error: --port: got {port}, which is in use; name another port\n",
         )
         yield line.split()[1]
-        process.send_signal(2)
+        process.send_signal(ending)
         rest = process.stdout.read()
     assert process.returncode == 130 and rest.endswith(
         "interrupted; the videos that were written are whole\n"
     )
     assert "Traceback" not in rest
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Returns the address of a page that Ctrl-C ends."""
+    with served(tmp_path_factory.mktemp("work"), signal.SIGINT) as page:
+        yield page
+
+
+@pytest.mark.long
+def test_sigterm_ends_it_as_ctrl_c_does(tmp_path):
+    with served(tmp_path, signal.SIGTERM) as page:
+        assert page.startswith("http://127.0.0.1:")
 
 
 @pytest.fixture(scope="module")
