@@ -292,6 +292,8 @@ def to_bytes(frames: np.ndarray) -> np.ndarray:
 
 def quiet_libraries() -> None:
     """Turns off warnings and loading bars of diffusers and transformers, which would mix with our lines."""
+    # of Mochi, which asks for float32: a CPU has no such autocast, and computes in float32 without it
+    warnings.filterwarnings("ignore", "In CPU autocast", UserWarning)
     import diffusers
     import huggingface_hub
     import transformers

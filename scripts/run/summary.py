@@ -41,7 +41,7 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
     dense = sum(step < count for step in record["dense_steps"])
     kinds = ("dense", dense, "dense_step"), (sparse, count - dense, "sparse_step")
     steps = {name: f"{speed[key]:.3f} s (median of {many})" for name, many, key in kinds if many}
-    faster = f": {speed['speedup']:.2f}x faster" if speed["speedup"] else ""
+    faster = f": {times_faster(speed['speedup'])}" if speed["speedup"] else ""
     faster += f", efficiency {speed['efficiency']:.2f}" if speed["efficiency"] else ""
     check = record["attention"]["check"]
     peak = {kind.split("_")[0]: f"{size / GIB:.2f} GiB" for kind, size in record["peak_memory"].items()}
@@ -83,5 +83,10 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
     took, dense = record["seconds"]["denoise"], count * speed["dense_step"]
     return [
         f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the median dense "
-        f"step): {dense / took:.2f}x faster"
+        f"step): {times_faster(dense / took)}"
     ]
+
+
+def times_faster(ratio: float) -> str:
+    """Says how many times faster, or slower if the ratio of the seconds, old over new, is below 1."""
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"

@@ -18,7 +18,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("preset", RUNS)
-def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path):
+def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     build, options = RUNS[preset]
     build().save_pretrained(tmp_path / "model")
     paths = [f"model.path={tmp_path / 'model'}", f"output.path={tmp_path / 'out.mp4'}"]
@@ -27,3 +27,4 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path):
     assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
     assert record["attention"]["check"]["compared"] > 0
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+    assert not [warning for warning in recwarn if "autocast" in str(warning.message)]

@@ -4,7 +4,7 @@ import pytest
 
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan
-from scripts.run.summary import describe_calls, step_speed
+from scripts.run.summary import describe_calls, step_speed, times_faster
 from tests.support.auto_backend import AUTO
 from tests.support.plans import FULL, TINY, plan_of
 
@@ -20,6 +20,11 @@ def test_seconds_of_steps():
     kept = 1 - plan.flops.share * (1 - plan.density)  # no layer is always dense
     assert speed["operations"] == pytest.approx(kept)
     assert speed["efficiency"] == pytest.approx(1.5 * kept)
+
+
+def test_a_step_that_is_slower_is_said_to_be_slower():
+    told = ["1.50x faster", "1.00x faster", "1.25x slower"]
+    assert [times_faster(ratio) for ratio in (1.5, 1.0, 0.8)] == told
 
 
 @pytest.mark.parametrize(
