@@ -57,7 +57,8 @@ def calibrate(
         yield
     if len(edges) < parts:
         raise ValueError(
-            f"a calibration in {parts} parts needs a video of at least as many steps, got {len(edges)} parts"
+            f"a calibration in {parts} parts needs videos of at least as many steps, got {len(edges)}; "
+            "make more steps, or pass fewer parts"
         )
     levels = [edges[part] for part in range(parts)]
     model = measured_model(first, family)

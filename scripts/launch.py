@@ -98,13 +98,12 @@ def _end(code: int) -> str:
 
 
 def chosen(arguments: list[str]) -> list[str]:
-    """Adds the name of a configuration: one process chooses for all, by the memory that it has."""
+    """Adds a configuration with the reason: one process chooses for all, by the memory that it has."""
     command = parse(arguments)
     if command.config_file is not None:
         return arguments
     config_file, overrides, reason = choose_config(command)
-    print(f"config: {config_file} ({reason})", flush=True)
-    return [config_file, *overrides, *(["--dry-run"] if command.dry_run else [])]
+    return [config_file, *overrides, f"--reason={reason}", *(["--dry-run"] if command.dry_run else [])]
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ $# != 0 ]]; then
     sed -n '/^#!/d; s/^# \{0,1\}//p; /^set /q' "${BASH_SOURCE[0]}"
-    echo "Set in the environment: WORK, VIDEOS, STEPS, CAPTIONS, FRAMES, SIDE, and KEYS and TRAIN_KEYS (key=value ...)."
+    echo "Set in the environment, by default: WORK=outputs/length_demo VIDEOS=60 STEPS=300 CAPTIONS=6 FRAMES=129 SIDE=64;"
+    echo "KEYS and TRAIN_KEYS hold more keys of generation and of training (key=value ...)."
     [[ "$1" == --help || "$1" == -h ]] && exit 0
     echo "error: got '$1', but this script takes no arguments" >&2
     exit 2

@@ -13,6 +13,7 @@ FULL_PRESET, SMALL_PRESET = "configs/wan2.1_t2v_14b.yaml", "configs/wan2.1_t2v_1
 TINY_PRESET = "configs/wan_tiny.yaml"
 FIRST_PRESET = "configs/wan_tiny_4x.yaml"  # without a GPU, if no preset is named: its length shows a gain
 SAVING = ("model.offload=group", "model.quantization=fp8", "model.vae_tiling=always")
+CHOICE = ("--preset=", "--bundled=", "--reason=")  # of scripts, not for users
 OF_A_MODEL = ("model.path=", "model.family=", "model.loras=")
 MARGIN = 1.05  # times the predicted peak must be free
 # The bundled model takes over these keys of the preset that it replaces. The preset's LoRA would not fit it.
@@ -31,6 +32,7 @@ class Command:
     """Holds a parsed command line.
 
     `config_file` is None if none is named. Then `preset` is used if a GPU has room for it, else `bundled`.
+    `reason`: why `config_file` was chosen; the launcher of several processes chooses for them, and says why.
     """
 
     config_file: str | None = None
@@ -39,12 +41,13 @@ class Command:
     dry_run: bool = False
     preset: str | None = None
     bundled: str | None = None
+    reason: str = "named on the command line"
 
 
 def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Command:
     """Parses arguments; UsageError for an unknown option, a second config file, a key without a value.
 
-    `call`: the call form of the program; `stands_in`: whether it takes --preset= and --bundled=.
+    `call`: the call form of the program; `stands_in`: whether it takes the options of `CHOICE`.
     """
     command = Command()
     for word in argv:
@@ -52,10 +55,9 @@ def parse(argv: list[str], call: str = CALL, *, stands_in: bool = True) -> Comma
             command.help = True
         elif word == "--dry-run":
             command.dry_run = True
-        elif stands_in and word.startswith("--preset="):
-            command.preset = word.partition("=")[2]
-        elif stands_in and word.startswith("--bundled="):
-            command.bundled = word.partition("=")[2]
+        elif stands_in and word.startswith(CHOICE):
+            name, _, value = word.removeprefix("--").partition("=")
+            setattr(command, name, value)
         elif word.startswith("-"):
             hint = "write keys without dashes, as in generation.seed=1; options: --dry-run, --help"
             raise UsageError(f"unknown option {word!r}; {hint}")
@@ -78,7 +80,7 @@ def choose_config(command: Command) -> tuple[str, list[str], str]:
         UsageError: an override names a model, which a bundled model's sizes would not suit.
     """
     if command.config_file is not None:
-        return command.config_file, command.overrides, "named on the command line"
+        return command.config_file, command.overrides, command.reason
     full = command.preset or FULL_PRESET
     bundled = command.bundled or (TINY_PRESET if command.preset else FIRST_PRESET)
     for preset in (full, bundled):

@@ -63,7 +63,7 @@ def test_a_measuring_script_writes_where_the_user_stands(tmp_path):
 def test_the_demo_shows_its_help_and_takes_no_arguments(tmp_path):
     script = str(ROOT / "scripts/length_extension_demo.sh")
     helped = bash(script, "--help", cwd=tmp_path)
-    assert helped.returncode == 0 and "WORK, VIDEOS, STEPS" in helped.stdout
+    assert helped.returncode == 0 and "VIDEOS=60 STEPS=300 CAPTIONS=6" in helped.stdout
     refused = bash(script, "configs/wan_tiny.yaml", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "error: got 'configs/wan_tiny.yaml', but this script takes no arguments\n"

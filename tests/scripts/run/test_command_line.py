@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from scripts.launch import chosen
 from scripts.run import system
 from scripts.run.command_line import (
     FULL_PRESET,
@@ -76,8 +77,8 @@ def test_the_last_device_on_the_command_line_counts(machine):
 def test_the_step_of_the_ladder_that_a_card_takes(card, preset, more, machine):
     """The reason names the steps before it, and the memory that each would need."""
     machine(card)
-    chosen, overrides, reason = choose_preset([])
-    assert (chosen, overrides) == (preset, list(more))
+    file, overrides, reason = choose_preset([])
+    assert (file, overrides) == (preset, list(more))
     before = ["Wan 14B", f"Wan 14B {SAVED}", "Wan 1.3B", f"Wan 1.3B {SAVED}"]
     title = f"{'Wan 14B' if preset == FULL_PRESET else 'Wan 1.3B'}{f' {SAVED}' if more else ''}"
     passed = before[: before.index(title)] if preset != TINY_PRESET else before
@@ -95,12 +96,19 @@ def test_the_step_of_the_ladder_that_a_card_takes(card, preset, more, machine):
 def test_another_preset_has_its_own_stand_in(card, preset, more, machine):
     machine(card)
     arguments = [f"--preset={HUNYUAN}", f"--bundled={HUNYUAN_TINY}", "generation.seed=5"]
-    chosen, overrides, reason = choose_config(parse(arguments))
-    assert (chosen, overrides) == (preset, [*more, "generation.seed=5"])
+    file, overrides, reason = choose_config(parse(arguments))
+    assert (file, overrides) == (preset, [*more, "generation.seed=5"])
     assert ("hunyuan_t2v would need 5" in reason) == (card < 80)
     assert (f"hunyuan_t2v {SAVED} would need " in reason) == (preset == HUNYUAN_TINY)
     assert reason.endswith(f"; stands in for {HUNYUAN}") == (preset == HUNYUAN_TINY)
-    assert read_config(chosen, overrides).generation.seed == 5
+    assert read_config(file, overrides).generation.seed == 5
+
+
+def test_the_processes_say_why_their_launcher_chose():
+    arguments = [f"--preset={HUNYUAN}", f"--bundled={HUNYUAN_TINY}", "generation.seed=5", "--dry-run"]
+    passed = parse(chosen(arguments))
+    assert choose_config(passed) == choose_config(parse(arguments)) and passed.dry_run
+    assert chosen([HUNYUAN]) == [HUNYUAN]
 
 
 def test_a_host_without_room_takes_a_smaller_model(machine):
