@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ def enable(
             changed.pop("budget")
         kernel = ", ".join([kernel, *(f"{name}={value}" for name, value in changed.items())])
         print(_mask_line(settings, traits, config, schedule, kernel))
-        print(_dense_line(settings, traits, config, schedule))
+        reads = selection == "dense_step" or residual != "none"  # then the first step is always dense
+        shown = replace(schedule, dense_steps=schedule.dense_steps or int(reads))
+        print(_dense_line(settings, traits, config, shown))
     return handle
 
 

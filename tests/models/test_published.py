@@ -146,6 +146,8 @@ def test_two_lines(capsys):
         ({"density": 0.2}, "density=0.2", "Mask density: see handle.report()"),
         ({"decay_factor": 0.5}, "decay_factor=0.5", "Mask density: 0."),
         ({"quantize": "int8"}, "backend=auto, quantize=int8", "layer 0"),
+        ({"dense_steps": 0, "selection": "dense_step"}, "selection=dense_step", "Dense: the first step, "),
+        ({"dense_steps": 2, "residual": "int8"}, "residual=int8", "Dense: the first 2 steps, layer 0."),
         ({"pattern": "dense"}, "changed: pattern)", "Dense: every step and every layer"),
     ],
 )
