@@ -224,16 +224,16 @@ def _rank_lines(plan: RunPlan) -> list[str]:
     work = plan.rank_work
     dense, sparse = (f"{(work.other + flops) / 1e15:.3f}" for flops in (work.dense, work.sparse))
     lines = [
-        f"each rank     {work.sent.total / 1e9:.2f} GB sent a step, {dense} PFLOP in a dense step, {sparse} "
+        f"each process  {work.sent.total / 1e9:.2f} GB sent a step, {dense} PFLOP in a dense step, {sparse} "
         f"in a radial one, {work.kept_blocks} kept blocks a layer"
     ]
     if plan.degrees.ring > 1:
         lines.append(
-            f"ring          {work.sent.ring / 1e9:.2f} GB of that; kept blocks of the busiest rank "
+            f"ring          {work.sent.ring / 1e9:.2f} GB of that; kept blocks of the busiest process "
             f"{work.busiest:.3f} of the mean, {work.waiting:.3f} with waiting at each of {plan.degrees.ring} "
             "steps"
         )
-    return [*lines, f"each rank     {gib(plan.rank_memory.total)} of memory"]
+    return [*lines, f"each process  {gib(plan.rank_memory.total)} of memory"]
 
 
 def describe_positions(plan: RunPlan) -> list[str]:
