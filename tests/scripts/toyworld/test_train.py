@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from radial_attn.models.apply import family_of
 from radial_attn.models.hunyuan_video import attention_layers
 from scripts.toyworld import Attributes, all_attributes, parse_caption, random_scene
 from scripts.toyworld.render import VOCABULARY
 from scripts.toyworld.train.hunyuan_video import LIKENESS, WORDS_APART
+from scripts.toyworld.train.hunyuan_video import Denoiser as HunyuanVideo
 from scripts.toyworld.train.loop import Stage, build_optimizers, learning_rate
 from scripts.toyworld.train.options import (
     FAMILIES,
@@ -311,13 +313,20 @@ def test_the_start_of_a_vae_keeps_the_size_of_its_signal():
         assert 0.1 < decoded.std() < 5
 
 
+def refined_text(one: HunyuanVideo, captions: list[str]) -> Tensor:
+    """Returns the refined text `[B, T, width]` of a forward pass over one token of noise."""
+    text, mask, _ = one.embed(captions)
+    sigma = torch.full((len(captions),), 0.5)
+    one(torch.zeros(len(captions), 16, 1, 1, 1), sigma, captions)
+    return one.transformer.context_embedder(text, 1000 * sigma, mask)
+
+
 def test_caption_loss_is_the_mean_cross_entropy_of_the_valid_tokens():
     torch.manual_seed(0)
-    one = FAMILIES["hunyuan_video"].denoiser()
+    one = HunyuanVideo()
     captions = ["a red circle", "a red square moving around on a navy background"]
     with torch.no_grad():
-        loss = one.caption_loss(captions)
-        text, _, _ = one.embed(captions)
+        text = refined_text(one, captions)
         losses = []
         for row, caption in zip(text, captions, strict=True):
             numbers = one.tokenizer(caption).input_ids
@@ -325,18 +334,19 @@ def test_caption_loss_is_the_mean_cross_entropy_of_the_valid_tokens():
             losses.append(
                 functional.cross_entropy(LIKENESS * cosines, torch.tensor(numbers), reduction="none")
             )
+        loss = one.caption_loss(captions)
     torch.testing.assert_close(loss, WORDS_APART * torch.cat(losses).mean())
 
 
 def test_caption_loss_moves_two_shapes_apart_and_trains_only_the_text():
     torch.manual_seed(0)
-    one = FAMILIES["hunyuan_video"].denoiser()
+    one = HunyuanVideo()
     captions = ["a red circle", "a red square"]
     optimizer = torch.optim.Adam(one.parameters(), lr=1e-3)
 
     def angle() -> float:
         with torch.no_grad():
-            text, _, _ = one.embed(captions)
+            text = refined_text(one, captions)
             return functional.cosine_similarity(text[0, 2], text[1, 2], dim=0).arccos().rad2deg().item()
 
     with torch.no_grad():  # as close as they were without the loss
@@ -346,10 +356,12 @@ def test_caption_loss_moves_two_shapes_apart_and_trains_only_the_text():
     before = angle()
     for _ in range(100):
         optimizer.zero_grad()
+        refined_text(one, captions)
         one.caption_loss(captions).backward()
         optimizer.step()
     assert before < 5 and angle() > 60
-    assert all(weight.grad is None for weight in one.transformer.parameters())
+    blocks = (*one.transformer.transformer_blocks, *one.transformer.single_transformer_blocks)
+    assert all(weight.grad is None for block in blocks for weight in block.parameters())
 
 
 @pytest.mark.parametrize("motion", VOCABULARY["motion"])
@@ -369,13 +381,14 @@ def test_tokens_stand_in_the_middle_of_their_pixels():
     assert torch.equal(token_places(4), expected)
 
 
-def test_path_loss_trains_the_blocks_before_it_to_tell_a_line_from_a_circle():
+@pytest.mark.parametrize("denoiser", [Denoiser, HunyuanVideo])
+def test_path_loss_trains_the_blocks_before_it_to_tell_a_line_from_a_circle(denoiser):
     """No caption says which it is; blocks after the last reading get no gradient."""
     scenes = [draw_scene(generator(Options(), 3, number)) for number in range(40)]
     assert {kind(scene) for scene in scenes} == set(range(len(KINDS)))
     torch.manual_seed(0)
-    denoiser, latents = Denoiser(), torch.randn(40, 16, 3, 2, 2)
-    denoiser(latents, torch.full((40,), 0.5), [""] * 40)
-    denoiser.more_loss([], scenes, 9).backward()
-    reached = [block.attn1.to_v.weight.grad is not None for block in denoiser.transformer.blocks]
-    assert reached == [True] * 4 + [False] * 2
+    one, latents = denoiser(), torch.randn(40, 16, 3, 2, 2)
+    one(latents, torch.full((40,), 0.5), [""] * 40)
+    one.paths.loss(scenes, 9, 4).backward()
+    layers = family_of(one.transformer).attention_layers(one.transformer)
+    assert [layer.to_v.weight.grad is not None for layer in layers] == [True] * 4 + [False] * 2
