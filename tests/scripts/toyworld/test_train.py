@@ -29,7 +29,15 @@ from scripts.toyworld.train.options import (
     render_scene,
     run,
 )
-from scripts.toyworld.train.paths import KINDS, kind, movement, token_places
+from scripts.toyworld.train.scene_reader import (
+    KINDS,
+    SHAPES,
+    WORD_WEIGHT,
+    SceneReader,
+    kind,
+    movement,
+    token_places,
+)
 from scripts.toyworld.train.vae import initialise_vae
 from scripts.toyworld.train.wan import TEXT_SLOTS, Denoiser
 from scripts.train_tiny import parse, prepare, train, write_caption
@@ -382,13 +390,37 @@ def test_tokens_stand_in_the_middle_of_their_pixels():
 
 
 @pytest.mark.parametrize("denoiser", [Denoiser, HunyuanVideo])
-def test_path_loss_trains_the_blocks_before_it_to_tell_a_line_from_a_circle(denoiser):
-    """No caption says which it is; blocks after the last reading get no gradient."""
+def test_scene_loss_trains_the_blocks_before_it_without_a_caption(denoiser):
+    """Blocks after the last reading get no gradient."""
     scenes = [draw_scene(generator(Options(), 3, number)) for number in range(40)]
     assert {kind(scene) for scene in scenes} == set(range(len(KINDS)))
     torch.manual_seed(0)
     one, latents = denoiser(), torch.randn(40, 16, 3, 2, 2)
     one(latents, torch.full((40,), 0.5), [""] * 40)
-    one.paths.loss(scenes, 9, 4).backward()
+    one.reader.loss(scenes, 9, 4).backward()
     layers = family_of(one.transformer).attention_layers(one.transformer)
     assert [layer.to_v.weight.grad is not None for layer in layers] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("kind", kind), ("shape", lambda scene: SHAPES.index(scene.attributes.shape))],
+)
+def test_tokens_that_tell_kind_or_shape_have_less_loss(name, told):
+    """Its reading of them is one cross-entropy, which vanishes for tokens that are far on the right side."""
+    scenes = [draw_scene(generator(Options(), 3, number)) for number in range(8)]
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Identity() for _ in range(3))
+    reader, tokens = SceneReader(blocks, 8), torch.zeros(8, 3 * 4, 8)
+
+    def loss(numbers: list[int]) -> float:
+        with torch.no_grad():
+            getattr(reader, name).weight.copy_(20 * torch.eye(8)[: len(getattr(reader, name).weight)])
+            x = tokens + functional.one_hot(torch.tensor(numbers), 8)[:, None]
+            for block in blocks:
+                x = block(x)
+            return reader.loss(scenes, 9, 4).item()
+
+    right = [told(scene) for scene in scenes]
+    wrong = [(number + 1) % len(getattr(reader, name).weight) for number in right]
+    assert loss(wrong) - loss(right) > 5 * WORD_WEIGHT
