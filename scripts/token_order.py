@@ -130,7 +130,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=4, help="videos generated at once")
     parser.add_argument("--work", type=Path, default=Path("outputs/token_order"), help="folder of readings")
     parser.add_argument("--out", type=Path, help=OUT)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     options.given = sys.argv[1:] if argv is None else argv
     options.config, options.words = parser.divided(options.words, "configs/wan_tiny.yaml")
     options.out = results_file(options.out, "token_order", Path(options.config).stem)

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.models import hunyuan_video, hunyuan_video15, ltx, mochi, wan, wan_vace
+from radial_attn.models import hunyuan_video, hunyuan_video15, kandinsky5, ltx, mochi, wan, wan_vace
 from tests.support.tiny import wan_inputs, wan_transformer
 from tests.support.tiny_hunyuan import (
     GLYPHS,
@@ -21,6 +21,7 @@ from tests.support.tiny_hunyuan import (
     hunyuan_inputs,
     hunyuan_transformer,
 )
+from tests.support.tiny_kandinsky import kandinsky5_inputs, kandinsky5_transformer
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
@@ -85,6 +86,7 @@ FAMILIES = [
         text=7,
     ),
     Family("ltx", ltx_transformer, ltx_inputs, ltx, patch=1),
+    Family("kandinsky5", kandinsky5_transformer, kandinsky5_inputs, kandinsky5),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
