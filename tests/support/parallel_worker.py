@@ -89,6 +89,10 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
         "kandinsky5": (BY_NAME["kandinsky5"], {"batch": 2}),
+        "skyreels": (BY_NAME["skyreels"], {}),
+        "chronoedit": (BY_NAME["chronoedit"], {}),
+        "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
+        "wan_animate": (BY_NAME["wan_animate"], {"batch": 2}),
     }
     for name, (family, samples) in families.items():
         for size in ((6, 6, 8), (5, 3, 7)):
