@@ -88,6 +88,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
+        "kandinsky5": (BY_NAME["kandinsky5"], {"batch": 2}),
         "skyreels": (BY_NAME["skyreels"], {}),
         "chronoedit": (BY_NAME["chronoedit"], {}),
         "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
