@@ -186,6 +186,7 @@ def pipeline_difference(
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
+@torch.no_grad()
 def check_frame_times_are_refused(shared: SequenceParallel) -> None:
     """Checks that diffusion forcing, whose times of frames cannot be split by tokens, does not run."""
     family, times = BY_NAME["skyreels"], {"timestep": torch.full((1, 6), 500.0)}
