@@ -56,6 +56,10 @@ class Family(NamedTuple):
 FAMILIES = {
     "wan": Family("Wan", "wan", "WanTransformer3DModel"),
     "wan_vace": Family("Wan-VACE", "wan_vace", "WanVACETransformer3DModel"),
+    "skyreels": Family("SkyReels-V2", "skyreels_v2", "SkyReelsV2Transformer3DModel"),
+    "chronoedit": Family("ChronoEdit", "chronoedit", "ChronoEditTransformer3DModel"),
+    "anyflow": Family("AnyFlow", "anyflow", "AnyFlowTransformer3DModel"),
+    "wan_animate": Family("Wan-Animate", "wan_animate", "WanAnimateTransformer3DModel"),
     "mochi": Family("Mochi", "mochi", "MochiTransformer3DModel"),
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
