@@ -64,7 +64,6 @@ FAMILIES = {
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
     "hunyuan_video15": Family("HunyuanVideo 1.5", "hunyuan_1_5", "HunyuanVideo15Transformer3DModel"),
-    "kandinsky5": Family("Kandinsky 5.0", "kandinsky5", "Kandinsky5Transformer3DModel"),
     "framepack": Family(
         "FramePack", "hunyuan_video_framepack", "HunyuanVideoTransformer3DModel", forked=False
     ),
