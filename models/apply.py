@@ -28,6 +28,7 @@ from .runtime.transformers import parts_of, transformers_of
 TRANSFORMERS = {
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan_vace",
+    "CosmosTransformer3DModel": "cosmos",
     "MochiTransformer3DModel": "mochi",
     "LTXVideoTransformer3DModel": "ltx",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",

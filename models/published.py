@@ -130,6 +130,24 @@ MOCHI_1 = PublishedSettings(
     size="163 frames of 480x848",
     grid=TokenGrid(28, 30, 53, text=256),
 )
+COSMOS_7B = PublishedSettings(
+    model="Cosmos 7B",
+    traits=ModelTraits("CosmosTransformer3DModel", width=4096, layers=28),
+    config=MOCHI,
+    dense_steps=12,
+    steps=50,
+    dense_layers=0,
+    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+    size="121 frames of 704x1280",
+    grid=TokenGrid(16, 44, 80),
+)
+COSMOS_2B = replace(
+    COSMOS_7B,
+    model="Cosmos Predict 2B",
+    traits=replace(COSMOS_7B.traits, width=2048, image=True),
+    size="93 frames of 704x1280",
+    grid=TokenGrid(24, 44, 80),
+)
 WAN_TINY = PublishedSettings(
     model="the bundled Wan",
     traits=ModelTraits("WanTransformer3DModel", width=192, layers=6),
@@ -209,6 +227,10 @@ PUBLISHED = (
         size="161 frames of 512x704",
         grid=TokenGrid(21, 16, 22),
     ),
+    COSMOS_7B,
+    replace(COSMOS_7B, model="Cosmos 14B", traits=replace(COSMOS_7B.traits, width=5120, layers=36)),
+    COSMOS_2B,
+    replace(COSMOS_2B, model="Cosmos Predict 14B", traits=replace(COSMOS_2B.traits, width=5120, layers=36)),
     WAN_TINY,
     replace(
         WAN_TINY,

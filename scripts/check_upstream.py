@@ -56,6 +56,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "wan": Family("Wan", "wan", "WanTransformer3DModel"),
     "wan_vace": Family("Wan-VACE", "wan_vace", "WanVACETransformer3DModel"),
+    "cosmos": Family("Cosmos", "cosmos", "CosmosTransformer3DModel"),
     "mochi": Family("Mochi", "mochi", "MochiTransformer3DModel"),
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),

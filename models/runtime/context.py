@@ -77,7 +77,8 @@ class RadialContext:
         self._chooser, self._counts = chooser, Counts(layers, always_dense, other_layers)
         self._choice, self._reason, self._begins = None, None, False  # of the running call
         self._text = TextLengths(family)
-        self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
+        rising, indexed = (getattr(family, name, False) for name in ("TIMESTEPS_RISE", "STEPS_BY_INDEX"))
+        self._counter = StepCounter(pipeline, rising=rising, indexed=indexed)
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
 
     def _check_ring(self) -> None:

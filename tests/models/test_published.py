@@ -60,6 +60,7 @@ def test_densities_of_the_rows_are_the_published_ones():
 
 SMALLER = {"num_attention_heads": 12, "num_layers": 30}
 TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+COSMOS_14B = {"num_attention_heads": 40, "num_layers": 36}
 FULL_SIZE = {
     "Wan2.1 T2V 14B": ("Wan", {}),
     "Wan2.1 T2V 1.3B": ("Wan", SMALLER),
@@ -71,6 +72,10 @@ FULL_SIZE = {
     "HunyuanVideo 1.5": ("HunyuanVideo15", {}),
     "Mochi 1": ("Mochi", {}),
     "LTX-Video": ("LTXVideo", {}),
+    "Cosmos 7B": ("Cosmos", {}),
+    "Cosmos 14B": ("Cosmos", COSMOS_14B),
+    "Cosmos Predict 2B": ("Cosmos", {"num_attention_heads": 16, "in_channels": 17}),
+    "Cosmos Predict 14B": ("Cosmos", COSMOS_14B | {"in_channels": 17}),
 }
 BUNDLED = {
     "the bundled Wan": ("Wan", "wan-tiny"),

@@ -10,8 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.models import hunyuan_video, hunyuan_video15, ltx, mochi, wan, wan_vace
+from radial_attn.models import cosmos, hunyuan_video, hunyuan_video15, ltx, mochi, wan, wan_vace
 from tests.support.tiny import wan_inputs, wan_transformer
+from tests.support.tiny_cosmos import cosmos_inputs, cosmos_transformer
 from tests.support.tiny_hunyuan import (
     GLYPHS,
     IMAGE,
@@ -66,6 +67,7 @@ LENGTHS = (5, 0), (1, 7), (7, 3), (7, 7), (5, 3)
 FAMILIES = [
     Family("wan", wan_transformer, wan_inputs, wan),
     Family("wan_vace", vace_transformer, vace_inputs, wan_vace, feeds=(0, 2, 0, 1, 2, 3)),
+    Family("cosmos", cosmos_transformer, cosmos_inputs, cosmos),
     Family("hunyuan_video", hunyuan_transformer, hunyuan_inputs, hunyuan_video, PADDED, text=TEXT),
     Family(
         "hunyuan_video15",

@@ -27,6 +27,7 @@ from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.profile import SHARES, Cells, MeasuredModel, ModelProfile
 from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.support.tiny_cosmos import TRANSFER, controlled_inputs, cosmos_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 
@@ -78,7 +79,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
     A ring has no 8-bit products; it takes tokens that nothing divides. Four processes without a ring take
     both kinds of layer in one model.
     """
-    wan, hunyuan = BY_NAME["wan"], BY_NAME["hunyuan_video"]
+    wan, hunyuan, cosmos = BY_NAME["wan"], BY_NAME["hunyuan_video"], BY_NAME["cosmos"]
     families = {
         "wan": (wan, {"batch": 2}),
         "wan, a time a token": (replace(wan, inputs=lambda *sizes: token_times(wan_inputs(*sizes))), {}),
@@ -88,6 +89,11 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
+        "cosmos": (cosmos, {}),
+        "cosmos, controlled": (
+            replace(cosmos, transformer=partial(cosmos_transformer, **TRANSFER), inputs=controlled_inputs),
+            {},
+        ),
     }
     for name, (family, samples) in families.items():
         for size in ((6, 6, 8), (5, 3, 7)):

@@ -77,9 +77,9 @@ def test_random_timesteps_in_training_are_all_radial():
 
 
 def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
-    """Compiles each block; Mochi lists no repeated ones, so compile_repeated_blocks does not serve it."""
+    """Compiles each block; Mochi and Cosmos list no repeated ones, which compile_repeated_blocks needs."""
     torch._dynamo.reset()
-    names = {"MochiTransformerBlock", *(transformer._repeated_blocks or [])}
+    names = {"MochiTransformerBlock", "CosmosTransformerBlock", *(transformer._repeated_blocks or [])}
     for module in transformer.modules():
         if type(module).__name__ in names:
             module.compile(**options)
@@ -97,6 +97,7 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
         ("mochi", {}, "nan", 2, {}),  # the last block has no text
         ("wan_vace", {}, "nan", 3, {}),
         ("ltx", {}, "nan", 1, {}),
+        ("cosmos", {}, "nan", 1, {}),
     ],
 )
 def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule):
