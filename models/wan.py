@@ -28,10 +28,12 @@ def attention_layers(transformer: torch.nn.Module) -> list[WanAttention]:
 
 def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> TokenGrid:
     """Returns a call's grid: latents `[B, C, frames, height, width]` over the patch size, rounded down."""
-    sizes = arguments["hidden_states"].shape[2:]
-    return TokenGrid(
-        *(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True))
-    )
+    return latent_grid(arguments["hidden_states"].shape[2:], transformer.config.patch_size)
+
+
+def latent_grid(sizes: Sequence[int], patches: Sequence[int]) -> TokenGrid:
+    """Returns the grid of latents: frames, height and width over those of a patch, rounded down."""
+    return TokenGrid(*(size // patch for size, patch in zip(sizes, patches, strict=True)))
 
 
 def project(attn: WanAttention, hidden_states: Tensor, rotary: Sequence[Tensor]) -> list[Tensor]:

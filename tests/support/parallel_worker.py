@@ -89,6 +89,10 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
+        "skyreels": (BY_NAME["skyreels"], {}),
+        "chronoedit": (BY_NAME["chronoedit"], {}),
+        "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
+        "wan_animate": (BY_NAME["wan_animate"], {"batch": 2}),
         "cosmos": (cosmos, {}),
         "cosmos, controlled": (
             replace(cosmos, transformer=partial(cosmos_transformer, **TRANSFER), inputs=controlled_inputs),
