@@ -240,6 +240,15 @@ PUBLISHED = (
         dense_layers=2,
         source=f"{NOT_PUBLISHED} HunyuanVideo",
     ),
+    PublishedSettings(
+        model="MotifVideo 2B",
+        traits=ModelTraits("MotifVideoTransformer3DModel", width=1536, layers=36, image=True),
+        config=HUNYUAN,
+        dense_steps=12,
+        steps=50,
+        dense_layers=2,
+        source=f"{NOT_PUBLISHED} HunyuanVideo, whose blocks it has",
+    ),
     MOCHI_1,
     PublishedSettings(
         model="LTX-Video",

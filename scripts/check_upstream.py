@@ -61,6 +61,7 @@ FAMILIES = {
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
     "hunyuan_video15": Family("HunyuanVideo 1.5", "hunyuan_1_5", "HunyuanVideo15Transformer3DModel"),
+    "motif_video": Family("MotifVideo", "motif_video", "MotifVideoTransformer3DModel"),
     "framepack": Family(
         "FramePack", "hunyuan_video_framepack", "HunyuanVideoTransformer3DModel", forked=False
     ),

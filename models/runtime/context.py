@@ -370,6 +370,11 @@ class RadialContext:
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
 
 
+def detach_from_rope(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Leaves the rotary tables alone to a layer that stays upstream's, as its forward pre-hook."""
+    return args, kwargs | {"image_rotary_emb": kwargs["image_rotary_emb"][:-2]}
+
+
 def _working_dtype(latents: torch.Tensor) -> torch.dtype:
     """Returns the dtype of the attention: autocast's if it is on."""
     kind = latents.device.type

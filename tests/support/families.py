@@ -18,6 +18,7 @@ from radial_attn.models import (
     hunyuan_video15,
     ltx,
     mochi,
+    motif_video,
     skyreels,
     wan,
     wan_animate,
@@ -36,6 +37,7 @@ from tests.support.tiny_hunyuan import (
 )
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
+from tests.support.tiny_motif import motif_inputs, motif_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
 from tests.support.tiny_wan_relatives import (
     animate_inputs,
@@ -103,6 +105,7 @@ FAMILIES = [
         patch=1,
         text=IMAGE + GLYPHS + TEXT,
     ),
+    Family("motif_video", motif_transformer, motif_inputs, motif_video, PADDED, text=IMAGE + TEXT),
     Family(
         "mochi",
         mochi_transformer,

@@ -30,6 +30,7 @@ from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_cosmos import TRANSFER, controlled_inputs, cosmos_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
+from tests.support.tiny_motif import motif_transformer
 
 RADIAL = {"config": SPARSE}
 ADAPTIVE = {  # a dense call, then two sparse ones of different density
@@ -48,6 +49,7 @@ PROFILED = ADAPTIVE | {  # a dense step in the middle meets heads that are dealt
 }
 MIXED = {"config": SPARSE, "dense_layers": 2}
 REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
+UNDECODED = partial(motif_transformer, num_single_layers=2, num_decoder_layers=0)
 PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two experts, one batch
     "wan": wan_pipeline,
     "wan2.2": partial(wan_pipeline, experts=2),
@@ -87,6 +89,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "hunyuan_video": (hunyuan, {"lengths": (4, 11)}),
         "hunyuan_video, first frame given": (replace(hunyuan, transformer=REPLACED), {}),
         "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
+        "motif_video": (replace(BY_NAME["motif_video"], transformer=UNDECODED), {"lengths": (4, 11)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
         "skyreels": (BY_NAME["skyreels"], {}),

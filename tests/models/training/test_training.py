@@ -98,6 +98,8 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
         ("wan_vace", {}, "nan", 3, {}),
         ("ltx", {}, "nan", 1, {}),
         ("cosmos", {}, "nan", 1, {}),
+        # three kinds of blocks, and two graphs for the inputs
+        pytest.param("motif_video", {}, "nan", 4, {}, marks=pytest.mark.long),
     ],
 )
 def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule):
@@ -129,7 +131,8 @@ def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule)
 )
 def test_compiled_blocks_follow_dense_steps_and_grids(family):
     """Mochi's dense attention takes text out of the padding, which breaks the graph."""
-    both_kinds = family.name == "hunyuan_video"  # of blocks, one each and none always dense: they are slow
+    # both kinds of blocks are slow: one each, and none always dense
+    both_kinds = family.name in ("hunyuan_video", "motif_video")
     few = {"num_layers": 1, "num_single_layers": 1} if both_kinds else {"num_layers": 3}
     transformer, sizes = family.transformer(**few), [{}, {"frames": 4, "height": 3}, {}]
     automatic = family.name in ("wan", "hunyuan_video")  # a size is dynamic after its first change
