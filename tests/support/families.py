@@ -16,6 +16,7 @@ from radial_attn.models import (
     cosmos,
     hunyuan_video,
     hunyuan_video15,
+    kandinsky5,
     ltx,
     mochi,
     motif_video,
@@ -35,6 +36,7 @@ from tests.support.tiny_hunyuan import (
     hunyuan_inputs,
     hunyuan_transformer,
 )
+from tests.support.tiny_kandinsky import kandinsky5_inputs, kandinsky5_transformer
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.support.tiny_motif import motif_inputs, motif_transformer
@@ -115,6 +117,7 @@ FAMILIES = [
         text=7,
     ),
     Family("ltx", ltx_transformer, ltx_inputs, ltx, patch=1),
+    Family("kandinsky5", kandinsky5_transformer, kandinsky5_inputs, kandinsky5),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -122,11 +125,11 @@ with_text = pytest.mark.parametrize("family", [x for x in FAMILIES if x.text], i
 
 
 class TokenMask(TorchFunctionMode):
-    """Puts torch's SDPA under the token mask of SPARSE while `on`; upstream may have cut padded text off."""
+    """Puts torch's SDPA under a token mask `[S, S]` while `on`; upstream may have cut padded text off."""
 
-    def __init__(self, grid: TokenGrid) -> None:
+    def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
-        self.mask, self.on = radial_mask(grid, SPARSE).token_mask(), False
+        self.mask, self.on = mask, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -146,9 +149,12 @@ def masked_upstream(
     inputs: dict,
     size: tuple[int, ...] = SIZE,
     dense_layers: int = 0,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns upstream's output under the token mask of SPARSE from layer `dense_layers` on."""
-    mode, hooks = TokenMask(family.grid(*size)), []
+    """Returns upstream's output under a token mask, that of SPARSE by default, from `dense_layers` on."""
+    mask = radial_mask(family.grid(*size), SPARSE).token_mask() if mask is None else mask
+    mode, hooks = TokenMask(mask), []
     for number, attention in zip(family.feeds, family.fork.attention_layers(transformer), strict=True):
         on = number >= dense_layers
         hooks.append(attention.register_forward_pre_hook(lambda *_, on=on: setattr(mode, "on", on)))
