@@ -17,7 +17,7 @@ from radial_attn.kernels.contract import QUANTIZE
 from .profile import MeasuredModel, ModelProfile
 from .runtime.adaptive import Adaptive
 from .runtime.choices import Choices
-from .runtime.context import RadialContext
+from .runtime.context import RadialContext, detach_from_rope
 from .runtime.counts import other_layers
 from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
@@ -32,10 +32,12 @@ TRANSFORMERS = {
     "ChronoEditTransformer3DModel": "chronoedit",
     "AnyFlowTransformer3DModel": "anyflow",
     "WanAnimateTransformer3DModel": "wan_animate",
+    "CosmosTransformer3DModel": "cosmos",
     "MochiTransformer3DModel": "mochi",
     "LTXVideoTransformer3DModel": "ltx",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "MotifVideoTransformer3DModel": "motif_video",
     "Kandinsky5Transformer3DModel": "kandinsky5",
 }
 REFUSED = {  # transformers of video without full self-attention over frames, height and width, and why
@@ -146,6 +148,8 @@ def apply_radial_attention(
         raise ValueError(reason)
     for transformer, family in zip(transformers, families, strict=True):
         _check_layers(transformer, family, dense_layers)
+        if parallel is not None and hasattr(family, "check_parallel"):
+            family.check_parallel(transformer)
     measured = None if profile is None else _read_profile(profile, transformers[0], families[0])
     if pipeline is None:
         schedule.is_dense(0, None)
@@ -263,6 +267,8 @@ class RadialAttentionHandle:
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
         if not hasattr(family, "with_calls"):
             self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
+        for module in family.rotated_layers(transformer) if hasattr(family, "rotated_layers") else ():
+            self._hooks.append(module.register_forward_pre_hook(detach_from_rope, with_kwargs=True))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
         self._hooks.append(transformer.register_forward_hook(context.after_call))

@@ -143,6 +143,24 @@ KANDINSKY_LITE = PublishedSettings(
     size="121 frames of 512x768",
     grid=TokenGrid(31, 32, 48),
 )
+COSMOS_7B = PublishedSettings(
+    model="Cosmos 7B",
+    traits=ModelTraits("CosmosTransformer3DModel", width=4096, layers=28),
+    config=MOCHI,
+    dense_steps=12,
+    steps=50,
+    dense_layers=0,
+    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+    size="121 frames of 704x1280",
+    grid=TokenGrid(16, 44, 80),
+)
+COSMOS_2B = replace(
+    COSMOS_7B,
+    model="Cosmos Predict 2B",
+    traits=replace(COSMOS_7B.traits, width=2048, image=True),
+    size="93 frames of 704x1280",
+    grid=TokenGrid(24, 44, 80),
+)
 WAN_TINY = PublishedSettings(
     model="the bundled Wan",
     traits=ModelTraits("WanTransformer3DModel", width=192, layers=6),
@@ -235,6 +253,15 @@ PUBLISHED = (
         dense_layers=2,
         source=f"{NOT_PUBLISHED} HunyuanVideo",
     ),
+    PublishedSettings(
+        model="MotifVideo 2B",
+        traits=ModelTraits("MotifVideoTransformer3DModel", width=1536, layers=36, image=True),
+        config=HUNYUAN,
+        dense_steps=12,
+        steps=50,
+        dense_layers=2,
+        source=f"{NOT_PUBLISHED} HunyuanVideo, whose blocks it has",
+    ),
     MOCHI_1,
     PublishedSettings(
         model="LTX-Video",
@@ -247,6 +274,10 @@ PUBLISHED = (
         size="161 frames of 512x704",
         grid=TokenGrid(21, 16, 22),
     ),
+    COSMOS_7B,
+    replace(COSMOS_7B, model="Cosmos 14B", traits=replace(COSMOS_7B.traits, width=5120, layers=36)),
+    COSMOS_2B,
+    replace(COSMOS_2B, model="Cosmos Predict 14B", traits=replace(COSMOS_2B.traits, width=5120, layers=36)),
     KANDINSKY_LITE,
     replace(
         KANDINSKY_LITE,

@@ -56,6 +56,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "wan": Family("Wan", "wan", "WanTransformer3DModel"),
     "wan_vace": Family("Wan-VACE", "wan_vace", "WanVACETransformer3DModel"),
+    "cosmos": Family("Cosmos", "cosmos", "CosmosTransformer3DModel"),
     "skyreels": Family("SkyReels-V2", "skyreels_v2", "SkyReelsV2Transformer3DModel"),
     "chronoedit": Family("ChronoEdit", "chronoedit", "ChronoEditTransformer3DModel"),
     "anyflow": Family("AnyFlow", "anyflow", "AnyFlowTransformer3DModel"),
@@ -64,6 +65,7 @@ FAMILIES = {
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
     "hunyuan_video15": Family("HunyuanVideo 1.5", "hunyuan_1_5", "HunyuanVideo15Transformer3DModel"),
+    "motif_video": Family("MotifVideo", "motif_video", "MotifVideoTransformer3DModel"),
     "framepack": Family(
         "FramePack", "hunyuan_video_framepack", "HunyuanVideoTransformer3DModel", forked=False
     ),

@@ -154,11 +154,17 @@ class SequenceParallel:
 
     def install(self, transformer: torch.nn.Module, family: ModuleType) -> list[Any]:
         """Adds and returns hooks that split tokens before a transformer's blocks and gather them after."""
-        hooks = []
-        for stack in family.stacks(transformer):
-            for index, block in enumerate(stack):
-                enter = _Entrance(self, block, first=index == 0)
-                hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        names = getattr(family, "TOKEN_ARGUMENTS", ())
+        entrances = [
+            (block, _Entrance(self, block, names, first=index == 0))
+            for stack in family.stacks(transformer)
+            for index, block in enumerate(stack)
+        ]
+        if names:
+            entrances.append(
+                (transformer.norm_out, _Entrance(self, transformer.norm_out, names, first=False))
+            )
+        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module, enter in entrances]
         for module in family.between_blocks(transformer) if hasattr(family, "between_blocks") else ():
             hooks.append(module.register_forward_pre_hook(self._join_input))
             hooks.append(module.register_forward_hook(self._split_output))
@@ -191,10 +197,15 @@ class SequenceParallel:
 
 
 class _Entrance:
-    """Splits a block's arguments that go by tokens, as its forward pre-hook; the stream itself only once."""
+    """Splits a block's arguments that go by tokens, as its forward pre-hook; the stream itself only once.
 
-    def __init__(self, parallel: SequenceParallel, block: torch.nn.Module, *, first: bool) -> None:
-        self._parallel, self._first = parallel, first
+    `names`: further arguments, which go by tokens if they are `[B, N, C]`.
+    """
+
+    def __init__(
+        self, parallel: SequenceParallel, block: torch.nn.Module, names: Sequence[str], *, first: bool
+    ) -> None:
+        self._parallel, self._names, self._first = parallel, names, first
         self._signature = inspect.signature(type(block).forward)
 
     def __call__(self, block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -204,6 +215,9 @@ class _Entrance:
             for name in ("hidden_states", "control_hidden_states", "visual_embed"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
+        for name in self._names:
+            if (given := arguments.get(name)) is not None and given.ndim == 3:
+                arguments[name] = self._parallel.shard(given, 1)
         if "rope" in arguments:  # of Kandinsky 5, whose rotary tables come whole
             arguments["rope"] = self._parallel.shard(arguments["rope"], 1)
         if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V

@@ -18,8 +18,14 @@ WAN_BASE = 10000.0  # base of Wan's rotary embedding, which does not store it
 ONE_PERIOD = 0.9  # share of a period that RIFLEx lets the new length fill
 KEPT, STRETCHED = 2.0, 1.0  # turns in training: yarn keeps from, stretches up to
 LEARNED = "MochiRoPE"  # gets its frequencies as an argument
-ROPES = ("WanRotaryPosEmbed", "HunyuanVideoRotaryPosEmbed", "HunyuanVideo15RotaryPosEmbed", LEARNED)
-FAMILIES = "Wan, Wan-VACE, HunyuanVideo, HunyuanVideo 1.5, Mochi"
+ROPES = (
+    "WanRotaryPosEmbed",
+    "HunyuanVideoRotaryPosEmbed",
+    "HunyuanVideo15RotaryPosEmbed",
+    "MotifVideoRotaryPosEmbed",
+    LEARNED,
+)
+FAMILIES = "Wan, Wan-VACE, HunyuanVideo, HunyuanVideo 1.5, MotifVideo, Mochi"
 
 
 def extend_positions(model: Any, method: str, train_frames: int, frames: int) -> "PositionsHandle":

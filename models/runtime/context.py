@@ -77,7 +77,8 @@ class RadialContext:
         self._chooser, self._counts = chooser, Counts(layers, always_dense, other_layers)
         self._choice, self._reason, self._begins = None, None, False  # of the running call
         self._text = TextLengths(family)
-        self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
+        rising, indexed = (getattr(family, name, False) for name in ("TIMESTEPS_RISE", "STEPS_BY_INDEX"))
+        self._counter = StepCounter(pipeline, rising=rising, indexed=indexed)
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
 
     def _check_ring(self) -> None:
@@ -374,6 +375,11 @@ class RadialContext:
         if self.parallel is None and self.observer is None and not records and not sliced:
             return None
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
+
+
+def detach_from_rope(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Leaves the rotary tables alone to a layer that stays upstream's, as its forward pre-hook."""
+    return args, kwargs | {"image_rotary_emb": kwargs["image_rotary_emb"][:-2]}
 
 
 def _working_dtype(latents: torch.Tensor) -> torch.dtype:

@@ -232,17 +232,18 @@ class StepCounter:
     there (every video calls `set_timesteps`) begins a new video. Without a pipeline, or if the timestep is
     not in that list, an equal timestep is the same step (the other guidance half), a lower one the next step,
     and a higher one a new video. With `rising` a higher one is the next step, a lower one a new video. This
-    rule means nothing for random timesteps, as in training. A copy or a pickle follows the scheduler that was
+    rule means nothing for random timesteps, as in training. With `indexed` the scheduler's own index is the
+    step, because calls get other values than its timesteps. A copy or a pickle follows the scheduler that was
     copied with it.
     """
 
-    def __init__(self, pipeline: Any = None, *, rising: bool = False) -> None:
+    def __init__(self, pipeline: Any = None, *, rising: bool = False, indexed: bool = False) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._copied_scheduler: Any = None
         self._timesteps: torch.Tensor | None = None
         self._planned: list[float] = []
         self.sigmas: list[float] | None = None  # noise level of each planned step, 1 for noise
-        self._timestep, self._direction = float("inf"), 1 if rising else -1
+        self._timestep, self._direction, self._indexed = float("inf"), 1 if rising else -1, indexed
         self.step = self.steps_begun = self.videos_begun = 0
         self.began = time.perf_counter()  # the latest video
 
@@ -271,7 +272,7 @@ class StepCounter:
     def advance(self, timestep: torch.Tensor) -> tuple[int, bool]:
         """Returns the step, and whether this call begins it.
 
-        `timestep`: `[B]`, or `[B, S]` for each token; the maximum counts.
+        `timestep`: `[B]`, `[B, S]` for each token or `[B, 1, F, 1, 1]` for each frame; the maximum counts.
         """
         value = float(timestep.max())
         new_video = self._read_plan() or self.videos_begun == 0
@@ -309,17 +310,22 @@ class StepCounter:
         self.sigmas = None if levels is None else levels[: len(self._planned)].tolist()
         if self.sigmas is not None and self._direction > 0:
             self.sigmas = [1 - level for level in self.sigmas]
+        if max(self.sigmas or [0]) > 1:  # of x + sigma noise: its share in flow matching
+            self.sigmas = [level / (1 + level) for level in self.sigmas]
         return True
 
     def _planned_step(self, value: float, dtype: torch.dtype) -> int | None:
         """Returns the index of `value` in the planned timesteps, up to rounding of `dtype`; None if absent.
 
-        If several fit, after rounding or in a steep schedule, the scheduler's own index decides.
+        If several fit, after rounding or in a steep schedule, the scheduler's own index decides, as it does
+        for all values of an indexed count.
         """
         tolerance = torch.finfo(dtype).eps * abs(value) if dtype.is_floating_point else 1.0
         near = [index for index, planned in enumerate(self._planned) if abs(planned - value) <= tolerance]
-        if len(near) < 2:
+        if len(near) < 2 and not self._indexed:
             return near[0] if near else None
         scheduler = self._scheduler()
         current = getattr(scheduler, "step_index", None) or getattr(scheduler, "begin_index", None) or 0
+        if self._indexed:
+            return current if current < len(self._planned) else None
         return current if current in near else min(near, key=lambda index: abs(self._planned[index] - value))

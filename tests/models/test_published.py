@@ -62,6 +62,8 @@ SMALLER = {"num_attention_heads": 12, "num_layers": 30}
 TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48}
 KANDINSKY_PRO = {"model_dim": 4096, "num_visual_blocks": 60, "axes_dims": (32, 48, 48)}
 BIG, OF_IMAGES = {"num_attention_heads": 40, "num_layers": 40}, {"in_channels": 36, "image_dim": 1280}
+MOTIF = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
+COSMOS_14B = {"num_attention_heads": 40, "num_layers": 36}
 FULL_SIZE = {
     "Wan2.1 T2V 14B": ("Wan", {}),
     "Wan2.1 T2V 1.3B": ("Wan", SMALLER),
@@ -81,6 +83,11 @@ FULL_SIZE = {
     "HunyuanVideo 1.5": ("HunyuanVideo15", {}),
     "Mochi 1": ("Mochi", {}),
     "LTX-Video": ("LTXVideo", {}),
+    "MotifVideo 2B": ("MotifVideo", MOTIF),
+    "Cosmos 7B": ("Cosmos", {}),
+    "Cosmos 14B": ("Cosmos", COSMOS_14B),
+    "Cosmos Predict 2B": ("Cosmos", {"num_attention_heads": 16, "in_channels": 17}),
+    "Cosmos Predict 14B": ("Cosmos", COSMOS_14B | {"in_channels": 17}),
     "Kandinsky 5.0 Lite": ("Kandinsky5", {"model_dim": 1792}),
     "Kandinsky 5.0 Pro": ("Kandinsky5", KANDINSKY_PRO),
 }

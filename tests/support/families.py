@@ -13,17 +13,20 @@ from radial_attn import RadialConfig, TokenGrid, radial_mask
 from radial_attn.models import (
     anyflow,
     chronoedit,
+    cosmos,
     hunyuan_video,
     hunyuan_video15,
     kandinsky5,
     ltx,
     mochi,
+    motif_video,
     skyreels,
     wan,
     wan_animate,
     wan_vace,
 )
 from tests.support.tiny import wan_inputs, wan_transformer
+from tests.support.tiny_cosmos import cosmos_inputs, cosmos_transformer
 from tests.support.tiny_hunyuan import (
     GLYPHS,
     IMAGE,
@@ -36,6 +39,7 @@ from tests.support.tiny_hunyuan import (
 from tests.support.tiny_kandinsky import kandinsky5_inputs, kandinsky5_transformer
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
+from tests.support.tiny_motif import motif_inputs, motif_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
 from tests.support.tiny_wan_relatives import (
     animate_inputs,
@@ -92,6 +96,7 @@ FAMILIES = [
     Family("chronoedit", chronoedit_transformer, wan_inputs, chronoedit),
     Family("anyflow", anyflow_transformer, anyflow_inputs, anyflow),
     Family("wan_animate", animate_transformer, animate_inputs, wan_animate, fewest=2),
+    Family("cosmos", cosmos_transformer, cosmos_inputs, cosmos),
     Family("hunyuan_video", hunyuan_transformer, hunyuan_inputs, hunyuan_video, PADDED, text=TEXT),
     Family(
         "hunyuan_video15",
@@ -102,6 +107,7 @@ FAMILIES = [
         patch=1,
         text=IMAGE + GLYPHS + TEXT,
     ),
+    Family("motif_video", motif_transformer, motif_inputs, motif_video, PADDED, text=IMAGE + TEXT),
     Family(
         "mochi",
         mochi_transformer,

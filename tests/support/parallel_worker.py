@@ -27,8 +27,10 @@ from radial_attn.models.parallel.ulysses import SequenceParallel
 from radial_attn.models.profile import SHARES, Cells, MeasuredModel, ModelProfile
 from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.support.tiny_cosmos import TRANSFER, controlled_inputs, cosmos_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
+from tests.support.tiny_motif import motif_transformer
 
 RADIAL = {"config": SPARSE}
 ADAPTIVE = {  # a dense call, then two sparse ones of different density
@@ -47,6 +49,7 @@ PROFILED = ADAPTIVE | {  # a dense step in the middle meets heads that are dealt
 }
 MIXED = {"config": SPARSE, "dense_layers": 2}
 REPLACED = partial(hunyuan_transformer, image_condition_type="token_replace")
+UNDECODED = partial(motif_transformer, num_single_layers=2, num_decoder_layers=0)
 PIPELINES = {  # whose steps have two halves: two calls, two calls of one of two experts, one batch
     "wan": wan_pipeline,
     "wan2.2": partial(wan_pipeline, experts=2),
@@ -78,7 +81,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
     A ring has no 8-bit products; it takes tokens that nothing divides. Four processes without a ring take
     both kinds of layer in one model.
     """
-    wan, hunyuan = BY_NAME["wan"], BY_NAME["hunyuan_video"]
+    wan, hunyuan, cosmos = BY_NAME["wan"], BY_NAME["hunyuan_video"], BY_NAME["cosmos"]
     families = {
         "wan": (wan, {"batch": 2}),
         "wan, a time a token": (replace(wan, inputs=lambda *sizes: token_times(wan_inputs(*sizes))), {}),
@@ -86,6 +89,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "hunyuan_video": (hunyuan, {"lengths": (4, 11)}),
         "hunyuan_video, first frame given": (replace(hunyuan, transformer=REPLACED), {}),
         "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
+        "motif_video": (replace(BY_NAME["motif_video"], transformer=UNDECODED), {"lengths": (4, 11)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
         "kandinsky5": (BY_NAME["kandinsky5"], {"batch": 2}),
@@ -93,6 +97,11 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "chronoedit": (BY_NAME["chronoedit"], {}),
         "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
         "wan_animate": (BY_NAME["wan_animate"], {"batch": 2}),
+        "cosmos": (cosmos, {}),
+        "cosmos, controlled": (
+            replace(cosmos, transformer=partial(cosmos_transformer, **TRANSFER), inputs=controlled_inputs),
+            {},
+        ),
     }
     for name, (family, samples) in families.items():
         for size in ((6, 6, 8), (5, 3, 7)):

@@ -12,6 +12,7 @@ from tests.support.pipelines import generate
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 
 LENGTHS = {"mochi": [5, 3], "hunyuan_video": [3, 1, 7], "hunyuan_video15": [9, 7, 13]}  # and 6 image, glyph
+LENGTHS["motif_video"] = [6, 4, 10]  # and 3 image
 
 
 def two_steps(family) -> list[dict]:

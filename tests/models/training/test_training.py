@@ -80,9 +80,9 @@ def test_random_timesteps_in_training_are_all_radial():
 
 
 def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
-    """Compiles each block; Mochi lists no repeated ones, so compile_repeated_blocks does not serve it."""
+    """Compiles each block; Mochi and Cosmos list no repeated ones, which compile_repeated_blocks needs."""
     torch._dynamo.reset()
-    names = {"MochiTransformerBlock", *(transformer._repeated_blocks or [])}
+    names = {"MochiTransformerBlock", "CosmosTransformerBlock", *(transformer._repeated_blocks or [])}
     for module in transformer.modules():
         if type(module).__name__ in names:
             module.compile(**options)
@@ -100,6 +100,9 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
         ("mochi", {}, "nan", 2, {}),  # the last block has no text
         ("wan_vace", {}, "nan", 3, {}),
         ("ltx", {}, "nan", 1, {}),
+        ("cosmos", {}, "nan", 1, {}),
+        # three kinds of blocks, and two graphs for the inputs
+        pytest.param("motif_video", {}, "nan", 4, {}, marks=pytest.mark.long),
         ("kandinsky5", {}, "nan", 2, {}),  # the text has blocks of its own
     ],
 )
@@ -132,7 +135,8 @@ def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule)
 )
 def test_compiled_blocks_follow_dense_steps_and_grids(family):
     """Mochi's dense attention takes text out of the padding, which breaks the graph."""
-    both_kinds = family.name == "hunyuan_video"  # of blocks, one each and none always dense: they are slow
+    # both kinds of blocks are slow: one each, and none always dense
+    both_kinds = family.name in ("hunyuan_video", "motif_video")
     few = {"num_layers": 1, "num_single_layers": 1} if both_kinds else {"num_layers": 3}
     transformer, sizes = family.transformer(**few), [{}, {"frames": 4, "height": 3}, {}]
     automatic = family.name in ("wan", "hunyuan_video")  # a size is dynamic after its first change

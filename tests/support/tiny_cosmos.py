@@ -1,0 +1,109 @@
+"""A tiny random Cosmos: transformer, arguments of a call, pipelines."""
+
+import torch
+from diffusers import (
+    Cosmos2_5_PredictBasePipeline,
+    Cosmos2VideoToWorldPipeline,
+    CosmosTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from tests.support.tiny import (
+    CHANNELS,
+    HEADS,
+    TEXT_DIM,
+    first,
+    quiet,
+    randoms,
+    seeded,
+    t5_pipeline,
+    wan_vae,
+)
+
+IMAGE_DIM = 8
+WIDTH = HEADS["num_attention_heads"] * HEADS["attention_head_dim"]
+TRANSFER = {"controlnet_block_every_n": 2, "img_context_dim_in": IMAGE_DIM, "img_context_dim_out": WIDTH}
+SETTINGS = {
+    **HEADS,
+    "in_channels": CHANNELS + 1,  # the mask of the given frames
+    "out_channels": CHANNELS,
+    "num_layers": 4,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": TEXT_DIM,
+    "adaln_lora_dim": 4,
+    "max_size": (32, 64, 64),
+    "concat_padding_mask": False,  # the mask of padded pixels, a channel that needs torchvision
+}
+
+
+def cosmos_transformer(seed: int = 0, **changes: object) -> CosmosTransformer3DModel:
+    """Makes a random Cosmos transformer in eval mode: 4 layers, 2 heads of 12, patch 2, unless changed."""
+    transformer = seeded(seed, CosmosTransformer3DModel, **SETTINGS | changes)
+    for name, parameter in transformer.named_parameters():
+        if name.startswith("learnable_pos_embed"):
+            torch.nn.init.normal_(parameter)  # zeros, which add nothing, when made
+    return transformer
+
+
+def cosmos_inputs(
+    frames: int = 6,
+    height: int = 12,
+    width: int = 16,
+    *,
+    batch: int = 1,
+    timestep: float = 500.0,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Returns arguments of a call: the first frame is given, a timestep for each; 7 text tokens, 5 valid."""
+    make, times = randoms(seed), torch.full((batch, 1, frames, 1, 1), timestep)
+    given = torch.zeros(batch, 1, frames, height, width)
+    given[:, :, 0], times[:, :, 0] = 1, times[:, :, 0] * (frames == 1)
+    return {
+        "hidden_states": make(batch, CHANNELS, frames, height, width),
+        "timestep": times,
+        "encoder_hidden_states": make(batch, 7, TEXT_DIM),
+        "attention_mask": first(batch * [5], 7),
+        "condition_mask": given,
+        "fps": 16,
+    }
+
+
+def controlled_inputs(*sizes: int, **more: float) -> dict[str, object]:
+    """Returns arguments of a call of Cosmos Transfer, whose transformer has `TRANSFER` for changes.
+
+    A control net gave residuals for two blocks, and images a context of 3 tokens.
+    """
+    inputs, make = cosmos_inputs(*sizes, **more), randoms(1)
+    batch, _, frames, height, width = inputs["hidden_states"].shape
+    context = inputs["encoder_hidden_states"], make(batch, 3, IMAGE_DIM)
+    residuals = [make(batch, frames * (height // 2) * (width // 2), WIDTH) for _ in range(2)]
+    more = {"encoder_hidden_states": context, "block_controlnet_hidden_states": residuals}
+    return inputs | more | {"attention_mask": None}
+
+
+class Harmless(torch.nn.Module):
+    """Finds every text and video safe: Cosmos Guardrail has large models."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: object) -> object:
+        return frames
+
+
+def cosmos_pipeline(seed: int = 0, **changes: object) -> Cosmos2VideoToWorldPipeline:
+    """Makes a random pipeline of Cosmos Predict 2 with all parts; `changes` go to its transformer."""
+    parts = {"vae": wan_vae(seed), "transformer": cosmos_transformer(seed, **changes)}
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    return t5_pipeline(Cosmos2VideoToWorldPipeline, seed, safety_checker=Harmless(), **parts)
+
+
+def cosmos25_pipeline(seed: int = 0, **changes: object) -> Cosmos2_5_PredictBasePipeline:
+    """Makes a random pipeline of Cosmos Predict 2.5 without a text encoder, so it takes `prompt_embeds`."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    parts = {"vae": wan_vae(seed), "transformer": cosmos_transformer(seed, **changes)}
+    parts |= {"text_encoder": None, "tokenizer": None, "scheduler": UniPCMultistepScheduler(**flow)}
+    return quiet(Cosmos2_5_PredictBasePipeline(safety_checker=Harmless(), **parts))
