@@ -209,6 +209,17 @@ PUBLISHED = (
         size="161 frames of 512x704",
         grid=TokenGrid(21, 16, 22),
     ),
+    PublishedSettings(
+        model="LTX-2",
+        traits=ModelTraits("LTX2VideoTransformer3DModel", width=4096, layers=48),
+        config=MOCHI,
+        dense_steps=12,
+        steps=50,
+        dense_layers=0,
+        source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+        size="121 frames of 512x768",
+        grid=TokenGrid(16, 16, 24),
+    ),
     WAN_TINY,
     replace(
         WAN_TINY,

@@ -162,7 +162,7 @@ class SequenceParallel:
         if hasattr(transformer, "condition_embedder"):
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
         hooks.append(transformer.proj_out.register_forward_hook(self._leave))
-        return hooks
+        return hooks + (family.share(transformer, self) if hasattr(family, "share") else [])
 
     def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Splits Wan's embedded time and its projection if each token has its own (TI2V-5B)."""
@@ -216,7 +216,7 @@ def gather_parts(x: Tensor, dim: int, group: torch.distributed.ProcessGroup) -> 
 
 
 def pad(x: Tensor, dim: int, count: int) -> Tensor:
-    """Appends `count` zeros along `dim`."""
+    """Appends `count` zeros along `dim`, which may count from the end."""
     if count == 0:
         return x
-    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, count])
+    return F.pad(x, [0, 0] * ((-1 - dim) % x.ndim) + [0, count])

@@ -101,9 +101,13 @@ class RadialContext:
         vars(self).update(state, _family=import_module(state["_family"]))
 
     @torch.compiler.disable
-    def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's."""
+    def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's.
+
+        Returns other arguments if the family arranges them.
+        """
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
+        del arguments["self"]
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
         if self.parallel is not None:
@@ -138,6 +142,9 @@ class RadialContext:
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         before = self._densities.pop(grid, None)
         self._densities[grid] = mask.density if before is None or not dense else before
+        if self._radial_call is None or not hasattr(self._family, "arrange"):
+            return None
+        return (), self._family.arrange(arguments, self.parallel)
 
     def _set_calls(
         self,

@@ -147,9 +147,9 @@ def test_remove_restores_objects_and_hooks(family, option):
 def test_schedule_in_the_outputs(family, dense_layers):
     """A later timestep is the next step, an equal one the other guidance half, an earlier one a new video."""
     transformer, times = family.transformer(), [1000, 1000, 900, 900, 500, 100]
-    if family.name == "mochi":
+    if family.rises:
         times = [0, 0, 100, 100, 500, 900]
-    text = {"lengths": (4,)} if family.text else {}
+    text = {"lengths": (4,)} if family.padded else {}
     calls = [family.sized(timestep=float(time), **text) for time in times]
     expected = [masked_upstream(family, transformer, inputs, dense_layers=dense_layers) for inputs in calls]
     for step in (0, 1, -1):

@@ -16,7 +16,7 @@ LENGTHS = {"mochi": [5, 3], "hunyuan_video": [3, 1, 7], "hunyuan_video15": [9, 7
 
 def two_steps(family) -> list[dict]:
     """Returns a call of a batch for each of two steps."""
-    times = (200.0, 900.0) if family.name == "mochi" else (900.0, 200.0)
+    times = (200.0, 900.0) if family.rises else (900.0, 200.0)
     return [family.sized(timestep=timestep, **family.samples[-1]) for timestep in times]
 
 
