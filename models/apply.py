@@ -31,6 +31,7 @@ TRANSFORMERS = {
     "MochiTransformer3DModel": "mochi",
     "LTXVideoTransformer3DModel": "ltx",
     "LTX2VideoTransformer3DModel": "ltx2",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
 }

@@ -220,6 +220,15 @@ PUBLISHED = (
         size="121 frames of 512x768",
         grid=TokenGrid(16, 16, 24),
     ),
+    PublishedSettings(
+        model="MiniMax-H3",
+        traits=ModelTraits("MiniMaxH3Transformer3DModel", width=7168, layers=50),
+        config=MOCHI,
+        dense_steps=12,
+        steps=50,
+        dense_layers=0,
+        source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+    ),
     WAN_TINY,
     replace(
         WAN_TINY,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +78,7 @@ class RadialContext:
         self._chooser, self._counts = chooser, Counts(layers, always_dense, other_layers)
         self._choice, self._reason, self._begins = None, None, False  # of the running call
         self._text = TextLengths(family)
+        self._timestep = getattr(family, "timestep", itemgetter("timestep"))
         self._counter = StepCounter(pipeline, rising=getattr(family, "TIMESTEPS_RISE", False))
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
 
@@ -112,7 +114,7 @@ class RadialContext:
         lengths = self._text.read(arguments)
         if self.parallel is not None:
             self.parallel.begin(grid, self.config.block_size)
-        step, self._begins = self._counter.advance(arguments["timestep"])
+        step, self._begins = self._counter.advance(self._timestep(arguments))
         if self._begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
             self.schedule.check_run(*self._counter.plan)
         plan = self._counter.plan
@@ -124,7 +126,7 @@ class RadialContext:
             records = dense and self.adaptive.records and self.schedule.precedes_sparse(step, *plan)
             if self.adaptive.selection == "profile" and (records or not dense):
                 self._choices.begin_part(self._counter.sigma(), latents.device)
-        self._dtype, mask = _working_dtype(latents), self._mask(transformer, grid, step)
+        self._dtype, mask = self._working_dtype(transformer, latents), self._mask(transformer, grid, step)
         attends = records or not dense
         may_attend = attends or not scheduled
         self._choice = self._open_choice(transformer, latents, mask, lengths) if may_attend else None
@@ -341,6 +343,14 @@ class RadialContext:
         heads = -(-heads // (1 if self.parallel is None else self.parallel.degree))
         return len(latents), grid.tokens, heads, transformer.config.attention_head_dim
 
+    def _working_dtype(self, transformer: torch.nn.Module, latents: Tensor) -> torch.dtype:
+        """Returns the dtype of the attention: autocast's if it is on."""
+        kind = latents.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        find = getattr(self._family, "working_dtype", None)
+        return latents.dtype if find is None else find(transformer)
+
     def _reason_of(self, scheduled: bool) -> str:
         """Says why a call is dense."""
         if self.config.pattern == "dense":
@@ -373,11 +383,3 @@ class RadialContext:
         if self.parallel is None and self.observer is None and not records and not sliced:
             return None
         return AttentionCall(mask, "dense", text_lengths=lengths, parallel=self.parallel, valid=valid)
-
-
-def _working_dtype(latents: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of the attention: autocast's if it is on."""
-    kind = latents.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return latents.dtype

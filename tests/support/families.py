@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.models import hunyuan_video, hunyuan_video15, ltx, ltx2, mochi, wan, wan_vace
+from radial_attn.models import hunyuan_video, hunyuan_video15, ltx, ltx2, minimax_h3, mochi, wan, wan_vace
 from tests.support.tiny import wan_inputs, wan_transformer
 from tests.support.tiny_hunyuan import (
     GLYPHS,
@@ -23,6 +23,7 @@ from tests.support.tiny_hunyuan import (
 )
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_ltx2 import ltx2_inputs, ltx2_transformer
+from tests.support.tiny_minimax_h3 import OTHERS, minimax_h3_inputs, minimax_h3_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
 
@@ -95,6 +96,7 @@ FAMILIES = [
     ),
     Family("ltx", ltx_transformer, ltx_inputs, ltx, patch=1),
     Family("ltx2", ltx2_transformer, ltx2_inputs, ltx2, patch=1),
+    Family("minimax_h3", minimax_h3_transformer, minimax_h3_inputs, minimax_h3, text=OTHERS),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
