@@ -28,12 +28,24 @@ from .runtime.transformers import parts_of, transformers_of
 TRANSFORMERS = {
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan_vace",
+    "SkyReelsV2Transformer3DModel": "skyreels",
+    "ChronoEditTransformer3DModel": "chronoedit",
+    "AnyFlowTransformer3DModel": "anyflow",
+    "WanAnimateTransformer3DModel": "wan_animate",
     "MochiTransformer3DModel": "mochi",
     "LTXVideoTransformer3DModel": "ltx",
     "LTX2VideoTransformer3DModel": "ltx2",
     "MiniMaxH3Transformer3DModel": "minimax_h3",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+}
+REFUSED = {  # transformers of video without full self-attention over frames, height and width, and why
+    "HeliosTransformer3DModel": "its self-attention joins new frames with coarser tokens of earlier ones",
+    "WanAnimate2Transformer3DModel": "its self-attention also reads a cached video, by a mask of its own",
+    "AnyFlowFARTransformer3DModel": "its self-attention is causal, over chunks of frames and cached keys",
+    "SanaVideoTransformer3DModel": "its self-attention is linear, without a score for each pair of tokens",
+    "Cosmos3OmniTransformer": "its video tokens attend in a packed sequence with text, sound and actions",
+    "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already, by a mask of its own (NABLA)",
 }
 HANDLE = "_radial_attention"  # attribute of a transformer that holds its handle
 
@@ -258,7 +270,9 @@ class RadialAttentionHandle:
 
 def family_of(transformer: torch.nn.Module) -> ModuleType:
     """Returns the fork of a transformer's family; ValueError if there is none."""
-    for cls in type(transformer).__mro__:
+    for cls in type(transformer).__mro__:  # the nearest class decides
+        if cls.__name__ in REFUSED:
+            raise ValueError(f"radial attention cannot serve {cls.__name__}: {REFUSED[cls.__name__]}")
         if cls.__name__ in TRANSFORMERS:
             return import_module(f".{TRANSFORMERS[cls.__name__]}", __package__)
     raise ValueError(

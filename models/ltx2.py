@@ -1,5 +1,6 @@
 """Forks the video's self-attention of LTX2VideoTransformer3DModel; the audio and all else stay upstream's."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from .ltx import attention_layers, stacks, token_grid
 from .runtime.layer_attention import attend
-from .runtime.output_check import LayerCheck, watched
+from .runtime.output_check import watched
+from .runtime.processor import Processor
 
 __all__ = ["RadialProcessor", "arrange", "attention_layers", "share", "stacks", "token_grid"]
 UPSTREAM_PROCESSOR = upstream.LTX2AudioVideoAttnProcessor, upstream.LTX2PerturbedAttnProcessor
@@ -38,15 +40,11 @@ def share(transformer: torch.nn.Module, parallel: Any) -> list[Any]:
     return [attention.register_forward_pre_hook(hook, with_kwargs=True) for attention, hook in places]
 
 
-class RadialProcessor(upstream.LTX2PerturbedAttnProcessor):
+class RadialProcessor(Processor, upstream.LTX2PerturbedAttnProcessor):
     """Computes self-attention by `radial_attention`, or by upstream if layer or call is dense or skipped.
 
     Upstream's two processors differ in perturbation alone (STG), which replaces attention by the values.
     """
-
-    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
-        super().__init__()
-        self.dense, self.layer_check = dense, layer_check
 
     @watched
     def __call__(  # noqa: PLR0917 (as upstream's)
@@ -55,20 +53,16 @@ class RadialProcessor(upstream.LTX2PerturbedAttnProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple | None = None,
+        query_rotary_emb: Sequence[Any] = (),
         key_rotary_emb: tuple | None = None,
         perturbation_mask: Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> Tensor:
         """Returns `[B, S, C]`; `query_rotary_emb` holds cos and sin and two `AttentionCall`s."""
-        *rotary, radial_call, dense_call = query_rotary_emb
-        call = dense_call if self.dense else radial_call
+        rotary, call = self._split(query_rotary_emb, attention_mask)
         if call is None or all_perturbed:
             perturbed = perturbation_mask, all_perturbed
             return super().__call__(attn, hidden_states, None, attention_mask, rotary, None, *perturbed)
-        if attention_mask is not None:
-            got = tuple(attention_mask.shape)
-            raise ValueError(f"radial attention takes no attention_mask, got one of {got}; pass None")
         rotate = getattr(upstream, f"apply_{attn.rope_type}_rotary_emb")
         query = rotate(attn.norm_q(attn.to_q(hidden_states)), rotary)
         key = rotate(attn.norm_k(attn.to_k(hidden_states)), rotary)

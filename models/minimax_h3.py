@@ -15,7 +15,8 @@ from torch import Tensor
 from radial_attn import TokenGrid
 
 from .runtime.layer_attention import attend
-from .runtime.output_check import LayerCheck, watched
+from .runtime.output_check import watched
+from .runtime.processor import Processor
 
 UPSTREAM_PROCESSOR = upstream.MiniMaxH3AttnProcessor
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -84,31 +85,26 @@ def share(transformer: torch.nn.Module, parallel: Any) -> list[Any]:
     return [*hooks, transformer.audio_proj_out.register_forward_hook(lambda _, args, x: parallel.gather(x))]
 
 
-class RadialProcessor(upstream.MiniMaxH3AttnProcessor):
+class RadialProcessor(Processor, upstream.MiniMaxH3AttnProcessor):
     """Computes joint attention by `radial_attention`, or by upstream if layer or call is dense."""
-
-    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
-        super().__init__()
-        self.dense, self.layer_check = dense, layer_check
 
     @watched
     def __call__(
         self,
         attn: upstream.MiniMaxH3Attention,
         hidden_states: Tensor,
-        rotary_emb: tuple | None = None,
+        rotary_emb: Sequence[Any] = (),
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Returns `[B, S, C]`; `rotary_emb` holds cos and sin `[S, D]` and two `AttentionCall`s."""
-        *rotary, radial_call, dense_call = rotary_emb
-        call = dense_call if self.dense else radial_call
+        rotary, call = self._split(rotary_emb, attention_mask)
         if call is None:
             return super().__call__(attn, hidden_states, rotary, attention_mask)
         if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            tensors = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+            tensors = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in tensors)
         query, key = (upstream._apply_rotary_emb(x, *rotary) for x in (attn.norm_q(query), attn.norm_k(key)))
         output = attend(query, key, value, call, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))

@@ -142,6 +142,30 @@ WAN_TINY = PublishedSettings(
     grid=TokenGrid(9, 8, 8),
 )
 
+
+def _like_wan(model: str, transformer: str, size: str, grid: TokenGrid, **traits: Any) -> PublishedSettings:
+    """Returns the row of a copy of Wan2.1 14B but for `traits`: nothing is published for it."""
+    changed = replace(WAN_14B.traits, transformer=transformer, **traits)
+    source = f"{NOT_PUBLISHED} {WAN_14B.model}"
+    return replace(WAN_14B, model=model, traits=changed, source=source, size=size, grid=grid)
+
+
+SKYREELS, CHRONOEDIT, ANYFLOW, ANIMATE = (
+    f"{name}Transformer3DModel" for name in ("SkyReelsV2", "ChronoEdit", "AnyFlow", "WanAnimate")
+)
+SMALLER = {"width": 1536, "layers": 30}  # a Wan of 1.3B
+OF_540P, OF_480P = TokenGrid(25, 34, 60), TokenGrid(21, 30, 52)
+WAN_RELATIVES = (
+    _like_wan("SkyReels-V2 14B", SKYREELS, "97 frames of 544x960", OF_540P),
+    _like_wan("SkyReels-V2 DF 1.3B", SKYREELS, "97 frames of 544x960", OF_540P, **SMALLER),
+    _like_wan("SkyReels-V2 I2V 14B", SKYREELS, "97 frames of 544x960", OF_540P, image=True),
+    _like_wan("SkyReels-V2 I2V 1.3B", SKYREELS, "97 frames of 544x960", OF_540P, image=True, **SMALLER),
+    _like_wan("ChronoEdit 14B", CHRONOEDIT, "29 frames of 720x1280", TokenGrid(8, 45, 80), image=True),
+    _like_wan("AnyFlow 14B", ANYFLOW, "81 frames of 480x832", OF_480P),
+    _like_wan("AnyFlow 1.3B", ANYFLOW, "81 frames of 480x832", OF_480P, **SMALLER),
+    _like_wan("Wan-Animate 14B", ANIMATE, "77 frames of 720x1280", TokenGrid(21, 45, 80), image=True),
+)
+
 PUBLISHED = (
     WAN_14B,
     replace(
@@ -179,6 +203,7 @@ PUBLISHED = (
         size="121 frames of 704x1280",
         grid=TokenGrid(31, 22, 40),
     ),
+    *WAN_RELATIVES,
     HUNYUAN_T2V,
     replace(
         HUNYUAN_T2V,

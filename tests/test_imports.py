@@ -34,7 +34,8 @@ DRAWING = {"matplotlib", "PIL"}
 ALLOWED = {
     "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
     "radial_attn.models": {
-        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
+        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser"),
+        *("accelerate", "gguf"),
     },
     "comfyui": {"torch", "comfy_api"},
     "scripts": {"radial_attn", *LIBRARIES.split(), "flash_attn", "cutlass", "tvm_ffi"},

@@ -114,7 +114,7 @@ class SequenceParallel:
         return torch.cat([whole, others], 1) if others.shape[1] else whole
 
     def _all_parts(self, video: Tensor) -> Tensor:
-        return gather_parts(video, 1, self._group)[:, : self._tokens]
+        return gather_parts(video, 1, self._group)[:, : self._tokens].contiguous()
 
     def exchange(
         self,
@@ -172,6 +172,9 @@ class SequenceParallel:
             for index, block in enumerate(stack):
                 enter = _Entrance(self, block, first=index == 0)
                 hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        for module in family.between_blocks(transformer) if hasattr(family, "between_blocks") else ():
+            hooks.append(module.register_forward_pre_hook(self._join_input))
+            hooks.append(module.register_forward_hook(self._split_output))
         if hasattr(transformer, "condition_embedder"):
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
         hooks.append(transformer.proj_out.register_forward_hook(self._leave))
@@ -180,9 +183,20 @@ class SequenceParallel:
     def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Splits Wan's embedded time and its projection if each token has its own (TI2V-5B)."""
         time, projected, *texts = output
+        if time.ndim == 3 and time.shape[1] != self._all:
+            raise ValueError(
+                f"several processes share tokens, and {time.shape[1]} timesteps are for frames, not for "
+                f"{self._all} tokens; run diffusion forcing of SkyReels-V2 in one process"
+            )
         if time.ndim == 3:
             time, projected = self.shard(time, 1), self.shard(projected, 1)
         return time, projected, *texts
+
+    def _join_input(self, module: torch.nn.Module, args: tuple) -> tuple:
+        return (self.gather(args[0]), *args[1:])
+
+    def _split_output(self, module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.shard(output, 1)
 
     def _leave(self, projection: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         return self.gather(output)

@@ -171,11 +171,12 @@ class RadialContext:
             self._choices.begin_dense()
             self._radial_call = self._dense_call._replace(records=self._radial_call)
 
-    def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
+    def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: Any) -> tuple:
         """Adds the calls of radial and of always dense layers, as forward hook of the rotary embedding."""
+        tables = rotary.values() if isinstance(rotary, dict) else rotary
         if self.parallel is not None:
-            rotary = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in rotary)
-        return (*rotary, self._radial_call, self._dense_call)
+            tables = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in tables)
+        return (*tables, self._radial_call, self._dense_call)
 
     @torch.compiler.disable
     def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -10,7 +10,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.models import hunyuan_video, hunyuan_video15, ltx, ltx2, minimax_h3, mochi, wan, wan_vace
+from radial_attn.models import (
+    anyflow,
+    chronoedit,
+    hunyuan_video,
+    hunyuan_video15,
+    ltx,
+    ltx2,
+    minimax_h3,
+    mochi,
+    skyreels,
+    wan,
+    wan_animate,
+    wan_vace,
+)
 from tests.support.tiny import wan_inputs, wan_transformer
 from tests.support.tiny_hunyuan import (
     GLYPHS,
@@ -26,6 +39,14 @@ from tests.support.tiny_ltx2 import ltx2_inputs, ltx2_transformer
 from tests.support.tiny_minimax_h3 import OTHERS, minimax_h3_inputs, minimax_h3_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
+from tests.support.tiny_wan_relatives import (
+    animate_inputs,
+    animate_transformer,
+    anyflow_inputs,
+    anyflow_transformer,
+    chronoedit_transformer,
+    skyreels_transformer,
+)
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 FULL = RadialConfig(decay_factor=1e6, block_size=16, decimation_width=1)
@@ -40,7 +61,7 @@ class Family:
 
     `samples`: batches and valid text tokens that calls are made with, a padded batch last; `feeds`: the layer
     as which each attention layer counts; `patch`: latents to a token in height and width; `text`: text tokens
-    of a call.
+    of a call; `fewest`: frames of the shortest video.
     """
 
     name: str
@@ -51,6 +72,7 @@ class Family:
     feeds: tuple[int, ...] = (0, 1, 2, 3)
     patch: int = 2
     text: int = 0
+    fewest: int = 1
 
     @property
     def layers(self) -> int:
@@ -76,6 +98,10 @@ LENGTHS = (5, 0), (1, 7), (7, 3), (7, 7), (5, 3)
 FAMILIES = [
     Family("wan", wan_transformer, wan_inputs, wan),
     Family("wan_vace", vace_transformer, vace_inputs, wan_vace, feeds=(0, 2, 0, 1, 2, 3)),
+    Family("skyreels", skyreels_transformer, wan_inputs, skyreels),
+    Family("chronoedit", chronoedit_transformer, wan_inputs, chronoedit),
+    Family("anyflow", anyflow_transformer, anyflow_inputs, anyflow),
+    Family("wan_animate", animate_transformer, animate_inputs, wan_animate, fewest=2),
     Family("hunyuan_video", hunyuan_transformer, hunyuan_inputs, hunyuan_video, PADDED, text=TEXT),
     Family(
         "hunyuan_video15",

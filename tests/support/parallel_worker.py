@@ -100,6 +100,10 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "ltx2": (BY_NAME["ltx2"], {}),
         "ltx2, a time a token": (replace(BY_NAME["ltx2"], inputs=image_times), {}),
         "minimax_h3": (BY_NAME["minimax_h3"], {"batch": 2, "anchors": ("first",), "video_first": False}),
+        "skyreels": (BY_NAME["skyreels"], {}),
+        "chronoedit": (BY_NAME["chronoedit"], {}),
+        "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
+        "wan_animate": (BY_NAME["wan_animate"], {"batch": 2}),
     }
     for name, (family, samples) in families.items():
         for size in ((6, 6, 8), (5, 3, 7)):

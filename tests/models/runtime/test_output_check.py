@@ -248,7 +248,7 @@ def test_the_place_is_named(family, dense_steps):
 @pytest.mark.parametrize("name", ["hidden_states", "encoder_hidden_states"])
 def test_an_input_that_is_not_finite_is_named(family, name):
     inputs, transformer = family.sized(), family.transformer()
-    inputs[name] = inputs[name].clone()
+    inputs[name] = inputs[name].clone(memory_format=torch.contiguous_format)
     inputs[name].view(-1)[0] = torch.inf
     message = (
         f"non-finite values in {name}, an input of the transformer, at step 1, float32; check what makes it"
