@@ -23,7 +23,7 @@ from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
 from .runtime.output_check import OutputCheck, resolve_check
 from .runtime.schedule import Schedule
-from .runtime.transformers import parts_of, transformers_of
+from .runtime.transformers import head_sizes, parts_of, transformers_of
 
 TRANSFORMERS = {
     "WanTransformer3DModel": "wan",
@@ -38,6 +38,7 @@ TRANSFORMERS = {
     "MiniMaxH3Transformer3DModel": "minimax_h3",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
 }
 REFUSED = {  # transformers of video without full self-attention over frames, height and width, and why
     "HeliosTransformer3DModel": "its self-attention joins new frames with coarser tokens of earlier ones",
@@ -262,7 +263,8 @@ class RadialAttentionHandle:
             attention.processor = ours
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
-        self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
+        if not hasattr(family, "with_calls"):
+            self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
         self._hooks.append(transformer.register_forward_hook(context.after_call))
@@ -283,8 +285,7 @@ def family_of(transformer: torch.nn.Module) -> ModuleType:
 def measured_model(transformer: torch.nn.Module, family: ModuleType) -> MeasuredModel:
     """Returns what a profile says of its model, but for the weights."""
     name, layers = family.__name__.rpartition(".")[2], len(family.attention_layers(transformer))
-    settings = transformer.config
-    return MeasuredModel(name, layers, settings.num_attention_heads, settings.attention_head_dim)
+    return MeasuredModel(name, layers, *head_sizes(transformer))
 
 
 def _read_profile(file: str | Path, transformer: torch.nn.Module, family: ModuleType) -> ModelProfile:

@@ -14,6 +14,8 @@ import torch
 from radial_attn import RadialConfig, TokenGrid
 from radial_attn.masks.radial import COMPAT
 
+from .runtime.transformers import head_sizes
+
 PAPER = "arXiv 2506.19852, default length"
 NOT_PUBLISHED = "nothing published for this model, settings of"
 SAME_SETTINGS = {"WanVACETransformer3DModel": "WanTransformer3DModel"}  # a class without rows of its own
@@ -129,6 +131,17 @@ MOCHI_1 = PublishedSettings(
     source=f"{PAPER}, with the decay factor of longer video",
     size="163 frames of 480x848",
     grid=TokenGrid(28, 30, 53, text=256),
+)
+KANDINSKY_LITE = PublishedSettings(
+    model="Kandinsky 5.0 Lite",
+    traits=ModelTraits("Kandinsky5Transformer3DModel", width=1792, layers=32),
+    config=MOCHI,
+    dense_steps=12,
+    steps=50,
+    dense_layers=0,
+    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+    size="121 frames of 512x768",
+    grid=TokenGrid(31, 32, 48),
 )
 WAN_TINY = PublishedSettings(
     model="the bundled Wan",
@@ -254,6 +267,12 @@ PUBLISHED = (
         dense_layers=0,
         source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
     ),
+    KANDINSKY_LITE,
+    replace(
+        KANDINSKY_LITE,
+        model="Kandinsky 5.0 Pro",
+        traits=ModelTraits("Kandinsky5Transformer3DModel", width=4096, layers=60),
+    ),
     WAN_TINY,
     replace(
         WAN_TINY,
@@ -291,12 +310,13 @@ def traits_of(transformer: torch.nn.Module, *, experts: bool = False) -> ModelTr
     if name is None:
         raise ValueError(f"transformer must be one of {', '.join(CLASSES)}, got {type(transformer).__name__}")
     config: dict[str, Any] = transformer.config
-    extra_channels = config["in_channels"] > (config.get("out_channels") or config["in_channels"])
+    channels, (heads, width) = config.get("in_channels", 0), head_sizes(transformer)
+    extra_channels = channels > (config.get("out_channels") or channels)
     image = extra_channels or config.get("image_condition_type") is not None
     return ModelTraits(
         transformer=name,
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-        layers=config["num_layers"] + config.get("num_single_layers", 0),
+        width=heads * width,
+        layers=config.get("num_visual_blocks") or config["num_layers"] + config.get("num_single_layers", 0),
         image=image,
         a14b=experts or (image and config.get("image_dim", 0) is None),
     )

@@ -1,6 +1,7 @@
 """Forks SkyReelsV2Transformer3DModel, a copy of Wan.
 
-Diffusion forcing gives each frame a timestep of its own. The step of a call is that of its noisiest frame.
+Diffusion forcing gives each frame a timestep of its own. The step of a call is that of its noisiest frame, so
+dense steps end when the last frame is beyond them.
 """
 
 from typing import Any

@@ -63,7 +63,7 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.selection radial_attn.residual radial_attn.trial",
     "radial_attn.chooser",
     "radial_attn.models.runtime",
-    "radial_attn.models.wan radial_attn.models.mochi radial_attn.models.ltx",
+    "radial_attn.models.wan radial_attn.models.mochi radial_attn.models.ltx radial_attn.models.kandinsky5",
     "radial_attn.models.hunyuan_video",
     "radial_attn.models.wan_vace radial_attn.models.hunyuan_video15",
     "radial_attn.models.apply",

@@ -177,7 +177,8 @@ class SequenceParallel:
             hooks.append(module.register_forward_hook(self._split_output))
         if hasattr(transformer, "condition_embedder"):
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
-        hooks.append(transformer.proj_out.register_forward_hook(self._leave))
+        last = getattr(transformer, "proj_out", None) or family.stacks(transformer)[-1][-1]
+        hooks.append(last.register_forward_hook(self._leave))
         return hooks + (family.share(transformer, self) if hasattr(family, "share") else [])
 
     def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
@@ -213,9 +214,11 @@ class _Entrance:
         bound = self._signature.bind(block, *args, **kwargs)
         arguments = bound.arguments
         if self._first:
-            for name in ("hidden_states", "control_hidden_states"):
+            for name in ("hidden_states", "control_hidden_states", "visual_embed"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
+        if "rope" in arguments:  # of Kandinsky 5, whose rotary tables come whole
+            arguments["rope"] = self._parallel.shard(arguments["rope"], 1)
         if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs

@@ -170,11 +170,6 @@ def find_single_file(file: str | Path, path: str, name: str) -> SingleFile:
     Raises the errors of `match_file`, and FileNotFoundError if the model has no configuration of it.
     """
     cls, config, _ = configuration(path, name)
-    if cls.__name__ not in CLASSES:
-        raise ValueError(
-            f"{file}: a {cls.__name__}, the transformer of {path}, is read from its folder only, not from a "
-            f"file; known: {', '.join(CLASSES)}"
-        )
     with torch.device("meta"):
         return match_file(file, cls.from_config(config))
 
@@ -209,6 +204,11 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
             shape, or stores weights in a way that is not known. The message names file and tensor.
     """
     file, cls = Path(file), type(model).__name__
+    if cls not in CLASSES:
+        raise ValueError(
+            f"{file}: the weights of a {cls} are read from its folder only, not from one file; known: "
+            f"{', '.join(CLASSES)}"
+        )
     tensors, formats = read_header(file)
     prefix = next((x for x in PREFIXES if any(key.startswith(x) for key in tensors)), "")
     own = {key: x for key, x in tensors.items() if not (prefix and key.startswith(OTHERS))}

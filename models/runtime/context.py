@@ -1,10 +1,10 @@
 """Shares step, grid and mask between the transformers of a pipeline and their processors.
 
 A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask and
-backend. A hook on the rotary embedding passes both to the blocks, as further entries of the rotary tuple.
-They travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its call,
-and a compiled block uses the backend that the report names. A hook after the transformer reads the notes of
-the layers on their outputs.
+backend. A hook on the rotary embedding passes both to the blocks, as further entries of the rotary tuple, or
+the fork puts them into another argument. They travel with the arguments of a block: gradient checkpointing
+repeats a block with the mask of its call, and a compiled block uses the backend that the report names. A hook
+after the transformer reads the notes of the layers on their outputs.
 """
 
 import inspect
@@ -36,7 +36,7 @@ from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 from .text_lengths import TextLengths
-from .transformers import is_compiled
+from .transformers import head_sizes, is_compiled
 
 ASSUMED_STEPS = 50  # of a run whose steps are not known
 PLAIN = {"selection": "static", "far_field": "none", "residual": "none"}  # one mask for all heads
@@ -106,7 +106,8 @@ class RadialContext:
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's.
 
-        Returns other arguments if the family arranges them.
+        Returns other arguments if the family has `arrange`, or `with_calls`: the calls go with the arguments
+        and not with the rotary tables.
         """
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
         del arguments["self"]
@@ -144,9 +145,14 @@ class RadialContext:
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         before = self._densities.pop(grid, None)
         self._densities[grid] = mask.density if before is None or not dense else before
-        if self._radial_call is None or not hasattr(self._family, "arrange"):
-            return None
-        return (), self._family.arrange(arguments, self.parallel)
+        return self._changed(arguments)
+
+    def _changed(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if hasattr(self._family, "with_calls"):
+            return (), self._family.with_calls(arguments, self._radial_call, self._dense_call)
+        if hasattr(self._family, "arrange") and self._radial_call is not None:
+            return (), self._family.arrange(arguments, self.parallel)
+        return None
 
     def _set_calls(
         self,
@@ -165,8 +171,7 @@ class RadialContext:
             self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
         self._radial_call = self._dense_call
         if attends:
-            width = transformer.config.attention_head_dim
-            self._radial_call = self._sparse_call(latents, width, mask, lengths)
+            self._radial_call = self._sparse_call(latents, head_sizes(transformer)[1], mask, lengths)
         if records:
             self._choices.begin_dense()
             self._radial_call = self._dense_call._replace(records=self._radial_call)
@@ -196,7 +201,8 @@ class RadialContext:
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
         backends = tuple(map(self._backend_of, calls))
         moment = f"{step}, {str(self._dtype).removeprefix('torch.')}"
-        self.output_check.end(transformer, output[0], backends, moment)
+        sample = output if isinstance(output, Tensor) else output[0]
+        self.output_check.end(transformer, sample, backends, moment)
 
     def report(self) -> dict[str, Any]:
         """Returns the counts that RadialAttentionHandle.report explains."""
@@ -251,7 +257,7 @@ class RadialContext:
             if density is None:
                 return radial_mask(grid, self.config)
             return radial_mask(grid, resolve_near(grid, replace(self.config, density=density)))
-        heads = transformer.config.num_attention_heads
+        heads, _ = head_sizes(transformer)
         return least_mask(
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
         )
@@ -306,7 +312,7 @@ class RadialContext:
         settled = self.backend != "auto" or self._in_ring or mask.is_dense
         if settled or self.adaptive.residual == "output" or not self._chooser.measures(latents.device):
             return None
-        call = self._asked(latents, transformer.config.attention_head_dim, mask)
+        call = self._asked(latents, head_sizes(transformer)[1], mask)
         density = None if self._choices is None else self._choices.density
         if self.parallel is not None and not self._chooser.agrees:
             return None
@@ -340,9 +346,9 @@ class RadialContext:
 
     def _shape(self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid) -> tuple[int, ...]:
         """Returns `[B, S, H, D]` of the tensors that this process attends over."""
-        heads = transformer.config.num_attention_heads
+        heads, width = head_sizes(transformer)
         heads = -(-heads // (1 if self.parallel is None else self.parallel.degree))
-        return len(latents), grid.tokens, heads, transformer.config.attention_head_dim
+        return len(latents), grid.tokens, heads, width
 
     def _working_dtype(self, transformer: torch.nn.Module, latents: Tensor) -> torch.dtype:
         """Returns the dtype of the attention: autocast's if it is on."""

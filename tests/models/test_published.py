@@ -60,6 +60,7 @@ def test_densities_of_the_rows_are_the_published_ones():
 
 SMALLER = {"num_attention_heads": 12, "num_layers": 30}
 TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+KANDINSKY_PRO = {"model_dim": 4096, "num_visual_blocks": 60, "axes_dims": (32, 48, 48)}
 BIG, OF_IMAGES = {"num_attention_heads": 40, "num_layers": 40}, {"in_channels": 36, "image_dim": 1280}
 FULL_SIZE = {
     "Wan2.1 T2V 14B": ("Wan", {}),
@@ -80,6 +81,10 @@ FULL_SIZE = {
     "HunyuanVideo 1.5": ("HunyuanVideo15", {}),
     "Mochi 1": ("Mochi", {}),
     "LTX-Video": ("LTXVideo", {}),
+    "LTX-2": ("LTX2Video", {}),
+    "MiniMax-H3": ("MiniMaxH3", {}),
+    "Kandinsky 5.0 Lite": ("Kandinsky5", {"model_dim": 1792}),
+    "Kandinsky 5.0 Pro": ("Kandinsky5", KANDINSKY_PRO),
 }
 BUNDLED = {
     "the bundled Wan": ("Wan", "wan-tiny"),

@@ -8,7 +8,7 @@ from radial_attn.models import apply_radial_attention
 from radial_attn.models.apply import REFUSED
 from radial_attn.models.enable import enable
 from tests.support.families import BY_NAME, SPARSE, assert_near, masked_upstream, run, video
-from tests.support.tiny import wan_transformer
+from tests.support.tiny import assemble, wan_transformer
 
 SKYREELS, CHRONOEDIT = BY_NAME["skyreels"], BY_NAME["chronoedit"]
 
@@ -32,6 +32,18 @@ def test_the_noisiest_frame_of_diffusion_forcing_counts():
             assert_near(run(transformer, inputs), output)
         report = handle.report()
     assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(("more", "videos"), [({}, 1), ({"num_frames": 33, "overlap_history": 5}, 2)])
+def test_diffusion_forcing_follows_the_steps_of_its_pipeline(more, videos):
+    """A long video is made in windows, each of which goes through all steps."""
+    pipeline = assemble(diffusers.SkyReelsV2DiffusionForcingPipeline, 0, transformer=SKYREELS.transformer())
+    options = {"num_frames": 21, "base_num_frames": 21, "num_inference_steps": 4, "output_type": "latent"}
+    with apply_radial_attention(pipeline, SPARSE, dense_steps=1, dense_last_steps=1) as handle:
+        pipeline("a cat", height=48, width=64, **options | more)
+        report = handle.report()
+    assert (report["videos"], report["steps"], report["dense_steps"]) == (videos, 4 * videos, 2 * videos)
+    assert report["calls"]["dense"] == 16 * videos
 
 
 @pytest.mark.parametrize("options", [{}, {"dense_steps": 1}])

@@ -15,6 +15,7 @@ from radial_attn.models import (
     chronoedit,
     hunyuan_video,
     hunyuan_video15,
+    kandinsky5,
     ltx,
     ltx2,
     minimax_h3,
@@ -34,6 +35,7 @@ from tests.support.tiny_hunyuan import (
     hunyuan_inputs,
     hunyuan_transformer,
 )
+from tests.support.tiny_kandinsky import kandinsky5_inputs, kandinsky5_transformer
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_ltx2 import ltx2_inputs, ltx2_transformer
 from tests.support.tiny_minimax_h3 import OTHERS, minimax_h3_inputs, minimax_h3_transformer
@@ -123,6 +125,7 @@ FAMILIES = [
     Family("ltx", ltx_transformer, ltx_inputs, ltx, patch=1),
     Family("ltx2", ltx2_transformer, ltx2_inputs, ltx2, patch=1),
     Family("minimax_h3", minimax_h3_transformer, minimax_h3_inputs, minimax_h3, text=OTHERS),
+    Family("kandinsky5", kandinsky5_transformer, kandinsky5_inputs, kandinsky5),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -132,11 +135,11 @@ with_text = pytest.mark.parametrize(
 
 
 class TokenMask(TorchFunctionMode):
-    """Puts torch's SDPA under the token mask of SPARSE while `on`; upstream may have cut padded text off."""
+    """Puts torch's SDPA under a token mask `[S, S]` while `on`; upstream may have cut padded text off."""
 
-    def __init__(self, grid: TokenGrid) -> None:
+    def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
-        self.mask, self.on = radial_mask(grid, SPARSE).token_mask(), False
+        self.mask, self.on = mask, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -156,9 +159,12 @@ def masked_upstream(
     inputs: dict,
     size: tuple[int, ...] = SIZE,
     dense_layers: int = 0,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns upstream's output under the token mask of SPARSE from layer `dense_layers` on."""
-    mode, hooks = TokenMask(family.grid(*size)), []
+    """Returns upstream's output under a token mask, that of SPARSE by default, from `dense_layers` on."""
+    mask = radial_mask(family.grid(*size), SPARSE).token_mask() if mask is None else mask
+    mode, hooks = TokenMask(mask), []
     for number, attention in zip(family.feeds, family.fork.attention_layers(transformer), strict=True):
         on = number >= dense_layers
         hooks.append(attention.register_forward_pre_hook(lambda *_, on=on: setattr(mode, "on", on)))

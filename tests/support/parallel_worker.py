@@ -100,6 +100,7 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "ltx2": (BY_NAME["ltx2"], {}),
         "ltx2, a time a token": (replace(BY_NAME["ltx2"], inputs=image_times), {}),
         "minimax_h3": (BY_NAME["minimax_h3"], {"batch": 2, "anchors": ("first",), "video_first": False}),
+        "kandinsky5": (BY_NAME["kandinsky5"], {"batch": 2}),
         "skyreels": (BY_NAME["skyreels"], {}),
         "chronoedit": (BY_NAME["chronoedit"], {}),
         "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
@@ -197,6 +198,19 @@ def pipeline_difference(
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
+def check_frame_times_are_refused(shared: SequenceParallel) -> None:
+    """Checks that diffusion forcing, whose times of frames cannot be split by tokens, does not run."""
+    family, times = BY_NAME["skyreels"], {"timestep": torch.full((1, 6), 500.0)}
+    inputs = family.sized() | times | {"enable_diffusion_forcing": True}
+    with apply_radial_attention(transformer := family.transformer(), **RADIAL, parallel=shared):
+        try:
+            transformer(**inputs)
+        except ValueError as error:
+            assert "6 timesteps are for frames" in str(error)
+            return
+    raise AssertionError("diffusion forcing ran")
+
+
 def profile_difference(shared: SequenceParallel | None) -> float:
     """Returns the difference for the blocks of a profile, whose five heads keep different numbers of them."""
     generator, model = torch.Generator().manual_seed(0), MeasuredModel("wan", layers=4, heads=5, width=12)
@@ -227,6 +241,7 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
     """Yields each case with its difference: transformers if all share the sequence, else pipelines."""
     shares = all_shares(degrees)
     if degrees.cfg == 1:
+        check_frame_times_are_refused(shares[""])
         for case in cases(degrees.ring, degrees.processes):
             yield from differences(case, shares)
     if degrees.ring == 1:

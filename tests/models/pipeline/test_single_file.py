@@ -345,7 +345,7 @@ def test_a_file_of_another_model_is_refused(other, tmp_path):
     ):
         find_single_file(file, str(tmp_path / "m"), "transformer")
     BY_NAME["ltx"].transformer().save_config(tmp_path / "m/transformer")
-    with pytest.raises(ValueError, match=r"a LTXVideoTransformer3DModel, .*, is read from a folder only"):
+    with pytest.raises(ValueError, match=r"a LTXVideoTransformer3DModel are read from its folder only"):
         find_single_file(file, str(tmp_path / "m"), "transformer")
 
 
