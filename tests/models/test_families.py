@@ -114,7 +114,9 @@ def test_bfloat16(family, autocast):
         expected = masked_upstream(family, transformer, inputs)
         with apply_radial_attention(transformer, SPARSE):
             actual = run(transformer, inputs)
-    assert actual.dtype == expected.dtype and (autocast or actual.dtype == torch.bfloat16)
+    kept = "proj_out" in (transformer._keep_in_fp32_modules or ())  # MiniMax-H3 ends in float32
+    assert actual.dtype == expected.dtype
+    assert autocast or actual.dtype == (torch.float32 if kept else torch.bfloat16)
     assert (actual - expected).abs().max() / expected.abs().max() < 4 * torch.finfo(torch.bfloat16).eps
 
 
