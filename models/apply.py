@@ -35,6 +35,8 @@ TRANSFORMERS = {
     "CosmosTransformer3DModel": "cosmos",
     "MochiTransformer3DModel": "mochi",
     "LTXVideoTransformer3DModel": "ltx",
+    "LTX2VideoTransformer3DModel": "ltx2",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "MotifVideoTransformer3DModel": "motif_video",
@@ -316,11 +318,11 @@ def _check_layers(transformer: torch.nn.Module, family: ModuleType, dense_layers
         raise ValueError(
             f"radial attention is already applied to this {name}; call remove() first, or disable(model)"
         )
-    if kinds != {upstream}:
-        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+    allowed = upstream if isinstance(upstream, tuple) else (upstream,)
+    if not kinds <= set(allowed):
+        got, expected = (", ".join(sorted(kind.__name__ for kind in given)) for given in (kinds, allowed))
         raise ValueError(
-            f"self-attention processors of {name} must be {upstream.__name__}, got {got}; "
-            "put upstream's back first"
+            f"self-attention processors of {name} must be {expected}, got {got}; put upstream's back first"
         )
     layers = 1 + max(number for number, _ in _numbering(transformer, family))
     if dense_layers > layers:

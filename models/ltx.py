@@ -24,7 +24,7 @@ def stacks(transformer: torch.nn.Module) -> list[Sequence[torch.nn.Module]]:
     return [transformer.transformer_blocks]
 
 
-def attention_layers(transformer: torch.nn.Module) -> list[LTXAttention]:
+def attention_layers(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     """Returns the self-attention modules in block order."""
     return [block.attn1 for block in transformer.transformer_blocks]
 
@@ -38,7 +38,8 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
     if coordinates is None:
         sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
     else:
-        sizes = [len(axis.unique()) for axis in coordinates[0]]
+        places = coordinates[0].reshape(*coordinates.shape[1:3], -1)[..., -1]  # LTX-2: start and end of each
+        sizes = [len(axis.unique()) for axis in places]
     grid = TokenGrid(*sizes)
     if grid.tokens != tokens:
         raise ValueError(

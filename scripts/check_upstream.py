@@ -63,6 +63,8 @@ FAMILIES = {
     "wan_animate": Family("Wan-Animate", "wan_animate", "WanAnimateTransformer3DModel"),
     "mochi": Family("Mochi", "mochi", "MochiTransformer3DModel"),
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
+    "ltx2": Family("LTX-2", "ltx2", "LTX2VideoTransformer3DModel"),
+    "minimax_h3": Family("MiniMax-H3", "minimax_h3", "MiniMaxH3Transformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
     "hunyuan_video15": Family("HunyuanVideo 1.5", "hunyuan_1_5", "HunyuanVideo15Transformer3DModel"),
     "motif_video": Family("MotifVideo", "motif_video", "MotifVideoTransformer3DModel"),

@@ -128,7 +128,6 @@ class RingParallel(SequenceParallel):
         super().__init__(ulysses)
         self.ring = Ring(ring)
         self._everyone = everyone
-        self._share = 0
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, grid: TokenGrid, block_size: int) -> None:
@@ -139,18 +138,16 @@ class RingParallel(SequenceParallel):
             self._tokens = len(shards.tokens[self.ring.rank])
             self._share = -(-shards.most_tokens // self.degree)
 
-    def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this process's part of all video tokens along `dim`, padded with zeros to equal parts."""
-        tokens = self._find_places(x.device)[0]
-        return pad(x.index_select(dim, tokens), dim, self._share - len(tokens))
+    def _own_part(self, video: Tensor, dim: int) -> Tensor:
+        tokens = self._find_places(video.device)[0]
+        return pad(video.index_select(dim, tokens), dim, self._share - len(tokens))
 
     def own_of_first(self, count: int) -> int:
         """Returns how many of the first `count` video tokens this process has; they come first there too."""
         return int((self._own() < count).sum())
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Returns all video tokens `[B, N, C]` in order, from the parts of all processes, `[B, n, C]`."""
-        return gather_parts(x, 1, self._everyone).index_select(1, self._find_places(x.device)[1])
+    def _all_parts(self, video: Tensor) -> Tensor:
+        return gather_parts(video, 1, self._everyone).index_select(1, self._find_places(video.device)[1])
 
     def _own(self) -> Tensor:
         """Returns the numbers of this process's tokens, int64, ascending."""

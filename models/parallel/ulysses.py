@@ -40,22 +40,30 @@ class SequenceParallel:
         self.rank = torch.distributed.get_rank(group)
         self.ring: Any = None
         self._all = self._tokens = self._heads = 0  # video tokens, those that are mixed here, heads
+        self._share = 0  # video tokens of each process
 
     def begin(self, grid: TokenGrid, block_size: int) -> None:
         """Sets the grid of the call that follows, and the block size of its mask."""
         self._all = self._tokens = grid.video_tokens
+        self._share = -(-self._tokens // self.degree)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this process's part of all video tokens along `dim`; zeros pad the last parts."""
-        share = -(-x.shape[dim] // self.degree)
-        first = min(self.rank * share, x.shape[dim])
-        part = x.narrow(dim, first, min(share, x.shape[dim] - first))
-        return pad(part, dim, share - part.shape[dim])
+        """Returns this process's part of all video tokens along `dim`, and what follows them.
+
+        Zeros pad the last parts.
+        """
+        video, others = x.tensor_split([self._all], dim)
+        own = self._own_part(video, dim)
+        return torch.cat([own, others], dim) if others.shape[dim] else own
+
+    def _own_part(self, video: Tensor, dim: int) -> Tensor:
+        first = min(self.rank * self._share, self._all)
+        part = video.narrow(dim, first, min(self._share, self._all - first))
+        return pad(part, dim, self._share - part.shape[dim])
 
     def own_of_first(self, count: int) -> int:
         """Returns how many of the first `count` video tokens this process has."""
-        share = -(-self._tokens // self.degree)
-        return max(0, min(share, count - self.rank * share))
+        return max(0, min(self._share, count - self.rank * self._share))
 
     def own_heads(self, held: int) -> int:
         """Returns how many of the `held` heads that `attend` gets in order are the model's; zeros follow."""
@@ -100,8 +108,13 @@ class SequenceParallel:
         return coming.index_select(0, order).movedim(0, dim).contiguous().to(x.device)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Returns all video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
-        return gather_parts(x, 1, self._group)[:, : self._tokens].contiguous()
+        """Returns all video tokens `[B, N, C]` from the parts of all, `[B, n, C]`, and what follows them."""
+        video, others = x.tensor_split([self._share], 1)
+        whole = self._all_parts(video)
+        return torch.cat([whole, others], 1) if others.shape[1] else whole
+
+    def _all_parts(self, video: Tensor) -> Tensor:
+        return gather_parts(video, 1, self._group)[:, : self._tokens].contiguous()
 
     def exchange(
         self,
@@ -172,7 +185,7 @@ class SequenceParallel:
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
         last = getattr(transformer, "proj_out", None) or family.stacks(transformer)[-1][-1]
         hooks.append(last.register_forward_hook(self._leave))
-        return hooks
+        return hooks + (family.share(transformer, self) if hasattr(family, "share") else [])
 
     def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Splits Wan's embedded time and its projection if each token has its own (TI2V-5B)."""
@@ -247,7 +260,7 @@ def gather_parts(x: Tensor, dim: int, group: torch.distributed.ProcessGroup) -> 
 
 
 def pad(x: Tensor, dim: int, count: int) -> Tensor:
-    """Appends `count` zeros along `dim`."""
+    """Appends `count` zeros along `dim`, which may count from the end."""
     if count == 0:
         return x
-    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, count])
+    return F.pad(x, [0, 0] * ((-1 - dim) % x.ndim) + [0, count])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +78,7 @@ class RadialContext:
         self._chooser, self._counts = chooser, Counts(layers, always_dense, other_layers)
         self._choice, self._reason, self._begins = None, None, False  # of the running call
         self._text = TextLengths(family)
+        self._timestep = getattr(family, "timestep", itemgetter("timestep"))
         rising, indexed = (getattr(family, name, False) for name in ("TIMESTEPS_RISE", "STEPS_BY_INDEX"))
         self._counter = StepCounter(pipeline, rising=rising, indexed=indexed)
         self._densities: dict[TokenGrid, float] = {}  # of the latest static mask
@@ -105,14 +107,16 @@ class RadialContext:
     def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's.
 
-        Returns other arguments if the calls go with them and not with the rotary tables (`with_calls`).
+        Returns other arguments if the family has `arrange`, or `with_calls`: the calls go with the arguments
+        and not with the rotary tables.
         """
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
+        del arguments["self"]
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
         if self.parallel is not None:
             self.parallel.begin(grid, self.config.block_size)
-        step, self._begins = self._counter.advance(arguments["timestep"])
+        step, self._begins = self._counter.advance(self._timestep(arguments))
         if self._begins and step == 0 and self.config.pattern != "dense" and self.observer is None:
             self.schedule.check_run(*self._counter.plan)
         plan = self._counter.plan
@@ -124,7 +128,7 @@ class RadialContext:
             records = dense and self.adaptive.records and self.schedule.precedes_sparse(step, *plan)
             if self.adaptive.selection == "profile" and (records or not dense):
                 self._choices.begin_part(self._counter.sigma(), latents.device)
-        self._dtype, mask = _working_dtype(latents), self._mask(transformer, grid, step)
+        self._dtype, mask = self._working_dtype(transformer, latents), self._mask(transformer, grid, step)
         attends = records or not dense
         may_attend = attends or not scheduled
         self._choice = self._open_choice(transformer, latents, mask, lengths) if may_attend else None
@@ -142,10 +146,14 @@ class RadialContext:
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         before = self._densities.pop(grid, None)
         self._densities[grid] = mask.density if before is None or not dense else before
-        if not hasattr(self._family, "with_calls"):
-            return None
-        del arguments["self"]
-        return (), self._family.with_calls(arguments, self._radial_call, self._dense_call)
+        return self._changed(arguments)
+
+    def _changed(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if hasattr(self._family, "with_calls"):
+            return (), self._family.with_calls(arguments, self._radial_call, self._dense_call)
+        if hasattr(self._family, "arrange") and self._radial_call is not None:
+            return (), self._family.arrange(arguments, self.parallel)
+        return None
 
     def _set_calls(
         self,
@@ -343,6 +351,14 @@ class RadialContext:
         heads = -(-heads // (1 if self.parallel is None else self.parallel.degree))
         return len(latents), grid.tokens, heads, width
 
+    def _working_dtype(self, transformer: torch.nn.Module, latents: Tensor) -> torch.dtype:
+        """Returns the dtype of the attention: autocast's if it is on."""
+        kind = latents.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        find = getattr(self._family, "working_dtype", None)
+        return latents.dtype if find is None else find(transformer)
+
     def _reason_of(self, scheduled: bool) -> str:
         """Says why a call is dense."""
         if self.config.pattern == "dense":
@@ -380,11 +396,3 @@ class RadialContext:
 def detach_from_rope(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Leaves the rotary tables alone to a layer that stays upstream's, as its forward pre-hook."""
     return args, kwargs | {"image_rotary_emb": kwargs["image_rotary_emb"][:-2]}
-
-
-def _working_dtype(latents: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of the attention: autocast's if it is on."""
-    kind = latents.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return latents.dtype

@@ -60,7 +60,7 @@ def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         output = call(self, attn, hidden_states, *args, **kwargs)
         if self.layer_check is not None:
             text = args[0] if args else kwargs.get("encoder_hidden_states")
-            inputs = [hidden_states] if text is None else [hidden_states, text]
+            inputs = [hidden_states, text] if isinstance(text, Tensor) else [hidden_states]
             self.layer_check.note_sides(inputs, output if isinstance(output, tuple) else (output,))
         return output
 

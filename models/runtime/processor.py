@@ -13,7 +13,7 @@ from .layer_attention import AttentionCall, attend
 from .output_check import LayerCheck, watched
 
 
-class _Processor:
+class Processor:
     """Holds what every layer has; `rotary` ends with the calls of radial and of always dense layers."""
 
     project: Callable[..., Sequence[Tensor]]
@@ -22,13 +22,22 @@ class _Processor:
         super().__init__()
         self.dense, self.layer_check = dense, layer_check
 
-    def _split(self, rotary: Sequence[Any]) -> tuple[Any, AttentionCall | None]:
-        """Returns the rotary tables, as upstream made them, and how this layer attends, None for upstream."""
+    def _split(
+        self, rotary: Sequence[Any], attention_mask: Tensor | None = None
+    ) -> tuple[Any, AttentionCall | None]:
+        """Returns the rotary tables, as upstream made them, and how this layer attends, None for upstream.
+
+        Raises ValueError for a mask that only upstream could serve.
+        """
         *tables, radial_call, dense_call = rotary
-        return tables, dense_call if self.dense else radial_call
+        call = dense_call if self.dense else radial_call
+        if call is not None and attention_mask is not None:
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"radial attention takes no attention_mask, got one of {got}; pass None")
+        return tables, call
 
 
-class SelfAttention(_Processor):
+class SelfAttention(Processor):
     """Computes self-attention of video tokens by `radial_attention`, or by upstream.
 
     A fork adds `project(attn, hidden_states, rotary)`.
@@ -44,17 +53,14 @@ class SelfAttention(_Processor):
         rotary_emb: Sequence[Any] = (),
     ) -> Tensor:
         """Returns `[B, S, C]`; `rotary_emb` holds the rotary tables and two `AttentionCall`s."""
-        rotary, call = self._split(rotary_emb)
+        rotary, call = self._split(rotary_emb, attention_mask)
         if call is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
-        if attention_mask is not None:
-            got = tuple(attention_mask.shape)
-            raise ValueError(f"radial attention takes no attention_mask, got one of {got}; pass None")
         output = attend(*self.project(attn, hidden_states, rotary), call, self).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](output))
 
 
-class JointAttention(_Processor):
+class JointAttention(Processor):
     """Computes joint attention of video tokens, then text, by `radial_attention`, or by upstream.
 
     A fork adds `project(attn, video, text, rotary)`, for `[B, N, C]` and `[B, T, C]`.

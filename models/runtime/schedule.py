@@ -308,7 +308,7 @@ class StepCounter:
         self._planned = [] if timesteps is None else timesteps.tolist()
         levels = getattr(self._scheduler(), "sigmas", None)
         self.sigmas = None if levels is None else levels[: len(self._planned)].tolist()
-        if self.sigmas is not None and self._direction > 0:
+        if self.sigmas is not None and levels[0] < levels[-1]:
             self.sigmas = [1 - level for level in self.sigmas]
         if max(self.sigmas or [0]) > 1:  # of x + sigma noise: its share in flow matching
             self.sigmas = [level / (1 + level) for level in self.sigmas]

@@ -26,7 +26,7 @@ def test_a_model_on_a_gpu_gives_what_it_gives_on_a_cpu(family, monkeypatch, capl
     monkeypatch.setattr(dense_backend, "CANDIDATES", ("native", "_native_math"))
     transformer = family.transformer()
     calls = [family.sized(timestep=time, **family.samples[-1]) for time in (900.0, 500.0, 100.0)]
-    calls = calls[::-1] if family.name == "mochi" else calls
+    calls = calls[::-1] if family.rises else calls
     options = {"dense_steps": 1, "dense_layers": 1, "check": "reference"}
     with apply_radial_attention(transformer, SPARSE, **options, backend="blocks"):
         expected = [run(transformer, call) for call in calls]

@@ -114,7 +114,9 @@ def test_bfloat16(family, autocast):
         expected = masked_upstream(family, transformer, inputs)
         with apply_radial_attention(transformer, SPARSE):
             actual = run(transformer, inputs)
-    assert actual.dtype == expected.dtype and (autocast or actual.dtype == torch.bfloat16)
+    kept = "proj_out" in (transformer._keep_in_fp32_modules or ())  # MiniMax-H3 ends in float32
+    assert actual.dtype == expected.dtype
+    assert autocast or actual.dtype == (torch.float32 if kept else torch.bfloat16)
     assert (actual - expected).abs().max() / expected.abs().max() < 4 * torch.finfo(torch.bfloat16).eps
 
 
@@ -151,9 +153,9 @@ def test_remove_restores_objects_and_hooks(family, option):
 def test_schedule_in_the_outputs(family, dense_layers):
     """A later timestep is the next step, an equal one the other guidance half, an earlier one a new video."""
     transformer, times = family.transformer(), [1000, 1000, 900, 900, 500, 100]
-    if family.name == "mochi":
+    if family.rises:
         times = [0, 0, 100, 100, 500, 900]
-    text = {"lengths": (4,)} if family.text else {}
+    text = {"lengths": (4,)} if family.padded else {}
     calls = [family.sized(timestep=float(time), **text) for time in times]
     expected = [masked_upstream(family, transformer, inputs, dense_layers=dense_layers) for inputs in calls]
     for step in (0, 1, -1):

@@ -88,6 +88,8 @@ FULL_SIZE = {
     "Cosmos 14B": ("Cosmos", COSMOS_14B),
     "Cosmos Predict 2B": ("Cosmos", {"num_attention_heads": 16, "in_channels": 17}),
     "Cosmos Predict 14B": ("Cosmos", COSMOS_14B | {"in_channels": 17}),
+    "LTX-2": ("LTX2Video", {}),
+    "MiniMax-H3": ("MiniMaxH3", {}),
     "Kandinsky 5.0 Lite": ("Kandinsky5", {"model_dim": 1792}),
     "Kandinsky 5.0 Pro": ("Kandinsky5", KANDINSKY_PRO),
 }

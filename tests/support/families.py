@@ -18,6 +18,8 @@ from radial_attn.models import (
     hunyuan_video15,
     kandinsky5,
     ltx,
+    ltx2,
+    minimax_h3,
     mochi,
     motif_video,
     skyreels,
@@ -38,6 +40,8 @@ from tests.support.tiny_hunyuan import (
 )
 from tests.support.tiny_kandinsky import kandinsky5_inputs, kandinsky5_transformer
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
+from tests.support.tiny_ltx2 import ltx2_inputs, ltx2_transformer
+from tests.support.tiny_minimax_h3 import OTHERS, minimax_h3_inputs, minimax_h3_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.support.tiny_motif import motif_inputs, motif_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
@@ -80,6 +84,14 @@ class Family:
     def layers(self) -> int:
         return len(self.feeds)
 
+    @property
+    def padded(self) -> bool:
+        return "lengths" in self.samples[-1]
+
+    @property
+    def rises(self) -> bool:
+        return getattr(self.fork, "TIMESTEPS_RISE", False)
+
     def sized(self, frames: int = 6, height: int = 6, width: int = 8, **more: object) -> dict:
         """Returns the arguments of a call whose grid has these sizes."""
         return self.inputs(frames, height * self.patch, width * self.patch, **more)
@@ -117,11 +129,15 @@ FAMILIES = [
         text=7,
     ),
     Family("ltx", ltx_transformer, ltx_inputs, ltx, patch=1),
+    Family("ltx2", ltx2_transformer, ltx2_inputs, ltx2, patch=1),
+    Family("minimax_h3", minimax_h3_transformer, minimax_h3_inputs, minimax_h3, text=OTHERS),
     Family("kandinsky5", kandinsky5_transformer, kandinsky5_inputs, kandinsky5),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-with_text = pytest.mark.parametrize("family", [x for x in FAMILIES if x.text], ids=lambda family: family.name)
+with_text = pytest.mark.parametrize(
+    "family", [x for x in FAMILIES if x.padded], ids=lambda family: family.name
+)
 
 
 class TokenMask(TorchFunctionMode):
@@ -176,8 +192,8 @@ def video(
     family: Family, transformer: torch.nn.Module, steps: int = 4, halves: int = 2, **more: object
 ) -> torch.Tensor:
     """Runs a denoising loop of guidance halves, whose texts differ in length; that of the last is full."""
-    times = torch.linspace(100, 1000, steps) if family.name == "mochi" else torch.linspace(1000, 100, steps)
-    texts = [{"lengths": (4,)}, {}] if family.text else [{}, {}]
+    times = torch.linspace(100, 1000, steps) if family.rises else torch.linspace(1000, 100, steps)
+    texts = [{"lengths": (4,)}, {}] if family.padded else [{}, {}]
     calls = [
         family.sized(timestep=float(time), seed=half, **texts[half - halves], **more)
         for time in times

@@ -29,6 +29,7 @@ from tests.support.families import BY_NAME, DENSE, SPARSE
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
 from tests.support.tiny_cosmos import TRANSFER, controlled_inputs, cosmos_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_pipeline, hunyuan_transformer
+from tests.support.tiny_ltx2 import ltx2_inputs
 from tests.support.tiny_mochi import mochi_inputs, mochi_pipeline, mochi_transformer
 from tests.support.tiny_motif import motif_transformer
 
@@ -75,6 +76,14 @@ def token_times(inputs: dict) -> dict:
     return inputs | {"timestep": times.flatten(1)}
 
 
+def image_times(frames: int, height: int, width: int) -> dict:
+    """Sets one timestep a token in LTX-2, whose image is the first frame."""
+    inputs = ltx2_inputs(frames, height, width)
+    times = torch.full((1, frames, height * width), 500.0)
+    times[:, 0] = 0
+    return inputs | {"timestep": times.flatten(1), "audio_timestep": inputs["timestep"]}
+
+
 def cases(ring: int, processes: int) -> Iterator[Case]:
     """Every family, radial and dense, with tokens that 2 and 4 divide and that they do not, batch 1 and 2.
 
@@ -92,6 +101,9 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "motif_video": (replace(BY_NAME["motif_video"], transformer=UNDECODED), {"lengths": (4, 11)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
+        "ltx2": (BY_NAME["ltx2"], {}),
+        "ltx2, a time a token": (replace(BY_NAME["ltx2"], inputs=image_times), {}),
+        "minimax_h3": (BY_NAME["minimax_h3"], {"batch": 2, "anchors": ("first",), "video_first": False}),
         "kandinsky5": (BY_NAME["kandinsky5"], {"batch": 2}),
         "skyreels": (BY_NAME["skyreels"], {}),
         "chronoedit": (BY_NAME["chronoedit"], {}),

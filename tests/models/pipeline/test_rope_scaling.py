@@ -20,7 +20,7 @@ from tests.support.tiny_ltx import ltx_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
 CHANGING = METHODS[1:]
-OTHER_ROPES = ("ltx", "skyreels", "chronoedit", "anyflow", "cosmos", "kandinsky5")
+OTHER_ROPES = ("ltx", "ltx2", "minimax_h3", "skyreels", "chronoedit", "anyflow", "cosmos", "kandinsky5")
 families = pytest.mark.parametrize(
     "family",
     [family for family in FAMILIES if family.name not in OTHER_ROPES],

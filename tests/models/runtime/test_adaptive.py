@@ -44,7 +44,7 @@ def masks(monkeypatch) -> list[BlockMask]:
 def test_everything_chosen_is_dense(family, budget):
     transformer = family.transformer()
     config = RadialConfig(block_size=16, density=1.0)
-    batch = {} if family.text else {"batch": 2}
+    batch = {} if family.padded else {"batch": 2}
     expected = video(family, transformer, **batch)
     with apply_radial_attention(transformer, config, **OPTIONS, budget=budget) as handle:
         assert_near(video(family, transformer, **batch), expected)

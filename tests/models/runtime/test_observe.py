@@ -17,7 +17,7 @@ LENGTHS["motif_video"] = [6, 4, 10]  # and 3 image
 
 def two_steps(family) -> list[dict]:
     """Returns a call of a batch for each of two steps."""
-    times = (200.0, 900.0) if family.name == "mochi" else (900.0, 200.0)
+    times = (200.0, 900.0) if family.rises else (900.0, 200.0)
     return [family.sized(timestep=timestep, **family.samples[-1]) for timestep in times]
 
 

@@ -60,7 +60,7 @@ def test_gradients_are_those_of_upstream_checkpointed_or_not(family, lora):
 def test_checkpointed_blocks_keep_the_mask_and_text_of_their_own_call(family):
     """Makes two calls of different grids and steps, then one backward pass that reruns the blocks of both."""
     transformer = trained(family, lora=family.name != "wan")
-    times = (400.0, 900.0) if family.name == "mochi" else (900.0, 400.0)
+    times = (400.0, 900.0) if family.rises else (900.0, 400.0)
     calls = [
         family.sized(*size, timestep=time, **samples)
         for size, time, samples in zip([(), (5, 4, 6)], times, family.samples[-2:], strict=True)
