@@ -27,8 +27,8 @@ def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
     out = tmp_path / "differences.json"
     run_ranks(processes, "tests.support.parallel_worker", out, cfg, ring)
     results = json.loads(out.read_text())
-    alone = 121 if processes == 2 else 57
-    assert len(results) == (109 if ring > 1 else alone if cfg == 1 else 9)
+    alone = 139 if processes == 2 else 63
+    assert len(results) == (127 if ring > 1 else alone if cfg == 1 else 9)
     assert {name: worst for name, worst in results.items() if not worst <= MOST} == {}
 
 
