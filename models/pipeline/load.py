@@ -3,43 +3,20 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..runtime.transformers import NAMES
+from .families import FAMILIES
 from .weights import check_weights, read_object, read_tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-@dataclass(frozen=True)
-class Family:
-    """Describes one pipeline class of diffusers.
-
-    Attributes:
-        pipeline: name of the class.
-        unipc: UniPC on flow sigmas replaces the model's own scheduler.
-        tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
-    """
-
-    pipeline: str
-    unipc: bool = False
-    tiled_vae: bool = False
-
-
 MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
-FAMILIES = {
-    "wan": Family("WanPipeline", unipc=True),
-    "hunyuan_video": Family("HunyuanVideoPipeline", tiled_vae=True),
-    "mochi": Family("MochiPipeline", tiled_vae=True),
-    "wan_i2v": Family("WanImageToVideoPipeline", unipc=True),
-    "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", tiled_vae=True),
-    "wan_vace": Family("WanVACEPipeline", unipc=True),
-}
 
 
 def load_pipeline(
@@ -85,7 +62,7 @@ def load_pipeline(
         (kept,) = (getattr(pipeline, name) for name in NAMES if name != absent)
         pipeline.register_modules(transformer=kept, transformer_2=None)
         pipeline.register_to_config(boundary_ratio=None)
-    if kind.unipc:
+    if kind.noise == "unipc":
         pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
     elif flow_shift is not None:
         pipeline.scheduler = shifted(pipeline.scheduler, flow_shift)
@@ -118,14 +95,18 @@ def flow_scheduler(scheduler: object, flow_shift: float | None = None) -> object
     )
 
 
-def noise_levels(path: str, family: str, steps: int, flow_shift: float | None) -> list[float] | None:
+def noise_levels(
+    path: str, family: str, steps: int, flow_shift: float | None, tokens: int
+) -> list[float] | None:
     """Returns the noise level at the start of each step, 1 for noise, as a pipeline will plan them.
 
-    None if that depends on a scheduler that is not in a local folder.
+    `tokens`: of the video, on which the shift may depend. None if that depends on a scheduler that is not in
+    a local folder.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-    if family == "mochi":
+    noise = FAMILIES[family].noise
+    if noise == "mochi":
         from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
         return [float(level) for level in linear_quadratic_schedule(steps, MOCHI_THRESHOLD)]
@@ -134,13 +115,16 @@ def noise_levels(path: str, family: str, steps: int, flow_shift: float | None) -
         return None
     settings = read_object(file) if file.is_file() else {}
     shift = settings.get("flow_shift", settings.get("shift", 1.0)) if flow_shift is None else flow_shift
-    if FAMILIES[family].unipc:
+    if noise == "unipc":
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         scheduler = UniPCMultistepScheduler.from_config(settings, **flow)
         scheduler.set_timesteps(steps)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
-        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+        at = scheduler.config  # the logarithm of a shift that depends on the tokens is linear in them
+        share = (tokens - at.base_image_seq_len) / (at.max_image_seq_len - at.base_image_seq_len)
+        levels = [1 - step / steps for step in range(steps)]
+        scheduler.set_timesteps(sigmas=levels, mu=at.base_shift + share * (at.max_shift - at.base_shift))
     return scheduler.sigmas[:steps].tolist()
 
 

@@ -17,6 +17,7 @@ from scripts.run.model_info import (
     ModelInfo,
     from_configs,
     hunyuan_video_info,
+    ltx_info,
     mochi_info,
     wan_time,
 )
@@ -27,6 +28,7 @@ CONFIGURED = ("transformer", "vae")
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
+LTX_VAE = 419_193_649
 WAN_14B = ModelInfo(
     layers=40,
     heads=40,
@@ -50,6 +52,10 @@ HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
 HUNYUAN_SIZES = {"num_layers": 20, "num_single_layers": 40, "mlp_ratio": 4.0}
 HUNYUAN_CONFIG = HEADS | HUNYUAN_SIZES | {"patch_size": 2, "patch_size_t": 1}
 HUNYUAN_PARTS = {"transformer": 12_821_012_544, "text_encoder_2": CLIP_TEXT, "vae": HUNYUAN_VAE}
+LTX_CONFIG = {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 28}
+LTX_CONFIG |= {"patch_size": 1, "patch_size_t": 1, "out_channels": 128}
+LTX_VAE_CONFIG = {"decoder_block_out_channels": [128], "spatio_temporal_scaling": [True, True, True, False]}
+LTX_VAE_CONFIG |= {"patch_size": 4, "patch_size_t": 1}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -72,6 +78,7 @@ HUB_MODELS = {
         layers=30,
         heads=24,
         ffn=14336,
+        latents=48,
         vae_base=64,
         vae_pixels=16,
     ),
@@ -90,6 +97,11 @@ HUB_MODELS = {
         MOCHI_CONFIG,
         {"decoder_block_out_channels": [128]},
         {"transformer": 10_027_677_744, "text_encoder": T5_XXL, "vae": MOCHI_VAE},
+    ),
+    "Lightricks/LTX-Video": ltx_info(
+        LTX_CONFIG,
+        LTX_VAE_CONFIG,
+        {"transformer": 1_923_385_472, "text_encoder": T5_XXL, "vae": LTX_VAE},
     ),
 }
 # Shifts of scheduler_config.json. Sources disagree on Wan2.1-I2V-14B-720P; Mochi has noise levels of its own.

@@ -6,10 +6,11 @@ from operator import attrgetter
 from radial_attn.dispatch import BACKENDS, kernel
 from radial_attn.models.parallel.groups import ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.schedule import read_dense_steps
 from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
 from scripts.run.errors import UsageError, multiples_around
-from scripts.run.families import BATCHED, HUNYUAN, calls_per_step, check_family
+from scripts.run.families import calls_per_step, check_family
 from scripts.run.model_info import ModelInfo
 from scripts.run.outputs import check_target
 
@@ -110,13 +111,12 @@ def refusals(config: Config, experts: int = 1) -> Iterator[str]:
                 f"{key}: got {got!r}, which does not work with {other}={with_value}: {reason}; "
                 f"allowed: {', '.join(free)}"
             )
-    calls = 1 if model.family in BATCHED else calls_per_step(model.family, config.generation)
-    if model.cache == "pab" and calls > 1:
-        scale = "true_cfg_scale" if model.family in HUNYUAN else "guidance_scale"
+    kind = FAMILIES[model.family]
+    if model.cache == "pab" and not kind.batched and calls_per_step(model.family, config.generation) > 1:
         yield (
             f"model.cache: got 'pab', which does not work with family {model.family} and guidance: pab keeps "
-            f"one output a layer and would mix the two calls of a step; set generation.{scale}=1, or another "
-            "cache; allowed: none, first_block, taylorseer, mag"
+            "one output a layer and would mix the two calls of a step; set "
+            f"generation.{kind.guidance}=1, or another cache; allowed: none, first_block, taylorseer, mag"
         )
     if model.cache == "mag" and experts > 1:
         yield (

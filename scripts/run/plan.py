@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.models.apply import TRANSFORMERS
 from radial_attn.models.parallel.groups import Degrees
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import noise_levels
 from radial_attn.models.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS
@@ -177,9 +179,9 @@ class RunPlan:
     @property
     def measured_model(self) -> MeasuredModel:
         """Returns what a profile of this model says of it."""
-        family, model = self.config.model.family.removesuffix("_i2v"), self.model
+        model, kind = self.model, FAMILIES[self.config.model.family]
         shape = model.attention_layers(), model.heads, model.head_dim
-        return MeasuredModel(family, *shape, self.model_digest)
+        return MeasuredModel(TRANSFORMERS[kind.transformer], *shape, self.model_digest)
 
     @cached_property
     def model_digest(self) -> str | None:
@@ -297,7 +299,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees.cfg)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    sigmas = noise_levels(path, config.model.family, steps, config.generation.flow_shift or SHIFTS.get(path))
+    shift = config.generation.flow_shift or SHIFTS.get(path)
+    sigmas = noise_levels(path, config.model.family, steps, shift, grid.video_tokens)
     boundary = planned_boundary(path) if "transformer_2" in model.parameters else None
     dense = dense_steps(attention, steps, sigmas, boundary)
     mask = solve_mask(attention, grid, references)

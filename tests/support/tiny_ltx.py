@@ -63,4 +63,6 @@ def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
 def ltx_pipeline(seed: int = 0, **changes: object) -> LTXPipeline:
     """Makes a random LTXPipeline with all parts; `changes` go to its transformer."""
     parts = {"vae": ltx_vae(seed), "transformer": ltx_transformer(seed, **changes)}
-    return t5_pipeline(LTXPipeline, seed, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    dynamic = {"base_image_seq_len": 1024, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **dynamic)
+    return t5_pipeline(LTXPipeline, seed, scheduler=scheduler, **parts)

@@ -93,6 +93,12 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
+    if "LTX" in name:
+        return {
+            "transformer": diffusers.LTXVideoTransformer3DModel(),
+            "text_encoder": t5("T5", 32128),
+            "vae": diffusers.AutoencoderKLLTXVideo(),
+        }
     return {
         "transformer": diffusers.MochiTransformer3DModel(),
         "text_encoder": t5("T5", 32128),
