@@ -10,6 +10,7 @@ class Family:
     Attributes:
         pipeline: name of the class.
         transformer: name of the class of its transformer.
+        also: name of another class whose folders may hold all of its parts.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
             one. With `image` it needs an image; with `true_cfg_scale` its `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
@@ -24,6 +25,7 @@ class Family:
 
     pipeline: str
     transformer: str
+    also: str | None = None
     takes: tuple[str, ...] = ()
     text: dict[str, int] = field(default_factory=dict)
     noise: str = "flow"
@@ -57,8 +59,20 @@ FAMILIES = {
         frames=163,
         whole_in_fp8=0.27,
     ),
-    "wan_i2v": Family("WanImageToVideoPipeline", **WAN, takes=(*SCALES, "image", "last_image")),
+    "wan_i2v": Family(
+        "WanImageToVideoPipeline", **WAN, also="WanPipeline", takes=(*SCALES, "image", "last_image")
+    ),
     "ltx": Family("LTXPipeline", **LTX, takes=("frame_rate",)),
+    "ltx_i2v": Family("LTXImageToVideoPipeline", **LTX, also="LTXPipeline", takes=("frame_rate", "image")),
+    "hunyuan_video15": Family(
+        "HunyuanVideo15Pipeline",
+        "HunyuanVideo15Transformer3DModel",
+        takes=("flow_shift",),
+        text={"tokenizer": 1000},
+        tiled_vae=True,
+        frames=121,
+        whole_in_fp8=0.35,
+    ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),
     "wan_vace": Family(

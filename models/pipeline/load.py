@@ -135,8 +135,8 @@ def check_model(path: str, family: str) -> None:
     folder = Path(path)
     index = read_index(path)
     class_name = index.get("_class_name")
-    wanted = FAMILIES[family].pipeline
-    both = family == "wan_i2v" and class_name == "WanPipeline" and index.get("expand_timesteps")  # TI2V-5B
+    wanted, also = FAMILIES[family].pipeline, FAMILIES[family].also
+    both = class_name == also and (family != "wan_i2v" or index.get("expand_timesteps"))  # TI2V-5B
     if class_name != wanted and not both:
         raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {class_name}")
     if is_local(path):

@@ -16,6 +16,7 @@ from scripts.run.model_info import (
     WAN_TEXT,
     ModelInfo,
     from_configs,
+    hunyuan_video15_info,
     hunyuan_video_info,
     ltx_info,
     mochi_info,
@@ -28,7 +29,7 @@ CONFIGURED = ("transformer", "vae")
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
-LTX_VAE = 419_193_649
+LTX_VAE, HUNYUAN15_VAE, QWEN_7B, BYT5_SMALL = 419_193_649, 1_260_634_115, 7_070_619_136, 219_314_944
 WAN_14B = ModelInfo(
     layers=40,
     heads=40,
@@ -56,6 +57,13 @@ LTX_CONFIG = {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers":
 LTX_CONFIG |= {"patch_size": 1, "patch_size_t": 1, "out_channels": 128}
 LTX_VAE_CONFIG = {"decoder_block_out_channels": [128], "spatio_temporal_scaling": [True, True, True, False]}
 LTX_VAE_CONFIG |= {"patch_size": 4, "patch_size_t": 1}
+HUNYUAN15 = hunyuan_video15_info(
+    {"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 54, "mlp_ratio": 4.0}
+    | {"patch_size": 1, "patch_size_t": 1, "out_channels": 32},
+    {"block_out_channels": [128], "spatial_compression_ratio": 16},
+    {"transformer": 8_326_608_160, "text_encoder": QWEN_7B, "text_encoder_2": BYT5_SMALL}
+    | {"vae": HUNYUAN15_VAE},
+)
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -93,6 +101,8 @@ HUB_MODELS = {
         {"block_out_channels": [128]},
         HUNYUAN_PARTS | {"text_encoder": LLAVA_8B},
     ),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": HUNYUAN15,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": HUNYUAN15,
     "genmo/mochi-1-preview": mochi_info(
         MOCHI_CONFIG,
         {"decoder_block_out_channels": [128]},
@@ -116,6 +126,8 @@ SHIFTS = {
     "Wan-AI/Wan2.1-VACE-14B-diffusers": 3.0,
     "hunyuanvideo-community/HunyuanVideo": 7.0,
     "hunyuanvideo-community/HunyuanVideo-I2V": 17.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": 9.0,
 }
 BOUNDARIES = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from radial_attn import TokenGrid
@@ -10,14 +10,16 @@ from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
 MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE, LTX_TEXT = 6, 256, 512, 257, 128
+HUNYUAN15_TEXT = 729 + 256 + 1000  # image, glyphs, prompt
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
 HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
 
 # Float32 tensors of the VAE's last layers that decoding on the CPU holds at once, measured. Wan: 13 to 16, or
 # 39 to 43 if torch unfolds a convolution's input, as it does below 32 channels. HunyuanVideo, which upsamples
 # twice as many channels: 11.8. Mochi: 6.4, or 5.3 with one resnet a block. LTX-Video: 4.6.
+# HunyuanVideo 1.5: 6.5.
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
-LTX_COPIES = 4.6
+LTX_COPIES, HUNYUAN15_COPIES = 4.6, 6.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
@@ -194,6 +196,14 @@ def hunyuan_video_info(
     )
 
 
+def hunyuan_video15_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    model = hunyuan_video_info(transformer | {"num_single_layers": 0}, vae, parameters)
+    text = {"joint_text": HUNYUAN15_TEXT}
+    return replace(model, **text, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
+
+
 def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     ffn, patch = 8 * width // 3, transformer["patch_size"]
@@ -245,6 +255,7 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": hunyuan_video_info,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video15_info,
     "MochiTransformer3DModel": mochi_info,
     "LTXVideoTransformer3DModel": ltx_info,
 }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from radial_attn.dispatch import BACKENDS, kernel
-from radial_attn.models.parallel.groups import ring_refusal
+from radial_attn.models.parallel.groups import Degrees, ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
 from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.schedule import read_dense_steps
@@ -21,6 +21,7 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
     f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
+    "model.cache=first_block|mag model.family=hunyuan_video15": "diffusers does not register its blocks",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
@@ -180,14 +181,19 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
         )
 
 
-def check_shared(config: Config, halves: int) -> None:
-    """Raises UsageError for options that several processes do not support; `halves`: degree of guidance."""
+def check_shared(config: Config, degrees: Degrees) -> None:
+    """Raises UsageError for options that several processes do not support."""
+    if config.model.family == "ltx_i2v" and degrees.ulysses * degrees.ring > 1:
+        raise UsageError(
+            "model.family: got 'ltx_i2v', whose tokens have timesteps of their own and are not shared by "
+            "processes; set parallel.ulysses_degree=1 parallel.ring_degree=1"
+        )
     if config.model.cache_ratios == "calibrate":
         raise UsageError(
             "model.cache_ratios: got 'calibrate', which does not work with several processes: each would "
             "measure its own tokens only; give numbers separated by commas"
         )
-    if config.attention.check == "reference" and halves > 1:
+    if config.attention.check == "reference" and degrees.cfg > 1:
         raise UsageError(
             "attention.check: got 'reference', which does not work with parallel.cfg_degree=2: each process "
             "would compare one half only; allowed: auto, off, nan"

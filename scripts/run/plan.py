@@ -297,7 +297,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_ring(attention, config.model)
     if degrees.processes > 1 and not dry_run:
         check_processes(device, degrees)
-        check_shared(config, degrees.cfg)
+        check_shared(config, degrees)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
     shift = config.generation.flow_shift or SHIFTS.get(path)
     sigmas = noise_levels(path, config.model.family, steps, shift, grid.video_tokens)

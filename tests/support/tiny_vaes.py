@@ -3,14 +3,24 @@
 from dataclasses import replace
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLMochi
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
+)
 
 from scripts.run.model_info import ModelInfo, from_configs
-from tests.support.tiny_hunyuan import hunyuan_transformer
+from tests.support.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
 from tests.support.tiny_ltx import ltx_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
-TILES = {"hunyuan_video": 128, "mochi": 128, "ltx": 256}  # pixels a side, half of diffusers' own
+TILES = {  # pixels a side, half of diffusers' own
+    "hunyuan_video": 128,
+    "hunyuan_video15": 128,
+    "mochi": 128,
+    "ltx": 256,
+}
 
 
 VAES = {
@@ -20,6 +30,11 @@ VAES = {
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "mid_block_add_attention": False,
+    },
+    "hunyuan_video15": {
+        "latent_channels": 4,
+        "block_out_channels": (32, 64, 64, 64, 64),  # twice as many before the last, as its own
+        "layers_per_block": 1,
     },
     "mochi": {
         "latent_channels": 12,
@@ -37,10 +52,16 @@ VAES = {
 }
 CLASSES = {
     "hunyuan_video": AutoencoderKLHunyuanVideo,
+    "hunyuan_video15": AutoencoderKLHunyuanVideo15,
     "mochi": AutoencoderKLMochi,
     "ltx": AutoencoderKLLTXVideo,
 }
-TRANSFORMERS = {"hunyuan_video": hunyuan_transformer, "mochi": mochi_transformer, "ltx": ltx_transformer}
+TRANSFORMERS = {
+    "hunyuan_video": hunyuan_transformer,
+    "hunyuan_video15": hunyuan15_transformer,
+    "mochi": mochi_transformer,
+    "ltx": ltx_transformer,
+}
 
 
 def tiled(family: str) -> torch.nn.Module:
@@ -50,6 +71,7 @@ def tiled(family: str) -> torch.nn.Module:
     for axis in ("height", "width"):
         setattr(vae, f"tile_sample_min_{axis}", model.vae_tile)
         setattr(vae, f"tile_sample_stride_{axis}", model.vae_step)
+        setattr(vae, f"tile_latent_min_{axis}", model.vae_tile // model.vae_pixels)
     return vae
 
 

@@ -77,7 +77,12 @@ def test_flex_lists_all_pairs_of_blocks():
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")
 @pytest.mark.parametrize(
     ("family", "frames", "latents"),
-    [pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long), ("mochi", 7, 2), ("ltx", 9, 2)],
+    [
+        pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long),
+        ("mochi", 7, 2),
+        ("ltx", 9, 2),
+        ("hunyuan_video15", 5, 2),
+    ],
 )
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
     """Decodes a video larger than a tile in its own process, whose freed tensors go back to the system."""
@@ -121,7 +126,9 @@ def test_tiles_and_chunks_are_those_of_diffusers():
     for family, vae in vaes.items():
         model = models.get(family, ModelInfo(1, 1, 1, 1))
         assert vae.tile_sample_min_height == vae.tile_sample_min_width == model.vae_tile
-        assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == model.vae_step
+        overlap = getattr(vae, "tile_overlap_factor", None)
+        step = model.vae_tile * (1 - overlap) if overlap else vae.tile_sample_stride_height
+        assert step == model.vae_step
         assert getattr(vae, "use_framewise_decoding", False) == (family == "hunyuan_video")
     model, vae = architecture("hunyuan_video"), vaes["hunyuan_video"]
     assert model.vae_chunk == vae.tile_sample_min_num_frames + 1
