@@ -23,15 +23,28 @@ from .runtime.dense_backend import DenseBackend
 from .runtime.observe import Observer, Seen, refusal
 from .runtime.output_check import OutputCheck, resolve_check
 from .runtime.schedule import Schedule
-from .runtime.transformers import parts_of, transformers_of
+from .runtime.transformers import head_sizes, parts_of, transformers_of
 
 TRANSFORMERS = {
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan_vace",
+    "SkyReelsV2Transformer3DModel": "skyreels",
+    "ChronoEditTransformer3DModel": "chronoedit",
+    "AnyFlowTransformer3DModel": "anyflow",
+    "WanAnimateTransformer3DModel": "wan_animate",
     "MochiTransformer3DModel": "mochi",
     "LTXVideoTransformer3DModel": "ltx",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+}
+REFUSED = {  # transformers of video without full self-attention over frames, height and width, and why
+    "HeliosTransformer3DModel": "its self-attention joins new frames with coarser tokens of earlier ones",
+    "WanAnimate2Transformer3DModel": "its self-attention also reads a cached video, by a mask of its own",
+    "AnyFlowFARTransformer3DModel": "its self-attention is causal, over chunks of frames and cached keys",
+    "SanaVideoTransformer3DModel": "its self-attention is linear, without a score for each pair of tokens",
+    "Cosmos3OmniTransformer": "its video tokens attend in a packed sequence with text, sound and actions",
+    "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already, by a mask of its own (NABLA)",
 }
 HANDLE = "_radial_attention"  # attribute of a transformer that holds its handle
 
@@ -248,7 +261,8 @@ class RadialAttentionHandle:
             attention.processor = ours
             self._replaced.append((attention, before, ours))
         self._hooks.append(transformer.register_forward_pre_hook(context.before_call, with_kwargs=True))
-        self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
+        if not hasattr(family, "with_calls"):
+            self._hooks.append(transformer.rope.register_forward_hook(context.attach_to_rope))
         if context.parallel is not None:
             self._hooks += context.parallel.install(transformer, family)
         self._hooks.append(transformer.register_forward_hook(context.after_call))
@@ -256,7 +270,9 @@ class RadialAttentionHandle:
 
 def family_of(transformer: torch.nn.Module) -> ModuleType:
     """Returns the fork of a transformer's family; ValueError if there is none."""
-    for cls in type(transformer).__mro__:
+    for cls in type(transformer).__mro__:  # the nearest class decides
+        if cls.__name__ in REFUSED:
+            raise ValueError(f"radial attention cannot serve {cls.__name__}: {REFUSED[cls.__name__]}")
         if cls.__name__ in TRANSFORMERS:
             return import_module(f".{TRANSFORMERS[cls.__name__]}", __package__)
     raise ValueError(
@@ -267,8 +283,7 @@ def family_of(transformer: torch.nn.Module) -> ModuleType:
 def measured_model(transformer: torch.nn.Module, family: ModuleType) -> MeasuredModel:
     """Returns what a profile says of its model, but for the weights."""
     name, layers = family.__name__.rpartition(".")[2], len(family.attention_layers(transformer))
-    settings = transformer.config
-    return MeasuredModel(name, layers, settings.num_attention_heads, settings.attention_head_dim)
+    return MeasuredModel(name, layers, *head_sizes(transformer))
 
 
 def _read_profile(file: str | Path, transformer: torch.nn.Module, family: ModuleType) -> ModelProfile:

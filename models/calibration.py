@@ -63,6 +63,6 @@ def calibrate(
     levels = [edges[part] for part in range(parts)]
     model = measured_model(first, family)
     (reading,) = readings.values()
-    profile = ModelProfile.of(reading, model, levels, frequencies=turns_of(first.rope))
+    profile = ModelProfile.of(reading, model, levels, frequencies=turns_of(getattr(first, "rope", None)))
     with whole_file(Path(file)) as part:
         part.write_bytes(profile.to_bytes())

@@ -9,7 +9,7 @@ from typing import Any
 
 from radial_attn import RadialConfig, radial_mask
 
-from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention
+from .apply import HANDLE, RadialAttentionHandle, apply_radial_attention, family_of
 from .published import ModelTraits, PublishedSettings, nearest_settings, traits_of
 from .runtime.observe import Seen
 from .runtime.schedule import AboveSigma, Schedule, read_density
@@ -80,6 +80,7 @@ def enable(
             f"density and decay_factor exclude each other, got {density!r} and {decay_factor!r}; give one"
         )
     transformers = transformers_of(model)
+    family_of(transformers[0])
     traits = traits_of(transformers[0], experts=getattr(model, "transformer_2", None) is not None)
     settings = nearest_settings(traits)
     density_range = read_density(density)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from radial_attn import TokenGrid
 
-from .runtime.layer_attention import attend
-from .runtime.output_check import LayerCheck, watched
+from .runtime.processor import JointAttention
 
 UPSTREAM_PROCESSOR = HunyuanVideoAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -42,43 +41,6 @@ def text_mask(arguments: dict[str, Any]) -> Tensor:
     return arguments["encoder_attention_mask"]
 
 
-class JointProcessor:
-    """Computes joint attention by `radial_attention`, or by the next class if layer or call is dense."""
-
-    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
-        super().__init__()
-        self.dense, self.layer_check = dense, layer_check
-
-    @watched
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns video `[B, N, C]` and text `[B, T, C]` after attention, from the same shapes.
-
-        `image_rotary_emb` holds cos and sin `[N, D]` and two `AttentionCall`s, whose text lengths replace
-        `attention_mask`.
-        """
-        *rotary, radial_call, dense_call = image_rotary_emb
-        call = dense_call if self.dense else radial_call
-        if call is None or (call.backend == "dense" and self._parallel_config is not None):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
-        streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, call, self).flatten(2, 3)
-        video, text = output.tensor_split([hidden_states.shape[1]], dim=1)
-        if attn.to_out is not None:
-            video = attn.to_out[1](attn.to_out[0](video))
-        return video, text if attn.to_add_out is None else attn.to_add_out(text)
-
-
-class RadialProcessor(JointProcessor, HunyuanVideoAttnProcessor2_0):
-    """Puts `JointProcessor` before the processor of HunyuanVideo."""
-
-
 def joint_grid(transformer: torch.nn.Module, arguments: dict[str, Any], texts: Sequence[str]) -> TokenGrid:
     """Returns the grid of latents `[B, C, frames, height, width]` over patches; `texts` name `[B, T, C]`."""
     frames, height, width = arguments["hidden_states"].shape[2:]
@@ -103,3 +65,9 @@ def _heads(attn: Attention, tokens: Tensor, layers: Sequence, norms: Sequence) -
     """Returns `[B, S, H, D]` of each layer, normed if there is a norm."""
     heads = [layer(tokens).unflatten(2, (attn.heads, -1)) for layer in layers]
     return [x if norm is None else norm(x) for x, norm in zip(heads, norms, strict=True)]
+
+
+class RadialProcessor(JointAttention, HunyuanVideoAttnProcessor2_0):
+    """Puts `JointAttention` before the processor of HunyuanVideo."""
+
+    project = staticmethod(project)

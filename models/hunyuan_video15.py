@@ -13,7 +13,8 @@ from torch import Tensor
 
 from radial_attn import TokenGrid
 
-from .hunyuan_video import JointProcessor, joint_grid
+from .hunyuan_video import joint_grid, project
+from .runtime.processor import JointAttention
 
 UPSTREAM_PROCESSOR = HunyuanVideo15AttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -45,5 +46,7 @@ def text_mask(arguments: dict[str, Any]) -> Tensor:
     return torch.arange(valid.shape[1], device=valid.device) < valid.sum(dim=1, keepdim=True)
 
 
-class RadialProcessor(JointProcessor, HunyuanVideo15AttnProcessor2_0):
-    """Puts `JointProcessor` before the processor of HunyuanVideo 1.5."""
+class RadialProcessor(JointAttention, HunyuanVideo15AttnProcessor2_0):
+    """Puts `JointAttention` before the processor of HunyuanVideo 1.5."""
+
+    project = staticmethod(project)

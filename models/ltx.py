@@ -9,11 +9,11 @@ from diffusers.models.transformers.transformer_ltx import (
     LTXVideoAttnProcessor,
     apply_rotary_emb,
 )
+from torch import Tensor
 
 from radial_attn import TokenGrid
 
-from .runtime.layer_attention import attend
-from .runtime.output_check import LayerCheck, watched
+from .runtime.processor import SelfAttention
 
 UPSTREAM_PROCESSOR = LTXVideoAttnProcessor
 ROTARY_TOKENS = 1  # dimension of the tokens in the rotary tables
@@ -48,32 +48,14 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
     return grid
 
 
-class RadialProcessor(LTXVideoAttnProcessor):
-    """Computes self-attention by `radial_attention`, or by upstream if layer or call is dense."""
+def project(attn: LTXAttention, hidden_states: Tensor, rotary: Sequence[Tensor]) -> list[Tensor]:
+    """Returns query, key and value `[B, S, H, D]`; `rotary` are cos and sin `[B, S, C]`."""
+    query = apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), rotary)
+    key = apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), rotary)
+    return [x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states))]
 
-    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
-        super().__init__()
-        self.dense, self.layer_check = dense, layer_check
 
-    @watched
-    def __call__(
-        self,
-        attn: LTXAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple | None = None,
-    ) -> torch.Tensor:
-        """Returns `[B, S, C]`; `image_rotary_emb` holds cos and sin `[B, S, C]` and two `AttentionCall`s."""
-        *rotary, radial_call, dense_call = image_rotary_emb
-        call = dense_call if self.dense else radial_call
-        if call is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
-        if attention_mask is not None:
-            got = tuple(attention_mask.shape)
-            raise ValueError(f"radial attention takes no attention_mask, got one of {got}; pass None")
-        query = apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), rotary)
-        key = apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), rotary)
-        tensors = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
-        output = attend(*tensors, call, self).flatten(2, 3)
-        return attn.to_out[1](attn.to_out[0](output))
+class RadialProcessor(SelfAttention, LTXVideoAttnProcessor):
+    """Puts `SelfAttention` before the processor of LTX-Video."""
+
+    project = staticmethod(project)

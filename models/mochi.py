@@ -8,8 +8,7 @@ from diffusers.models.attention_processor import MochiAttention, MochiAttnProces
 
 from radial_attn import TokenGrid
 
-from .runtime.layer_attention import attend
-from .runtime.output_check import LayerCheck, watched
+from .runtime.processor import JointAttention
 
 UPSTREAM_PROCESSOR = MochiAttnProcessor2_0
 ROTARY_TOKENS = 0  # dimension of the tokens in the rotary tables
@@ -38,37 +37,6 @@ def text_mask(arguments: dict[str, Any]) -> torch.Tensor:
     return arguments["encoder_attention_mask"]
 
 
-class RadialProcessor(MochiAttnProcessor2_0):
-    """Computes joint attention by `radial_attention`, or by upstream if layer or call is dense.
-
-    Upstream removes the padding by value, which breaks the graph of a compiled block; this does not.
-    """
-
-    def __init__(self, dense: bool, layer_check: LayerCheck | None = None) -> None:
-        super().__init__()
-        self.dense, self.layer_check = dense, layer_check
-
-    @watched
-    def __call__(
-        self,
-        attn: MochiAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
-        image_rotary_emb: tuple | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns `[B, S, C]` and `[B, T, C]`; `image_rotary_emb`: cos, sin `[S, H, D/2]` and two calls."""
-        *rotary, radial_call, dense_call = image_rotary_emb
-        call = dense_call if self.dense else radial_call
-        if call is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
-        streams = project(attn, hidden_states, encoder_hidden_states, rotary)
-        output = attend(*streams, call, self).flatten(2, 3)
-        video, text = output.tensor_split((hidden_states.shape[1],), dim=1)
-        video = attn.to_out[1](attn.to_out[0](video))
-        return video, text if attn.context_pre_only else attn.to_add_out(text)
-
-
 def project(
     attn: MochiAttention, video: torch.Tensor, text: torch.Tensor, rotary: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -90,3 +58,12 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     left, right = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((left * cos - right * sin, left * sin + right * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+class RadialProcessor(JointAttention, MochiAttnProcessor2_0):
+    """Puts `JointAttention` before the processor of Mochi.
+
+    Upstream removes the padding by value, which breaks the graph of a compiled block; this does not.
+    """
+
+    project = staticmethod(project)

@@ -65,19 +65,28 @@ class Cells:
 
     Attributes:
         frames, positions: their numbers.
+        order: of the tokens, as in `TokenGrid`.
     """
 
     frames: int
     positions: int
+    order: str = "raster"
 
     @classmethod
     def of(cls, grid: TokenGrid, block_size: int) -> "Cells":
         """Returns cells of one block, or as many as `CELLS` allows."""
         in_frame = -(-grid.tokens_per_frame // block_size)
-        return cls(grid.frames, max(1, min(in_frame, CELLS // grid.frames)))
+        return cls(grid.frames, max(1, min(in_frame, CELLS // grid.frames)), grid.order)
 
     def weights(self, grid: TokenGrid, block_size: int) -> Tensor:
-        """Returns the share of each cell in the tokens of each block, float32 `[Q, cells]`; text has none."""
+        """Returns the share of each cell in the tokens of each block, float32 `[Q, cells]`; text has none.
+
+        Raises ValueError for a grid of another order: its cells lie elsewhere in the frame.
+        """
+        if grid.order != self.order:
+            raise ValueError(
+                f"the profile is of tokens in the order {self.order!r}, got {grid.order!r}; calibrate again"
+            )
         token = torch.arange(grid.video_tokens)
         frame = token // grid.tokens_per_frame
         position = token % grid.tokens_per_frame * self.positions // grid.tokens_per_frame

@@ -14,6 +14,8 @@ import torch
 from radial_attn import RadialConfig, TokenGrid
 from radial_attn.masks.radial import COMPAT
 
+from .runtime.transformers import head_sizes
+
 PAPER = "arXiv 2506.19852, default length"
 NOT_PUBLISHED = "nothing published for this model, settings of"
 SAME_SETTINGS = {"WanVACETransformer3DModel": "WanTransformer3DModel"}  # a class without rows of its own
@@ -130,6 +132,17 @@ MOCHI_1 = PublishedSettings(
     size="163 frames of 480x848",
     grid=TokenGrid(28, 30, 53, text=256),
 )
+KANDINSKY_LITE = PublishedSettings(
+    model="Kandinsky 5.0 Lite",
+    traits=ModelTraits("Kandinsky5Transformer3DModel", width=1792, layers=32),
+    config=MOCHI,
+    dense_steps=12,
+    steps=50,
+    dense_layers=0,
+    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+    size="121 frames of 512x768",
+    grid=TokenGrid(31, 32, 48),
+)
 WAN_TINY = PublishedSettings(
     model="the bundled Wan",
     traits=ModelTraits("WanTransformer3DModel", width=192, layers=6),
@@ -140,6 +153,30 @@ WAN_TINY = PublishedSettings(
     source="this repository",
     size="33 frames of 64x64",
     grid=TokenGrid(9, 8, 8),
+)
+
+
+def _like_wan(model: str, transformer: str, size: str, grid: TokenGrid, **traits: Any) -> PublishedSettings:
+    """Returns the row of a copy of Wan2.1 14B but for `traits`: nothing is published for it."""
+    changed = replace(WAN_14B.traits, transformer=transformer, **traits)
+    source = f"{NOT_PUBLISHED} {WAN_14B.model}"
+    return replace(WAN_14B, model=model, traits=changed, source=source, size=size, grid=grid)
+
+
+SKYREELS, CHRONOEDIT, ANYFLOW, ANIMATE = (
+    f"{name}Transformer3DModel" for name in ("SkyReelsV2", "ChronoEdit", "AnyFlow", "WanAnimate")
+)
+SMALLER = {"width": 1536, "layers": 30}  # a Wan of 1.3B
+OF_540P, OF_480P = TokenGrid(25, 34, 60), TokenGrid(21, 30, 52)
+WAN_RELATIVES = (
+    _like_wan("SkyReels-V2 14B", SKYREELS, "97 frames of 544x960", OF_540P),
+    _like_wan("SkyReels-V2 DF 1.3B", SKYREELS, "97 frames of 544x960", OF_540P, **SMALLER),
+    _like_wan("SkyReels-V2 I2V 14B", SKYREELS, "97 frames of 544x960", OF_540P, image=True),
+    _like_wan("SkyReels-V2 I2V 1.3B", SKYREELS, "97 frames of 544x960", OF_540P, image=True, **SMALLER),
+    _like_wan("ChronoEdit 14B", CHRONOEDIT, "29 frames of 720x1280", TokenGrid(8, 45, 80), image=True),
+    _like_wan("AnyFlow 14B", ANYFLOW, "81 frames of 480x832", OF_480P),
+    _like_wan("AnyFlow 1.3B", ANYFLOW, "81 frames of 480x832", OF_480P, **SMALLER),
+    _like_wan("Wan-Animate 14B", ANIMATE, "77 frames of 720x1280", TokenGrid(21, 45, 80), image=True),
 )
 
 PUBLISHED = (
@@ -179,6 +216,7 @@ PUBLISHED = (
         size="121 frames of 704x1280",
         grid=TokenGrid(31, 22, 40),
     ),
+    *WAN_RELATIVES,
     HUNYUAN_T2V,
     replace(
         HUNYUAN_T2V,
@@ -208,6 +246,12 @@ PUBLISHED = (
         source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
         size="161 frames of 512x704",
         grid=TokenGrid(21, 16, 22),
+    ),
+    KANDINSKY_LITE,
+    replace(
+        KANDINSKY_LITE,
+        model="Kandinsky 5.0 Pro",
+        traits=ModelTraits("Kandinsky5Transformer3DModel", width=4096, layers=60),
     ),
     WAN_TINY,
     replace(
@@ -246,12 +290,13 @@ def traits_of(transformer: torch.nn.Module, *, experts: bool = False) -> ModelTr
     if name is None:
         raise ValueError(f"transformer must be one of {', '.join(CLASSES)}, got {type(transformer).__name__}")
     config: dict[str, Any] = transformer.config
-    extra_channels = config["in_channels"] > (config.get("out_channels") or config["in_channels"])
+    channels, (heads, width) = config.get("in_channels", 0), head_sizes(transformer)
+    extra_channels = channels > (config.get("out_channels") or channels)
     image = extra_channels or config.get("image_condition_type") is not None
     return ModelTraits(
         transformer=name,
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-        layers=config["num_layers"] + config.get("num_single_layers", 0),
+        width=heads * width,
+        layers=config.get("num_visual_blocks") or config["num_layers"] + config.get("num_single_layers", 0),
         image=image,
         a14b=experts or (image and config.get("image_dim", 0) is None),
     )

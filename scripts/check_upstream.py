@@ -56,10 +56,15 @@ class Family(NamedTuple):
 FAMILIES = {
     "wan": Family("Wan", "wan", "WanTransformer3DModel"),
     "wan_vace": Family("Wan-VACE", "wan_vace", "WanVACETransformer3DModel"),
+    "skyreels": Family("SkyReels-V2", "skyreels_v2", "SkyReelsV2Transformer3DModel"),
+    "chronoedit": Family("ChronoEdit", "chronoedit", "ChronoEditTransformer3DModel"),
+    "anyflow": Family("AnyFlow", "anyflow", "AnyFlowTransformer3DModel"),
+    "wan_animate": Family("Wan-Animate", "wan_animate", "WanAnimateTransformer3DModel"),
     "mochi": Family("Mochi", "mochi", "MochiTransformer3DModel"),
     "ltx": Family("LTX-Video", "ltx", "LTXVideoTransformer3DModel"),
     "hunyuan_video": Family("HunyuanVideo", "hunyuan_video", "HunyuanVideoTransformer3DModel"),
     "hunyuan_video15": Family("HunyuanVideo 1.5", "hunyuan_1_5", "HunyuanVideo15Transformer3DModel"),
+    "kandinsky5": Family("Kandinsky 5.0", "kandinsky5", "Kandinsky5Transformer3DModel"),
     "framepack": Family(
         "FramePack", "hunyuan_video_framepack", "HunyuanVideoTransformer3DModel", forked=False
     ),

@@ -28,7 +28,7 @@ from radial_attn.kernels.flash4.op import HOPPER
 from scripts.benchmarks.flash4_kernels import KINDS, Wanted, compile_kernel, prepare_compiler, wanted
 from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.files import sha256, write_text
-from scripts.run.processes import end_with_parent
+from scripts.run.processes import start_worker
 
 # The package's own function for errors is in its library of 43 MB; this one needs only the CUDA runtime.
 ERRORS = """
@@ -139,7 +139,7 @@ def earlier(folder: Path, about: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def _start() -> None:
-    end_with_parent()
+    start_worker()
     prepare_compiler(HOPPER)
 
 

@@ -6,6 +6,7 @@ Needs flash-attn-4, and Triton for its programs that read GPU code. Exit code 1 
 more than 64 B in local memory, or if a kernel does not use the tensor cores.
 """
 
+import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from scripts.benchmarks.flash4_kernels import (
     usage,
     wanted,
 )
-from scripts.run.errors import OneLineParser, positive
+from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.files import write_text
-from scripts.run.processes import end_with_parent
+from scripts.run.processes import start_worker
 from scripts.run.results import RESULTS, table
 
 ARCHITECTURES = {"sm90": HOPPER, "sm100": BLACKWELL}
@@ -110,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--out must be a file, got {options.out}")
     if (reason := library.problem()) is not None:
         parser.error(reason)
+    return exit_code(lambda: run(options), "nothing was written")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compiles the kernels and writes the table; returns 1 if a kernel has a fault."""
     rows = []
     for arch in options.arch:
         capability = ARCHITECTURES[arch]
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(capability: tuple[int, int]) -> None:
-    end_with_parent()
+    start_worker()
     prepare_compiler(capability)
 
 

@@ -7,6 +7,7 @@ Exit code 1 if a kernel spills registers, needs more shared memory than the arch
 tensor cores, or on sm90 prefetches fewer tiles than it has stages, copies tiles or waits too often.
 """
 
+import argparse
 import re
 import sys
 from collections import Counter
@@ -19,9 +20,9 @@ from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
 from scripts.benchmarks.hot_loop import Tiles, cuobjdump, loop_instructions, tiles_of
 from scripts.benchmarks.kernel_sources import Variant, source, variants
 from scripts.benchmarks.speed_model import PROCESSORS, speed_report
-from scripts.run.errors import OneLineParser
+from scripts.run.errors import OneLineParser, exit_code
 from scripts.run.files import write_text
-from scripts.run.processes import end_with_parent
+from scripts.run.processes import start_worker
 from scripts.run.results import RESULTS, table
 
 SHARED_BYTES = {  # the most that one program may have
@@ -145,7 +146,7 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 def compile_all(archs: list[str]) -> list[Compiled]:
     """Compiles every kernel, width and kind of mask, on all cores."""
     work = [(arch, variant) for arch in archs for variant in variants(arch)]
-    with ProcessPoolExecutor(initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(initializer=start_worker) as pool:
         return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
 
 
@@ -182,6 +183,11 @@ def main(argv: list[str] | None = None) -> int:
     speed = RESULTS / "kernels_speed_estimates.md"
     parser.add_argument("--speed", type=Path, default=speed, help="file of the estimated speed")
     options = parser.parse_args(argv)
+    return exit_code(lambda: run(options), "nothing was written")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compiles the kernels and writes the tables; returns 1 if a kernel has a fault."""
     rows = compile_all(options.arch)
     some = "" if options.arch == list(LAUNCHES) else f" --arch {' '.join(options.arch)}"
     command = f"python -m scripts.kernel_report{some}"

@@ -88,6 +88,7 @@ def flow_loss(
     A batch of eight has one level from each eighth. Channels of `latents` beyond a video's get no noise.
     """
     channels = denoiser.transformer.config.out_channels
+    frames_step = FAMILIES[options.family].frames_step
 
     def loss(step: int) -> Tensor:
         random = generator(options, 4, step)
@@ -103,7 +104,7 @@ def flow_loss(
         noisy = torch.cat([(1 - mix) * video + mix * noise, given], dim=1)
         with mixed_precision(options):
             velocity = denoiser(noisy, sigma, captions)
-            more = denoiser.more_loss(captions, shown, options.frames)
+            more = denoiser.more_loss(captions, shown, options.frames, frames_step)
         return (velocity.float() - (noise - video)).square().mean() + more
 
     return loss

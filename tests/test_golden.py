@@ -77,7 +77,7 @@ def bad_files(tmp_path: Path) -> Path:
         "list.json": "[]",
         "a.gif": "GIF89a",
     }
-    texts |= {"sinks.yaml": "attention: {sinks: true}\n", "broken.safetensors": "?"}
+    texts |= {"sinks.yaml": "attention: {sinks: true}\n", "broken.safetensors": "?", "broken.gguf": "GGUF?"}
     texts |= {"bare.yaml": "seed: 3\n", "group.yaml": "output:\n", "word.yaml": "generation: {seed: x}\n"}
     texts |= {"control.yaml": "\0\1"}
     for name, text in texts.items():

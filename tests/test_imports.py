@@ -34,7 +34,8 @@ DRAWING = {"matplotlib", "PIL"}
 ALLOWED = {
     "radial_attn": {"torch", "numpy", *DRAWING, "triton", *OPTIONAL},
     "radial_attn.models": {
-        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser")
+        *("torch", "diffusers", "transformers", "safetensors", "peft", "torchao", "bitsandbytes", "xfuser"),
+        *("accelerate", "gguf"),
     },
     "comfyui": {"torch", "comfy_api"},
     "scripts": {"radial_attn", *LIBRARIES.split(), "flash_attn", "cutlass", "tvm_ffi"},
@@ -62,7 +63,7 @@ LAYERS = (  # lowest first: a module imports from its own row and those before i
     "radial_attn.selection radial_attn.residual radial_attn.trial",
     "radial_attn.chooser",
     "radial_attn.models.runtime",
-    "radial_attn.models.wan radial_attn.models.mochi radial_attn.models.ltx",
+    "radial_attn.models.wan radial_attn.models.mochi radial_attn.models.ltx radial_attn.models.kandinsky5",
     "radial_attn.models.hunyuan_video",
     "radial_attn.models.wan_vace radial_attn.models.hunyuan_video15",
     "radial_attn.models.apply",

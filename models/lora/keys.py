@@ -131,9 +131,7 @@ def match_keys(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> 
 
 def _by_layer(match: Match) -> dict[str, dict[str, Part]]:
     """Returns the parts by layer and kind; notes keys that no layer takes as unmatched."""
-    parameters = match.parameters.items()
-    rows = {re.sub(r"\.(weight|bias)$", "", name): math.prod(shape[:1]) for name, shape in parameters}
-    known = _original(rows) | {layer: (Part(layer),) for layer in rows}
+    known = layer_names(match.parameters)
     known = {name.replace(".", "_"): parts for name, parts in known.items()} | known  # kohya's spelling
     layers: dict[str, dict[str, Part]] = {}
     for key in match.shapes:
@@ -161,6 +159,13 @@ def split_key(key: str) -> tuple[str, str]:
         if ending := re.fullmatch(f"(.+?){pattern}", name):
             return (f"{ending[1]}.modulation", "weight") if kind == "modulation" else (ending[1], kind)
     return name, ""
+
+
+def layer_names(parameters: Mapping[str, Shape]) -> dict[str, tuple[Part, ...]]:
+    """Returns the parts of each layer's name, in any spelling, given the shapes of all parameters."""
+    names = {name: re.sub(r"\.(weight|bias)$", "", name) for name in parameters}
+    rows = {layer: math.prod(parameters[name][:1]) for name, layer in names.items()}
+    return _original(rows) | {layer: (Part(layer),) for layer in rows}
 
 
 def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:

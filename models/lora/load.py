@@ -123,6 +123,8 @@ def load_loras(
     names = ("transformer", "transformer_2")
     parts = [model] if isinstance(model, torch.nn.Module) else [getattr(model, name, None) for name in names]
     targets = [Target(getattr(part, "_orig_mod", part)) for part in parts if part is not None]
+    if mode == "fused" and any(is_packed(x) for target in targets for x in target.parameters.values()):
+        raise ValueError("LoRAs cannot be added to weights that GGUF holds quantised; use mode='separate'")
     plans = []
     for lora in loras:
         header = read_header(lora.file)
@@ -187,7 +189,10 @@ class Target:
         self._active = transformer.active_adapters() if self._present else []
         self._trained = {value: value.requires_grad for value in transformer.parameters()}
         self.parameters = self._base_parameters()
-        self.shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        self.shapes = {
+            name: tuple(value.quant_shape if is_packed(value) else value.shape)
+            for name, value in self.parameters.items()
+        }
         self.report: list[dict[str, Any]] = []
         self._scales: dict[str, float] = {}
         self._adapters: list[str] = []
@@ -212,6 +217,11 @@ class Target:
 
     def add(self, lora: Lora, header: Header, match: Match) -> None:
         """Adds one file: its pairs as an adapter, its other changes for `activate`."""
+        if packed := [name for name in match.deltas if is_packed(self.parameters[name])]:
+            raise ValueError(
+                f"LoRA {Path(lora.file).name} changes {listed(packed, 2)}, which GGUF holds quantised; use "
+                "weights in fp16, bf16 or fp8"
+            )
         state, deltas = read_weights(lora.file, header, match, self.parameters)
         taken = {*self._present, *self._scales}
         name = next(name for number in count() if (name := f"lora_{number}") not in taken)
@@ -334,6 +344,11 @@ class Followed:
         result = getattr(type(transformer), self._name)(transformer, *args, **options)
         self._target.follow(unloaded=self._name == "unload_lora")
         return result
+
+
+def is_packed(parameter: torch.nn.Parameter) -> bool:
+    """Tells whether a parameter is quantised as a GGUF file stores it, in bytes."""
+    return hasattr(parameter, "quant_shape")
 
 
 def _chosen(targets: Sequence[Target], lora: Lora) -> Sequence[Target]:

@@ -53,6 +53,10 @@ SWAPPED = ("final_layer.adaLN_modulation.1",)
 # Patterns of ComfyUI's names, for files that were extracted there, if they differ from the authors'.
 OTHERS = (
     (r"_attn_(qkv|proj)$", r"_attn.\1"),
+    (r"_attn_q_norm$", "_attn.norm.query_norm"),
+    (r"_attn_k_norm$", "_attn.norm.key_norm"),
+    (r"#\.q_norm$", "#.norm.query_norm"),
+    (r"#\.k_norm$", "#.norm.key_norm"),
     (r"(mod|modulation)\.linear$", r"\1.lin"),
     (r"mlp\.fc1$", "mlp.0"),
     (r"mlp\.fc2$", "mlp.2"),

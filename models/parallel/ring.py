@@ -133,7 +133,7 @@ class RingParallel(SequenceParallel):
 
     def begin(self, grid: TokenGrid, block_size: int) -> None:
         """Sets the grid of the call that follows, and the block size of its mask."""
-        shards = deal(grid, block_size, self.ring.degree)
+        shards, self._all = deal(grid, block_size, self.ring.degree), grid.video_tokens
         if shards is not self.ring.shards:
             self.ring.shards, self._places = shards, {}
             self._tokens = len(shards.tokens[self.ring.rank])

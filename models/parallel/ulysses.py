@@ -39,11 +39,11 @@ class SequenceParallel:
         self.degree = torch.distributed.get_world_size(group)
         self.rank = torch.distributed.get_rank(group)
         self.ring: Any = None
-        self._tokens = self._heads = 0
+        self._all = self._tokens = self._heads = 0  # video tokens, those that are mixed here, heads
 
     def begin(self, grid: TokenGrid, block_size: int) -> None:
         """Sets the grid of the call that follows, and the block size of its mask."""
-        self._tokens = grid.video_tokens
+        self._all = self._tokens = grid.video_tokens
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """Returns this process's part of all video tokens along `dim`; zeros pad the last parts."""
@@ -101,7 +101,7 @@ class SequenceParallel:
 
     def gather(self, x: Tensor) -> Tensor:
         """Returns all video tokens `[B, N, C]` from the parts of all processes, `[B, n, C]`."""
-        return gather_parts(x, 1, self._group)[:, : self._tokens]
+        return gather_parts(x, 1, self._group)[:, : self._tokens].contiguous()
 
     def exchange(
         self,
@@ -159,17 +159,32 @@ class SequenceParallel:
             for index, block in enumerate(stack):
                 enter = _Entrance(self, block, first=index == 0)
                 hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        for module in family.between_blocks(transformer) if hasattr(family, "between_blocks") else ():
+            hooks.append(module.register_forward_pre_hook(self._join_input))
+            hooks.append(module.register_forward_hook(self._split_output))
         if hasattr(transformer, "condition_embedder"):
             hooks.append(transformer.condition_embedder.register_forward_hook(self._split_times))
-        hooks.append(transformer.proj_out.register_forward_hook(self._leave))
+        last = getattr(transformer, "proj_out", None) or family.stacks(transformer)[-1][-1]
+        hooks.append(last.register_forward_hook(self._leave))
         return hooks
 
     def _split_times(self, embedder: torch.nn.Module, args: tuple, output: tuple) -> tuple:
         """Splits Wan's embedded time and its projection if each token has its own (TI2V-5B)."""
         time, projected, *texts = output
+        if time.ndim == 3 and time.shape[1] != self._all:
+            raise ValueError(
+                f"several processes share tokens, and {time.shape[1]} timesteps are for frames, not for "
+                f"{self._all} tokens; run diffusion forcing of SkyReels-V2 in one process"
+            )
         if time.ndim == 3:
             time, projected = self.shard(time, 1), self.shard(projected, 1)
         return time, projected, *texts
+
+    def _join_input(self, module: torch.nn.Module, args: tuple) -> tuple:
+        return (self.gather(args[0]), *args[1:])
+
+    def _split_output(self, module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.shard(output, 1)
 
     def _leave(self, projection: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         return self.gather(output)
@@ -186,9 +201,11 @@ class _Entrance:
         bound = self._signature.bind(block, *args, **kwargs)
         arguments = bound.arguments
         if self._first:
-            for name in ("hidden_states", "control_hidden_states"):
+            for name in ("hidden_states", "control_hidden_states", "visual_embed"):
                 if name in arguments:
                     arguments[name] = self._parallel.shard(arguments[name], 1)
+        if "rope" in arguments:  # of Kandinsky 5, whose rotary tables come whole
+            arguments["rope"] = self._parallel.shard(arguments["rope"], 1)
         if arguments.get("num_tokens") is not None:  # tokens of the given first frame, in HunyuanVideo-I2V
             arguments["num_tokens"] = self._parallel.own_of_first(arguments["num_tokens"])
         return bound.args[1:], bound.kwargs

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ..runtime.transformers import NAMES
 from .families import FAMILIES
+from .single_file import find_single_file
 from .weights import check_weights, read_object, read_tensors
 
 if TYPE_CHECKING:
@@ -28,14 +29,16 @@ def load_pipeline(
     *,
     quantization_config: Any = None,
     parts: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> "DiffusionPipeline":
     """Returns the pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
 
     Weights are loaded in `dtype`, the VAE's in float32. The scheduler gets `flow_shift`, or keeps the shift
     that the model's own scheduler names; for Wan it becomes UniPC on flow sigmas. The VAEs of HunyuanVideo
     and Mochi decode tile by tile. `quantization_config`: diffusers' configuration for some of the components.
-    `parts`: components that are loaded already, by name; None leaves a component out. If a folder of a model
-    of two experts holds only one, that one is the pipeline's `transformer` and makes every step.
+    `parts`: components that are loaded already, by name; None leaves a component out. `files`: for
+    `transformer` or `transformer_2`, a file of weights in place of its folder's (see `single_file`). If there
+    is only one of two experts, that one is the pipeline's `transformer` and makes every step.
 
     Raises:
         FileNotFoundError: the folder, hub model, model_index.json or a component does not exist.
@@ -44,14 +47,12 @@ def load_pipeline(
     """
     import diffusers
 
-    check_model(path, family)
-    kind = FAMILIES[family]
-    folder = path if is_local(path) else diffusers.DiffusionPipeline.download(path, use_safetensors=True)
-    index = read_index(str(folder))
-    absent = absent_expert(str(folder), index)
+    files = files or {}
+    check_model(path, family, files)
+    absent = absent_expert(path, read_index(path), files)
     parts = ({absent: None} if absent else {}) | dict(parts or {})
-    check_weights(Path(folder), index, sorted(parts_named(index).difference(parts)))
-    pipeline = getattr(diffusers, kind.pipeline).from_pretrained(
+    parts |= load_files(path, files, parts, dtype, quantization_config)
+    pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
         use_safetensors=True,
@@ -62,13 +63,40 @@ def load_pipeline(
         (kept,) = (getattr(pipeline, name) for name in NAMES if name != absent)
         pipeline.register_modules(transformer=kept, transformer_2=None)
         pipeline.register_to_config(boundary_ratio=None)
-    if kind.noise == "unipc":
+    if FAMILIES[family].noise == "unipc":
         pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
     elif flow_shift is not None:
         pipeline.scheduler = shifted(pipeline.scheduler, flow_shift)
-    if kind.tiled_vae:
+    if FAMILIES[family].tiled_vae:
         pipeline.vae.enable_tiling()
     return pipeline.to(device)
+
+
+def load_files(
+    path: str,
+    files: Mapping[str, str | Path],
+    parts: Mapping[str, Any],
+    dtype: torch.dtype,
+    quantization_config: Any = None,
+) -> dict[str, torch.nn.Module]:
+    """Returns the transformers of `files` by name, once they and the folders of all other parts are whole.
+
+    `parts`: those that are loaded already. Raises the errors of `load_pipeline`.
+    """
+    import diffusers
+
+    if NAMES[1] in files and not has_experts(read_index(path)):
+        raise ValueError(f"model {path} has one transformer, so no file can be its {NAMES[1]}; leave it out")
+    found = {name: find_single_file(file, path, name) for name, file in files.items()}
+    without = dict.fromkeys(files) | dict(parts)
+    if is_local(path):
+        folder = path
+    else:
+        folder = diffusers.DiffusionPipeline.download(path, use_safetensors=True, **without)
+    index = read_index(str(folder))
+    check_weights(Path(folder), index, sorted(parts_named(index).difference(without)))
+    chosen = quantization_config.quant_mapping if quantization_config else {}
+    return {name: file.load(path, name, dtype, chosen.get(name)) for name, file in found.items()}
 
 
 def shifted(scheduler: object, flow_shift: float) -> object:
@@ -128,8 +156,11 @@ def noise_levels(
     return scheduler.sigmas[:steps].tolist()
 
 
-def check_model(path: str, family: str) -> None:
-    """Raises the errors of `load_pipeline`; reads no weights, only the index and the safetensors headers."""
+def check_model(path: str, family: str, files: Collection[str] = ()) -> None:
+    """Raises the errors of `load_pipeline`; reads no weights, only the index and the safetensors headers.
+
+    `files`: the transformers whose weights come from a file of their own.
+    """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     folder = Path(path)
@@ -140,7 +171,7 @@ def check_model(path: str, family: str) -> None:
     if class_name != wanted and not both:
         raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {class_name}")
     if is_local(path):
-        _check_components(folder, index)
+        _check_components(folder, index, files)
 
 
 def read_index(path: str) -> dict:
@@ -184,20 +215,29 @@ def parts_named(index: Mapping[str, Any]) -> set[str]:
     return {name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0] is not None}
 
 
-def absent_expert(path: str, index: Mapping[str, Any]) -> str:
-    """Returns the transformer that a model of two experts (Wan2.2 A14B) lacks; "" if it has both, or one.
+def has_experts(index: Mapping[str, Any]) -> bool:
+    """Returns whether a model_index.json is of a model of two experts (Wan2.2 A14B)."""
+    return index.get("boundary_ratio") is not None or NAMES[1] in parts_named(index)
 
-    `index`: its model_index.json. A local folder lacks a transformer without a folder of its own.
+
+def absent_expert(path: str, index: Mapping[str, Any], files: Collection[str] = ()) -> str:
+    """Returns the transformer that a model of two experts lacks; "" if it has both, or one.
+
+    `index`: its model_index.json. A local folder lacks a transformer without a folder of its own, unless it
+    is among `files`.
     """
-    named = parts_named(index)
-    there = [name for name in NAMES if name in named and (not is_local(path) or (Path(path) / name).is_dir())]
-    two = index.get("boundary_ratio") is not None or NAMES[1] in named
-    return next(name for name in NAMES if name not in there) if two and len(there) == 1 else ""
+    named, local = parts_named(index), is_local(path)
+    there = [
+        name
+        for name in NAMES
+        if name in files or (name in named and (not local or (Path(path) / name).is_dir()))
+    ]
+    return next(name for name in NAMES if name not in there) if has_experts(index) and len(there) == 1 else ""
 
 
-def _check_components(folder: Path, index: dict) -> None:
+def _check_components(folder: Path, index: dict, files: Collection[str]) -> None:
     """Raises an error for a component without a folder, or a safetensors file whose header does not fit."""
-    parts = sorted(parts_named(index) - {absent_expert(str(folder), index)})
+    parts = sorted(parts_named(index) - {absent_expert(str(folder), index, files), *files})
     for part in parts:
         if not (folder / part).is_dir():
             raise FileNotFoundError(

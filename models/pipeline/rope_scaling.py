@@ -63,7 +63,7 @@ def temporal_frequencies(channels: int, base: float) -> Tensor:
     return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
-def turns_of(rope: torch.nn.Module) -> list[float]:
+def turns_of(rope: torch.nn.Module | None) -> list[float]:
     """Returns by how many radians a rotary embedding turns from frame to frame of tokens, the most first.
 
     Empty for learned frequencies, and for embeddings of other kinds.

@@ -1,10 +1,10 @@
 """Shares step, grid and mask between the transformers of a pipeline and their processors.
 
 A pre-hook on the transformer finds the denoising step and the token grid of the call and chooses its mask and
-backend. A hook on the rotary embedding passes both to the blocks, as further entries of the rotary tuple.
-They travel with the arguments of a block: gradient checkpointing repeats a block with the mask of its call,
-and a compiled block uses the backend that the report names. A hook after the transformer reads the notes of
-the layers on their outputs.
+backend. A hook on the rotary embedding passes both to the blocks, as further entries of the rotary tuple, or
+the fork puts them into another argument. They travel with the arguments of a block: gradient checkpointing
+repeats a block with the mask of its call, and a compiled block uses the backend that the report names. A hook
+after the transformer reads the notes of the layers on their outputs.
 """
 
 import inspect
@@ -35,7 +35,7 @@ from .observe import Observer
 from .output_check import OutputCheck
 from .schedule import Schedule, StepCounter
 from .text_lengths import TextLengths
-from .transformers import is_compiled
+from .transformers import head_sizes, is_compiled
 
 ASSUMED_STEPS = 50  # of a run whose steps are not known
 PLAIN = {"selection": "static", "far_field": "none", "residual": "none"}  # one mask for all heads
@@ -101,8 +101,11 @@ class RadialContext:
         vars(self).update(state, _family=import_module(state["_family"]))
 
     @torch.compiler.disable
-    def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's."""
+    def before_call(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Chooses the calls of a transformer's layers, as its forward pre-hook; None is upstream's.
+
+        Returns other arguments if the calls go with them and not with the rotary tables (`with_calls`).
+        """
         arguments = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs).arguments
         latents, grid = arguments["hidden_states"], self._family.token_grid(transformer, arguments)
         lengths = self._text.read(arguments)
@@ -138,6 +141,10 @@ class RadialContext:
             self._radial_call, self._dense_call = (call and call._replace(observe=note) for call in calls)
         before = self._densities.pop(grid, None)
         self._densities[grid] = mask.density if before is None or not dense else before
+        if not hasattr(self._family, "with_calls"):
+            return None
+        del arguments["self"]
+        return (), self._family.with_calls(arguments, self._radial_call, self._dense_call)
 
     def _set_calls(
         self,
@@ -156,17 +163,17 @@ class RadialContext:
             self._dense_call = self._choose_dense(transformer, latents, mask, lengths, records)
         self._radial_call = self._dense_call
         if attends:
-            width = transformer.config.attention_head_dim
-            self._radial_call = self._sparse_call(latents, width, mask, lengths)
+            self._radial_call = self._sparse_call(latents, head_sizes(transformer)[1], mask, lengths)
         if records:
             self._choices.begin_dense()
             self._radial_call = self._dense_call._replace(records=self._radial_call)
 
-    def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: tuple) -> tuple:
+    def attach_to_rope(self, rope: torch.nn.Module, args: tuple, rotary: Any) -> tuple:
         """Adds the calls of radial and of always dense layers, as forward hook of the rotary embedding."""
+        tables = rotary.values() if isinstance(rotary, dict) else rotary
         if self.parallel is not None:
-            rotary = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in rotary)
-        return (*rotary, self._radial_call, self._dense_call)
+            tables = (self.parallel.shard(table, self._family.ROTARY_TOKENS) for table in tables)
+        return (*tables, self._radial_call, self._dense_call)
 
     @torch.compiler.disable
     def after_call(self, transformer: torch.nn.Module, args: tuple, output: Any) -> None:
@@ -186,7 +193,8 @@ class RadialContext:
         step = f"step {self._counter.step + 1}" + (f" of {planned}" if planned else "")
         backends = tuple(map(self._backend_of, calls))
         moment = f"{step}, {str(self._dtype).removeprefix('torch.')}"
-        self.output_check.end(transformer, output[0], backends, moment)
+        sample = output if isinstance(output, Tensor) else output[0]
+        self.output_check.end(transformer, sample, backends, moment)
 
     def report(self) -> dict[str, Any]:
         """Returns the counts that RadialAttentionHandle.report explains."""
@@ -241,7 +249,7 @@ class RadialContext:
             if density is None:
                 return radial_mask(grid, self.config)
             return radial_mask(grid, resolve_near(grid, replace(self.config, density=density)))
-        heads = transformer.config.num_attention_heads
+        heads, _ = head_sizes(transformer)
         return least_mask(
             grid, self.config, -(-heads // (1 if self.parallel is None else self.parallel.degree))
         )
@@ -296,7 +304,7 @@ class RadialContext:
         settled = self.backend != "auto" or self._in_ring or mask.is_dense
         if settled or self.adaptive.residual == "output" or not self._chooser.measures(latents.device):
             return None
-        call = self._asked(latents, transformer.config.attention_head_dim, mask)
+        call = self._asked(latents, head_sizes(transformer)[1], mask)
         density = None if self._choices is None else self._choices.density
         if self.parallel is not None and not self._chooser.agrees:
             return None
@@ -330,9 +338,9 @@ class RadialContext:
 
     def _shape(self, transformer: torch.nn.Module, latents: Tensor, grid: TokenGrid) -> tuple[int, ...]:
         """Returns `[B, S, H, D]` of the tensors that this process attends over."""
-        heads = transformer.config.num_attention_heads
+        heads, width = head_sizes(transformer)
         heads = -(-heads // (1 if self.parallel is None else self.parallel.degree))
-        return len(latents), grid.tokens, heads, transformer.config.attention_head_dim
+        return len(latents), grid.tokens, heads, width
 
     def _reason_of(self, scheduled: bool) -> str:
         """Says why a call is dense."""

@@ -22,6 +22,15 @@ def transformers_of(model: Any) -> list[torch.nn.Module]:
     return transformers
 
 
+def head_sizes(transformer: torch.nn.Module) -> tuple[int, int]:
+    """Returns how many heads the self-attention of a transformer has, and their width."""
+    config = transformer.config
+    if "axes_dims" in config:  # Kandinsky 5: the channels that turn with time, height and width
+        width = sum(config.axes_dims)
+        return config.model_dim // width, width
+    return config.num_attention_heads, config.attention_head_dim
+
+
 def is_compiled(model: torch.nn.Module) -> bool:
     """Tells whether the forward pass of any part of a model was compiled.
 

@@ -27,7 +27,8 @@ class Profile:
     """Holds sums of dense attention over `rows` rows of one layer, by head; profiles of a layer add up.
 
     `d = |i - i0|` is the distance of a key's frame from the query's, `x = |l - k0|` the distance of their
-    raster positions within a frame, as in eq. 3 of the paper. All are float64 on the CPU.
+    places in the sequence of a frame, in raster order as in eq. 3 of the paper or in the grid's. All are
+    float64 on the CPU.
 
     Attributes:
         rows: number of rows, of all samples.
@@ -67,7 +68,7 @@ class Profile:
 
     @property
     def spatial_curve(self) -> Tensor:
-        """Returns the mean attention on one key of the query's frame at raster distance x, `[H, s]`."""
+        """Returns the mean attention on one key of the query's frame at distance x in sequence, `[H, s]`."""
         return self.spatial / self.spatial_pairs
 
     @property
@@ -93,7 +94,7 @@ class Fit(NamedTuple):
 
 
 def column_reach(grid: TokenGrid) -> int:
-    """Returns the raster distance up to which a column through all frames has about a frame's keys."""
+    """Returns the distance in a frame up to which a column through all frames has about a frame's keys."""
     return max(0, round((grid.tokens_per_frame / grid.frames - 1) / 2))
 
 
@@ -132,7 +133,7 @@ def measure(
 
 
 def distances(rows: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-    """Returns the distance of each row from each frame, int64 `[R, F]`, and raster position, `[R, s]`."""
+    """Returns the distance of each row from each frame, int64 `[R, F]`, and place in it, `[R, s]`."""
     frame = grid.tokens_per_frame
     frames, positions = (torch.arange(size, device=rows.device) for size in (grid.frames, frame))
     return (frames - (rows // frame)[:, None]).abs(), (positions - (rows % frame)[:, None]).abs()
@@ -140,8 +141,8 @@ def distances(rows: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
 
 def planar_distance(rows: Tensor, grid: TokenGrid) -> Tensor:
     """Returns the Euclidean distance of each row and position in tokens, rounded, int64 `[R, s]`."""
-    keys = torch.arange(grid.tokens_per_frame, device=rows.device)
-    queries = (rows % grid.tokens_per_frame)[:, None]
+    keys = grid.raster_index[: grid.tokens_per_frame].to(rows.device)
+    queries = keys[rows % grid.tokens_per_frame][:, None]
     down, across = keys // grid.width - queries // grid.width, keys % grid.width - queries % grid.width
     return torch.hypot(down.double(), across.double()).round().long()
 

@@ -115,7 +115,8 @@ def draw_mask(grid: TokenGrid, config: RadialConfig) -> "Figure":
 
 def _title(grid: TokenGrid, config: RadialConfig, density: float) -> str:
     text = f" + {grid.text} text" if grid.text else ""
-    shape = f"{grid.frames} frames of {grid.height} × {grid.width} tokens{text}"
+    order = "" if grid.order == "raster" else f" in {grid.order}"
+    shape = f"{grid.frames} frames of {grid.height} × {grid.width} tokens{order}{text}"
     head = f"{config.pattern.capitalize()} mask, density {100 * density:.1f} %: {shape}"
     if config.pattern == "dense":
         return f"{head}\nblocks of {config.block_size}"

@@ -31,8 +31,8 @@ def compared_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
       as in the temporal heads of Sparse VideoGen.
     - "sliding_tile" keeps equally many blocks in each row, the ones in the smallest windows: cubes of 1, 3,
       5, ... tiles around the query's tile, moved inwards at the borders, as in Sliding Tile Attention
-      (arXiv 2502.04507). There a block is a tile; here tokens are in raster order, so a block counts by the
-      share of its token pairs that each window holds (`window_radii`).
+      (arXiv 2502.04507). There a block is a tile; here it is a run of tokens in the grid's order, so it
+      counts by the share of its token pairs that each window holds (`window_radii`).
     - "strided" keeps the blocks of the query's group of neighbours, in groups and in groups shifted by half:
       both halves of the heads of LongLoRA (arXiv 2309.12307) in one mask.
     - "harmonic" keeps a band of half-width `w / d` between frames at distance `d`, whole frames at most. It
@@ -170,7 +170,7 @@ def window_radii(grid: TokenGrid, block: int) -> np.ndarray:
     """
     sides = (grid.frames, grid.height, grid.width)
     counts = tuple(-(-size // side) for size, side in zip(sides, tile_shape(block), strict=True))
-    tokens = np.unravel_index(np.arange(grid.video_tokens), sides)
+    tokens = np.unravel_index(grid.raster_index[: grid.video_tokens].numpy(), sides)
     tiles = tuple(axis // side for axis, side in zip(tokens, tile_shape(block), strict=True))
     shape = grid.num_blocks(block), prod(counts)
     cells = np.arange(grid.video_tokens) // block * shape[1] + np.ravel_multi_index(tiles, counts)

@@ -182,6 +182,10 @@ def radial_rule_mask(grid: TokenGrid, config: RadialConfig) -> BlockMask:
     columns that the band touches are filled. A block that several frame pairs share is kept if one of them
     alone asks for it. Blocks with any text token are kept whole.
 
+    The band is defined on the places of tokens in the sequence of their frame, in the grid's order. The paper
+    and the authors have raster order. In another order the rule stays as it is, and with it every block of
+    the mask and its density, but a block holds other tokens: those near each other in that order.
+
     No token is dropped. If the grid is not a multiple of the block, this goes beyond the authors' code:
     the last block is short, and "a third of its query tokens" counts only the ones it has; a frame that
     starts inside a block is followed to its end; every query block keeps its own block. If frames are

@@ -145,10 +145,11 @@ class Ablation:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def videos(self, config: Config) -> list[Entry]:
+    def videos(self, config: Config, name: str = "readings") -> list[Entry]:
         """Returns what each video shows, and its `psnr` and `ssim` to the dense one of the same seed.
 
         The dense ones come first and keep their frames. The PSNR of equal videos, which is infinite, is None.
+        `name`: of the file that keeps them, for runs of one configuration that differ in something else.
         """
         kept = self.folder(self.dense)
 
@@ -169,7 +170,7 @@ class Ablation:
         def has_frames(entry: Entry) -> bool:
             return _frames(frames_file(entry["caption"])) is not None
 
-        file, arguments = self.folder(config) / "readings.json", {"judge": judge}
+        file, arguments = self.folder(config) / f"{name}.json", {"judge": judge}
         if config == self.dense:
             arguments["is_kept"] = has_frames
         entries = readings(self.pipeline, config, self.captions, self.batch, file, **arguments)

@@ -65,6 +65,12 @@ class AnyModelConfig:
 class ModelConfig(AnyModelConfig):
     """Adds the options of a model that only generation has."""
 
+    transformer: str | None = key(
+        None,
+        "file with the transformer's weights, in place of its folder: safetensors as ComfyUI and the authors "
+        "keep them, or GGUF; all else comes from path",
+    )
+    transformer_2: str | None = key(None, "the same for Wan2.2's second expert")
     loras: list[LoraConfig] = field(
         default_factory=list,
         metadata=listing("LoRAs to add up, in any usual key format", LORA_FORM, parse_loras),

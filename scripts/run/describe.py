@@ -76,8 +76,8 @@ def describe_start(plan: RunPlan) -> list[str]:
 
 
 def describe_further(plan: RunPlan) -> list[str]:
-    """Returns the lines on positions and LoRAs, if there are any."""
-    return [*describe_positions(plan), *describe_loras(plan), *training_notes(plan)]
+    """Returns the lines on positions, files of weights and LoRAs, if there are any."""
+    return [*describe_positions(plan), *describe_files(plan), *describe_loras(plan), *training_notes(plan)]
 
 
 def describe_density(plan: RunPlan) -> list[str]:
@@ -146,7 +146,7 @@ def _memory_choices(plan: RunPlan) -> list[str]:
         return []
     offloads, kinds = (keys()[f"model.{name}"].metadata["choices"] for name in ("offload", "quantization"))
     lines = []
-    for kind in kinds:
+    for kind in ("none",) if plan.model.packed else kinds:
         needs = (
             f"{offload} {gib(plan.memory_of(plan.size, 'cuda', quantization=kind, offload=offload).total)}"
             for offload in offloads
@@ -243,6 +243,17 @@ def describe_positions(plan: RunPlan) -> list[str]:
     time = plan.model.rope_time
     frequencies = None if time is None else temporal_frequencies(*time)
     return [f"positions: {describe(**plan.position_arguments(), frequencies=frequencies)}"]
+
+
+def describe_files(plan: RunPlan) -> list[str]:
+    """Returns a line for each file of weights: `weights  transformer from a.gguf, 8.60 GiB, F32 and Q4_K`."""
+    return [
+        _row(
+            "weights",
+            f"{name} from {found.file}, {gib(found.file.stat().st_size)}, {' and '.join(found.types)}",
+        )
+        for name, found in plan.files.items()
+    ]
 
 
 def describe_loras(plan: RunPlan) -> list[str]:

@@ -23,21 +23,21 @@ class GenerationError(RuntimeError):
     """Reports a run that started and could not finish: non-finite values, a backend that failed."""
 
 
-def exit_code(work: Callable[[], object], stopped: str, *also: type[Exception]) -> int:
+def exit_code(work: Callable[[], int | None], stopped: str, *also: type[Exception]) -> int:
     """Runs a command of one process and returns its exit code; a failure is one line on stderr.
 
-    0: done. 2: bad input, a failed run, a file that cannot be written, or an error of `also`.
+    0, or what `work` returns: done. 2: bad input, a failed run, a file that cannot be written, or an error of
+    `also`.
     130: interrupted; the line then ends with `stopped`, which says what remains or how to resume.
     """
     try:
-        work()
+        return work() or 0
     except (UsageError, GenerationError, OSError, *also) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; {stopped}", file=sys.stderr)
         return 130
-    return 0
 
 
 class OneLineParser(argparse.ArgumentParser):

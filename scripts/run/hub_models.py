@@ -3,12 +3,14 @@
 import json
 import math
 import struct
+from collections.abc import Collection
 from dataclasses import replace
 from os.path import isdir
 from pathlib import Path
 from typing import Any
 
 from radial_attn.models.pipeline.load import absent_expert, check_model, is_local, read_index
+from radial_attn.models.runtime.transformers import NAMES
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
 from scripts.run.model_info import (
@@ -190,9 +192,12 @@ def _fetch(path: str, file: str) -> dict:
         raise UsageError(hub_unreachable(path, error)) from error
 
 
-def expert_notes(path: str) -> tuple[str, ...]:
-    """Returns a line if a folder holds only one of two experts, which then makes every step."""
-    absent = absent_expert(path, read_index(path)) if is_local(path) else ""
+def expert_notes(path: str, files: Collection[str] = ()) -> tuple[str, ...]:
+    """Returns a line if a folder holds only one of two experts, which then makes every step.
+
+    `files`: the transformers that have a file of their own.
+    """
+    absent = absent_expert(path, read_index(path), files) if is_local(path) else ""
     if not absent:
         return ()
     kept, steps = ("transformer_2", "last") if absent == "transformer" else ("transformer", "first")
@@ -225,8 +230,9 @@ def find_model(options: AnyModelConfig) -> str:
         )
     if not local:
         return path
+    files = [name for name in NAMES if getattr(options, name, None) is not None]
     try:
-        check_model(path, options.family)
+        check_model(path, options.family, files)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"model.path: got {options.path!r}: {one_line(error)}") from error
     return path

@@ -47,7 +47,7 @@ def find_loras(options: ModelConfig, path: str, fetch: bool = True) -> list[Foun
     """
     if not options.loras:
         return []
-    transformer, experts = meta_transformer(path, options.family), _experts(path)
+    transformer, experts = meta_transformer(path, options.family), _experts(path, options)
     parameters: dict[str, Shape] | None = None
     if transformer is not None:
         parameters = {name: tuple(value.shape) for name, value in transformer.named_parameters()}
@@ -158,11 +158,13 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
         return None  # loading the model reports the fault in its config.json
 
 
-def _experts(path: str) -> int | None:
-    """Counts the transformers of the model's folder or known hub id; None if unknown."""
+def _experts(path: str, options: ModelConfig) -> int | None:
+    """Counts the transformers of the model's folder and files, or known hub id; None if unknown."""
     if path in HUB_MODELS:
         return 1 + ("transformer_2" in HUB_MODELS[path].parameters)
-    return sum((Path(path) / name).is_dir() for name in NAMES) if Path(path).is_dir() else None
+    if not Path(path).is_dir():
+        return None
+    return sum((Path(path) / name).is_dir() or getattr(options, name) is not None for name in NAMES)
 
 
 def with_loras(model: ModelInfo, loras: Sequence[FoundLora]) -> ModelInfo:

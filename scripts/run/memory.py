@@ -84,7 +84,10 @@ def peak_memory(
 def whole_weights(model: ModelInfo, options: AnyModelConfig) -> dict[str, float]:
     """Returns the bytes of each part as it is read."""
     size = DTYPE_BYTES[options.dtype]
-    return {part: n * (4 if part == "vae" else size) for part, n in model.parameters.items()}
+    return {
+        part: n * (4 if part == "vae" else size) + model.packed.get(part, 0)
+        for part, n in model.parameters.items()
+    }
 
 
 def host_bytes(model: ModelInfo, options: AnyModelConfig, kept: Kept = NOTHING) -> float:

@@ -45,7 +45,8 @@ class ModelInfo:
             chunk; `vae_tile`: pixels of a tile's side, of which one in `vae_overlap` overlaps.
         pixel_factor: the pipeline takes multiples of it as height and width.
         takes_guidance: False for a HunyuanVideo whose transformer has no guidance built in.
-        parameters: the number of weights of each component, empty if unknown.
+        parameters: the number of weights of each component, empty if unknown; without those of `packed`.
+        packed: bytes of weights that stay as a GGUF file holds them, by component.
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
         last_image: "needed" beside the first one, "taken", or "none".
         references: frames of tokens in front of the video, one for each reference image of VACE.
@@ -73,6 +74,7 @@ class ModelInfo:
     pixel_factor: int = 16
     takes_guidance: bool = True
     parameters: dict[str, int] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
     control_layers: tuple[int, ...] = ()
     last_image: str = "none"
     references: int = 0

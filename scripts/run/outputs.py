@@ -30,6 +30,7 @@ TO_BT709 = (
 PROBE_BYTES = 2**20
 FILES = ("image", "last_image", "video", "mask", "reference_images")
 INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
+MODEL = frozenset(("model.path", "model.transformer", "model.transformer_2"))
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
 NO_FRAMES = (
     *("output.path", "output.overwrite", "generation.prompt_file", "generation.seeds"),
@@ -115,8 +116,9 @@ def differing(record: Path, config: Config, prompt: str, contents: Contents) -> 
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
     if contents.loras is not None and list(contents.loras) != files and "model.loras" not in changed:
         changed.append("content of model.loras")
-    if None not in (model, contents.model) and model != contents.model and "model.path" not in changed:
-        changed.append("content of model.path")
+    if None not in (model, contents.model) and model != contents.model and not MODEL.intersection(changed):
+        given = [key for key in sorted(MODEL) if now.get(key) is not None]
+        changed.append(f"content of {' or '.join(given)}")
     return changed
 
 

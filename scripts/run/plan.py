@@ -11,6 +11,7 @@ from radial_attn.models.apply import TRANSFORMERS
 from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import noise_levels
+from radial_attn.models.pipeline.single_file import SingleFile
 from radial_attn.models.profile import MeasuredModel
 from radial_attn.residual import RESIDUALS
 from scripts.run.attention import (
@@ -51,7 +52,8 @@ from scripts.run.option_checks import (
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
-from scripts.run.prompt_notes import prompt_notes, texts_of
+from scripts.run.prompt_notes import notes_of_run
+from scripts.run.single_files import find_single_files, with_files
 from scripts.run.system import room, total_memory
 
 
@@ -63,6 +65,7 @@ class RunPlan:
         model: numbers of the model, with its LoRAs; path: its folder, or its hub id.
         device: "cpu" or "cuda".
         prompts: by the line of the prompt file, from 1; by 0 without one.
+        files: those that hold the weights of a transformer, by its name.
         mask: the options of the mask, its density solved for this video.
         dense_steps: numbers, from 0, of the steps that are dense in every layer.
         densities: of the other steps, by number.
@@ -80,6 +83,7 @@ class RunPlan:
     prompts: dict[int, str]
     inputs: Inputs
     loras: tuple[FoundLora, ...]
+    files: dict[str, SingleFile]
     mask: RadialConfig
     dense_steps: tuple[int, ...]
     densities: dict[int, float]
@@ -186,7 +190,7 @@ class RunPlan:
     @cached_property
     def model_digest(self) -> str | None:
         """Returns a digest of the model's files; None for a hub id."""
-        return model_digest(self.path)
+        return model_digest(self.path, {name: found.file for name, found in self.files.items()})
 
     def efficiency_arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments of `models.pipeline.efficiency.economize`."""
@@ -275,23 +279,23 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         UsageError: something is wrong; one line with key, value and remedy.
     """
     check_options(config)
-    prompts = read_prompts(config.generation)
+    family, generation = config.model.family, config.generation
+    prompts = read_prompts(generation)
     device, path = find_device(config.model.device), find_model(config.model)
-    model = read_model_info(path)
+    files = find_single_files(config.model, path)
+    model = with_files(read_model_info(path), files)
     check_model_options(config, model)
-    inputs = read_inputs(config.generation, config.model.family, dry_run, model.last_image == "needed")
+    inputs = read_inputs(generation, family, dry_run, model.last_image == "needed")
     _lacking(refusals(config, 1 + ("transformer_2" in model.parameters)))
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
-    references = len(config.generation.reference_images)
-    model = replace(with_loras(model, loras), references=references)
-    attention, grid, steps = config.attention, model.grid(config.generation.size), config.generation.steps
-    calls = calls_per_step(config.model.family, config.generation)
+    model = replace(with_loras(model, loras), references=len(generation.reference_images))
+    attention, grid, steps = config.attention, model.grid(generation.size), generation.steps
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
-    videos = len(prompts) * len(config.generation.all_seeds)
-    options = {"heads": model.heads, "calls": calls, "processes": processes, "prompts": videos}
+    options = {"heads": model.heads, "calls": calls_per_step(family, generation)}
+    options |= {"processes": processes, "prompts": len(prompts) * len(generation.all_seeds)}
     degrees = plan_degrees(config.parallel, **options)
     if degrees.ring > 1:
         check_ring(attention, config.model)
@@ -299,11 +303,10 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         check_processes(device, degrees)
         check_shared(config, degrees)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    shift = config.generation.flow_shift or SHIFTS.get(path)
-    sigmas = noise_levels(path, config.model.family, steps, shift, grid.video_tokens)
+    sigmas = noise_levels(path, family, steps, generation.flow_shift or SHIFTS.get(path), grid.video_tokens)
     boundary = planned_boundary(path) if "transformer_2" in model.parameters else None
     dense = dense_steps(attention, steps, sigmas, boundary)
-    mask = solve_mask(attention, grid, references)
+    mask = solve_mask(attention, grid, model.references)
     densities = step_densities(attention, dense, grid, steps=steps, sigmas=sigmas, mask=mask)
     plan = RunPlan(
         config=config,
@@ -313,6 +316,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         prompts=prompts,
         inputs=inputs,
         loras=tuple(loras),
+        files=files,
         mask=mask,
         dense_steps=dense,
         densities=densities,
@@ -325,10 +329,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     radial = len(dense) < steps and plan.dense_layers < model.layers
     call = sparse_call(attention, plan.block_mask, device, config.model.dtype, model.head_dim)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
-    texts = texts_of(config.generation, config.model.family, prompts)
-    options = {"plain": config.generation.prompt_template == "plain", "fetch": not dry_run}
-    unread = prompt_notes(path, config.model.family, texts, **options)
-    return replace(plan, missing=missing, warnings=warnings, notes=(*expert_notes(path), *unread))
+    notes = *expert_notes(path, files), *notes_of_run(path, config, prompts, fetch=not dry_run)
+    return replace(plan, missing=missing, warnings=warnings, notes=notes)
 
 
 def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import is_local
-from scripts.run.config import GenerationConfig
+from scripts.run.config import Config, GenerationConfig
 from scripts.run.families import PLAIN_TEMPLATE, calls_per_step
 
 SMALL = 10**5  # bytes of a file that may hold a vocabulary of words
@@ -21,6 +21,13 @@ def texts_of(generation: GenerationConfig, family: str, prompts: Mapping[int, st
     if calls_per_step(family, generation) > 1:
         texts["generation.negative_prompt"] = generation.negative_prompt
     return texts
+
+
+def notes_of_run(path: str, config: Config, prompts: Mapping[int, str], *, fetch: bool) -> list[str]:
+    """Returns the lines of `prompt_notes` on the prompts of a run, as of `read_prompts`."""
+    texts = texts_of(config.generation, config.model.family, prompts)
+    plain = config.generation.prompt_template == "plain"
+    return prompt_notes(path, config.model.family, texts, plain=plain, fetch=fetch)
 
 
 def prompt_notes(

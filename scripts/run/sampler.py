@@ -32,6 +32,7 @@ from scripts.run.machine_checks import is_out_of_memory
 from scripts.run.outputs import resolved, unwritable, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
+from scripts.run.single_files import file_records
 from scripts.run.summary import step_speed
 from scripts.run.system import Clock, hardware, peak_memory, room, synchronizer, timed, versions
 
@@ -73,6 +74,7 @@ class Sampler:
                     "cpu" if model.offload != "none" or model.quantization == "fp8" else self.plan.device,
                     flow_shift=self.plan.config.generation.flow_shift,
                     quantization_config=quantization_config(model.quantization, dtype),
+                    files={name: found.file for name, found in self.plan.files.items()},
                 )
             except Exception as error:  # the libraries share no class for a folder that they cannot load
                 if is_out_of_memory(error):
@@ -219,7 +221,7 @@ class Sampler:
             "seed": self.plan.config.generation.seed,
             "config": resolved(self.plan.config, prompt),
             "processes": vars(self.groups.degrees),
-            "model": {"sha256": self.plan.model_digest},
+            "model": {"sha256": self.plan.model_digest, "files": file_records(self.plan.files)},
             "loras": self.loras_in,
             "inputs": self.plan.inputs.files,
             "tokens": self.plan.grid.tokens,

@@ -83,6 +83,16 @@ def test_other_lengths_and_sizes_keep_the_shape():
     torch.testing.assert_close(long[::4, ::4].diagonal(), long[0, 0].expand(4), rtol=0.02, atol=0)
 
 
+def test_another_order_of_the_tokens_is_refused(tmp_path):
+    tiles = replace(GRID, order="tiles")
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(ModelProfile.of(read(tiles), MODEL, EDGES).to_bytes())
+    made = ModelProfile.read(file)
+    assert made.losses(0, 0, tiles, 16, far_field=False).isfinite().all()
+    with pytest.raises(ValueError, match="tokens in the order 'tiles', got 'raster'; calibrate again"):
+        made.losses(0, 0, GRID, 16, far_field=False)
+
+
 def test_file_is_small_and_read_back(profile, tmp_path):
     file = tmp_path / "a.safetensors"
     file.write_bytes(profile.to_bytes())

@@ -60,17 +60,29 @@ def test_densities_of_the_rows_are_the_published_ones():
 
 SMALLER = {"num_attention_heads": 12, "num_layers": 30}
 TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+KANDINSKY_PRO = {"model_dim": 4096, "num_visual_blocks": 60, "axes_dims": (32, 48, 48)}
+BIG, OF_IMAGES = {"num_attention_heads": 40, "num_layers": 40}, {"in_channels": 36, "image_dim": 1280}
 FULL_SIZE = {
     "Wan2.1 T2V 14B": ("Wan", {}),
     "Wan2.1 T2V 1.3B": ("Wan", SMALLER),
-    "Wan2.1 I2V 14B": ("Wan", {"in_channels": 36, "image_dim": 1280}),
+    "Wan2.1 I2V 14B": ("Wan", OF_IMAGES),
     "Wan2.2 I2V A14B": ("Wan", {"in_channels": 36}),
     "Wan2.2 TI2V 5B": ("Wan", TI2V),
+    "SkyReels-V2 14B": ("SkyReelsV2", BIG),
+    "SkyReels-V2 DF 1.3B": ("SkyReelsV2", SMALLER | {"inject_sample_info": True}),
+    "SkyReels-V2 I2V 14B": ("SkyReelsV2", BIG | OF_IMAGES),
+    "SkyReels-V2 I2V 1.3B": ("SkyReelsV2", SMALLER | OF_IMAGES),
+    "ChronoEdit 14B": ("ChronoEdit", OF_IMAGES),
+    "AnyFlow 14B": ("AnyFlow", {}),
+    "AnyFlow 1.3B": ("AnyFlow", SMALLER),
+    "Wan-Animate 14B": ("WanAnimate", {}),
     "HunyuanVideo": ("HunyuanVideo", {}),
     "HunyuanVideo I2V": ("HunyuanVideo", {"image_condition_type": "token_replace"}),
     "HunyuanVideo 1.5": ("HunyuanVideo15", {}),
     "Mochi 1": ("Mochi", {}),
     "LTX-Video": ("LTXVideo", {}),
+    "Kandinsky 5.0 Lite": ("Kandinsky5", {"model_dim": 1792}),
+    "Kandinsky 5.0 Pro": ("Kandinsky5", KANDINSKY_PRO),
 }
 BUNDLED = {
     "the bundled Wan": ("Wan", "wan-tiny"),

@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radial_attn import TokenGrid
+from radial_attn.grid import ORDERS
+from tests.support.mask_oracle import places
 
 SIZES = st.integers(1, 50)
 
@@ -37,6 +39,20 @@ def test_equal_grids_are_one_key():
     assert len({TokenGrid(2, 3, 4), TokenGrid(2, 3, 4, text=0), TokenGrid(2, 4, 3)}) == 2
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [(2, 16, 24, 3), (1, 1, 1), (3, 5, 9), (2, 20, 3, 1), (1, 16, 16)], ids=str)
+def test_the_order_of_the_tokens(order, size):
+    grid = TokenGrid(*size, order=order)
+    assert torch.equal(grid.raster_index, places(grid))
+    assert torch.equal(grid.raster_index.sort().values, torch.arange(grid.tokens))
+
+
+def test_a_hilbert_curve_goes_from_neighbour_to_neighbour():
+    index = TokenGrid(1, 16, 16, order="hilbert").raster_index
+    steps = (index // 16).diff().abs() + (index % 16).diff().abs()
+    assert (steps == 1).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -45,6 +61,7 @@ def test_equal_grids_are_one_key():
         ((2, 3, 4.0), "width must be an integer >= 1, got 4.0"),
         ((2, 3, True), "width must be an integer >= 1, got True"),
         ((2, 3, 4, -5), "text must be an integer >= 0, got -5"),
+        ((2, 3, 4, 0, "rows"), "order must be one of .'raster', 'tiles', 'hilbert'., got 'rows'"),
     ],
 )
 def test_bad_sizes_are_named(arguments, message):

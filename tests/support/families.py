@@ -10,7 +10,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from radial_attn import RadialConfig, TokenGrid, radial_mask
-from radial_attn.models import hunyuan_video, hunyuan_video15, ltx, mochi, wan, wan_vace
+from radial_attn.models import (
+    anyflow,
+    chronoedit,
+    hunyuan_video,
+    hunyuan_video15,
+    kandinsky5,
+    ltx,
+    mochi,
+    skyreels,
+    wan,
+    wan_animate,
+    wan_vace,
+)
 from tests.support.tiny import wan_inputs, wan_transformer
 from tests.support.tiny_hunyuan import (
     GLYPHS,
@@ -21,9 +33,18 @@ from tests.support.tiny_hunyuan import (
     hunyuan_inputs,
     hunyuan_transformer,
 )
+from tests.support.tiny_kandinsky import kandinsky5_inputs, kandinsky5_transformer
 from tests.support.tiny_ltx import ltx_inputs, ltx_transformer
 from tests.support.tiny_mochi import mochi_inputs, mochi_transformer
 from tests.support.tiny_wan import vace_inputs, vace_transformer
+from tests.support.tiny_wan_relatives import (
+    animate_inputs,
+    animate_transformer,
+    anyflow_inputs,
+    anyflow_transformer,
+    chronoedit_transformer,
+    skyreels_transformer,
+)
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=64)
 FULL = RadialConfig(decay_factor=1e6, block_size=16, decimation_width=1)
@@ -38,7 +59,7 @@ class Family:
 
     `samples`: batches and valid text tokens that calls are made with, a padded batch last; `feeds`: the layer
     as which each attention layer counts; `patch`: latents to a token in height and width; `text`: text tokens
-    of a call.
+    of a call; `fewest`: frames of the shortest video.
     """
 
     name: str
@@ -49,6 +70,7 @@ class Family:
     feeds: tuple[int, ...] = (0, 1, 2, 3)
     patch: int = 2
     text: int = 0
+    fewest: int = 1
 
     @property
     def layers(self) -> int:
@@ -66,6 +88,10 @@ LENGTHS = (5, 0), (1, 7), (7, 3), (7, 7), (5, 3)
 FAMILIES = [
     Family("wan", wan_transformer, wan_inputs, wan),
     Family("wan_vace", vace_transformer, vace_inputs, wan_vace, feeds=(0, 2, 0, 1, 2, 3)),
+    Family("skyreels", skyreels_transformer, wan_inputs, skyreels),
+    Family("chronoedit", chronoedit_transformer, wan_inputs, chronoedit),
+    Family("anyflow", anyflow_transformer, anyflow_inputs, anyflow),
+    Family("wan_animate", animate_transformer, animate_inputs, wan_animate, fewest=2),
     Family("hunyuan_video", hunyuan_transformer, hunyuan_inputs, hunyuan_video, PADDED, text=TEXT),
     Family(
         "hunyuan_video15",
@@ -85,6 +111,7 @@ FAMILIES = [
         text=7,
     ),
     Family("ltx", ltx_transformer, ltx_inputs, ltx, patch=1),
+    Family("kandinsky5", kandinsky5_transformer, kandinsky5_inputs, kandinsky5),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -92,11 +119,11 @@ with_text = pytest.mark.parametrize("family", [x for x in FAMILIES if x.text], i
 
 
 class TokenMask(TorchFunctionMode):
-    """Puts torch's SDPA under the token mask of SPARSE while `on`; upstream may have cut padded text off."""
+    """Puts torch's SDPA under a token mask `[S, S]` while `on`; upstream may have cut padded text off."""
 
-    def __init__(self, grid: TokenGrid) -> None:
+    def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
-        self.mask, self.on = radial_mask(grid, SPARSE).token_mask(), False
+        self.mask, self.on = mask, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -116,9 +143,12 @@ def masked_upstream(
     inputs: dict,
     size: tuple[int, ...] = SIZE,
     dense_layers: int = 0,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns upstream's output under the token mask of SPARSE from layer `dense_layers` on."""
-    mode, hooks = TokenMask(family.grid(*size)), []
+    """Returns upstream's output under a token mask, that of SPARSE by default, from `dense_layers` on."""
+    mask = radial_mask(family.grid(*size), SPARSE).token_mask() if mask is None else mask
+    mode, hooks = TokenMask(mask), []
     for number, attention in zip(family.feeds, family.fork.attention_layers(transformer), strict=True):
         on = number >= dense_layers
         hooks.append(attention.register_forward_pre_hook(lambda *_, on=on: setattr(mode, "on", on)))

@@ -60,6 +60,32 @@ def pair_rule(query_frame: int, key_frame: int, tokens_per_frame: int, config: R
     return (k - l).abs() <= width
 
 
+def places(grid: TokenGrid) -> Tensor:
+    """The raster index of each token of the sequence, int64 `[S]`, from lists of rows and columns."""
+    frame = [(y, x) for y in range(grid.height) for x in range(grid.width)]
+    if grid.order == "tiles":
+        frame.sort(key=lambda place: (place[0] // 8, place[1] // 8, place[0] % 8, place[1] % 8))
+    if grid.order == "hilbert":
+        side = 1
+        while side < max(grid.height, grid.width):
+            side *= 2
+        frame = [(y, x) for y, x in _curve(side) if y < grid.height and x < grid.width]
+    starts = range(0, grid.video_tokens, grid.tokens_per_frame)
+    video = [start + y * grid.width + x for start in starts for y, x in frame]
+    return torch.tensor([*video, *range(grid.video_tokens, grid.tokens)])
+
+
+def _curve(side: int) -> list[tuple[int, int]]:
+    """The Hilbert curve from the first row and column to the first row and last column."""
+    if side == 1:
+        return [(0, 0)]
+    half, quarter = side // 2, _curve(side // 2)
+    across = [(x, y) for y, x in quarter]
+    below = [(y + half, x) for y, x in quarter]
+    above = [(half - 1 - y, side - 1 - x) for y, x in across]
+    return [*across, *below, *((y, x + half) for y, x in below), *above]
+
+
 def pool(tokens: Tensor, block_size: int) -> Tensor:
     """Blocks in which over 60 % of the touched columns hold over a third of the rows, bool `[Q, Q]`."""
     pieces = [row.split(block_size, dim=1) for row in tokens.split(block_size, dim=0)]

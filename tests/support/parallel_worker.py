@@ -88,6 +88,11 @@ def cases(ring: int, processes: int) -> Iterator[Case]:
         "hunyuan_video15": (BY_NAME["hunyuan_video15"], {"lengths": (3, 9)}),
         "mochi": (BY_NAME["mochi"], {"lengths": (3, 7)}),
         "ltx": (BY_NAME["ltx"], {}),
+        "kandinsky5": (BY_NAME["kandinsky5"], {"batch": 2}),
+        "skyreels": (BY_NAME["skyreels"], {}),
+        "chronoedit": (BY_NAME["chronoedit"], {}),
+        "anyflow": (BY_NAME["anyflow"], {"batch": 2}),
+        "wan_animate": (BY_NAME["wan_animate"], {"batch": 2}),
     }
     for name, (family, samples) in families.items():
         for size in ((6, 6, 8), (5, 3, 7)):
@@ -181,6 +186,19 @@ def pipeline_difference(
     return ((together - alone).abs().max() / alone.abs().max()).item()
 
 
+def check_frame_times_are_refused(shared: SequenceParallel) -> None:
+    """Checks that diffusion forcing, whose times of frames cannot be split by tokens, does not run."""
+    family, times = BY_NAME["skyreels"], {"timestep": torch.full((1, 6), 500.0)}
+    inputs = family.sized() | times | {"enable_diffusion_forcing": True}
+    with apply_radial_attention(transformer := family.transformer(), **RADIAL, parallel=shared):
+        try:
+            transformer(**inputs)
+        except ValueError as error:
+            assert "6 timesteps are for frames" in str(error)
+            return
+    raise AssertionError("diffusion forcing ran")
+
+
 def profile_difference(shared: SequenceParallel | None) -> float:
     """Returns the difference for the blocks of a profile, whose five heads keep different numbers of them."""
     generator, model = torch.Generator().manual_seed(0), MeasuredModel("wan", layers=4, heads=5, width=12)
@@ -211,6 +229,7 @@ def measure(degrees: Degrees) -> Iterator[tuple[str, float]]:
     """Yields each case with its difference: transformers if all share the sequence, else pipelines."""
     shares = all_shares(degrees)
     if degrees.cfg == 1:
+        check_frame_times_are_refused(shares[""])
         for case in cases(degrees.ring, degrees.processes):
             yield from differences(case, shares)
     if degrees.ring == 1:

@@ -27,10 +27,9 @@ from scripts.toyworld.train.model import (
     mean_latents,
     plain_attention,
 )
-from scripts.toyworld.train.paths import PathReader
+from scripts.toyworld.train.scene_reader import SceneReader
 
 HEADS, HEAD_WIDTH = 4, 36
-FRAMES_STEP = 4  # frames of a latent frame
 SKIPPED_LAYERS = 2  # HunyuanVideoPipeline takes the Llama's text from before the last two layers
 CLIP_SLOTS = 77  # text tokens of the CLIP
 LIKENESS, WORDS_APART = 10.0, 0.1  # scale of its cosines, weight of the caption loss
@@ -133,7 +132,7 @@ class Denoiser(TinyDenoiser):
         self.words = nn.Parameter(torch.randn(len(self.tokenizer), HEADS * HEAD_WIDTH))
         self.refined = torch.empty(0)
         self.transformer.context_embedder.register_forward_hook(self.keep)
-        self.paths = PathReader(self.transformer.single_transformer_blocks, HEADS * HEAD_WIDTH)
+        self.reader = SceneReader(self.transformer.single_transformer_blocks, HEADS * HEAD_WIDTH)
         self.use_training_attention(True)
 
     def keep(self, _refiner: nn.Module, _inputs: tuple, text: Tensor) -> None:
@@ -156,9 +155,9 @@ class Denoiser(TinyDenoiser):
         layers = self.text_encoder(tokens, mask, output_hidden_states=True).hidden_states
         return layers[-SKIPPED_LAYERS - 1], mask, self.text_encoder_2(tokens).pooler_output
 
-    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int) -> Tensor:
-        """Returns the losses of the words, and of the paths that the blocks have to see."""
-        return self.caption_loss(captions) + self.paths.loss(scenes, frames, FRAMES_STEP)
+    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int, step: int) -> Tensor:
+        """Returns the losses of the words, and of the scenes that the blocks have to see."""
+        return self.caption_loss(captions) + self.reader.loss(scenes, frames, step)
 
     def caption_loss(self, captions: list[str]) -> Tensor:
         """Returns the cross-entropy of each token of the last refined text, which must tell its word.

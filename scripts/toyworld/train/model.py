@@ -99,8 +99,11 @@ class TinyDenoiser(nn.Module):
         batch = self.tokenizer(captions, padding="max_length", max_length=CAPTION_SLOTS, return_tensors="pt")
         return batch.input_ids.to(device), batch.attention_mask.to(device)
 
-    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int) -> Tensor | float:
-        """Returns what a family adds to the flow loss, after `forward` of `scenes` with `frames` frames."""
+    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int, step: int) -> Tensor | float:
+        """Returns what a family adds to the flow loss, after `forward` of `scenes` with `frames` frames.
+
+        `step`: frames of a latent frame after the first, which is one frame.
+        """
         return 0.0
 
     def take_over(self, pipeline: DiffusionPipeline) -> None:

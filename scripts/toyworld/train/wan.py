@@ -11,10 +11,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from scripts.toyworld.render import Scene
 from scripts.toyworld.train.model import CAPTION_SLOTS, T5_SHAPE, Family, TinyDenoiser, plain_attention
-from scripts.toyworld.train.paths import PathReader
+from scripts.toyworld.train.scene_reader import SceneReader
 
 HEADS, HEAD_WIDTH = 4, 48
-FRAMES_STEP = 4  # frames of a latent frame
 TEXT_SLOTS = 512  # text tokens of WanPipeline: captions are padded to this with zero embeddings
 
 
@@ -98,7 +97,7 @@ class Denoiser(TinyDenoiser):
         super().__init__()
         self.text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(self.tokenizer), **T5_SHAPE))
         self.transformer = build_transformer(**self.TRANSFORMER)
-        self.paths = PathReader(self.transformer.blocks, HEADS * HEAD_WIDTH)
+        self.reader = SceneReader(self.transformer.blocks, HEADS * HEAD_WIDTH)
         self.use_training_attention(True)
 
     def use_training_attention(self, on: bool) -> None:
@@ -116,9 +115,9 @@ class Denoiser(TinyDenoiser):
         """Predicts the velocity (noise - video) of `[B, 16, F, H, W]` at noise levels `[B]`."""
         return self.transformer(latents, 1000 * sigma, self.embed(captions), return_dict=False)[0]
 
-    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int) -> Tensor:
-        """Returns the loss of the paths that the blocks have to see."""
-        return self.paths.loss(scenes, frames, FRAMES_STEP)
+    def more_loss(self, captions: list[str], scenes: list[Scene], frames: int, step: int) -> Tensor:
+        """Returns the loss of the scenes that the blocks have to see."""
+        return self.reader.loss(scenes, frames, step)
 
     def other_parts(self) -> dict[str, Any]:
         """Returns Wan's flow-matching UniPC."""

@@ -18,7 +18,7 @@ from radial_attn.residual import Residual
 from radial_attn.selection import floor_blocks, measure_blocks
 from tests.support.auto_backend import AUTO
 from tests.support.cache_cases import CACHES
-from tests.support.families import FAMILIES, FULL, SPARSE, assert_near, families, run, video
+from tests.support.families import BY_NAME, FAMILIES, FULL, SPARSE, assert_near, families, run, video
 from tests.support.pipelines import KINDS, generate
 from tests.support.tiny import wan_inputs, wan_transformer
 
@@ -51,7 +51,7 @@ def test_everything_chosen_is_dense(family, budget):
         assert handle.report()["density"] == 1.0
 
 
-@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[-2]], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [FAMILIES[0], BY_NAME["mochi"]], ids=lambda family: family.name)
 def test_layers_attend_to_the_blocks_that_cost_most(family, masks):
     """Compares the masks of sparse steps, by half and sample, with the losses at the dense step before."""
     transformer, seen = family.transformer(), []
@@ -232,7 +232,7 @@ def test_sparse_steps_repeat_the_output_of_the_dense_step(masks):
 @pytest.mark.parametrize("selection", ["static", "dense_step"])
 def test_residual_gives_the_dense_output_back(residual, tolerance, selection):
     """Attends again to the very tensors of the dense step; text is dense in the mask and stays as it is."""
-    family = FAMILIES[-2]
+    family = BY_NAME["mochi"]
     grid = family.grid()
     options = Adaptive(selection=selection, residual=residual)
     config = RadialConfig(block_size=16, density=0.9)

@@ -228,14 +228,13 @@ def test_the_place_is_named(family, dense_steps):
         transformer = family.transformer()
         first = family.fork.stacks(transformer)[0][0]
         layer = family.fork.attention_layers(transformer)[1]
-        spoil(
-            {
-                "before": first.ffn if hasattr(first, "ffn") else first.ff,
-                "value": layer.to_v,
-                "projection": layer.to_out[0],
-                "last": transformer.proj_out,
-            }[place]
-        )
+        parent, names = {
+            "before": (first, ("ffn", "ff", "feed_forward")),
+            "value": (layer, ("to_v", "to_value")),
+            "projection": (layer, ("to_out", "out_layer")),
+            "last": (transformer, ("proj_out", "out_layer")),
+        }[place]
+        spoil(next(getattr(parent, name) for name in names if hasattr(parent, name)))
         name = "control layer 1" if family.name == "wan_vace" else "layer 1"
         with (
             apply_radial_attention(transformer, SPARSE, check="nan", dense_steps=dense_steps),
@@ -248,7 +247,7 @@ def test_the_place_is_named(family, dense_steps):
 @pytest.mark.parametrize("name", ["hidden_states", "encoder_hidden_states"])
 def test_an_input_that_is_not_finite_is_named(family, name):
     inputs, transformer = family.sized(), family.transformer()
-    inputs[name] = inputs[name].clone()
+    inputs[name] = inputs[name].clone(memory_format=torch.contiguous_format)
     inputs[name].view(-1)[0] = torch.inf
     message = (
         f"non-finite values in {name}, an input of the transformer, at step 1, float32; check what makes it"

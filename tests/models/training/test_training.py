@@ -25,9 +25,12 @@ from tests.support.long import all_but
 from tests.support.tiny import wan_inputs, wan_transformer
 
 SCHEDULE = {"dense_steps": 1, "dense_layers": 1, "dense_last_steps": 1, "num_steps": 4}
-LAYERS = r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
+LAYERS = r"(to_q(uery)?|to_k(ey)?|to_v(alue)?|to_out\.0|out_layer|add_[qkv]_proj|to_add_out)"
 LORA = LoraConfig(
-    r=2, lora_alpha=2, target_modules=rf".*blocks\.\d+\.attn1?\.{LAYERS}", init_lora_weights=False
+    r=2,
+    lora_alpha=2,
+    target_modules=rf".*blocks\.\d+\.(attn1?|self_attention)\.{LAYERS}",
+    init_lora_weights=False,
 )
 
 
@@ -97,6 +100,7 @@ def compile_blocks(transformer: torch.nn.Module, **options: object) -> None:
         ("mochi", {}, "nan", 2, {}),  # the last block has no text
         ("wan_vace", {}, "nan", 3, {}),
         ("ltx", {}, "nan", 1, {}),
+        ("kandinsky5", {}, "nan", 2, {}),  # the text has blocks of its own
     ],
 )
 def test_compiled_blocks_need_few_graphs(name, changes, check, graphs, schedule):

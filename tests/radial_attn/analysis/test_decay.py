@@ -15,7 +15,7 @@ from radial_attn.analysis.bound import first_dropped, fit_tail, measure_tails, p
 from radial_attn.analysis.decay import bands, column_reach, fit_exponential, measure
 from radial_attn.analysis.recall import sample_rows
 from tests.support.map_cases import CONFIG, GRIDS, LENGTHS, grids, masks, tensors, whole_softmax
-from tests.support.mask_oracle import equation_four
+from tests.support.mask_oracle import equation_four, places
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 def naive_profile(query, key, mask, rows, lengths) -> dict[str, torch.Tensor]:
     """Sums a profile key by key, in loops over the whole softmax."""
     grid, heads = mask.grid, query.shape[2]
-    f, s, reach = grid.frames, grid.tokens_per_frame, column_reach(grid)
+    f, s, reach, index = grid.frames, grid.tokens_per_frame, column_reach(grid), places(grid).tolist()
     kept = mask.token_mask().expand(heads, -1, -1)
     sums = {name: torch.zeros(heads, size).double() for name, size in (("temporal", f), ("spatial", s))}
     sums["planar"] = torch.zeros(heads, 1 + round(math.hypot(grid.height - 1, grid.width - 1))).double()
@@ -32,6 +32,7 @@ def naive_profile(query, key, mask, rows, lengths) -> dict[str, torch.Tensor]:
     for p in whole_softmax(query, key, grid, lengths):
         for row in rows.tolist():
             i0, k0 = divmod(row, s)
+            y0, x0 = divmod(index[k0], grid.width)
             for token in range(grid.tokens):
                 (i, k), here = divmod(token, s), p[:, row, token]
                 if token >= grid.video_tokens:
@@ -42,8 +43,8 @@ def naive_profile(query, key, mask, rows, lengths) -> dict[str, torch.Tensor]:
                 sums["kept"][:, abs(i - i0)] += here * kept[:, row, token]
                 sums["temporal"][:, abs(i - i0)] += here * (k == k0)
                 sums["spatial"][:, abs(k - k0)] += here * (i == i0)
-                rise, run = k // grid.width - k0 // grid.width, k % grid.width - k0 % grid.width
-                sums["planar"][:, round(math.hypot(rise, run))] += here * (i == i0)
+                y, x = divmod(index[k], grid.width)
+                sums["planar"][:, round(math.hypot(y - y0, x - x0))] += here * (i == i0)
                 sums["column"] += here * (abs(k - k0) <= reach)
     return sums
 

@@ -8,6 +8,7 @@ import torch
 from radial_attn import RadialConfig, TokenGrid, radial_attention, radial_mask
 from radial_attn.masks.density import resolve_density
 from radial_attn.masks.patterns import COMPARED, axis_radii, tile_shape, window_radii
+from tests.support.mask_oracle import places as in_sequence
 
 TOY = RadialConfig(decay_factor=0.5, block_size=16, decimation_width=64)
 REAL = RadialConfig(decay_factor=0.95)
@@ -74,6 +75,7 @@ def windows_by_tokens(grid: TokenGrid, block: int) -> torch.Tensor:
     """Computes `window_radii` token by token: what windows of 1, 3, 5, ... tiles leave out of a block."""
     sides = (grid.frames, grid.height, grid.width)
     places = torch.cartesian_prod(*[torch.arange(size) for size in sides]) // torch.tensor(tile_shape(block))
+    places = places[in_sequence(grid)[: grid.video_tokens]]
     outside = torch.zeros(len(places), len(places))
     for radius in range(max(sides)):
         inside = torch.ones_like(outside, dtype=torch.bool)
@@ -87,7 +89,17 @@ def windows_by_tokens(grid: TokenGrid, block: int) -> torch.Tensor:
     return of_block.T @ outside @ of_block
 
 
-@pytest.mark.parametrize("grid", [TokenGrid(9, 8, 8), TokenGrid(7, 6, 11), TokenGrid(10, 5, 9, 20)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        TokenGrid(9, 8, 8),
+        TokenGrid(7, 6, 11),
+        TokenGrid(10, 5, 9, 20),
+        TokenGrid(5, 9, 12, 3, order="tiles"),
+        TokenGrid(5, 9, 12, order="hilbert"),
+    ],
+    ids=str,
+)
 def test_windows_of_tiles_against_single_tokens(grid):
     """Tiles cut short at the far borders, frames that begin inside a block, text in the last blocks."""
     actual, wanted = torch.from_numpy(window_radii(grid, 16)), windows_by_tokens(grid, 16)

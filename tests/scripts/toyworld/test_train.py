@@ -1,7 +1,6 @@
 """The trainer of the bundled models: it resumes exactly, and trains on what the pipelines use."""
 
 import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from radial_attn.models.apply import family_of
 from radial_attn.models.hunyuan_video import attention_layers
-from scripts.toyworld import Attributes, all_attributes, parse_caption, random_scene
-from scripts.toyworld.render import VOCABULARY
+from scripts.toyworld import Attributes, all_attributes, parse_caption
 from scripts.toyworld.train.hunyuan_video import LIKENESS, WORDS_APART
 from scripts.toyworld.train.hunyuan_video import Denoiser as HunyuanVideo
 from scripts.toyworld.train.loop import Stage, build_optimizers, learning_rate
@@ -29,7 +26,6 @@ from scripts.toyworld.train.options import (
     render_scene,
     run,
 )
-from scripts.toyworld.train.paths import KINDS, kind, movement, token_places
 from scripts.toyworld.train.vae import initialise_vae
 from scripts.toyworld.train.wan import TEXT_SLOTS, Denoiser
 from scripts.train_tiny import parse, prepare, train, write_caption
@@ -362,33 +358,3 @@ def test_caption_loss_moves_two_shapes_apart_and_trains_only_the_text():
     assert before < 5 and angle() > 60
     blocks = (*one.transformer.transformer_blocks, *one.transformer.single_transformer_blocks)
     assert all(weight.grad is None for block in blocks for weight in block.parameters())
-
-
-@pytest.mark.parametrize("motion", VOCABULARY["motion"])
-def test_movement_is_the_place_of_the_shape_and_its_rate(motion):
-    """A latent frame stands at the mean time of its frames: 0, then 2.5, 6.5 and so on."""
-    scene = random_scene(Attributes("red", "circle", motion, "navy"), torch.Generator().manual_seed(2))
-    times = torch.tensor([0, 2.5, 6.5], dtype=torch.float64)
-    place, next_place = (torch.stack(scene.position(t), dim=1) for t in (times, times + 1e-4))
-    step = 1e-4 * 2 * math.pi / scene.period  # radians
-    rate = (next_place - place) / (step * torch.tensor(scene.reach))
-    expected = torch.cat([place, rate], dim=1).float()
-    torch.testing.assert_close(movement(scene, 9, 4), expected, atol=1e-3, rtol=0)
-
-
-def test_tokens_stand_in_the_middle_of_their_pixels():
-    expected = torch.tensor([[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]])
-    assert torch.equal(token_places(4), expected)
-
-
-@pytest.mark.parametrize("denoiser", [Denoiser, HunyuanVideo])
-def test_path_loss_trains_the_blocks_before_it_to_tell_a_line_from_a_circle(denoiser):
-    """No caption says which it is; blocks after the last reading get no gradient."""
-    scenes = [draw_scene(generator(Options(), 3, number)) for number in range(40)]
-    assert {kind(scene) for scene in scenes} == set(range(len(KINDS)))
-    torch.manual_seed(0)
-    one, latents = denoiser(), torch.randn(40, 16, 3, 2, 2)
-    one(latents, torch.full((40,), 0.5), [""] * 40)
-    one.paths.loss(scenes, 9, 4).backward()
-    layers = family_of(one.transformer).attention_layers(one.transformer)
-    assert [layer.to_v.weight.grad is not None for layer in layers] == [True] * 4 + [False] * 2

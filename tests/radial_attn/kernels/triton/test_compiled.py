@@ -1,6 +1,12 @@
 """What the compiler makes of the Triton kernels at the sizes of real videos, without a GPU."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +54,16 @@ def test_every_kernel_compiles_without_spills(arch, tmp_path, capsys):
     kinds = {row.split(" | ")[1] for row in rows if row.startswith(f"| {arch} |")}
     assert kinds >= {"forward", "far field", "query gradient", "key gradients", "int8", "row products"}
     assert ("fp8" in kinds) == (("fp8", 64) in LAUNCHES[arch])
+
+
+def test_an_interrupted_report_is_one_line(tmp_path):
+    options = ["--arch", "sm90", "--out", str(tmp_path / "a.md")]
+    command = [sys.executable, "-m", "scripts.kernel_report", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not tasks.read_text().split():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate()[1] == "interrupted; nothing was written\n"
+    assert process.returncode == 130 and not list(tmp_path.iterdir())

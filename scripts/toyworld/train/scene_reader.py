@@ -1,7 +1,8 @@
-"""Teaches a transformer to see along which path the shape of a noisy video moves.
+"""Teaches a transformer to see which shape a noisy video shows, and along which path it moves.
 
 A line and a circle differ in the product of their movements in x and y. The flow loss rewards neither factor
-without the other, so without this loss "around" and "diagonally" became one word.
+without the other, so without this loss "around" and "diagonally" became one word. Shapes differ in a few
+pixels, and HunyuanVideo ignored their words.
 """
 
 import math
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.toyworld.render import Scene
+from scripts.toyworld.render import VOCABULARY, Scene
 
 KINDS = (  # paths, with the direction of those that have one
     ("horizontally", 0),
@@ -21,7 +22,8 @@ KINDS = (  # paths, with the direction of those that have one
     ("diagonally", -1),
     ("diagonally", 1),
 )
-MOVEMENT_WEIGHT, KIND_WEIGHT = 0.5, 0.2
+SHAPES = VOCABULARY["shape"]
+MOVEMENT_WEIGHT, WORD_WEIGHT = 0.5, 0.2
 OFFSET_SCALE = 3.2  # brings offsets from tokens to the shape, as shares of the image, to about 1
 
 
@@ -43,8 +45,8 @@ def movement(scene: Scene, frames: int, step: int) -> Tensor:
     return torch.cat([now, (later - torch.tensor(scene.centre)) / torch.tensor(scene.reach)], dim=1)
 
 
-class PathReader(nn.Module):
-    """Reads movement from each token after a third and two thirds of the blocks, and then the kind of path.
+class SceneReader(nn.Module):
+    """Reads movement from each token after a third and two thirds of the blocks, and then kind and shape.
 
     It reads linearly: each token has to tell how far the shape of its frame is from it, and where it goes.
     """
@@ -52,7 +54,7 @@ class PathReader(nn.Module):
     def __init__(self, blocks: nn.ModuleList, width: int) -> None:
         super().__init__()
         self.movement = nn.ModuleList(nn.Linear(width, 4) for _ in range(2))
-        self.kind = nn.Linear(width, len(KINDS))
+        self.kind, self.shape = nn.Linear(width, len(KINDS)), nn.Linear(width, len(SHAPES))
         self.seen: dict[int, Tensor] = {}
         for share in (1, 2):
             blocks[share * len(blocks) // 3].register_forward_pre_hook(partial(self.keep, share))
@@ -66,6 +68,7 @@ class PathReader(nn.Module):
         device = self.kind.weight.device
         place, rate = torch.stack([movement(s, frames, step) for s in scenes]).to(device).chunk(2, dim=-1)
         kinds = torch.tensor([kind(scene) for scene in scenes], device=device)
+        shapes = torch.tensor([SHAPES.index(scene.attributes.shape) for scene in scenes], device=device)
         total = torch.zeros((), device=device)
         for share, reader in enumerate(self.movement, 1):
             tokens = self.seen.pop(share).float()
@@ -73,7 +76,9 @@ class PathReader(nn.Module):
             offset = OFFSET_SCALE * (place[:, :, None] - token_places(tokens.shape[2]).to(device))
             goal = torch.cat([offset, rate[:, :, None].expand_as(offset)], dim=-1)  # [B, F, H W, 4]
             total = total + MOVEMENT_WEIGHT / 2 * functional.mse_loss(reader(tokens), goal)
-        return total + KIND_WEIGHT * functional.cross_entropy(self.kind(tokens.mean(dim=(1, 2))), kinds)
+        whole = tokens.mean(dim=(1, 2))
+        words = functional.cross_entropy(self.kind(whole), kinds)
+        return total + WORD_WEIGHT * (words + functional.cross_entropy(self.shape(whole), shapes))
 
 
 def token_places(tokens: int) -> Tensor:

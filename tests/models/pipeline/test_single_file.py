@@ -1,0 +1,398 @@
+"""Transformers from one file: each layout gives the weights of the folder; what does not fit is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+from radial_attn.models import apply_radial_attention
+from radial_attn.models.lora.load import Lora, load_loras
+from radial_attn.models.pipeline.caches import cached
+from radial_attn.models.pipeline.load import load_pipeline
+from radial_attn.models.pipeline.single_file import find_single_file
+from tests.support.families import BY_NAME, SPARSE, run
+from tests.support.pipelines import KINDS
+from tests.support.single_files import in_eight_bits, original, save, write_gguf
+from tests.support.tiny import quiet, wan_pipeline, wan_transformer
+from tests.support.tiny_lora import random_pairs, spell, write
+
+FAMILY = {
+    "wan": "wan",
+    "wan-a14b": "wan",
+    "wan-i2v": "wan_i2v",
+    "wan-flf2v": "wan_i2v",
+    "wan-ti2v": "wan_i2v",
+    "vace": "wan_vace",
+    "hunyuan_video": "hunyuan_video",
+    "hunyuan_video-i2v": "hunyuan_video_i2v",
+    "mochi": "mochi",
+}
+WIDE = {"attention_head_dim": 16, "ffn_dim": 256}  # rows of 32 and of 256: blocks of Q8_0, Q4_0 and Q4_K
+NAMES = ("transformer", "transformer_2")
+
+
+def folder_of(pipeline, path: Path, dtype=torch.float32) -> dict[str, torch.nn.Module]:
+    """Saves a pipeline with its transformers in `dtype`, but not their weights; returns them."""
+    transformers = {name: part for name in NAMES if (part := getattr(pipeline, name, None)) is not None}
+    for part in transformers.values():
+        part.to(dtype)
+    pipeline.save_pretrained(path)
+    for name in transformers:
+        for file in (path / name).glob("*.safetensors"):
+            file.rename(path / f"{name}.whole")
+    return transformers
+
+
+def with_weights(path: Path, *names: str) -> str:
+    """Puts the weights of the folder back."""
+    for name in names or NAMES:
+        if (path / f"{name}.whole").is_file():
+            shutil.copy(path / f"{name}.whole", path / name / "diffusion_pytorch_model.safetensors")
+    return str(path)
+
+
+def assert_same(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Compares all values and types of two models, with those that no file holds."""
+    for kind in ("named_parameters", "named_buffers"):
+        here, there = (dict(getattr(model, kind)()) for model in (actual, expected))
+        assert here.keys() == there.keys()
+        for name, value in there.items():
+            assert here[name].dtype == value.dtype and torch.equal(here[name], value), name
+    assert not actual.training
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_a_file_in_the_authors_layout_is_the_folder(kind, tmp_path):
+    made = folder_of(KINDS[kind].make(), tmp_path / "m", torch.bfloat16)
+    prefixes = {"transformer": "model.diffusion_model.", "transformer_2": ""}
+    files = {
+        name: save(tmp_path / f"{name}.safetensors", original(part), prefixes[name])
+        for name, part in made.items()
+    }
+    options = {"family": FAMILY[kind], "dtype": torch.bfloat16, "device": "cpu"}
+    pipeline = load_pipeline(str(tmp_path / "m"), files=files, **options)
+    expected = load_pipeline(with_weights(tmp_path / "m"), **options)
+    for name in files:
+        assert_same(getattr(pipeline, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_video_of_a_file_is_that_of_the_folder(dtype, tmp_path):
+    made = folder_of(wan_pipeline(), tmp_path / "m", dtype)
+    state = original(made["transformer"])
+    assert convert_wan_transformer_to_diffusers(dict(state)).keys() == made["transformer"].state_dict().keys()
+    file = save(tmp_path / "a.safetensors", state, "diffusion_model.")
+    videos = [
+        KINDS["wan"].generate(quiet(load_pipeline(path, "wan", torch.float32, "cpu", files=files)))
+        for path, files in (
+            (str(tmp_path / "m"), {"transformer": file}),
+            (with_weights(tmp_path / "m"), None),
+        )
+    ]
+    assert torch.equal(*videos)
+
+
+@pytest.mark.parametrize("comfy", [False, True], ids=["authors", "ComfyUI"])
+@pytest.mark.parametrize("family", ["wan", "wan_vace", "hunyuan_video", "mochi"])
+def test_every_spelling_of_a_family(family, comfy, tmp_path):
+    transformer = BY_NAME[family].transformer()
+    transformer.save_config(tmp_path / "transformer")
+    prefix = "model.model." if comfy else ""
+    other = {"vae.encoder.conv1.weight": torch.ones(2)} if comfy else {}
+    state = {prefix + name: value for name, value in original(transformer, comfy).items()}
+    for number, content in enumerate((state | other, transformer.state_dict())):
+        file = save(tmp_path / f"{number}.safetensors", content)
+        found = find_single_file(file, str(tmp_path), "transformer")
+        assert found.elements == sum(value.numel() for value in transformer.parameters())
+        assert_same(found.load(str(tmp_path), "transformer", torch.float32), transformer)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["a matrix", "a row"])
+@pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
+def test_scales_of_8_bit_weights_are_applied(family, spelling, rows, tmp_path):
+    """Each weight is within half a step of E4M3, 2^-4 of it, or of its smallest step, of what it was."""
+    transformer = BY_NAME[family].transformer()
+    transformer.save_config(tmp_path / "transformer")
+    whole = original(transformer)
+    state, meant = in_eight_bits(whole, spelling, rows)
+    file = save(tmp_path / "a.safetensors", state, "model.diffusion_model.")
+    model = find_single_file(file, str(tmp_path), "transformer").load(
+        str(tmp_path), "transformer", torch.float32
+    )
+    loaded = original(model)
+    for name, value in meant.items():
+        assert torch.equal(loaded[name], value), name
+        step = whole[name].abs() / 16 + whole[name].abs().max() / 448 / 1024
+        assert ((loaded[name] - whole[name]).abs() <= step).all(), name
+    assert any(not torch.equal(loaded[name], value) for name, value in whole.items())
+
+
+def test_weights_cast_to_8_bits_have_no_scales(tmp_path):
+    transformer = wan_transformer()
+    transformer.save_config(tmp_path / "transformer")
+    state = {name: x.to(torch.float8_e5m2) for name, x in original(transformer).items()}
+    found = find_single_file(save(tmp_path / "a.sft", state), str(tmp_path), "transformer")
+    loaded = original(found.load(str(tmp_path), "transformer", torch.float16))
+    assert found.types == ["F8_E5M2"]
+    assert all(torch.equal(loaded[name].float(), x.float()) for name, x in state.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("Q8_0", np.float32),
+        ("Q5_1", np.float16),
+        ("Q4_0", np.float16),
+        ("Q4_K", np.float32),
+        ("BF16", np.float32),
+        ("F16", np.float16),
+    ],
+)
+def test_gguf_means_what_its_own_reader_says(kind, rest, tmp_path):
+    """diffusers unpacks in float16: within 2^-9 of each value, or of the largest of its block."""
+    transformer = wan_transformer(**WIDE)
+    transformer.save_config(tmp_path / "transformer")
+    file, meant = write_gguf(tmp_path / "a.gguf", original(transformer), kind, rest)
+    found = find_single_file(file, str(tmp_path), "transformer")
+    model = found.load(str(tmp_path), "transformer", torch.float32)
+    packed = {name for name, x in model.named_parameters() if isinstance(x, GGUFParameter)}
+    assert packed == found.packed and bool(packed) == (kind.startswith("Q"))
+    assert all("time_embedder" not in name for name in packed)  # diffusers keeps it in float32
+    size = sum(x.numel() * x.element_size() for name, x in model.named_parameters())
+    assert size == 4 * found.elements + found.packed_bytes
+    expected = wan_transformer(**WIDE)
+    loaded = {name: dequantize_gguf_tensor(x).detach().float() for name, x in model.named_parameters()}
+    expected.load_state_dict(loaded)
+    for name, value in original(expected).items():
+        limit = 2**-9 * meant[name].abs().max()
+        torch.testing.assert_close(value, meant[name], atol=float(limit), rtol=0, msg=name)
+    torch.testing.assert_close(run(model), run(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("family", ["hunyuan_video", "mochi"])
+def test_gguf_of_joined_layers(family, kind, tmp_path):
+    """Rows of query, key and value, and halves that change places, are taken from packed rows."""
+    changes = {
+        "hunyuan_video": {"attention_head_dim": 32, "rope_axes_dim": (8, 12, 12)},
+        "mochi": {"attention_head_dim": 16},
+    }
+    transformer = BY_NAME[family].transformer(**changes[family])
+    transformer.save_config(tmp_path / "transformer")
+    file, meant = write_gguf(tmp_path / "a.gguf", original(transformer), kind)
+    found = find_single_file(file, str(tmp_path), "transformer")
+    assert any("to_q" in name for name in found.packed)
+    model = found.load(str(tmp_path), "transformer", torch.float32)
+    loaded = {name: dequantize_gguf_tensor(x).detach().float() for name, x in model.named_parameters()}
+    transformer.load_state_dict(loaded)
+    for name, value in original(transformer).items():
+        limit = 2**-9 * meant[name].abs().max()
+        torch.testing.assert_close(value, meant[name], atol=float(limit), rtol=0, msg=name)
+    inputs = BY_NAME[family].inputs()
+    torch.testing.assert_close(run(model, inputs), run(transformer, inputs), atol=2e-5, rtol=0)
+
+
+def test_gguf_remembers_the_shape_of_a_tensor_that_was_flattened(tmp_path):
+    from gguf import GGUFWriter
+
+    transformer = wan_transformer()
+    transformer.save_config(tmp_path / "transformer")
+    writer = GGUFWriter(tmp_path / "a.gguf", "wan")
+    for name, value in original(transformer).items():
+        writer.add_tensor(name, value.numpy().ravel() if value.ndim > 4 else value.numpy())
+        if value.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(value.shape))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    found = find_single_file(tmp_path / "a.gguf", str(tmp_path), "transformer")
+    assert_same(found.load(str(tmp_path), "transformer", torch.float32), transformer)
+
+
+def pipeline_of_gguf(tmp_path: Path, kind: str = "Q8_0"):
+    """Loads a tiny Wan from GGUF, and returns the one with the values that it unpacks."""
+    made = folder_of(wan_pipeline(**WIDE), tmp_path / "m")
+    file, _ = write_gguf(tmp_path / "a.gguf", original(made["transformer"]), kind)
+    pipeline = quiet(
+        load_pipeline(str(tmp_path / "m"), "wan", torch.float32, "cpu", files={"transformer": file})
+    )
+    plain = wan_pipeline(**WIDE)
+    own = pipeline.transformer.named_parameters()
+    plain.transformer.load_state_dict({name: dequantize_gguf_tensor(x).detach().float() for name, x in own})
+    return pipeline, plain
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_loras_on_top_of_gguf(kind, tmp_path):
+    pipeline, plain = pipeline_of_gguf(tmp_path, kind)
+    before = KINDS["wan"].generate(pipeline)
+    file = write(tmp_path / "lora.safetensors", spell(random_pairs(plain.transformer), "original"))
+    for each in (pipeline, plain):
+        load_loras(each, [Lora(file)])
+    actual = KINDS["wan"].generate(pipeline)
+    torch.testing.assert_close(actual, KINDS["wan"].generate(plain), atol=1e-4, rtol=0)
+    assert (actual - before).abs().max() > 1e-3
+
+
+def test_what_loras_cannot_change_in_gguf(tmp_path):
+    pipeline, plain = pipeline_of_gguf(tmp_path)
+    file = write(tmp_path / "lora.safetensors", spell(random_pairs(plain.transformer), "original"))
+    with pytest.raises(ValueError, match="cannot be added to weights that GGUF holds quantised"):
+        load_loras(pipeline, [Lora(file)], mode="fused")
+    file = save(tmp_path / "whole.safetensors", {"blocks.0.self_attn.q.diff": torch.zeros(32, 32)})
+    message = r"whole\.safetensors changes blocks\.0\.attn1\.to_q\.weight, which GGUF holds quantised"
+    with pytest.raises(ValueError, match=message):
+        load_loras(pipeline, [Lora(file)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"selection": "dense_step", "residual": "mean"}, {"far_field": "linear"}],
+    ids=["radial", "adaptive", "far field"],
+)
+def test_radial_attention_on_top_of_gguf(options, tmp_path):
+    videos = []
+    for each in pipeline_of_gguf(tmp_path):
+        with apply_radial_attention(each, config=SPARSE, dense_steps=1, **options) as handle:
+            videos.append(KINDS["wan"].generate(each))
+        assert handle.report()["calls"]
+    torch.testing.assert_close(*videos, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["first_block", "taylorseer"])
+def test_caches_on_top_of_gguf(kind, tmp_path):
+    videos = []
+    for each in pipeline_of_gguf(tmp_path):
+        with cached(each, kind=kind, steps=3, dense_steps=1, threshold=0.05):
+            videos.append(KINDS["wan"].generate(each))
+    torch.testing.assert_close(*videos, atol=1e-4, rtol=0)
+
+
+def cut(state):
+    del state["blocks.1.ffn.0.weight"]
+
+
+def added(state):
+    state["blocks.0.self_attn.k_proj.weight"] = torch.ones(2, 2)
+
+
+def reshaped(state):
+    state["blocks.1.ffn.0.weight"] = state["blocks.1.ffn.0.weight"][:-1]
+
+
+def packed(state):
+    state["blocks.1.ffn.0.weight"] = state["blocks.1.ffn.0.weight"].to(torch.int8)
+
+
+def described(state):
+    about = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    state["blocks.1.ffn.0.comfy_quant"] = about
+
+
+def half_scaled(state):
+    state |= in_eight_bits(dict(state), "scale_weight")[0]
+    del state["blocks.1.ffn.0.scale_weight"]
+
+
+def scaled_by_blocks(state):
+    state |= in_eight_bits(dict(state), "weight_scale")[0]
+    state["blocks.1.ffn.0.weight_scale"] = torch.ones(3, 2)
+
+
+def scaled_whole(state):
+    state["blocks.1.ffn.0.scale_weight"] = torch.ones(())
+
+
+LAYER = r"blocks\.1\.ffn\.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            cut,
+            r"lacks 1 tensor of WanT\w+, in diffusers' names: blocks\.1\.ffn\.net\.0\.proj\.weight; download",
+        ),
+        (added, r"holds blocks\.0\.self_attn\.k_proj\.weight, but WanT\w+ has no place for it; name a file"),
+        (reshaped, rf"has {LAYER}\.weight of shape \[31, 24\], but WanT\w+ needs \[32, 24\]; name a file"),
+        (packed, rf"has {LAYER}\.weight as I8, which is not read; use a file in fp16"),
+        (described, rf"has {LAYER}\.weight as nvfp4, which is not read; use a file in fp16"),
+        (half_scaled, rf"lacks {LAYER}\.scale_weight, the scale of its 8-bit weight; download it again"),
+        (scaled_by_blocks, rf"has {LAYER}\.weight_scale of shape \[3, 2\] .*, which is not read; use a file"),
+        (scaled_whole, rf"has {LAYER}\.scale_weight of shape \[\] .* in F32, which is not read; use a file"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_before_any_weight_is_read(change, message, tmp_path):
+    made = folder_of(wan_pipeline(), tmp_path / "m")
+    state = original(made["transformer"])
+    change(state)
+    file = save(tmp_path / "a.safetensors", state)
+    with pytest.raises(ValueError, match=rf"a\.safetensors {message}"):
+        load_pipeline(str(tmp_path / "m"), "wan", torch.float32, "cpu", files={"transformer": file})
+
+
+@pytest.mark.parametrize("other", ["hunyuan_video", "mochi", "ltx"])
+def test_a_file_of_another_model_is_refused(other, tmp_path):
+    folder_of(wan_pipeline(), tmp_path / "m")
+    file = save(tmp_path / "a.safetensors", original(BY_NAME[other].transformer()))
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors is of another model: .* of WanT\w+; name a file of"
+    ):
+        find_single_file(file, str(tmp_path / "m"), "transformer")
+    BY_NAME["ltx"].transformer().save_config(tmp_path / "m/transformer")
+    with pytest.raises(ValueError, match=r"a LTXVideoTransformer3DModel are read from its folder only"):
+        find_single_file(file, str(tmp_path / "m"), "transformer")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"GGUF", -99, 40, 4000])
+@pytest.mark.parametrize("ending", ["gguf", "safetensors"])
+def test_a_damaged_file_is_refused(ending, content, tmp_path):
+    wan_transformer().save_config(tmp_path / "transformer")
+    state, file = original(wan_transformer()), tmp_path / f"a.{ending}"
+    save(file, state) if ending == "safetensors" else write_gguf(file, state, "Q8_0")
+    file.write_bytes(content if isinstance(content, bytes) else file.read_bytes()[:content])
+    with pytest.raises(ValueError, match=rf"a\.{ending} is (not|neither) .*; download it again"):
+        find_single_file(file, str(tmp_path), "transformer")
+
+
+def test_gguf_of_a_kind_that_is_not_known_is_refused(tmp_path):
+    import gguf
+
+    wan_transformer(**WIDE).save_config(tmp_path / "transformer")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "wan")
+    for name, value in original(wan_transformer(**WIDE)).items():
+        data, kind = value.numpy(), None
+        if data.ndim == 2 and data.shape[1] == 256:
+            kind = gguf.GGMLQuantizationType.TQ1_0
+            data = gguf.quantize(data, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    with pytest.raises(
+        ValueError, match=r"a\.gguf has blocks\.\d\.ffn\.2\.weight as TQ1_0, which is not read"
+    ):
+        find_single_file(tmp_path / "a.gguf", str(tmp_path), "transformer")
+
+
+def test_files_of_experts(tmp_path):
+    """The second expert needs no folder, and a model of one expert takes no file for a second."""
+    made = folder_of(wan_pipeline(experts=2), tmp_path / "m")
+    state = original(made["transformer_2"])
+    file = save(tmp_path / "b.safetensors", state)
+    shutil.rmtree(tmp_path / "m/transformer_2")
+    path = with_weights(tmp_path / "m", "transformer")
+    pipeline = load_pipeline(path, "wan", torch.float32, "cpu", files={"transformer_2": file})
+    assert_same(pipeline.transformer_2, made["transformer_2"])
+    assert pipeline.config.boundary_ratio == 0.8
+    alone = load_pipeline(path, "wan", torch.float32, "cpu", files={"transformer": file})
+    assert alone.transformer_2 is None and alone.config.boundary_ratio is None
+    assert_same(alone.transformer, made["transformer_2"])
+    wan_pipeline().save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="one has one transformer, so no file can be its transformer_2"):
+        load_pipeline(str(tmp_path / "one"), "wan", torch.float32, "cpu", files={"transformer_2": file})
