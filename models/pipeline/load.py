@@ -3,13 +3,13 @@
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..runtime.transformers import NAMES
+from .families import FAMILIES
 from .single_file import find_single_file
 from .weights import check_weights, read_object, read_tensors
 
@@ -17,30 +17,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-@dataclass(frozen=True)
-class Family:
-    """Describes one pipeline class of diffusers.
-
-    Attributes:
-        pipeline: name of the class.
-        unipc: UniPC on flow sigmas replaces the model's own scheduler.
-        tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
-    """
-
-    pipeline: str
-    unipc: bool = False
-    tiled_vae: bool = False
-
-
 MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
-FAMILIES = {
-    "wan": Family("WanPipeline", unipc=True),
-    "hunyuan_video": Family("HunyuanVideoPipeline", tiled_vae=True),
-    "mochi": Family("MochiPipeline", tiled_vae=True),
-    "wan_i2v": Family("WanImageToVideoPipeline", unipc=True),
-    "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", tiled_vae=True),
-    "wan_vace": Family("WanVACEPipeline", unipc=True),
-}
 
 
 def load_pipeline(
@@ -86,7 +63,7 @@ def load_pipeline(
         (kept,) = (getattr(pipeline, name) for name in NAMES if name != absent)
         pipeline.register_modules(transformer=kept, transformer_2=None)
         pipeline.register_to_config(boundary_ratio=None)
-    if FAMILIES[family].unipc:
+    if FAMILIES[family].noise == "unipc":
         pipeline.scheduler = flow_scheduler(pipeline.scheduler, flow_shift)
     elif flow_shift is not None:
         pipeline.scheduler = shifted(pipeline.scheduler, flow_shift)
@@ -146,14 +123,18 @@ def flow_scheduler(scheduler: object, flow_shift: float | None = None) -> object
     )
 
 
-def noise_levels(path: str, family: str, steps: int, flow_shift: float | None) -> list[float] | None:
+def noise_levels(
+    path: str, family: str, steps: int, flow_shift: float | None, tokens: int
+) -> list[float] | None:
     """Returns the noise level at the start of each step, 1 for noise, as a pipeline will plan them.
 
-    None if that depends on a scheduler that is not in a local folder.
+    `tokens`: of the video, on which the shift may depend. None if that depends on a scheduler that is not in
+    a local folder.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-    if family == "mochi":
+    noise = FAMILIES[family].noise
+    if noise == "mochi":
         from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
         return [float(level) for level in linear_quadratic_schedule(steps, MOCHI_THRESHOLD)]
@@ -162,13 +143,16 @@ def noise_levels(path: str, family: str, steps: int, flow_shift: float | None) -
         return None
     settings = read_object(file) if file.is_file() else {}
     shift = settings.get("flow_shift", settings.get("shift", 1.0)) if flow_shift is None else flow_shift
-    if FAMILIES[family].unipc:
+    if noise == "unipc":
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         scheduler = UniPCMultistepScheduler.from_config(settings, **flow)
         scheduler.set_timesteps(steps)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
-        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+        at = scheduler.config  # the logarithm of a shift that depends on the tokens is linear in them
+        share = (tokens - at.base_image_seq_len) / (at.max_image_seq_len - at.base_image_seq_len)
+        levels = [1 - step / steps for step in range(steps)]
+        scheduler.set_timesteps(sigmas=levels, mu=at.base_shift + share * (at.max_shift - at.base_shift))
     return scheduler.sigmas[:steps].tolist()
 
 
@@ -182,8 +166,8 @@ def check_model(path: str, family: str, files: Collection[str] = ()) -> None:
     folder = Path(path)
     index = read_index(path)
     class_name = index.get("_class_name")
-    wanted = FAMILIES[family].pipeline
-    both = family == "wan_i2v" and class_name == "WanPipeline" and index.get("expand_timesteps")  # TI2V-5B
+    wanted, also = FAMILIES[family].pipeline, FAMILIES[family].also
+    both = class_name == also and (family != "wan_i2v" or index.get("expand_timesteps"))  # TI2V-5B
     if class_name != wanted and not both:
         raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {class_name}")
     if is_local(path):

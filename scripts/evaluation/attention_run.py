@@ -20,12 +20,12 @@ from radial_attn.analysis.bound import Tail, measure_tails
 from radial_attn.analysis.decay import Profile, measure
 from radial_attn.analysis.recall import sample_rows
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.profile import Reading
 from radial_attn.models.runtime.observe import Seen
 from scripts.run.attention import attention_arguments
 from scripts.run.config import Config
 from scripts.run.digest import digest
-from scripts.run.families import HUNYUAN
 from scripts.run.files import replacing
 from scripts.run.plan import RunPlan
 from scripts.run.results import note_damage, read_tensors
@@ -213,7 +213,7 @@ def _dense(config: Config, timestep: float | None) -> Config:
     """Makes every step dense; at a timestep there is no guidance, whose other half has no prompt."""
     attention = replace(config.attention, dense_steps=config.generation.steps, dense_last_steps=0)
     generation = config.generation
-    if timestep is not None and config.model.family not in HUNYUAN:
+    if timestep is not None and FAMILIES[config.model.family].guidance == "guidance_scale":
         generation = replace(generation, guidance_scale=1.0, guidance_scale_2=None)
     return replace(config, attention=attention, generation=generation)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from radial_attn.models.lora.keys import listed
-from radial_attn.models.pipeline.load import FAMILIES, check_model, is_local, read_index
+from radial_attn.models.pipeline.families import FAMILIES
+from radial_attn.models.pipeline.load import check_model, is_local, read_index
 from radial_attn.models.pipeline.weights import check_weights
 from radial_attn.models.training.flow import encode_text, encode_video
 from scripts.lora.config import LoraTrainConfig

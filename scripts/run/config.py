@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from radial_attn.chooser import TUNES
 from radial_attn.kernels.contract import FAR_FIELDS
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.schedule import (
     DENSE_STEPS_FORM,
     DENSITY_FORM,
@@ -27,7 +28,6 @@ from scripts.run.values import (
 )
 
 __all__ = ["ROOT", "Config", "find_path", "help_text", "keys", "read_config"]
-FAMILIES = ("wan", "hunyuan_video", "mochi", "wan_i2v", "hunyuan_video_i2v", "wan_vace")
 CALL = "bash scripts/wan_t2v_inference.sh [CONFIG.yaml] [key=value ...] [--dry-run] [--help]"
 
 
@@ -44,7 +44,7 @@ class AnyModelConfig:
     """Holds the options of a model that generation and training share."""
 
     path: str = key("Wan-AI/Wan2.1-T2V-14B-Diffusers", "folder in diffusers format, or Hugging Face hub id")
-    family: str = key("wan", "model family", FAMILIES)
+    family: str = key("wan", "model family", tuple(FAMILIES))
     dtype: str = key(
         "bfloat16",
         "data type of all parts but the VAE, which stays float32",
@@ -240,7 +240,7 @@ class GenerationConfig:
     )
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
-    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1", low=1)
+    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video 8k + 1", low=1)
     steps: int = key(50, "denoising steps", low=1)
     guidance_scale: float = key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
     guidance_scale_2: float | None = key(

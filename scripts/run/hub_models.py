@@ -18,7 +18,9 @@ from scripts.run.model_info import (
     WAN_TEXT,
     ModelInfo,
     from_configs,
+    hunyuan_video15_info,
     hunyuan_video_info,
+    ltx_info,
     mochi_info,
     wan_time,
 )
@@ -29,6 +31,7 @@ CONFIGURED = ("transformer", "vae")
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
+LTX_VAE, HUNYUAN15_VAE, QWEN_7B, BYT5_SMALL = 419_193_649, 1_260_634_115, 7_070_619_136, 219_314_944
 WAN_14B = ModelInfo(
     layers=40,
     heads=40,
@@ -52,6 +55,17 @@ HEADS = {"num_attention_heads": 24, "attention_head_dim": 128}
 HUNYUAN_SIZES = {"num_layers": 20, "num_single_layers": 40, "mlp_ratio": 4.0}
 HUNYUAN_CONFIG = HEADS | HUNYUAN_SIZES | {"patch_size": 2, "patch_size_t": 1}
 HUNYUAN_PARTS = {"transformer": 12_821_012_544, "text_encoder_2": CLIP_TEXT, "vae": HUNYUAN_VAE}
+LTX_CONFIG = {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 28}
+LTX_CONFIG |= {"patch_size": 1, "patch_size_t": 1, "out_channels": 128}
+LTX_VAE_CONFIG = {"decoder_block_out_channels": [128], "spatio_temporal_scaling": [True, True, True, False]}
+LTX_VAE_CONFIG |= {"patch_size": 4, "patch_size_t": 1}
+HUNYUAN15 = hunyuan_video15_info(
+    {"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 54, "mlp_ratio": 4.0}
+    | {"patch_size": 1, "patch_size_t": 1, "out_channels": 32},
+    {"block_out_channels": [128], "spatial_compression_ratio": 16},
+    {"transformer": 8_326_608_160, "text_encoder": QWEN_7B, "text_encoder_2": BYT5_SMALL}
+    | {"vae": HUNYUAN15_VAE},
+)
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -74,6 +88,7 @@ HUB_MODELS = {
         layers=30,
         heads=24,
         ffn=14336,
+        latents=48,
         vae_base=64,
         vae_pixels=16,
     ),
@@ -88,10 +103,17 @@ HUB_MODELS = {
         {"block_out_channels": [128]},
         HUNYUAN_PARTS | {"text_encoder": LLAVA_8B},
     ),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": HUNYUAN15,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": HUNYUAN15,
     "genmo/mochi-1-preview": mochi_info(
         MOCHI_CONFIG,
         {"decoder_block_out_channels": [128]},
         {"transformer": 10_027_677_744, "text_encoder": T5_XXL, "vae": MOCHI_VAE},
+    ),
+    "Lightricks/LTX-Video": ltx_info(
+        LTX_CONFIG,
+        LTX_VAE_CONFIG,
+        {"transformer": 1_923_385_472, "text_encoder": T5_XXL, "vae": LTX_VAE},
     ),
 }
 # Shifts of scheduler_config.json. Sources disagree on Wan2.1-I2V-14B-720P; Mochi has noise levels of its own.
@@ -106,6 +128,8 @@ SHIFTS = {
     "Wan-AI/Wan2.1-VACE-14B-diffusers": 3.0,
     "hunyuanvideo-community/HunyuanVideo": 7.0,
     "hunyuanvideo-community/HunyuanVideo-I2V": 17.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": 9.0,
 }
 BOUNDARIES = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from radial_attn.models.pipeline.families import FAMILIES
 from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, reason_of
 from scripts.run.files import is_blank, read_lines, sha256
 from scripts.run.image_files import BROKEN, is_image_name, read_image
 from scripts.run.video_files import read_video
 
-NEED_IMAGE = ("wan_i2v", "hunyuan_video_i2v")
 IMAGE = "a JPEG, PNG, WebP or AVIF file of 8 bits a channel"
 VIDEO = "a video, or a folder of images (JPEG, PNG, WebP or AVIF)"
 
@@ -77,7 +77,7 @@ def read_inputs(
         UsageError: a file is missing, broken or of another kind; the model needs an image; a mask has no
             video, or more or fewer frames than its video; a video has too few frames.
     """
-    if generation.image is None and family in NEED_IMAGE and not dry_run:
+    if generation.image is None and "image" in FAMILIES[family].takes and not dry_run:
         raise UsageError(f"generation.image: got null, but family {family} needs an image; name {IMAGE}")
     if generation.last_image is None and needs_last and not dry_run:
         raise UsageError(

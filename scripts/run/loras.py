@@ -12,6 +12,7 @@ import torch
 from radial_attn.models.lora.files import Header, read_header
 from radial_attn.models.lora.keys import Match, Shape
 from radial_attn.models.lora.load import Lora, UnmatchedKeysError, load_loras, match_lora
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import is_local
 from radial_attn.models.runtime.transformers import NAMES
 from scripts.run.config import ROOT, ModelConfig, find_path
@@ -23,12 +24,6 @@ from scripts.run.values import LoraConfig
 
 MOST_NAMES = 5
 WAN_CLASS = "WanTransformer3DModel"
-# For the hub ids in HUB_MODELS, the classes' defaults have the shapes of their parameters.
-HUB_CLASSES = {
-    "hunyuan_video": "HunyuanVideoTransformer3DModel",
-    "hunyuan_video_i2v": "HunyuanVideoTransformer3DModel",
-    "mochi": "MochiTransformer3DModel",
-}
 
 
 @dataclass(frozen=True)
@@ -150,8 +145,8 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
         model = HUB_MODELS[path]
         sizes = {"num_attention_heads": model.heads, "attention_head_dim": model.head_dim}
         settings = {"num_layers": model.layers, "ffn_dim": model.ffn} | sizes
-    elif path in HUB_MODELS and family in HUB_CLASSES:
-        settings = {"_class_name": HUB_CLASSES[family]}
+    elif path in HUB_MODELS and not FAMILIES[family].transformer.startswith("Wan"):
+        settings = {"_class_name": FAMILIES[family].transformer}  # whose defaults have the shapes
     elif file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
     else:

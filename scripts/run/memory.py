@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from radial_attn import TokenGrid
-from radial_attn.models.pipeline.load import FAMILIES
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.residual import residual_bytes
 from scripts.run.config import AnyModelConfig, AttentionConfig, ModelConfig, VideoSize
 from scripts.run.model_info import ModelInfo
@@ -14,7 +14,6 @@ GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_BYTES = 0.5 * GIB  # Python with torch and diffusers, measured with the model on the CPU
 STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # an element; nf4: with a float32 scale for each 64
-WHOLE_IN_FP8 = {"hunyuan_video": 0.29, "mochi": 0.27}  # share of norms and embeddings, counted; Wan 0.016
 ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
 LARGEST_LAYER = 0.2  # share of a text encoder in its embedding table; 18 % in UMT5-XXL
 BLOCKS_AT_ONCE = 2  # with group offload: the block that runs and the next one
@@ -103,11 +102,11 @@ def mask_bytes(grid: TokenGrid, block_size: int) -> int:
 
 def stored_weights(model: ModelInfo, options: ModelConfig) -> dict[str, float]:
     """Returns the bytes of each part as it is stored: transformers may use fewer bits."""
-    kind, family = options.quantization, options.family.removesuffix("_i2v")
+    kind = options.quantization
     whole = whole_weights(model, options)
     if kind == "none":
         return whole
-    kept = WHOLE_IN_FP8.get(family, 0.02) if kind == "fp8" else 0.0
+    kept = FAMILIES[options.family].whole_in_fp8 if kind == "fp8" else 0.0
     size = STORED_BYTES[kind]
     stored = {name: size * (1 - kept) * model.parameters.get(name, 0) for name in TRANSFORMERS}
     return whole | {name: stored[name] + kept * whole[name] for name in TRANSFORMERS if name in whole}
@@ -209,7 +208,7 @@ def decoder_bytes(model: ModelInfo, size: VideoSize, options: ModelConfig) -> fl
 
 def decoded_tiles(model: ModelInfo, size: VideoSize, options: ModelConfig) -> int:
     """Counts the pieces that the VAE decodes one by one: in space, and in time if they overlap in time."""
-    step, latents, count = model.vae_tile * 3 // 4, (size.frames - 1) // model.vae_frames + 1, 1
+    step, latents, count = model.vae_step, (size.frames - 1) // model.vae_frames + 1, 1
     if is_tiled(options) and max(size.height, size.width) > model.vae_tile:
         count = len(range(0, size.height, step)) * len(range(0, size.width, step))
     if model.vae_stride is not None and latents > model.vae_chunk // model.vae_frames:
@@ -225,7 +224,7 @@ def chunk_frames(model: ModelInfo, size: VideoSize) -> int:
 
 def kept_videos(model: ModelInfo, size: VideoSize) -> float:
     """Counts the tiles and chunks kept while the last tile is decoded, in sizes of the video."""
-    tile, step = model.vae_tile, model.vae_tile * 3 // 4
+    tile, step = model.vae_tile, model.vae_step
     tiles = covered(size.height, tile, step) * covered(size.width, tile, step)
     if model.vae_stride is None:
         return tiles

@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from radial_attn import TokenGrid
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
-MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
+MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE, LTX_TEXT = 6, 256, 512, 257, 128
+HUNYUAN15_TEXT = 729 + 256 + 1000  # image, glyphs, prompt
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
 HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
 
 # Float32 tensors of the VAE's last layers that decoding on the CPU holds at once, measured. Wan: 13 to 16, or
 # 39 to 43 if torch unfolds a convolution's input, as it does below 32 channels. HunyuanVideo, which upsamples
-# twice as many channels: 11.8. Mochi: 6.4, or 5.3 with one resnet a block.
+# twice as many channels: 11.8. Mochi: 6.4, or 5.3 with one resnet a block. LTX-Video: 4.6.
+# HunyuanVideo 1.5: 6.5.
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
+LTX_COPIES, HUNYUAN15_COPIES = 4.6, 6.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
@@ -30,16 +33,16 @@ class ModelInfo:
     Attributes:
         layers: with self-attention over the video, without `control_layers`.
         ffn: hidden width of a feed-forward.
-        patch: latent frames, rows and columns of a token.
+        patch: latent frames, rows and columns of a token; latents: channels that the transformer returns.
         text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
         token_macs: multiply-adds of a token in the matrices of a layer.
         rope_length: positions along an axis, None for any number.
         rope_time: channels and base of the rotary embedding in time, None if it is learned.
         vae_base: channels of the VAE's last layers a pixel; `vae_frames`, `vae_pixels`: its compression.
         vae_copies: float32 tensors of `vae_base` channels that decoding holds at once, measured.
-        vae_chunk: frames that it decodes at once, None for all; `vae_stride`: frames from one chunk to the
-            next, if they overlap and tiles are joined chunk by chunk; `vae_tile`: pixels of a tile's side, a
-            quarter of which overlaps.
+        vae_chunk: frames that it decodes at once, inf for all, None for all and those that it then drops;
+            `vae_stride`: frames from one chunk to the next, if they overlap and tiles are joined chunk by
+            chunk; `vae_tile`: pixels of a tile's side, of which one in `vae_overlap` overlaps.
         pixel_factor: the pipeline takes multiples of it as height and width.
         takes_guidance: False for a HunyuanVideo whose transformer has no guidance built in.
         parameters: the number of weights of each component, empty if unknown; without those of `packed`.
@@ -54,6 +57,7 @@ class ModelInfo:
     head_dim: int
     ffn: int
     patch: tuple[int, int, int] = (1, 2, 2)
+    latents: int = 16
     text_tokens: int = 512
     joint_text: int = 0
     token_macs: int = 0
@@ -61,9 +65,10 @@ class ModelInfo:
     rope_time: tuple[int, float] | None = None
     vae_base: int = 96
     vae_copies: float = 15
-    vae_chunk: int | None = 4
+    vae_chunk: float | None = 4
     vae_stride: int | None = None
     vae_tile: int = 256
+    vae_overlap: int = 4
     vae_frames: int = 4
     vae_pixels: int = 8
     pixel_factor: int = 16
@@ -73,6 +78,11 @@ class ModelInfo:
     control_layers: tuple[int, ...] = ()
     last_image: str = "none"
     references: int = 0
+
+    @property
+    def vae_step(self) -> int:
+        """Returns the pixels from one tile to the next."""
+        return self.vae_tile - self.vae_tile // self.vae_overlap
 
     @property
     def width(self) -> int:
@@ -141,6 +151,7 @@ def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str,
         head_dim=transformer["attention_head_dim"],
         ffn=transformer["ffn_dim"],
         patch=tuple(transformer["patch_size"]),
+        latents=transformer.get("out_channels") or transformer.get("in_channels", 16),
         text_tokens=WAN_TEXT + (both or (WAN_IMAGE if image else 0)),
         last_image="needed" if both else "taken" if conditioned and not image else "none",
         control_layers=tuple(transformer.get("vace_layers", ())),
@@ -170,6 +181,7 @@ def hunyuan_video_info(
         head_dim=transformer["attention_head_dim"],
         ffn=ffn,
         patch=(transformer["patch_size_t"], patch, patch),
+        latents=transformer.get("out_channels", 16),
         text_tokens=0,
         joint_text=HUNYUAN_TEXT[transformer.get("image_condition_type")],
         token_macs=4 * width**2 + 2 * width * ffn,
@@ -186,6 +198,14 @@ def hunyuan_video_info(
     )
 
 
+def hunyuan_video15_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    model = hunyuan_video_info(transformer | {"num_single_layers": 0}, vae, parameters)
+    text = {"joint_text": HUNYUAN15_TEXT}
+    return replace(model, **text, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
+
+
 def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     ffn, patch = 8 * width // 3, transformer["patch_size"]
@@ -195,6 +215,7 @@ def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dic
         head_dim=transformer["attention_head_dim"],
         ffn=2 * ffn,  # a gated feed-forward makes two hidden tensors at once
         patch=(1, patch, patch),
+        latents=transformer.get("out_channels") or transformer.get("in_channels", 12),
         text_tokens=0,
         joint_text=transformer.get("max_sequence_length", MOCHI_TEXT),
         token_macs=4 * width**2 + 3 * width * ffn,
@@ -208,9 +229,35 @@ def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dic
     )
 
 
+def ltx_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    patch, scale = transformer["patch_size"], 2 ** sum(vae["spatio_temporal_scaling"])
+    return ModelInfo(
+        layers=transformer["num_layers"],
+        heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        ffn=4 * width,
+        patch=(transformer["patch_size_t"], patch, patch),
+        latents=transformer["out_channels"],
+        text_tokens=LTX_TEXT,
+        rope_length=None,
+        vae_base=vae["decoder_block_out_channels"][0] // vae["patch_size"] ** 2,
+        vae_copies=LTX_COPIES,
+        vae_chunk=math.inf,
+        vae_tile=512,
+        vae_overlap=8,
+        vae_frames=vae.get("temporal_compression_ratio") or scale * vae["patch_size_t"],
+        vae_pixels=vae.get("spatial_compression_ratio") or scale * vae["patch_size"],
+        pixel_factor=32,
+        parameters=parameters,
+    )
+
+
 READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": hunyuan_video_info,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video15_info,
     "MochiTransformer3DModel": mochi_info,
+    "LTXVideoTransformer3DModel": ltx_info,
 }

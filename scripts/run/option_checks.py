@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from radial_attn.dispatch import BACKENDS, kernel
-from radial_attn.models.parallel.groups import ring_refusal
+from radial_attn.models.parallel.groups import Degrees, ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.schedule import read_dense_steps
 from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
 from scripts.run.errors import UsageError, multiples_around
-from scripts.run.families import BATCHED, HUNYUAN, calls_per_step, check_family
+from scripts.run.families import calls_per_step, check_family
 from scripts.run.model_info import ModelInfo
 from scripts.run.outputs import check_target
 
@@ -20,6 +21,7 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
     f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
+    "model.cache=first_block|mag model.family=hunyuan_video15": "diffusers does not register its blocks",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
@@ -110,13 +112,12 @@ def refusals(config: Config, experts: int = 1) -> Iterator[str]:
                 f"{key}: got {got!r}, which does not work with {other}={with_value}: {reason}; "
                 f"allowed: {', '.join(free)}"
             )
-    calls = 1 if model.family in BATCHED else calls_per_step(model.family, config.generation)
-    if model.cache == "pab" and calls > 1:
-        scale = "true_cfg_scale" if model.family in HUNYUAN else "guidance_scale"
+    kind = FAMILIES[model.family]
+    if model.cache == "pab" and not kind.batched and calls_per_step(model.family, config.generation) > 1:
         yield (
             f"model.cache: got 'pab', which does not work with family {model.family} and guidance: pab keeps "
-            f"one output a layer and would mix the two calls of a step; set generation.{scale}=1, or another "
-            "cache; allowed: none, first_block, taylorseer, mag"
+            "one output a layer and would mix the two calls of a step; set "
+            f"generation.{kind.guidance}=1, or another cache; allowed: none, first_block, taylorseer, mag"
         )
     if model.cache == "mag" and experts > 1:
         yield (
@@ -180,14 +181,19 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
         )
 
 
-def check_shared(config: Config, halves: int) -> None:
-    """Raises UsageError for options that several processes do not support; `halves`: degree of guidance."""
+def check_shared(config: Config, degrees: Degrees) -> None:
+    """Raises UsageError for options that several processes do not support."""
+    if config.model.family == "ltx_i2v" and degrees.ulysses * degrees.ring > 1:
+        raise UsageError(
+            "model.family: got 'ltx_i2v', whose tokens have timesteps of their own and are not shared by "
+            "processes; set parallel.ulysses_degree=1 parallel.ring_degree=1"
+        )
     if config.model.cache_ratios == "calibrate":
         raise UsageError(
             "model.cache_ratios: got 'calibrate', which does not work with several processes: each would "
             "measure its own tokens only; give numbers separated by commas"
         )
-    if config.attention.check == "reference" and halves > 1:
+    if config.attention.check == "reference" and degrees.cfg > 1:
         raise UsageError(
             "attention.check: got 'reference', which does not work with parallel.cfg_degree=2: each process "
             "would compare one half only; allowed: auto, off, nan"

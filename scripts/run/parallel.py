@@ -166,8 +166,7 @@ def _exchange(
     """Counts the bytes that a process sends in a step of one prompt; none if it is alone."""
     grid, others, around = shards.grid, degrees.ulysses - 1, degrees.ring - 1
     tokens, size = -(-shards.most_tokens // degrees.ulysses), DTYPE_BYTES[options.dtype]
-    latents = 12 if options.family == "mochi" else 48 if model.vae_pixels == 16 else 16
-    output = latents * math.prod(model.patch) * size  # bytes of the model's output for a token
+    output = model.latents * math.prod(model.patch) * size  # bytes of the model's output for a token
     passed = 2 * size * model.head_dim * (around * shards.most_tokens + grid.text)
     of_text = around * grid.text * 4 * (model.head_dim + 1)
     layers, head_bytes = calls * model.attention_layers(), heads * model.head_dim * size

@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
+from radial_attn.models.apply import TRANSFORMERS
 from radial_attn.models.parallel.groups import Degrees
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import noise_levels
 from radial_attn.models.pipeline.single_file import SingleFile
 from radial_attn.models.profile import MeasuredModel
@@ -50,7 +52,7 @@ from scripts.run.option_checks import (
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
 from scripts.run.processes import local_processes
-from scripts.run.prompt_notes import prompt_notes, texts_of
+from scripts.run.prompt_notes import notes_of_run
 from scripts.run.single_files import find_single_files, with_files
 from scripts.run.system import room, total_memory
 
@@ -181,9 +183,9 @@ class RunPlan:
     @property
     def measured_model(self) -> MeasuredModel:
         """Returns what a profile of this model says of it."""
-        family, model = self.config.model.family.removesuffix("_i2v"), self.model
+        model, kind = self.model, FAMILIES[self.config.model.family]
         shape = model.attention_layers(), model.heads, model.head_dim
-        return MeasuredModel(family, *shape, self.model_digest)
+        return MeasuredModel(TRANSFORMERS[kind.transformer], *shape, self.model_digest)
 
     @cached_property
     def model_digest(self) -> str | None:
@@ -277,31 +279,31 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         UsageError: something is wrong; one line with key, value and remedy.
     """
     check_options(config)
-    prompts = read_prompts(config.generation)
+    family, generation = config.model.family, config.generation
+    prompts = read_prompts(generation)
     device, path = find_device(config.model.device), find_model(config.model)
     files = find_single_files(config.model, path)
     model = with_files(read_model_info(path), files)
     check_model_options(config, model)
-    inputs = read_inputs(config.generation, config.model.family, dry_run, model.last_image == "needed")
+    inputs = read_inputs(generation, family, dry_run, model.last_image == "needed")
     _lacking(refusals(config, 1 + ("transformer_2" in model.parameters)))
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
-    model = replace(with_loras(model, loras), references=len(config.generation.reference_images))
-    attention, grid, steps = config.attention, model.grid(config.generation.size), config.generation.steps
-    calls = calls_per_step(config.model.family, config.generation)
+    model = replace(with_loras(model, loras), references=len(generation.reference_images))
+    attention, grid, steps = config.attention, model.grid(generation.size), generation.steps
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
-    videos = len(prompts) * len(config.generation.all_seeds)
-    options = {"heads": model.heads, "calls": calls, "processes": processes, "prompts": videos}
+    options = {"heads": model.heads, "calls": calls_per_step(family, generation)}
+    options |= {"processes": processes, "prompts": len(prompts) * len(generation.all_seeds)}
     degrees = plan_degrees(config.parallel, **options)
     if degrees.ring > 1:
         check_ring(attention, config.model)
     if degrees.processes > 1 and not dry_run:
         check_processes(device, degrees)
-        check_shared(config, degrees.cfg)
+        check_shared(config, degrees)
     check_mask_memory(mask_bytes(grid, attention.block_size), grid.tokens, attention)
-    sigmas = noise_levels(path, config.model.family, steps, config.generation.flow_shift or SHIFTS.get(path))
+    sigmas = noise_levels(path, family, steps, generation.flow_shift or SHIFTS.get(path), grid.video_tokens)
     boundary = planned_boundary(path) if "transformer_2" in model.parameters else None
     dense = dense_steps(attention, steps, sigmas, boundary)
     mask = solve_mask(attention, grid, model.references)
@@ -327,10 +329,8 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     radial = len(dense) < steps and plan.dense_layers < model.layers
     call = sparse_call(attention, plan.block_mask, device, config.model.dtype, model.head_dim)
     missing += _lacking(missing_kernels(attention, call, config.model.compile, radial=radial), elsewhere)
-    texts = texts_of(config.generation, config.model.family, prompts)
-    options = {"plain": config.generation.prompt_template == "plain", "fetch": not dry_run}
-    unread = prompt_notes(path, config.model.family, texts, **options)
-    return replace(plan, missing=missing, warnings=warnings, notes=(*expert_notes(path, files), *unread))
+    notes = *expert_notes(path, files), *notes_of_run(path, config, prompts, fetch=not dry_run)
+    return replace(plan, missing=missing, warnings=warnings, notes=notes)
 
 
 def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from radial_attn.models.parallel.groups import Degrees, import_xfuser, start, stop
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.transformers import parts_of
 from scripts.run.errors import UsageError
-from scripts.run.families import BATCHED
 from scripts.run.processes import end_all
 
 
@@ -112,7 +112,7 @@ def shared_guidance(pipeline: Any, family: str, groups: Groups) -> AbstractConte
         return nullcontext()
     from radial_attn.models.parallel.guidance import GuidanceParallel
 
-    return GuidanceParallel(parts_of(pipeline), groups.guidance, batched=family in BATCHED)
+    return GuidanceParallel(parts_of(pipeline), groups.guidance, batched=FAMILIES[family].batched)
 
 
 def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | None:
@@ -120,7 +120,7 @@ def whole_tokens(family: str, groups: Groups) -> Callable[[Tensor], Tensor] | No
 
     Returns None if no other process shares it. Halves of guidance in separate calls are not gathered.
     """
-    halves = groups.guidance if family in BATCHED else None
+    halves = groups.guidance if FAMILIES[family].batched else None
     if groups.sequence is None and halves is None:
         return None
 

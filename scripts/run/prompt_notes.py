@@ -1,19 +1,16 @@
 """Says what of a prompt a model does not get: text beyond its tokenizers' limits, unknown words."""
 
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import is_local
-from scripts.run.config import GenerationConfig
-from scripts.run.families import HUNYUAN, calls_per_step
+from scripts.run.config import Config, GenerationConfig
+from scripts.run.families import PLAIN_TEMPLATE, calls_per_step
 
-LIMITS = {  # tokens that diffusers' pipelines pass on by default; HunyuanVideo's second text encoder is CLIP
-    "wan": {"tokenizer": 512},
-    "hunyuan_video": {"tokenizer": 256, "tokenizer_2": 77},
-    "mochi": {"tokenizer": 256},
-}
 SMALL = 10**5  # bytes of a file that may hold a vocabulary of words
 SHOWN = 60  # characters of a part that is cut
 
@@ -24,6 +21,13 @@ def texts_of(generation: GenerationConfig, family: str, prompts: Mapping[int, st
     if calls_per_step(family, generation) > 1:
         texts["generation.negative_prompt"] = generation.negative_prompt
     return texts
+
+
+def notes_of_run(path: str, config: Config, prompts: Mapping[int, str], *, fetch: bool) -> list[str]:
+    """Returns the lines of `prompt_notes` on the prompts of a run, as of `read_prompts`."""
+    texts = texts_of(config.generation, config.model.family, prompts)
+    plain = config.generation.prompt_template == "plain"
+    return prompt_notes(path, config.model.family, texts, plain=plain, fetch=fetch)
 
 
 def prompt_notes(
@@ -37,9 +41,8 @@ def prompt_notes(
         plain: leaves out HunyuanVideo's template of a prompt.
         fetch: downloads a tokenizer that is needed; without it one that is not here is not asked.
     """
-    (limits,) = (limits for name, limits in LIMITS.items() if family.startswith(name))
     notes = []
-    for name, limit in limits.items():
+    for name, limit in FAMILIES[family].text.items():
         long = {key: text for key, text in texts.items() if not text.isascii() or len(text) >= limit - 2}
         tokenizer = _tokenizer(path, name, fetch) if long else None
         if tokenizer is not None:
@@ -75,17 +78,11 @@ def _tokenizer(path: str, name: str, fetch: bool) -> Any:
 
 
 def _template(family: str) -> tuple[str, int]:
-    """Returns what HunyuanVideo's pipeline puts before a prompt, and by how many tokens its limit grows."""
-    if family not in HUNYUAN:
-        return "", 0
-    from diffusers.pipelines.hunyuan_video import (
-        pipeline_hunyuan_video,
-        pipeline_hunyuan_video_image2video,
-    )
+    """Returns what a pipeline's module puts before a prompt, and by how many tokens the limit grows."""
+    import diffusers
 
-    image = family == "hunyuan_video_i2v"
-    module = pipeline_hunyuan_video_image2video if image else pipeline_hunyuan_video
-    template = module.DEFAULT_PROMPT_TEMPLATE
+    module = sys.modules[getattr(diffusers, FAMILIES[family].pipeline).__module__]
+    template = getattr(module, "DEFAULT_PROMPT_TEMPLATE", PLAIN_TEMPLATE)
     return template["template"].partition("{}")[0], template["crop_start"]
 
 

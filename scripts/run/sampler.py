@@ -1,11 +1,13 @@
 """Loads the pipeline of a plan, and samples its videos."""
 
+import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +85,8 @@ class Sampler:
             with reported_choices():
                 self.loras_in = put_in(pipeline, model, self.plan.loras)
             economize(pipeline, self.plan.device, dtype, **self.plan.efficiency_arguments())
-            extend_positions(pipeline, **self.plan.position_arguments())
+            if model.positions != "plain":
+                extend_positions(pipeline, **self.plan.position_arguments())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -154,9 +157,10 @@ class Sampler:
             return to_bytes(frames) if groups.leads else frames, run
 
     def _call(self, pipeline: Any, prompt: str, step_done: Callable) -> np.ndarray:
-        config, options = self.plan.config, {"callback_on_step_end": step_done, **self.plan.inputs.arguments}
+        config, inputs = self.plan.config, self.plan.inputs.arguments
         try:
-            return sample(pipeline, config, [prompt], [config.generation.seed], **options)[0]
+            with each_step(pipeline, step_done) as options:
+                return sample(pipeline, config, [prompt], [config.generation.seed], **options | inputs)[0]
         except (UsageError, GenerationError):
             raise
         except CheckError as error:
@@ -253,8 +257,34 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
     go to the pipeline; `output_type="latent"` returns latents `[B, C, frames, height, width]`.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    arguments = pipeline_arguments(config.model.family, config.generation) | options
+    arguments = pipeline_arguments(config.model.family, config.generation, config.output.fps) | options
+    if hasattr(pipeline, "guider"):
+        pipeline.guider = pipeline.guider.new(guidance_scale=arguments.pop("guidance_scale"))
     return pipeline(**batch(config.model.family, prompts, generators), **arguments).frames
+
+
+@contextmanager
+def each_step(pipeline: Any, step_done: Callable) -> Iterator[dict[str, Any]]:
+    """Yields the options of a pipeline's call with which it calls `step_done` after each step.
+
+    A pipeline without such an option has its scheduler call it.
+    """
+    if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+        yield {"callback_on_step_end": step_done}
+        return
+    scheduler, steps = pipeline.scheduler, count()
+    advance = scheduler.step
+
+    def step(output: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+        result = advance(output, timestep, *args, **options)
+        step_done(pipeline, next(steps), timestep, {"latents": result[0]})
+        return result
+
+    scheduler.step = step
+    try:
+        yield {}
+    finally:
+        del scheduler.step
 
 
 class LineHandler(logging.Handler):

@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from radial_attn.models import RadialAttentionHandle, apply_radial_attention
+from radial_attn.models.pipeline.families import FAMILIES
 from scripts.run.attention import attention_arguments, dense_steps
 from scripts.run.config import Config
 from scripts.run.files import write_text
-from scripts.run.inputs import NEED_IMAGE
 from scripts.run.results import read_json
 from scripts.run.sampler import sample
 from scripts.run.system import synchronizer
@@ -63,7 +63,7 @@ def readings(
     seen = {entry["caption"] for entry in done}
     missing = [(i, a) for i, a in enumerate(captions) if a.caption not in seen]
     name = f"{config.attention.pattern} {config.generation.num_frames} frames"
-    batch = 1 if config.model.family in NEED_IMAGE else batch
+    batch = 1 if "image" in FAMILIES[config.model.family].takes else batch
     with attention(pipeline, config), tqdm(total=len(captions), initial=len(done), desc=name) as bar:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
@@ -78,7 +78,7 @@ def readings(
 
 def first_frame(config: Config, attributes: Attributes, seed: int) -> dict[str, Any]:
     """Returns the image that image to video starts from, of a random scene; {} for other families."""
-    if config.model.family not in NEED_IMAGE:
+    if "image" not in FAMILIES[config.model.family].takes:
         return {}
     sizes, scene = config.generation, random_scene(attributes, torch.Generator().manual_seed(seed))
     frame = render(scene, 1, sizes.height, sizes.width)[0]

@@ -9,9 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.pipeline.families import FAMILIES
 from scripts.run.attention import attention_arguments
 from scripts.run.config import ROOT, Config, read_config
-from scripts.run.inputs import NEED_IMAGE
 from scripts.run.plan import make_plan
 from scripts.run.sampler import sample
 from scripts.toyworld import all_attributes
@@ -40,13 +40,13 @@ def pipeline(config: Config) -> DiffusionPipeline:
 
 def numbers(config: Config) -> range:
     """Returns the numbers of the captions: every other one if each video starts from its own image."""
-    return CHOSEN[::2] if config.model.family in NEED_IMAGE else CHOSEN
+    return CHOSEN[::2] if "image" in FAMILIES[config.model.family].takes else CHOSEN
 
 
 def videos(pipeline: DiffusionPipeline, config: Config) -> list[Any]:
     """Makes a video of each chosen caption, as `scripts/prompt_accuracy.sh` does."""
     chosen = [(number, all_attributes()[number]) for number in numbers(config)]
-    if config.model.family not in NEED_IMAGE:
+    if "image" not in FAMILIES[config.model.family].takes:
         return list(sample(pipeline, config, [a.caption for _, a in chosen], list(numbers(config))))
     return [
         sample(pipeline, config, [a.caption], [number], **first_frame(config, a, number))[0]

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    ByT5Tokenizer,
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
@@ -23,9 +28,14 @@ from transformers import (
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
-from tests.support.tiny import CHANNELS, HEADS, TEXT_DIM, first, quiet, randoms, seeded
+from tests.support.tiny import CHANNELS, HEADS, T5, TEXT_DIM, first, quiet, randoms, seeded
 
 TEXT = 11  # tokens
 POOLED_DIM, GLYPH_DIM, IMAGE_DIM = 8, 8, 12
@@ -157,3 +167,37 @@ def hunyuan_image_pipeline(
     parts["text_encoder"] = seeded(seed, LlavaForConditionalGeneration, llava)
     processor = CLIPImageProcessorPil(size=image_size, crop_size=image_size)
     return quiet(HunyuanVideoImageToVideoPipeline(image_processor=processor, **parts))
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Makes a Qwen2 tokenizer of single bytes."""
+    pieces = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    template = "{% for x in messages %}{{ x['role'] + ':' + x['content'] }}{% endfor %}"
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=template, padding_side="right")
+
+
+def hunyuan15_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo15:
+    """Makes a random VAE with 4 latent channels, 16 times smaller in space, 4 times in time, in eval mode."""
+    sizes = {"latent_channels": CHANNELS, "block_out_channels": (16,) * 5, "layers_per_block": 1}
+    return seeded(seed, AutoencoderKLHunyuanVideo15, **sizes)
+
+
+def hunyuan15_pipeline(seed: int = 0, **changes: object) -> HunyuanVideo15Pipeline:
+    """Makes a random HunyuanVideo15Pipeline with all parts; `changes` go to its transformer."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    layers = {"num_hidden_layers": 4, "num_key_value_heads": 1, "rope_parameters": rope, **ENCODER}
+    qwen = Qwen2_5_VLTextConfig(vocab_size=257, hidden_size=TEXT_DIM, pad_token_id=0, **layers)
+    byt5 = T5Config(**T5 | {"vocab_size": 384, "d_model": GLYPH_DIM})
+    channels = {"in_channels": 2 * CHANNELS + 1}  # noise, an image, and where it is
+    pipeline = HunyuanVideo15Pipeline(
+        text_encoder=seeded(seed, Qwen2_5_VLTextModel, qwen),
+        tokenizer=qwen_tokenizer(),
+        transformer=hunyuan15_transformer(seed, **channels | changes),
+        vae=hunyuan15_vae(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=seeded(seed, T5EncoderModel, byt5),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+    return quiet(pipeline)

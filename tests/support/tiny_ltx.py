@@ -3,7 +3,9 @@
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
@@ -60,7 +62,14 @@ def ltx_vae(seed: int = 0) -> AutoencoderKLLTXVideo:
     return seeded(seed, AutoencoderKLLTXVideo, latent_channels=CHANNELS, patch_size=1, **coder)
 
 
-def ltx_pipeline(seed: int = 0, **changes: object) -> LTXPipeline:
-    """Makes a random LTXPipeline with all parts; `changes` go to its transformer."""
+def ltx_pipeline(seed: int = 0, cls: type = LTXPipeline, **changes: object) -> DiffusionPipeline:
+    """Makes a random LTXPipeline, or another `cls`, with all parts; `changes` go to its transformer."""
     parts = {"vae": ltx_vae(seed), "transformer": ltx_transformer(seed, **changes)}
-    return t5_pipeline(LTXPipeline, seed, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    dynamic = {"base_image_seq_len": 1024, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **dynamic)
+    return t5_pipeline(cls, seed, scheduler=scheduler, **parts)
+
+
+def ltx_image_pipeline(seed: int = 0) -> DiffusionPipeline:
+    """Makes a random LTXImageToVideoPipeline, whose tokens of the image have a timestep of their own."""
+    return ltx_pipeline(seed, LTXImageToVideoPipeline)

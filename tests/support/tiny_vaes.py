@@ -2,13 +2,25 @@
 
 from dataclasses import replace
 
-from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLMochi
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
+)
 
 from scripts.run.model_info import ModelInfo, from_configs
-from tests.support.tiny_hunyuan import hunyuan_transformer
+from tests.support.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
+from tests.support.tiny_ltx import ltx_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
-TILE = 128  # pixels a side, half of diffusers' own
+TILES = {  # pixels a side, half of diffusers' own
+    "hunyuan_video": 128,
+    "hunyuan_video15": 128,
+    "mochi": 128,
+    "ltx": 256,
+}
 
 
 VAES = {
@@ -19,23 +31,54 @@ VAES = {
         "norm_num_groups": 4,
         "mid_block_add_attention": False,
     },
+    "hunyuan_video15": {
+        "latent_channels": 4,
+        "block_out_channels": (32, 64, 64, 64, 64),  # twice as many before the last, as its own
+        "layers_per_block": 1,
+    },
     "mochi": {
         "latent_channels": 12,
         "encoder_block_out_channels": (32,) * 4,
         "decoder_block_out_channels": (32,) * 4,
         "layers_per_block": (1,) * 5,
     },
+    "ltx": {
+        "latent_channels": 8,
+        "block_out_channels": (32,) * 4,
+        "decoder_block_out_channels": (64,) * 4,
+        "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 5,
+    },
+}
+CLASSES = {
+    "hunyuan_video": AutoencoderKLHunyuanVideo,
+    "hunyuan_video15": AutoencoderKLHunyuanVideo15,
+    "mochi": AutoencoderKLMochi,
+    "ltx": AutoencoderKLLTXVideo,
+}
+TRANSFORMERS = {
+    "hunyuan_video": hunyuan_transformer,
+    "hunyuan_video15": hunyuan15_transformer,
+    "mochi": mochi_transformer,
+    "ltx": ltx_transformer,
 }
 
 
-CLASSES = {"hunyuan_video": AutoencoderKLHunyuanVideo, "mochi": AutoencoderKLMochi}
-
-
-TRANSFORMERS = {"hunyuan_video": hunyuan_transformer, "mochi": mochi_transformer}
+def tiled(family: str) -> torch.nn.Module:
+    """Makes a VAE that decodes in small tiles."""
+    vae, model = CLASSES[family](**VAES[family]).eval(), architecture(family)
+    vae.enable_tiling()
+    for axis in ("height", "width"):
+        setattr(vae, f"tile_sample_min_{axis}", model.vae_tile)
+        setattr(vae, f"tile_sample_stride_{axis}", model.vae_step)
+        setattr(vae, f"tile_latent_min_{axis}", model.vae_tile // model.vae_pixels)
+    return vae
 
 
 def architecture(family: str) -> ModelInfo:
     """As read from the tiny models' own configurations, with small tiles."""
     transformer = TRANSFORMERS[family]()
     config = {"_class_name": type(transformer).__name__, **transformer.config}
-    return replace(from_configs(config, VAES[family], {}), vae_tile=TILE)
+    return replace(
+        from_configs(config, {**CLASSES[family](**VAES[family]).config}, {}), vae_tile=TILES[family]
+    )

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import weakref
 
 import numpy as np
@@ -172,14 +173,14 @@ def test_density_changes_over_the_sparse_steps():
 
 def test_noise_levels_are_those_of_the_scheduler(tmp_path):
     """Compares the levels of a run with those that are planned from the scheduler's file alone."""
-    for kind in ("wan", "mochi", "hunyuan_video"):
+    for kind in ("wan", "mochi", "hunyuan_video", "ltx"):
         pipeline = KINDS[kind].make()
         counter = StepCounter(pipeline, rising=kind == "mochi")
         KINDS[kind].generate(pipeline, 4)
         pipeline.scheduler.save_pretrained(tmp_path / kind / "scheduler")
         counter.advance(pipeline.scheduler.timesteps[:1])
         assert counter.sigmas[0] > 0.9 and sorted(counter.sigmas, reverse=True) == counter.sigmas
-        planned = noise_levels(str(tmp_path / kind), kind, 4, None)
+        planned = noise_levels(str(tmp_path / kind), kind, 4, None, math.prod(KINDS[kind].grid))
         assert planned == pytest.approx(counter.sigmas, abs=1e-6)
         with apply_radial_attention(pipeline, SPARSE, dense_steps=f"sigma>{counter.sigmas[2]}") as handle:
             KINDS[kind].generate(pipeline, 4)

@@ -62,7 +62,7 @@ def test_noise_levels_of_published_models_need_no_download():
     for path, shift in SHIFTS.items():
         assert path in HUB_MODELS
         family = "hunyuan_video" if "Hunyuan" in path else "wan"
-        assert noise_levels(path, family, 50, shift)[25] == pytest.approx(shift / (1 + shift), abs=0.01)
+        assert noise_levels(path, family, 50, shift, 1)[25] == pytest.approx(shift / (1 + shift), abs=0.01)
 
 
 @pytest.mark.parametrize("steps", ["1", "0.2", "sigma>0.99", "[0, 2]"])

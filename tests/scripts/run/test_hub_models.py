@@ -77,12 +77,32 @@ def t5(kind: str, vocabulary: int) -> torch.nn.Module:
     return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
+def qwen() -> torch.nn.Module:
+    """Builds the language model of Qwen2.5-VL-7B."""
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**sizes, **heads))
+
+
+def byt5() -> torch.nn.Module:
+    """Builds the encoder of ByT5 small, with the colours and fonts of Glyph-SDXL among its tokens."""
+    sizes = {"vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
+    return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if name.startswith("Wan-AI"):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
         if "Wan2.1-I2V" in name or "FLF2V" in name:
             built["image_encoder"] = transformers.CLIPVisionModel(clip_vision(image_size=224))
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
+    if "HunyuanVideo-1.5" in name:
+        return {
+            "transformer": diffusers.HunyuanVideo15Transformer3DModel(),
+            "text_encoder": qwen(),
+            "text_encoder_2": byt5(),
+            "vae": diffusers.AutoencoderKLHunyuanVideo15(),
+        }
     if "Hunyuan" in name:
         image = "I2V" in name
         condition = "token_replace" if image else None
@@ -92,6 +112,12 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder": llava() if image else llama(),
             "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
+        }
+    if "LTX" in name:
+        return {
+            "transformer": diffusers.LTXVideoTransformer3DModel(),
+            "text_encoder": t5("T5", 32128),
+            "vae": diffusers.AutoencoderKLLTXVideo(),
         }
     return {
         "transformer": diffusers.MochiTransformer3DModel(),

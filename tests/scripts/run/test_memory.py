@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,18 +17,16 @@ from scripts.run.model_info import ModelInfo
 from tests.support.families import run
 from tests.support.plans import FOURTEEN, HUNYUAN, MOCHI
 from tests.support.tiny import wan_inputs, wan_transformer, wan_vae
-from tests.support.tiny_vaes import CLASSES, TILE, VAES, architecture
+from tests.support.tiny_vaes import CLASSES, TILES, VAES, architecture
 
 # Arguments of a VAE class of diffusers: blocks so narrow and few that a tile takes seconds, not minutes.
 MEASURE = """
 import sys, torch
 from scripts.run.system import peak_memory
-from tests.support.tiny_vaes import CLASSES, TILE, VAES
+from tests.support.tiny_vaes import tiled
 
 family, *sizes = sys.argv[1], *map(int, sys.argv[2:])
-vae = CLASSES[family](**VAES[family]).eval()
-names = ["tile_sample_min_height", "tile_sample_min_width"]
-vae.enable_tiling(**dict.fromkeys(names, TILE), **{n.replace("min", "stride"): TILE * 3 // 4 for n in names})
+vae = tiled(family)
 latents = torch.randn(1, vae.config.latent_channels, *sizes)
 with torch.no_grad():
     vae.decode(latents[:, :, :2, :8, :8])
@@ -78,20 +77,26 @@ def test_flex_lists_all_pairs_of_blocks():
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset through /proc")
 @pytest.mark.parametrize(
     ("family", "frames", "latents"),
-    [pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long), ("mochi", 7, 2)],
+    [
+        pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long),
+        ("mochi", 7, 2),
+        ("ltx", 9, 2),
+        ("hunyuan_video15", 5, 2),
+    ],
 )
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
     """Decodes a video larger than a tile in its own process, whose freed tensors go back to the system."""
-    side = TILE * 3 // 2
-    arguments = [family, str(latents), str(side // 8), str(side // 8)]
+    model = architecture(family)
+    side = model.vae_tile * 3 // 2
+    arguments = [family, str(latents), *2 * [str(side // model.vae_pixels)]]
     given = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, "-P", "-c", MEASURE, *arguments]
     done = subprocess.run(
         command, check=True, cwd=ROOT, env=os.environ | given, capture_output=True, text=True
     )
-    predicted = decoding(architecture(family), family, (frames, side, side), "auto")
+    predicted = decoding(model, family, (frames, side, side), "always")
     assert int(done.stdout) == pytest.approx(predicted, rel=0.15)
-    assert predicted < 0.6 * decoding(architecture(family), family, (frames, side, side), "never")
+    assert predicted < 0.6 * decoding(model, family, (frames, side, side), "never")
 
 
 def test_a_tile_of_hunyuan_video_takes_what_was_measured():
@@ -115,11 +120,15 @@ def test_whole_frames_of_wan_need_no_more_for_more_of_them_but_the_video():
 
 
 def test_tiles_and_chunks_are_those_of_diffusers():
-    """The prediction assumes tiles of 256 every 192 pixels, and chunks of 17 frames every 12."""
+    """By default the prediction assumes tiles of 256 every 192 pixels, and chunks of 17 frames every 12."""
+    models = {family: replace(architecture(family), vae_tile=2 * TILES[family]) for family in CLASSES}
     vaes = {family: CLASSES[family](**VAES[family]) for family in CLASSES} | {"wan": wan_vae()}
     for family, vae in vaes.items():
-        assert vae.tile_sample_min_height == vae.tile_sample_min_width == ModelInfo(1, 1, 1, 1).vae_tile
-        assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == 192
+        model = models.get(family, ModelInfo(1, 1, 1, 1))
+        assert vae.tile_sample_min_height == vae.tile_sample_min_width == model.vae_tile
+        overlap = getattr(vae, "tile_overlap_factor", None)
+        step = model.vae_tile * (1 - overlap) if overlap else vae.tile_sample_stride_height
+        assert step == model.vae_step
         assert getattr(vae, "use_framewise_decoding", False) == (family == "hunyuan_video")
     model, vae = architecture("hunyuan_video"), vaes["hunyuan_video"]
     assert model.vae_chunk == vae.tile_sample_min_num_frames + 1

@@ -28,7 +28,8 @@ from scripts.run.plan import make_plan
 from tests.support.long import all_but
 from tests.support.plans import FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_pipeline, wan_transformer
-from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan import i2v_pipeline
 
@@ -40,6 +41,8 @@ FAMILIES = {
     "wan2.2": (partial(wan_pipeline, experts=2), {"num_frames": 9, "guidance_scale": 3.0}),
     "hunyuan_video": (hunyuan_pipeline, {"num_frames": 9, "prompt_template": PLAIN_TEMPLATE}),
     "mochi": (mochi_pipeline, {"num_frames": 7}),
+    "ltx": (ltx_pipeline, {"num_frames": 5}),
+    "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
     "wan_i2v": (i2v_pipeline, {"num_frames": 9, "guidance_scale": 1.0, "image": IMAGE}),
     "hunyuan_video_i2v": (
         partial(hunyuan_image_pipeline, "token_replace"),
@@ -67,6 +70,8 @@ MATRIX = [
     ("wan", "model", "none", "none", "first_block", False),
     ("hunyuan_video", "none", "none", "blocks", "none", False),
     ("hunyuan_video", "group", "fp8", "none", "none", True),
+    ("ltx", "group", "fp8", "none", "first_block", False),
+    ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
     *((f, *3 * ["none"], c, False) for f in ("wan_i2v", "hunyuan_video_i2v") for c in CACHES[1:]),
 ]
 

@@ -3,10 +3,11 @@
 import pytest
 import transformers
 
+from radial_attn.models.pipeline.families import FAMILIES
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan, describe_start
 from scripts.run.families import PLAIN_TEMPLATE
-from scripts.run.prompt_notes import LIMITS, prompt_notes, texts_of
+from scripts.run.prompt_notes import prompt_notes, texts_of
 from tests.support.plans import plan_of
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan_pipeline
@@ -45,7 +46,8 @@ def test_what_is_cut_is_what_a_pipeline_does_not_pass_on(build, tmp_path):
     """Counts the letters that reach each text encoder; one more is cut, and no letter less."""
     pipeline, seen = build(), []
     pipeline.save_pretrained(tmp_path)
-    names = LIMITS["wan" if build is wan_pipeline else "hunyuan_video"]
+    family = "wan" if build is wan_pipeline else "hunyuan_video"
+    names = FAMILIES[family].text
     for name in names:
         getattr(pipeline, name.replace("tokenizer", "text_encoder")).register_forward_pre_hook(
             lambda module, args, options: seen.append(options.get("input_ids") if not args else args[0]),
@@ -53,7 +55,6 @@ def test_what_is_cut_is_what_a_pipeline_does_not_pass_on(build, tmp_path):
         )
     options = {"max_sequence_length": 512} if build is wan_pipeline else {"prompt_template": PLAIN_TEMPLATE}
     pipeline.encode_prompt(600 * "b", **options)
-    family = "wan" if build is wan_pipeline else "hunyuan_video"
 
     def found(text: str) -> list[str]:
         notes = prompt_notes(str(tmp_path), family, {"it": text}, plain=True)

@@ -1,0 +1,84 @@
+"""Describes each family of pipelines that can be loaded and run by name, one row each."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Family:
+    """Describes one pipeline class of diffusers.
+
+    Attributes:
+        pipeline: name of the class.
+        transformer: name of the class of its transformer.
+        also: name of another class whose folders may hold all of its parts.
+        takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
+            one. With `image` it needs an image; with `true_cfg_scale` its `guidance_scale` is built in.
+        text: tokens that each of its tokenizers passes on by default.
+        noise: how the noise levels of a run are made, see `load.noise_levels`. "unipc": UniPC on flow sigmas
+            also replaces the model's own scheduler.
+        batched: one call of the transformer has both halves of guidance.
+        single: a call makes one video, and takes no lists.
+        tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
+        frames: of a training video; None if positions cannot be extended.
+        whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
+    """
+
+    pipeline: str
+    transformer: str
+    also: str | None = None
+    takes: tuple[str, ...] = ()
+    text: dict[str, int] = field(default_factory=dict)
+    noise: str = "flow"
+    batched: bool = False
+    single: bool = False
+    tiled_vae: bool = False
+    frames: int | None = None
+    whole_in_fp8: float = 0.02
+
+    @property
+    def guidance(self) -> str:
+        """Names the scale above 1 at which a step needs a second pass, with the negative prompt."""
+        return "true_cfg_scale" if "true_cfg_scale" in self.takes else "guidance_scale"
+
+
+HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer": 256, "tokenizer_2": 77}}
+HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
+WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
+LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
+SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
+FAMILIES = {
+    "wan": Family("WanPipeline", **WAN, takes=SCALES),
+    "hunyuan_video": Family("HunyuanVideoPipeline", **HUNYUAN, takes=(*TRUE, "prompt_template")),
+    "mochi": Family(
+        "MochiPipeline",
+        "MochiTransformer3DModel",
+        text={"tokenizer": 256},
+        noise="mochi",
+        batched=True,
+        tiled_vae=True,
+        frames=163,
+        whole_in_fp8=0.27,
+    ),
+    "wan_i2v": Family(
+        "WanImageToVideoPipeline", **WAN, also="WanPipeline", takes=(*SCALES, "image", "last_image")
+    ),
+    "ltx": Family("LTXPipeline", **LTX, takes=("frame_rate",)),
+    "ltx_i2v": Family("LTXImageToVideoPipeline", **LTX, also="LTXPipeline", takes=("frame_rate", "image")),
+    "hunyuan_video15": Family(
+        "HunyuanVideo15Pipeline",
+        "HunyuanVideo15Transformer3DModel",
+        takes=("flow_shift",),
+        text={"tokenizer": 1000},
+        tiled_vae=True,
+        frames=121,
+        whole_in_fp8=0.35,
+    ),
+    # its prompt template holds the image, so that no other can be given
+    "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),
+    "wan_vace": Family(
+        "WanVACEPipeline",
+        **WAN | {"transformer": "WanVACETransformer3DModel"},
+        takes=(*SCALES, "video", "mask", "reference_images"),
+        single=True,
+    ),
+}
