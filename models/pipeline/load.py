@@ -52,6 +52,7 @@ def load_pipeline(
     absent = absent_expert(path, read_index(path), files)
     parts = ({absent: None} if absent else {}) | dict(parts or {})
     parts |= load_files(path, files, parts, dtype, quantization_config)
+    parts |= _renamed(path, family, parts, dtype, quantization_config)
     pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
@@ -70,6 +71,29 @@ def load_pipeline(
     if FAMILIES[family].tiled_vae:
         pipeline.vae.enable_tiling()
     return pipeline.to(device)
+
+
+def _renamed(
+    path: str, family: str, parts: Mapping[str, Any], dtype: torch.dtype, quantization_config: Any
+) -> dict[str, torch.nn.Module]:
+    """Returns the transformer in the family's own class, by name, if model_index.json names another class.
+
+    Raises ValueError for one from a file of weights, which is in the class of its config.json.
+    """
+    import diffusers
+
+    name, index, kind = NAMES[0], read_index(path), FAMILIES[family]
+    if index["_class_name"] == kind.pipeline or index[name][1] == kind.transformer:
+        return {}
+    if name in parts:
+        got = type(parts[name]).__name__
+        if got != kind.transformer:
+            needed = f"{name}/config.json of {path} names {got}; set its _class_name to {kind.transformer}"
+            raise ValueError(f"a file of weights of family {family!r} is not read while {needed}")
+        return {}
+    chosen = quantization_config.quant_mapping.get(name) if quantization_config else None
+    options = {"subfolder": name, "use_safetensors": True, "quantization_config": chosen}
+    return {name: getattr(diffusers, kind.transformer).from_pretrained(path, dtype=dtype, **options)}
 
 
 def load_files(

@@ -45,6 +45,13 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         arguments["guidance_scale_2"] = generation.guidance_scale_2
     if "frame_rate" in kind.takes:
         arguments["frame_rate"] = fps
+    if (
+        "num_temporal_reasoning_steps" in kind.takes
+    ):  # in all steps; a video of 5 frames has nothing to reason on
+        arguments |= {
+            "enable_temporal_reasoning": True,
+            "num_temporal_reasoning_steps": generation.steps,
+        }
     return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 
 
