@@ -145,7 +145,7 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
         model = HUB_MODELS[path]
         sizes = {"num_attention_heads": model.heads, "attention_head_dim": model.head_dim}
         settings = {"num_layers": model.layers, "ffn_dim": model.ffn} | sizes
-    elif path in HUB_MODELS and not FAMILIES[family].transformer.startswith("Wan"):
+    elif path in HUB_MODELS and not FAMILIES[family].transformer.startswith(("Wan", "Kandinsky", "Cosmos")):
         settings = {"_class_name": FAMILIES[family].transformer}  # whose defaults have the shapes
     elif file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))

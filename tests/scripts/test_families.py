@@ -13,12 +13,14 @@ from scripts.run.sampler import Sampler
 from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 
 RUNS = {
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
+    "kandinsky5_t2v_lite": (kandinsky5_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
@@ -40,7 +42,7 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
 
 @pytest.mark.parametrize(
     ("preset", "given"),
-    [("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}), ("hunyuan15_t2v", {})],
+    [("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}), ("hunyuan15_t2v", {}), ("kandinsky5_t2v_lite", {})],
 )
 def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
     """Calls the pipeline by its own arguments; HunyuanVideo 1.5 has guidance 6 in its guider."""
