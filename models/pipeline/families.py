@@ -13,15 +13,17 @@ class Family:
         also: name of another class whose folders may hold all of its parts, even if they name another class
             for its transformer.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
-            one. With `image` it needs an image; with `true_cfg_scale` its `guidance_scale` is built in.
+            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
-        noise: how the noise levels of a run are made, see `load.noise_levels`. "unipc": UniPC on flow sigmas
-            also replaces the model's own scheduler.
+        noise: how the noise levels of a run are made, see `load.noise_levels`: "flow" by the pipeline, "own"
+            by the scheduler, "edm" on its scale of Karras. "unipc": UniPC on flow sigmas also replaces the model's own scheduler.
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
+        halves: whether two processes can share guidance: the pipeline reads nothing between its two calls.
+        guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
     """
 
     pipeline: str
@@ -35,6 +37,8 @@ class Family:
     tiled_vae: bool = False
     frames: int | None = None
     whole_in_fp8: float = 0.02
+    halves: bool = True
+    guarded: bool = False
 
     @property
     def guidance(self) -> str:
@@ -75,6 +79,27 @@ FAMILIES = {
         tiled_vae=True,
         frames=121,
         whole_in_fp8=0.35,
+    ),
+    "kandinsky5": Family(
+        "Kandinsky5T2VPipeline",
+        "Kandinsky5Transformer3DModel",
+        takes=("flow_shift",),
+        text={"tokenizer": 512, "tokenizer_2": 77},
+        noise="own",
+        tiled_vae=True,
+        whole_in_fp8=0.14,
+        halves=False,
+    ),
+    "cosmos2": Family(
+        "Cosmos2VideoToWorldPipeline",
+        "CosmosTransformer3DModel",
+        takes=("image", "video", "fps"),
+        text={"tokenizer": 512},
+        noise="edm",
+        single=True,
+        whole_in_fp8=0.09,
+        halves=False,
+        guarded=True,
     ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),

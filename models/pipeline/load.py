@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
+COSMOS_SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002}
 
 
 def load_pipeline(
@@ -167,6 +168,14 @@ def noise_levels(
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         scheduler = UniPCMultistepScheduler.from_config(settings, **flow)
         scheduler.set_timesteps(steps)
+    elif noise == "own":
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
+        scheduler.set_timesteps(steps)
+    elif noise == "edm":  # levels s of x + s noise, whose share of the noise is s / (1 + s)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings)
+        scheduler.register_to_config(**COSMOS_SIGMAS)
+        scheduler.set_timesteps(sigmas=[step / max(steps - 1, 1) for step in range(steps)])
+        scheduler.sigmas /= 1 + scheduler.sigmas
     else:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
         at = scheduler.config  # the logarithm of a shift that depends on the tokens is linear in them

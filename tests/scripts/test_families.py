@@ -14,6 +14,7 @@ from scripts.run.sampler import Sampler
 from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan_relatives import (
@@ -27,6 +28,7 @@ RUNS = {
     "anyflow_t2v_14b": (anyflow_pipeline, ["generation.num_frames=9"]),
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
+    "kandinsky5_t2v_lite": (kandinsky5_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
     "skyreels_v2_t2v_14b": (skyreels_pipeline, ["generation.num_frames=9"]),
@@ -56,6 +58,7 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     [
         ("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}),
         ("hunyuan15_t2v", {}),
+        ("kandinsky5_t2v_lite", {}),
         ("anyflow_t2v_14b", {}),
         ("chronoedit_14b", {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 3}),
         ("chronoedit_14b", {"num_frames": 5}),

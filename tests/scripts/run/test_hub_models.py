@@ -90,6 +90,21 @@ def qwen() -> torch.nn.Module:
     return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**sizes, **heads))
 
 
+def qwen_vl() -> torch.nn.Module:
+    """Builds Qwen2.5-VL-7B with its eyes and its head."""
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+    text, sizes = qwen().config.to_dict(), {"vision_config": vision, "tie_word_embeddings": False}
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, **sizes)
+    )
+
+
+def clip_text() -> torch.nn.Module:
+    """Builds the text encoder of CLIP-L."""
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
+
+
 def byt5() -> torch.nn.Module:
     """Builds the encoder of ByT5 small, with the colours and fonts of Glyph-SDXL among its tokens."""
     sizes = {"vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
@@ -114,12 +129,27 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if "Hunyuan" in name:
         image = "I2V" in name
         condition = "token_replace" if image else None
-        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         return {
             "transformer": diffusers.HunyuanVideoTransformer3DModel(image_condition_type=condition),
             "text_encoder": llava() if image else llama(),
-            "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
+            "text_encoder_2": clip_text(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
+        }
+    if "Kandinsky" in name:
+        channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
+        return {
+            "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
+            "text_encoder": qwen_vl(),
+            "text_encoder_2": clip_text(),
+            "vae": diffusers.AutoencoderKLHunyuanVideo(),
+        }
+    if "Cosmos" in name:
+        sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
+        heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
+        return {
+            "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
+            "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
+            "vae": diffusers.AutoencoderKLWan(),
         }
     if "LTX" in name:
         return {
