@@ -257,7 +257,9 @@ def ltx_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[
     )
 
 
-def kandinsky5_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+def kandinsky5_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
     """Makes a ModelInfo of a Kandinsky 5; with NABLA its tokens are in tiles of 8 x 8."""
     head, in_tiles = sum(transformer["axes_dims"]), transformer.get("attention_type") == "nabla"
     return ModelInfo(
