@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CACHES = ("none", "first_block", "taylorseer", "mag", "pab")
 HOOK_FILES = ("first_block_cache", "taylorseer_cache", "mag_cache", "pyramid_attention_broadcast")
 # pipelines that do not name the calls of a step
-NAMELESS = ("HunyuanVideoImageToVideoPipeline", "Kandinsky5T2VPipeline")
+NAMELESS = ("HunyuanVideoImageToVideoPipeline", "ChronoEditPipeline", "Kandinsky5T2VPipeline")
 WARM_UP = 3  # first steps that TaylorSeer computes at least
 Gather = Callable[[Tensor], Tensor]  # `[B, N, C]` of all processes from the `[b, n, C]` of this one
 

@@ -10,7 +10,8 @@ class Family:
     Attributes:
         pipeline: name of the class.
         transformer: name of the class of its transformer.
-        also: name of another class whose folders may hold all of its parts.
+        also: name of another class whose folders may hold all of its parts, even if they name another class
+            for its transformer.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
             one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its
             `guidance_scale` is built in.
@@ -50,6 +51,8 @@ HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer"
 HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
+SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
+CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
 FAMILIES = {
     "wan": Family("WanPipeline", **WAN, takes=SCALES),
@@ -106,5 +109,21 @@ FAMILIES = {
         **WAN | {"transformer": "WanVACETransformer3DModel"},
         takes=(*SCALES, "video", "mask", "reference_images"),
         single=True,
+    ),
+    "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),
+    "skyreels_v2_i2v": Family("SkyReelsV2ImageToVideoPipeline", **SKYREELS, takes=("flow_shift", "image")),
+    "anyflow": Family(
+        "AnyFlowPipeline",
+        "AnyFlowTransformer3DModel",
+        takes=("flow_shift",),
+        text={"tokenizer": 512},
+        batched=True,
+    ),
+    # its published files are those of a Wan
+    "chronoedit": Family(
+        "ChronoEditPipeline",
+        **CHRONOEDIT,
+        also="WanImageToVideoPipeline",
+        takes=("flow_shift", "image", "num_temporal_reasoning_steps"),
     ),
 }

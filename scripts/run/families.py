@@ -43,6 +43,9 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         }
     if generation.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = generation.guidance_scale_2
+    if "num_temporal_reasoning_steps" in kind.takes:
+        # in all steps; a video of 5 frames has nothing to reason on
+        arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
     arguments |= dict.fromkeys({"frame_rate", "fps"}.intersection(kind.takes), fps)
     return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 

@@ -106,6 +106,20 @@ HUB_MODELS = {
     "Wan-AI/Wan2.1-VACE-14B-diffusers": _variant(
         {"transformer": 17_337_592_896}, control_layers=(0, 5, 10, 15, 20, 25, 30, 35)
     ),
+    **dict.fromkeys((f"Skywork/SkyReels-V2-T2V-14B-{size}P-Diffusers" for size in (540, 720)), WAN_14B),
+    **dict.fromkeys(
+        (f"Skywork/SkyReels-V2-I2V-14B-{size}P-Diffusers" for size in (540, 720)),
+        replace(
+            WAN_I2V_14B,
+            parameters=WAN_I2V_14B.parameters
+            | {"image_encoder": CLIP_VISION + 1280 * 1024},  # and a projection
+        ),
+    ),
+    "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers": _variant({"transformer": 14_316_026_944}),
+    "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": _variant(
+        {"transformer": 1_421_752_384}, layers=30, heads=12, ffn=8960
+    ),
+    "nvidia/ChronoEdit-14B-Diffusers": WAN_I2V_14B,
     "hunyuanvideo-community/HunyuanVideo": hunyuan_video_info(
         HUNYUAN_CONFIG, {"block_out_channels": [128]}, HUNYUAN_PARTS | {"text_encoder": LLAMA_8B}
     ),

@@ -300,6 +300,9 @@ def cosmos_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: di
 READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
+    "SkyReelsV2Transformer3DModel": _wan,
+    "AnyFlowTransformer3DModel": _wan,
+    "ChronoEditTransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": hunyuan_video_info,
     "HunyuanVideo15Transformer3DModel": hunyuan_video15_info,
     "MochiTransformer3DModel": mochi_info,

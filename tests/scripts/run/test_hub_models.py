@@ -29,12 +29,18 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
+RELATIVES = {"VACE": "WanVACE", "SkyReels": "SkyReelsV2", "AnyFlow": "AnyFlow", "ChronoEdit": "ChronoEdit"}
+FROM_IMAGE = ("nvidia/ChronoEdit", "Skywork/SkyReels-V2-I2V")
+
 
 def wan(name: str, model: ModelInfo) -> torch.nn.Module:
-    cls = diffusers.WanVACETransformer3DModel if "VACE" in name else diffusers.WanTransformer3DModel
+    start = next((start for start in RELATIVES if start in name), "")
+    cls = getattr(diffusers, f"{RELATIVES.get(start, 'Wan')}Transformer3DModel")
     kind = "-".join(name.removeprefix("Wan-AI/").split("-")[:2])
+    if name.startswith(FROM_IMAGE):
+        kind = "Wan2.1-I2V"
     return cls(
-        **WAN_INPUTS.get(kind, {}),
+        **{"text_dim": 4096} | WAN_INPUTS.get(kind, {}),
         num_layers=model.layers,
         num_attention_heads=model.heads,
         attention_head_dim=model.head_dim,
@@ -128,10 +134,12 @@ def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    if name.startswith("Wan-AI"):
+    if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name or "FLF2V" in name:
-            built["image_encoder"] = transformers.CLIPVisionModel(clip_vision(image_size=224))
+        if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
+            kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
+            vision = clip_vision(image_size=224, projection_dim=1024)
+            built["image_encoder"] = getattr(transformers, kind)(vision)
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "HunyuanVideo-1.5" in name:
         return {
