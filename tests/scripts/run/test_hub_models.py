@@ -111,6 +111,28 @@ def byt5() -> torch.nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
+def kandinsky() -> dict[str, torch.nn.Module]:
+    """Builds the parts of Kandinsky 5.0 Lite."""
+    channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
+    return {
+        "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
+        "text_encoder": qwen_vl(),
+        "text_encoder_2": clip_text(),
+        "vae": diffusers.AutoencoderKLHunyuanVideo(),
+    }
+
+
+def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
+    """Builds the parts of a Cosmos Predict 2 with the encoder of T5-11B."""
+    sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
+    heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
+    return {
+        "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
+        "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
+        "vae": diffusers.AutoencoderKLWan(),
+    }
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
@@ -135,22 +157,8 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder_2": clip_text(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
-    if "Kandinsky" in name:
-        channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
-        return {
-            "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
-            "text_encoder": qwen_vl(),
-            "text_encoder_2": clip_text(),
-            "vae": diffusers.AutoencoderKLHunyuanVideo(),
-        }
-    if "Cosmos" in name:
-        sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
-        heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
-        return {
-            "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
-            "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
-            "vae": diffusers.AutoencoderKLWan(),
-        }
+    if "Kandinsky" in name or "Cosmos" in name:
+        return kandinsky() if "Kandinsky" in name else cosmos(model)
     if "LTX" in name:
         return {
             "transformer": diffusers.LTXVideoTransformer3DModel(),
