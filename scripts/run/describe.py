@@ -27,6 +27,8 @@ def describe_plan(plan: RunPlan) -> str:
     blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
     shift = "of the model" if generation.flow_shift is None else f"{generation.flow_shift:g}"
     true = f", true guidance {generation.true_cfg_scale:g}" if generation.true_cfg_scale > 1 else ""
+    count = generation.segments
+    segments = f", {count} segments of {plan.size.frames}, one after the other" if count > 1 else ""
     static = attention.selection == "static"
     kind = attention.pattern if attention.compat == "none" else attention.compat
     density = f"{plan.density:.4f} ({kind if static else 'chosen'})"
@@ -34,7 +36,7 @@ def describe_plan(plan: RunPlan) -> str:
     rows = {
         "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
         "video": f"{generation.height}x{generation.width}, {generation.num_frames} frames at "
-        f"{plan.config.output.fps} per second",
+        f"{plan.config.output.fps} per second{segments}",
         "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}{true}, flow shift {shift}",
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
         "density": "; ".join([density, *describe_density(plan)]),
@@ -135,7 +137,9 @@ def _places(kept: Kept) -> str:
 
 def _share(layer_calls: float, plan: RunPlan) -> str:
     """Writes dense self-attention calls of a layer as a share of the operations of the run."""
-    one = plan.flops.dense / plan.config.generation.steps / plan.model.attention_layers()
+    generation = plan.config.generation
+    steps = generation.steps * generation.segments
+    one = plan.flops.dense / steps / plan.model.attention_layers()
     able = plan.model.attention_layers(plan.dense_layers)
     return f"{one * able * layer_calls / (plan.flops.sparse + plan.flops.other):.2%}"
 

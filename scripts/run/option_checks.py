@@ -8,7 +8,16 @@ from radial_attn.models.parallel.groups import Degrees, ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
 from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.schedule import read_dense_steps
-from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
+from scripts.run.config import (
+    SCHEMA,
+    AttentionConfig,
+    Config,
+    GenerationConfig,
+    MaskConfig,
+    ModelConfig,
+    VideoSize,
+    keys,
+)
 from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import calls_per_step, check_family
 from scripts.run.model_info import ModelInfo
@@ -20,8 +29,9 @@ CACHES = "first_block|taylorseer|mag|pab"
 CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
-    f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
-    "model.cache=first_block|mag model.family=hunyuan_video15": "diffusers does not register its blocks",
+    f"model.cache={CACHES} model.family=wan_vace|wan_animate": "its control is added between the blocks",
+    "model.cache=first_block|mag model.family=hunyuan_video15|hunyuan_video15_i2v": "diffusers does not "
+    "register its blocks",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
@@ -188,6 +198,12 @@ def check_shared(config: Config, degrees: Degrees) -> None:
             "model.family: got 'ltx_i2v', whose tokens have timesteps of their own and are not shared by "
             "processes; set parallel.ulysses_degree=1 parallel.ring_degree=1"
         )
+    if config.generation.segments > 1 and degrees.processes > degrees.data:
+        raise UsageError(
+            f"generation.segment_frames: got {config.generation.segment_frames}, but a segment begins with a "
+            "decoded frame of the one before, which only one of several processes has; make one video a "
+            "process (parallel.data_degree), or generation.num_frames at most generation.segment_frames"
+        )
     if config.model.cache_ratios == "calibrate":
         raise UsageError(
             "model.cache_ratios: got 'calibrate', which does not work with several processes: each would "
@@ -207,6 +223,12 @@ def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
             f"attention.dense_layers: got {attention.dense_layers}, must be 0 to {model.layers}, the number "
             "of the model's layers"
         )
+
+
+def check_video(generation: GenerationConfig, model: ModelInfo) -> None:
+    """Raises UsageError for a size of a video, or of its segments, that the model does not take."""
+    frames = "num_frames" if generation.segments == 1 else "segment_frames"
+    check_size(generation.size, model, (f"generation.{frames}", *GENERATION_KEYS[1:]))
 
 
 def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = GENERATION_KEYS) -> None:

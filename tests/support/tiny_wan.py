@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     DiffusionPipeline,
+    WanAnimatePipeline,
     WanImageToVideoPipeline,
     WanPipeline,
     WanVACEPipeline,
@@ -11,6 +12,7 @@ from diffusers import (
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from tests.support.tiny import CHANNELS, WAN, assemble, randoms, seeded, wan_inputs, wan_transformer
+from tests.support.tiny_wan_relatives import animate_transformer
 
 CONTROL = 2 * CHANNELS + 64  # channels: inactive, reactive, and the mask's 8 x 8 pixels
 IMAGE_DIM = 16
@@ -47,6 +49,17 @@ def i2v_pipeline(seed: int = 0, last: bool = False) -> WanImageToVideoPipeline:
         WanImageToVideoPipeline,
         seed,
         transformer=wan_transformer(seed, **channels),
+        image_encoder=image_encoder(seed),
+        image_processor=CLIPImageProcessor(crop_size=16, size=16),
+    )
+
+
+def animate_pipeline(seed: int = 0) -> WanAnimatePipeline:
+    """Makes one like Wan-Animate, with faces of 16 x 16 pixels."""
+    return assemble(
+        WanAnimatePipeline,
+        seed,
+        transformer=animate_transformer(seed, image_dim=IMAGE_DIM, added_kv_proj_dim=24),
         image_encoder=image_encoder(seed),
         image_processor=CLIPImageProcessor(crop_size=16, size=16),
     )

@@ -25,13 +25,15 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
         "added_kv_proj_dim": 5120,
         "pos_embed_seq_len": 514,
     },
+    "Wan2.2-Animate": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     "Wan2.2-I2V": {"in_channels": 36},
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
 
 def wan(name: str, model: ModelInfo) -> torch.nn.Module:
-    cls = diffusers.WanVACETransformer3DModel if "VACE" in name else diffusers.WanTransformer3DModel
+    variant = next((variant for variant in ("VACE", "Animate") if variant in name), "")
+    cls = getattr(diffusers, f"Wan{variant}Transformer3DModel")
     kind = "-".join(name.removeprefix("Wan-AI/").split("-")[:2])
     return cls(
         **WAN_INPUTS.get(kind, {}),
@@ -90,18 +92,26 @@ def byt5() -> torch.nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
+def siglip() -> torch.nn.Module:
+    """Builds SigLIP so400m of 384 pixels, as FLUX.1 Redux has it."""
+    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+    config = transformers.SiglipVisionConfig(num_attention_heads=16, patch_size=14, **sizes)
+    return transformers.SiglipVisionModel(config)
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if name.startswith("Wan-AI"):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name or "FLF2V" in name:
+        if any(kind in name for kind in ("Wan2.1-I2V", "FLF2V", "Animate")):
             built["image_encoder"] = transformers.CLIPVisionModel(clip_vision(image_size=224))
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "HunyuanVideo-1.5" in name:
         return {
-            "transformer": diffusers.HunyuanVideo15Transformer3DModel(),
+            "transformer": diffusers.HunyuanVideo15Transformer3DModel(target_size=model.target_size),
             "text_encoder": qwen(),
             "text_encoder_2": byt5(),
             "vae": diffusers.AutoencoderKLHunyuanVideo15(),
+            **({"image_encoder": siglip()} if "i2v" in name else {}),
         }
     if "Hunyuan" in name:
         image = "I2V" in name
