@@ -27,16 +27,13 @@ def describe_plan(plan: RunPlan) -> str:
     blocks = f"{grid.num_blocks(attention.block_size)} blocks of {attention.block_size}"
     shift = "of the model" if generation.flow_shift is None else f"{generation.flow_shift:g}"
     true = f", true guidance {generation.true_cfg_scale:g}" if generation.true_cfg_scale > 1 else ""
-    count = generation.segments
-    segments = f", {count} segments of {plan.size.frames}, one after the other" if count > 1 else ""
     static = attention.selection == "static"
     kind = attention.pattern if attention.compat == "none" else attention.compat
     density = f"{plan.density:.4f} ({kind if static else 'chosen'})"
     whole = f"{_flops(flops.dense + flops.other)} dense, {_flops(flops.sparse + flops.other)} as configured"
     rows = {
         "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
-        "video": f"{generation.height}x{generation.width}, {generation.num_frames} frames at "
-        f"{plan.config.output.fps} per second{segments}",
+        "video": describe_size(plan),
         "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}{true}, flow shift {shift}",
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
         "density": "; ".join([density, *describe_density(plan)]),
@@ -63,6 +60,15 @@ def describe_plan(plan: RunPlan) -> str:
     lines += [_row("note", f"not on this machine: {problem}") for problem in plan.missing]
     lines += [*_rank_lines(plan), *describe_decoding(plan), *describe_further(plan)]
     return "\n".join(lines)
+
+
+def describe_size(plan: RunPlan) -> str:
+    """Returns size, length and segments: `64x64, 33 frames at 16 per second`."""
+    generation = plan.config.generation
+    sizes = f"{generation.height}x{generation.width}, {generation.num_frames} frames"
+    count = generation.segments
+    segments = f", {count} segments of {plan.size.frames}, one after the other" if count > 1 else ""
+    return f"{sizes} at {plan.config.output.fps} per second{segments}"
 
 
 def describe_start(plan: RunPlan) -> list[str]:
