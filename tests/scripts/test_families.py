@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from radial_attn.models.parallel.groups import Degrees
 from scripts.generate import main
 from scripts.run.config import read_config
+from scripts.run.errors import UsageError
+from scripts.run.option_checks import check_shared
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler
 from tests.support.script_cases import SMALL
@@ -146,3 +149,18 @@ def test_a_dense_run_of_hunyuan_video_15_from_an_image_is_that_of_diffusers(tmp_
     options = {"negative_prompt": "", "num_frames": 5, "num_inference_steps": 3, "generator": noise}
     expected = pipeline(image=image, prompt=prompt, **options).frames[0]
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
+
+
+def test_further_segments_add_operations_and_their_videos_to_the_memory():
+    """Keeps frames of poses and faces, and decoded ones twice, in float32; one video stays in one process."""
+    frames = 77, 229
+    one, three = (
+        make_plan(read_config(ANIMATE, [f"generation.num_frames={count}"]), dry_run=True) for count in frames
+    )
+    assert three.grid == one.grid and three.flops.sparse == pytest.approx(3 * one.flops.sparse)
+    more = 12 * (frames[1] - frames[0]) * (3 * 720 * 1280 + 512**2)
+    assert three.memory.total - one.memory.total == pytest.approx(more)
+    with pytest.raises(UsageError, match="generation.segment_frames: got 77"):
+        check_shared(three.config, Degrees(ulysses=2))
+    check_shared(three.config, Degrees(data=2))
+    check_shared(one.config, Degrees(ulysses=2))
