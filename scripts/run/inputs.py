@@ -90,7 +90,7 @@ def read_inputs(
                 _check_image_size(image, generation, model)
             whole = kind.sized_by_image or "pose_video" in kind.takes
             arguments[name] = image if whole else fit(image, generation.height, generation.width)
-    arguments |= _read_videos(generation)
+    arguments |= _read_videos(generation, goes_on(family))
     files = {name: getattr(generation, name) for name in arguments}
     references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
     if references:
@@ -105,12 +105,18 @@ def read_inputs(
 def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model: ModelInfo | None) -> None:
     """Raises UsageError if a file is not named that the run, or another file, needs."""
     takes = () if dry_run else FAMILIES[family].takes
+    other = goes_on(family) and generation.video
     for name, wanted in {"image": IMAGE, "pose_video": VIDEO, "face_video": VIDEO}.items():
-        if name in takes and getattr(generation, name) is None:
-            article = "an image" if name == "image" else "one"
-            raise UsageError(
-                f"generation.{name}: got null, but family {family} needs {article}; name {wanted}"
-            )
+        if name in takes and getattr(generation, name) is None and not (name == "image" and other):
+            needed = "an image" if name == "image" else "one"
+            needed += ", or generation.video" if goes_on(family) else ""
+            got = f"generation.{name}: got null"
+            raise UsageError(f"{got}, but family {family} needs {needed}; name {wanted}")
+    if other and generation.image:
+        raise UsageError(
+            f"generation.video: got {generation.video!r} beside generation.image, but family {family} goes "
+            "on from one of them; set generation.image=null, or generation.video=null"
+        )
     if generation.last_image is None and model is not None and model.last_image == "needed" and not dry_run:
         raise UsageError(
             f"generation.last_image: got null, but this model needs a first and a last image; name {IMAGE}"
@@ -157,12 +163,21 @@ def open_image(key: str, name: str, ground: str = "black") -> Image.Image:
         raise _unreadable(key, name, error, IMAGE) from error
 
 
-def _read_videos(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
-    """Returns the videos that are named; the mask is white from half brightness on."""
+def goes_on(family: str) -> bool:
+    """Returns whether a video is only the start of the new one, which may start from an image, too."""
+    takes = FAMILIES[family].takes
+    return {"image", "video"} <= set(takes) and "pose_video" not in takes
+
+
+def _read_videos(generation: GenerationConfig, starts: bool) -> dict[str, list[Image.Image]]:
+    """Returns the videos that are named; the mask is white from half brightness on.
+
+    `starts`: whether the new video begins with that of `generation.video`.
+    """
     videos, first = {}, None
     for key in ("pose_video", "face_video", "video", "mask"):
         if (name := getattr(generation, key)) is not None:
-            videos[key], count = _fitted_frames(f"generation.{key}", name, generation, first)
+            videos[key], count = _fitted_frames(f"generation.{key}", name, generation, first, starts)
             first = first or (f"generation.{key}", count)
     if "mask" in videos:
         videos["mask"] = [frame.convert("L").point(lambda v: 255 * (v > 127)) for frame in videos["mask"]]
@@ -170,7 +185,7 @@ def _read_videos(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
 
 
 def _fitted_frames(
-    key: str, name: str, generation: GenerationConfig, first: tuple[str, int] | None
+    key: str, name: str, generation: GenerationConfig, first: tuple[str, int] | None, starts: bool
 ) -> tuple[list[Image.Image], int]:
     """Returns the first `num_frames` frames, fitted, or square for faces, and the number of all frames.
 
@@ -185,7 +200,9 @@ def _fitted_frames(
     wanted = None
     if first is not None and first[1] != count:
         wanted = f"{first[1]}, as many as {first[0]}"
-    elif count < generation.num_frames:
+    elif starts and count >= generation.num_frames:
+        wanted = f"fewer than {generation.num_frames} (generation.num_frames), which begin with them"
+    elif count < generation.num_frames and not starts:
         wanted = f"at least {generation.num_frames} (generation.num_frames)"
     if wanted:
         raise UsageError(f"{key}: got {name!r} with {count} frames, must have {wanted}")

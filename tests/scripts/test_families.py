@@ -20,20 +20,34 @@ from scripts.run.sampler import Sampler
 from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan15_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
-from tests.support.tiny_wan import animate_pipeline
+from tests.support.tiny_wan_relatives import (
+    animate_pipeline,
+    anyflow_pipeline,
+    chronoedit_pipeline,
+    skyreels_image_pipeline,
+    skyreels_pipeline,
+)
 
 ANIMATE, SEGMENTS = (
     "configs/wan2.2_animate_14b.yaml",
     ["generation.num_frames=11", "generation.segment_frames=5"],
 )
 RUNS = {
+    "anyflow_t2v_14b": (anyflow_pipeline, ["generation.num_frames=9"]),
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
+    "kandinsky5_t2v_lite": (kandinsky5_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
+    "skyreels_v2_t2v_14b": (skyreels_pipeline, ["generation.num_frames=9"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
+}
+FROM_IMAGE = {
+    "chronoedit_14b": (chronoedit_pipeline, ["generation.num_frames=13"]),
+    "skyreels_v2_i2v_14b": (skyreels_image_pipeline, ["generation.num_frames=9"]),
 }
 
 
@@ -52,25 +66,41 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
 
 @pytest.mark.parametrize(
     ("preset", "given"),
-    [("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}), ("hunyuan15_t2v", {})],
+    [
+        ("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}),
+        ("hunyuan15_t2v", {}),
+        ("kandinsky5_t2v_lite", {}),
+        ("anyflow_t2v_14b", {}),
+        ("chronoedit_14b", {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 3}),
+        ("chronoedit_14b", {"num_frames": 5}),
+        ("skyreels_v2_t2v_14b", {"guidance_scale": 6.0}),
+        ("skyreels_v2_i2v_14b", {"guidance_scale": 5.0}),
+    ],
 )
 def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
     """Calls the pipeline by its own arguments; HunyuanVideo 1.5 has guidance 6 in its guider."""
-    build, options = RUNS[preset]
+    build, options = (RUNS | FROM_IMAGE)[preset]
     pipeline, keys = build(), [f"model.path={tmp_path}", "attention.pattern=dense", "attention.check=off"]
     pipeline.save_pretrained(tmp_path)
+    if preset in FROM_IMAGE:
+        given = given | {"image": Image.linear_gradient("L").resize((64, 64)).convert("RGB")}
+        given["image"].save(tmp_path / "image.png")
+        keys += [f"generation.image={tmp_path / 'image.png'}"]
+    keys += [f"generation.num_frames={given['num_frames']}"] if "num_frames" in given else []
     plan = make_plan(read_config(f"configs/{preset}.yaml", [*SMALL, *options, *keys]))
     generation, sampler = plan.config.generation, Sampler(plan)
+    if "flow_shift" in pipeline.scheduler.config:
+        shifted = {"flow_shift": generation.flow_shift}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **shifted)
     frames, run = sampler.sample_video(sampler.load(), generation.prompt, {})
     assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 3
     expected = pipeline(
         prompt=[generation.prompt],
         negative_prompt=generation.negative_prompt,
-        **{name: getattr(generation, name) for name in ("height", "width", "num_frames")},
+        **{name: getattr(generation, name) for name in ("height", "width", "num_frames")} | given,
         num_inference_steps=3,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
-        **given,
     ).frames[0]
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
 
@@ -160,7 +190,7 @@ def test_further_segments_add_operations_and_their_videos_to_the_memory():
     assert three.grid == one.grid and three.flops.sparse == pytest.approx(3 * one.flops.sparse)
     more = 12 * (frames[1] - frames[0]) * (3 * 720 * 1280 + 512**2)
     assert three.memory.total - one.memory.total == pytest.approx(more)
-    with pytest.raises(UsageError, match="generation.segment_frames: got 77"):
+    with pytest.raises(UsageError, match=r"generation\.segment_frames: got 77"):
         check_shared(three.config, Degrees(ulysses=2))
     check_shared(three.config, Degrees(data=2))
     check_shared(one.config, Degrees(ulysses=2))

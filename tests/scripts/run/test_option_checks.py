@@ -31,7 +31,13 @@ from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
-from tests.support.tiny_wan import animate_pipeline, i2v_pipeline
+from tests.support.tiny_wan import i2v_pipeline
+from tests.support.tiny_wan_relatives import (
+    animate_pipeline,
+    anyflow_pipeline,
+    chronoedit_pipeline,
+    skyreels_pipeline,
+)
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
 STEPS, LAYERS = 6, 4
@@ -47,6 +53,9 @@ FAMILIES = {
         animate_pipeline,
         {"image": IMAGE, "pose_video": 9 * [IMAGE], "face_video": 9 * [IMAGE], "segment_frame_length": 9},
     ),
+    "skyreels_v2": (skyreels_pipeline, {"num_frames": 9}),
+    "anyflow": (anyflow_pipeline, {"num_frames": 9}),
+    "chronoedit": (chronoedit_pipeline, {"image": IMAGE}),
     "wan_i2v": (i2v_pipeline, {"num_frames": 9, "guidance_scale": 1.0, "image": IMAGE}),
     "hunyuan_video_i2v": (
         partial(hunyuan_image_pipeline, "token_replace"),
@@ -77,6 +86,10 @@ MATRIX = [
     ("ltx", "group", "fp8", "none", "first_block", False),
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
     ("wan_animate", "group", "fp8", "none", "none", False),
+    ("skyreels_v2", "group", "fp8", "none", "taylorseer", False),
+    ("anyflow", "group", "fp8", "none", "none", False),
+    ("anyflow", "model", "none", "blocks", "none", True),
+    ("chronoedit", "model", "none", "blocks", "taylorseer", True),
     *((f, *3 * ["none"], c, False) for f in ("wan_i2v", "hunyuan_video_i2v") for c in CACHES[1:]),
 ]
 
