@@ -21,6 +21,7 @@ class Family:
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
+        sized_by_image: a call takes no height and width, and derives them from the image.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
         halves: whether two processes can share guidance: the pipeline reads nothing between its two calls.
@@ -36,6 +37,7 @@ class Family:
     batched: bool = False
     single: bool = False
     tiled_vae: bool = False
+    sized_by_image: bool = False
     frames: int | None = None
     whole_in_fp8: float = 0.02
     halves: bool = True
@@ -50,6 +52,8 @@ class Family:
 HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer": 256, "tokenizer_2": 77}}
 HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
+HUNYUAN15 = {"transformer": "HunyuanVideo15Transformer3DModel", "text": {"tokenizer": 1000}}
+HUNYUAN15 |= {"tiled_vae": True, "frames": 121, "whole_in_fp8": 0.35}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
@@ -72,14 +76,12 @@ FAMILIES = {
     ),
     "ltx": Family("LTXPipeline", **LTX, takes=("frame_rate",)),
     "ltx_i2v": Family("LTXImageToVideoPipeline", **LTX, also="LTXPipeline", takes=("frame_rate", "image")),
-    "hunyuan_video15": Family(
-        "HunyuanVideo15Pipeline",
-        "HunyuanVideo15Transformer3DModel",
-        takes=("flow_shift",),
-        text={"tokenizer": 1000},
-        tiled_vae=True,
-        frames=121,
-        whole_in_fp8=0.35,
+    "hunyuan_video15": Family("HunyuanVideo15Pipeline", **HUNYUAN15, takes=("flow_shift",)),
+    "hunyuan_video15_i2v": Family(
+        "HunyuanVideo15ImageToVideoPipeline",
+        **HUNYUAN15,
+        takes=("flow_shift", "image"),
+        sized_by_image=True,
     ),
     "kandinsky5": Family(
         "Kandinsky5T2VPipeline",
@@ -108,6 +110,12 @@ FAMILIES = {
         "WanVACEPipeline",
         **WAN | {"transformer": "WanVACETransformer3DModel"},
         takes=(*SCALES, "video", "mask", "reference_images"),
+        single=True,
+    ),
+    "wan_animate": Family(
+        "WanAnimatePipeline",
+        **WAN | {"transformer": "WanAnimateTransformer3DModel", "frames": None},
+        takes=("flow_shift", "image", "pose_video", "face_video", "video", "mask", "segment_frames"),
         single=True,
     ),
     "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),

@@ -71,7 +71,7 @@ def peak_memory(
         options = replace(options, offload="none")
     text, transformer, vae = weights_on_device(model, options)
     denoising = transformer_bytes(model, grid, options) + cache_bytes(model, grid, options, calls)
-    decoding = decoder_bytes(model, size, options)
+    denoising, decoding = denoising + model.held, decoder_bytes(model, size, options) + model.held
     mask = mask_bytes(whole, block_size)
     stages = [(text, 0.0), (transformer, denoising + mask), (vae, decoding)]
     if options.offload == "none":

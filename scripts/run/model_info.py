@@ -50,7 +50,11 @@ class ModelInfo:
         packed: bytes of weights that stay as a GGUF file holds them, by component.
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
         last_image: "needed" beside the first one, "taken", or "none".
-        references: frames of tokens in front of the video, one for each reference image of VACE.
+        references: frames of tokens in front of the video, one for each reference image of VACE, and one for
+            Wan-Animate's character.
+        face: pixels of a side of Wan-Animate's video of a face, 0 for other models.
+        held: bytes of videos that stay on the device while others are denoised and decoded.
+        target_size: side of a square with the area of the videos that are sized by an image.
         order: of the tokens, see `TokenGrid`.
     """
 
@@ -80,6 +84,9 @@ class ModelInfo:
     control_layers: tuple[int, ...] = ()
     last_image: str = "none"
     references: int = 0
+    face: int = 0
+    held: float = 0.0
+    target_size: int = 0
     order: str = "raster"
 
     @property
@@ -174,6 +181,15 @@ def wan_time(head_dim: int) -> tuple[int, float]:
     return head_dim - 4 * (head_dim // 6), 10000.0
 
 
+def wan_animate_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    model = _wan(transformer, vae, parameters)
+    adapter = 2 * model.width**2 // transformer.get("inject_face_latents_blocks", 5)  # query and output
+    face = transformer.get("motion_encoder_size") or 512
+    return replace(model, token_macs=model.macs + adapter, references=1, face=face)
+
+
 def hunyuan_video_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
@@ -206,8 +222,8 @@ def hunyuan_video15_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
     model = hunyuan_video_info(transformer | {"num_single_layers": 0}, vae, parameters)
-    text = {"joint_text": HUNYUAN15_TEXT}
-    return replace(model, **text, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
+    sizes = {"joint_text": HUNYUAN15_TEXT, "target_size": transformer.get("target_size", 640)}
+    return replace(model, **sizes, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
 
 
 def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
@@ -300,6 +316,7 @@ def cosmos_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: di
 READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
+    "WanAnimateTransformer3DModel": wan_animate_info,
     "SkyReelsV2Transformer3DModel": _wan,
     "AnyFlowTransformer3DModel": _wan,
     "ChronoEditTransformer3DModel": _wan,

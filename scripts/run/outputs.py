@@ -28,7 +28,7 @@ TO_BT709 = (
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
 PROBE_BYTES = 2**20
-FILES = ("image", "last_image", "video", "mask", "reference_images")
+FILES = ("image", "last_image", "video", "mask", "pose_video", "face_video", "reference_images")
 INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
 MODEL = frozenset(("model.path", "model.transformer", "model.transformer_2"))
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")

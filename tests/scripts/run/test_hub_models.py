@@ -25,11 +25,18 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
         "added_kv_proj_dim": 5120,
         "pos_embed_seq_len": 514,
     },
+    "Wan2.2-Animate": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     "Wan2.2-I2V": {"in_channels": 36},
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
-RELATIVES = {"VACE": "WanVACE", "SkyReels": "SkyReelsV2", "AnyFlow": "AnyFlow", "ChronoEdit": "ChronoEdit"}
+RELATIVES = {
+    "VACE": "WanVACE",
+    "Animate": "WanAnimate",
+    "SkyReels": "SkyReelsV2",
+    "AnyFlow": "AnyFlow",
+    "ChronoEdit": "ChronoEdit",
+}
 FROM_IMAGE = ("nvidia/ChronoEdit", "Skywork/SkyReels-V2-I2V")
 
 
@@ -133,22 +140,30 @@ def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
     }
 
 
+def siglip() -> torch.nn.Module:
+    """Builds SigLIP so400m of 384 pixels, as FLUX.1 Redux has it."""
+    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+    config = transformers.SiglipVisionConfig(num_attention_heads=16, patch_size=14, **sizes)
+    return transformers.SiglipVisionModel(config)
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if "Kandinsky" in name or "Cosmos" in name:
         return kandinsky() if "Kandinsky" in name else cosmos(model)
     if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
+        if any(kind in name for kind in ("Wan2.1-I2V", "FLF2V", "Animate", *FROM_IMAGE)):
             kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
             vision = clip_vision(image_size=224, projection_dim=1024)
             built["image_encoder"] = getattr(transformers, kind)(vision)
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "HunyuanVideo-1.5" in name:
         return {
-            "transformer": diffusers.HunyuanVideo15Transformer3DModel(),
+            "transformer": diffusers.HunyuanVideo15Transformer3DModel(target_size=model.target_size),
             "text_encoder": qwen(),
             "text_encoder_2": byt5(),
             "vae": diffusers.AutoencoderKLHunyuanVideo15(),
+            **({"image_encoder": siglip()} if "i2v" in name else {}),
         }
     if "Hunyuan" in name:
         image = "I2V" in name
