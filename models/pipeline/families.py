@@ -19,6 +19,7 @@ class Family:
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
+        sound: the video has sound, whose passes of guidance processes cannot share.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
     """
@@ -32,6 +33,7 @@ class Family:
     batched: bool = False
     single: bool = False
     tiled_vae: bool = False
+    sound: bool = False
     frames: int | None = None
     whole_in_fp8: float = 0.02
 
@@ -45,6 +47,9 @@ HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer"
 HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
+LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
+LTX2 |= {"sound": True, "whole_in_fp8": 0.0}
+LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
 FAMILIES = {
     "wan": Family("WanPipeline", **WAN, takes=SCALES),
@@ -64,6 +69,10 @@ FAMILIES = {
     ),
     "ltx": Family("LTXPipeline", **LTX, takes=("frame_rate",)),
     "ltx_i2v": Family("LTXImageToVideoPipeline", **LTX, also="LTXPipeline", takes=("frame_rate", "image")),
+    "ltx2": Family("LTX2Pipeline", **LTX2, takes=LTX2_SCALES),
+    "ltx2_i2v": Family(
+        "LTX2ImageToVideoPipeline", **LTX2, also="LTX2Pipeline", takes=(*LTX2_SCALES, "image")
+    ),
     "hunyuan_video15": Family(
         "HunyuanVideo15Pipeline",
         "HunyuanVideo15Transformer3DModel",

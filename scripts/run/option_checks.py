@@ -21,6 +21,7 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
     f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
+    f"model.cache={CACHES} model.family=ltx2|ltx2_i2v": "a block also has sound, which caches do not keep",
     "model.cache=first_block|mag model.family=hunyuan_video15": "diffusers does not register its blocks",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",

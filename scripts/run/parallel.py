@@ -30,7 +30,7 @@ def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: i
     Raises:
         UsageError: the degrees do not make up the processes, or the run has no use for them.
     """
-    halves = "there are no two halves of guidance" if calls == 1 else "guidance has two halves"
+    halves = "there are no two halves of guidance to share" if calls == 1 else "guidance has two halves"
     limits = {
         "cfg_degree": (min(calls, 2), halves),
         "data_degree": (

@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,14 @@ from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
+from tests.support.tiny_ltx2 import RATE, ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 
 RUNS = {
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
+    "ltx2_t2v": (ltx2_pipeline, ["generation.num_frames=5", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
 }
@@ -38,9 +41,36 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     assert not [warning for warning in recwarn if "autocast" in str(warning.message)]
 
 
+@pytest.mark.parametrize(("keys", "calls"), [([], 3), (["modality_scale=1"], 2), (["stg_scale=1"], 4)])
+def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls, tmp_path):
+    """Sound has 5 latents of 160 x 4 samples for 5 frames, the first one of 160. Each pass is planned."""
+    build, options = RUNS["ltx2_t2v"]
+    build().save_pretrained(tmp_path / "model")
+    keys = [f"generation.{key}" for key in keys] + [f"model.path={tmp_path / 'model'}"]
+    argv = ["configs/ltx2_t2v.yaml", *SMALL, *options, *keys, f"output.path={tmp_path / 'out.mp4'}"]
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["video"]["sound"] == {"channels": 2, "rate": RATE, "seconds": 17 * 160 / RATE}
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        (sound,), (video,) = container.streams.audio, container.streams.video
+        assert (sound.codec_context.name, sound.rate, sound.channels) == ("aac", RATE, 2)
+        assert float(sound.duration * sound.time_base) == pytest.approx(0.17, abs=0.07)  # a packet has 0.064
+        assert (video.frames, video.average_rate) == (5, 24)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out.json", "out.mp4"]
+    plan = make_plan(read_config(argv[0], argv[1:]))
+    assert plan.calls == calls and plan.memory.weights == 4 * sum(plan.model.parameters.values())
+    assert {"connectors", "audio_vae", "vocoder"} < set(plan.model.parameters)
+    made = sum(record["attention"]["calls"].values())  # of a layer: both halves of guidance are one call
+    assert made == 3 * 4 * (calls - 1)
+
+
 @pytest.mark.parametrize(
     ("preset", "given"),
-    [("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}), ("hunyuan15_t2v", {})],
+    [
+        ("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}),
+        ("ltx2_t2v", {"guidance_scale": 3.0, "frame_rate": 24, "stg_scale": 0.0, "audio_stg_scale": 0.0}),
+        ("hunyuan15_t2v", {}),
+    ],
 )
 def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
     """Calls the pipeline by its own arguments; HunyuanVideo 1.5 has guidance 6 in its guider."""

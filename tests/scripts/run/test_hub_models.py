@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
@@ -84,6 +85,16 @@ def qwen() -> torch.nn.Module:
     return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**sizes, **heads))
 
 
+def gemma() -> torch.nn.Module:
+    """Builds Gemma 3 12B, with its encoder of images."""
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48}
+    text |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 896}
+    vision |= {"num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def byt5() -> torch.nn.Module:
     """Builds the encoder of ByT5 small, with the colours and fonts of Glyph-SDXL among its tokens."""
     sizes = {"vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
@@ -112,6 +123,17 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder": llava() if image else llama(),
             "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
+        }
+    if "LTX-2" in name:
+        return {
+            "transformer": diffusers.LTX2VideoTransformer3DModel(),
+            "text_encoder": gemma(),
+            "connectors": LTX2TextConnectors(),
+            "vae": diffusers.AutoencoderKLLTX2Video(
+                spatial_compression_ratio=32, temporal_compression_ratio=8
+            ),
+            "audio_vae": diffusers.AutoencoderKLLTX2Audio(),
+            "vocoder": LTX2Vocoder(),
         }
     if "LTX" in name:
         return {
