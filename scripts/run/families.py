@@ -45,9 +45,11 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         }
     if generation.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = generation.guidance_scale_2
-    if "frame_rate" in kind.takes:
-        arguments["frame_rate"] = fps
-    if kind.sound:  # None: as the video's; without guidance, no guidance of the sound either
+    if "num_temporal_reasoning_steps" in kind.takes:
+        # in all steps; a video of 5 frames has nothing to reason on
+        arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
+    arguments |= dict.fromkeys({"frame_rate", "fps"}.intersection(kind.takes), fps)
+    if "stg_scale" in kind.takes:  # None: as the video's; without guidance, no guidance of the sound either
         arguments |= {"stg_scale": generation.stg_scale or 0.0, "modality_scale": generation.modality_scale}
         arguments |= {"audio_stg_scale": None, "audio_modality_scale": None}
         arguments |= {} if generation.guidance_scale > 1 else {"audio_guidance_scale": None}
@@ -76,9 +78,9 @@ def halves(family: str, generation: GenerationConfig) -> int:
     return 2 if getattr(generation, FAMILIES[family].guidance) > 1 else 1
 
 
-def shared_halves(family: str, generation: GenerationConfig) -> int:
-    """Counts the halves of guidance that processes can share, 1 if a step has further passes."""
-    return 1 if FAMILIES[family].sound else halves(family, generation)
+def shared_calls(family: str, generation: GenerationConfig) -> int:
+    """Counts the passes of a step that processes can share, 2 with halves of guidance."""
+    return calls_per_step(family, generation) if FAMILIES[family].halves else 1
 
 
 def check_family(config: Config) -> None:

@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from scripts.generate import main
 from scripts.run.config import read_config
@@ -14,17 +15,31 @@ from scripts.run.sampler import Sampler
 from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_ltx2 import RATE, ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_wan_relatives import (
+    anyflow_pipeline,
+    chronoedit_pipeline,
+    skyreels_image_pipeline,
+    skyreels_pipeline,
+)
 
 RUNS = {
+    "anyflow_t2v_14b": (anyflow_pipeline, ["generation.num_frames=9"]),
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
+    "kandinsky5_t2v_lite": (kandinsky5_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
-    "ltx2_t2v": (ltx2_pipeline, ["generation.num_frames=5", "generation.height=32"]),
+    "ltx2_t2v": (ltx2_pipeline, ["generation.num_frames=13", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
+    "skyreels_v2_t2v_14b": (skyreels_pipeline, ["generation.num_frames=9"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
+}
+FROM_IMAGE = {
+    "chronoedit_14b": (chronoedit_pipeline, ["generation.num_frames=13"]),
+    "skyreels_v2_i2v_14b": (skyreels_image_pipeline, ["generation.num_frames=9"]),
 }
 
 
@@ -43,20 +58,25 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
 
 @pytest.mark.parametrize(("keys", "calls"), [([], 3), (["modality_scale=1"], 2), (["stg_scale=1"], 4)])
 def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls, tmp_path):
-    """Sound has 5 latents of 160 x 4 samples for 5 frames, the first one of 160. Each pass is planned."""
+    """Sound has 14 latents of 160 x 4 samples for 13 frames, the first one of 160. Each pass is planned."""
     build, options = RUNS["ltx2_t2v"]
     build().save_pretrained(tmp_path / "model")
-    keys = [f"generation.{key}" for key in keys] + [f"model.path={tmp_path / 'model'}"]
+    keys = [
+        "attention.decay_factor=0.2",
+        *(f"generation.{key}" for key in keys),
+        f"model.path={tmp_path / 'model'}",
+    ]
     argv = ["configs/ltx2_t2v.yaml", *SMALL, *options, *keys, f"output.path={tmp_path / 'out.mp4'}"]
     assert main(argv) == 0
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["video"]["sound"] == {"channels": 2, "rate": RATE, "seconds": 17 * 160 / RATE}
+    assert record["video"]["sound"] == {"channels": 2, "rate": RATE, "seconds": 53 * 160 / RATE}
     with av.open(str(tmp_path / "out.mp4")) as container:
         (sound,), (video,) = container.streams.audio, container.streams.video
         assert (sound.codec_context.name, sound.rate, sound.channels) == ("aac", RATE, 2)
-        assert float(sound.duration * sound.time_base) == pytest.approx(0.17, abs=0.07)  # a packet has 0.064
-        assert (video.frames, video.average_rate) == (5, 24)
+        assert float(sound.duration * sound.time_base) == pytest.approx(0.53, abs=0.07)  # a packet has 0.064
+        assert (video.frames, video.average_rate) == (13, 24)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out.json", "out.mp4"]
+    assert record["attention"]["density"] == pytest.approx(record["density"]) and record["density"] < 0.9
     plan = make_plan(read_config(argv[0], argv[1:]))
     assert plan.calls == calls and plan.memory.weights == 4 * sum(plan.model.parameters.values())
     assert {"connectors", "audio_vae", "vocoder"} < set(plan.model.parameters)
@@ -70,24 +90,37 @@ def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls
         ("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}),
         ("ltx2_t2v", {"guidance_scale": 3.0, "frame_rate": 24, "stg_scale": 0.0, "audio_stg_scale": 0.0}),
         ("hunyuan15_t2v", {}),
+        ("kandinsky5_t2v_lite", {}),
+        ("anyflow_t2v_14b", {}),
+        ("chronoedit_14b", {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 3}),
+        ("chronoedit_14b", {"num_frames": 5}),
+        ("skyreels_v2_t2v_14b", {"guidance_scale": 6.0}),
+        ("skyreels_v2_i2v_14b", {"guidance_scale": 5.0}),
     ],
 )
 def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
     """Calls the pipeline by its own arguments; HunyuanVideo 1.5 has guidance 6 in its guider."""
-    build, options = RUNS[preset]
+    build, options = (RUNS | FROM_IMAGE)[preset]
     pipeline, keys = build(), [f"model.path={tmp_path}", "attention.pattern=dense", "attention.check=off"]
     pipeline.save_pretrained(tmp_path)
+    if preset in FROM_IMAGE:
+        given = given | {"image": Image.linear_gradient("L").resize((64, 64)).convert("RGB")}
+        given["image"].save(tmp_path / "image.png")
+        keys += [f"generation.image={tmp_path / 'image.png'}"]
+    keys += [f"generation.num_frames={given['num_frames']}"] if "num_frames" in given else []
     plan = make_plan(read_config(f"configs/{preset}.yaml", [*SMALL, *options, *keys]))
     generation, sampler = plan.config.generation, Sampler(plan)
+    if "flow_shift" in pipeline.scheduler.config:
+        shifted = {"flow_shift": generation.flow_shift}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **shifted)
     frames, run = sampler.sample_video(sampler.load(), generation.prompt, {})
     expected = pipeline(
         prompt=[generation.prompt],
         negative_prompt=generation.negative_prompt,
-        **{name: getattr(generation, name) for name in ("height", "width", "num_frames")},
+        **{name: getattr(generation, name) for name in ("height", "width", "num_frames")} | given,
         num_inference_steps=3,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
-        **given,
     ).frames[0]
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
     assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 3

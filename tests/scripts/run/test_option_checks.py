@@ -32,6 +32,7 @@ from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_ima
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan import i2v_pipeline
+from tests.support.tiny_wan_relatives import anyflow_pipeline, chronoedit_pipeline, skyreels_pipeline
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
 STEPS, LAYERS = 6, 4
@@ -43,6 +44,9 @@ FAMILIES = {
     "mochi": (mochi_pipeline, {"num_frames": 7}),
     "ltx": (ltx_pipeline, {"num_frames": 5}),
     "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
+    "skyreels_v2": (skyreels_pipeline, {"num_frames": 9}),
+    "anyflow": (anyflow_pipeline, {"num_frames": 9}),
+    "chronoedit": (chronoedit_pipeline, {"image": IMAGE}),
     "wan_i2v": (i2v_pipeline, {"num_frames": 9, "guidance_scale": 1.0, "image": IMAGE}),
     "hunyuan_video_i2v": (
         partial(hunyuan_image_pipeline, "token_replace"),
@@ -72,6 +76,10 @@ MATRIX = [
     ("hunyuan_video", "group", "fp8", "none", "none", True),
     ("ltx", "group", "fp8", "none", "first_block", False),
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
+    ("skyreels_v2", "group", "fp8", "none", "taylorseer", False),
+    ("anyflow", "group", "fp8", "none", "none", False),
+    ("anyflow", "model", "none", "blocks", "none", True),
+    ("chronoedit", "model", "none", "blocks", "taylorseer", True),
     *((f, *3 * ["none"], c, False) for f in ("wan_i2v", "hunyuan_video_i2v") for c in CACHES[1:]),
 ]
 
