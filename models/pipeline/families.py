@@ -24,7 +24,8 @@ class Family:
         sized_by_image: a call takes no height and width, and derives them from the image.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
-        halves: whether two processes can share guidance: the pipeline reads nothing between its two calls.
+        halves: whether two processes can share guidance: a step has no further passes, and the pipeline reads
+            nothing between its two calls.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
     """
 
@@ -55,6 +56,9 @@ WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "nois
 HUNYUAN15 = {"transformer": "HunyuanVideo15Transformer3DModel", "text": {"tokenizer": 1000}}
 HUNYUAN15 |= {"tiled_vae": True, "frames": 121, "whole_in_fp8": 0.35}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
+LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
+LTX2 |= {"halves": False, "whole_in_fp8": 0.0}
+LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
@@ -76,6 +80,10 @@ FAMILIES = {
     ),
     "ltx": Family("LTXPipeline", **LTX, takes=("frame_rate",)),
     "ltx_i2v": Family("LTXImageToVideoPipeline", **LTX, also="LTXPipeline", takes=("frame_rate", "image")),
+    "ltx2": Family("LTX2Pipeline", **LTX2, takes=LTX2_SCALES),
+    "ltx2_i2v": Family(
+        "LTX2ImageToVideoPipeline", **LTX2, also="LTX2Pipeline", takes=(*LTX2_SCALES, "image")
+    ),
     "hunyuan_video15": Family("HunyuanVideo15Pipeline", **HUNYUAN15, takes=("flow_shift",)),
     "hunyuan_video15_i2v": Family(
         "HunyuanVideo15ImageToVideoPipeline",

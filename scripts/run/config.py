@@ -248,7 +248,7 @@ class GenerationConfig:
     )
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
-    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video 8k + 1", low=1)
+    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video and LTX-2 8k + 1", low=1)
     segment_frames: int | None = key(
         None,
         "Wan-Animate: frames of a segment, 4k + 1; a longer video is made in segments, each from the last "
@@ -264,6 +264,12 @@ class GenerationConfig:
         1.0,
         "HunyuanVideo: guidance away from negative_prompt, on top of its own; 1: none, in half the time",
         low=1.0,
+    )
+    stg_scale: float | None = key(
+        None, "LTX-2.3: guidance away from a pass that skips an attention; null: none, a pass less", low=0.0
+    )
+    modality_scale: float = key(
+        1.0, "LTX-2: guidance away from a pass without its sound; 1: none, a pass less", low=1.0
     )
     flow_shift: float | None = key(
         5.0, "shift of the flow schedule towards noise; null: the model's own", low=0.0

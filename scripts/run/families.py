@@ -12,6 +12,8 @@ from scripts.run.schema import shown
 DEFAULTS = {  # of the keys that not every family takes: their value with the others
     "true_cfg_scale": 1.0,
     "guidance_scale_2": None,
+    "stg_scale": None,
+    "modality_scale": 1.0,
     "flow_shift": None,
     "prompt_template": "default",
     "image": None,
@@ -57,6 +59,10 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         # in all steps; a video of 5 frames has nothing to reason on
         arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
     arguments |= dict.fromkeys({"frame_rate", "fps"}.intersection(kind.takes), fps)
+    if "stg_scale" in kind.takes:  # None: as the video's; without guidance, no guidance of the sound either
+        arguments |= {"stg_scale": generation.stg_scale or 0.0, "modality_scale": generation.modality_scale}
+        arguments |= {"audio_stg_scale": None, "audio_modality_scale": None}
+        arguments |= {} if generation.guidance_scale > 1 else {"audio_guidance_scale": None}
     return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 
 
@@ -73,7 +79,12 @@ def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
 
 
 def calls_per_step(family: str, generation: GenerationConfig) -> int:
-    """Counts a sample's passes through the transformer in a step, 2 with guidance that is not built in."""
+    """Counts a sample's passes through the transformer in a step, one more for each kind of guidance."""
+    return halves(family, generation) + (generation.stg_scale is not None) + (generation.modality_scale > 1)
+
+
+def halves(family: str, generation: GenerationConfig) -> int:
+    """Counts the passes of guidance by the negative prompt, 2 if a step has it and it is not built in."""
     return 2 if getattr(generation, FAMILIES[family].guidance) > 1 else 1
 
 

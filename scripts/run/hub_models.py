@@ -22,6 +22,7 @@ from scripts.run.model_info import (
     hunyuan_video15_info,
     hunyuan_video_info,
     kandinsky5_info,
+    ltx2_info,
     ltx_info,
     mochi_info,
     wan_animate_info,
@@ -29,11 +30,13 @@ from scripts.run.model_info import (
 )
 
 PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+PARTS += ("connectors", "audio_vae", "vocoder")
 CONFIGURED = ("transformer", "vae")
 # Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
+GEMMA_12B, LTX2_VAE = 12_187_325_040, 1_222_479_601
 LTX_VAE, HUNYUAN15_VAE, QWEN_7B, BYT5_SMALL = 419_193_649, 1_260_634_115, 7_070_619_136, 219_314_944
 SIGLIP = 428_225_600
 QWEN_VL_7B, T5_11B = 8_292_166_656, 4_864_791_552
@@ -156,6 +159,16 @@ HUB_MODELS = {
         LTX_CONFIG,
         LTX_VAE_CONFIG,
         {"transformer": 1_923_385_472, "text_encoder": T5_XXL, "vae": LTX_VAE},
+    ),
+    "Lightricks/LTX-2": ltx2_info(
+        LTX_CONFIG
+        | {"attention_head_dim": 128, "num_layers": 48}
+        | {"audio_num_attention_heads": 32, "audio_attention_head_dim": 64},
+        LTX_VAE_CONFIG
+        | {"decoder_block_out_channels": [256], "upsample_factor": [2]}
+        | {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+        {"transformer": 18_876_174_592, "text_encoder": GEMMA_12B, "vae": LTX2_VAE}
+        | {"connectors": 1_431_475_200, "audio_vae": 53_248_146, "vocoder": 55_592_802},
     ),
     "nvidia/Cosmos-Predict2-2B-Video2World": _cosmos(16, 28, 1_956_413_440),
     "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),

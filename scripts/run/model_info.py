@@ -9,7 +9,8 @@ from radial_attn import TokenGrid
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
-MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE, LTX_TEXT = 6, 256, 512, 257, 128
+MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
+LTX_TEXT, LTX2_TEXT = 128, 1024
 KANDINSKY_TEXT, KANDINSKY_POSITIONS = 512, 128
 HUNYUAN15_TEXT = 729 + 256 + 1000  # image, glyphs, prompt
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
@@ -20,7 +21,7 @@ HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252
 # twice as many channels: 11.8. Mochi: 6.4, or 5.3 with one resnet a block. LTX-Video: 4.6.
 # HunyuanVideo 1.5: 6.5.
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
-LTX_COPIES, HUNYUAN15_COPIES = 4.6, 6.5
+LTX_COPIES, LTX2_COPIES, HUNYUAN15_COPIES = 4.6, 6.5, 6.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
@@ -273,6 +274,20 @@ def ltx_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[
     )
 
 
+def ltx2_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+    """Leaves the work on the sound out: at 24 frames a second it has a fiftieth of the video's tokens."""
+    model = ltx_info(transformer, vae, parameters)
+    width = model.width, transformer["audio_num_attention_heads"] * transformer["audio_attention_head_dim"]
+    narrower = (vae.get("upsample_factor") or [1])[0]  # the last layers have fewer channels by this factor
+    return replace(
+        model,
+        text_tokens=LTX2_TEXT,
+        token_macs=6 * width[0] ** 2 + 2 * width[0] * model.ffn + 4 * width[0] * width[1],
+        vae_base=max(1, model.vae_base // narrower),
+        vae_copies=LTX2_COPIES,
+    )
+
+
 def kandinsky5_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
@@ -324,6 +339,7 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "HunyuanVideo15Transformer3DModel": hunyuan_video15_info,
     "MochiTransformer3DModel": mochi_info,
     "LTXVideoTransformer3DModel": ltx_info,
+    "LTX2VideoTransformer3DModel": ltx2_info,
     "Kandinsky5Transformer3DModel": kandinsky5_info,
     "CosmosTransformer3DModel": cosmos_info,
 }

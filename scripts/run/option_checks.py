@@ -31,6 +31,7 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
     f"model.cache={CACHES} model.family=wan_vace|wan_animate": "its control is added between the blocks",
+    f"model.cache={CACHES} model.family=ltx2|ltx2_i2v": "a block also has sound, which caches do not keep",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
     "model.cache=first_block|mag|pab model.family=kandinsky5": "diffusers asks its blocks for other names",

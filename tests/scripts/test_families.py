@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import imageio
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan15_pipeline, hunyuan_pipeline
 from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
+from tests.support.tiny_ltx2 import RATE, ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan_relatives import (
     animate_pipeline,
@@ -42,6 +44,7 @@ RUNS = {
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
     "kandinsky5_t2v_lite": (kandinsky5_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
+    "ltx2_t2v": (ltx2_pipeline, ["generation.num_frames=13", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
     "skyreels_v2_t2v_14b": (skyreels_pipeline, ["generation.num_frames=9"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
@@ -65,10 +68,39 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     assert not [warning for warning in recwarn if "autocast" in str(warning.message)]
 
 
+@pytest.mark.parametrize(("keys", "calls"), [([], 3), (["modality_scale=1"], 2), (["stg_scale=1"], 4)])
+def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls, tmp_path):
+    """Sound has 14 latents of 160 x 4 samples for 13 frames, the first one of 160. Each pass is planned."""
+    build, options = RUNS["ltx2_t2v"]
+    build().save_pretrained(tmp_path / "model")
+    keys = [
+        "attention.decay_factor=0.2",
+        *(f"generation.{key}" for key in keys),
+        f"model.path={tmp_path / 'model'}",
+    ]
+    argv = ["configs/ltx2_t2v.yaml", *SMALL, *options, *keys, f"output.path={tmp_path / 'out.mp4'}"]
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["video"]["sound"] == {"channels": 2, "rate": RATE, "seconds": 53 * 160 / RATE}
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        (sound,), (video,) = container.streams.audio, container.streams.video
+        assert (sound.codec_context.name, sound.rate, sound.channels) == ("aac", RATE, 2)
+        assert float(sound.duration * sound.time_base) == pytest.approx(0.53, abs=0.07)  # a packet has 0.064
+        assert (video.frames, video.average_rate) == (13, 24)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out.json", "out.mp4"]
+    assert record["attention"]["density"] == pytest.approx(record["density"]) and record["density"] < 0.9
+    plan = make_plan(read_config(argv[0], argv[1:]))
+    assert plan.calls == calls and plan.memory.weights == 4 * sum(plan.model.parameters.values())
+    assert {"connectors", "audio_vae", "vocoder"} < set(plan.model.parameters)
+    made = sum(record["attention"]["calls"].values())  # of a layer: both halves of guidance are one call
+    assert made == 3 * 4 * (calls - 1)
+
+
 @pytest.mark.parametrize(
     ("preset", "given"),
     [
         ("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}),
+        ("ltx2_t2v", {"guidance_scale": 3.0, "frame_rate": 24, "stg_scale": 0.0, "audio_stg_scale": 0.0}),
         ("hunyuan15_t2v", {}),
         ("kandinsky5_t2v_lite", {}),
         ("anyflow_t2v_14b", {}),

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
@@ -97,6 +98,16 @@ def qwen() -> torch.nn.Module:
     return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**sizes, **heads))
 
 
+def gemma() -> torch.nn.Module:
+    """Builds Gemma 3 12B, with its encoder of images."""
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48}
+    text |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 896}
+    vision |= {"num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def qwen_vl() -> torch.nn.Module:
     """Builds Qwen2.5-VL-7B with its eyes and its head."""
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
@@ -147,6 +158,22 @@ def siglip() -> torch.nn.Module:
     return transformers.SiglipVisionModel(config)
 
 
+def ltx(name: str) -> dict[str, torch.nn.Module]:
+    """Builds LTX-2, or LTX-Video."""
+    if "LTX-2" not in name:
+        encoder, vae = t5("T5", 32128), diffusers.AutoencoderKLLTXVideo()
+        return {"transformer": diffusers.LTXVideoTransformer3DModel(), "text_encoder": encoder, "vae": vae}
+    ratios = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    return {
+        "transformer": diffusers.LTX2VideoTransformer3DModel(),
+        "text_encoder": gemma(),
+        "connectors": LTX2TextConnectors(),
+        "vae": diffusers.AutoencoderKLLTX2Video(**ratios),
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(),
+        "vocoder": LTX2Vocoder(),
+    }
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if "Kandinsky" in name or "Cosmos" in name:
         return kandinsky() if "Kandinsky" in name else cosmos(model)
@@ -175,11 +202,7 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
     if "LTX" in name:
-        return {
-            "transformer": diffusers.LTXVideoTransformer3DModel(),
-            "text_encoder": t5("T5", 32128),
-            "vae": diffusers.AutoencoderKLLTXVideo(),
-        }
+        return ltx(name)
     return {
         "transformer": diffusers.MochiTransformer3DModel(),
         "text_encoder": t5("T5", 32128),

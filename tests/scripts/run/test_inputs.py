@@ -19,6 +19,7 @@ from tests.support.script_cases import SMALL, refused
 from tests.support.tiny import CHANNELS
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
+from tests.support.tiny_ltx2 import ltx2_image_pipeline
 from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
 from tests.support.tiny_wan_relatives import chronoedit_pipeline, skyreels_image_pipeline
 
@@ -62,6 +63,7 @@ RUNS = {
     "ltx": (ltx_image_pipeline, ["configs/ltx_i2v.yaml"]),
     "ltx of text": (ltx_pipeline, ["configs/ltx_i2v.yaml"]),  # whose folder has all parts
     "hunyuan15": (hunyuan15_image_pipeline, ["configs/hunyuan15_i2v.yaml"]),  # its size is the image's
+    "ltx2": (ltx2_image_pipeline, ["configs/ltx2_i2v.yaml"]),
     "hunyuan": (lambda: hunyuan_image_pipeline("token_replace", image_size=336), [HUNYUAN]),
     "hunyuan 33ch": (lambda: hunyuan_image_pipeline("latent_concat", image_size=336), [HUNYUAN]),
 }
@@ -96,7 +98,7 @@ def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
     assert record["inputs"]["image"]["file"] == "cat.png" and len(record["inputs"]["image"]["sha256"]) == 64
     assert [file["file"] for file in record["inputs"].values()][1:] == ["last.png"] * (len(preset) - 1)
     assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
-    side = {"wan2.2 5B": 2, "ltx": 16, "ltx of text": 16}.get(name, 4)
+    side = {"wan2.2 5B": 2, "ltx": 16, "ltx of text": 16, "ltx2": 16}.get(name, 4)
     assert record["attention"]["grid"] == [3, side, side]
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
 
