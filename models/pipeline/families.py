@@ -19,6 +19,7 @@ class Family:
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
+        image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
     """
@@ -32,6 +33,7 @@ class Family:
     batched: bool = False
     single: bool = False
     tiled_vae: bool = False
+    image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
 
@@ -45,6 +47,8 @@ HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer"
 HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
+MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
+MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
 FAMILIES = {
     "wan": Family("WanPipeline", **WAN, takes=SCALES),
@@ -72,6 +76,14 @@ FAMILIES = {
         tiled_vae=True,
         frames=121,
         whole_in_fp8=0.35,
+    ),
+    "motif_video": Family("MotifVideoPipeline", **MOTIF, takes=("flow_shift",)),
+    "motif_video_i2v": Family(
+        "MotifVideoImage2VideoPipeline",
+        **MOTIF,
+        also="MotifVideoPipeline",
+        takes=("flow_shift", "image"),
+        image_tokens=4096,  # patches of 14 pixels in 896 x 896
     ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),

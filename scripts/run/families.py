@@ -1,5 +1,6 @@
 """Turns keys into the arguments of a family's pipeline, and refuses those that it does not use."""
 
+from dataclasses import replace
 from typing import Any
 
 from radial_attn.models.pipeline.families import FAMILIES
@@ -84,6 +85,12 @@ def check_family(config: Config) -> None:
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")
+
+
+def with_images(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
+    """Returns the model with the tokens of the images of a run."""
+    text = model.joint_text + FAMILIES[family].image_tokens
+    return replace(model, joint_text=text, references=len(generation.reference_images))
 
 
 def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -> dict[str, Any]:

@@ -22,12 +22,19 @@ CLASHES = {  # values of two keys that do not work together -> why
     "them again",
     f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
     "model.cache=first_block|mag model.family=hunyuan_video15": "diffusers does not register its blocks",
+    "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
+    "place of the text",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
     "model.quantization=fp8|int8|nf4 model.offload=sequential": "both replace a layer's weights as it runs",
     "model.quantization=fp8 model.compile=blocks": "each cast would break the graph",
     "model.offload=sequential model.compile=blocks": "moving a layer would break the graph",
+}
+UNSHARED = {  # families whose tokens stay in one process -> why
+    "ltx_i2v": "tokens have timesteps of their own",
+    "motif_video": "decoder needs all tokens",
+    "motif_video_i2v": "decoder needs all tokens",
 }
 
 
@@ -183,10 +190,11 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
 
 def check_shared(config: Config, degrees: Degrees) -> None:
     """Raises UsageError for options that several processes do not support."""
-    if config.model.family == "ltx_i2v" and degrees.ulysses * degrees.ring > 1:
+    family = config.model.family
+    if family in UNSHARED and degrees.ulysses * degrees.ring > 1:
         raise UsageError(
-            "model.family: got 'ltx_i2v', whose tokens have timesteps of their own and are not shared by "
-            "processes; set parallel.ulysses_degree=1 parallel.ring_degree=1"
+            f"model.family: got {family!r}, whose {UNSHARED[family]}, so they stay in one process; set "
+            "parallel.ulysses_degree=1 parallel.ring_degree=1"
         )
     if config.model.cache_ratios == "calibrate":
         raise UsageError(

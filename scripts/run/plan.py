@@ -26,7 +26,7 @@ from scripts.run.attention import (
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step, position_arguments
+from scripts.run.families import calls_per_step, position_arguments, with_images
 from scripts.run.files import sha256
 from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
 from scripts.run.hub_models import SHIFTS, expert_notes, find_model, planned_boundary, read_model_info
@@ -290,7 +290,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
-    model = replace(with_loras(model, loras), references=len(generation.reference_images))
+    model = with_images(with_loras(model, loras), family, generation)
     attention, grid, steps = config.attention, model.grid(generation.size), generation.steps
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))

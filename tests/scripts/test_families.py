@@ -15,12 +15,14 @@ from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_motif import motif_pipeline
 
 RUNS = {
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
     "hunyuan15_t2v": (hunyuan15_pipeline, ["generation.num_frames=9"]),
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
+    "motif_t2v": (motif_pipeline, ["generation.num_frames=9"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
 }
 
@@ -40,12 +42,13 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
 
 @pytest.mark.parametrize(
     ("preset", "given"),
-    [("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}), ("hunyuan15_t2v", {})],
+    [("ltx_t2v", {"guidance_scale": 3.0, "frame_rate": 25}), ("hunyuan15_t2v", {}), ("motif_t2v", {})],
 )
 def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
-    """Calls the pipeline by its own arguments; HunyuanVideo 1.5 has guidance 6 in its guider."""
+    """Calls the pipeline by its own arguments; guidance of two is in their guider, 6 and 7.5."""
     build, options = RUNS[preset]
     pipeline, keys = build(), [f"model.path={tmp_path}", "attention.pattern=dense", "attention.check=off"]
+    keys += ["generation.guidance_scale=7.5", "generation.flow_shift=null"] if preset == "motif_t2v" else []
     pipeline.save_pretrained(tmp_path)
     plan = make_plan(read_config(f"configs/{preset}.yaml", [*SMALL, *options, *keys]))
     generation, sampler = plan.config.generation, Sampler(plan)

@@ -90,6 +90,18 @@ def byt5() -> torch.nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
+def t5_gemma() -> torch.nn.Module:
+    """Builds the encoder of T5Gemma 2 with 4B weights, SigLIP's vision tower included."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "vocab_size": 262144}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 896}
+    vision |= {"num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    config = transformers.T5Gemma2EncoderConfig(
+        text_config=heads | text | {"dropout_rate": 0.0}, vision_config=vision, dropout_rate=0.0
+    )
+    return transformers.T5Gemma2Encoder(config)
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if name.startswith("Wan-AI"):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
@@ -112,6 +124,15 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder": llava() if image else llama(),
             "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
+        }
+    if "Motif" in name:
+        texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
+        return {
+            "transformer": diffusers.MotifVideoTransformer3DModel(
+                num_attention_heads=12, num_layers=12, num_single_layers=24, num_decoder_layers=8, **texts
+            ),
+            "text_encoder": t5_gemma(),
+            "vae": diffusers.AutoencoderKLWan(),
         }
     if "LTX" in name:
         return {

@@ -31,6 +31,7 @@ from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_motif import motif_pipeline
 from tests.support.tiny_wan import i2v_pipeline
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
@@ -43,6 +44,7 @@ FAMILIES = {
     "mochi": (mochi_pipeline, {"num_frames": 7}),
     "ltx": (ltx_pipeline, {"num_frames": 5}),
     "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
+    "motif_video": (motif_pipeline, {"num_frames": 9}),
     "wan_i2v": (i2v_pipeline, {"num_frames": 9, "guidance_scale": 1.0, "image": IMAGE}),
     "hunyuan_video_i2v": (
         partial(hunyuan_image_pipeline, "token_replace"),
@@ -72,6 +74,8 @@ MATRIX = [
     ("hunyuan_video", "group", "fp8", "none", "none", True),
     ("ltx", "group", "fp8", "none", "first_block", False),
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
+    ("motif_video", "group", "fp8", "none", "taylorseer", False),
+    ("motif_video", "model", "none", "blocks", "none", True),
     *((f, *3 * ["none"], c, False) for f in ("wan_i2v", "hunyuan_video_i2v") for c in CACHES[1:]),
 ]
 
