@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 CACHES = ("none", "first_block", "taylorseer", "mag", "pab")
 HOOK_FILES = ("first_block_cache", "taylorseer_cache", "mag_cache", "pyramid_attention_broadcast")
-NAMELESS = ("HunyuanVideoImageToVideoPipeline",)  # pipelines that do not name the calls of a step
+# pipelines that do not name the calls of a step
+NAMELESS = ("HunyuanVideoImageToVideoPipeline", "ChronoEditPipeline", "Kandinsky5T2VPipeline")
 WARM_UP = 3  # first steps that TaylorSeer computes at least
 Gather = Callable[[Tensor], Tensor]  # `[B, N, C]` of all processes from the `[b, n, C]` of this one
 

@@ -121,5 +121,5 @@ def _place_groups(pipeline: "DiffusionPipeline", device: str, stream: bool) -> N
             part.to(device)
         elif name in NAMES and part is not None:
             part.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)
-        elif isinstance(part, torch.nn.Module):
+        elif isinstance(part, torch.nn.Module) and name != "safety_checker":  # the pipeline moves it
             apply_group_offloading(part, **options, offload_type="leaf_level")

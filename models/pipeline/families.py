@@ -10,18 +10,21 @@ class Family:
     Attributes:
         pipeline: name of the class.
         transformer: name of the class of its transformer.
-        also: name of another class whose folders may hold all of its parts.
+        also: name of another class whose folders may hold all of its parts, even if they name another class
+            for its transformer.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
-            one. With `image` it needs an image; with `true_cfg_scale` its `guidance_scale` is built in.
+            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
-        noise: how the noise levels of a run are made, see `load.noise_levels`. "unipc": UniPC on flow sigmas
-            also replaces the model's own scheduler.
+        noise: how the noise levels of a run are made, see `load.noise_levels`: "flow" by the pipeline, "own"
+            by the scheduler, "edm" on its scale of Karras. "unipc": UniPC on flow sigmas also replaces the model's own scheduler.
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
         image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
+        halves: whether two processes can share guidance: the pipeline reads nothing between its two calls.
+        guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
     """
 
     pipeline: str
@@ -36,6 +39,8 @@ class Family:
     image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
+    halves: bool = True
+    guarded: bool = False
 
     @property
     def guidance(self) -> str:
@@ -48,7 +53,9 @@ HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
 MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
-MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
+MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
+SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
+CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
 FAMILIES = {
     "wan": Family("WanPipeline", **WAN, takes=SCALES),
@@ -85,6 +92,27 @@ FAMILIES = {
         takes=("flow_shift", "image"),
         image_tokens=4096,  # patches of 14 pixels in 896 x 896
     ),
+    "kandinsky5": Family(
+        "Kandinsky5T2VPipeline",
+        "Kandinsky5Transformer3DModel",
+        takes=("flow_shift",),
+        text={"tokenizer": 512, "tokenizer_2": 77},
+        noise="own",
+        tiled_vae=True,
+        whole_in_fp8=0.14,
+        halves=False,
+    ),
+    "cosmos2": Family(
+        "Cosmos2VideoToWorldPipeline",
+        "CosmosTransformer3DModel",
+        takes=("image", "video", "fps"),
+        text={"tokenizer": 512},
+        noise="edm",
+        single=True,
+        whole_in_fp8=0.09,
+        halves=False,
+        guarded=True,
+    ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),
     "wan_vace": Family(
@@ -92,5 +120,21 @@ FAMILIES = {
         **WAN | {"transformer": "WanVACETransformer3DModel"},
         takes=(*SCALES, "video", "mask", "reference_images"),
         single=True,
+    ),
+    "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),
+    "skyreels_v2_i2v": Family("SkyReelsV2ImageToVideoPipeline", **SKYREELS, takes=("flow_shift", "image")),
+    "anyflow": Family(
+        "AnyFlowPipeline",
+        "AnyFlowTransformer3DModel",
+        takes=("flow_shift",),
+        text={"tokenizer": 512},
+        batched=True,
+    ),
+    # its published files are those of a Wan
+    "chronoedit": Family(
+        "ChronoEditPipeline",
+        **CHRONOEDIT,
+        also="WanImageToVideoPipeline",
+        takes=("flow_shift", "image", "num_temporal_reasoning_steps"),
     ),
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
+COSMOS_SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002}
 
 
 def load_pipeline(
@@ -52,6 +53,7 @@ def load_pipeline(
     absent = absent_expert(path, read_index(path), files)
     parts = ({absent: None} if absent else {}) | dict(parts or {})
     parts |= load_files(path, files, parts, dtype, quantization_config)
+    parts |= _renamed(path, family, parts, dtype, quantization_config)
     pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
@@ -73,6 +75,25 @@ def load_pipeline(
         pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
         pipeline.vae.quant_conv.register_forward_hook(lambda _, args, moments: moments.to(dtype))
     return pipeline.to(device)
+
+
+def _renamed(
+    path: str, family: str, parts: Mapping[str, Any], dtype: torch.dtype, quantization_config: Any
+) -> dict[str, torch.nn.Module]:
+    """Returns the transformer in the family's own class, by name, if model_index.json names another class.
+
+    Raises ValueError if `parts` has one, from a file of weights, which was read as that other class.
+    """
+    import diffusers
+
+    name, index, kind = NAMES[0], read_index(path), FAMILIES[family]
+    if index["_class_name"] == kind.pipeline or index[name][1] == kind.transformer:
+        return {}
+    if name in parts:
+        raise ValueError(f"family {family!r}: weights of its transformer are read from its folder only")
+    chosen = quantization_config.quant_mapping.get(name) if quantization_config else None
+    options = {"subfolder": name, "use_safetensors": True, "quantization_config": chosen}
+    return {name: getattr(diffusers, kind.transformer).from_pretrained(path, dtype=dtype, **options)}
 
 
 def load_files(
@@ -150,6 +171,14 @@ def noise_levels(
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         scheduler = UniPCMultistepScheduler.from_config(settings, **flow)
         scheduler.set_timesteps(steps)
+    elif noise == "own":
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
+        scheduler.set_timesteps(steps)
+    elif noise == "edm":  # levels s of x + s noise, whose share of the noise is s / (1 + s)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings)
+        scheduler.register_to_config(**COSMOS_SIGMAS)
+        scheduler.set_timesteps(sigmas=[step / max(steps - 1, 1) for step in range(steps)])
+        scheduler.sigmas /= 1 + scheduler.sigmas
     else:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
         at = scheduler.config  # the logarithm of a shift that depends on the tokens is linear in them

@@ -44,8 +44,10 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         }
     if generation.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = generation.guidance_scale_2
-    if "frame_rate" in kind.takes:
-        arguments["frame_rate"] = fps
+    if "num_temporal_reasoning_steps" in kind.takes:
+        # in all steps; a video of 5 frames has nothing to reason on
+        arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
+    arguments |= dict.fromkeys({"frame_rate", "fps"}.intersection(kind.takes), fps)
     return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 
 
@@ -64,6 +66,11 @@ def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
 def calls_per_step(family: str, generation: GenerationConfig) -> int:
     """Counts a sample's passes through the transformer in a step, 2 with guidance that is not built in."""
     return 2 if getattr(generation, FAMILIES[family].guidance) > 1 else 1
+
+
+def shared_calls(family: str, generation: GenerationConfig) -> int:
+    """Counts the passes of a step that processes can share, 2 with halves of guidance."""
+    return calls_per_step(family, generation) if FAMILIES[family].halves else 1
 
 
 def check_family(config: Config) -> None:

@@ -17,9 +17,11 @@ from scripts.run.model_info import (
     WAN_IMAGE,
     WAN_TEXT,
     ModelInfo,
+    cosmos_info,
     from_configs,
     hunyuan_video15_info,
     hunyuan_video_info,
+    kandinsky5_info,
     ltx_info,
     mochi_info,
     motif_video_info,
@@ -33,6 +35,7 @@ UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
 LTX_VAE, HUNYUAN15_VAE, QWEN_7B, BYT5_SMALL = 419_193_649, 1_260_634_115, 7_070_619_136, 219_314_944
+QWEN_VL_7B, T5_11B = 8_292_166_656, 4_864_791_552
 WAN_14B = ModelInfo(
     layers=40,
     heads=40,
@@ -46,6 +49,14 @@ WAN_14B = ModelInfo(
 def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
     """Returns Wan 14B with other numbers of weights and other sizes."""
     return replace(WAN_14B, parameters=WAN_14B.parameters | parts, **sizes)
+
+
+def _cosmos(heads: int, layers: int, weights: int) -> ModelInfo:
+    """Returns a Cosmos Predict 2 of this width, depth and number of weights."""
+    sizes = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "mlp_ratio": 4.0}
+    sizes |= {"patch_size": (1, 2, 2), "max_size": (128, 240, 240), "adaln_lora_dim": 256}
+    parts = {"transformer": weights, "text_encoder": T5_11B, "vae": WAN_VAE}
+    return cosmos_info(sizes | {"in_channels": 17, "out_channels": 16}, {}, parts)
 
 
 WAN_I2V_14B = _variant(
@@ -98,6 +109,20 @@ HUB_MODELS = {
     "Wan-AI/Wan2.1-VACE-14B-diffusers": _variant(
         {"transformer": 17_337_592_896}, control_layers=(0, 5, 10, 15, 20, 25, 30, 35)
     ),
+    **dict.fromkeys((f"Skywork/SkyReels-V2-T2V-14B-{size}P-Diffusers" for size in (540, 720)), WAN_14B),
+    **dict.fromkeys(
+        (f"Skywork/SkyReels-V2-I2V-14B-{size}P-Diffusers" for size in (540, 720)),
+        replace(
+            WAN_I2V_14B,
+            parameters=WAN_I2V_14B.parameters
+            | {"image_encoder": CLIP_VISION + 1280 * 1024},  # and a projection
+        ),
+    ),
+    "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers": _variant({"transformer": 14_316_026_944}),
+    "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": _variant(
+        {"transformer": 1_421_752_384}, layers=30, heads=12, ffn=8960
+    ),
+    "nvidia/ChronoEdit-14B-Diffusers": WAN_I2V_14B,
     "hunyuanvideo-community/HunyuanVideo": hunyuan_video_info(
         HUNYUAN_CONFIG, {"block_out_channels": [128]}, HUNYUAN_PARTS | {"text_encoder": LLAMA_8B}
     ),
@@ -123,6 +148,15 @@ HUB_MODELS = {
         LTX_CONFIG,
         LTX_VAE_CONFIG,
         {"transformer": 1_923_385_472, "text_encoder": T5_XXL, "vae": LTX_VAE},
+    ),
+    "nvidia/Cosmos-Predict2-2B-Video2World": _cosmos(16, 28, 1_956_413_440),
+    "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": kandinsky5_info(
+        {"num_visual_blocks": 32, "model_dim": 1792, "axes_dims": (16, 24, 24), "ff_dim": 7168}
+        | {"patch_size": (1, 2, 2), "out_visual_dim": 16},
+        {"block_out_channels": [128]},
+        {"transformer": 2_007_702_848, "text_encoder": QWEN_VL_7B, "text_encoder_2": CLIP_TEXT}
+        | {"vae": HUNYUAN_VAE},
     ),
 }
 # Shifts of scheduler_config.json. Sources disagree on Wan2.1-I2V-14B-720P; Mochi has noise levels of its own.

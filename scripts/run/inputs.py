@@ -77,8 +77,16 @@ def read_inputs(
         UsageError: a file is missing, broken or of another kind; the model needs an image; a mask has no
             video, or more or fewer frames than its video; a video has too few frames.
     """
-    if generation.image is None and "image" in FAMILIES[family].takes and not dry_run:
-        raise UsageError(f"generation.image: got null, but family {family} needs an image; name {IMAGE}")
+    takes = FAMILIES[family].takes
+    goes_on = {"image", "video"} <= set(takes)  # from an image, or a video
+    if "image" in takes and not (generation.image or (goes_on and generation.video) or dry_run):
+        needed = "an image, or generation.video" if goes_on else "an image"
+        raise UsageError(f"generation.image: got null, but family {family} needs {needed}; name {IMAGE}")
+    if goes_on and generation.image and generation.video:
+        raise UsageError(
+            f"generation.video: got {generation.video!r} beside generation.image, but family {family} goes on "
+            "from one of them; set generation.image=null, or generation.video=null"
+        )
     if generation.last_image is None and needs_last and not dry_run:
         raise UsageError(
             f"generation.last_image: got null, but this model needs a first and a last image; name {IMAGE}"
@@ -94,7 +102,7 @@ def read_inputs(
             image = open_image(f"generation.{name}", file)
             arguments[name] = fit(image, generation.height, generation.width)
     if generation.video is not None:
-        arguments |= _read_video(generation)
+        arguments |= _read_video(generation, goes_on)
     files = {name: getattr(generation, name) for name in arguments}
     references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
     if references:
@@ -119,9 +127,12 @@ def open_image(key: str, name: str, ground: str = "black") -> Image.Image:
         raise _unreadable(key, name, error, IMAGE) from error
 
 
-def _read_video(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
-    """Returns `video`, and `mask` if there is one: white from half brightness on."""
-    video, count = _fitted_frames("generation.video", generation.video, generation)
+def _read_video(generation: GenerationConfig, goes_on: bool) -> dict[str, list[Image.Image]]:
+    """Returns `video`, and `mask` if there is one: white from half brightness on.
+
+    `goes_on`: whether the video is only the start of the new one.
+    """
+    video, count = _fitted_frames("generation.video", generation.video, generation, goes_on=goes_on)
     if generation.mask is None:
         return {"video": video}
     mask, _ = _fitted_frames("generation.mask", generation.mask, generation, video_frames=count)
@@ -129,7 +140,11 @@ def _read_video(generation: GenerationConfig) -> dict[str, list[Image.Image]]:
 
 
 def _fitted_frames(
-    key: str, name: str, generation: GenerationConfig, video_frames: int | None = None
+    key: str,
+    name: str,
+    generation: GenerationConfig,
+    video_frames: int | None = None,
+    goes_on: bool = False,
 ) -> tuple[list[Image.Image], int]:
     """Returns the first `num_frames` frames, fitted, and the number of all frames."""
     frames, count = [], 0
@@ -139,7 +154,9 @@ def _fitted_frames(
     wanted = None
     if video_frames not in (None, count):
         wanted = f"{video_frames}, as many as the video"
-    elif count < generation.num_frames:
+    elif goes_on and count >= generation.num_frames:
+        wanted = f"fewer than {generation.num_frames} (generation.num_frames), which begin with them"
+    elif count < generation.num_frames and not goes_on:
         wanted = f"at least {generation.num_frames} (generation.num_frames)"
     if wanted:
         raise UsageError(f"{key}: got {name!r} with {count} frames, must have {wanted}")

@@ -141,12 +141,13 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
 
     files = [Path(path) / name / "config.json" for name in NAMES]
     file = next((file for file in files if file.is_file()), files[0])
-    if path in HUB_MODELS and family == "wan" and "T2V" in path:
+    named = {"_class_name": FAMILIES[family].transformer}
+    if path in HUB_MODELS and family in ("wan", "skyreels_v2", "anyflow") and "T2V" in path:
         model = HUB_MODELS[path]
         sizes = {"num_attention_heads": model.heads, "attention_head_dim": model.head_dim}
-        settings = {"num_layers": model.layers, "ffn_dim": model.ffn} | sizes
-    elif path in HUB_MODELS and not FAMILIES[family].transformer.startswith("Wan"):
-        settings = {"_class_name": FAMILIES[family].transformer}  # whose defaults have the shapes
+        settings = named | {"num_layers": model.layers, "ffn_dim": model.ffn} | sizes
+    elif path in HUB_MODELS and FAMILIES[family].transformer.startswith(("Hunyuan", "Mochi", "LTXVideo")):
+        settings = named  # their defaults have the shapes
     elif file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
     else:

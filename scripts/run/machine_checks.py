@@ -12,6 +12,7 @@ from radial_attn.dispatch import BACKENDS, obstacle
 from radial_attn.kernels.compiler import compiler_problem
 from radial_attn.kernels.contract import QUANTIZE, Call
 from radial_attn.models.parallel.groups import Degrees, import_xfuser
+from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.dense_backend import OURS, dense_obstacle, known_backends
 from scripts.run.config import AttentionConfig, MaskConfig, ModelConfig
 from scripts.run.errors import UsageError, nearest_key
@@ -49,6 +50,11 @@ def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
         module, remedy = LIBRARIES.get(value, ("", ""))
         if module and find_spec(module) is None:
             yield f"model.{key}: got {value!r}, which needs {module}; install it with: {remedy}"
+    if FAMILIES[model.family].guarded and find_spec("cosmos_guardrail") is None:
+        yield (
+            f"model.family: got {model.family!r}, which needs cosmos_guardrail: diffusers and the model's "
+            "licence ask for its check of prompt and video; install it with: pip install cosmos_guardrail"
+        )
 
 
 def missing_kernels(attention: MaskConfig, call: Call, compiled: str, *, radial: bool) -> Iterator[str]:

@@ -11,6 +11,7 @@ from scripts.run.errors import UsageError, one_line
 
 MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE, LTX_TEXT = 6, 256, 512, 257, 128
 MOTIF_TEXT = 512
+KANDINSKY_TEXT, KANDINSKY_POSITIONS = 512, 128
 HUNYUAN15_TEXT = 729 + 256 + 1000  # image, glyphs, prompt
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
 HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252 + 576 // 4}
@@ -52,6 +53,7 @@ class ModelInfo:
         decoder_layers: after the others, always dense over two copies of the video (MotifVideo).
         last_image: "needed" beside the first one, "taken", or "none".
         references: frames of tokens in front of the video, one for each reference image of VACE.
+        order: of the tokens, see `TokenGrid`.
     """
 
     layers: int
@@ -81,6 +83,7 @@ class ModelInfo:
     decoder_layers: int = 0
     last_image: str = "none"
     references: int = 0
+    order: str = "raster"
 
     @property
     def vae_step(self) -> int:
@@ -116,6 +119,7 @@ class ModelInfo:
             size.height // self.vae_pixels // self.patch[1],
             size.width // self.vae_pixels // self.patch[2],
             self.joint_text,
+            self.order,
         )
 
 
@@ -278,12 +282,57 @@ def motif_video_info(
     return replace(model, **wan_vae(vae), **sizes, parameters=parameters)
 
 
+def kandinsky5_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    """Makes a ModelInfo of a Kandinsky 5; with NABLA its tokens are in tiles of 8 x 8."""
+    head, in_tiles = sum(transformer["axes_dims"]), transformer.get("attention_type") == "nabla"
+    return ModelInfo(
+        layers=transformer["num_visual_blocks"],
+        heads=transformer["model_dim"] // head,
+        head_dim=head,
+        ffn=transformer["ff_dim"],
+        patch=tuple(transformer["patch_size"]),
+        latents=transformer["out_visual_dim"],
+        text_tokens=KANDINSKY_TEXT,
+        rope_length=KANDINSKY_POSITIONS,
+        vae_base=vae["block_out_channels"][0],
+        vae_copies=HUNYUAN_COPIES,
+        vae_chunk=HUNYUAN_CHUNK,
+        vae_stride=HUNYUAN_STRIDE,
+        vae_frames=vae.get("temporal_compression_ratio", 4),
+        vae_pixels=vae.get("spatial_compression_ratio", 8),
+        pixel_factor=128 if in_tiles else 16,
+        order="tiles" if in_tiles else "raster",
+        parameters=parameters,
+    )
+
+
+def cosmos_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+    """Makes a ModelInfo of a Cosmos with Wan's VAE. Each token has a time, and modulations of its own."""
+    model = _wan(transformer | {"ffn_dim": 0}, vae, parameters)
+    hidden, lora = int(transformer["mlp_ratio"] * model.width), transformer["adaln_lora_dim"]
+    return replace(
+        model,
+        ffn=hidden + 7 * model.width // 2,  # the memory of modulations, measured
+        token_macs=6 * model.width**2 + 2 * model.width * hidden + 12 * model.width * lora,
+        rope_length=max(s // p for s, p in zip(transformer["max_size"], model.patch, strict=True)),
+        rope_time=None,
+        last_image="none",
+    )
+
+
 READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
+    "SkyReelsV2Transformer3DModel": _wan,
+    "AnyFlowTransformer3DModel": _wan,
+    "ChronoEditTransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": hunyuan_video_info,
     "HunyuanVideo15Transformer3DModel": hunyuan_video15_info,
     "MochiTransformer3DModel": mochi_info,
     "LTXVideoTransformer3DModel": ltx_info,
     "MotifVideoTransformer3DModel": motif_video_info,
+    "Kandinsky5Transformer3DModel": kandinsky5_info,
+    "CosmosTransformer3DModel": cosmos_info,
 }

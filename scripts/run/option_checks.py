@@ -17,13 +17,17 @@ from scripts.run.outputs import check_target
 GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
 CACHES = "first_block|taylorseer|mag|pab"
+UNREGISTERED = "hunyuan_video15|skyreels_v2|skyreels_v2_i2v|chronoedit"
 CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
     f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
-    "model.cache=first_block|mag model.family=hunyuan_video15": "diffusers does not register its blocks",
     "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
     "place of the text",
+    f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
+    f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
+    "model.cache=first_block|mag|pab model.family=kandinsky5": "diffusers asks its blocks for other names",
+    f"model.cache={CACHES} model.family=cosmos2": "diffusers gives its transformer no caches",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",

@@ -24,13 +24,13 @@ def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: i
     neither Ulysses nor ring is given and nothing else fits, a ring shares the rest.
 
     Args:
-        heads: of the model; calls: passes through the transformer in a step, 2 with guidance.
+        heads: of the model; calls: passes through the transformer in a step, 2 with guidance that can be shared.
         prompts: how many videos the run makes, each with a prompt and a seed.
 
     Raises:
         UsageError: the degrees do not make up the processes, or the run has no use for them.
     """
-    halves = "there are no two halves of guidance" if calls == 1 else "guidance has two halves"
+    halves = "there are no two halves of guidance to share" if calls == 1 else "guidance has two halves"
     limits = {
         "cfg_degree": (min(calls, 2), halves),
         "data_degree": (

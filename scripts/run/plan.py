@@ -26,7 +26,7 @@ from scripts.run.attention import (
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step, position_arguments, with_images
+from scripts.run.families import calls_per_step, position_arguments, shared_calls, with_images
 from scripts.run.files import sha256
 from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
 from scripts.run.hub_models import SHIFTS, expert_notes, find_model, planned_boundary, read_model_info
@@ -294,7 +294,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     attention, grid, steps = config.attention, model.grid(generation.size), generation.steps
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
-    options = {"heads": model.heads, "calls": calls_per_step(family, generation)}
+    options = {"heads": model.heads, "calls": shared_calls(family, generation)}
     options |= {"processes": processes, "prompts": len(prompts) * len(generation.all_seeds)}
     degrees = plan_degrees(config.parallel, **options)
     if degrees.ring > 1:

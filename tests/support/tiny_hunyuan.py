@@ -130,18 +130,22 @@ def hunyuan_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo:
     return seeded(seed, AutoencoderKLHunyuanVideo, latent_channels=CHANNELS, **blocks, **attention)
 
 
+def clip() -> CLIPTextConfig:
+    """Makes the configuration of a one-layer CLIP for `clip_tokenizer`."""
+    ends = {"eos_token_id": 1, "bos_token_id": 0}
+    return CLIPTextConfig(vocab_size=64, hidden_size=POOLED_DIM, num_hidden_layers=1, **ends, **ENCODER)
+
+
 def hunyuan_pipeline(seed: int = 0, **changes: object) -> HunyuanVideoPipeline:
     """Makes a random HunyuanVideoPipeline with all parts; `changes` go to its transformer."""
     llama = LlamaConfig(vocab_size=64, hidden_size=TEXT_DIM, num_hidden_layers=4, pad_token_id=0, **ENCODER)
-    ends = {"eos_token_id": 1, "bos_token_id": 0}
-    clip = CLIPTextConfig(vocab_size=64, hidden_size=POOLED_DIM, num_hidden_layers=1, **ends, **ENCODER)
     pipeline = HunyuanVideoPipeline(
         text_encoder=seeded(seed, LlamaModel, llama),
         tokenizer=llama_tokenizer(),
         transformer=hunyuan_transformer(seed, **changes),
         vae=hunyuan_vae(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=CLIPTextModel(clip).eval(),
+        text_encoder_2=CLIPTextModel(clip()).eval(),
         tokenizer_2=clip_tokenizer(),
     )
     return quiet(pipeline)
@@ -177,6 +181,13 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=template, padding_side="right")
 
 
+def qwen(vocabulary: int = 257) -> Qwen2_5_VLTextConfig:
+    """Makes the configuration of a Qwen2.5-VL of text with four layers."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    layers = {"num_hidden_layers": 4, "num_key_value_heads": 1, "rope_parameters": rope, **ENCODER}
+    return Qwen2_5_VLTextConfig(vocab_size=vocabulary, hidden_size=TEXT_DIM, pad_token_id=0, **layers)
+
+
 def hunyuan15_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo15:
     """Makes a random VAE with 4 latent channels, 16 times smaller in space, 4 times in time, in eval mode."""
     sizes = {"latent_channels": CHANNELS, "block_out_channels": (16,) * 5, "layers_per_block": 1}
@@ -185,13 +196,10 @@ def hunyuan15_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo15:
 
 def hunyuan15_pipeline(seed: int = 0, **changes: object) -> HunyuanVideo15Pipeline:
     """Makes a random HunyuanVideo15Pipeline with all parts; `changes` go to its transformer."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    layers = {"num_hidden_layers": 4, "num_key_value_heads": 1, "rope_parameters": rope, **ENCODER}
-    qwen = Qwen2_5_VLTextConfig(vocab_size=257, hidden_size=TEXT_DIM, pad_token_id=0, **layers)
     byt5 = T5Config(**T5 | {"vocab_size": 384, "d_model": GLYPH_DIM})
     channels = {"in_channels": 2 * CHANNELS + 1}  # noise, an image, and where it is
     pipeline = HunyuanVideo15Pipeline(
-        text_encoder=seeded(seed, Qwen2_5_VLTextModel, qwen),
+        text_encoder=seeded(seed, Qwen2_5_VLTextModel, qwen()),
         tokenizer=qwen_tokenizer(),
         transformer=hunyuan15_transformer(seed, **channels | changes),
         vae=hunyuan15_vae(seed),

@@ -1,9 +1,11 @@
-"""A tiny random Kandinsky 5: transformer and arguments of a call."""
+"""A tiny random Kandinsky 5: transformer, arguments of a call, pipeline."""
 
 import torch
-from diffusers import Kandinsky5Transformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+from transformers import CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.support.tiny import CHANNELS, TEXT_DIM, randoms, seeded
+from tests.support.tiny import CHANNELS, TEXT_DIM, quiet, randoms, seeded
+from tests.support.tiny_hunyuan import POOLED_DIM, clip, clip_tokenizer, hunyuan_vae, qwen, qwen_tokenizer
 
 SETTINGS = {
     "in_visual_dim": CHANNELS,
@@ -54,3 +56,24 @@ def kandinsky5_inputs(
         "visual_rope_pos": [torch.arange(size) for size in (frames, height // 2, width // 2)],
         "text_rope_pos": torch.arange(7),
     }
+
+
+def kandinsky5_pipeline(seed: int = 0, **changes: object) -> Kandinsky5T2VPipeline:
+    """Makes a random pipeline of Kandinsky 5 with all parts; `changes` go to its transformer."""
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    vision = {"vision_config": vision | {"out_hidden_size": TEXT_DIM}, "tie_word_embeddings": False}
+    config = Qwen2_5_VLConfig(text_config=qwen(262).to_dict(), **vision)
+    tokenizer = qwen_tokenizer()
+    settings = {"in_text_dim2": POOLED_DIM, "visual_cond": True}
+    pipeline = Kandinsky5T2VPipeline(
+        transformer=kandinsky5_transformer(seed, **settings | changes),
+        vae=hunyuan_vae(seed),
+        text_encoder=seeded(seed, Qwen2_5_VLForConditionalGeneration, config),
+        tokenizer=tokenizer,
+        text_encoder_2=seeded(seed, CLIPTextModel, clip()),
+        tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+    # The template must have 128 tokens or more, and the prompt must begin before the limit of 640.
+    tokenizer.add_tokens(pipeline.prompt_template.split("\n")[:5])
+    return quiet(pipeline)

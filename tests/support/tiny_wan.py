@@ -14,6 +14,7 @@ from tests.support.tiny import CHANNELS, WAN, assemble, randoms, seeded, wan_inp
 
 CONTROL = 2 * CHANNELS + 64  # channels: inactive, reactive, and the mask's 8 x 8 pixels
 IMAGE_DIM = 16
+OF_IMAGE = {"in_channels": 2 * CHANNELS + 4, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 24}
 
 
 def vace_transformer(seed: int = 0, **changes: object) -> WanVACETransformer3DModel:
@@ -38,17 +39,20 @@ def image_encoder(seed: int = 0) -> CLIPVisionModel:
     return seeded(seed, CLIPVisionModel, config)
 
 
+def image_processor() -> CLIPImageProcessor:
+    """Makes what prepares images for `image_encoder`."""
+    return CLIPImageProcessor(crop_size=16, size=16)
+
+
 def i2v_pipeline(seed: int = 0, last: bool = False) -> WanImageToVideoPipeline:
     """Makes one like Wan2.1 I2V, image embeddings in cross-attention; `last`: of two images, as FLF2V."""
-    channels = {"in_channels": 2 * CHANNELS + 4, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 24}
-    if last:
-        channels["pos_embed_seq_len"] = 2 * 5  # of each image 4 patches and the class
+    last_image = {"pos_embed_seq_len": 2 * 5} if last else {}  # of each image 4 patches and the class
     return assemble(
         WanImageToVideoPipeline,
         seed,
-        transformer=wan_transformer(seed, **channels),
+        transformer=wan_transformer(seed, **OF_IMAGE, **last_image),
         image_encoder=image_encoder(seed),
-        image_processor=CLIPImageProcessor(crop_size=16, size=16),
+        image_processor=image_processor(),
     )
 
 

@@ -1,14 +1,21 @@
-"""Tiny random transformers that diffusers copied from Wan, and the arguments of their calls."""
+"""Tiny random models that diffusers copied from Wan, the arguments of their calls, and pipelines."""
 
 import torch
 from diffusers import (
+    AnyFlowPipeline,
     AnyFlowTransformer3DModel,
+    ChronoEditPipeline,
     ChronoEditTransformer3DModel,
+    FlowMapEulerDiscreteScheduler,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     WanAnimateTransformer3DModel,
 )
+from transformers import CLIPVisionModelWithProjection
 
-from tests.support.tiny import CHANNELS, WAN, randoms, seeded, wan_inputs
+from tests.support.tiny import CHANNELS, WAN, assemble, randoms, seeded, wan_inputs
+from tests.support.tiny_wan import OF_IMAGE, image_encoder, image_processor
 
 PATCH = {"patch_size": (1, 2, 2)}
 FACE = 16  # pixels of a side
@@ -68,3 +75,30 @@ def animate_inputs(
         "pose_hidden_states": make(batch, CHANNELS, frames - 1, height, width),
         "face_pixel_values": make(batch, 3, 4 * (frames - 2) + 1, FACE, FACE),
     }
+
+
+def skyreels_pipeline(seed: int = 0) -> SkyReelsV2Pipeline:
+    """Makes a random SkyReelsV2Pipeline with all parts."""
+    return assemble(SkyReelsV2Pipeline, seed, transformer=skyreels_transformer(seed))
+
+
+def skyreels_image_pipeline(seed: int = 0) -> SkyReelsV2ImageToVideoPipeline:
+    """Makes one from an image, whose encoder has a projection that it leaves out."""
+    encoder = seeded(seed, CLIPVisionModelWithProjection, image_encoder().config)
+    parts = {"image_encoder": encoder, "image_processor": image_processor()}
+    return assemble(
+        SkyReelsV2ImageToVideoPipeline, seed, transformer=skyreels_transformer(seed, **OF_IMAGE), **parts
+    )
+
+
+def anyflow_pipeline(seed: int = 0) -> AnyFlowPipeline:
+    """Makes a random AnyFlowPipeline with its own scheduler."""
+    pipeline = assemble(AnyFlowPipeline, seed, transformer=anyflow_transformer(seed))
+    pipeline.scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
+    return pipeline
+
+
+def chronoedit_pipeline(seed: int = 0) -> ChronoEditPipeline:
+    """Makes a random ChronoEditPipeline with all parts."""
+    parts = {"image_encoder": image_encoder(seed), "image_processor": image_processor()}
+    return assemble(ChronoEditPipeline, seed, transformer=chronoedit_transformer(seed, **OF_IMAGE), **parts)

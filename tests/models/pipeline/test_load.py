@@ -7,12 +7,18 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import (
+    ChronoEditTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
 from safetensors.torch import load_file, save_file
 
 from radial_attn.models.pipeline.load import check_model, flow_scheduler, load_pipeline
 from tests.support.pipelines import generate
 from tests.support.tiny import quiet, wan_pipeline
+from tests.support.tiny_wan import i2v_pipeline
 
 
 @pytest.fixture
@@ -78,6 +84,17 @@ def test_one_expert_of_two_makes_every_step(absent, listed, tmp_path):
     shutil.rmtree(tmp_path / ("transformer_2" if absent == "transformer" else "transformer"))
     with pytest.raises(FileNotFoundError, match="lacks transformer"):
         check_model(str(tmp_path), "wan")
+
+
+def test_files_of_a_wan_are_a_chronoedit(tmp_path):
+    """The published ones name Wan's classes; weights are the same, but not the positions."""
+    i2v_pipeline().save_pretrained(tmp_path)
+    load = partial(load_pipeline, str(tmp_path), "chronoedit", torch.bfloat16, "cpu")
+    transformer = load().transformer
+    assert type(transformer) is ChronoEditTransformer3DModel and transformer.dtype == torch.bfloat16
+    shutil.copy(tmp_path / WEIGHTS, tmp_path / "alone.safetensors")
+    with pytest.raises(ValueError, match="'chronoedit': weights of its transformer are read from its folder"):
+        load(files={"transformer": tmp_path / "alone.safetensors"})
 
 
 WEIGHTS, INDEX = "transformer/diffusion_pytorch_model.safetensors", "model_index.json"

@@ -29,12 +29,18 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
+RELATIVES = {"VACE": "WanVACE", "SkyReels": "SkyReelsV2", "AnyFlow": "AnyFlow", "ChronoEdit": "ChronoEdit"}
+FROM_IMAGE = ("nvidia/ChronoEdit", "Skywork/SkyReels-V2-I2V")
+
 
 def wan(name: str, model: ModelInfo) -> torch.nn.Module:
-    cls = diffusers.WanVACETransformer3DModel if "VACE" in name else diffusers.WanTransformer3DModel
+    start = next((start for start in RELATIVES if start in name), "")
+    cls = getattr(diffusers, f"{RELATIVES.get(start, 'Wan')}Transformer3DModel")
     kind = "-".join(name.removeprefix("Wan-AI/").split("-")[:2])
+    if name.startswith(FROM_IMAGE):
+        kind = "Wan2.1-I2V"
     return cls(
-        **WAN_INPUTS.get(kind, {}),
+        **{"text_dim": 4096} | WAN_INPUTS.get(kind, {}),
         num_layers=model.layers,
         num_attention_heads=model.heads,
         attention_head_dim=model.head_dim,
@@ -84,10 +90,32 @@ def qwen() -> torch.nn.Module:
     return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**sizes, **heads))
 
 
+def qwen_vl() -> torch.nn.Module:
+    """Builds Qwen2.5-VL-7B with its eyes and its head."""
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+    text, sizes = qwen().config.to_dict(), {"vision_config": vision, "tie_word_embeddings": False}
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, **sizes)
+    )
+
+
+def clip_text() -> torch.nn.Module:
+    """Builds the text encoder of CLIP-L."""
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
+
+
 def byt5() -> torch.nn.Module:
     """Builds the encoder of ByT5 small, with the colours and fonts of Glyph-SDXL among its tokens."""
     sizes = {"vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
+
+
+def motif() -> torch.nn.Module:
+    """Builds the transformer of MotifVideo 2B."""
+    layers = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
+    texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
+    return diffusers.MotifVideoTransformer3DModel(**layers, **texts)
 
 
 def t5_gemma() -> torch.nn.Module:
@@ -103,10 +131,12 @@ def t5_gemma() -> torch.nn.Module:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    if name.startswith("Wan-AI"):
+    if name.startswith(("Wan-AI", "nvidia/Chrono", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name or "FLF2V" in name:
-            built["image_encoder"] = transformers.CLIPVisionModel(clip_vision(image_size=224))
+        if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
+            kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
+            vision = clip_vision(image_size=224, projection_dim=1024)
+            built["image_encoder"] = getattr(transformers, kind)(vision)
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "HunyuanVideo-1.5" in name:
         return {
@@ -118,32 +148,36 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     if "Hunyuan" in name:
         image = "I2V" in name
         condition = "token_replace" if image else None
-        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         return {
             "transformer": diffusers.HunyuanVideoTransformer3DModel(image_condition_type=condition),
             "text_encoder": llava() if image else llama(),
-            "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
+            "text_encoder_2": clip_text(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
-    if "Motif" in name:
-        texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
+    if "Kandinsky" in name:
+        channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
         return {
-            "transformer": diffusers.MotifVideoTransformer3DModel(
-                num_attention_heads=12, num_layers=12, num_single_layers=24, num_decoder_layers=8, **texts
-            ),
-            "text_encoder": t5_gemma(),
-            "vae": diffusers.AutoencoderKLWan(),
+            "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
+            "text_encoder": qwen_vl(),
+            "text_encoder_2": clip_text(),
+            "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
-    if "LTX" in name:
-        return {
-            "transformer": diffusers.LTXVideoTransformer3DModel(),
-            "text_encoder": t5("T5", 32128),
-            "vae": diffusers.AutoencoderKLLTXVideo(),
-        }
+    if "Motif" in name or "Cosmos" in name:
+        sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
+        heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
+        if "Motif" in name:
+            built = {"transformer": motif(), "text_encoder": t5_gemma()}
+        else:
+            built = {
+                "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
+                "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
+            }
+        return built | {"vae": diffusers.AutoencoderKLWan()}
+    kind = "LTXVideo" if "LTX" in name else "Mochi"
     return {
-        "transformer": diffusers.MochiTransformer3DModel(),
+        "transformer": getattr(diffusers, f"{kind}Transformer3DModel")(),
         "text_encoder": t5("T5", 32128),
-        "vae": diffusers.AutoencoderKLMochi(),
+        "vae": getattr(diffusers, f"AutoencoderKL{kind}")(),
     }
 
 

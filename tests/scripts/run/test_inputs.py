@@ -21,6 +21,7 @@ from tests.support.tiny_hunyuan import hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
 from tests.support.tiny_motif import motif_image_pipeline, motif_pipeline
 from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
+from tests.support.tiny_wan_relatives import chronoedit_pipeline, skyreels_image_pipeline
 
 WAN, HUNYUAN, TEXT = "configs/wan2.1_i2v_14b_480p.yaml", "configs/hunyuan_i2v.yaml", "configs/wan_tiny.yaml"
 FRAMES = ["generation.num_frames=9"]
@@ -55,6 +56,8 @@ RUNS = {
     "wan2.2": (a14b_i2v_pipeline, ["configs/wan2.2_i2v_a14b.yaml"]),
     "wan2.2 last": (a14b_i2v_pipeline, ["configs/wan2.2_i2v_a14b.yaml", LAST]),
     "wan2.2 5B": (ti2v, [WAN]),
+    "skyreels": (skyreels_image_pipeline, ["configs/skyreels_v2_i2v_14b.yaml"]),
+    "chronoedit": (chronoedit_pipeline, ["configs/chronoedit_14b.yaml"]),
     "ltx": (ltx_image_pipeline, ["configs/ltx_i2v.yaml"]),
     "ltx of text": (ltx_pipeline, ["configs/ltx_i2v.yaml"]),  # whose folder has all parts
     "motif": (motif_image_pipeline, ["configs/motif_i2v.yaml"]),

@@ -1,0 +1,113 @@
+"""Cosmos Predict 2 through the command: from an image or a video, under the eyes of a safety checker."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.cosmos import pipeline_cosmos2_video2world
+from PIL import Image
+
+from radial_attn.models.pipeline.load import noise_levels
+from scripts.generate import main
+from scripts.run.config import read_config
+from scripts.run.plan import make_plan
+from scripts.run.sampler import Sampler
+from tests.support.script_cases import SMALL, refused
+from tests.support.tiny_cosmos import Harmless, cosmos_pipeline
+
+PRESET, FRAMES = "configs/cosmos_predict2_2b.yaml", ["generation.num_frames=9"]
+DENSE = ["attention.pattern=dense", "attention.check=off"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """Makes a folder with a model, an image, and folders of 5 and 9 frames."""
+    folder = tmp_path_factory.mktemp("cosmos")
+    pipeline = cosmos_pipeline()
+    pipeline.save_pretrained(folder / "model")
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    Image.fromarray(frames[0]).save(folder / "a.png")
+    for count in (5, 9):
+        (folder / f"{count}").mkdir()
+        for number in range(count):
+            Image.fromarray(frames[number]).save(folder / f"{count}/{number}.png")
+    return folder
+
+
+@pytest.fixture
+def guardrail(tmp_path, monkeypatch) -> list:
+    """Installs a safety checker for the pipeline; returns what it reads and sees."""
+    seen: list = []
+
+    class Watching(Harmless):
+        def check_text_safety(self, prompt: str) -> bool:
+            seen.append(prompt)
+            return "weapon" not in prompt
+
+        def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
+            seen.append(frames.shape)
+            return frames
+
+    (tmp_path / "cosmos_guardrail.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pipeline_cosmos2_video2world, "CosmosSafetyChecker", Watching)
+    return seen
+
+
+def argv(here: Path, *words: str) -> list[str]:
+    return [PRESET, *SMALL, *FRAMES, f"model.path={here / 'model'}", *words]
+
+
+@pytest.mark.parametrize("key", ["image=a.png", "video=5"])
+def test_from_an_image_or_a_video(key, here, guardrail, tmp_path):
+    name, file = key.split("=")
+    words = [f"generation.{name}={here / file}", f"output.path={tmp_path / 'out.mp4'}"]
+    assert main(argv(here, *words)) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["inputs"][name]["file"] == file and record["attention"]["grid"] == [3, 4, 4]
+    assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
+    assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+    assert guardrail == [record["prompt"], (9, 64, 64, 3)]
+
+
+@pytest.mark.parametrize("key", ["image=a.png", "video=5"])
+def test_a_dense_run_is_that_of_diffusers(key, here, guardrail):
+    name, file = key.split("=")
+    plan = make_plan(read_config(PRESET, argv(here, *DENSE, f"generation.{name}={here / file}")[1:]))
+    generation, sampler = plan.config.generation, Sampler(plan)
+    loaded = sampler.load()
+    frames, run = sampler.sample_video(loaded, generation.prompt, {})
+    expected = cosmos_pipeline()(
+        prompt=generation.prompt,
+        **plan.inputs.arguments,
+        **{name: getattr(generation, name) for name in ("negative_prompt", "height", "width", "num_frames")},
+        num_inference_steps=3,
+        fps=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames[0]
+    assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
+    assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 3
+    levels = loaded.scheduler.sigmas[:3] / (1 + loaded.scheduler.sigmas[:3])
+    assert plan.sigmas == pytest.approx(levels.tolist())
+    assert plan.sigmas == noise_levels(plan.path, "cosmos2", 3, None, 1)
+
+
+def test_an_unsafe_prompt_makes_no_video(here, guardrail, tmp_path, capsys):
+    words = ["generation.prompt=a weapon", f"output.path={tmp_path / 'out.mp4'}"]
+    assert main(argv(here, *words, f"generation.image={here / 'a.png'}")) == 2
+    assert "Cosmos Guardrail detected unsafe text" in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_without_a_guardrail_the_line_says_how_to_install_it(here, capsys):
+    line = refused(capsys, argv(here, f"generation.image={here / 'a.png'}"), "model.family: got 'cosmos2'")
+    assert line.endswith("install it with: pip install cosmos_guardrail")
+
+
+def test_a_video_that_is_too_long_or_beside_an_image_is_refused(here, guardrail, capsys):
+    image, video = f"generation.image={here / 'a.png'}", f"generation.video={here / '9'}"
+    refused(capsys, argv(here, video), "generation.video: got", "with 9 frames, must have fewer than 9")
+    refused(capsys, argv(here, image, video), "generation.video: got", "beside generation.image")
