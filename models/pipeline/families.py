@@ -13,10 +13,11 @@ class Family:
         also: name of another class whose folders may hold all of its parts, even if they name another class
             for its transformer.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
-            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its `guidance_scale` is built in.
+            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its
+            `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
         noise: how the noise levels of a run are made, see `load.noise_levels`: "flow" by the pipeline, "own"
-            by the scheduler, "edm" on its scale of Karras. "unipc": UniPC on flow sigmas also replaces the model's own scheduler.
+            by the scheduler, "edm" as Karras. "unipc": UniPC on flow sigmas also replaces the scheduler.
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.

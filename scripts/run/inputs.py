@@ -75,17 +75,18 @@ def read_inputs(
 
     Raises:
         UsageError: a file is missing, broken or of another kind; the model needs an image; a mask has no
-            video, or more or fewer frames than its video; a video has too few frames.
+            video, or more or fewer frames than its video; a video has too few frames, or too many to go on.
     """
     takes = FAMILIES[family].takes
     goes_on = {"image", "video"} <= set(takes)  # from an image, or a video
-    if "image" in takes and not (generation.image or (goes_on and generation.video) or dry_run):
+    given = generation.image if generation.image is not None or not goes_on else generation.video
+    if "image" in takes and given is None and not dry_run:
         needed = "an image, or generation.video" if goes_on else "an image"
         raise UsageError(f"generation.image: got null, but family {family} needs {needed}; name {IMAGE}")
-    if goes_on and generation.image and generation.video:
+    if goes_on and None not in (generation.image, generation.video):
         raise UsageError(
-            f"generation.video: got {generation.video!r} beside generation.image, but family {family} goes on "
-            "from one of them; set generation.image=null, or generation.video=null"
+            f"generation.video: got {generation.video!r} beside generation.image, but family {family} goes "
+            "on from one of them; set generation.image=null, or generation.video=null"
         )
     if generation.last_image is None and needs_last and not dry_run:
         raise UsageError(

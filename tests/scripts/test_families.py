@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from radial_attn import TokenGrid
 from scripts.generate import main
 from scripts.run.config import read_config
 from scripts.run.plan import make_plan
@@ -98,3 +99,18 @@ def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
     ).frames[0]
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
     assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 3
+
+
+def test_kandinsky_with_nabla_keeps_its_tiles_of_tokens(tmp_path):
+    """Its sizes are multiples of 128 pixels, a tile of 8 x 8 tokens."""
+    window = {"attention_wT": 3, "attention_wW": 3, "attention_wH": 3, "attention_add_sta": True}
+    nabla = {"attention_type": "nabla", "attention_P": 0.9, "attention_method": "topcdf"} | window
+    kandinsky5_pipeline(**nabla).save_pretrained(tmp_path)
+    keys = [*SMALL, "generation.num_frames=9", "generation.height=128", "generation.width=256"]
+    plan = make_plan(read_config("configs/kandinsky5_t2v_lite.yaml", [*keys, f"model.path={tmp_path}"]))
+    assert plan.grid == TokenGrid(3, 8, 16, order="tiles") and plan.model.size_factor(2) == 128
+    sampler = Sampler(plan)
+    _, run = sampler.sample_video(sampler.load(), plan.config.generation.prompt, {})
+    assert run["attention"]["grid"] == [3, 8, 16]
+    assert run["attention"]["density"] == pytest.approx(plan.density)
+    assert run["attention"]["check"]["worst"]["relative_l2"] < 1e-5

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import diffusers
 import pytest
@@ -111,13 +112,6 @@ def byt5() -> torch.nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
-def motif() -> torch.nn.Module:
-    """Builds the transformer of MotifVideo 2B."""
-    layers = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
-    texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
-    return diffusers.MotifVideoTransformer3DModel(**layers, **texts)
-
-
 def t5_gemma() -> torch.nn.Module:
     """Builds the encoder of T5Gemma 2 with 4B weights, SigLIP's vision tower included."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
@@ -130,8 +124,42 @@ def t5_gemma() -> torch.nn.Module:
     return transformers.T5Gemma2Encoder(config)
 
 
+def motif() -> dict[str, torch.nn.Module]:
+    """Builds the parts of MotifVideo 2B."""
+    layers = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
+    texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
+    transformer = diffusers.MotifVideoTransformer3DModel(**layers, **texts)
+    return {"transformer": transformer, "text_encoder": t5_gemma(), "vae": diffusers.AutoencoderKLWan()}
+
+
+def kandinsky() -> dict[str, torch.nn.Module]:
+    """Builds the parts of Kandinsky 5.0 Lite."""
+    channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
+    return {
+        "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
+        "text_encoder": qwen_vl(),
+        "text_encoder_2": clip_text(),
+        "vae": diffusers.AutoencoderKLHunyuanVideo(),
+    }
+
+
+def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
+    """Builds the parts of a Cosmos Predict 2 with the encoder of T5-11B."""
+    sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
+    heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
+    return {
+        "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
+        "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
+        "vae": diffusers.AutoencoderKLWan(),
+    }
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    if name.startswith(("Wan-AI", "nvidia/Chrono", "nvidia/AnyFlow", "Skywork")):
+    makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model)}
+    for kind, make in makers.items():
+        if kind in name:
+            return make()
+    if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
         if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
             kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
@@ -154,30 +182,16 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder_2": clip_text(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
-    if "Kandinsky" in name:
-        channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
+    if "LTX" in name:
         return {
-            "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
-            "text_encoder": qwen_vl(),
-            "text_encoder_2": clip_text(),
-            "vae": diffusers.AutoencoderKLHunyuanVideo(),
+            "transformer": diffusers.LTXVideoTransformer3DModel(),
+            "text_encoder": t5("T5", 32128),
+            "vae": diffusers.AutoencoderKLLTXVideo(),
         }
-    if "Motif" in name or "Cosmos" in name:
-        sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
-        heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
-        if "Motif" in name:
-            built = {"transformer": motif(), "text_encoder": t5_gemma()}
-        else:
-            built = {
-                "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
-                "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
-            }
-        return built | {"vae": diffusers.AutoencoderKLWan()}
-    kind = "LTXVideo" if "LTX" in name else "Mochi"
     return {
-        "transformer": getattr(diffusers, f"{kind}Transformer3DModel")(),
+        "transformer": diffusers.MochiTransformer3DModel(),
         "text_encoder": t5("T5", 32128),
-        "vae": getattr(diffusers, f"AutoencoderKL{kind}")(),
+        "vae": diffusers.AutoencoderKLMochi(),
     }
 
 

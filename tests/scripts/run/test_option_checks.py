@@ -30,7 +30,9 @@ from scripts.run.plan import make_plan
 from tests.support.long import all_but
 from tests.support.plans import FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_pipeline, wan_transformer
+from tests.support.tiny_cosmos import cosmos_pipeline
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_motif import motif_pipeline
@@ -48,6 +50,8 @@ FAMILIES = {
     "ltx": (ltx_pipeline, {"num_frames": 5}),
     "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
     "motif_video": (motif_pipeline, {"num_frames": 9}),
+    "kandinsky5": (kandinsky5_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
+    "cosmos2": (cosmos_pipeline, {"num_frames": 9, "image": IMAGE}),
     "skyreels_v2": (skyreels_pipeline, {"num_frames": 9}),
     "anyflow": (anyflow_pipeline, {"num_frames": 9}),
     "chronoedit": (chronoedit_pipeline, {"image": IMAGE}),
@@ -82,6 +86,10 @@ MATRIX = [
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
     ("motif_video", "group", "fp8", "none", "taylorseer", False),
     ("motif_video", "model", "none", "blocks", "none", True),
+    ("kandinsky5", "group", "fp8", "none", "taylorseer", False),
+    ("kandinsky5", "model", "none", "blocks", "none", False),
+    ("cosmos2", "group", "fp8", "none", "none", False),
+    ("cosmos2", "model", "none", "blocks", "none", False),
     ("skyreels_v2", "group", "fp8", "none", "taylorseer", False),
     ("anyflow", "group", "fp8", "none", "none", False),
     ("anyflow", "model", "none", "blocks", "none", True),
