@@ -22,6 +22,7 @@ class Family:
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
         sized_by_image: a call takes no height and width, and derives them from the image.
+        image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
         halves: whether two processes can share guidance: a step has no further passes, and the pipeline reads
@@ -39,6 +40,7 @@ class Family:
     single: bool = False
     tiled_vae: bool = False
     sized_by_image: bool = False
+    image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
     halves: bool = True
@@ -59,6 +61,8 @@ LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, 
 LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
 LTX2 |= {"halves": False, "whole_in_fp8": 0.0}
 LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
+MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
+MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
@@ -90,6 +94,14 @@ FAMILIES = {
         **HUNYUAN15,
         takes=("flow_shift", "image"),
         sized_by_image=True,
+    ),
+    "motif_video": Family("MotifVideoPipeline", **MOTIF, takes=("flow_shift",)),
+    "motif_video_i2v": Family(
+        "MotifVideoImage2VideoPipeline",
+        **MOTIF,
+        also="MotifVideoPipeline",
+        takes=("flow_shift", "image"),
+        image_tokens=4096,  # patches of 14 pixels in 896 x 896
     ),
     "kandinsky5": Family(
         "Kandinsky5T2VPipeline",

@@ -26,6 +26,7 @@ from scripts.run.model_info import (
     ltx_info,
     mochi_info,
     wan_animate_info,
+    motif_video_info,
     wan_time,
 )
 
@@ -85,6 +86,8 @@ HUNYUAN15 = hunyuan_video15_info(
 HUNYUAN15_I2V = replace(HUNYUAN15, parameters=HUNYUAN15.parameters | {"image_encoder": SIGLIP})
 ANIMATE_CONFIG = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
 ANIMATE_CONFIG |= {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 16, "image_dim": 1280}
+MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
+MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -154,6 +157,12 @@ HUB_MODELS = {
         MOCHI_CONFIG,
         {"decoder_block_out_channels": [128]},
         {"transformer": 10_027_677_744, "text_encoder": T5_XXL, "vae": MOCHI_VAE},
+    ),
+    # its transformer's numbers are those of the model card: its config.json was not at hand
+    "Motif-Technologies/Motif-Video-2B": motif_video_info(
+        MOTIF_CONFIG | {"enable_text_cross_attention_single": True},
+        {},
+        {"transformer": 2_037_809_600, "text_encoder": 4_299_918_192, "vae": WAN_VAE},
     ),
     "Lightricks/LTX-Video": ltx_info(
         LTX_CONFIG,

@@ -133,8 +133,8 @@ def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, fl
 
 def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig) -> float:
     """Predicts a block's feed-forward: two hidden tensors, residual stream, float32 temporaries; measured."""
-    size = DTYPE_BYTES[options.dtype]
-    return grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
+    size, copies = DTYPE_BYTES[options.dtype], 2 if model.decoder_layers else 1
+    return copies * grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
 
 
 def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: int) -> float:

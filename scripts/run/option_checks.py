@@ -32,6 +32,8 @@ CLASHES = {  # values of two keys that do not work together -> why
     "them again",
     f"model.cache={CACHES} model.family=wan_vace|wan_animate": "its control is added between the blocks",
     f"model.cache={CACHES} model.family=ltx2|ltx2_i2v": "a block also has sound, which caches do not keep",
+    "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
+    "place of the text",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
     "model.cache=first_block|mag|pab model.family=kandinsky5": "diffusers asks its blocks for other names",
@@ -42,6 +44,11 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.quantization=fp8|int8|nf4 model.offload=sequential": "both replace a layer's weights as it runs",
     "model.quantization=fp8 model.compile=blocks": "each cast would break the graph",
     "model.offload=sequential model.compile=blocks": "moving a layer would break the graph",
+}
+UNSHARED = {  # families whose tokens stay in one process -> why
+    "ltx_i2v": "tokens have timesteps of their own",
+    "motif_video": "decoder needs all tokens",
+    "motif_video_i2v": "decoder needs all tokens",
 }
 
 
@@ -197,10 +204,11 @@ def check_ring(attention: AttentionConfig, model: ModelConfig) -> None:
 
 def check_shared(config: Config, degrees: Degrees) -> None:
     """Raises UsageError for options that several processes do not support."""
-    if config.model.family == "ltx_i2v" and degrees.ulysses * degrees.ring > 1:
+    family = config.model.family
+    if family in UNSHARED and degrees.ulysses * degrees.ring > 1:
         raise UsageError(
-            "model.family: got 'ltx_i2v', whose tokens have timesteps of their own and are not shared by "
-            "processes; set parallel.ulysses_degree=1 parallel.ring_degree=1"
+            f"model.family: got {family!r}, whose {UNSHARED[family]}, so they stay in one process; set "
+            "parallel.ulysses_degree=1 parallel.ring_degree=1"
         )
     if config.generation.segments > 1 and degrees.processes > degrees.data:
         raise UsageError(

@@ -290,7 +290,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
-    model = with_conditions(with_loras(model, loras), generation)
+    model = with_conditions(with_loras(model, loras), family, generation)
     attention, grid, steps = config.attention, model.grid(generation.size), generation.steps
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))

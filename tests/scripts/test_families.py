@@ -26,6 +26,7 @@ from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_ltx2 import RATE, ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_motif import motif_image_pipeline, motif_pipeline
 from tests.support.tiny_wan_relatives import (
     animate_pipeline,
     anyflow_pipeline,
@@ -46,10 +47,12 @@ RUNS = {
     "ltx_t2v": (ltx_pipeline, ["generation.num_frames=5", "generation.height=32"]),
     "ltx2_t2v": (ltx2_pipeline, ["generation.num_frames=13", "generation.height=32"]),
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
+    "motif_t2v": (motif_pipeline, ["generation.num_frames=9"]),
     "skyreels_v2_t2v_14b": (skyreels_pipeline, ["generation.num_frames=9"]),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
 }
 FROM_IMAGE = {
+    "motif_i2v": (motif_image_pipeline, ["generation.num_frames=9"]),
     "chronoedit_14b": (chronoedit_pipeline, ["generation.num_frames=13"]),
     "skyreels_v2_i2v_14b": (skyreels_image_pipeline, ["generation.num_frames=9"]),
 }
@@ -104,6 +107,8 @@ def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls
         ("hunyuan15_t2v", {}),
         ("kandinsky5_t2v_lite", {}),
         ("anyflow_t2v_14b", {}),
+        ("motif_t2v", {}),
+        ("motif_i2v", {}),
         ("chronoedit_14b", {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 3}),
         ("chronoedit_14b", {"num_frames": 5}),
         ("skyreels_v2_t2v_14b", {"guidance_scale": 6.0}),
@@ -111,9 +116,10 @@ def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls
     ],
 )
 def test_a_dense_run_is_that_of_diffusers(preset, given, tmp_path):
-    """Calls the pipeline by its own arguments; HunyuanVideo 1.5 has guidance 6 in its guider."""
+    """Calls the pipeline by its own arguments; guidance of two families is in their guider."""
     build, options = (RUNS | FROM_IMAGE)[preset]
     pipeline, keys = build(), [f"model.path={tmp_path}", "attention.pattern=dense", "attention.check=off"]
+    keys += ["generation.guidance_scale=7.5", "generation.flow_shift=null"] if "motif" in preset else []
     pipeline.save_pretrained(tmp_path)
     if preset in FROM_IMAGE:
         given = given | {"image": Image.linear_gradient("L").resize((64, 64)).convert("RGB")}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import diffusers
 import pytest
@@ -129,6 +130,26 @@ def byt5() -> torch.nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
+def t5_gemma() -> torch.nn.Module:
+    """Builds the encoder of T5Gemma 2 with 4B weights, SigLIP's vision tower included."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "vocab_size": 262144}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 896}
+    vision |= {"num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    config = transformers.T5Gemma2EncoderConfig(
+        text_config=heads | text | {"dropout_rate": 0.0}, vision_config=vision, dropout_rate=0.0
+    )
+    return transformers.T5Gemma2Encoder(config)
+
+
+def motif() -> dict[str, torch.nn.Module]:
+    """Builds the parts of MotifVideo 2B."""
+    layers = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
+    texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
+    transformer = diffusers.MotifVideoTransformer3DModel(**layers, **texts)
+    return {"transformer": transformer, "text_encoder": t5_gemma(), "vae": diffusers.AutoencoderKLWan()}
+
+
 def kandinsky() -> dict[str, torch.nn.Module]:
     """Builds the parts of Kandinsky 5.0 Lite."""
     channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
@@ -175,8 +196,10 @@ def ltx(name: str) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    if "Kandinsky" in name or "Cosmos" in name:
-        return kandinsky() if "Kandinsky" in name else cosmos(model)
+    makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model)}
+    for kind, make in makers.items():
+        if kind in name:
+            return make()
     if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
         if any(kind in name for kind in ("Wan2.1-I2V", "FLF2V", "Animate", *FROM_IMAGE)):

@@ -20,6 +20,7 @@ from tests.support.tiny import CHANNELS
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
 from tests.support.tiny_ltx2 import ltx2_image_pipeline
+from tests.support.tiny_motif import motif_image_pipeline, motif_pipeline
 from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
 from tests.support.tiny_wan_relatives import chronoedit_pipeline, skyreels_image_pipeline
 
@@ -64,6 +65,8 @@ RUNS = {
     "ltx of text": (ltx_pipeline, ["configs/ltx_i2v.yaml"]),  # whose folder has all parts
     "hunyuan15": (hunyuan15_image_pipeline, ["configs/hunyuan15_i2v.yaml"]),  # its size is the image's
     "ltx2": (ltx2_image_pipeline, ["configs/ltx2_i2v.yaml"]),
+    "motif": (motif_image_pipeline, ["configs/motif_i2v.yaml"]),
+    "motif of text": (motif_pipeline, ["configs/motif_i2v.yaml"]),
     "hunyuan": (lambda: hunyuan_image_pipeline("token_replace", image_size=336), [HUNYUAN]),
     "hunyuan 33ch": (lambda: hunyuan_image_pipeline("latent_concat", image_size=336), [HUNYUAN]),
 }
@@ -101,6 +104,13 @@ def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
     side = {"wan2.2 5B": 2, "ltx": 16, "ltx of text": 16, "ltx2": 16}.get(name, 4)
     assert record["attention"]["grid"] == [3, side, side]
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
+
+
+def test_motif_video_from_an_image_in_bfloat16(tmp_path):
+    """Its pipeline gives the VAE, which is in float32, an image in the dtype of the transformer."""
+    argv = ["configs/motif_i2v.yaml", *SMALL, *FRAMES, *saved(motif_image_pipeline, tmp_path)]
+    argv += ["model.dtype=bfloat16", "attention.check=nan"]
+    assert main([*argv, f"generation.image={picture(tmp_path / 'cat.png')}"]) == 0
 
 
 def test_the_last_image_changes_the_video_and_a_model_that_needs_it_says_so(tmp_path, capsys):
