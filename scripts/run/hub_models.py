@@ -25,8 +25,8 @@ from scripts.run.model_info import (
     ltx2_info,
     ltx_info,
     mochi_info,
-    wan_animate_info,
     motif_video_info,
+    wan_animate_info,
     wan_time,
 )
 
