@@ -134,7 +134,7 @@ def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    if name.startswith(("Wan-AI", "nvidia", "Skywork")):
+    if name.startswith(("Wan-AI", "nvidia/AnyFlow", "nvidia/ChronoEdit", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
         if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
             kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
