@@ -134,7 +134,9 @@ def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    if name.startswith(("Wan-AI", "nvidia/AnyFlow", "nvidia/ChronoEdit", "Skywork")):
+    if "Kandinsky" in name or "Cosmos" in name:
+        return kandinsky() if "Kandinsky" in name else cosmos(model)
+    if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
         if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
             kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
@@ -157,8 +159,6 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder_2": clip_text(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
-    if "Kandinsky" in name or "Cosmos" in name:
-        return kandinsky() if "Kandinsky" in name else cosmos(model)
     if "LTX" in name:
         return {
             "transformer": diffusers.LTXVideoTransformer3DModel(),
