@@ -30,6 +30,7 @@ from tests.support.plans import FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
+from tests.support.tiny_ltx2 import ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan import i2v_pipeline
 from tests.support.tiny_wan_relatives import anyflow_pipeline, chronoedit_pipeline, skyreels_pipeline
@@ -43,6 +44,7 @@ FAMILIES = {
     "hunyuan_video": (hunyuan_pipeline, {"num_frames": 9, "prompt_template": PLAIN_TEMPLATE}),
     "mochi": (mochi_pipeline, {"num_frames": 7}),
     "ltx": (ltx_pipeline, {"num_frames": 5}),
+    "ltx2": (ltx2_pipeline, {"num_frames": 5}),
     "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
     "skyreels_v2": (skyreels_pipeline, {"num_frames": 9}),
     "anyflow": (anyflow_pipeline, {"num_frames": 9}),
@@ -75,6 +77,8 @@ MATRIX = [
     ("hunyuan_video", "none", "none", "blocks", "none", False),
     ("hunyuan_video", "group", "fp8", "none", "none", True),
     ("ltx", "group", "fp8", "none", "first_block", False),
+    ("ltx2", "group", "fp8", "none", "none", False),
+    ("ltx2", "model", "none", "blocks", "none", False),
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
     ("skyreels_v2", "group", "fp8", "none", "taylorseer", False),
     ("anyflow", "group", "fp8", "none", "none", False),
