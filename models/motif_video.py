@@ -50,9 +50,25 @@ def token_grid(transformer: torch.nn.Module, arguments: dict[str, Any]) -> Token
 
 
 def text_mask(arguments: dict[str, Any]) -> Tensor | None:
-    """Returns which tokens of images and text are valid, `[B, T]`, None for all."""
+    """Returns which tokens of images and text are valid once `arrange` put those first, `[B, T]`."""
     mask, image = arguments.get("encoder_attention_mask"), arguments.get("image_embeds")
-    return mask if mask is None or image is None else torch.cat((mask.new_ones(image.shape[:2]), mask), dim=1)
+    if mask is None:
+        return None
+    first = mask.int().sort(dim=1, descending=True).values
+    return first if image is None else torch.cat((first.new_ones(image.shape[:2]), first), dim=1)
+
+
+def arrange(arguments: dict[str, Any], parallel: Any) -> dict[str, Any]:
+    """Returns the arguments of a call with valid text first: Gemma's tokenizer pads on the left.
+
+    Text has no positions in this transformer, so that its order changes nothing.
+    """
+    mask, text = arguments.get("encoder_attention_mask"), arguments["encoder_hidden_states"]
+    if mask is None:
+        return arguments
+    order = mask.int().argsort(dim=1, descending=True, stable=True)
+    text, mask = text.take_along_dim(order.unsqueeze(2), 1), mask.take_along_dim(order, 1)
+    return {**arguments, "encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
 class RadialProcessor(JointAttention, MotifVideoAttnProcessor2_0):

@@ -13,13 +13,16 @@ class Family:
         also: name of another class whose folders may hold all of its parts, even if they name another class
             for its transformer.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
-            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its `guidance_scale` is built in.
+            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its
+            `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
         noise: how the noise levels of a run are made, see `load.noise_levels`: "flow" by the pipeline, "own"
-            by the scheduler, "edm" on its scale of Karras. "unipc": UniPC on flow sigmas also replaces the model's own scheduler.
+            by the scheduler, "edm" as Karras. "unipc": UniPC on flow sigmas also replaces the scheduler.
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
+        sized_by_image: a call takes no height and width, and derives them from the image.
+        image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
         halves: whether two processes can share guidance: a step has no further passes, and the pipeline reads
@@ -36,6 +39,8 @@ class Family:
     batched: bool = False
     single: bool = False
     tiled_vae: bool = False
+    sized_by_image: bool = False
+    image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
     halves: bool = True
@@ -50,10 +55,14 @@ class Family:
 HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer": 256, "tokenizer_2": 77}}
 HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
+HUNYUAN15 = {"transformer": "HunyuanVideo15Transformer3DModel", "text": {"tokenizer": 1000}}
+HUNYUAN15 |= {"tiled_vae": True, "frames": 121, "whole_in_fp8": 0.35}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
 LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
 LTX2 |= {"halves": False, "whole_in_fp8": 0.0}
 LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
+MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
+MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
@@ -79,14 +88,20 @@ FAMILIES = {
     "ltx2_i2v": Family(
         "LTX2ImageToVideoPipeline", **LTX2, also="LTX2Pipeline", takes=(*LTX2_SCALES, "image")
     ),
-    "hunyuan_video15": Family(
-        "HunyuanVideo15Pipeline",
-        "HunyuanVideo15Transformer3DModel",
-        takes=("flow_shift",),
-        text={"tokenizer": 1000},
-        tiled_vae=True,
-        frames=121,
-        whole_in_fp8=0.35,
+    "hunyuan_video15": Family("HunyuanVideo15Pipeline", **HUNYUAN15, takes=("flow_shift",)),
+    "hunyuan_video15_i2v": Family(
+        "HunyuanVideo15ImageToVideoPipeline",
+        **HUNYUAN15,
+        takes=("flow_shift", "image"),
+        sized_by_image=True,
+    ),
+    "motif_video": Family("MotifVideoPipeline", **MOTIF, takes=("flow_shift",)),
+    "motif_video_i2v": Family(
+        "MotifVideoImage2VideoPipeline",
+        **MOTIF,
+        also="MotifVideoPipeline",
+        takes=("flow_shift", "image"),
+        image_tokens=4096,  # patches of 14 pixels in 896 x 896
     ),
     "kandinsky5": Family(
         "Kandinsky5T2VPipeline",
@@ -115,6 +130,12 @@ FAMILIES = {
         "WanVACEPipeline",
         **WAN | {"transformer": "WanVACETransformer3DModel"},
         takes=(*SCALES, "video", "mask", "reference_images"),
+        single=True,
+    ),
+    "wan_animate": Family(
+        "WanAnimatePipeline",
+        **WAN | {"transformer": "WanAnimateTransformer3DModel", "frames": None},
+        takes=("flow_shift", "image", "pose_video", "face_video", "video", "mask", "segment_frames"),
         single=True,
     ),
     "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),

@@ -71,6 +71,9 @@ def load_pipeline(
         pipeline.scheduler = shifted(pipeline.scheduler, flow_shift)
     if FAMILIES[family].tiled_vae:
         pipeline.vae.enable_tiling()
+    if family == "motif_video_i2v":  # its pipeline gives the VAE an image in the transformer's dtype
+        pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        pipeline.vae.quant_conv.register_forward_hook(lambda _, args, moments: moments.to(dtype))
     return pipeline.to(device)
 
 

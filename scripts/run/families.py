@@ -1,5 +1,6 @@
 """Turns keys into the arguments of a family's pipeline, and refuses those that it does not use."""
 
+from dataclasses import replace
 from typing import Any
 
 from radial_attn.models.pipeline.families import FAMILIES
@@ -19,8 +20,12 @@ DEFAULTS = {  # of the keys that not every family takes: their value with the ot
     "last_image": None,
     "video": None,
     "mask": None,
+    "pose_video": None,
+    "face_video": None,
+    "segment_frames": None,
     "reference_images": [],
 }
+SHORTEST = 5  # frames of a segment
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -45,6 +50,11 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         }
     if generation.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = generation.guidance_scale_2
+    if kind.sized_by_image:
+        del arguments["height"], arguments["width"]
+    if "segment_frames" in kind.takes:  # it makes as many frames as the poses have
+        del arguments["num_frames"]
+        arguments["segment_frame_length"] = generation.size.frames
     if "num_temporal_reasoning_steps" in kind.takes:
         # in all steps; a video of 5 frames has nothing to reason on
         arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
@@ -99,9 +109,30 @@ def check_family(config: Config) -> None:
         )
     if kind.noise == "mochi" and config.generation.steps < 2:
         raise UsageError(f"generation.steps: got 1, must be at least 2 with family {family}")
+    if "segment_frames" in kind.takes and config.generation.num_frames < SHORTEST:
+        got = f"generation.num_frames: got {config.generation.num_frames}"
+        raise UsageError(f"{got}, must be at least {SHORTEST} with family {family}")
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")
+
+
+def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
+    """Returns the model with the images of a run, and the videos that it keeps on its device.
+
+    Wan-Animate keeps all frames of poses, faces, background (float32 RGB) and mask (float32) in whole
+    segments, and the decoded segments, which it joins in a copy.
+    """
+    references = model.references + len(generation.reference_images)
+    text = model.joint_text + FAMILIES[family].image_tokens
+    model = replace(model, joint_text=text, references=references)
+    if not model.face:
+        return model
+    (frames, height, width), count = generation.size, generation.segments
+    padded = count * (frames - 1) + 1
+    videos = padded * (1 if generation.video is None else 1 + 4 / 3) + 2 * (padded - frames)
+    held = 12 * (height * width * videos + model.face**2 * padded)
+    return replace(model, held=held)
 
 
 def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def count_flops(
 
     `density` is the mean of the sparse steps.
 
-    Self-attention takes 4 n^2 d for a layer's scores and weighted sum. All else is projections, feed-forward
-    and cross-attention.
+    Self-attention takes 4 n^2 d for a layer's scores and weighted sum. All else is projections, feed-forward,
+    cross-attention and a decoder's layers.
     """
     one = 4.0 * grid.tokens**2 * model.width * calls
     everything = steps * model.attention_layers()
@@ -101,4 +101,7 @@ def count_flops(
     linear = 2.0 * grid.tokens * model.macs + 4.0 * model.text_tokens * model.width**2
     cross = 4.0 * grid.tokens * model.text_tokens * model.width
     other = steps * calls * model.attention_layers() * (linear + cross)
+    copies = 2 * grid.video_tokens  # that a decoder's layer attends over
+    decoder = 4.0 * copies**2 * model.width + 2.0 * copies * model.macs
+    other += steps * calls * model.decoder_layers * decoder
     return Flops(one * everything, one * (everything - sparse + sparse * density + added), other)

@@ -25,6 +25,8 @@ from scripts.run.model_info import (
     ltx2_info,
     ltx_info,
     mochi_info,
+    motif_video_info,
+    wan_animate_info,
     wan_time,
 )
 
@@ -37,6 +39,7 @@ LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
 GEMMA_12B, LTX2_VAE = 12_187_325_040, 1_222_479_601
 LTX_VAE, HUNYUAN15_VAE, QWEN_7B, BYT5_SMALL = 419_193_649, 1_260_634_115, 7_070_619_136, 219_314_944
+SIGLIP = 428_225_600
 QWEN_VL_7B, T5_11B = 8_292_166_656, 4_864_791_552
 WAN_14B = ModelInfo(
     layers=40,
@@ -80,6 +83,11 @@ HUNYUAN15 = hunyuan_video15_info(
     {"transformer": 8_326_608_160, "text_encoder": QWEN_7B, "text_encoder_2": BYT5_SMALL}
     | {"vae": HUNYUAN15_VAE},
 )
+HUNYUAN15_I2V = replace(HUNYUAN15, parameters=HUNYUAN15.parameters | {"image_encoder": SIGLIP})
+ANIMATE_CONFIG = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
+ANIMATE_CONFIG |= {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 16, "image_dim": 1280}
+MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
+MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -109,6 +117,16 @@ HUB_MODELS = {
     "Wan-AI/Wan2.1-VACE-14B-diffusers": _variant(
         {"transformer": 17_337_592_896}, control_layers=(0, 5, 10, 15, 20, 25, 30, 35)
     ),
+    "Wan-AI/Wan2.2-Animate-14B-Diffusers": wan_animate_info(
+        ANIMATE_CONFIG,
+        {},
+        {
+            "transformer": 17_274_816_884,
+            "text_encoder": UMT5_XXL,
+            "image_encoder": CLIP_VISION,
+            "vae": WAN_VAE,
+        },
+    ),
     **dict.fromkeys((f"Skywork/SkyReels-V2-T2V-14B-{size}P-Diffusers" for size in (540, 720)), WAN_14B),
     **dict.fromkeys(
         (f"Skywork/SkyReels-V2-I2V-14B-{size}P-Diffusers" for size in (540, 720)),
@@ -132,11 +150,19 @@ HUB_MODELS = {
         HUNYUAN_PARTS | {"text_encoder": LLAVA_8B},
     ),
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": HUNYUAN15,
-    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": HUNYUAN15,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": replace(HUNYUAN15, target_size=960),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": HUNYUAN15_I2V,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": replace(HUNYUAN15_I2V, target_size=960),
     "genmo/mochi-1-preview": mochi_info(
         MOCHI_CONFIG,
         {"decoder_block_out_channels": [128]},
         {"transformer": 10_027_677_744, "text_encoder": T5_XXL, "vae": MOCHI_VAE},
+    ),
+    # its transformer's numbers are those of the model card: its config.json was not at hand
+    "Motif-Technologies/Motif-Video-2B": motif_video_info(
+        MOTIF_CONFIG | {"enable_text_cross_attention_single": True},
+        {},
+        {"transformer": 2_037_809_600, "text_encoder": 4_299_918_192, "vae": WAN_VAE},
     ),
     "Lightricks/LTX-Video": ltx_info(
         LTX_CONFIG,
@@ -177,6 +203,8 @@ SHIFTS = {
     "hunyuanvideo-community/HunyuanVideo-I2V": 17.0,
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 5.0,
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": 9.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": 7.0,
 }
 BOUNDARIES = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
 

@@ -72,7 +72,7 @@ def peak_memory(
         options = replace(options, offload="none")
     text, transformer, vae = weights_on_device(model, options)
     denoising = transformer_bytes(model, grid, options) + cache_bytes(model, grid, options, calls)
-    decoding = decoder_bytes(model, size, options)
+    denoising, decoding = denoising + model.held, decoder_bytes(model, size, options) + model.held
     mask = mask_bytes(whole, block_size)
     stages = [(text, 0.0), (transformer, denoising + mask), (vae, decoding)]
     if options.offload == "none":
@@ -133,8 +133,8 @@ def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, fl
 
 def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig) -> float:
     """Predicts a block's feed-forward: two hidden tensors, residual stream, float32 temporaries; measured."""
-    size = DTYPE_BYTES[options.dtype]
-    return grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
+    size, copies = DTYPE_BYTES[options.dtype], 2 if model.decoder_layers else 1
+    return copies * grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
 
 
 def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: int) -> float:

@@ -10,7 +10,7 @@ from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
 MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
-LTX_TEXT, LTX2_TEXT = 128, 1024
+LTX_TEXT, LTX2_TEXT, MOTIF_TEXT = 128, 1024, 512
 KANDINSKY_TEXT, KANDINSKY_POSITIONS = 512, 128
 HUNYUAN15_TEXT = 729 + 256 + 1000  # image, glyphs, prompt
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
@@ -33,7 +33,7 @@ class ModelInfo:
     """Holds the shape of a video pipeline.
 
     Attributes:
-        layers: with self-attention over the video, without `control_layers`.
+        layers: with self-attention over the video, without `control_layers` and `decoder_layers`.
         ffn: hidden width of a feed-forward.
         patch: latent frames, rows and columns of a token; latents: channels that the transformer returns.
         text_tokens: in cross-attention; `joint_text`: in the sequence of self-attention.
@@ -50,8 +50,13 @@ class ModelInfo:
         parameters: the number of weights of each component, empty if unknown; without those of `packed`.
         packed: bytes of weights that stay as a GGUF file holds them, by component.
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
+        decoder_layers: after the others, always dense over two copies of the video (MotifVideo).
         last_image: "needed" beside the first one, "taken", or "none".
-        references: frames of tokens in front of the video, one for each reference image of VACE.
+        references: frames of tokens in front of the video, one for each reference image of VACE, and one for
+            Wan-Animate's character.
+        face: pixels of a side of Wan-Animate's video of a face, 0 for other models.
+        held: bytes of videos that stay on the device while others are denoised and decoded.
+        target_size: side of a square with the area of the videos that are sized by an image.
         order: of the tokens, see `TokenGrid`.
     """
 
@@ -79,8 +84,12 @@ class ModelInfo:
     parameters: dict[str, int] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
     control_layers: tuple[int, ...] = ()
+    decoder_layers: int = 0
     last_image: str = "none"
     references: int = 0
+    face: int = 0
+    held: float = 0.0
+    target_size: int = 0
     order: str = "raster"
 
     @property
@@ -146,8 +155,6 @@ def from_configs(transformer: dict, vae: dict, parameters: dict[str, int]) -> Mo
 
 
 def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
-    widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
-    base = widest // (vae.get("patch_size") or 1) ** 2  # the last layers make a patch's pixels at once
     image, both = transformer.get("image_dim"), transformer.get("pos_embed_seq_len")  # CLIP's tokens of both
     conditioned = transformer.get("in_channels", 16) > transformer.get("out_channels", 16)
     return ModelInfo(
@@ -162,17 +169,37 @@ def _wan(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str,
         control_layers=tuple(transformer.get("vace_layers", ())),
         rope_length=transformer.get("rope_max_seq_len", 1024),
         rope_time=wan_time(transformer["attention_head_dim"]),
-        vae_base=base,
-        vae_copies=WAN_COPIES if base >= WIDE else NARROW_WAN_COPIES,
-        vae_frames=vae.get("scale_factor_temporal") or 4,
-        vae_pixels=vae.get("scale_factor_spatial") or 8,
+        **wan_vae(vae),
         parameters=parameters,
     )
+
+
+def wan_vae(vae: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a ModelInfo says of Wan's VAE, which decodes whole frames, four at once."""
+    widest = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
+    base = widest // (vae.get("patch_size") or 1) ** 2  # the last layers make a patch's pixels at once
+    return {
+        "vae_base": base,
+        "vae_copies": WAN_COPIES if base >= WIDE else NARROW_WAN_COPIES,
+        "vae_chunk": 4,
+        "vae_stride": None,
+        "vae_frames": vae.get("scale_factor_temporal") or 4,
+        "vae_pixels": vae.get("scale_factor_spatial") or 8,
+    }
 
 
 def wan_time(head_dim: int) -> tuple[int, float]:
     """Returns a head's channels for time (height and width take an even third each), and the base."""
     return head_dim - 4 * (head_dim // 6), 10000.0
+
+
+def wan_animate_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    model = _wan(transformer, vae, parameters)
+    adapter = 2 * model.width**2 // transformer.get("inject_face_latents_blocks", 5)  # query and output
+    face = transformer.get("motion_encoder_size") or 512
+    return replace(model, token_macs=model.macs + adapter, references=1, face=face)
 
 
 def hunyuan_video_info(
@@ -207,8 +234,8 @@ def hunyuan_video15_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
     model = hunyuan_video_info(transformer | {"num_single_layers": 0}, vae, parameters)
-    text = {"joint_text": HUNYUAN15_TEXT}
-    return replace(model, **text, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
+    sizes = {"joint_text": HUNYUAN15_TEXT, "target_size": transformer.get("target_size", 640)}
+    return replace(model, **sizes, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
 
 
 def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
@@ -272,6 +299,19 @@ def ltx2_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict
     )
 
 
+def motif_video_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    decoder, double = transformer.get("num_decoder_layers", 0), transformer["num_layers"]
+    single = transformer["num_single_layers"] - decoder
+    model = hunyuan_video_info(transformer | {"num_single_layers": single}, {"block_out_channels": [1]}, {})
+    kinds = {"dual": double, "single": single}
+    crossed = sum(n for kind, n in kinds.items() if transformer.get(f"enable_text_cross_attention_{kind}"))
+    cross = 2 * model.width**2 * crossed // model.layers  # query and output of video tokens
+    sizes = {"joint_text": MOTIF_TEXT, "token_macs": model.macs + cross, "decoder_layers": decoder}
+    return replace(model, **wan_vae(vae), **sizes, parameters=parameters)
+
+
 def kandinsky5_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
@@ -315,6 +355,7 @@ def cosmos_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: di
 READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
+    "WanAnimateTransformer3DModel": wan_animate_info,
     "SkyReelsV2Transformer3DModel": _wan,
     "AnyFlowTransformer3DModel": _wan,
     "ChronoEditTransformer3DModel": _wan,
@@ -323,6 +364,7 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "MochiTransformer3DModel": mochi_info,
     "LTXVideoTransformer3DModel": ltx_info,
     "LTX2VideoTransformer3DModel": ltx2_info,
+    "MotifVideoTransformer3DModel": motif_video_info,
     "Kandinsky5Transformer3DModel": kandinsky5_info,
     "CosmosTransformer3DModel": cosmos_info,
 }

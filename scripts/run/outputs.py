@@ -30,7 +30,7 @@ TO_BT709 = (
 )
 PROBE_BYTES = 2**20
 SOUND_SLACK = 0.1  # seconds that AAC may add or leave out: a packet or two
-FILES = ("image", "last_image", "video", "mask", "reference_images")
+FILES = ("image", "last_image", "video", "mask", "pose_video", "face_video", "reference_images")
 INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
 MODEL = frozenset(("model.path", "model.transformer", "model.transformer_2"))
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")

@@ -24,7 +24,7 @@ def plan_degrees(wanted: ParallelConfig, *, heads: int, calls: int, processes: i
     neither Ulysses nor ring is given and nothing else fits, a ring shares the rest.
 
     Args:
-        heads: of the model; calls: passes through the transformer in a step, 2 with guidance that can be shared.
+        heads: of the model; calls: passes of a step that can be shared, 2 with halves of guidance.
         prompts: how many videos the run makes, each with a prompt and a seed.
 
     Raises:

@@ -23,7 +23,7 @@ from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.run.attention import attention_arguments
-from scripts.run.config import Config
+from scripts.run.config import Config, GenerationConfig
 from scripts.run.errors import GenerationError, UsageError, one_line, raised_in
 from scripts.run.families import batch, pipeline_arguments
 from scripts.run.hub_models import hub_unreachable
@@ -146,15 +146,16 @@ class Sampler:
             cached(pipeline, **self.plan.cache_arguments(), gather=whole) as cache,
         ):
             clock = Clock(synchronizer(self.plan.device))
-            hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
+            hook = pipeline.transformer.register_forward_pre_hook(clock.call, prepend=True)
             try:
-                with reported_choices(), shown_steps(config.generation.steps, bar) as shown:
+                with reported_choices(), shown_steps(config.generation, bar) as shown:
                     self._announce(shown, 0)
                     step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
                 hook.remove()
-            seconds |= clock.seconds | {"decode": clock.lap()}
+            clock.end("decode")
+            seconds |= clock.seconds
             run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
             if look is not None:
                 look(handle)
@@ -194,7 +195,7 @@ class Sampler:
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
             if observer is not None:
                 clock.leave_out(observer.take_seconds())
-            clock.step_done()
+            clock.step_done(last=step + 1 == config.generation.steps)
             pattern = self.plan.pattern(step)
             if not torch.isfinite(tensors["latents"]).all():
                 calls = handle.report()["calls"]
@@ -207,7 +208,7 @@ class Sampler:
             bar.set_postfix_str(pattern, refresh=False)
             bar.update()
             self._announce(bar, step + 1)
-            if step + 1 == bar.total:
+            if len(clock.steps) == bar.total:
                 bar.close()
             return {}
 
@@ -332,10 +333,11 @@ def reported_choices() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def shown_steps(steps: int, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
+def shown_steps(generation: GenerationConfig, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
     """Returns a progress bar of one video, or `bar`, which stays open at the end."""
     if bar is not None:
         return nullcontext(bar)
+    steps = generation.steps * generation.segments
     return tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True)
 
 

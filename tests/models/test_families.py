@@ -86,7 +86,7 @@ def test_padding_changes_nothing(family):
                 assert_near(run(transformer, alone), actual[:1])
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video", "motif_video", "mochi"])
+@pytest.mark.parametrize("name", ["hunyuan_video", "mochi"])
 def test_text_that_does_not_come_first_is_an_error(name):
     """HunyuanVideo 1.5 sorts its text."""
     family = BY_NAME[name]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
@@ -53,6 +54,7 @@ KINDS = {
     "hunyuan_video-i2v": Kind(partial(hunyuan_image_pipeline, "latent_concat"), TO_VIDEO),
     "hunyuan_video-i2v-replaced": Kind(partial(hunyuan_image_pipeline, "token_replace"), TO_VIDEO),
     "mochi": Kind(mochi_pipeline, GUIDED | {"num_frames": 19, "negative_prompt": "bad"}),
+    "kandinsky5": Kind(kandinsky5_pipeline, GUIDED | {"max_sequence_length": 512}, halves=2),
     "ltx-i2v": Kind(
         ltx_image_pipeline,
         GUIDED | {"num_frames": 17, "height": 32, "width": 64, "image": IMAGE},

@@ -1,11 +1,20 @@
-"""A tiny random MotifVideo: transformer, arguments of a call."""
+"""A tiny random MotifVideo: transformer, arguments of a call, pipelines."""
 
+import string
 from collections.abc import Sequence
 
 import torch
-from diffusers import MotifVideoTransformer3DModel
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    MotifVideoImage2VideoPipeline,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
+)
+from transformers import GemmaTokenizer, SiglipImageProcessorPil, T5Gemma2Encoder, T5Gemma2EncoderConfig
 
-from tests.support.tiny import CHANNELS, HEADS, TEXT_DIM, randoms, seeded
+from tests.support.tiny import CHANNELS, HEADS, TEXT_DIM, quiet, randoms, seeded, wan_vae
 from tests.support.tiny_hunyuan import IMAGE, IMAGE_DIM, TEXT, hunyuan_inputs, with_own_norms
 
 SETTINGS = {
@@ -45,3 +54,42 @@ def motif_inputs(
     inputs = hunyuan_inputs(frames, height, width, lengths=lengths, channels=2 * CHANNELS + 1, **more)
     del inputs["pooled_projections"], inputs["guidance"]
     return inputs | {"image_embeds": randoms(1)(len(lengths), IMAGE, IMAGE_DIM)}
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Makes a Gemma tokenizer of single letters, which pads on the left."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+
+
+def t5_gemma(seed: int = 0) -> T5Gemma2Encoder:
+    """Makes a random T5Gemma 2 encoder of one layer, whose vision tower makes 4 tokens of an image."""
+    sizes = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 32, "hidden_size": TEXT_DIM, "head_dim": 8, "num_key_value_heads": 1}
+    vision = {"hidden_size": IMAGE_DIM, "image_size": 28, "patch_size": 14, "vision_use_head": False}
+    config = T5Gemma2EncoderConfig(
+        text_config=sizes | text | {"dropout_rate": 0.0},
+        vision_config=sizes | vision,
+        mm_tokens_per_image=4,
+        dropout_rate=0.0,
+    )
+    return seeded(seed, T5Gemma2Encoder, config)
+
+
+def motif_pipeline(seed: int = 0, cls: type = MotifVideoPipeline, **changes: object) -> DiffusionPipeline:
+    """Makes a random MotifVideoPipeline, or another `cls`; `changes` go to its transformer."""
+    pipeline = cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=wan_vae(seed),
+        text_encoder=t5_gemma(seed),
+        tokenizer=gemma_tokenizer(),
+        transformer=motif_transformer(seed, **changes),
+        guider=AdaptiveProjectedGuidance(adaptive_projected_guidance_rescale=12.0),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+    )
+    return quiet(pipeline)
+
+
+def motif_image_pipeline(seed: int = 0) -> DiffusionPipeline:
+    """Makes a random MotifVideoImage2VideoPipeline."""
+    return motif_pipeline(seed, MotifVideoImage2VideoPipeline)

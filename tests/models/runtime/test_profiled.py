@@ -33,7 +33,9 @@ def calibrated(tmp_path_factory) -> Callable[[str], Path]:
     return of
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-a14b", "mochi", "hunyuan_video", "vace-reference", "ltx"])
+@pytest.mark.parametrize(
+    "name", ["wan", "wan-a14b", "mochi", "hunyuan_video", "vace-reference", "kandinsky5", "ltx"]
+)
 def test_all_blocks_are_dense_and_videos_repeat(name, calibrated):
     kind, pipeline = KINDS[name], KINDS[name].make()
     expected = kind.generate(pipeline, 3)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import diffusers
 import pytest
@@ -26,11 +27,18 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
         "added_kv_proj_dim": 5120,
         "pos_embed_seq_len": 514,
     },
+    "Wan2.2-Animate": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     "Wan2.2-I2V": {"in_channels": 36},
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
-RELATIVES = {"VACE": "WanVACE", "SkyReels": "SkyReelsV2", "AnyFlow": "AnyFlow", "ChronoEdit": "ChronoEdit"}
+RELATIVES = {
+    "VACE": "WanVACE",
+    "Animate": "WanAnimate",
+    "SkyReels": "SkyReelsV2",
+    "AnyFlow": "AnyFlow",
+    "ChronoEdit": "ChronoEdit",
+}
 FROM_IMAGE = ("nvidia/ChronoEdit", "Skywork/SkyReels-V2-I2V")
 
 
@@ -122,6 +130,55 @@ def byt5() -> torch.nn.Module:
     return transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
+def t5_gemma() -> torch.nn.Module:
+    """Builds the encoder of T5Gemma 2 with 4B weights, SigLIP's vision tower included."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "vocab_size": 262144}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 896}
+    vision |= {"num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    config = transformers.T5Gemma2EncoderConfig(
+        text_config=heads | text | {"dropout_rate": 0.0}, vision_config=vision, dropout_rate=0.0
+    )
+    return transformers.T5Gemma2Encoder(config)
+
+
+def motif() -> dict[str, torch.nn.Module]:
+    """Builds the parts of MotifVideo 2B."""
+    layers = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
+    texts = {"text_embed_dim": 2560, "image_embed_dim": 1152, "enable_text_cross_attention_single": True}
+    transformer = diffusers.MotifVideoTransformer3DModel(**layers, **texts)
+    return {"transformer": transformer, "text_encoder": t5_gemma(), "vae": diffusers.AutoencoderKLWan()}
+
+
+def kandinsky() -> dict[str, torch.nn.Module]:
+    """Builds the parts of Kandinsky 5.0 Lite."""
+    channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
+    return {
+        "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
+        "text_encoder": qwen_vl(),
+        "text_encoder_2": clip_text(),
+        "vae": diffusers.AutoencoderKLHunyuanVideo(),
+    }
+
+
+def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
+    """Builds the parts of a Cosmos Predict 2 with the encoder of T5-11B."""
+    sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
+    heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
+    return {
+        "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
+        "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
+        "vae": diffusers.AutoencoderKLWan(),
+    }
+
+
+def siglip() -> torch.nn.Module:
+    """Builds SigLIP so400m of 384 pixels, as FLUX.1 Redux has it."""
+    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+    config = transformers.SiglipVisionConfig(num_attention_heads=16, patch_size=14, **sizes)
+    return transformers.SiglipVisionModel(config)
+
+
 def ltx(name: str) -> dict[str, torch.nn.Module]:
     """Builds LTX-2, or LTX-Video."""
     if "LTX-2" not in name:
@@ -139,19 +196,24 @@ def ltx(name: str) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
+    makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model)}
+    for kind, make in makers.items():
+        if kind in name:
+            return make()
     if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
+        if any(kind in name for kind in ("Wan2.1-I2V", "FLF2V", "Animate", *FROM_IMAGE)):
             kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
             vision = clip_vision(image_size=224, projection_dim=1024)
             built["image_encoder"] = getattr(transformers, kind)(vision)
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "HunyuanVideo-1.5" in name:
         return {
-            "transformer": diffusers.HunyuanVideo15Transformer3DModel(),
+            "transformer": diffusers.HunyuanVideo15Transformer3DModel(target_size=model.target_size),
             "text_encoder": qwen(),
             "text_encoder_2": byt5(),
             "vae": diffusers.AutoencoderKLHunyuanVideo15(),
+            **({"image_encoder": siglip()} if "i2v" in name else {}),
         }
     if "Hunyuan" in name:
         image = "I2V" in name
@@ -161,22 +223,6 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "text_encoder": llava() if image else llama(),
             "text_encoder_2": clip_text(),
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
-        }
-    if "Kandinsky" in name:
-        channels = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
-        return {
-            "transformer": diffusers.Kandinsky5Transformer3DModel(model_dim=1792, ff_dim=7168, **channels),
-            "text_encoder": qwen_vl(),
-            "text_encoder_2": clip_text(),
-            "vae": diffusers.AutoencoderKLHunyuanVideo(),
-        }
-    if "Cosmos" in name:
-        sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
-        heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
-        return {
-            "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
-            "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
-            "vae": diffusers.AutoencoderKLWan(),
         }
     if "LTX" in name:
         return ltx(name)

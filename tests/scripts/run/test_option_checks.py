@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.caches import CACHES, cached
 from radial_attn.models.pipeline.efficiency import compile_blocks, economize, store_in_fp8
 from scripts.generate import main
@@ -24,16 +25,25 @@ from scripts.run.families import PLAIN_TEMPLATE
 from scripts.run.machine_checks import missing_libraries
 from scripts.run.memory import cache_bytes, stored_weights
 from scripts.run.model_info import ModelInfo
+from scripts.run.option_checks import check_shared
 from scripts.run.plan import make_plan
 from tests.support.long import all_but
 from tests.support.plans import FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_pipeline, wan_transformer
+from tests.support.tiny_cosmos import cosmos_pipeline
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_ltx2 import ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
+from tests.support.tiny_motif import motif_pipeline
 from tests.support.tiny_wan import i2v_pipeline
-from tests.support.tiny_wan_relatives import anyflow_pipeline, chronoedit_pipeline, skyreels_pipeline
+from tests.support.tiny_wan_relatives import (
+    animate_pipeline,
+    anyflow_pipeline,
+    chronoedit_pipeline,
+    skyreels_pipeline,
+)
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
 STEPS, LAYERS = 6, 4
@@ -46,6 +56,13 @@ FAMILIES = {
     "ltx": (ltx_pipeline, {"num_frames": 5}),
     "ltx2": (ltx2_pipeline, {"num_frames": 5}),
     "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
+    "motif_video": (motif_pipeline, {"num_frames": 9}),
+    "kandinsky5": (kandinsky5_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
+    "cosmos2": (cosmos_pipeline, {"num_frames": 9, "image": IMAGE}),
+    "wan_animate": (
+        animate_pipeline,
+        {"image": IMAGE, "pose_video": 9 * [IMAGE], "face_video": 9 * [IMAGE], "segment_frame_length": 9},
+    ),
     "skyreels_v2": (skyreels_pipeline, {"num_frames": 9}),
     "anyflow": (anyflow_pipeline, {"num_frames": 9}),
     "chronoedit": (chronoedit_pipeline, {"image": IMAGE}),
@@ -80,6 +97,13 @@ MATRIX = [
     ("ltx2", "group", "fp8", "none", "none", False),
     ("ltx2", "model", "none", "blocks", "none", False),
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
+    ("motif_video", "group", "fp8", "none", "taylorseer", False),
+    ("motif_video", "model", "none", "blocks", "none", True),
+    ("kandinsky5", "group", "fp8", "none", "taylorseer", False),
+    ("kandinsky5", "model", "none", "blocks", "none", False),
+    ("cosmos2", "group", "fp8", "none", "none", False),
+    ("cosmos2", "model", "none", "blocks", "none", False),
+    ("wan_animate", "group", "fp8", "none", "none", False),
     ("skyreels_v2", "group", "fp8", "none", "taylorseer", False),
     ("anyflow", "group", "fp8", "none", "none", False),
     ("anyflow", "model", "none", "blocks", "none", True),
@@ -134,6 +158,14 @@ def test_options_that_may_be_combined_work_together(row, monkeypatch):
     assert use["computed"] < use["due"] or cache == "none"
     again, _, _ = run(pipeline, family, cache, **SKIPPING.get(cache, {}))
     assert torch.equal(again, latents)
+
+
+@pytest.mark.parametrize("preset", ["ltx_i2v", "motif_t2v", "motif_i2v"])
+def test_families_whose_tokens_stay_in_one_process(preset):
+    config = read_config(f"configs/{preset}.yaml", [])
+    with pytest.raises(UsageError, match=r"^model\.family: got .* stay in one process"):
+        check_shared(config, Degrees(ulysses=2))
+    check_shared(config, Degrees(cfg=2))
 
 
 def test_a_cache_that_skips_nothing_changes_nothing_and_leaves_no_trace():

@@ -12,16 +12,21 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from radial_attn import TokenGrid
 from scripts.run import plan as planning
 from scripts.run.attention import attention_arguments
 from scripts.run.config import ROOT, VideoSize, read_config
 from scripts.run.describe import describe_plan, describe_start, notes
 from scripts.run.errors import UsageError
+from scripts.run.flops import count_flops
 from scripts.run.hub_models import read_model_info
 from scripts.run.memory import GIB, host_bytes
+from scripts.run.model_info import from_configs
 from scripts.run.plan import RunPlan
 from tests.support.plans import FOURTEEN, FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
+from tests.support.tiny_hunyuan import TEXT
+from tests.support.tiny_motif import motif_inputs, motif_transformer
 
 
 def test_a_folder_is_read_without_its_weights(tiny_model):
@@ -52,6 +57,21 @@ def test_operations_are_those_that_torch_counts():
     sizes = ("num_frames=9", "height=128", "width=128", "steps=1", "guidance_scale=1")
     flops = plan_of(read_config(TINY, [f"generation.{size}" for size in sizes]), model).flops
     assert flops.dense + flops.other == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_decoder_of_motif_video_is_counted_over_two_copies_of_the_video():
+    transformer = motif_transformer(attention_head_dim=64, rope_axes_dim=(16, 24, 24), num_single_layers=2)
+    inputs = motif_inputs(frames=3, height=32, width=32)
+    del inputs["image_embeds"]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        transformer(**inputs)
+    config = {"_class_name": type(transformer).__name__, **transformer.config}
+    model = replace(from_configs(config, {}, {}), joint_text=TEXT)
+    flops = count_flops(model, TokenGrid(3, 16, 16, TEXT), 1.0)
+    assert (model.layers, model.decoder_layers) == (3, 1)
+    assert flops.dense + flops.other == pytest.approx(counter.get_total_flops(), rel=0.03)
+    without = count_flops(replace(model, decoder_layers=0), TokenGrid(3, 16, 16, TEXT), 1.0)
+    assert without.other < 0.5 * flops.other and without.dense == flops.dense
 
 
 @pytest.mark.parametrize(
