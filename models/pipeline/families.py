@@ -22,9 +22,11 @@ class Family:
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
         image_tokens: of an image, in the sequence of self-attention; not counted for other families.
+        sized_by_image: a call takes no height and width, and derives them from the image.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
-        halves: whether two processes can share guidance: the pipeline reads nothing between its two calls.
+        halves: whether two processes can share guidance: a step has no further passes, and the pipeline reads
+            nothing between its two calls.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
     """
 
@@ -38,6 +40,7 @@ class Family:
     single: bool = False
     tiled_vae: bool = False
     image_tokens: int = 0
+    sized_by_image: bool = False
     frames: int | None = None
     whole_in_fp8: float = 0.02
     halves: bool = True
@@ -52,9 +55,14 @@ class Family:
 HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer": 256, "tokenizer_2": 77}}
 HUNYUAN |= {"tiled_vae": True, "frames": 129, "whole_in_fp8": 0.29}
 WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "noise": "unipc", "frames": 81}
+HUNYUAN15 = {"transformer": "HunyuanVideo15Transformer3DModel", "text": {"tokenizer": 1000}}
+HUNYUAN15 |= {"tiled_vae": True, "frames": 121, "whole_in_fp8": 0.35}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
 MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
 MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
+LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
+LTX2 |= {"halves": False, "whole_in_fp8": 0.0}
+LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
@@ -76,14 +84,16 @@ FAMILIES = {
     ),
     "ltx": Family("LTXPipeline", **LTX, takes=("frame_rate",)),
     "ltx_i2v": Family("LTXImageToVideoPipeline", **LTX, also="LTXPipeline", takes=("frame_rate", "image")),
-    "hunyuan_video15": Family(
-        "HunyuanVideo15Pipeline",
-        "HunyuanVideo15Transformer3DModel",
-        takes=("flow_shift",),
-        text={"tokenizer": 1000},
-        tiled_vae=True,
-        frames=121,
-        whole_in_fp8=0.35,
+    "ltx2": Family("LTX2Pipeline", **LTX2, takes=LTX2_SCALES),
+    "ltx2_i2v": Family(
+        "LTX2ImageToVideoPipeline", **LTX2, also="LTX2Pipeline", takes=(*LTX2_SCALES, "image")
+    ),
+    "hunyuan_video15": Family("HunyuanVideo15Pipeline", **HUNYUAN15, takes=("flow_shift",)),
+    "hunyuan_video15_i2v": Family(
+        "HunyuanVideo15ImageToVideoPipeline",
+        **HUNYUAN15,
+        takes=("flow_shift", "image"),
+        sized_by_image=True,
     ),
     "motif_video": Family("MotifVideoPipeline", **MOTIF, takes=("flow_shift",)),
     "motif_video_i2v": Family(
@@ -120,6 +130,12 @@ FAMILIES = {
         "WanVACEPipeline",
         **WAN | {"transformer": "WanVACETransformer3DModel"},
         takes=(*SCALES, "video", "mask", "reference_images"),
+        single=True,
+    ),
+    "wan_animate": Family(
+        "WanAnimatePipeline",
+        **WAN | {"transformer": "WanAnimateTransformer3DModel", "frames": None},
+        takes=("flow_shift", "image", "pose_video", "face_video", "video", "mask", "segment_frames"),
         single=True,
     ),
     "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),

@@ -214,7 +214,8 @@ def _dense(config: Config, timestep: float | None) -> Config:
     attention = replace(config.attention, dense_steps=config.generation.steps, dense_last_steps=0)
     generation = config.generation
     if timestep is not None and FAMILIES[config.model.family].guidance == "guidance_scale":
-        generation = replace(generation, guidance_scale=1.0, guidance_scale_2=None)
+        alone = {"guidance_scale_2": None, "stg_scale": None, "modality_scale": 1.0}
+        generation = replace(generation, guidance_scale=1.0, **alone)
     return replace(config, attention=attention, generation=generation)
 
 

@@ -207,7 +207,7 @@ def _make(evaluation: Evaluation, pipeline: Any, name: str, take: Take, bar: tqd
         else:
             reference = read_video(evaluation.path(DENSE, take).with_suffix(FRAMES))
             record["metrics"] = compare(frames, reference)
-        write_pair(path, frames, plan.config.output.fps, record)
+        write_pair(path, frames, plan.config.output.fps, record, sampler.sound)
     except OSError as error:
         raise UsageError(f"--work: cannot write {path} ({reason_of(error)})") from error
 

@@ -1,5 +1,6 @@
 """Defines the configuration of a run: its keys and its help text. The defaults match the 14B preset."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -221,11 +222,18 @@ class GenerationConfig:
     video: str | None = key(
         None,
         "VACE: video or folder of images that controls the video; the first num_frames frames, each "
-        "resized and cropped like image",
+        "resized and cropped like image; Wan-Animate: video in which a person is replaced",
     )
     mask: str | None = key(
         None,
-        "VACE: parts of video to generate (white) or keep (black), with as many frames; null: generate all",
+        "VACE: parts of video to generate (white) or keep (black), with as many frames; null: generate all; "
+        "Wan-Animate needs it with video",
+    )
+    pose_video: str | None = key(
+        None, "Wan-Animate: video or folder of images of the poses to take, with as many frames as face_video"
+    )
+    face_video: str | None = key(
+        None, "Wan-Animate: video or folder of images of the face to follow, cropped to squares"
     )
     reference_images: list[str] = field(
         default_factory=list,
@@ -240,7 +248,13 @@ class GenerationConfig:
     )
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
-    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video 8k + 1", low=1)
+    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video and LTX-2 8k + 1", low=1)
+    segment_frames: int | None = key(
+        None,
+        "Wan-Animate: frames of a segment, 4k + 1; a longer video is made in segments, each from the last "
+        "frame of the one before; null: all at once",
+        low=5,
+    )
     steps: int = key(50, "denoising steps", low=1)
     guidance_scale: float = key(5.0, "classifier-free guidance; 1: none, in half the time", low=1.0)
     guidance_scale_2: float | None = key(
@@ -250,6 +264,12 @@ class GenerationConfig:
         1.0,
         "HunyuanVideo: guidance away from negative_prompt, on top of its own; 1: none, in half the time",
         low=1.0,
+    )
+    stg_scale: float | None = key(
+        None, "LTX-2.3: guidance away from a pass that skips an attention; null: none, a pass less", low=0.0
+    )
+    modality_scale: float = key(
+        1.0, "LTX-2: guidance away from a pass without its sound; 1: none, a pass less", low=1.0
     )
     flow_shift: float | None = key(
         5.0, "shift of the flow schedule towards noise; null: the model's own", low=0.0
@@ -274,8 +294,14 @@ class GenerationConfig:
 
     @property
     def size(self) -> VideoSize:
-        """Returns frames, height and width of the video."""
-        return VideoSize(self.num_frames, self.height, self.width)
+        """Returns frames, height and width of what is denoised at once: the video, or a segment of it."""
+        frames = min(self.num_frames, self.segment_frames or self.num_frames)
+        return VideoSize(frames, self.height, self.width)
+
+    @property
+    def segments(self) -> int:
+        """Counts the segments of the video; each but the first begins with a frame of the one before."""
+        return max(1, math.ceil((self.num_frames - 1) / max(1, self.size.frames - 1)))
 
 
 @dataclass

@@ -33,8 +33,7 @@ def describe_plan(plan: RunPlan) -> str:
     whole = f"{_flops(flops.dense + flops.other)} dense, {_flops(flops.sparse + flops.other)} as configured"
     rows = {
         "model": f"{model.path} ({model.family}, {model.dtype}) on {plan.device}",
-        "video": f"{generation.height}x{generation.width}, {generation.num_frames} frames at "
-        f"{plan.config.output.fps} per second",
+        "video": describe_size(plan),
         "steps": f"{generation.steps}, guidance {generation.guidance_scale:g}{true}, flow shift {shift}",
         "tokens": f"{grid.tokens} = {grid.frames} latent frames x {grid.height} x {grid.width}, {blocks}",
         "density": "; ".join([density, *describe_density(plan)]),
@@ -61,6 +60,15 @@ def describe_plan(plan: RunPlan) -> str:
     lines += [_row("note", f"not on this machine: {problem}") for problem in plan.missing]
     lines += [*_rank_lines(plan), *describe_decoding(plan), *describe_further(plan)]
     return "\n".join(lines)
+
+
+def describe_size(plan: RunPlan) -> str:
+    """Returns size, length and segments: `64x64, 33 frames at 16 per second`."""
+    generation = plan.config.generation
+    sizes = f"{generation.height}x{generation.width}, {generation.num_frames} frames"
+    count = generation.segments
+    segments = f", {count} segments of {plan.size.frames}, one after the other" if count > 1 else ""
+    return f"{sizes} at {plan.config.output.fps} per second{segments}"
 
 
 def describe_start(plan: RunPlan) -> list[str]:
@@ -135,7 +143,9 @@ def _places(kept: Kept) -> str:
 
 def _share(layer_calls: float, plan: RunPlan) -> str:
     """Writes dense self-attention calls of a layer as a share of the operations of the run."""
-    one = plan.flops.dense / plan.config.generation.steps / plan.model.attention_layers()
+    generation = plan.config.generation
+    steps = generation.steps * generation.segments
+    one = plan.flops.dense / steps / plan.model.attention_layers()
     able = plan.model.attention_layers(plan.dense_layers)
     return f"{one * able * layer_calls / (plan.flops.sparse + plan.flops.other):.2%}"
 

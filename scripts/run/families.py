@@ -12,14 +12,20 @@ from scripts.run.schema import shown
 DEFAULTS = {  # of the keys that not every family takes: their value with the others
     "true_cfg_scale": 1.0,
     "guidance_scale_2": None,
+    "stg_scale": None,
+    "modality_scale": 1.0,
     "flow_shift": None,
     "prompt_template": "default",
     "image": None,
     "last_image": None,
     "video": None,
     "mask": None,
+    "pose_video": None,
+    "face_video": None,
+    "segment_frames": None,
     "reference_images": [],
 }
+SHORTEST = 5  # frames of a segment
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -44,10 +50,19 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         }
     if generation.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = generation.guidance_scale_2
+    if kind.sized_by_image:
+        del arguments["height"], arguments["width"]
+    if "segment_frames" in kind.takes:  # it makes as many frames as the poses have
+        del arguments["num_frames"]
+        arguments["segment_frame_length"] = generation.size.frames
     if "num_temporal_reasoning_steps" in kind.takes:
         # in all steps; a video of 5 frames has nothing to reason on
         arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
     arguments |= dict.fromkeys({"frame_rate", "fps"}.intersection(kind.takes), fps)
+    if "stg_scale" in kind.takes:  # None: as the video's; without guidance, no guidance of the sound either
+        arguments |= {"stg_scale": generation.stg_scale or 0.0, "modality_scale": generation.modality_scale}
+        arguments |= {"audio_stg_scale": None, "audio_modality_scale": None}
+        arguments |= {} if generation.guidance_scale > 1 else {"audio_guidance_scale": None}
     return arguments | ({"prompt_template": PLAIN_TEMPLATE} if generation.prompt_template == "plain" else {})
 
 
@@ -64,7 +79,12 @@ def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
 
 
 def calls_per_step(family: str, generation: GenerationConfig) -> int:
-    """Counts a sample's passes through the transformer in a step, 2 with guidance that is not built in."""
+    """Counts a sample's passes through the transformer in a step, one more for each kind of guidance."""
+    return halves(family, generation) + (generation.stg_scale is not None) + (generation.modality_scale > 1)
+
+
+def halves(family: str, generation: GenerationConfig) -> int:
+    """Counts the passes of guidance by the negative prompt, 2 if a step has it and it is not built in."""
     return 2 if getattr(generation, FAMILIES[family].guidance) > 1 else 1
 
 
@@ -89,15 +109,29 @@ def check_family(config: Config) -> None:
         )
     if kind.noise == "mochi" and config.generation.steps < 2:
         raise UsageError(f"generation.steps: got 1, must be at least 2 with family {family}")
+    if "segment_frames" in kind.takes and config.generation.num_frames < SHORTEST:
+        got = f"generation.num_frames: got {config.generation.num_frames}"
+        raise UsageError(f"{got}, must be at least {SHORTEST} with family {family}")
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")
 
 
-def with_images(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
-    """Returns the model with the tokens of the images of a run."""
-    text = model.joint_text + FAMILIES[family].image_tokens
-    return replace(model, joint_text=text, references=len(generation.reference_images))
+def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
+    """Returns the model with the tokens of the images of a run, and the videos that it keeps on its device.
+
+    Wan-Animate keeps all frames of poses, faces, background (float32 RGB) and mask (float32) in whole
+    segments, and the decoded segments, which it joins in a copy.
+    """
+    model = replace(model, joint_text=model.joint_text + FAMILIES[family].image_tokens)
+    references = model.references + len(generation.reference_images)
+    if not model.face:
+        return replace(model, references=references)
+    (frames, height, width), count = generation.size, generation.segments
+    padded = count * (frames - 1) + 1
+    videos = padded * (1 if generation.video is None else 1 + 4 / 3) + 2 * (padded - frames)
+    held = 12 * (height * width * videos + model.face**2 * padded)
+    return replace(model, references=references, held=held)
 
 
 def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -> dict[str, Any]:

@@ -22,19 +22,24 @@ from scripts.run.model_info import (
     hunyuan_video15_info,
     hunyuan_video_info,
     kandinsky5_info,
+    ltx2_info,
     ltx_info,
     mochi_info,
     motif_video_info,
+    wan_animate_info,
     wan_time,
 )
 
 PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
+PARTS += ("connectors", "audio_vae", "vocoder")
 CONFIGURED = ("transformer", "vae")
 # Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
 LLAMA_8B, LLAVA_8B, CLIP_TEXT = 7_505_186_816, 8_355_272_704, 123_060_480
 WAN_VAE, WAN22_VAE, HUNYUAN_VAE, MOCHI_VAE = 126_892_531, 704_688_668, 246_478_803, 459_748_611
+GEMMA_12B, LTX2_VAE = 12_187_325_040, 1_222_479_601
 LTX_VAE, HUNYUAN15_VAE, QWEN_7B, BYT5_SMALL = 419_193_649, 1_260_634_115, 7_070_619_136, 219_314_944
+SIGLIP = 428_225_600
 QWEN_VL_7B, T5_11B = 8_292_166_656, 4_864_791_552
 WAN_14B = ModelInfo(
     layers=40,
@@ -80,6 +85,9 @@ HUNYUAN15 = hunyuan_video15_info(
 )
 MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
 MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
+HUNYUAN15_I2V = replace(HUNYUAN15, parameters=HUNYUAN15.parameters | {"image_encoder": SIGLIP})
+ANIMATE_CONFIG = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
+ANIMATE_CONFIG |= {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 16, "image_dim": 1280}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -109,6 +117,16 @@ HUB_MODELS = {
     "Wan-AI/Wan2.1-VACE-14B-diffusers": _variant(
         {"transformer": 17_337_592_896}, control_layers=(0, 5, 10, 15, 20, 25, 30, 35)
     ),
+    "Wan-AI/Wan2.2-Animate-14B-Diffusers": wan_animate_info(
+        ANIMATE_CONFIG,
+        {},
+        {
+            "transformer": 17_274_816_884,
+            "text_encoder": UMT5_XXL,
+            "image_encoder": CLIP_VISION,
+            "vae": WAN_VAE,
+        },
+    ),
     **dict.fromkeys((f"Skywork/SkyReels-V2-T2V-14B-{size}P-Diffusers" for size in (540, 720)), WAN_14B),
     **dict.fromkeys(
         (f"Skywork/SkyReels-V2-I2V-14B-{size}P-Diffusers" for size in (540, 720)),
@@ -132,7 +150,9 @@ HUB_MODELS = {
         HUNYUAN_PARTS | {"text_encoder": LLAVA_8B},
     ),
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": HUNYUAN15,
-    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": HUNYUAN15,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": replace(HUNYUAN15, target_size=960),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": HUNYUAN15_I2V,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": replace(HUNYUAN15_I2V, target_size=960),
     "genmo/mochi-1-preview": mochi_info(
         MOCHI_CONFIG,
         {"decoder_block_out_channels": [128]},
@@ -148,6 +168,16 @@ HUB_MODELS = {
         LTX_CONFIG,
         LTX_VAE_CONFIG,
         {"transformer": 1_923_385_472, "text_encoder": T5_XXL, "vae": LTX_VAE},
+    ),
+    "Lightricks/LTX-2": ltx2_info(
+        LTX_CONFIG
+        | {"attention_head_dim": 128, "num_layers": 48}
+        | {"audio_num_attention_heads": 32, "audio_attention_head_dim": 64},
+        LTX_VAE_CONFIG
+        | {"decoder_block_out_channels": [256], "upsample_factor": [2]}
+        | {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+        {"transformer": 18_876_174_592, "text_encoder": GEMMA_12B, "vae": LTX2_VAE}
+        | {"connectors": 1_431_475_200, "audio_vae": 53_248_146, "vocoder": 55_592_802},
     ),
     "nvidia/Cosmos-Predict2-2B-Video2World": _cosmos(16, 28, 1_956_413_440),
     "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),
@@ -173,6 +203,8 @@ SHIFTS = {
     "hunyuanvideo-community/HunyuanVideo-I2V": 17.0,
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 5.0,
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": 9.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": 5.0,
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": 7.0,
 }
 BOUNDARIES = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 0.875, "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 0.9}
 

@@ -13,6 +13,7 @@ from scripts.run.config import GenerationConfig, find_path
 from scripts.run.errors import UsageError, reason_of
 from scripts.run.files import is_blank, read_lines, sha256
 from scripts.run.image_files import BROKEN, is_image_name, read_image
+from scripts.run.model_info import ModelInfo
 from scripts.run.video_files import read_video
 
 IMAGE = "a JPEG, PNG, WebP or AVIF file of 8 bits a channel"
@@ -24,8 +25,9 @@ class Inputs:
     """Holds the inputs of the pipeline besides the prompt.
 
     Attributes:
-        arguments: `image` and `last_image`, or lists `video` and `mask`, as Pillow images of
-            `generation.height` x `width`; `reference_images` in their own sizes.
+        arguments: `image` and `last_image`, or lists `video`, `mask` and `pose_video`, as Pillow images of
+            `generation.height` x `width`. In sizes of their own: `reference_images`, `face_video`, and the
+            image of a pipeline that fits it.
         files: file name and sha256 by key, for the record; `reference_images` are numbered.
     """
 
@@ -67,28 +69,55 @@ def prompt_lines(lines: dict[int, str]) -> dict[int, str]:
 
 
 def read_inputs(
-    generation: GenerationConfig, family: str, dry_run: bool = False, needs_last: bool = False
+    generation: GenerationConfig, family: str, dry_run: bool = False, model: ModelInfo | None = None
 ) -> Inputs:
-    """Reads the files that the configuration names; a dry run may leave out the images that a run needs.
+    """Reads the files that the configuration names; a dry run may leave out those that a run needs.
 
-    `needs_last`: whether the model needs a last image.
+    `model`: of the run; None for one that needs no last image and makes videos of any size.
 
     Raises:
-        UsageError: a file is missing, broken or of another kind; the model needs an image; a mask has no
-            video, or more or fewer frames than its video; a video has too few frames, or too many to go on.
+        UsageError: a file is missing, broken or of another kind; the model needs an image or a video; a mask
+            has no video; a video has too few frames, or not as many as another; the image makes a video of
+            another size.
     """
-    takes = FAMILIES[family].takes
-    goes_on = {"image", "video"} <= set(takes)  # from an image, or a video
-    given = generation.image if generation.image is not None or not goes_on else generation.video
-    if "image" in takes and given is None and not dry_run:
-        needed = "an image, or generation.video" if goes_on else "an image"
-        raise UsageError(f"generation.image: got null, but family {family} needs {needed}; name {IMAGE}")
-    if goes_on and None not in (generation.image, generation.video):
+    _check_files(generation, family, dry_run, model)
+    kind = FAMILIES[family]
+    arguments: dict[str, Any] = {}
+    for name in ("image", "last_image"):
+        if (file := getattr(generation, name)) is not None:
+            image = open_image(f"generation.{name}", file)
+            if kind.sized_by_image and model is not None:
+                _check_image_size(image, generation, model)
+            whole = kind.sized_by_image or "pose_video" in kind.takes
+            arguments[name] = image if whole else fit(image, generation.height, generation.width)
+    arguments |= _read_videos(generation, goes_on(family))
+    files = {name: getattr(generation, name) for name in arguments}
+    references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
+    if references:
+        images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
+        arguments["reference_images"] = images
+    if "pose_video" in kind.takes and "video" in arguments:
+        names = {"background_video": "video", "mask_video": "mask"}
+        arguments |= {"mode": "replace"} | {name: arguments.pop(ours) for name, ours in names.items()}
+    return Inputs(arguments, {key: _identity(name) for key, name in (files | references).items()})
+
+
+def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model: ModelInfo | None) -> None:
+    """Raises UsageError if a file is not named that the run, or another file, needs."""
+    takes = () if dry_run else FAMILIES[family].takes
+    other = goes_on(family) and generation.video
+    for name, wanted in {"image": IMAGE, "pose_video": VIDEO, "face_video": VIDEO}.items():
+        if name in takes and getattr(generation, name) is None and not (name == "image" and other):
+            needed = "an image" if name == "image" else "one"
+            needed += ", or generation.video" if goes_on(family) else ""
+            got = f"generation.{name}: got null"
+            raise UsageError(f"{got}, but family {family} needs {needed}; name {wanted}")
+    if other and generation.image:
         raise UsageError(
             f"generation.video: got {generation.video!r} beside generation.image, but family {family} goes "
             "on from one of them; set generation.image=null, or generation.video=null"
         )
-    if generation.last_image is None and needs_last and not dry_run:
+    if generation.last_image is None and model is not None and model.last_image == "needed" and not dry_run:
         raise UsageError(
             f"generation.last_image: got null, but this model needs a first and a last image; name {IMAGE}"
         )
@@ -97,19 +126,25 @@ def read_inputs(
             f"generation.mask: got {generation.mask!r} without generation.video; set generation.video, or "
             "generation.mask=null"
         )
-    arguments: dict[str, Any] = {}
-    for name in ("image", "last_image"):
-        if (file := getattr(generation, name)) is not None:
-            image = open_image(f"generation.{name}", file)
-            arguments[name] = fit(image, generation.height, generation.width)
-    if generation.video is not None:
-        arguments |= _read_video(generation, goes_on)
-    files = {name: getattr(generation, name) for name in arguments}
-    references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
-    if references:
-        images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
-        arguments["reference_images"] = images
-    return Inputs(arguments, {key: _identity(name) for key, name in (files | references).items()})
+    if generation.video is not None and generation.mask is None and "pose_video" in FAMILIES[family].takes:
+        raise UsageError(
+            f"generation.mask: got null, but family {family} replaces what a mask marks in generation.video; "
+            f"name {VIDEO}, or set generation.video=null"
+        )
+
+
+def _check_image_size(image: Image.Image, generation: GenerationConfig, model: ModelInfo) -> None:
+    """Raises UsageError unless the pipeline, which derives a size from the image, makes the one given."""
+    from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+    processor = HunyuanVideo15ImageProcessor(vae_scale_factor=model.vae_pixels)
+    height, width = processor.calculate_default_height_width(image.height, image.width, model.target_size)
+    if (generation.height, generation.width) != (height, width):
+        raise UsageError(
+            f"generation.image: got {generation.image!r}, {image.height}x{image.width}, of which this model "
+            f"makes {height}x{width}, not {generation.height}x{generation.width}; set generation.height="
+            f"{height} generation.width={width}, or crop the image"
+        )
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -128,36 +163,46 @@ def open_image(key: str, name: str, ground: str = "black") -> Image.Image:
         raise _unreadable(key, name, error, IMAGE) from error
 
 
-def _read_video(generation: GenerationConfig, goes_on: bool) -> dict[str, list[Image.Image]]:
-    """Returns `video`, and `mask` if there is one: white from half brightness on.
+def goes_on(family: str) -> bool:
+    """Returns whether a video is only the start of the new one, which may start from an image, too."""
+    takes = FAMILIES[family].takes
+    return {"image", "video"} <= set(takes) and "pose_video" not in takes
 
-    `goes_on`: whether the video is only the start of the new one.
+
+def _read_videos(generation: GenerationConfig, starts: bool) -> dict[str, list[Image.Image]]:
+    """Returns the videos that are named; the mask is white from half brightness on.
+
+    `starts`: whether the new video begins with that of `generation.video`.
     """
-    video, count = _fitted_frames("generation.video", generation.video, generation, goes_on=goes_on)
-    if generation.mask is None:
-        return {"video": video}
-    mask, _ = _fitted_frames("generation.mask", generation.mask, generation, video_frames=count)
-    return {"video": video, "mask": [frame.convert("L").point(lambda v: 255 * (v > 127)) for frame in mask]}
+    videos, first = {}, None
+    for key in ("pose_video", "face_video", "video", "mask"):
+        if (name := getattr(generation, key)) is not None:
+            videos[key], count = _fitted_frames(f"generation.{key}", name, generation, first, starts)
+            first = first or (f"generation.{key}", count)
+    if "mask" in videos:
+        videos["mask"] = [frame.convert("L").point(lambda v: 255 * (v > 127)) for frame in videos["mask"]]
+    return videos
 
 
 def _fitted_frames(
-    key: str,
-    name: str,
-    generation: GenerationConfig,
-    video_frames: int | None = None,
-    goes_on: bool = False,
+    key: str, name: str, generation: GenerationConfig, first: tuple[str, int] | None, starts: bool
 ) -> tuple[list[Image.Image], int]:
-    """Returns the first `num_frames` frames, fitted, and the number of all frames."""
+    """Returns the first `num_frames` frames, fitted, or square for faces, and the number of all frames.
+
+    `first`: the key of another video, and its number of frames, which this one must have.
+    """
     frames, count = [], 0
     for count, frame in enumerate(read_frames(key, name), 1):
         if count <= generation.num_frames:
-            frames.append(fit(frame, generation.height, generation.width))
+            square = 2 * (min(frame.size),)
+            size = square if key.endswith("face_video") else (generation.height, generation.width)
+            frames.append(fit(frame, *size))
     wanted = None
-    if video_frames not in (None, count):
-        wanted = f"{video_frames}, as many as the video"
-    elif goes_on and count >= generation.num_frames:
+    if first is not None and first[1] != count:
+        wanted = f"{first[1]}, as many as {first[0]}"
+    elif starts and count >= generation.num_frames:
         wanted = f"fewer than {generation.num_frames} (generation.num_frames), which begin with them"
-    elif count < generation.num_frames and not goes_on:
+    elif count < generation.num_frames and not starts:
         wanted = f"at least {generation.num_frames} (generation.num_frames)"
     if wanted:
         raise UsageError(f"{key}: got {name!r} with {count} frames, must have {wanted}")

@@ -14,7 +14,8 @@ GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HOST_BYTES = 0.5 * GIB  # Python with torch and diffusers, measured with the model on the CPU
 STORED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # an element; nf4: with a float32 scale for each 64
-ENCODERS, TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder"), ("transformer", "transformer_2")
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "connectors")
+TRANSFORMERS, SOUND = ("transformer", "transformer_2"), ("audio_vae", "vocoder")
 LARGEST_LAYER = 0.2  # share of a text encoder in its embedding table; 18 % in UMT5-XXL
 BLOCKS_AT_ONCE = 2  # with group offload: the block that runs and the next one
 MASK_BYTES = 2  # for each pair of blocks of a chosen mask: in how many densities it is kept, and whether now
@@ -71,7 +72,7 @@ def peak_memory(
         options = replace(options, offload="none")
     text, transformer, vae = weights_on_device(model, options)
     denoising = transformer_bytes(model, grid, options) + cache_bytes(model, grid, options, calls)
-    decoding = decoder_bytes(model, size, options)
+    denoising, decoding = denoising + model.held, decoder_bytes(model, size, options) + model.held
     mask = mask_bytes(whole, block_size)
     stages = [(text, 0.0), (transformer, denoising + mask), (vae, decoding)]
     if options.offload == "none":
@@ -118,15 +119,16 @@ def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, fl
     encoders = [parts.get(name, 0.0) for name in ENCODERS]
     transformers = [parts.get(name, 0.0) for name in TRANSFORMERS]
     vae, loras = parts.get("vae", 0.0), parts.get("loras", 0.0)
+    sound = [parts.get(name, 0.0) for name in SOUND]
     match options.offload:
         case "model":
-            return max(encoders), max(transformers) + loras, vae
+            return max(encoders), max(transformers) + loras, max(vae, *sound)
         case "group":
             blocks = BLOCKS_AT_ONCE * (max(transformers) + loras) / model.layers
             return vae + LARGEST_LAYER * max(encoders), vae + blocks, vae
         case "sequential":
             return LARGEST_LAYER * max(encoders), max(transformers) / model.layers, vae / model.layers
-    return sum(encoders), sum(transformers) + loras, vae
+    return sum(encoders), sum(transformers) + loras, vae + sum(sound)
 
 
 def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig) -> float:

@@ -9,8 +9,8 @@ from radial_attn import TokenGrid
 from scripts.run.config import VideoSize
 from scripts.run.errors import UsageError, one_line
 
-MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE, LTX_TEXT = 6, 256, 512, 257, 128
-MOTIF_TEXT = 512
+MOCHI_FRAMES, MOCHI_TEXT, WAN_TEXT, WAN_IMAGE = 6, 256, 512, 257
+LTX_TEXT, LTX2_TEXT, MOTIF_TEXT = 128, 1024, 512
 KANDINSKY_TEXT, KANDINSKY_POSITIONS = 512, 128
 HUNYUAN15_TEXT = 729 + 256 + 1000  # image, glyphs, prompt
 # Kind of condition -> tokens: 256 of text, or 252 and every second or fourth of the image's 576.
@@ -21,7 +21,7 @@ HUNYUAN_TEXT = {None: 256, "latent_concat": 252 + 576 // 2, "token_replace": 252
 # twice as many channels: 11.8. Mochi: 6.4, or 5.3 with one resnet a block. LTX-Video: 4.6.
 # HunyuanVideo 1.5: 6.5.
 WIDE, WAN_COPIES, NARROW_WAN_COPIES, HUNYUAN_COPIES, MOCHI_COPIES = 32, 15, 42.5, 11.8, (5.3, 6.4)
-LTX_COPIES, HUNYUAN15_COPIES = 4.6, 6.5
+LTX_COPIES, LTX2_COPIES, HUNYUAN15_COPIES = 4.6, 6.5, 6.5
 HUNYUAN_CHUNK, HUNYUAN_STRIDE = 17, 12  # frames that diffusers decodes at once, and from one to the next
 
 
@@ -52,7 +52,11 @@ class ModelInfo:
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
         decoder_layers: after the others, always dense over two copies of the video (MotifVideo).
         last_image: "needed" beside the first one, "taken", or "none".
-        references: frames of tokens in front of the video, one for each reference image of VACE.
+        references: frames of tokens in front of the video, one for each reference image of VACE, and one for
+            Wan-Animate's character.
+        face: pixels of a side of Wan-Animate's video of a face, 0 for other models.
+        held: bytes of videos that stay on the device while others are denoised and decoded.
+        target_size: side of a square with the area of the videos that are sized by an image.
         order: of the tokens, see `TokenGrid`.
     """
 
@@ -83,6 +87,9 @@ class ModelInfo:
     decoder_layers: int = 0
     last_image: str = "none"
     references: int = 0
+    face: int = 0
+    held: float = 0.0
+    target_size: int = 0
     order: str = "raster"
 
     @property
@@ -186,6 +193,15 @@ def wan_time(head_dim: int) -> tuple[int, float]:
     return head_dim - 4 * (head_dim // 6), 10000.0
 
 
+def wan_animate_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    model = _wan(transformer, vae, parameters)
+    adapter = 2 * model.width**2 // transformer.get("inject_face_latents_blocks", 5)  # query and output
+    face = transformer.get("motion_encoder_size") or 512
+    return replace(model, token_macs=model.macs + adapter, references=1, face=face)
+
+
 def hunyuan_video_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
@@ -218,8 +234,8 @@ def hunyuan_video15_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
     model = hunyuan_video_info(transformer | {"num_single_layers": 0}, vae, parameters)
-    text = {"joint_text": HUNYUAN15_TEXT}
-    return replace(model, **text, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
+    sizes = {"joint_text": HUNYUAN15_TEXT, "target_size": transformer.get("target_size", 640)}
+    return replace(model, **sizes, vae_copies=HUNYUAN15_COPIES, vae_chunk=math.inf, vae_stride=None)
 
 
 def mochi_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
@@ -282,6 +298,20 @@ def motif_video_info(
     return replace(model, **wan_vae(vae), **sizes, parameters=parameters)
 
 
+def ltx2_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
+    """Leaves the work on the sound out: at 24 frames a second it has a fiftieth of the video's tokens."""
+    model = ltx_info(transformer, vae, parameters)
+    width = model.width, transformer["audio_num_attention_heads"] * transformer["audio_attention_head_dim"]
+    narrower = (vae.get("upsample_factor") or [1])[0]  # the last layers have fewer channels by this factor
+    return replace(
+        model,
+        text_tokens=LTX2_TEXT,
+        token_macs=6 * width[0] ** 2 + 2 * width[0] * model.ffn + 4 * width[0] * width[1],
+        vae_base=max(1, model.vae_base // narrower),
+        vae_copies=LTX2_COPIES,
+    )
+
+
 def kandinsky5_info(
     transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
 ) -> ModelInfo:
@@ -325,6 +355,7 @@ def cosmos_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: di
 READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan,
+    "WanAnimateTransformer3DModel": wan_animate_info,
     "SkyReelsV2Transformer3DModel": _wan,
     "AnyFlowTransformer3DModel": _wan,
     "ChronoEditTransformer3DModel": _wan,
@@ -333,6 +364,7 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "MochiTransformer3DModel": mochi_info,
     "LTXVideoTransformer3DModel": ltx_info,
     "MotifVideoTransformer3DModel": motif_video_info,
+    "LTX2VideoTransformer3DModel": ltx2_info,
     "Kandinsky5Transformer3DModel": kandinsky5_info,
     "CosmosTransformer3DModel": cosmos_info,
 }

@@ -8,7 +8,16 @@ from radial_attn.models.parallel.groups import Degrees, ring_refusal
 from radial_attn.models.pipeline.caches import read_ratios
 from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.runtime.schedule import read_dense_steps
-from scripts.run.config import SCHEMA, AttentionConfig, Config, MaskConfig, ModelConfig, VideoSize, keys
+from scripts.run.config import (
+    SCHEMA,
+    AttentionConfig,
+    Config,
+    GenerationConfig,
+    MaskConfig,
+    ModelConfig,
+    VideoSize,
+    keys,
+)
 from scripts.run.errors import UsageError, multiples_around
 from scripts.run.families import calls_per_step, check_family
 from scripts.run.model_info import ModelInfo
@@ -17,13 +26,14 @@ from scripts.run.outputs import check_target
 GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.width")
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
 CACHES = "first_block|taylorseer|mag|pab"
-UNREGISTERED = "hunyuan_video15|skyreels_v2|skyreels_v2_i2v|chronoedit"
+UNREGISTERED = "hunyuan_video15|hunyuan_video15_i2v|skyreels_v2|skyreels_v2_i2v|chronoedit"
 CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
-    f"model.cache={CACHES} model.family=wan_vace": "its control is added between the blocks",
     "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
     "place of the text",
+    f"model.cache={CACHES} model.family=wan_vace|wan_animate": "its control is added between the blocks",
+    f"model.cache={CACHES} model.family=ltx2|ltx2_i2v": "a block also has sound, which caches do not keep",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
     "model.cache=first_block|mag|pab model.family=kandinsky5": "diffusers asks its blocks for other names",
@@ -200,6 +210,12 @@ def check_shared(config: Config, degrees: Degrees) -> None:
             f"model.family: got {family!r}, whose {UNSHARED[family]}, so they stay in one process; set "
             "parallel.ulysses_degree=1 parallel.ring_degree=1"
         )
+    if config.generation.segments > 1 and degrees.processes > degrees.data:
+        raise UsageError(
+            f"generation.segment_frames: got {config.generation.segment_frames}, but a segment begins with a "
+            "decoded frame of the one before, which only one of several processes has; make one video a "
+            "process (parallel.data_degree), or generation.num_frames at most generation.segment_frames"
+        )
     if config.model.cache_ratios == "calibrate":
         raise UsageError(
             "model.cache_ratios: got 'calibrate', which does not work with several processes: each would "
@@ -219,6 +235,12 @@ def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
             f"attention.dense_layers: got {attention.dense_layers}, must be 0 to {model.layers}, the number "
             "of the model's layers"
         )
+
+
+def check_video(generation: GenerationConfig, model: ModelInfo) -> None:
+    """Raises UsageError for a size of a video, or of its segments, that the model does not take."""
+    frames = "num_frames" if generation.segments == 1 else "segment_frames"
+    check_size(generation.size, model, (f"generation.{frames}", *GENERATION_KEYS[1:]))
 
 
 def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = GENERATION_KEYS) -> None:

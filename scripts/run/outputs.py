@@ -6,12 +6,13 @@ import os
 import re
 import signal
 import sys
+import wave
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from scripts.run.config import Config
 from scripts.run.errors import UsageError, cannot_write, reason_of
 from scripts.run.files import remove_leftovers, sha256, temporary, user_path
 from scripts.run.system import timed
-from scripts.run.video_files import probe_video
+from scripts.run.video_files import probe_video, sound_seconds
 
 SLUG_LENGTH = 60
 CRF = 10  # for libx264: visually lossless, small videos stay crisp
@@ -28,7 +29,8 @@ TO_BT709 = (
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
 PROBE_BYTES = 2**20
-FILES = ("image", "last_image", "video", "mask", "reference_images")
+SOUND_SLACK = 0.1  # seconds that AAC may add or leave out: a packet or two
+FILES = ("image", "last_image", "video", "mask", "pose_video", "face_video", "reference_images")
 INPUTS = tuple(f"generation.{name}" for name in FILES)  # their content counts, the name does not
 MODEL = frozenset(("model.path", "model.transformer", "model.transformer_2"))
 DEGREES = ("parallel.ulysses_degree", "parallel.ring_degree", "parallel.cfg_degree", "parallel.data_degree")
@@ -217,13 +219,35 @@ def unwritable(path: Path, error: OSError) -> UsageError:
     )
 
 
-def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any]) -> None:
+class Sound(NamedTuple):
+    """Holds the sound of a video: float32 `[channels, N]` in -1 .. 1, and its samples a second."""
+
+    samples: np.ndarray
+    rate: int
+
+    def about(self) -> dict[str, Any]:
+        """Returns what a record says of it."""
+        channels, count = self.samples.shape
+        return {"channels": channels, "rate": self.rate, "seconds": count / self.rate}
+
+    def write(self, path: Path) -> None:
+        """Writes it as a WAV file of 16 bits."""
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(len(self.samples))
+            file.setsampwidth(2)
+            file.setframerate(self.rate)
+            file.writeframes((self.samples.T.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+
+
+def write_pair(
+    path: Path, frames: np.ndarray, fps: int, record: dict[str, Any], sound: Sound | None = None
+) -> None:
     """Writes the video and its JSON under temporary names and renames both; after an error no new one exists.
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
         record: the content of the JSON; its `seconds` get the time of encoding as `write`, and its `video`
-            size and sha256 of the file.
+            size and sha256 of the file, and channels, rate and seconds of a sound.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -236,8 +260,9 @@ def write_pair(path: Path, frames: np.ndarray, fps: int, record: dict[str, Any])
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with timed(record["seconds"], "write"):
-            encode(video, frames, fps)
+            encode(video, frames, fps, sound)
         record["video"] = {"bytes": video.stat().st_size, "sha256": sha256(video)}
+        record["video"] |= {"sound": sound.about()} if sound else {}
         content = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         text.write_text(content, encoding="utf-8", errors="backslashreplace")  # as JSON escapes half a pair
         _publish(video, text, path)
@@ -260,11 +285,11 @@ def _publish(video: Path, text: Path, path: Path) -> None:
         raise
 
 
-def encode(path: Path, frames: np.ndarray, fps: float) -> None:
+def encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None) -> None:
     """Writes uint8 `[T, H, W, 3]` as H.264 in mp4, BT.709 and marked so; OSError if that fails.
 
-    Odd sizes are written without halving the colours. The file is read back, because imageio hides the
-    encoder's exit status.
+    Odd sizes are written without halving the colours; the sound becomes AAC. The file is read back, because
+    imageio hides the encoder's exit status.
     """
     import imageio
 
@@ -272,13 +297,20 @@ def encode(path: Path, frames: np.ndarray, fps: float) -> None:
     codec = {"codec": "libx264", "pixelformat": "yuv444p" if is_odd else "yuv420p"}
     options = {"fps": fps, "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
     options |= {"output_params": ["-crf", str(CRF), "-vf", TO_BT709]}
-    written = -1
-    with suppress(OSError, RuntimeError, ValueError):
-        with imageio.get_writer(path, format="FFMPEG", **codec, **options) as writer:
-            for frame in frames:
-                writer.append_data(frame)
-        written = probe_video(path).frames
-    if written != len(frames):
+    written, heard, wav = -1, 0.0, path.with_suffix(".wav")
+    options |= {"audio_path": str(wav), "audio_codec": "aac"} if sound else {}
+    try:
+        with suppress(OSError, RuntimeError, ValueError):
+            if sound:
+                sound.write(wav)
+            with imageio.get_writer(path, format="FFMPEG", **codec, **options) as writer:
+                for frame in frames:
+                    writer.append_data(frame)
+            written, heard = probe_video(path).frames, sound_seconds(path)
+    finally:
+        wav.unlink(missing_ok=True)
+    whole = sound is None or abs(heard - sound.about()["seconds"]) < SOUND_SLACK
+    if written != len(frames) or not whole:
         _raise_reason(path)
 
 

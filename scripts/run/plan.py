@@ -26,7 +26,7 @@ from scripts.run.attention import (
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step, position_arguments, shared_calls, with_images
+from scripts.run.families import calls_per_step, position_arguments, shared_calls, with_conditions
 from scripts.run.files import sha256
 from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
 from scripts.run.hub_models import SHIFTS, expert_notes, find_model, planned_boundary, read_model_info
@@ -47,7 +47,7 @@ from scripts.run.option_checks import (
     check_options,
     check_ring,
     check_shared,
-    check_size,
+    check_video,
     refusals,
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
@@ -122,7 +122,7 @@ class RunPlan:
             steps=self.config.generation.steps,
             dense_steps=len(self.dense_steps),
             dense_layers=self.dense_layers,
-            calls=self.calls,
+            calls=self.calls * self.config.generation.segments,
             beyond=self.beyond,
         )
 
@@ -285,12 +285,12 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     files = find_single_files(config.model, path)
     model = with_files(read_model_info(path), files)
     check_model_options(config, model)
-    inputs = read_inputs(generation, family, dry_run, model.last_image == "needed")
+    inputs = read_inputs(generation, family, dry_run, model)
     _lacking(refusals(config, 1 + ("transformer_2" in model.parameters)))
     elsewhere = dry_run and device == "cpu" and config.model.device == "auto"
     missing = _lacking(missing_libraries(config.model, device), elsewhere)
     loras = find_loras(config.model, path, fetch=not dry_run)
-    model = with_images(with_loras(model, loras), family, generation)
+    model = with_conditions(with_loras(model, loras), family, generation)
     attention, grid, steps = config.attention, model.grid(generation.size), generation.steps
     if dry_run:
         processes = max(processes, math.prod(degree or 1 for degree in vars(config.parallel).values()))
@@ -344,7 +344,7 @@ def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...
 def check_model_options(config: Config, model: ModelInfo) -> None:
     """Raises UsageError for a size, length, guidance or number of dense layers that the model refuses."""
     generation = config.generation
-    check_size(generation.size, model)
+    check_video(generation, model)
     if config.model.positions_frames is not None:
         check_frames("model.positions_frames", config.model.positions_frames, model)
     if generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:

@@ -9,7 +9,7 @@ from typing import Any
 from radial_attn.models.pipeline.families import FAMILIES
 from radial_attn.models.pipeline.load import is_local
 from scripts.run.config import Config, GenerationConfig
-from scripts.run.families import PLAIN_TEMPLATE, calls_per_step
+from scripts.run.families import PLAIN_TEMPLATE, halves
 
 SMALL = 10**5  # bytes of a file that may hold a vocabulary of words
 SHOWN = 60  # characters of a part that is cut
@@ -18,7 +18,7 @@ SHOWN = 60  # characters of a part that is cut
 def texts_of(generation: GenerationConfig, family: str, prompts: Mapping[int, str]) -> dict[str, str]:
     """Returns the prompts of a run, as of `read_prompts`, and its negative prompt, by what to call them."""
     texts = {f"line {number}" if number else "the prompt": text for number, text in prompts.items()}
-    if calls_per_step(family, generation) > 1:
+    if halves(family, generation) > 1:
         texts["generation.negative_prompt"] = generation.negative_prompt
     return texts
 

@@ -23,13 +23,13 @@ from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.run.attention import attention_arguments
-from scripts.run.config import Config
+from scripts.run.config import Config, GenerationConfig
 from scripts.run.errors import GenerationError, UsageError, one_line, raised_in
 from scripts.run.families import batch, pipeline_arguments
 from scripts.run.hub_models import hub_unreachable
 from scripts.run.loras import put_in
 from scripts.run.machine_checks import is_out_of_memory
-from scripts.run.outputs import resolved, unwritable, write_pair
+from scripts.run.outputs import Sound, resolved, unwritable, write_pair
 from scripts.run.plan import RunPlan
 from scripts.run.process_groups import Groups, shared_decoding, shared_guidance, whole_tokens
 from scripts.run.single_files import file_records
@@ -51,12 +51,16 @@ class Observer(Protocol):
 
 @dataclass
 class Sampler:
-    """Makes the videos of a plan, one by one; `groups`: the processes that share the work."""
+    """Makes the videos of a plan, one by one; `groups`: the processes that share the work.
+
+    `sound`: that of the last video, None if its model makes none.
+    """
 
     plan: RunPlan
     groups: Groups = field(default_factory=Groups)
     seconds: dict[str, float] = field(default_factory=dict)
     loras_in: list[dict[str, Any]] = field(default_factory=list)
+    sound: Sound | None = None
     begun: set[str] = field(default_factory=set)  # the patterns of steps that were done, so compiled
 
     def load(self) -> Any:
@@ -109,7 +113,7 @@ class Sampler:
             return None
         record = self.record(prompt, run, seconds)
         try:
-            write_pair(path, frames, self.plan.config.output.fps, record)
+            write_pair(path, frames, self.plan.config.output.fps, record, self.sound)
         except OSError as error:
             raise unwritable(path, error) from error
         return record
@@ -142,15 +146,16 @@ class Sampler:
             cached(pipeline, **self.plan.cache_arguments(), gather=whole) as cache,
         ):
             clock = Clock(synchronizer(self.plan.device))
-            hook = pipeline.transformer.register_forward_pre_hook(clock.first_call, prepend=True)
+            hook = pipeline.transformer.register_forward_pre_hook(clock.call, prepend=True)
             try:
-                with reported_choices(), shown_steps(config.generation.steps, bar) as shown:
+                with reported_choices(), shown_steps(config.generation, bar) as shown:
                     self._announce(shown, 0)
                     step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
             finally:
                 hook.remove()
-            seconds |= clock.seconds | {"decode": clock.lap()}
+            clock.end("decode")
+            seconds |= clock.seconds
             run = {"attention": handle.report(), "cache": cache.report(), "step_seconds": clock.steps}
             if look is not None:
                 look(handle)
@@ -160,7 +165,9 @@ class Sampler:
         config, inputs = self.plan.config, self.plan.inputs.arguments
         try:
             with each_step(pipeline, step_done) as options:
-                return sample(pipeline, config, [prompt], [config.generation.seed], **options | inputs)[0]
+                video = call(pipeline, config, [prompt], [config.generation.seed], **options | inputs)
+                self.sound = sound_of(pipeline, video)
+                return video.frames[0]
         except (UsageError, GenerationError):
             raise
         except CheckError as error:
@@ -188,7 +195,7 @@ class Sampler:
         def step_done(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
             if observer is not None:
                 clock.leave_out(observer.take_seconds())
-            clock.step_done()
+            clock.step_done(last=step + 1 == config.generation.steps)
             pattern = self.plan.pattern(step)
             if not torch.isfinite(tensors["latents"]).all():
                 calls = handle.report()["calls"]
@@ -201,7 +208,7 @@ class Sampler:
             bar.set_postfix_str(pattern, refresh=False)
             bar.update()
             self._announce(bar, step + 1)
-            if step + 1 == bar.total:
+            if len(clock.steps) == bar.total:
                 bar.close()
             return {}
 
@@ -253,14 +260,32 @@ class Sampler:
 def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> np.ndarray:
     """Samples a batch of videos with the pipeline's own attention: float `[B, T, H, W, 3]` in 0 .. 1.
 
+    `options` are those of `call`; `output_type="latent"` returns latents `[B, C, frames, height, width]`.
+    """
+    return call(pipeline, config, prompts, seeds, **options).frames
+
+
+def call(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> Any:
+    """Calls the pipeline, with its own attention, for a batch of videos; returns its output.
+
     The noise is drawn on the CPU, one seed a prompt, so it does not depend on device or batch. The options
-    go to the pipeline; `output_type="latent"` returns latents `[B, C, frames, height, width]`.
+    go to the pipeline.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     arguments = pipeline_arguments(config.model.family, config.generation, config.output.fps) | options
     if hasattr(pipeline, "guider"):
         pipeline.guider = pipeline.guider.new(guidance_scale=arguments.pop("guidance_scale"))
-    return pipeline(**batch(config.model.family, prompts, generators), **arguments).frames
+    return pipeline(**batch(config.model.family, prompts, generators), **arguments)
+
+
+def sound_of(pipeline: Any, output: Any) -> Sound | None:
+    """Returns the sound of the first video, None without one; GenerationError if it is not finite."""
+    if getattr(output, "audio", None) is None:
+        return None
+    samples = output.audio[0].float().cpu().numpy()
+    if not np.isfinite(samples).all():
+        raise GenerationError("non-finite values in the decoded sound (audio VAE, vocoder); no video written")
+    return Sound(samples, pipeline.vocoder.config.output_sampling_rate)
 
 
 @contextmanager
@@ -308,10 +333,11 @@ def reported_choices() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def shown_steps(steps: int, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
+def shown_steps(generation: GenerationConfig, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
     """Returns a progress bar of one video, or `bar`, which stays open at the end."""
     if bar is not None:
         return nullcontext(bar)
+    steps = generation.steps * generation.segments
     return tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True)
 
 

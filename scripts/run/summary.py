@@ -20,8 +20,9 @@ def step_speed(plan: RunPlan, seconds: list[float]) -> dict[str, float | None]:
         those of a sparse step over those of a dense one; and `efficiency`, the product of the last two. What
         is not known is None: a run may lack either kind of steps, and a cache skips some of their work.
     """
+    steps = plan.config.generation.steps  # of each segment
     times = [
-        [x for step, x in enumerate(seconds) if (step in plan.dense_steps) is dense]
+        [x for step, x in enumerate(seconds) if (step % steps in plan.dense_steps) is dense]
         for dense in (True, False)
     ]
     dense, sparse = (median(x) if x else None for x in times)
@@ -38,7 +39,8 @@ def describe_video(record: dict[str, Any], path: object) -> list[str]:
     sparse = sparse_name(record["config"]["attention"])
     seconds = {stage.replace("_", " "): f"{value:.2f}" for stage, value in record["seconds"].items()}
     speed, count = record["speed"], len(record["step_seconds"])
-    dense = sum(step < count for step in record["dense_steps"])
+    steps = record["config"]["generation"]["steps"]
+    dense = sum(step % steps in record["dense_steps"] for step in range(count))
     kinds = ("dense", dense, "dense_step"), (sparse, count - dense, "sparse_step")
     steps = {name: f"{speed[key]:.3f} s (median of {many})" for name, many, key in kinds if many}
     faster = f": {times_faster(speed['speedup'])}" if speed["speedup"] else ""

@@ -26,7 +26,7 @@ class Clock:
     """Measures the seconds of each stage of one video and of each denoising step.
 
     Text encoding ends at the transformer's first call, denoising at the last step, decoding when the pipeline
-    returns.
+    returns, or when the transformer is called for the next segment.
     """
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
@@ -34,15 +34,23 @@ class Clock:
         self._mark = time.perf_counter()
         self.steps: list[float] = []
         self.seconds: dict[str, float] = {}
+        self._denoising = False
 
-    def first_call(self, *_: Any) -> None:
-        """Ends the text stage, once; a forward pre-hook of the transformer."""
-        if "encode_text" not in self.seconds:
-            self.seconds["encode_text"] = self.lap()
+    def call(self, *_: Any) -> None:
+        """Ends the stage before the first call of a segment; a forward pre-hook of the transformer."""
+        if not self._denoising:
+            self._denoising = True
+            self.end("decode" if self.steps else "encode_text")
 
-    def step_done(self) -> None:
+    def step_done(self, last: bool) -> None:
+        """Ends a step; `last`: of a segment."""
+        self._denoising = not last
         self.steps.append(self.lap())
         self.seconds["denoise"] = round(sum(self.steps), 4)
+
+    def end(self, stage: str) -> None:
+        """Adds the seconds since the last mark to a stage."""
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + self.lap(), 4)
 
     def leave_out(self, seconds: float) -> None:
         """Excludes time that was spent on something else from the current lap."""

@@ -90,6 +90,14 @@ def probe_video(path: Path) -> VideoInfo:
     return VideoInfo(len(times), rate, height, width, coding)
 
 
+def sound_seconds(path: Path) -> float:
+    """Returns the seconds of sound that a file states, 0 without any; raises as `probe_video`."""
+    with _opened(path) as (container, _, _):
+        return max(
+            (float(s.duration * s.time_base) for s in container.streams.audio if s.duration), default=0.0
+        )
+
+
 def read_video(path: Path) -> Iterator[Image.Image]:
     """Yields the frames of a file in the order of their times, as 8-bit RGB.
 

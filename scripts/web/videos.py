@@ -124,7 +124,7 @@ class Studio:
                         look=lambda handle: chosen.append(handle.chosen(request.layer)),
                     )
                 record = sampler.record(generation.prompt, run, seconds)
-                write_pair(path, frames, plan.config.output.fps, record)
+                write_pair(path, frames, plan.config.output.fps, record, sampler.sound)
         except OSError as error:
             raise unwritable(path, error) from error
         return Take(plan, path, record, frames, *chosen)

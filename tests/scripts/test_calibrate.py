@@ -75,7 +75,7 @@ def test_the_second_expert_begins_a_part():
 
 def test_other_weights_are_told(tmp_path, monkeypatch):
     _, file = calibrated(tmp_path)
-    monkeypatch.setattr("scripts.run.plan.model_digest", lambda path: "other")
+    monkeypatch.setattr("scripts.run.plan.model_digest", lambda path, files: "other")
     words = ["attention.selection=profile", f"attention.profile={file}"]
     with pytest.raises(ValueError, match="measured on another model: other weights; make one for it"):
         make_plan(read_config("configs/wan_tiny.yaml", words), dry_run=True)

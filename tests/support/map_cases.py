@@ -9,7 +9,7 @@ from radial_attn import BlockMask, RadialConfig, TokenGrid, radial_mask
 
 CONFIG = RadialConfig(decay_factor=0.25, block_size=16, decimation_width=16)
 
-GRIDS = [TokenGrid(5, 4, 7), TokenGrid(6, 5, 5, text=9), TokenGrid(3, 3, 9, order="tiles")]
+GRIDS = [TokenGrid(5, 4, 7), TokenGrid(6, 5, 5, text=9), TokenGrid(6, 3, 9, order="tiles")]
 
 LENGTHS = {0: None, 9: torch.tensor([9, 4])}
 

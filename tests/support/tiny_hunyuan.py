@@ -8,7 +8,9 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoImageToVideoPipeline,
@@ -31,6 +33,9 @@ from transformers import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -194,11 +199,13 @@ def hunyuan15_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo15:
     return seeded(seed, AutoencoderKLHunyuanVideo15, **sizes)
 
 
-def hunyuan15_pipeline(seed: int = 0, **changes: object) -> HunyuanVideo15Pipeline:
-    """Makes a random HunyuanVideo15Pipeline with all parts; `changes` go to its transformer."""
+def hunyuan15_pipeline(
+    seed: int = 0, cls: type = HunyuanVideo15Pipeline, parts: dict | None = None, **changes: object
+) -> DiffusionPipeline:
+    """Makes a random HunyuanVideo15Pipeline, or another `cls`; `changes` go to its transformer."""
     byt5 = T5Config(**T5 | {"vocab_size": 384, "d_model": GLYPH_DIM})
     channels = {"in_channels": 2 * CHANNELS + 1}  # noise, an image, and where it is
-    pipeline = HunyuanVideo15Pipeline(
+    pipeline = cls(
         text_encoder=seeded(seed, Qwen2_5_VLTextModel, qwen()),
         tokenizer=qwen_tokenizer(),
         transformer=hunyuan15_transformer(seed, **channels | changes),
@@ -207,5 +214,18 @@ def hunyuan15_pipeline(seed: int = 0, **changes: object) -> HunyuanVideo15Pipeli
         text_encoder_2=seeded(seed, T5EncoderModel, byt5),
         tokenizer_2=ByT5Tokenizer(),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        **(parts or {}),
     )
     return quiet(pipeline)
+
+
+def hunyuan15_image_pipeline(seed: int = 0) -> DiffusionPipeline:
+    """Makes a random HunyuanVideo15ImageToVideoPipeline: 729 tokens of an image, videos of 64 x 64 pixels."""
+    vision = SiglipVisionConfig(
+        hidden_size=IMAGE_DIM, image_size=54, patch_size=2, num_hidden_layers=1, **ENCODER
+    )
+    parts = {
+        "image_encoder": seeded(seed, SiglipVisionModel, vision),
+        "feature_extractor": SiglipImageProcessor(size={"height": 54, "width": 54}),
+    }
+    return hunyuan15_pipeline(seed, HunyuanVideo15ImageToVideoPipeline, parts, target_size=64)

@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMochi,
 )
@@ -13,6 +14,7 @@ from diffusers import (
 from scripts.run.model_info import ModelInfo, from_configs
 from tests.support.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
 from tests.support.tiny_ltx import ltx_transformer
+from tests.support.tiny_ltx2 import ltx2_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
 TILES = {  # pixels a side, half of diffusers' own
@@ -20,6 +22,7 @@ TILES = {  # pixels a side, half of diffusers' own
     "hunyuan_video15": 128,
     "mochi": 128,
     "ltx": 256,
+    "ltx2": 256,
 }
 
 
@@ -49,18 +52,29 @@ VAES = {
         "layers_per_block": (1,) * 5,
         "decoder_layers_per_block": (1,) * 5,
     },
+    "ltx2": {
+        "latent_channels": 8,
+        "block_out_channels": (32,) * 4,
+        "decoder_block_out_channels": (128, 256, 512),  # half of its own
+        "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 4,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
 }
 CLASSES = {
     "hunyuan_video": AutoencoderKLHunyuanVideo,
     "hunyuan_video15": AutoencoderKLHunyuanVideo15,
     "mochi": AutoencoderKLMochi,
     "ltx": AutoencoderKLLTXVideo,
+    "ltx2": AutoencoderKLLTX2Video,
 }
 TRANSFORMERS = {
     "hunyuan_video": hunyuan_transformer,
     "hunyuan_video15": hunyuan15_transformer,
     "mochi": mochi_transformer,
     "ltx": ltx_transformer,
+    "ltx2": ltx2_transformer,
 }
 
 

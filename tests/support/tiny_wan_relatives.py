@@ -10,6 +10,7 @@ from diffusers import (
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
+    WanAnimatePipeline,
     WanAnimateTransformer3DModel,
 )
 from transformers import CLIPVisionModelWithProjection
@@ -102,3 +103,9 @@ def chronoedit_pipeline(seed: int = 0) -> ChronoEditPipeline:
     """Makes a random ChronoEditPipeline with all parts."""
     parts = {"image_encoder": image_encoder(seed), "image_processor": image_processor()}
     return assemble(ChronoEditPipeline, seed, transformer=chronoedit_transformer(seed, **OF_IMAGE), **parts)
+
+
+def animate_pipeline(seed: int = 0) -> WanAnimatePipeline:
+    """Makes a random WanAnimatePipeline with all parts, and faces of 16 x 16 pixels."""
+    parts = {"image_encoder": image_encoder(seed), "image_processor": image_processor()}
+    return assemble(WanAnimatePipeline, seed, transformer=animate_transformer(seed, **OF_IMAGE), **parts)

@@ -24,11 +24,11 @@ from scripts.run.option_checks import check_options
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = "configs/wan_tiny.yaml"
 OPTIONAL = {
-    "model": "loras lora_mode lora_unmatched offload quantization vae_tiling compile cache cache_threshold "
-    "cache_ratios positions positions_frames",
+    "model": "transformer transformer_2 loras lora_mode lora_unmatched offload quantization vae_tiling "
+    "compile cache cache_threshold cache_ratios positions positions_frames",
     "attention": "density compat selection profile budget far_field residual residual_memory tune",
     "generation": "prompt_file image last_image video mask reference_images guidance_scale_2 true_cfg_scale "
-    "prompt_template seeds",
+    "stg_scale modality_scale prompt_template seeds",
     "output": "overwrite",
     "parallel": "ulysses_degree ring_degree cfg_degree data_degree",
 }

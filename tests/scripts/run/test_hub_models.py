@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
@@ -26,11 +27,18 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
         "added_kv_proj_dim": 5120,
         "pos_embed_seq_len": 514,
     },
+    "Wan2.2-Animate": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     "Wan2.2-I2V": {"in_channels": 36},
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
-RELATIVES = {"VACE": "WanVACE", "SkyReels": "SkyReelsV2", "AnyFlow": "AnyFlow", "ChronoEdit": "ChronoEdit"}
+RELATIVES = {
+    "VACE": "WanVACE",
+    "Animate": "WanAnimate",
+    "SkyReels": "SkyReelsV2",
+    "AnyFlow": "AnyFlow",
+    "ChronoEdit": "ChronoEdit",
+}
 FROM_IMAGE = ("nvidia/ChronoEdit", "Skywork/SkyReels-V2-I2V")
 
 
@@ -89,6 +97,16 @@ def qwen() -> torch.nn.Module:
     sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
     heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
     return transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**sizes, **heads))
+
+
+def gemma() -> torch.nn.Module:
+    """Builds Gemma 3 12B, with its encoder of images."""
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48}
+    text |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 896}
+    vision |= {"num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 def qwen_vl() -> torch.nn.Module:
@@ -154,6 +172,29 @@ def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
     }
 
 
+def siglip() -> torch.nn.Module:
+    """Builds SigLIP so400m of 384 pixels, as FLUX.1 Redux has it."""
+    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384}
+    config = transformers.SiglipVisionConfig(num_attention_heads=16, patch_size=14, **sizes)
+    return transformers.SiglipVisionModel(config)
+
+
+def ltx(name: str) -> dict[str, torch.nn.Module]:
+    """Builds LTX-2, or LTX-Video."""
+    if "LTX-2" not in name:
+        encoder, vae = t5("T5", 32128), diffusers.AutoencoderKLLTXVideo()
+        return {"transformer": diffusers.LTXVideoTransformer3DModel(), "text_encoder": encoder, "vae": vae}
+    ratios = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    return {
+        "transformer": diffusers.LTX2VideoTransformer3DModel(),
+        "text_encoder": gemma(),
+        "connectors": LTX2TextConnectors(),
+        "vae": diffusers.AutoencoderKLLTX2Video(**ratios),
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(),
+        "vocoder": LTX2Vocoder(),
+    }
+
+
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
     makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model)}
     for kind, make in makers.items():
@@ -161,17 +202,18 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             return make()
     if name.startswith(("Wan-AI", "nvidia", "Skywork")):
         built = {"transformer": wan(name, model), "text_encoder": t5("UMT5", 256384), "vae": wan_vae(name)}
-        if "Wan2.1-I2V" in name or "FLF2V" in name or name.startswith(FROM_IMAGE):
+        if any(kind in name for kind in ("Wan2.1-I2V", "FLF2V", "Animate", *FROM_IMAGE)):
             kind = "CLIPVisionModelWithProjection" if "SkyReels" in name else "CLIPVisionModel"
             vision = clip_vision(image_size=224, projection_dim=1024)
             built["image_encoder"] = getattr(transformers, kind)(vision)
         return built | ({"transformer_2": wan(name, model)} if "A14B" in name else {})
     if "HunyuanVideo-1.5" in name:
         return {
-            "transformer": diffusers.HunyuanVideo15Transformer3DModel(),
+            "transformer": diffusers.HunyuanVideo15Transformer3DModel(target_size=model.target_size),
             "text_encoder": qwen(),
             "text_encoder_2": byt5(),
             "vae": diffusers.AutoencoderKLHunyuanVideo15(),
+            **({"image_encoder": siglip()} if "i2v" in name else {}),
         }
     if "Hunyuan" in name:
         image = "I2V" in name
@@ -183,11 +225,7 @@ def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
             "vae": diffusers.AutoencoderKLHunyuanVideo(),
         }
     if "LTX" in name:
-        return {
-            "transformer": diffusers.LTXVideoTransformer3DModel(),
-            "text_encoder": t5("T5", 32128),
-            "vae": diffusers.AutoencoderKLLTXVideo(),
-        }
+        return ltx(name)
     return {
         "transformer": diffusers.MochiTransformer3DModel(),
         "text_encoder": t5("T5", 32128),

@@ -17,8 +17,9 @@ from scripts.run.errors import UsageError
 from scripts.run.inputs import fit, open_image, read_inputs, read_prompts
 from tests.support.script_cases import SMALL, refused
 from tests.support.tiny import CHANNELS
-from tests.support.tiny_hunyuan import hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
+from tests.support.tiny_ltx2 import ltx2_image_pipeline
 from tests.support.tiny_motif import motif_image_pipeline, motif_pipeline
 from tests.support.tiny_wan import a14b_i2v_pipeline, i2v_pipeline, ti2v_pipeline, vace_pipeline
 from tests.support.tiny_wan_relatives import chronoedit_pipeline, skyreels_image_pipeline
@@ -27,6 +28,8 @@ WAN, HUNYUAN, TEXT = "configs/wan2.1_i2v_14b_480p.yaml", "configs/hunyuan_i2v.ya
 FRAMES = ["generation.num_frames=9"]
 AGAIN = ["output.overwrite=true"]
 LAST = "generation.last_image={last}"
+ANIMATE = ["configs/wan2.2_animate_14b.yaml", *FRAMES, "generation.image={here}/small.png"]
+ANIMATE += ["generation.face_video={here}/short.gif"]
 VACE = ["configs/wan2.1_t2v_14b.yaml", "model.family=wan_vace", "model.path=Wan-AI/Wan2.1-VACE-14B-diffusers"]
 
 
@@ -62,6 +65,8 @@ RUNS = {
     "ltx of text": (ltx_pipeline, ["configs/ltx_i2v.yaml"]),  # whose folder has all parts
     "motif": (motif_image_pipeline, ["configs/motif_i2v.yaml"]),
     "motif of text": (motif_pipeline, ["configs/motif_i2v.yaml"]),
+    "hunyuan15": (hunyuan15_image_pipeline, ["configs/hunyuan15_i2v.yaml"]),  # its size is the image's
+    "ltx2": (ltx2_image_pipeline, ["configs/ltx2_i2v.yaml"]),
     "hunyuan": (lambda: hunyuan_image_pipeline("token_replace", image_size=336), [HUNYUAN]),
     "hunyuan 33ch": (lambda: hunyuan_image_pipeline("latent_concat", image_size=336), [HUNYUAN]),
 }
@@ -87,7 +92,8 @@ def saved(build, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
     build, preset = RUNS[name]
-    image, last = picture(tmp_path / "cat.png"), picture(tmp_path / "last.png", color="blue")
+    size = (96, 96) if name == "hunyuan15" else (96, 64)
+    image, last = picture(tmp_path / "cat.png", size), picture(tmp_path / "last.png", color="blue")
     preset = [word.format(last=last) for word in preset]
     argv = [*preset, *SMALL, *FRAMES, *saved(build, tmp_path), f"generation.image={image}"]
     assert main(argv) == 0
@@ -95,7 +101,7 @@ def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
     assert record["inputs"]["image"]["file"] == "cat.png" and len(record["inputs"]["image"]["sha256"]) == 64
     assert [file["file"] for file in record["inputs"].values()][1:] == ["last.png"] * (len(preset) - 1)
     assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
-    side = {"wan2.2 5B": 2, "ltx": 16, "ltx of text": 16}.get(name, 4)
+    side = {"wan2.2 5B": 2, "ltx": 16, "ltx of text": 16, "ltx2": 16}.get(name, 4)
     assert record["attention"]["grid"] == [3, side, side]
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
 
@@ -292,6 +298,18 @@ BAD = {
     "truncated jpg": ([HUNYUAN, "generation.image={here}/cut.jpg"], ["cut.jpg", "truncated"]),
     "truncated video": ([*VACE, "generation.video={here}/cut.mp4"], ["cut.mp4", "cannot be read"]),
     "short video": ([*VACE, "generation.video={here}/short.gif"], ["with 5 frames", "at least 69"]),
+    "other shape": (
+        ["configs/hunyuan15_i2v.yaml", "generation.image={here}/small.png"],
+        ["64x64, of which", "makes 960x960, not 720x1280", "generation.height=960 generation.width=960"],
+    ),
+    "short poses": (
+        [*ANIMATE, "generation.pose_video={here}/short.gif"],
+        ["generation.pose_video", "with 5 frames", "at least 9"],
+    ),
+    "fewer faces": (
+        [*ANIMATE, "generation.pose_video={here}/long.gif"],
+        ["generation.face_video", "with 5 frames", "9, as many as generation.pose_video"],
+    ),
     "other count": (
         [*VACE, *FRAMES, "generation.video={here}/long.gif", "generation.mask={here}/short.gif"],
         ["generation.mask", "with 5 frames", "9"],
@@ -305,6 +323,7 @@ def here(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(folder / "deep.png")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    picture(folder / "small.png", (64, 64))
     for name in ("cut.png", "cut.jpg"):
         Image.fromarray(noise).save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:2000])

@@ -81,6 +81,7 @@ def test_flex_lists_all_pairs_of_blocks():
         pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long),
         ("mochi", 7, 2),
         ("ltx", 9, 2),
+        pytest.param("ltx2", 17, 3, marks=pytest.mark.long),
         ("hunyuan_video15", 5, 2),
     ],
 )

@@ -37,7 +37,12 @@ from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_motif import motif_pipeline
 from tests.support.tiny_wan import i2v_pipeline
-from tests.support.tiny_wan_relatives import anyflow_pipeline, chronoedit_pipeline, skyreels_pipeline
+from tests.support.tiny_wan_relatives import (
+    animate_pipeline,
+    anyflow_pipeline,
+    chronoedit_pipeline,
+    skyreels_pipeline,
+)
 
 SPARSE = RadialConfig(decay_factor=0.25, block_size=16, decimation_width="block")
 STEPS, LAYERS = 6, 4
@@ -52,6 +57,10 @@ FAMILIES = {
     "motif_video": (motif_pipeline, {"num_frames": 9}),
     "kandinsky5": (kandinsky5_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
     "cosmos2": (cosmos_pipeline, {"num_frames": 9, "image": IMAGE}),
+    "wan_animate": (
+        animate_pipeline,
+        {"image": IMAGE, "pose_video": 9 * [IMAGE], "face_video": 9 * [IMAGE], "segment_frame_length": 9},
+    ),
     "skyreels_v2": (skyreels_pipeline, {"num_frames": 9}),
     "anyflow": (anyflow_pipeline, {"num_frames": 9}),
     "chronoedit": (chronoedit_pipeline, {"image": IMAGE}),
@@ -90,6 +99,7 @@ MATRIX = [
     ("kandinsky5", "model", "none", "blocks", "none", False),
     ("cosmos2", "group", "fp8", "none", "none", False),
     ("cosmos2", "model", "none", "blocks", "none", False),
+    ("wan_animate", "group", "fp8", "none", "none", False),
     ("skyreels_v2", "group", "fp8", "none", "taylorseer", False),
     ("anyflow", "group", "fp8", "none", "none", False),
     ("anyflow", "model", "none", "blocks", "none", True),

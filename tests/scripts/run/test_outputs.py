@@ -19,6 +19,7 @@ from scripts.run.errors import UsageError
 from scripts.run.files import claim, temporary
 from scripts.run.outputs import (
     Contents,
+    Sound,
     _raise_reason,
     check_target,
     encode,
@@ -73,6 +74,29 @@ def test_a_video_is_written_whole_and_reads_back(tmp_path, size):
     assert np.abs(back.astype(float) - frames).mean() < 4
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["prompt"] == "квадрат" and written["seconds"]["write"] > 0
+
+
+def test_a_sound_is_written_with_its_video(tmp_path):
+    """A tone on the left and silence on the right come back; a sound longer than its video is not cut."""
+    tone = 0.5 * np.sin(np.arange(16000) * 2 * np.pi * 440 / 16000, dtype=np.float32)
+    record = {"seconds": {}}
+    write_pair(tmp_path / "a.mp4", moving_square(), 16, record, Sound(np.stack([tone, 0 * tone]), 16000))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    assert record["video"]["sound"] == {"channels": 2, "rate": 16000, "seconds": 1.0}
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        back = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)
+    assert abs(back.shape[1] - 16000) <= 2 * 1024
+    spectrum = np.abs(np.fft.rfft(back[0, 2000:14000]))
+    assert spectrum.argmax() == 440 * 12000 // 16000 and np.abs(back[1]).max() < 0.01
+    assert np.abs(back[0, 2000:14000]).max() == pytest.approx(0.5, abs=0.05)
+    assert sum(1 for _ in read_video(tmp_path / "a.mp4")) == 9 and is_whole(tmp_path / "a.mp4")
+
+
+def test_a_sound_that_cannot_be_written_leaves_no_video(tmp_path):
+    sound = Sound(np.zeros((40, 16000), np.float32), 16000)  # more channels than AAC has
+    with pytest.raises(OSError, match="ffmpeg could not encode"):
+        write_pair(tmp_path / "a.mp4", moving_square(), 16, {"seconds": {}}, sound)
+    assert not list(tmp_path.iterdir())
 
 
 PLAIN = ((230, 20, 20), (20, 200, 40), (30, 60, 220), (255, 255, 255), (0, 0, 0), (90, 110, 130))
