@@ -21,8 +21,8 @@ class Family:
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
-        image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         sized_by_image: a call takes no height and width, and derives them from the image.
+        image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
         halves: whether two processes can share guidance: a step has no further passes, and the pipeline reads
@@ -39,8 +39,8 @@ class Family:
     batched: bool = False
     single: bool = False
     tiled_vae: bool = False
-    image_tokens: int = 0
     sized_by_image: bool = False
+    image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
     halves: bool = True
@@ -58,11 +58,11 @@ WAN = {"transformer": "WanTransformer3DModel", "text": {"tokenizer": 512}, "nois
 HUNYUAN15 = {"transformer": "HunyuanVideo15Transformer3DModel", "text": {"tokenizer": 1000}}
 HUNYUAN15 |= {"tiled_vae": True, "frames": 121, "whole_in_fp8": 0.35}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
-MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
-MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
 LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
 LTX2 |= {"halves": False, "whole_in_fp8": 0.0}
 LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
+MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
+MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")

@@ -118,20 +118,21 @@ def check_family(config: Config) -> None:
 
 
 def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
-    """Returns the model with the tokens of the images of a run, and the videos that it keeps on its device.
+    """Returns the model with the images of a run, and the videos that it keeps on its device.
 
     Wan-Animate keeps all frames of poses, faces, background (float32 RGB) and mask (float32) in whole
     segments, and the decoded segments, which it joins in a copy.
     """
-    model = replace(model, joint_text=model.joint_text + FAMILIES[family].image_tokens)
     references = model.references + len(generation.reference_images)
+    text = model.joint_text + FAMILIES[family].image_tokens
+    model = replace(model, joint_text=text, references=references)
     if not model.face:
-        return replace(model, references=references)
+        return model
     (frames, height, width), count = generation.size, generation.segments
     padded = count * (frames - 1) + 1
     videos = padded * (1 if generation.video is None else 1 + 4 / 3) + 2 * (padded - frames)
     held = 12 * (height * width * videos + model.face**2 * padded)
-    return replace(model, references=references, held=held)
+    return replace(model, held=held)
 
 
 def position_arguments(options: AnyModelConfig, frames: int, model: ModelInfo) -> dict[str, Any]:

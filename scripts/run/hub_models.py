@@ -83,11 +83,11 @@ HUNYUAN15 = hunyuan_video15_info(
     {"transformer": 8_326_608_160, "text_encoder": QWEN_7B, "text_encoder_2": BYT5_SMALL}
     | {"vae": HUNYUAN15_VAE},
 )
-MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
-MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
 HUNYUAN15_I2V = replace(HUNYUAN15, parameters=HUNYUAN15.parameters | {"image_encoder": SIGLIP})
 ANIMATE_CONFIG = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
 ANIMATE_CONFIG |= {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 16, "image_dim": 1280}
+MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
+MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,

@@ -285,19 +285,6 @@ def ltx_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[
     )
 
 
-def motif_video_info(
-    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
-) -> ModelInfo:
-    decoder, double = transformer.get("num_decoder_layers", 0), transformer["num_layers"]
-    single = transformer["num_single_layers"] - decoder
-    model = hunyuan_video_info(transformer | {"num_single_layers": single}, {"block_out_channels": [1]}, {})
-    kinds = {"dual": double, "single": single}
-    crossed = sum(n for kind, n in kinds.items() if transformer.get(f"enable_text_cross_attention_{kind}"))
-    cross = 2 * model.width**2 * crossed // model.layers  # query and output of video tokens
-    sizes = {"joint_text": MOTIF_TEXT, "token_macs": model.macs + cross, "decoder_layers": decoder}
-    return replace(model, **wan_vae(vae), **sizes, parameters=parameters)
-
-
 def ltx2_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]) -> ModelInfo:
     """Leaves the work on the sound out: at 24 frames a second it has a fiftieth of the video's tokens."""
     model = ltx_info(transformer, vae, parameters)
@@ -310,6 +297,19 @@ def ltx2_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: dict
         vae_base=max(1, model.vae_base // narrower),
         vae_copies=LTX2_COPIES,
     )
+
+
+def motif_video_info(
+    transformer: dict[str, Any], vae: dict[str, Any], parameters: dict[str, int]
+) -> ModelInfo:
+    decoder, double = transformer.get("num_decoder_layers", 0), transformer["num_layers"]
+    single = transformer["num_single_layers"] - decoder
+    model = hunyuan_video_info(transformer | {"num_single_layers": single}, {"block_out_channels": [1]}, {})
+    kinds = {"dual": double, "single": single}
+    crossed = sum(n for kind, n in kinds.items() if transformer.get(f"enable_text_cross_attention_{kind}"))
+    cross = 2 * model.width**2 * crossed // model.layers  # query and output of video tokens
+    sizes = {"joint_text": MOTIF_TEXT, "token_macs": model.macs + cross, "decoder_layers": decoder}
+    return replace(model, **wan_vae(vae), **sizes, parameters=parameters)
 
 
 def kandinsky5_info(
@@ -363,8 +363,8 @@ READERS: dict[str, Callable[[dict, dict, dict], ModelInfo]] = {
     "HunyuanVideo15Transformer3DModel": hunyuan_video15_info,
     "MochiTransformer3DModel": mochi_info,
     "LTXVideoTransformer3DModel": ltx_info,
-    "MotifVideoTransformer3DModel": motif_video_info,
     "LTX2VideoTransformer3DModel": ltx2_info,
+    "MotifVideoTransformer3DModel": motif_video_info,
     "Kandinsky5Transformer3DModel": kandinsky5_info,
     "CosmosTransformer3DModel": cosmos_info,
 }

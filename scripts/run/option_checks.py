@@ -30,10 +30,10 @@ UNREGISTERED = "hunyuan_video15|hunyuan_video15_i2v|skyreels_v2|skyreels_v2_i2v|
 CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
-    "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
-    "place of the text",
     f"model.cache={CACHES} model.family=wan_vace|wan_animate": "its control is added between the blocks",
     f"model.cache={CACHES} model.family=ltx2|ltx2_i2v": "a block also has sound, which caches do not keep",
+    "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
+    "place of the text",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
     "model.cache=first_block|mag|pab model.family=kandinsky5": "diffusers asks its blocks for other names",

@@ -63,10 +63,10 @@ RUNS = {
     "chronoedit": (chronoedit_pipeline, ["configs/chronoedit_14b.yaml"]),
     "ltx": (ltx_image_pipeline, ["configs/ltx_i2v.yaml"]),
     "ltx of text": (ltx_pipeline, ["configs/ltx_i2v.yaml"]),  # whose folder has all parts
-    "motif": (motif_image_pipeline, ["configs/motif_i2v.yaml"]),
-    "motif of text": (motif_pipeline, ["configs/motif_i2v.yaml"]),
     "hunyuan15": (hunyuan15_image_pipeline, ["configs/hunyuan15_i2v.yaml"]),  # its size is the image's
     "ltx2": (ltx2_image_pipeline, ["configs/ltx2_i2v.yaml"]),
+    "motif": (motif_image_pipeline, ["configs/motif_i2v.yaml"]),
+    "motif of text": (motif_pipeline, ["configs/motif_i2v.yaml"]),
     "hunyuan": (lambda: hunyuan_image_pipeline("token_replace", image_size=336), [HUNYUAN]),
     "hunyuan 33ch": (lambda: hunyuan_image_pipeline("latent_concat", image_size=336), [HUNYUAN]),
 }
