@@ -34,6 +34,7 @@ from tests.support.tiny_cosmos import cosmos_pipeline
 from tests.support.tiny_hunyuan import TEMPLATE, hunyuan15_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
 from tests.support.tiny_kandinsky import kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
+from tests.support.tiny_ltx2 import ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_motif import motif_pipeline
 from tests.support.tiny_wan import i2v_pipeline
@@ -53,6 +54,7 @@ FAMILIES = {
     "hunyuan_video": (hunyuan_pipeline, {"num_frames": 9, "prompt_template": PLAIN_TEMPLATE}),
     "mochi": (mochi_pipeline, {"num_frames": 7}),
     "ltx": (ltx_pipeline, {"num_frames": 5}),
+    "ltx2": (ltx2_pipeline, {"num_frames": 5}),
     "hunyuan_video15": (hunyuan15_pipeline, {"num_frames": 5}),
     "motif_video": (motif_pipeline, {"num_frames": 9}),
     "kandinsky5": (kandinsky5_pipeline, {"num_frames": 9, "guidance_scale": 3.0}),
@@ -92,6 +94,8 @@ MATRIX = [
     ("hunyuan_video", "none", "none", "blocks", "none", False),
     ("hunyuan_video", "group", "fp8", "none", "none", True),
     ("ltx", "group", "fp8", "none", "first_block", False),
+    ("ltx2", "group", "fp8", "none", "none", False),
+    ("ltx2", "model", "none", "blocks", "none", False),
     ("hunyuan_video15", "group", "fp8", "none", "taylorseer", False),
     ("motif_video", "group", "fp8", "none", "taylorseer", False),
     ("motif_video", "model", "none", "blocks", "none", True),
