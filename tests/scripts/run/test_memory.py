@@ -80,9 +80,9 @@ def test_flex_lists_all_pairs_of_blocks():
     [
         pytest.param("hunyuan_video", 17, 5, marks=pytest.mark.long),
         ("mochi", 7, 2),
-        ("ltx", 9, 2),
+        pytest.param("ltx", 9, 2, marks=pytest.mark.long),
         pytest.param("ltx2", 17, 3, marks=pytest.mark.long),
-        ("hunyuan_video15", 5, 2),
+        pytest.param("hunyuan_video15", 5, 2, marks=pytest.mark.long),
     ],
 )
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
