@@ -132,25 +132,25 @@ MOCHI_1 = PublishedSettings(
     size="163 frames of 480x848",
     grid=TokenGrid(28, 30, 53, text=256),
 )
-KANDINSKY_LITE = PublishedSettings(
+LTX = replace(
+    MOCHI_1,
+    model="LTX-Video",
+    traits=ModelTraits("LTXVideoTransformer3DModel", width=2048, layers=28),
+    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+    size="161 frames of 512x704",
+    grid=TokenGrid(21, 16, 22),
+)
+KANDINSKY_LITE = replace(
+    LTX,
     model="Kandinsky 5.0 Lite",
     traits=ModelTraits("Kandinsky5Transformer3DModel", width=1792, layers=32),
-    config=MOCHI,
-    dense_steps=12,
-    steps=50,
-    dense_layers=0,
-    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
     size="121 frames of 512x768",
     grid=TokenGrid(31, 32, 48),
 )
-COSMOS_7B = PublishedSettings(
+COSMOS_7B = replace(
+    LTX,
     model="Cosmos 7B",
     traits=ModelTraits("CosmosTransformer3DModel", width=4096, layers=28),
-    config=MOCHI,
-    dense_steps=12,
-    steps=50,
-    dense_layers=0,
-    source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
     size="121 frames of 704x1280",
     grid=TokenGrid(16, 44, 80),
 )
@@ -263,40 +263,24 @@ PUBLISHED = (
         source=f"{NOT_PUBLISHED} HunyuanVideo, whose blocks it has",
     ),
     MOCHI_1,
-    PublishedSettings(
-        model="LTX-Video",
-        traits=ModelTraits("LTXVideoTransformer3DModel", width=2048, layers=28),
-        config=MOCHI,
-        dense_steps=12,
-        steps=50,
-        dense_layers=0,
-        source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
-        size="161 frames of 512x704",
-        grid=TokenGrid(21, 16, 22),
-    ),
+    LTX,
     COSMOS_7B,
     replace(COSMOS_7B, model="Cosmos 14B", traits=replace(COSMOS_7B.traits, width=5120, layers=36)),
     COSMOS_2B,
     replace(COSMOS_2B, model="Cosmos Predict 14B", traits=replace(COSMOS_2B.traits, width=5120, layers=36)),
-    PublishedSettings(
+    replace(
+        LTX,
         model="LTX-2",
         traits=ModelTraits("LTX2VideoTransformer3DModel", width=4096, layers=48),
-        config=MOCHI,
-        dense_steps=12,
-        steps=50,
-        dense_layers=0,
-        source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
         size="121 frames of 512x768",
         grid=TokenGrid(16, 16, 24),
     ),
-    PublishedSettings(
+    replace(
+        LTX,
         model="MiniMax-H3",
         traits=ModelTraits("MiniMaxH3Transformer3DModel", width=7168, layers=50),
-        config=MOCHI,
-        dense_steps=12,
-        steps=50,
-        dense_layers=0,
-        source=f"{NOT_PUBLISHED} Mochi 1, which has the largest decay factor",
+        size=None,
+        grid=None,
     ),
     KANDINSKY_LITE,
     replace(
