@@ -293,7 +293,7 @@ def test_a_failing_pipeline_leaves_one_line_and_no_half_files(tmp_path: Path, mo
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("the kernel\nsaid no")
 
-    monkeypatch.setattr(video, "sample", fails)
+    monkeypatch.setattr(video, "call", fails)
     assert evaluated(tmp_path) == 2
     line = "error: dense: the pipeline failed with RuntimeError: the kernel"
     assert capsys.readouterr().err.splitlines()[-1] == line

@@ -1,8 +1,10 @@
 """Positions of a longer video from the configuration: lengths of the training, lines, records, refusals."""
 
 import json
+from inspect import signature
 
 import pytest
+from diffusers import MotifVideoTransformer3DModel
 
 from scripts.generate import main
 from scripts.run.hub_models import HUB_MODELS, read_model_info
@@ -14,11 +16,16 @@ def test_architectures_know_the_rotary_embedding(tiny_model):
     assert read_model_info(str(tiny_model)).rope_time == (wan_transformer().rope.t_dim, 10000.0) == (4, 1e4)
     times = {name: model.rope_time for name, model in HUB_MODELS.items()}
     for name, time in times.items():
-        family = "wan" if name.startswith("Wan") else "hunyuan_video" if "Hunyuan" in name else None
+        wan = name.startswith("Wan") or any(
+            relative in name for relative in ("SkyReels", "AnyFlow", "ChronoEdit")
+        )
+        family = "wan" if wan else "hunyuan_video" if "Hunyuan" in name or "Motif" in name else None
         assert time == (None if family is None else REAL[family][1:3])
     assert REAL["wan"][0]().rope.t_dim == 44
     rope = REAL["hunyuan_video"][0]().rope
     assert (rope.rope_dim[0], rope.theta) == (16, 256.0)
+    motif = signature(MotifVideoTransformer3DModel).parameters
+    assert (motif["rope_axes_dim"].default[0], motif["rope_theta"].default) == (16, 256.0)
 
 
 def test_a_longer_video_through_the_command(tiny_model, tmp_path, capsys):
