@@ -5,13 +5,15 @@ from typing import Any
 import torch
 
 NAMES = ("transformer", "transformer_2")  # attributes of a pipeline
+WITH_REFERENCES = "transformer_ref"  # MiniMax-H3's, in place of or beside `transformer`
 
 
 def parts_of(model: Any) -> list[torch.nn.Module]:
     """Returns the model if it is a module, else the transformers of a pipeline, as they are."""
     if isinstance(model, torch.nn.Module):
         return [model]
-    return [part for name in NAMES if (part := getattr(model, name, None)) is not None]
+    names = *NAMES, WITH_REFERENCES
+    return [part for name in names if (part := getattr(model, name, None)) is not None]
 
 
 def transformers_of(model: Any) -> list[torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3Ref2VACoreDenoiseStep
 
 from radial_attn.models import apply_radial_attention
 from radial_attn.models.runtime import layer_attention
@@ -79,3 +80,15 @@ def test_the_time_of_the_video_decides():
             run(transformer, minimax_h3_inputs(timestep=time, anchors=("first",)))
         report = handle.report()
     assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 3, 1)
+
+
+def test_the_transformer_of_references():
+    """A pipeline for references names its transformer otherwise."""
+    pipeline, transformer = MiniMaxH3Ref2VACoreDenoiseStep().init_pipeline(), minimax_h3_transformer()
+    pipeline.update_components(transformer_ref=transformer)
+    inputs = minimax_h3_inputs()
+    expected = run(transformer, inputs)
+    with apply_radial_attention(pipeline, SPARSE, num_steps=1) as handle:
+        assert (run(transformer, inputs) - expected).abs().max() > 1e-3
+        assert handle.report()["layers"] == 4
+    assert torch.equal(run(transformer, inputs), expected)

@@ -1,14 +1,19 @@
 """Pipelines of every kind through the forks: schedules, saving, batches, experts, guidance."""
 
+from typing import Any
+
 import pytest
 import torch
+from diffusers import ModularPipeline
+from diffusers.modular_pipelines import WanBlocks
 
 from radial_attn.models import apply_radial_attention
 from tests.support.auto_backend import AUTO
 from tests.support.families import DENSE, FULL, SPARSE, assert_near, run
-from tests.support.pipelines import KINDS, generate
+from tests.support.pipelines import CALL, KINDS, generate
 from tests.support.tiny import quiet, wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan_pipeline
+from tests.support.tiny_minimax_h3 import minimax_h3_modular
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_wan import vace_inputs, vace_pipeline
 
@@ -155,3 +160,32 @@ def test_resolutions_and_pipelines_do_not_disturb_each_other(name):
             assert torch.equal(generate(first, **size), output)
         assert [entry["grid"] for entry in one.report()["grids"]] == [[4, 4, 6], [3, 3, 4]]
         assert two.report()["grid"] == [3, 3, 4] and two.report()["density"] == 1.0
+
+
+def wan_modular() -> tuple[ModularPipeline, dict[str, Any]]:
+    """Makes Wan's blocks as a pipeline, which has two calls a step, and the arguments of a video."""
+    pipeline, parts = WanBlocks().init_pipeline(), wan_pipeline().components
+    names = "transformer", "vae", "text_encoder", "tokenizer", "scheduler"
+    pipeline.update_components(**{name: parts[name] for name in names})
+    return pipeline, CALL | {"num_inference_steps": 4}
+
+
+@pytest.mark.parametrize(("make", "halves"), [(wan_modular, 2), (minimax_h3_modular, 1)])
+def test_modular_pipelines(make, halves):
+    """Steps are counted without a callback, and the dense video comes back at density 1.0 and after."""
+    pipeline, call = make()
+
+    def generate() -> torch.Tensor:
+        return pipeline(**call, generator=torch.Generator().manual_seed(0), output="latents")
+
+    expected = generate()
+    with apply_radial_attention(
+        pipeline, FULL, backend="blocks", dense_steps=1, dense_last_steps=1
+    ) as handle:
+        torch.testing.assert_close(generate(), expected, atol=1e-4, rtol=0)
+        report = handle.report()
+    assert (report["videos"], report["steps"], report["dense_steps"]) == (1, 4, 2)
+    assert report["calls"] == {"dense": 8 * halves, "blocks": 8 * halves}
+    with apply_radial_attention(pipeline, SPARSE, check="reference") as handle:
+        assert (generate() - expected).abs().max() > 1e-3 and handle.report()["density"] < 0.95
+    assert torch.equal(generate(), expected)

@@ -1,8 +1,9 @@
-"""A tiny random MiniMax-H3: transformer, arguments of a call."""
+"""A tiny random MiniMax-H3: transformer, arguments of a call, modular pipeline."""
 
 import torch
-from diffusers import MiniMaxH3Transformer3DModel
+from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel, ModularPipeline
 from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3CoreDenoiseStep
 
 from tests.support.tiny import CHANNELS, HEADS, TEXT_DIM, randoms, seeded
 
@@ -65,3 +66,16 @@ def minimax_h3_inputs(
         "audio_indices": (audio - back) % len(tags),
         "text_indices": (text - back) % len(tags),
     }
+
+
+def minimax_h3_modular(seed: int = 0) -> tuple[ModularPipeline, dict[str, object]]:
+    """Makes the denoising blocks as a pipeline, and arguments for 37 x 2 x 3 tokens and 421 others."""
+    pipeline = MiniMaxH3CoreDenoiseStep().init_pipeline()
+    schedulers = {
+        "scheduler": MiniMaxH3Scheduler(shift=12.0),
+        "audio_scheduler": MiniMaxH3Scheduler(shift=3.0),
+    }
+    transformer = minimax_h3_transformer(seed, in_channels=24, audio_in_channels=32)
+    pipeline.update_components(transformer=transformer, **schedulers)
+    text = {"prompt_embeds": randoms(seed)(1, TEXT, TEXT_DIM), "text_token_tags": torch.ones(TEXT).long()}
+    return pipeline, text | {"height": 64, "width": 96, "num_frames": 124, "num_inference_steps": 5}
