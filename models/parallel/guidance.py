@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..runtime.transformers import WHOLE_GUIDANCE
+
 
 class GuidanceParallel:
     """Runs the halves of guidance on the two processes of a group; `remove()`, or leaving `with`, ends it.
@@ -22,7 +24,7 @@ class GuidanceParallel:
         group: two processes; the first one runs the half that comes first.
         batched: whether one call has both halves, the first half of the batch first (Mochi).
 
-    Raises ValueError if the group does not have two processes.
+    Raises ValueError if the group does not have two processes, or the pipeline cannot share guidance.
     """
 
     def __init__(
@@ -32,6 +34,12 @@ class GuidanceParallel:
         *,
         batched: bool = False,
     ) -> None:
+        names = {cls.__name__ for transformer in transformers for cls in type(transformer).__mro__}
+        if refused := names.intersection(WHOLE_GUIDANCE):
+            raise ValueError(
+                f"two processes cannot share the guidance of {refused.pop()}: its pipeline reads one half "
+                "before the other, or needs more passes; share its tokens instead"
+            )
         processes = torch.distributed.get_world_size(group)
         if processes != 2:
             raise ValueError(f"group must have 2 processes, one for each half of guidance, got {processes}")

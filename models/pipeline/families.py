@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..runtime.transformers import WHOLE_GUIDANCE
+
 
 @dataclass(frozen=True)
 class Family:
@@ -25,8 +27,6 @@ class Family:
         image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
-        halves: whether two processes can share guidance: a step has no further passes, and the pipeline reads
-            nothing between its two calls.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
     """
 
@@ -43,13 +43,17 @@ class Family:
     image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
-    halves: bool = True
     guarded: bool = False
 
     @property
     def guidance(self) -> str:
         """Names the scale above 1 at which a step needs a second pass, with the negative prompt."""
         return "true_cfg_scale" if "true_cfg_scale" in self.takes else "guidance_scale"
+
+    @property
+    def halves(self) -> bool:
+        """Tells whether two processes can share guidance."""
+        return self.transformer not in WHOLE_GUIDANCE
 
 
 HUNYUAN = {"transformer": "HunyuanVideoTransformer3DModel", "text": {"tokenizer": 256, "tokenizer_2": 77}}
@@ -59,10 +63,10 @@ HUNYUAN15 = {"transformer": "HunyuanVideo15Transformer3DModel", "text": {"tokeni
 HUNYUAN15 |= {"tiled_vae": True, "frames": 121, "whole_in_fp8": 0.35}
 LTX = {"transformer": "LTXVideoTransformer3DModel", "text": {"tokenizer": 128}, "batched": True}
 LTX2 = {"transformer": "LTX2VideoTransformer3DModel", "text": {"tokenizer": 1024}, "batched": True}
-LTX2 |= {"halves": False, "whole_in_fp8": 0.0}
+LTX2 |= {"whole_in_fp8": 0.0}
 LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
 MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
-MOTIF |= {"frames": 121, "whole_in_fp8": 0.26, "halves": False}
+MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
@@ -111,7 +115,6 @@ FAMILIES = {
         noise="own",
         tiled_vae=True,
         whole_in_fp8=0.14,
-        halves=False,
     ),
     "cosmos2": Family(
         "Cosmos2VideoToWorldPipeline",
@@ -121,7 +124,6 @@ FAMILIES = {
         noise="edm",
         single=True,
         whole_in_fp8=0.09,
-        halves=False,
         guarded=True,
     ),
     # its prompt template holds the image, so that no other can be given

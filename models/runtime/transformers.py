@@ -6,6 +6,12 @@ import torch
 
 NAMES = ("transformer", "transformer_2")  # attributes of a pipeline
 WITH_REFERENCES = "transformer_ref"  # MiniMax-H3's, in place of or beside `transformer`
+WHOLE_GUIDANCE = (  # which two processes cannot share: more passes, or one half is read before the other
+    "LTX2VideoTransformer3DModel",
+    "MotifVideoTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
+    "CosmosTransformer3DModel",
+)
 
 
 def parts_of(model: Any) -> list[torch.nn.Module]:

@@ -9,6 +9,7 @@ from radial_attn import radial_mask
 from radial_attn.models.apply import TRANSFORMERS
 from radial_attn.models.enable import enable
 from radial_attn.models.published import CLASSES, PUBLISHED, nearest_settings, traits_of
+from tests.support.real_sizes import FULL_SIZE
 from tests.support.tiny import wan_pipeline, wan_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
@@ -58,41 +59,6 @@ def test_densities_of_the_rows_are_the_published_ones():
     assert density["the bundled HunyuanVideo"] == pytest.approx(0.795, abs=5e-4)
 
 
-SMALLER = {"num_attention_heads": 12, "num_layers": 30}
-TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48}
-KANDINSKY_PRO = {"model_dim": 4096, "num_visual_blocks": 60, "axes_dims": (32, 48, 48)}
-BIG, OF_IMAGES = {"num_attention_heads": 40, "num_layers": 40}, {"in_channels": 36, "image_dim": 1280}
-MOTIF = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
-COSMOS_14B = {"num_attention_heads": 40, "num_layers": 36}
-FULL_SIZE = {
-    "Wan2.1 T2V 14B": ("Wan", {}),
-    "Wan2.1 T2V 1.3B": ("Wan", SMALLER),
-    "Wan2.1 I2V 14B": ("Wan", OF_IMAGES),
-    "Wan2.2 I2V A14B": ("Wan", {"in_channels": 36}),
-    "Wan2.2 TI2V 5B": ("Wan", TI2V),
-    "SkyReels-V2 14B": ("SkyReelsV2", BIG),
-    "SkyReels-V2 DF 1.3B": ("SkyReelsV2", SMALLER | {"inject_sample_info": True}),
-    "SkyReels-V2 I2V 14B": ("SkyReelsV2", BIG | OF_IMAGES),
-    "SkyReels-V2 I2V 1.3B": ("SkyReelsV2", SMALLER | OF_IMAGES),
-    "ChronoEdit 14B": ("ChronoEdit", OF_IMAGES),
-    "AnyFlow 14B": ("AnyFlow", {}),
-    "AnyFlow 1.3B": ("AnyFlow", SMALLER),
-    "Wan-Animate 14B": ("WanAnimate", {}),
-    "HunyuanVideo": ("HunyuanVideo", {}),
-    "HunyuanVideo I2V": ("HunyuanVideo", {"image_condition_type": "token_replace"}),
-    "HunyuanVideo 1.5": ("HunyuanVideo15", {}),
-    "Mochi 1": ("Mochi", {}),
-    "LTX-Video": ("LTXVideo", {}),
-    "MotifVideo 2B": ("MotifVideo", MOTIF),
-    "Cosmos 7B": ("Cosmos", {}),
-    "Cosmos 14B": ("Cosmos", COSMOS_14B),
-    "Cosmos Predict 2B": ("Cosmos", {"num_attention_heads": 16, "in_channels": 17}),
-    "Cosmos Predict 14B": ("Cosmos", COSMOS_14B | {"in_channels": 17}),
-    "LTX-2": ("LTX2Video", {}),
-    "MiniMax-H3": ("MiniMaxH3", {}),
-    "Kandinsky 5.0 Lite": ("Kandinsky5", {"model_dim": 1792}),
-    "Kandinsky 5.0 Pro": ("Kandinsky5", KANDINSKY_PRO),
-}
 BUNDLED = {
     "the bundled Wan": ("Wan", "wan-tiny"),
     "the bundled Wan I2V": ("Wan", "wan-i2v-tiny"),

@@ -83,8 +83,14 @@ class FakeCuda(TorchDispatchMode):
             target == "cpu" or not any(isinstance(x, Tensor) for x in tree_leaves(values))
         ):
             return values  # on the host, or a number
+        shape = None
+        if values is None and by_mask:
+            chosen = self._value(args[1][0])  # AttributeError if its values are not known
+            shape = int(chosen.sum()), *args[0].shape[chosen.ndim :]
         with self.fake:
-            if values is not None and (name in SHAPED or by_mask):
+            if shape is not None:
+                out = args[0].new_empty(shape)
+            elif values is not None and (name in SHAPED or by_mask):
                 out = tree_map(lambda x: torch.empty_like(x, device="cuda"), values)
             else:
                 out = func(*args, **kwargs)
@@ -112,7 +118,7 @@ class FakeCuda(TorchDispatchMode):
             return None
         name = func.overloadpacket.__name__
         shape = args[1] if name.startswith("new_") else args[0] if name in FILLED else ()
-        if not (given or name in FILLED) or prod(shape) > SMALL:
+        if not (given or name in FILLED or name == "arange") or prod(shape) > SMALL:
             return None
         args, kwargs = tree_map(self._value, args), tree_map(self._value, kwargs)
         if "device" in kwargs:

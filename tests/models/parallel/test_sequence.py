@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from radial_attn.models import apply_radial_attention
+from radial_attn.models.parallel.guidance import GuidanceParallel
 from radial_attn.models.parallel.ring import Ring
 from tests.support import exchange_cost
 from tests.support.families import SPARSE
 from tests.support.multi_process import run_ranks
 from tests.support.tiny import wan_inputs, wan_transformer
+from tests.support.tiny_cosmos import cosmos_transformer
 from tests.support.tolerances import MOST
 
 DEGREES = [
@@ -30,6 +32,11 @@ def test_all_together_give_what_one_gives(processes, cfg, ring, tmp_path: Path):
     alone = 139 if processes == 2 else 63
     assert len(results) == (127 if ring > 1 else alone if cfg == 1 else 9)
     assert {name: worst for name, worst in results.items() if not worst <= MOST} == {}
+
+
+def test_guidance_that_is_not_shared():
+    with pytest.raises(ValueError, match=r"cannot share the guidance of CosmosTransformer3DModel: .* tokens"):
+        GuidanceParallel([cosmos_transformer()], None)
 
 
 def test_tensors_travel_together():
