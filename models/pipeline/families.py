@@ -27,6 +27,7 @@ class Family:
         image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
+        alone: whether it makes a video of text alone, too, although it takes an image and a video.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
     """
 
@@ -43,6 +44,7 @@ class Family:
     image_tokens: int = 0
     frames: int | None = None
     whole_in_fp8: float = 0.02
+    alone: bool = False
     guarded: bool = False
 
     @property
@@ -69,6 +71,7 @@ MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 51
 MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
+COSMOS = {"transformer": "CosmosTransformer3DModel", "single": True, "whole_in_fp8": 0.09, "guarded": True}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
 FAMILIES = {
     "wan": Family("WanPipeline", **WAN, takes=SCALES),
@@ -118,13 +121,13 @@ FAMILIES = {
     ),
     "cosmos2": Family(
         "Cosmos2VideoToWorldPipeline",
-        "CosmosTransformer3DModel",
+        **COSMOS,
         takes=("image", "video", "fps"),
         text={"tokenizer": 512},
         noise="edm",
-        single=True,
-        whole_in_fp8=0.09,
-        guarded=True,
+    ),
+    "cosmos25": Family(
+        "Cosmos2_5_PredictBasePipeline", **COSMOS, takes=("image", "video"), noise="unipc", alone=True
     ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),

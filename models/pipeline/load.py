@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
+# Models of the hub whose files for diffusers are in a branch
+REVISIONS = {f"nvidia/Cosmos-Predict2.5-{size}": "diffusers/base/post-trained" for size in ("2B", "14B")}
 COSMOS_SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002}
 
 
@@ -56,6 +58,7 @@ def load_pipeline(
     parts |= _renamed(path, family, parts, dtype, quantization_config)
     pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(
         path,
+        revision=REVISIONS.get(path),
         dtype={"default": dtype, "vae": torch.float32},
         use_safetensors=True,
         quantization_config=quantization_config,
@@ -116,7 +119,8 @@ def load_files(
     if is_local(path):
         folder = path
     else:
-        folder = diffusers.DiffusionPipeline.download(path, use_safetensors=True, **without)
+        where = {"revision": REVISIONS.get(path), "use_safetensors": True}
+        folder = diffusers.DiffusionPipeline.download(path, **where, **without)
     index = read_index(str(folder))
     check_weights(Path(folder), index, sorted(parts_named(index).difference(without)))
     chosen = quantization_config.quant_mapping if quantization_config else {}
@@ -234,7 +238,7 @@ def _fetch_index(path: str) -> dict:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.load_config(path)
+        return DiffusionPipeline.load_config(path, revision=REVISIONS.get(path))
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(

@@ -9,7 +9,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Any
 
-from radial_attn.models.pipeline.load import absent_expert, check_model, is_local, read_index
+from radial_attn.models.pipeline.load import REVISIONS, absent_expert, check_model, is_local, read_index
 from radial_attn.models.runtime.transformers import NAMES
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
@@ -56,11 +56,11 @@ def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
     return replace(WAN_14B, parameters=WAN_14B.parameters | parts, **sizes)
 
 
-def _cosmos(heads: int, layers: int, weights: int) -> ModelInfo:
-    """Returns a Cosmos Predict 2 of this width, depth and number of weights."""
+def _cosmos(heads: int, layers: int, weights: int, encoder: int = T5_11B) -> ModelInfo:
+    """Returns a Cosmos Predict 2 or 2.5 of this width, depth and number of weights."""
     sizes = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "mlp_ratio": 4.0}
     sizes |= {"patch_size": (1, 2, 2), "max_size": (128, 240, 240), "adaln_lora_dim": 256}
-    parts = {"transformer": weights, "text_encoder": T5_11B, "vae": WAN_VAE}
+    parts = {"transformer": weights, "text_encoder": encoder, "vae": WAN_VAE}
     return cosmos_info(sizes | {"in_channels": 17, "out_channels": 16}, {}, parts)
 
 
@@ -181,6 +181,8 @@ HUB_MODELS = {
     ),
     "nvidia/Cosmos-Predict2-2B-Video2World": _cosmos(16, 28, 1_956_413_440),
     "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),
+    "nvidia/Cosmos-Predict2.5-2B": _cosmos(16, 28, 2_059_174_912, QWEN_VL_7B),
+    "nvidia/Cosmos-Predict2.5-14B": _cosmos(40, 36, 14_368_047_104, QWEN_VL_7B),
     "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": kandinsky5_info(
         {"num_visual_blocks": 32, "model_dim": 1792, "axes_dims": (16, 24, 24), "ff_dim": 7168}
         | {"patch_size": (1, 2, 2), "out_visual_dim": 16},
@@ -262,7 +264,7 @@ def _fetch(path: str, file: str) -> dict:
 
     logging.set_verbosity_error()  # the retries are many lines, the failure is one
     try:
-        return _read_json(Path(hf_hub_download(path, file)))
+        return _read_json(Path(hf_hub_download(path, file, revision=REVISIONS.get(path))))
     except (OSError, ValueError) as error:
         raise UsageError(hub_unreachable(path, error)) from error
 

@@ -17,6 +17,7 @@ from scripts.run.model_info import ModelInfo
 from scripts.run.video_files import read_video
 
 IMAGE = "a JPEG, PNG, WebP or AVIF file of 8 bits a channel"
+SHORTEST = 5  # frames of a video that Cosmos Predict 2.5 goes on from
 VIDEO = "a video, or a folder of images (JPEG, PNG, WebP or AVIF)"
 
 
@@ -96,6 +97,7 @@ def read_inputs(
     if references:
         images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
         arguments["reference_images"] = images
+    arguments = _condition(arguments, generation) if kind.alone else arguments
     if "pose_video" in kind.takes and "video" in arguments:
         names = {"background_video": "video", "mask_video": "mask"}
         arguments |= {"mode": "replace"} | {name: arguments.pop(ours) for name, ours in names.items()}
@@ -104,7 +106,7 @@ def read_inputs(
 
 def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model: ModelInfo | None) -> None:
     """Raises UsageError if a file is not named that the run, or another file, needs."""
-    takes = () if dry_run else FAMILIES[family].takes
+    takes = () if dry_run or FAMILIES[family].alone else FAMILIES[family].takes
     other = goes_on(family) and generation.video
     for name, wanted in {"image": IMAGE, "pose_video": VIDEO, "face_video": VIDEO}.items():
         if name in takes and getattr(generation, name) is None and not (name == "image" and other):
@@ -131,6 +133,18 @@ def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model
             f"generation.mask: got null, but family {family} replaces what a mask marks in generation.video; "
             f"name {VIDEO}, or set generation.video=null"
         )
+
+
+def _condition(arguments: dict[str, Any], generation: GenerationConfig) -> dict[str, Any]:
+    """Returns the start of a video as Cosmos Predict 2.5 takes it: an image as a video of one frame."""
+    if "image" in arguments:
+        return {"video": [arguments["image"]], "num_latent_conditional_frames": 1}
+    if (count := len(arguments.get("video", range(SHORTEST)))) < SHORTEST:
+        got = f"generation.video: got {generation.video!r} with {count} frames"
+        raise UsageError(
+            f"{got}, must have {SHORTEST} or more: the new video begins with the last {SHORTEST}"
+        )
+    return arguments
 
 
 def _check_image_size(image: Image.Image, generation: GenerationConfig, model: ModelInfo) -> None:

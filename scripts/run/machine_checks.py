@@ -53,7 +53,8 @@ def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
     if FAMILIES[model.family].guarded and find_spec("cosmos_guardrail") is None:
         yield (
             f"model.family: got {model.family!r}, which needs cosmos_guardrail: diffusers and the model's "
-            "licence ask for its check of prompt and video; install it with: pip install cosmos_guardrail"
+            "licence ask for its check of prompt and video; install it with: pip install cosmos_guardrail "
+            "torchvision"
         )
 
 

@@ -27,9 +27,9 @@ def test_steps_are_those_of_the_scheduler(make, given):
     """The noise levels of two steps can be equal in bfloat16, or below that of the given frames."""
     pipeline = make(num_layers=1, extra_pos_embed_type=None)
     pipeline.transformer.to(torch.bfloat16)
-    texts = {
-        name: torch.ones(1, 7, TEXT_DIM).bfloat16() for name in ("prompt_embeds", "negative_prompt_embeds")
-    }
+    width = pipeline.transformer.config.crossattn_proj_in_channels
+    width = width if pipeline.transformer.config.use_crossattn_projection else TEXT_DIM
+    texts = {name: torch.ones(1, 7, width).bfloat16() for name in ("prompt_embeds", "negative_prompt_embeds")}
     for dense_steps in (0.25, "sigma>0.9"):
         with apply_radial_attention(pipeline, SPARSE, dense_steps=dense_steps) as handle:
             for _ in range(2):

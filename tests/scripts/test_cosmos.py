@@ -1,4 +1,4 @@
-"""Cosmos Predict 2 through the command: from an image or a video, under the eyes of a safety checker."""
+"""Cosmos Predict 2 and 2.5 through the command: from text, image or video, under a safety checker."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.cosmos import pipeline_cosmos2_video2world
+from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict, pipeline_cosmos2_video2world
 from PIL import Image
 
 from radial_attn.models.pipeline.load import noise_levels
@@ -15,21 +15,23 @@ from scripts.run.config import read_config
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler
 from tests.support.script_cases import SMALL, refused
-from tests.support.tiny_cosmos import Harmless, cosmos_pipeline
+from tests.support.tiny_cosmos import Harmless, cosmos25_pipeline, cosmos_pipeline
 
-PRESET, FRAMES = "configs/cosmos_predict2_2b.yaml", ["generation.num_frames=9"]
+MODELS = {"2": cosmos_pipeline, "2.5": cosmos25_pipeline}
+RUNS = [("2", "image=a.png"), ("2", "video=5"), ("2.5", ""), ("2.5", "image=a.png"), ("2.5", "video=7")]
+FRAMES = ["generation.num_frames=9"]
 DENSE = ["attention.pattern=dense", "attention.check=off"]
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """Makes a folder with a model, an image, and folders of 5 and 9 frames."""
+    """Makes a folder with two models, an image, and folders of 3, 5, 7 and 9 frames."""
     folder = tmp_path_factory.mktemp("cosmos")
-    pipeline = cosmos_pipeline()
-    pipeline.save_pretrained(folder / "model")
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / f"model{name}")
     frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
     Image.fromarray(frames[0]).save(folder / "a.png")
-    for count in (5, 9):
+    for count in (3, 5, 7, 9):
         (folder / f"{count}").mkdir()
         for number in range(count):
             Image.fromarray(frames[number]).save(folder / f"{count}/{number}.png")
@@ -52,47 +54,56 @@ def guardrail(tmp_path, monkeypatch) -> list:
 
     (tmp_path / "cosmos_guardrail.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(pipeline_cosmos2_video2world, "CosmosSafetyChecker", Watching)
+    for module in (pipeline_cosmos2_video2world, pipeline_cosmos2_5_predict):
+        monkeypatch.setattr(module, "CosmosSafetyChecker", Watching)
     return seen
 
 
-def argv(here: Path, *words: str) -> list[str]:
-    return [PRESET, *SMALL, *FRAMES, f"model.path={here / 'model'}", *words]
+def argv(here: Path, *words: str, model: str = "2") -> list[str]:
+    preset = f"configs/cosmos_predict{model}_2b.yaml"
+    return [preset, *SMALL, *FRAMES, f"model.path={here / f'model{model}'}", *words]
 
 
-@pytest.mark.parametrize("key", ["image=a.png", "video=5"])
-def test_from_an_image_or_a_video(key, here, guardrail, tmp_path):
-    name, file = key.split("=")
-    words = [f"generation.{name}={here / file}", f"output.path={tmp_path / 'out.mp4'}"]
-    assert main(argv(here, *words)) == 0
+def given(here: Path, key: str) -> list[str]:
+    name, _, file = key.partition("=")
+    return [f"generation.{name}={here / file}"] if key else []
+
+
+@pytest.mark.parametrize(("model", "key"), RUNS)
+def test_from_text_an_image_or_a_video(model, key, here, guardrail, tmp_path):
+    assert main(argv(here, *given(here, key), f"output.path={tmp_path / 'out.mp4'}", model=model)) == 0
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["inputs"][name]["file"] == file and record["attention"]["grid"] == [3, 4, 4]
+    assert [f"{name}={about['file']}" for name, about in record["inputs"].items()] == ([key] if key else [])
+    assert record["attention"]["grid"] == [3, 4, 4]
     assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
     assert guardrail == [record["prompt"], (9, 64, 64, 3)]
 
 
-@pytest.mark.parametrize("key", ["image=a.png", "video=5"])
-def test_a_dense_run_is_that_of_diffusers(key, here, guardrail):
-    name, file = key.split("=")
-    plan = make_plan(read_config(PRESET, argv(here, *DENSE, f"generation.{name}={here / file}")[1:]))
+@pytest.mark.parametrize(("model", "key"), RUNS)
+def test_a_dense_run_is_that_of_diffusers(model, key, here, guardrail):
+    preset, *words = argv(here, *DENSE, *given(here, key), model=model)
+    plan = make_plan(read_config(preset, words))
     generation, sampler = plan.config.generation, Sampler(plan)
     loaded = sampler.load()
     frames, run = sampler.sample_video(loaded, generation.prompt, {})
-    expected = cosmos_pipeline()(
+    pipeline = MODELS[model]()
+    pipeline.safety_checker = loaded.safety_checker  # that of Predict 2.5 rounds the video down to 8 bits
+    expected = pipeline(
         prompt=generation.prompt,
         **plan.inputs.arguments,
         **{name: getattr(generation, name) for name in ("negative_prompt", "height", "width", "num_frames")},
         num_inference_steps=3,
-        fps=16,
+        **({"fps": 16} if model == "2" else {}),
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).frames[0]
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
     assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 3
-    levels = loaded.scheduler.sigmas[:3] / (1 + loaded.scheduler.sigmas[:3])
+    levels = loaded.scheduler.sigmas[:3]
+    levels = levels / (1 + levels) if model == "2" else levels
     assert plan.sigmas == pytest.approx(levels.tolist())
-    assert plan.sigmas == noise_levels(plan.path, "cosmos2", 3, None, 1)
+    assert plan.sigmas == noise_levels(plan.path, plan.config.model.family, 3, None, 1)
 
 
 def test_an_unsafe_prompt_makes_no_video(here, guardrail, tmp_path, capsys):
@@ -104,10 +115,17 @@ def test_an_unsafe_prompt_makes_no_video(here, guardrail, tmp_path, capsys):
 
 def test_without_a_guardrail_the_line_says_how_to_install_it(here, capsys):
     line = refused(capsys, argv(here, f"generation.image={here / 'a.png'}"), "model.family: got 'cosmos2'")
-    assert line.endswith("install it with: pip install cosmos_guardrail")
+    assert line.endswith("install it with: pip install cosmos_guardrail torchvision")
 
 
-def test_a_video_that_is_too_long_or_beside_an_image_is_refused(here, guardrail, capsys):
+def test_a_video_that_is_too_long_too_short_or_beside_an_image_is_refused(here, guardrail, capsys):
     image, video = f"generation.image={here / 'a.png'}", f"generation.video={here / '9'}"
     refused(capsys, argv(here, video), "generation.video: got", "with 9 frames, must have fewer than 9")
     refused(capsys, argv(here, image, video), "generation.video: got", "beside generation.image")
+    short = argv(here, f"generation.video={here / '3'}", model="2.5")
+    refused(
+        capsys,
+        short,
+        "generation.video: got",
+        "with 3 frames, must have 5 or more: the new video begins with",
+    )

@@ -20,6 +20,7 @@ from tests.support.tiny import (
     t5_pipeline,
     wan_vae,
 )
+from tests.support.tiny_hunyuan import qwen_tokenizer, qwen_vl
 
 IMAGE_DIM = 8
 WIDTH = HEADS["num_attention_heads"] * HEADS["attention_head_dim"]
@@ -102,8 +103,21 @@ def cosmos_pipeline(seed: int = 0, **changes: object) -> Cosmos2VideoToWorldPipe
 
 
 def cosmos25_pipeline(seed: int = 0, **changes: object) -> Cosmos2_5_PredictBasePipeline:
-    """Makes a random pipeline of Cosmos Predict 2.5 without a text encoder, so it takes `prompt_embeds`."""
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    parts = {"vae": wan_vae(seed), "transformer": cosmos_transformer(seed, **changes)}
-    parts |= {"text_encoder": None, "tokenizer": None, "scheduler": UniPCMultistepScheduler(**flow)}
-    return quiet(Cosmos2_5_PredictBasePipeline(safety_checker=Harmless(), **parts))
+    """Makes a random pipeline of Cosmos Predict 2.5 with all parts; `changes` go to its transformer.
+
+    Its text is the outputs of all layers of the encoder, side by side.
+    """
+    encoder = qwen_vl(seed)
+    width = encoder.config.text_config.num_hidden_layers * TEXT_DIM
+    text = {"use_crossattn_projection": True, "crossattn_proj_in_channels": width}
+    text |= {"encoder_hidden_states_channels": TEXT_DIM, "text_embed_dim": TEXT_DIM}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_karras_sigmas": True}
+    pipeline = Cosmos2_5_PredictBasePipeline(
+        vae=wan_vae(seed),
+        transformer=cosmos_transformer(seed, **text | changes),
+        text_encoder=encoder,
+        tokenizer=qwen_tokenizer(),
+        scheduler=UniPCMultistepScheduler(**flow, sigma_max=200.0, sigma_min=0.01),
+        safety_checker=Harmless(),
+    )
+    return quiet(pipeline)

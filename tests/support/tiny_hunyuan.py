@@ -30,6 +30,8 @@ from transformers import (
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
@@ -181,7 +183,8 @@ def hunyuan_image_pipeline(
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Makes a Qwen2 tokenizer of single bytes."""
     pieces = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
-    template = "{% for x in messages %}{{ x['role'] + ':' + x['content'] }}{% endfor %}"
+    text = "(x['content'] if x['content'] is string else x['content'][0]['text'])"
+    template = "{% for x in messages %}{{ x['role'] + ':' + " + text + " }}{% endfor %}"
     vocab = {piece: i for i, piece in enumerate(pieces)}
     return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=template, padding_side="right")
 
@@ -191,6 +194,14 @@ def qwen(vocabulary: int = 257) -> Qwen2_5_VLTextConfig:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     layers = {"num_hidden_layers": 4, "num_key_value_heads": 1, "rope_parameters": rope, **ENCODER}
     return Qwen2_5_VLTextConfig(vocab_size=vocabulary, hidden_size=TEXT_DIM, pad_token_id=0, **layers)
+
+
+def qwen_vl(seed: int = 0, vocabulary: int = 257) -> Qwen2_5_VLForConditionalGeneration:
+    """Makes a random Qwen2.5-VL, in eval mode."""
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    vision = {"vision_config": vision | {"out_hidden_size": TEXT_DIM}, "tie_word_embeddings": False}
+    config = Qwen2_5_VLConfig(text_config=qwen(vocabulary).to_dict(), **vision)
+    return seeded(seed, Qwen2_5_VLForConditionalGeneration, config)
 
 
 def hunyuan15_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo15:

@@ -2,10 +2,10 @@
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
-from transformers import CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import CLIPTextModel
 
 from tests.support.tiny import CHANNELS, TEXT_DIM, quiet, randoms, seeded
-from tests.support.tiny_hunyuan import POOLED_DIM, clip, clip_tokenizer, hunyuan_vae, qwen, qwen_tokenizer
+from tests.support.tiny_hunyuan import POOLED_DIM, clip, clip_tokenizer, hunyuan_vae, qwen_tokenizer, qwen_vl
 
 SETTINGS = {
     "in_visual_dim": CHANNELS,
@@ -60,15 +60,12 @@ def kandinsky5_inputs(
 
 def kandinsky5_pipeline(seed: int = 0, **changes: object) -> Kandinsky5T2VPipeline:
     """Makes a random pipeline of Kandinsky 5 with all parts; `changes` go to its transformer."""
-    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
-    vision = {"vision_config": vision | {"out_hidden_size": TEXT_DIM}, "tie_word_embeddings": False}
-    config = Qwen2_5_VLConfig(text_config=qwen(262).to_dict(), **vision)
     tokenizer = qwen_tokenizer()
     settings = {"in_text_dim2": POOLED_DIM, "visual_cond": True}
     pipeline = Kandinsky5T2VPipeline(
         transformer=kandinsky5_transformer(seed, **settings | changes),
         vae=hunyuan_vae(seed),
-        text_encoder=seeded(seed, Qwen2_5_VLForConditionalGeneration, config),
+        text_encoder=qwen_vl(seed, 262),
         tokenizer=tokenizer,
         text_encoder_2=seeded(seed, CLIPTextModel, clip()),
         tokenizer_2=clip_tokenizer(),

@@ -161,13 +161,16 @@ def kandinsky() -> dict[str, torch.nn.Module]:
     }
 
 
-def cosmos(model: ModelInfo) -> dict[str, torch.nn.Module]:
-    """Builds the parts of a Cosmos Predict 2 with the encoder of T5-11B."""
+def cosmos(model: ModelInfo, newer: bool) -> dict[str, torch.nn.Module]:
+    """Builds the parts of a Cosmos Predict 2 with T5-11B as encoder, or of Predict 2.5 with Qwen2.5-VL."""
+    text = {"use_crossattn_projection": newer, "crossattn_proj_in_channels": 28 * 3584 if newer else 1024}
     sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
     heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
     return {
-        "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads),
-        "text_encoder": transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
+        "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads, **text),
+        "text_encoder": qwen_vl()
+        if newer
+        else transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
         "vae": diffusers.AutoencoderKLWan(),
     }
 
@@ -196,7 +199,7 @@ def ltx(name: str) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model)}
+    makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model, "2.5" in name)}
     for kind, make in makers.items():
         if kind in name:
             return make()
