@@ -56,14 +56,9 @@ def load_pipeline(
     parts = ({absent: None} if absent else {}) | dict(parts or {})
     parts |= load_files(path, files, parts, dtype, quantization_config)
     parts |= _renamed(path, family, parts, dtype, quantization_config)
-    pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(
-        path,
-        revision=REVISIONS.get(path),
-        dtype={"default": dtype, "vae": torch.float32},
-        use_safetensors=True,
-        quantization_config=quantization_config,
-        **parts,
-    )
+    options = {"dtype": {"default": dtype, "vae": torch.float32}, "revision": REVISIONS.get(path)}
+    options |= {"use_safetensors": True, "quantization_config": quantization_config}
+    pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(path, **options, **parts)
     if absent:
         (kept,) = (getattr(pipeline, name) for name in NAMES if name != absent)
         pipeline.register_modules(transformer=kept, transformer_2=None)
