@@ -13,12 +13,14 @@ from PIL import Image
 
 from radial_attn import TokenGrid
 from radial_attn.models.parallel.groups import Degrees
+from radial_attn.models.pipeline.families import FAMILIES
 from scripts.generate import main
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
 from scripts.run.option_checks import check_shared
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler
+from tests.support.multi_process import run_ranks
 from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan15_pipeline, hunyuan_pipeline
@@ -69,6 +71,40 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     assert record["attention"]["check"]["compared"] > 0
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
     assert not [warning for warning in recwarn if "autocast" in str(warning.message)]
+
+
+MOTIF = {"motif_t2v", "motif_i2v"}
+UNSHARED = {  # degree -> presets that refuse it, and what their line has
+    "ulysses_degree": (MOTIF, "decoder needs all tokens"),
+    "cfg_degree": (
+        MOTIF | {"anyflow_t2v_14b", "hunyuan_t2v", "kandinsky5_t2v_lite", "ltx2_t2v"},
+        "parallel.cfg_degree: got 2",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("degree", UNSHARED)
+@pytest.mark.parametrize("preset", [*RUNS, *FROM_IMAGE, "hunyuan15_i2v"])
+def test_two_processes_make_the_video_of_one(preset, degree, tmp_path):
+    """They share the tokens, or the halves of guidance."""
+    build, options = (RUNS | FROM_IMAGE | {"hunyuan15_i2v": (hunyuan15_image_pipeline, [])})[preset]
+    build().save_pretrained(tmp_path / "model")
+    keys = [f"configs/{preset}.yaml", *SMALL, "generation.num_frames=9", *options, "attention.check=off"]
+    keys.append(f"model.path={tmp_path / 'model'}")
+    if "image" in FAMILIES[read_config(keys[0], []).model.family].takes:
+        Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "image.png")
+        keys.append(f"generation.image={tmp_path / 'image.png'}")
+    one, two = (f"output.path={tmp_path / name}.mp4" for name in ("one", "two"))
+    shared, (refusing, line) = [*keys, two, f"parallel.{degree}=2"], UNSHARED[degree]
+    if preset in refusing:
+        with pytest.raises(UsageError, match=line):
+            make_plan(read_config(shared[0], shared[1:]), processes=2)
+        return
+    assert main([*keys, one]) == 0
+    run_ranks(2, "scripts.generate", *shared)
+    videos = [imageio.mimread(tmp_path / f"{name}.mp4", memtest=False) for name in ("one", "two")]
+    assert np.abs(np.diff(np.stack(videos).astype(float), axis=0)).mean() < 0.1
 
 
 @pytest.mark.parametrize(("keys", "calls"), [([], 3), (["modality_scale=1"], 2), (["stg_scale=1"], 4)])
