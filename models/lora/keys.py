@@ -76,6 +76,39 @@ ORIGINAL_WAN = (
     (r"((?:vace_)?blocks\.\d+)\.attn1\.(norm_[qk])", r"\1.self_attn.\2"),
     (r"((?:vace_)?blocks\.\d+)\.attn2\.(norm_[qk])", r"\1.cross_attn.\2"),
 )
+ORIGINAL_LTX = (  # LTX-Video, and LTX-2 with its sound
+    (r"(audio_)?proj_in", r"\1patchify_proj"),
+    (r"(audio_)?time_embed\.(.+)", r"\1adaln_single.\2"),
+    (r"av_cross_attn_(\w+_scale_shift)\.(.+)", r"av_ca_\1_adaln_single.\2"),
+    (r"av_cross_attn_(?:video|audio)_(\w+_gate)\.(.+)", r"av_ca_\1_adaln_single.\2"),
+    (
+        r"(transformer_blocks\.\d+)\.(video|audio)_a2v_cross_attn_scale_shift_table",
+        r"\1.scale_shift_table_a2v_ca_\2",
+    ),
+    (r"(.+)\.norm_([qk])", r"\1.\2_norm"),
+)
+ORIGINAL_COSMOS = (  # Predict 2 and 2.5
+    (r"time_embed\.t_embedder\.(.+)", r"t_embedder.1.\1"),
+    (r"time_embed\.norm", "t_embedding_norm"),
+    (r"patch_embed\.proj", "x_embedder.proj.1"),
+    (r"norm_out\.linear_([12])", r"final_layer.adaln_modulation.\1"),
+    (r"proj_out", "final_layer.linear"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear_([12])", r"blocks.\1.adaln_modulation_self_attn.\2"),
+    (r"transformer_blocks\.(\d+)\.norm2\.linear_([12])", r"blocks.\1.adaln_modulation_cross_attn.\2"),
+    (r"transformer_blocks\.(\d+)\.norm3\.linear_([12])", r"blocks.\1.adaln_modulation_mlp.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])", r"blocks.\1.self_attn.\2_proj"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_([qkv])", r"blocks.\1.cross_attn.\2_proj"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.self_attn.output_proj"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.output_proj"),
+    (r"transformer_blocks\.(\d+)\.attn1\.norm_([qk])", r"blocks.\1.self_attn.\2_norm"),
+    (r"transformer_blocks\.(\d+)\.attn2\.norm_([qk])", r"blocks.\1.cross_attn.\2_norm"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.mlp.layer1"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.mlp.layer2"),
+)
+ORIGINAL = {  # a layer of diffusers' class -> the table of its authors' names
+    "time_embed.emb.timestep_embedder.linear_1": ORIGINAL_LTX,
+    "time_embed.t_embedder.linear_1": ORIGINAL_COSMOS,
+}
 
 
 @dataclass(frozen=True)
@@ -172,10 +205,13 @@ def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
     """Returns the parts of each of the authors' names, given the rows of each layer of a transformer."""
     if "context_embedder.proj_in" in rows and "single_transformer_blocks.0.proj_mlp" in rows:
         return _expand(hunyuan_video.NAMES, rows, hunyuan_video.SWAPPED, hunyuan_video.OTHERS)
+    if "context_embedder_2.linear_1" in rows:
+        return _expand(hunyuan_video.NEWER, rows, hunyuan_video.SWAPPED, hunyuan_video.OTHERS)
     if "time_embed.pooler.to_kv" in rows:
         last = _expand(mochi.LAST_BLOCK, rows)
         return _expand(mochi.NAMES, rows, mochi.SWAPPED) | last
-    return {original_name(layer): (Part(layer),) for layer in rows}
+    names = next((ORIGINAL[layer] for layer in ORIGINAL if layer in rows), ORIGINAL_WAN)
+    return {original_name(layer, names): (Part(layer),) for layer in rows}
 
 
 def _expand(
@@ -208,9 +244,9 @@ def _parts(layers: Sequence[str], rows: Mapping[str, int], swapped: bool) -> tup
     return tuple(Part(layer, (span,), total) for layer, span in zip(layers, pairwise(ends), strict=True))
 
 
-def original_name(layer: str) -> str:
-    """Returns the original Wan's name for a layer of diffusers' WanTransformer3DModel."""
-    for pattern, replacement in ORIGINAL_WAN:
+def original_name(layer: str, names: Sequence[tuple[str, str]] = ORIGINAL_WAN) -> str:
+    """Returns the authors' name of a layer, by default of Wan's, from diffusers'."""
+    for pattern, replacement in names:
         if re.fullmatch(pattern, layer):
             return re.sub(pattern, replacement, layer)
     return layer

@@ -1,4 +1,4 @@
-"""Maps the HunyuanVideo authors' layer names to diffusers'; text to video and image to video alike.
+"""Maps the HunyuanVideo authors' layer names to diffusers'; text to video, image to video, and 1.5.
 
 `#` is the number of a block. A name with several layers holds their rows one after another.
 """
@@ -47,6 +47,21 @@ NAMES = {
     "single_blocks.#.k_norm": (f"{SINGLE}.attn.norm_k",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+# HunyuanVideo 1.5. Its authors keep query, key and value apart; ComfyUI joins them.
+NEWER = {
+    **{f"double_blocks.#.img_attn_{part}": (f"{DOUBLE}.attn.to_{part}",) for part in "qkv"},
+    **{f"double_blocks.#.txt_attn_{part}": (f"{DOUBLE}.attn.add_{part}_proj",) for part in "qkv"},
+    **NAMES,
+    "time_in.mlp.0": ("time_embed.timestep_embedder.linear_1",),
+    "time_in.mlp.2": ("time_embed.timestep_embedder.linear_2",),
+    "byt5_in.layernorm": ("context_embedder_2.norm",),
+    **{f"byt5_in.fc{number}": (f"context_embedder_2.linear_{number}",) for number in (1, 2, 3)},
+    "vision_in.proj.0": ("image_embedder.norm_in",),
+    "vision_in.proj.1": ("image_embedder.linear_1",),
+    "vision_in.proj.3": ("image_embedder.linear_2",),
+    "vision_in.proj.4": ("image_embedder.norm_out",),
+    "cond_type_embedding": ("cond_type_embed",),
 }
 # Rows of shift, then of scale; diffusers has them the other way around.
 SWAPPED = ("final_layer.adaLN_modulation.1",)

@@ -23,10 +23,19 @@ CLASSES = (  # those whose names are known
     "WanVACETransformer3DModel",
     "HunyuanVideoTransformer3DModel",
     "MochiTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
+    "SkyReelsV2Transformer3DModel",
+    "ChronoEditTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "LTX2VideoTransformer3DModel",
+    "CosmosTransformer3DModel",
 )
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.", "net.")
 # In a file with a prefix: parts of the pipeline that come from its folder all the same.
 OTHERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "clip_vision.")
+OTHERS += ("audio_vae.", "vocoder.", "text_embedding_projection.")
+# Behind the prefix: other parts of the pipeline, counters of training, and tables that are computed.
+BESIDE = ("video_embeddings_connector.", "audio_embeddings_connector.", "accum_", "pos_embedder.")
 # Of 8-bit weights, in ComfyUI's older and newer spelling. Scales of inputs serve 8-bit products alone.
 SCALES, INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
 MARK, ABOUT = "scaled_fp8", ".comfy_quant"
@@ -212,11 +221,16 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
     tensors, formats = read_header(file)
     prefix = next((x for x in PREFIXES if any(key.startswith(x) for key in tensors)), "")
     own = {key: x for key, x in tensors.items() if not (prefix and key.startswith(OTHERS))}
+    own = {
+        key: x
+        for key, x in own.items()
+        if not key.removeprefix(prefix).startswith(BESIDE) and not key.endswith("._extra_state")
+    }
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     sources = _sources(own, prefix, shapes)
     if 2 * len(sources) < len(shapes):
         raise ValueError(
-            f"{file} is of another model: {listed(own, 2)} in place of {listed(shapes, 2)} of {cls}; name a "
+            f"{file} is of another model: {listed(list(own), 2)} in place of {listed(list(shapes), 2)} of {cls}; name a "
             "file of this model, or load the model of this file"
         )
     _check_types(file, own, sources, {key.removeprefix(prefix): x for key, x in formats.items()}, prefix)
