@@ -229,9 +229,10 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     sources = _sources(own, prefix, shapes)
     if 2 * len(sources) < len(shapes):
+        theirs, ours = listed(list(own), 2), listed(list(shapes), 2)
         raise ValueError(
-            f"{file} is of another model: {listed(list(own), 2)} in place of {listed(list(shapes), 2)} of {cls}; name a "
-            "file of this model, or load the model of this file"
+            f"{file} is of another model: {theirs} in place of {ours} of {cls}; name a file of this model, or "
+            "load the model of this file"
         )
     _check_types(file, own, sources, {key.removeprefix(prefix): x for key, x in formats.items()}, prefix)
     for name, source in sources.items():
