@@ -220,19 +220,14 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
         )
     tensors, formats = read_header(file)
     prefix = next((x for x in PREFIXES if any(key.startswith(x) for key in tensors)), "")
-    own = {key: x for key, x in tensors.items() if not (prefix and key.startswith(OTHERS))}
-    own = {
-        key: x
-        for key, x in own.items()
-        if not key.removeprefix(prefix).startswith(BESIDE) and not key.endswith("._extra_state")
-    }
+    own = {key: x for key, x in tensors.items() if not _is_beside(key, prefix)}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     sources = _sources(own, prefix, shapes)
     if 2 * len(sources) < len(shapes):
         theirs, ours = listed(list(own), 2), listed(list(shapes), 2)
         raise ValueError(
-            f"{file} is of another model: {theirs} in place of {ours} of {cls}; name a file of this model, or "
-            "load the model of this file"
+            f"{file} is of another model: {theirs} in place of {ours} of {cls}; name a file of this model, "
+            "or load the model of this file"
         )
     _check_types(file, own, sources, {key.removeprefix(prefix): x for key, x in formats.items()}, prefix)
     for name, source in sources.items():
@@ -254,6 +249,14 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
         )
     packed = (name for name, source in sources.items() if _stays_packed(model, name, source, own[source.key]))
     return SingleFile(file, own, sources, frozenset(packed))
+
+
+def _is_beside(key: str, prefix: str) -> bool:
+    """Tells whether a tensor is of something else than the transformer."""
+    inside = key.removeprefix(prefix)
+    return (
+        (bool(prefix) and key.startswith(OTHERS)) or inside.startswith(BESIDE) or key.endswith("_extra_state")
+    )
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, dict[str, Any]]]:

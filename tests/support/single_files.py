@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,40 @@ EIGHT = torch.float8_e4m3fn
 CORE = r"_attn\.|\.norm\.|\.lin$|(in|embedder)\.(in|out)_layer$|(_|\d\.)mlp\.[02]$"  # HunyuanVideo in ComfyUI
 Q4_K = gguf.GGMLQuantizationType.Q4_K
 State = dict[str, torch.Tensor]
+
+
+WIDE = {"attention_head_dim": 16, "ffn_dim": 256}  # rows of 32 and of 256: blocks of Q8_0, Q4_0 and Q4_K
+NAMES = ("transformer", "transformer_2")
+
+
+def folder_of(pipeline, path: Path, dtype=torch.float32) -> dict[str, torch.nn.Module]:
+    """Saves a pipeline with its transformers in `dtype`, but not their weights; returns them."""
+    transformers = {name: part for name in NAMES if (part := getattr(pipeline, name, None)) is not None}
+    for part in transformers.values():
+        part.to(dtype)
+    pipeline.save_pretrained(path)
+    for name in transformers:
+        for file in (path / name).glob("*.safetensors"):
+            file.rename(path / f"{name}.whole")
+    return transformers
+
+
+def with_weights(path: Path, *names: str) -> str:
+    """Puts the weights of the folder back."""
+    for name in names or NAMES:
+        if (path / f"{name}.whole").is_file():
+            shutil.copy(path / f"{name}.whole", path / name / "diffusion_pytorch_model.safetensors")
+    return str(path)
+
+
+def assert_same(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Compares all values and types of two models, with those that no file holds."""
+    for kind in ("named_parameters", "named_buffers"):
+        here, there = (dict(getattr(model, kind)()) for model in (actual, expected))
+        assert here.keys() == there.keys()
+        for name, value in there.items():
+            assert here[name].dtype == value.dtype and torch.equal(here[name], value), name
+    assert not actual.training
 
 
 def original(transformer: torch.nn.Module, comfy: bool = False) -> State:
