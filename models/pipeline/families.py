@@ -71,6 +71,8 @@ MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 51
 MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
+KANDINSKY = {"transformer": "Kandinsky5Transformer3DModel", "text": {"tokenizer": 512, "tokenizer_2": 77}}
+KANDINSKY |= {"noise": "own", "tiled_vae": True, "whole_in_fp8": 0.14}
 COSMOS = {"transformer": "CosmosTransformer3DModel", "single": True, "whole_in_fp8": 0.09, "guarded": True}
 SCALES, TRUE = ("guidance_scale_2", "flow_shift"), ("true_cfg_scale", "flow_shift")
 FAMILIES = {
@@ -110,14 +112,9 @@ FAMILIES = {
         takes=("flow_shift", "image"),
         image_tokens=4096,  # patches of 14 pixels in 896 x 896
     ),
-    "kandinsky5": Family(
-        "Kandinsky5T2VPipeline",
-        "Kandinsky5Transformer3DModel",
-        takes=("flow_shift",),
-        text={"tokenizer": 512, "tokenizer_2": 77},
-        noise="own",
-        tiled_vae=True,
-        whole_in_fp8=0.14,
+    "kandinsky5": Family("Kandinsky5T2VPipeline", **KANDINSKY, takes=("flow_shift",)),
+    "kandinsky5_i2v": Family(
+        "Kandinsky5I2VPipeline", **KANDINSKY, also="Kandinsky5T2VPipeline", takes=("flow_shift", "image")
     ),
     "cosmos2": Family(
         "Cosmos2VideoToWorldPipeline",

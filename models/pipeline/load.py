@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
+# Pipelines that give the VAE an image in the transformer's dtype
+IMAGE_IN_DTYPE = "motif_video_i2v", "kandinsky5_i2v"
 # Models of the hub whose files for diffusers are in a branch
 REVISIONS = {f"nvidia/Cosmos-Predict2.5-{size}": "diffusers/base/post-trained" for size in ("2B", "14B")}
 COSMOS_SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002}
@@ -69,7 +71,7 @@ def load_pipeline(
         pipeline.scheduler = shifted(pipeline.scheduler, flow_shift)
     if FAMILIES[family].tiled_vae:
         pipeline.vae.enable_tiling()
-    if family == "motif_video_i2v":  # its pipeline gives the VAE an image in the transformer's dtype
+    if family in IMAGE_IN_DTYPE:
         pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
         pipeline.vae.quant_conv.register_forward_hook(lambda _, args, moments: moments.to(dtype))
     return pipeline.to(device)

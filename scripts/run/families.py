@@ -25,7 +25,7 @@ DEFAULTS = {  # of the keys that not every family takes: their value with the ot
     "segment_frames": None,
     "reference_images": [],
 }
-SHORTEST = 5  # frames of a segment
+SHORTEST = {"wan_animate": 5, "kandinsky5_i2v": 17}  # frames, below which upstream fails or makes NaN
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -109,9 +109,9 @@ def check_family(config: Config) -> None:
         )
     if kind.noise == "mochi" and config.generation.steps < 2:
         raise UsageError(f"generation.steps: got 1, must be at least 2 with family {family}")
-    if "segment_frames" in kind.takes and config.generation.num_frames < SHORTEST:
+    if config.generation.num_frames < (shortest := SHORTEST.get(family, 1)):
         got = f"generation.num_frames: got {config.generation.num_frames}"
-        raise UsageError(f"{got}, must be at least {SHORTEST} with family {family}")
+        raise UsageError(f"{got}, must be at least {shortest} with family {family}")
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")

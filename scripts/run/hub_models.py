@@ -89,6 +89,13 @@ ANIMATE_CONFIG |= {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 1
 MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
 MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
+KANDINSKY_LITE = kandinsky5_info(
+    {"num_visual_blocks": 32, "model_dim": 1792, "axes_dims": (16, 24, 24), "ff_dim": 7168}
+    | {"patch_size": (1, 2, 2), "out_visual_dim": 16},
+    {"block_out_channels": [128]},
+    {"transformer": 2_007_702_848, "text_encoder": QWEN_VL_7B, "text_encoder_2": CLIP_TEXT}
+    | {"vae": HUNYUAN_VAE},
+)
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _variant(
@@ -183,13 +190,9 @@ HUB_MODELS = {
     "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),
     "nvidia/Cosmos-Predict2.5-2B": _cosmos(16, 28, 2_059_174_912, QWEN_VL_7B),
     "nvidia/Cosmos-Predict2.5-14B": _cosmos(40, 36, 14_368_047_104, QWEN_VL_7B),
-    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": kandinsky5_info(
-        {"num_visual_blocks": 32, "model_dim": 1792, "axes_dims": (16, 24, 24), "ff_dim": 7168}
-        | {"patch_size": (1, 2, 2), "out_visual_dim": 16},
-        {"block_out_channels": [128]},
-        {"transformer": 2_007_702_848, "text_encoder": QWEN_VL_7B, "text_encoder_2": CLIP_TEXT}
-        | {"vae": HUNYUAN_VAE},
-    ),
+    "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": KANDINSKY_LITE,
+    # of the same sizes: its own config.json was not at hand
+    "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers": KANDINSKY_LITE,
 }
 # Shifts of scheduler_config.json. Sources disagree on Wan2.1-I2V-14B-720P; Mochi has noise levels of its own.
 SHIFTS = {

@@ -36,7 +36,8 @@ CLASHES = {  # values of two keys that do not work together -> why
     "place of the text",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
-    "model.cache=first_block|mag|pab model.family=kandinsky5": "diffusers asks its blocks for other names",
+    "model.cache=first_block|mag|pab model.family=kandinsky5|kandinsky5_i2v": "diffusers asks its blocks for "
+    "other names",
     f"model.cache={CACHES} model.family=cosmos2|cosmos25": "diffusers gives its transformer no caches",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",

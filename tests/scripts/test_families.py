@@ -24,7 +24,7 @@ from tests.support.multi_process import run_ranks
 from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan15_pipeline, hunyuan_pipeline
-from tests.support.tiny_kandinsky import kandinsky5_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_image_pipeline, kandinsky5_pipeline
 from tests.support.tiny_ltx import ltx_pipeline
 from tests.support.tiny_ltx2 import RATE, ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
@@ -54,6 +54,7 @@ RUNS = {
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
 }
 FROM_IMAGE = {
+    "kandinsky5_i2v_lite": (kandinsky5_image_pipeline, ["generation.num_frames=17"]),
     "motif_i2v": (motif_image_pipeline, ["generation.num_frames=9"]),
     "chronoedit_14b": (chronoedit_pipeline, ["generation.num_frames=13"]),
     "skyreels_v2_i2v_14b": (skyreels_image_pipeline, ["generation.num_frames=9"]),
@@ -77,7 +78,7 @@ MOTIF = {"motif_t2v", "motif_i2v"}
 UNSHARED = {  # degree -> presets that refuse it, and what their line has
     "ulysses_degree": (MOTIF, "decoder needs all tokens"),
     "cfg_degree": (
-        MOTIF | {"anyflow_t2v_14b", "hunyuan_t2v", "kandinsky5_t2v_lite", "ltx2_t2v"},
+        MOTIF | {"anyflow_t2v_14b", "hunyuan_t2v", "ltx2_t2v", "kandinsky5_t2v_lite", "kandinsky5_i2v_lite"},
         "parallel.cfg_degree: got 2",
     ),
 }
@@ -145,6 +146,7 @@ def test_ltx2_writes_its_sound_and_makes_the_passes_of_each_guidance(keys, calls
         ("anyflow_t2v_14b", {}),
         ("motif_t2v", {}),
         ("motif_i2v", {}),
+        ("kandinsky5_i2v_lite", {}),
         ("chronoedit_14b", {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 3}),
         ("chronoedit_14b", {"num_frames": 5}),
         ("skyreels_v2_t2v_14b", {"guidance_scale": 6.0}),

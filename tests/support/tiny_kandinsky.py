@@ -1,7 +1,13 @@
 """A tiny random Kandinsky 5: transformer, arguments of a call, pipeline."""
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+)
 from transformers import CLIPTextModel
 
 from tests.support.tiny import CHANNELS, TEXT_DIM, quiet, randoms, seeded
@@ -58,11 +64,13 @@ def kandinsky5_inputs(
     }
 
 
-def kandinsky5_pipeline(seed: int = 0, **changes: object) -> Kandinsky5T2VPipeline:
-    """Makes a random pipeline of Kandinsky 5 with all parts; `changes` go to its transformer."""
+def kandinsky5_pipeline(
+    seed: int = 0, cls: type = Kandinsky5T2VPipeline, **changes: object
+) -> DiffusionPipeline:
+    """Makes a random pipeline of Kandinsky 5, or another `cls`; `changes` go to its transformer."""
     tokenizer = qwen_tokenizer()
     settings = {"in_text_dim2": POOLED_DIM, "visual_cond": True}
-    pipeline = Kandinsky5T2VPipeline(
+    pipeline = cls(
         transformer=kandinsky5_transformer(seed, **settings | changes),
         vae=hunyuan_vae(seed),
         text_encoder=qwen_vl(seed, 262),
@@ -74,3 +82,8 @@ def kandinsky5_pipeline(seed: int = 0, **changes: object) -> Kandinsky5T2VPipeli
     # The template must have 128 tokens or more, and the prompt must begin before the limit of 640.
     tokenizer.add_tokens(pipeline.prompt_template.split("\n")[:5])
     return quiet(pipeline)
+
+
+def kandinsky5_image_pipeline(seed: int = 0) -> DiffusionPipeline:
+    """Makes a random Kandinsky5I2VPipeline."""
+    return kandinsky5_pipeline(seed, Kandinsky5I2VPipeline)
