@@ -1,6 +1,7 @@
 """Reads and checks the prompts, image, video and mask of a run before any weight is loaded."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from scripts.run.model_info import ModelInfo
 from scripts.run.video_files import read_video
 
 IMAGE = "a JPEG, PNG, WebP or AVIF file of 8 bits a channel"
-SHORTEST = 5  # frames of a video that Cosmos Predict 2.5 goes on from
+LAST = 5  # frames of a video that Cosmos Predict 2.5 goes on from
 VIDEO = "a video, or a folder of images (JPEG, PNG, WebP or AVIF)"
 
 
@@ -91,13 +92,14 @@ def read_inputs(
                 _check_image_size(image, generation, model)
             whole = kind.sized_by_image or "pose_video" in kind.takes
             arguments[name] = image if whole else fit(image, generation.height, generation.width)
-    arguments |= _read_videos(generation, goes_on(family))
+    arguments |= _read_videos(generation, family)
     files = {name: getattr(generation, name) for name in arguments}
     references = {f"reference_images[{i}]": name for i, name in enumerate(generation.reference_images)}
     if references:
         images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
         arguments["reference_images"] = images
-    arguments = _condition(arguments, generation) if kind.alone else arguments
+    if kind.alone and "image" in arguments:  # without torchvision, which it would need for an image
+        arguments = {"video": [arguments["image"]], "num_latent_conditional_frames": 1}
     if "pose_video" in kind.takes and "video" in arguments:
         names = {"background_video": "video", "mask_video": "mask"}
         arguments |= {"mode": "replace"} | {name: arguments.pop(ours) for name, ours in names.items()}
@@ -133,18 +135,6 @@ def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model
             f"generation.mask: got null, but family {family} replaces what a mask marks in generation.video; "
             f"name {VIDEO}, or set generation.video=null"
         )
-
-
-def _condition(arguments: dict[str, Any], generation: GenerationConfig) -> dict[str, Any]:
-    """Returns the start of a video as Cosmos Predict 2.5 takes it: an image as a video of one frame."""
-    if "image" in arguments:
-        return {"video": [arguments["image"]], "num_latent_conditional_frames": 1}
-    if (count := len(arguments.get("video", range(SHORTEST)))) < SHORTEST:
-        got = f"generation.video: got {generation.video!r} with {count} frames"
-        raise UsageError(
-            f"{got}, must have {SHORTEST} or more: the new video begins with the last {SHORTEST}"
-        )
-    return arguments
 
 
 def _check_image_size(image: Image.Image, generation: GenerationConfig, model: ModelInfo) -> None:
@@ -183,15 +173,13 @@ def goes_on(family: str) -> bool:
     return {"image", "video"} <= set(takes) and "pose_video" not in takes
 
 
-def _read_videos(generation: GenerationConfig, starts: bool) -> dict[str, list[Image.Image]]:
-    """Returns the videos that are named; the mask is white from half brightness on.
-
-    `starts`: whether the new video begins with that of `generation.video`.
-    """
-    videos, first = {}, None
+def _read_videos(generation: GenerationConfig, family: str) -> dict[str, list[Image.Image]]:
+    """Returns the videos that are named; the mask is white from half brightness on."""
+    videos, first, last = {}, None, LAST if FAMILIES[family].alone else None
+    begins = {"starts": goes_on(family), "last": last}
     for key in ("pose_video", "face_video", "video", "mask"):
         if (name := getattr(generation, key)) is not None:
-            videos[key], count = _fitted_frames(f"generation.{key}", name, generation, first, starts)
+            videos[key], count = _fitted_frames(f"generation.{key}", name, generation, first, **begins)
             first = first or (f"generation.{key}", count)
     if "mask" in videos:
         videos["mask"] = [frame.convert("L").point(lambda v: 255 * (v > 127)) for frame in videos["mask"]]
@@ -199,28 +187,42 @@ def _read_videos(generation: GenerationConfig, starts: bool) -> dict[str, list[I
 
 
 def _fitted_frames(
-    key: str, name: str, generation: GenerationConfig, first: tuple[str, int] | None, starts: bool
+    key: str,
+    name: str,
+    generation: GenerationConfig,
+    first: tuple[str, int] | None,
+    *,
+    starts: bool,
+    last: int | None,
 ) -> tuple[list[Image.Image], int]:
     """Returns the first `num_frames` frames, fitted, or square for faces, and the number of all frames.
 
-    `first`: the key of another video, and its number of frames, which this one must have.
+    Args:
+        first: the key of another video, and its number of frames, which this one must have.
+        starts: whether the new video begins with this one.
+        last: how many frames at the end of this one the new video begins with, in place of all.
     """
-    frames, count = [], 0
+    frames, count = deque(maxlen=last), 0
     for count, frame in enumerate(read_frames(key, name), 1):
-        if count <= generation.num_frames:
+        if last:
+            frames.append(frame)
+        elif count <= generation.num_frames:
             square = 2 * (min(frame.size),)
             size = square if key.endswith("face_video") else (generation.height, generation.width)
             frames.append(fit(frame, *size))
     wanted = None
     if first is not None and first[1] != count:
         wanted = f"{first[1]}, as many as {first[0]}"
+    elif last:
+        wanted = None if count >= last else f"{last} or more: the new video begins with the last {last}"
+        frames = [fit(frame, generation.height, generation.width) for frame in frames]
     elif starts and count >= generation.num_frames:
         wanted = f"fewer than {generation.num_frames} (generation.num_frames), which begin with them"
     elif count < generation.num_frames and not starts:
         wanted = f"at least {generation.num_frames} (generation.num_frames)"
     if wanted:
         raise UsageError(f"{key}: got {name!r} with {count} frames, must have {wanted}")
-    return frames, count
+    return list(frames), count
 
 
 def read_frames(key: str, name: str) -> Iterator[Image.Image]:

@@ -79,7 +79,7 @@ def without_libraries(monkeypatch):
     monkeypatch.setattr(flash4, "NEEDS", replace(flash4.NEEDS, modules=(), also=None))
 
 
-QUICK = {"wan-14b", "hunyuan", "mochi", "ltx", "kandinsky5"}
+QUICK = {"wan-14b", "hunyuan", "mochi"}
 WHOLE = "wan-1.3b", "wan-14b", "wan2.2-a14b", "hunyuan", "mochi"
 
 

@@ -18,20 +18,27 @@ from tests.support.script_cases import SMALL, refused
 from tests.support.tiny_cosmos import Harmless, cosmos25_pipeline, cosmos_pipeline
 
 MODELS = {"2": cosmos_pipeline, "2.5": cosmos25_pipeline}
-RUNS = [("2", "image=a.png"), ("2", "video=5"), ("2.5", ""), ("2.5", "image=a.png"), ("2.5", "video=7")]
+RUNS = [
+    ("2", "image=a.png"),
+    ("2", "video=5"),
+    ("2.5", ""),
+    ("2.5", "image=a.png"),
+    ("2.5", "video=7"),
+    ("2.5", "video=11"),
+]
 FRAMES = ["generation.num_frames=9"]
 DENSE = ["attention.pattern=dense", "attention.check=off"]
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """Makes a folder with two models, an image, and folders of 3, 5, 7 and 9 frames."""
+    """Makes a folder with two models, an image, and folders of 3, 5, 7, 9 and 11 frames."""
     folder = tmp_path_factory.mktemp("cosmos")
     for name, make in MODELS.items():
         make().save_pretrained(folder / f"model{name}")
-    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (11, 64, 64, 3), dtype=np.uint8)
     Image.fromarray(frames[0]).save(folder / "a.png")
-    for count in (3, 5, 7, 9):
+    for count in (3, 5, 7, 9, 11):
         (folder / f"{count}").mkdir()
         for number in range(count):
             Image.fromarray(frames[number]).save(folder / f"{count}/{number}.png")
