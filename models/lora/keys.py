@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 
 from . import names_hunyuan_video as hunyuan_video
 from . import names_mochi as mochi
+from . import names_wan_animate as wan_animate
 
 Shape = tuple[int, ...]
 
@@ -108,6 +109,7 @@ ORIGINAL_COSMOS = (  # Predict 2 and 2.5
 ORIGINAL = {  # a layer of diffusers' class -> the table of its authors' names
     "time_embed.emb.timestep_embedder.linear_1": ORIGINAL_LTX,
     "time_embed.t_embedder.linear_1": ORIGINAL_COSMOS,
+    "face_adapter.0.to_q": (*wan_animate.NAMES, *ORIGINAL_WAN),
 }
 
 
@@ -211,7 +213,8 @@ def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
         last = _expand(mochi.LAST_BLOCK, rows)
         return _expand(mochi.NAMES, rows, mochi.SWAPPED) | last
     names = next((ORIGINAL[layer] for layer in ORIGINAL if layer in rows), ORIGINAL_WAN)
-    return {original_name(layer, names): (Part(layer),) for layer in rows}
+    joined = _expand(wan_animate.JOINED, rows)
+    return {original_name(layer, names): (Part(layer),) for layer in rows} | joined
 
 
 def _expand(
@@ -221,7 +224,8 @@ def _expand(
     others: Iterable[tuple[str, str]] = (),
 ) -> dict[str, tuple[Part, ...]]:
     """Expands a table with `#` for the number of a block to the blocks that a transformer has."""
-    numbers = {"0", *(block[1] for layer in rows if (block := re.search(r"blocks\.(\d+)\.", layer)))}
+    blocks = (re.search(r"(?:blocks|face_adapter)\.(\d+)\.", layer) for layer in rows)
+    numbers = {"0", *(block[1] for block in blocks if block)}
     known: dict[str, tuple[Part, ...]] = {}
     for name, layers in names.items():
         spellings = {name, *(re.sub(pattern, other, name) for pattern, other in others)}

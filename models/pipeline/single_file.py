@@ -22,6 +22,7 @@ CLASSES = (  # those whose names are known
     "WanTransformer3DModel",
     "WanVACETransformer3DModel",
     "HunyuanVideoTransformer3DModel",
+    "WanAnimateTransformer3DModel",
     "MochiTransformer3DModel",
     "HunyuanVideo15Transformer3DModel",
     "SkyReelsV2Transformer3DModel",
@@ -255,7 +256,9 @@ def _is_beside(key: str, prefix: str) -> bool:
     """Tells whether a tensor is of something else than the transformer."""
     inside = key.removeprefix(prefix)
     return (
-        (bool(prefix) and key.startswith(OTHERS)) or inside.startswith(BESIDE) or key.endswith("_extra_state")
+        (bool(prefix) and key.startswith(OTHERS))
+        or inside.startswith(BESIDE)
+        or key.endswith(("_extra_state", ".kernel"))
     )
 
 
@@ -323,7 +326,8 @@ def _sources(tensors: Mapping[str, Stored], prefix: str, shapes: Mapping[str, Sh
             layer, ending = f"{layer}{dot}{kind}", ""
         scales = [scale for x in SCALES if (scale := key.rpartition(".")[0] + x) in tensors]
         for part in layers.get(layer, ()):
-            if (name := part.layer + ending) in shapes:
+            name = part.layer if part.layer in shapes else part.layer + ending
+            if name in shapes:
                 scale = scales[0] if scales and ending == ".weight" else ""
                 sources[name] = Source(key, part, shapes[name], scale)
     return sources

@@ -74,7 +74,10 @@ def original(transformer: torch.nn.Module, comfy: bool = False) -> State:
             joined, spans = torch.cat([own[x] for x in whole]), [x for y in names[name] for x in y.rows]
             order = torch.cat([torch.arange(*span) for span in spans]) if spans else torch.arange(len(joined))
             ending = ".scale" if comfy and kind == ".weight" and "_norm" in name else kind
-            state[name + ending] = joined[order.argsort()].contiguous()
+            value = joined[order.argsort()].contiguous()
+            if "net_app.convs" in name and kind == ".bias":  # of Wan-Animate
+                value = value.reshape(1, -1, 1, 1)
+            state[name + (".weight" if name.endswith(".direction") else ending)] = value
             done |= set(whole)
     assert done == own.keys()
     return state

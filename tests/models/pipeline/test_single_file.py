@@ -38,10 +38,11 @@ FAMILY = {
     "hunyuan_video-i2v": "hunyuan_video_i2v",
     "mochi": "mochi",
 }
-MORE = "hunyuan_video15", "skyreels", "chronoedit", "ltx", "ltx2", "cosmos"
+MORE = "wan_animate", "hunyuan_video15", "skyreels", "chronoedit", "ltx", "ltx2", "cosmos"
 CONVERTERS = {
     "ltx": (convert_ltx_transformer_checkpoint_to_diffusers, "model.diffusion_model."),
     "ltx2": (convert_ltx2_transformer_to_diffusers, "model.diffusion_model."),
+    "wan_animate": (convert_wan_transformer_to_diffusers, "model.diffusion_model."),
     "cosmos": (convert_cosmos_transformer_checkpoint_to_diffusers, "net."),
 }
 COSMOS2 = {"extra_pos_embed_type": None}
