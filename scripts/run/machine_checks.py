@@ -13,8 +13,9 @@ from radial_attn.kernels.compiler import compiler_problem
 from radial_attn.kernels.contract import QUANTIZE, Call
 from radial_attn.models.parallel.groups import Degrees, import_xfuser
 from radial_attn.models.pipeline.families import FAMILIES
+from radial_attn.models.pipeline.weights import read_object
 from radial_attn.models.runtime.dense_backend import OURS, dense_obstacle, known_backends
-from scripts.run.config import AttentionConfig, MaskConfig, ModelConfig
+from scripts.run.config import AttentionConfig, MaskConfig, ModelConfig, find_path
 from scripts.run.errors import UsageError, nearest_key
 from scripts.run.memory import gib
 from scripts.run.processes import local_processes
@@ -53,9 +54,19 @@ def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
     if FAMILIES[model.family].guarded and find_spec("cosmos_guardrail") is None:
         yield (
             f"model.family: got {model.family!r}, which needs cosmos_guardrail: diffusers and the model's "
-            "licence ask for its check of prompt and video; install it with: pip install cosmos_guardrail "
-            "torchvision"
+            "licence ask for its check of prompt and video; install it with: pip install cosmos_guardrail"
         )
+    if FAMILIES[model.family].guarded and find_spec("torchvision") is None and _pads(model.path):
+        yield (
+            f"model.family: got {model.family!r}, whose transformer needs torchvision; pip install the "
+            f"torchvision of torch {torch.__version__}"
+        )
+
+
+def _pads(path: str) -> bool:
+    """Tells whether a Cosmos takes a mask of padded pixels, which diffusers resizes by torchvision."""
+    file = find_path(path) / "transformer" / "config.json"
+    return not file.is_file() or read_object(file).get("concat_padding_mask", True)
 
 
 def missing_kernels(attention: MaskConfig, call: Call, compiled: str, *, radial: bool) -> Iterator[str]:

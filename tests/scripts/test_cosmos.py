@@ -1,6 +1,7 @@
 """Cosmos Predict 2 and 2.5 through the command: from text, image or video, under a safety checker."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,17 @@ def test_an_unsafe_prompt_makes_no_video(here, guardrail, tmp_path, capsys):
 
 def test_without_a_guardrail_the_line_says_how_to_install_it(here, capsys):
     line = refused(capsys, argv(here, f"generation.image={here / 'a.png'}"), "model.family: got 'cosmos2'")
-    assert line.endswith("install it with: pip install cosmos_guardrail torchvision")
+    assert line.endswith("install it with: pip install cosmos_guardrail")
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_torchvision_is_asked_for_if_the_transformer_needs_it(here, guardrail, capsys):
+    file = here / "model2.5/transformer/config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"concat_padding_mask": True}))
+    line = refused(capsys, argv(here, model="2.5"), "model.family: got 'cosmos25', whose transformer needs")
+    assert line.endswith(f"pip install the torchvision of torch {torch.__version__}")
+    file.write_text(before)
 
 
 def test_a_video_that_is_too_long_too_short_or_beside_an_image_is_refused(here, guardrail, capsys):
