@@ -116,6 +116,11 @@ def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model
             needed += ", or generation.video" if goes_on(family) else ""
             got = f"generation.{name}: got null"
             raise UsageError(f"{got}, but family {family} needs {needed}; name {wanted}")
+    if other and FAMILIES[family].alone and generation.num_frames <= LAST:
+        got = f"generation.num_frames: got {generation.num_frames}"
+        raise UsageError(
+            f"{got}, must be more than the {LAST} frames of generation.video that it begins with"
+        )
     if other and generation.image:
         raise UsageError(
             f"generation.video: got {generation.video!r} beside generation.image, but family {family} goes "
