@@ -74,12 +74,13 @@ def test_no_multiprocessor_waits_long_at_the_end(name):
 @pytest.mark.long
 @pytest.mark.parametrize("name", [*CASES, *PRESETS])
 def test_no_multiprocessor_waits_long_at_the_end_of_any_preset(name):
-    """At most 1 % of the time, or one program: Wan2.1-1.3B has 23 of them for each multiprocessor."""
+    """At most 1 % of the time, or one program: of Wan2.1-1.3B a multiprocessor has 23, of LTX 12 to 14."""
     if name in CASES:
         mask, heads = CASES[name].mask, CASES[name].heads
     else:
         plan = make_plan(read_config(f"configs/{name}", []), dry_run=True)
         mask, heads = plan.block_mask, plan.model.heads
     most = max(1.01, 1 + 132 / (heads * -(-mask.grid.tokens // 128)))
-    assert 1 <= tail(mask, heads, 132) <= (1.02 if name == "wan2.1_t2v_1.3b.yaml" else 1.01)
+    limit = most if name.startswith("ltx") else 1.02 if name == "wan2.1_t2v_1.3b.yaml" else 1.01
+    assert 1 <= tail(mask, heads, 132) <= limit
     assert 1 <= tail(mask, heads, 132, rows=32, by_key=True) <= most
