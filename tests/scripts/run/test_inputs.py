@@ -18,6 +18,7 @@ from scripts.run.inputs import fit, open_image, read_inputs, read_prompts
 from tests.support.script_cases import SMALL, refused
 from tests.support.tiny import CHANNELS
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan_image_pipeline, hunyuan_pipeline
+from tests.support.tiny_kandinsky import kandinsky5_image_pipeline
 from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
 from tests.support.tiny_ltx2 import ltx2_image_pipeline
 from tests.support.tiny_motif import motif_image_pipeline, motif_pipeline
@@ -106,9 +107,13 @@ def test_a_tiny_random_pipeline_from_an_image(name, tmp_path):
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
 
 
-def test_motif_video_from_an_image_in_bfloat16(tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "build", "frames"),
+    [("motif_i2v", motif_image_pipeline, 9), ("kandinsky5_i2v_lite", kandinsky5_image_pipeline, 17)],
+)
+def test_from_an_image_in_bfloat16(preset, build, frames, tmp_path):
     """Its pipeline gives the VAE, which is in float32, an image in the dtype of the transformer."""
-    argv = ["configs/motif_i2v.yaml", *SMALL, *FRAMES, *saved(motif_image_pipeline, tmp_path)]
+    argv = [f"configs/{preset}.yaml", *SMALL, f"generation.num_frames={frames}", *saved(build, tmp_path)]
     argv += ["model.dtype=bfloat16", "attention.check=nan"]
     assert main([*argv, f"generation.image={picture(tmp_path / 'cat.png')}"]) == 0
 
