@@ -7,6 +7,7 @@ the tables of LoRA files, and each tensor of the file is used or named in an err
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,12 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model
 # In a file with a prefix: parts of the pipeline that come from its folder all the same.
 OTHERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "clip_vision.")
 OTHERS += ("audio_vae.", "vocoder.", "text_embedding_projection.")
-# Behind the prefix: other parts of the pipeline, counters of training, and tables that are computed.
-BESIDE = ("video_embeddings_connector.", "audio_embeddings_connector.", "accum_", "pos_embedder.")
+# Behind the prefix, by class: other parts of the pipeline, counters of training, and tables that are computed.
+BESIDE = {
+    "LTX2VideoTransformer3DModel": r"(video|audio)_embeddings_connector\.",
+    "CosmosTransformer3DModel": r"accum_|pos_embedder\.|.*\._extra_state$",
+    "WanAnimateTransformer3DModel": r"motion_encoder\..*\.kernel$",
+}
 # Of 8-bit weights, in ComfyUI's older and newer spelling. Scales of inputs serve 8-bit products alone.
 SCALES, INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
 MARK, ABOUT = "scaled_fp8", ".comfy_quant"
@@ -221,7 +226,7 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
         )
     tensors, formats = read_header(file)
     prefix = next((x for x in PREFIXES if any(key.startswith(x) for key in tensors)), "")
-    own = {key: x for key, x in tensors.items() if not _is_beside(key, prefix)}
+    own = {key: x for key, x in tensors.items() if not _is_beside(key, prefix, cls)}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     sources = _sources(own, prefix, shapes)
     if 2 * len(sources) < len(shapes):
@@ -252,14 +257,10 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
     return SingleFile(file, own, sources, frozenset(packed))
 
 
-def _is_beside(key: str, prefix: str) -> bool:
-    """Tells whether a tensor is of something else than the transformer."""
-    inside = key.removeprefix(prefix)
-    return (
-        (bool(prefix) and key.startswith(OTHERS))
-        or inside.startswith(BESIDE)
-        or key.endswith(("_extra_state", ".kernel"))
-    )
+def _is_beside(key: str, prefix: str, cls: str) -> bool:
+    """Tells whether a tensor is of something else than the transformer of this class."""
+    outside = bool(prefix) and key.startswith(OTHERS)
+    return outside or (cls in BESIDE and re.match(BESIDE[cls], key.removeprefix(prefix)) is not None)
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, dict[str, Any]]]:
