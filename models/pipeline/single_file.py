@@ -36,7 +36,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model
 # In a file with a prefix: parts of the pipeline that come from its folder all the same.
 OTHERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "clip_vision.")
 OTHERS += ("audio_vae.", "vocoder.", "text_embedding_projection.")
-# Behind the prefix, by class: other parts of the pipeline, counters of training, and tables that are computed.
+# Behind the prefix, by class: other parts of the pipeline, counters of training, and computed tables.
 BESIDE = {
     "LTX2VideoTransformer3DModel": r"(video|audio)_embeddings_connector\.",
     "CosmosTransformer3DModel": r"accum_|pos_embedder\.|.*\._extra_state$",
