@@ -12,8 +12,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +26,9 @@ from radial_attn.kernels.flash4 import library
 from radial_attn.kernels.flash4.exported import FORMAT, INDEX, MADE
 from radial_attn.kernels.flash4.op import HOPPER
 from scripts.benchmarks.flash4_kernels import KINDS, Wanted, compile_kernel, prepare_compiler, wanted
+from scripts.benchmarks.pool import pooled
 from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.files import sha256, write_text
-from scripts.run.processes import start_worker
 
 # The package's own function for errors is in its library of 43 MB; this one needs only the CUDA runtime.
 ERRORS = """
@@ -114,10 +114,10 @@ def run(options: argparse.Namespace) -> None:
     about["compiler"] = f"{library.COMPILER} {metadata.version(library.COMPILER)}"
     calls = wanted(HOPPER, [getattr(torch, name) for name in options.dtype], options.width, options.kind)
     kernels = {}
-    with ProcessPoolExecutor(options.jobs, initializer=_start) as pool:
-        for name, entry in pool.map(export, calls, [options.out] * len(calls)):
-            kernels[name] = entry
-            print(f"{name}: {(options.out / entry['file']).stat().st_size / 1000:.0f} KB", flush=True)
+    work, start = [(call, options.out) for call in calls], partial(prepare_compiler, HOPPER)
+    for name, entry in pooled(export, work, options.jobs, start):
+        kernels[name] = entry
+        print(f"{name}: {(options.out / entry['file']).stat().st_size / 1000:.0f} KB", flush=True)
     index = about | {"kernels": earlier(options.out, about) | kernels}
     write_text(options.out / INDEX, json.dumps(index, indent=1) + "\n")
 
@@ -136,11 +136,6 @@ def earlier(folder: Path, about: Mapping[str, Any]) -> dict[str, dict]:
             return {name: kernels[name] for name in whole}
     print(f"note: {folder / INDEX} is damaged or of other versions; its kernels are left out", flush=True)
     return {}
-
-
-def _start() -> None:
-    start_worker()
-    prepare_compiler(HOPPER)
 
 
 if __name__ == "__main__":

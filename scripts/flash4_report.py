@@ -8,8 +8,8 @@ more than 64 B in local memory, or if a kernel does not use the tensor cores.
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from scripts.benchmarks.flash4_kernels import (
     usage,
     wanted,
 )
+from scripts.benchmarks.pool import pooled
 from scripts.run.errors import OneLineParser, exit_code, positive
 from scripts.run.files import write_text
-from scripts.run.processes import start_worker
 from scripts.run.results import RESULTS, table
 
 ARCHITECTURES = {"sm90": HOPPER, "sm100": BLACKWELL}
@@ -120,18 +120,13 @@ def run(options: argparse.Namespace) -> int:
     for arch in options.arch:
         capability = ARCHITECTURES[arch]
         calls = wanted(capability, [torch.bfloat16], options.width, list(KINDS))
-        with ProcessPoolExecutor(options.jobs, initializer=_start, initargs=(capability,)) as pool:
-            for made in pool.map(measure, calls, [arch] * len(calls)):
-                rows += made
+        work, start = [(call, arch) for call in calls], partial(prepare_compiler, capability)
+        for made in pooled(measure, work, options.jobs, start):
+            rows += made
     write_text(options.out, report(rows))
     faults = [f"{row.arch} {row.name} {row.step}: {fault}" for row in rows for fault in row.faults]
     print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
     return int(bool(faults))
-
-
-def _start(capability: tuple[int, int]) -> None:
-    start_worker()
-    prepare_compiler(capability)
 
 
 if __name__ == "__main__":

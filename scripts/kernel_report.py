@@ -11,7 +11,6 @@ import argparse
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 from radial_attn.kernels.triton.configs import KINDS, LAUNCHES
 from scripts.benchmarks.hot_loop import Tiles, cuobjdump, loop_instructions, tiles_of
 from scripts.benchmarks.kernel_sources import Variant, source, variants
+from scripts.benchmarks.pool import pooled
 from scripts.benchmarks.speed_model import PROCESSORS, speed_report
 from scripts.run.errors import OneLineParser, exit_code
 from scripts.run.files import write_text
-from scripts.run.processes import start_worker
 from scripts.run.results import RESULTS, table
 
 SHARED_BYTES = {  # the most that one program may have
@@ -145,9 +144,7 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 
 def compile_all(archs: list[str]) -> list[Compiled]:
     """Compiles every kernel, width and kind of mask, on all cores."""
-    work = [(arch, variant) for arch in archs for variant in variants(arch)]
-    with ProcessPoolExecutor(initializer=start_worker) as pool:
-        return list(pool.map(compile_kernel, *zip(*work, strict=True), chunksize=4))
+    return list(pooled(compile_kernel, [(arch, variant) for arch in archs for variant in variants(arch)]))
 
 
 def report(rows: list[Compiled], command: str) -> str:

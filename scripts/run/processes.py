@@ -52,12 +52,6 @@ def end_with_parent() -> None:
         leave(2)  # it ended before the line above
 
 
-def start_worker() -> None:
-    """Prepares a process of a pool: it ends with its parent, and at Ctrl-C without a traceback."""
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def end_all(error: Exception) -> NoReturn:
     """Ends this process with one line and exit code 2; torchrun stops the others.
 
