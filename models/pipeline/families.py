@@ -15,8 +15,8 @@ class Family:
         also: name of another class whose folders may hold all of its parts, even if they name another class
             for its transformer.
         takes: the arguments of its call that not every pipeline has, and `flow_shift` if its scheduler has
-            one. With `image` it needs an image, or a `video` to go on; with `true_cfg_scale` its
-            `guidance_scale` is built in.
+            one. With `image` it needs an image, or a `video` to go on; with `controlnet` it needs a `video`
+            of controls; with `true_cfg_scale` its `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
         noise: how the noise levels of a run are made, see `load.noise_levels`: "flow" by the pipeline, "own"
             by the scheduler, "edm" as Karras. "unipc": UniPC on flow sigmas also replaces the scheduler.
@@ -125,6 +125,9 @@ FAMILIES = {
     ),
     "cosmos25": Family(
         "Cosmos2_5_PredictBasePipeline", **COSMOS, takes=("image", "video"), noise="unipc", alone=True
+    ),
+    "cosmos_transfer25": Family(
+        "Cosmos2_5_TransferPipeline", **COSMOS, takes=("video", "segment_frames", "controlnet"), noise="unipc"
     ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),

@@ -22,6 +22,9 @@ MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
 IMAGE_IN_DTYPE = "motif_video_i2v", "kandinsky5_i2v"
 # Models of the hub whose files for diffusers are in a branch
 REVISIONS = {f"nvidia/Cosmos-Predict2.5-{size}": "diffusers/base/post-trained" for size in ("2B", "14B")}
+REVISIONS |= {"nvidia/Cosmos-Transfer2.5-2B": "diffusers/general"}
+CONTROLNETS = {"nvidia/Cosmos-Transfer2.5-2B": "diffusers/controlnet/general/"}  # a branch of each kind
+CONTROLNET = {"controlnet": ["diffusers", "CosmosControlNetModel"]}  # in a model_index.json
 COSMOS_SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002}
 
 
@@ -35,6 +38,7 @@ def load_pipeline(
     quantization_config: Any = None,
     parts: Mapping[str, Any] | None = None,
     files: Mapping[str, str | Path] | None = None,
+    controlnet: str | None = None,
 ) -> "DiffusionPipeline":
     """Returns the pipeline at `path` (a folder in diffusers format or a hub id) on `device`.
 
@@ -43,7 +47,8 @@ def load_pipeline(
     and Mochi decode tile by tile. `quantization_config`: diffusers' configuration for some of the components.
     `parts`: components that are loaded already, by name; None leaves a component out. `files`: for
     `transformer` or `transformer_2`, a file of weights in place of its folder's (see `single_file`). If there
-    is only one of two experts, that one is the pipeline's `transformer` and makes every step.
+    is only one of two experts, that one is the pipeline's `transformer` and makes every step. `controlnet`:
+    its kind, a branch of a hub model in `CONTROLNETS`; by default "edge".
 
     Raises:
         FileNotFoundError: the folder, hub model, model_index.json or a component does not exist.
@@ -56,6 +61,8 @@ def load_pipeline(
     check_model(path, family, files)
     absent = absent_expert(path, read_index(path), files)
     parts = ({absent: None} if absent else {}) | dict(parts or {})
+    if "controlnet" in FAMILIES[family].takes and "controlnet" not in parts:
+        parts |= _load_controlnet(path, controlnet or "edge", dtype)
     parts |= load_files(path, files, parts, dtype, quantization_config)
     parts |= _renamed(path, family, parts, dtype, quantization_config)
     options = {"dtype": {"default": dtype, "vae": torch.float32}, "revision": REVISIONS.get(path)}
@@ -75,6 +82,17 @@ def load_pipeline(
         pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
         pipeline.vae.quant_conv.register_forward_hook(lambda _, args, moments: moments.to(dtype))
     return pipeline.to(device)
+
+
+def _load_controlnet(path: str, kind: str, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Returns the control net by name if it is in a branch of its own, or not in model_index.json."""
+    from diffusers import CosmosControlNetModel
+
+    if path not in CONTROLNETS and "controlnet" in parts_named(read_index(path)):
+        return {}
+    branch = {"revision": CONTROLNETS[path] + kind} if path in CONTROLNETS else {"subfolder": "controlnet"}
+    options = {"dtype": dtype, "use_safetensors": True}
+    return {"controlnet": CosmosControlNetModel.from_pretrained(path, **branch, **options)}
 
 
 def _renamed(
@@ -204,7 +222,8 @@ def check_model(path: str, family: str, files: Collection[str] = ()) -> None:
     if class_name != wanted and not both:
         raise ValueError(f"model {path} must hold a {wanted} (family {family!r}), got {class_name}")
     if is_local(path):
-        _check_components(folder, index, files)
+        controlnet = CONTROLNET if "controlnet" in FAMILIES[family].takes else {}
+        _check_components(folder, index | controlnet, files)
 
 
 def read_index(path: str) -> dict:

@@ -72,6 +72,12 @@ class ModelConfig(AnyModelConfig):
         "keep them, or GGUF; all else comes from path",
     )
     transformer_2: str | None = key(None, "the same for Wan2.2's second expert")
+    controlnet: str | None = key(
+        None,
+        "Cosmos Transfer: what the controls show, for the control net of the hub model; null: edge, or the "
+        "folder controlnet in path",
+        (None, "edge", "depth", "seg", "blur"),
+    )
     loras: list[LoraConfig] = field(
         default_factory=list,
         metadata=listing("LoRAs to add up, in any usual key format", LORA_FORM, parse_loras),
@@ -222,7 +228,8 @@ class GenerationConfig:
     video: str | None = key(
         None,
         "VACE: video or folder of images that controls the video; the first num_frames frames, each "
-        "resized and cropped like image; Wan-Animate: video in which a person is replaced",
+        "resized and cropped like image; Wan-Animate: video in which a person is replaced; Cosmos Transfer: "
+        "the controls, edges or the like",
     )
     mask: str | None = key(
         None,
@@ -251,8 +258,8 @@ class GenerationConfig:
     num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video and LTX-2 8k + 1", low=1)
     segment_frames: int | None = key(
         None,
-        "Wan-Animate: frames of a segment, 4k + 1; a longer video is made in segments, each from the last "
-        "frame of the one before; null: all at once",
+        "Wan-Animate, Cosmos Transfer: frames of a segment, 4k + 1; a longer video is made in segments, each "
+        "from the last frame of the one before; null: all at once",
         low=5,
     )
     steps: int = key(50, "denoising steps", low=1)

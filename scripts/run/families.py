@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from radial_attn.models.pipeline.families import FAMILIES
+from radial_attn.models.pipeline.load import CONTROLNETS
 from scripts.run.config import AnyModelConfig, Config, GenerationConfig
 from scripts.run.errors import UsageError
 from scripts.run.model_info import ModelInfo
@@ -25,7 +26,11 @@ DEFAULTS = {  # of the keys that not every family takes: their value with the ot
     "segment_frames": None,
     "reference_images": [],
 }
-SHORTEST = {"wan_animate": 5, "kandinsky5_i2v": 17}  # frames, below which upstream fails or makes NaN
+SHORTEST = {
+    "wan_animate": 5,
+    "cosmos_transfer25": 5,
+    "kandinsky5_i2v": 17,
+}  # frames, below which upstream fails or makes NaN
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -52,7 +57,9 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         arguments["guidance_scale_2"] = generation.guidance_scale_2
     if kind.sized_by_image:
         del arguments["height"], arguments["width"]
-    if "segment_frames" in kind.takes:  # it makes as many frames as the poses have
+    if "controlnet" in kind.takes:
+        arguments["num_frames_per_chunk"] = generation.size.frames
+    elif "segment_frames" in kind.takes:  # it makes as many frames as the poses have
         del arguments["num_frames"]
         arguments["segment_frame_length"] = generation.size.frames
     if "num_temporal_reasoning_steps" in kind.takes:
@@ -101,6 +108,9 @@ def check_family(config: Config) -> None:
         if name not in kind.takes and value != needed:
             key, remedy = f"generation.{name}", f"set generation.{name}={shown(needed)}"
             raise UsageError(f"{key}: got {value!r}, which family {family} does not use; {remedy}")
+    if (control := config.model.controlnet) and config.model.path not in CONTROLNETS:
+        got = f"model.controlnet: got {control!r}, which only {', '.join(CONTROLNETS)} has; a folder"
+        raise UsageError(f"{got} has one control net, in controlnet/; set model.controlnet=null")
     negative = config.generation.negative_prompt
     if kind.guidance == "true_cfg_scale" and negative and config.generation.true_cfg_scale == 1:
         raise UsageError(
@@ -121,14 +131,17 @@ def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig)
     """Returns the model with the images of a run, and the videos that it keeps on its device.
 
     Wan-Animate keeps all frames of poses, faces, background (float32 RGB) and mask (float32) in whole
-    segments, and the decoded segments, which it joins in a copy.
+    segments, and the decoded segments, which it joins in a copy. Cosmos Transfer keeps the controls of a
+    segment, and its start, in float32 RGB.
     """
     references = model.references + len(generation.reference_images)
     text = model.joint_text + FAMILIES[family].image_tokens
     model = replace(model, joint_text=text, references=references)
+    (frames, height, width), count = generation.size, generation.segments
+    if model.controlnet_layers:
+        return replace(model, held=2 * 12 * height * width * frames)
     if not model.face:
         return model
-    (frames, height, width), count = generation.size, generation.segments
     padded = count * (frames - 1) + 1
     videos = padded * (1 if generation.video is None else 1 + 4 / 3) + 2 * (padded - frames)
     held = 12 * (height * width * videos + model.face**2 * padded)

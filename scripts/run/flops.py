@@ -91,7 +91,7 @@ def count_flops(
     `density` is the mean of the sparse steps.
 
     Self-attention takes 4 n^2 d for a layer's scores and weighted sum. All else is projections, feed-forward,
-    cross-attention and a decoder's layers.
+    cross-attention, and the layers of a decoder or a control net, each with its self-attention.
     """
     one = 4.0 * grid.tokens**2 * model.width * calls
     everything = steps * model.attention_layers()
@@ -104,4 +104,6 @@ def count_flops(
     copies = 2 * grid.video_tokens  # that a decoder's layer attends over
     decoder = 4.0 * copies**2 * model.width + 2.0 * copies * model.macs
     other += steps * calls * model.decoder_layers * decoder
+    controls = 4.0 * grid.tokens**2 * model.width + linear + cross + 2.0 * grid.tokens * model.width**2
+    other += steps * calls * model.controlnet_layers * controls
     return Flops(one * everything, one * (everything - sparse + sparse * density + added), other)

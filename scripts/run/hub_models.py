@@ -31,7 +31,7 @@ from scripts.run.model_info import (
 )
 
 PARTS = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "vae")
-PARTS += ("connectors", "audio_vae", "vocoder")
+PARTS += ("connectors", "audio_vae", "vocoder", "controlnet")
 CONFIGURED = ("transformer", "vae")
 # Counted on the checkpoints' own config.json files; their test builds them without weights.
 UMT5_XXL, T5_XXL, CLIP_VISION = 5_680_910_336, 4_762_310_656, 630_766_080
@@ -56,12 +56,12 @@ def _variant(parts: dict[str, int], **sizes: Any) -> ModelInfo:
     return replace(WAN_14B, parameters=WAN_14B.parameters | parts, **sizes)
 
 
-def _cosmos(heads: int, layers: int, weights: int, encoder: int = T5_11B) -> ModelInfo:
-    """Returns a Cosmos Predict 2 or 2.5 of this width, depth and number of weights."""
+def _cosmos(heads: int, layers: int, weights: int, encoder: int = T5_11B, **more: int) -> ModelInfo:
+    """Returns a Cosmos 2 or 2.5 of this width, depth and number of weights; `more` entries of its config."""
     sizes = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers, "mlp_ratio": 4.0}
     sizes |= {"patch_size": (1, 2, 2), "max_size": (128, 240, 240), "adaln_lora_dim": 256}
     parts = {"transformer": weights, "text_encoder": encoder, "vae": WAN_VAE}
-    return cosmos_info(sizes | {"in_channels": 17, "out_channels": 16}, {}, parts)
+    return cosmos_info(sizes | {"in_channels": 17, "out_channels": 16} | more, {}, parts)
 
 
 WAN_I2V_14B = _variant(
@@ -95,6 +95,9 @@ KANDINSKY_LITE = kandinsky5_info(
     {"block_out_channels": [128]},
     {"transformer": 2_007_702_848, "text_encoder": QWEN_VL_7B, "text_encoder_2": CLIP_TEXT}
     | {"vae": HUNYUAN_VAE},
+)
+COSMOS_TRANSFER = _cosmos(
+    16, 28, 2_413_864_960, QWEN_VL_7B, controlnet_block_every_n=7, img_context_dim_in=1152
 )
 HUB_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
@@ -190,6 +193,10 @@ HUB_MODELS = {
     "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),
     "nvidia/Cosmos-Predict2.5-2B": _cosmos(16, 28, 2_059_174_912, QWEN_VL_7B),
     "nvidia/Cosmos-Predict2.5-14B": _cosmos(40, 36, 14_368_047_104, QWEN_VL_7B),
+    # by the configurations in diffusers' scripts/convert_cosmos_to_diffusers.py
+    "nvidia/Cosmos-Transfer2.5-2B": replace(
+        COSMOS_TRANSFER, parameters=COSMOS_TRANSFER.parameters | {"controlnet": 471_255_040}
+    ),
     "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": KANDINSKY_LITE,
     # of the same sizes: its own config.json was not at hand
     "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers": KANDINSKY_LITE,

@@ -100,6 +100,8 @@ def read_inputs(
         arguments["reference_images"] = images
     if kind.alone and "image" in arguments:  # without torchvision, which it would need for an image
         arguments = {"video": [arguments["image"]], "num_latent_conditional_frames": 1}
+    if "controlnet" in kind.takes and "video" in arguments:
+        arguments["controls"] = arguments.pop("video")
     if "pose_video" in kind.takes and "video" in arguments:
         names = {"background_video": "video", "mask_video": "mask"}
         arguments |= {"mode": "replace"} | {name: arguments.pop(ours) for name, ours in names.items()}
@@ -110,7 +112,9 @@ def _check_files(generation: GenerationConfig, family: str, dry_run: bool, model
     """Raises UsageError if a file is not named that the run, or another file, needs."""
     takes = () if dry_run or FAMILIES[family].alone else FAMILIES[family].takes
     other = goes_on(family) and generation.video
-    for name, wanted in {"image": IMAGE, "pose_video": VIDEO, "face_video": VIDEO}.items():
+    wanted_files = {"image": IMAGE, "pose_video": VIDEO, "face_video": VIDEO}
+    wanted_files |= {"video": f"the controls, {VIDEO}"} if "controlnet" in takes else {}
+    for name, wanted in wanted_files.items():
         if name in takes and getattr(generation, name) is None and not (name == "image" and other):
             needed = "an image" if name == "image" else "one"
             needed += ", or generation.video" if goes_on(family) else ""

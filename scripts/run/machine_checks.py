@@ -56,9 +56,11 @@ def missing_libraries(model: ModelConfig, device: str) -> Iterator[str]:
             f"model.family: got {model.family!r}, which needs cosmos_guardrail: diffusers and the model's "
             "licence ask for its check of prompt and video; install it with: pip install cosmos_guardrail"
         )
-    if FAMILIES[model.family].guarded and find_spec("torchvision") is None and _pads(model.path):
+    part = "control net" if "controlnet" in FAMILIES[model.family].takes else "transformer"
+    needed = FAMILIES[model.family].guarded and (part == "control net" or _pads(model.path))
+    if needed and find_spec("torchvision") is None:
         yield (
-            f"model.family: got {model.family!r}, whose transformer needs torchvision; pip install the "
+            f"model.family: got {model.family!r}, whose {part} needs torchvision; pip install the "
             f"torchvision of torch {torch.__version__}"
         )
 

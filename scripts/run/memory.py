@@ -118,9 +118,13 @@ def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, fl
     parts = stored_weights(model, options)
     encoders = [parts.get(name, 0.0) for name in ENCODERS]
     transformers = [parts.get(name, 0.0) for name in TRANSFORMERS]
+    controlnet = parts.get("controlnet", 0.0)
     vae, loras = parts.get("vae", 0.0), parts.get("loras", 0.0)
     sound = [parts.get(name, 0.0) for name in SOUND]
     match options.offload:
+        case "model" if controlnet:  # it runs before the transformer, which sends the encoder away
+            denoising = max(*encoders, max(transformers) + loras) + controlnet + vae
+            return max(encoders), denoising, max(transformers) + loras + vae
         case "model":
             return max(encoders), max(transformers) + loras, max(vae, *sound)
         case "group":
@@ -128,13 +132,17 @@ def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, fl
             return vae + LARGEST_LAYER * max(encoders), vae + blocks, vae
         case "sequential":
             return LARGEST_LAYER * max(encoders), max(transformers) / model.layers, vae / model.layers
-    return sum(encoders), sum(transformers) + loras, vae + sum(sound)
+    return sum(encoders), sum(transformers) + loras + controlnet, vae + sum(sound)
 
 
 def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig) -> float:
-    """Predicts a block's feed-forward: two hidden tensors, residual stream, float32 temporaries; measured."""
+    """Predicts a block's feed-forward: two hidden tensors, residual stream, float32 temporaries; measured.
+
+    Adds the outputs of a control net's layers in this pass and the one before, which stay until it ends.
+    """
     size, copies = DTYPE_BYTES[options.dtype], 2 if model.decoder_layers else 1
-    return copies * grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width)
+    controls = 2 * model.controlnet_layers * size * model.width
+    return copies * grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width + controls)
 
 
 def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: int) -> float:

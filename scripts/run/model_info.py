@@ -51,6 +51,7 @@ class ModelInfo:
         packed: bytes of weights that stay as a GGUF file holds them, by component.
         control_layers: for each control layer of VACE, the number of the layer that it feeds.
         decoder_layers: after the others, always dense over two copies of the video (MotifVideo).
+        controlnet_layers: of a control net beside the transformer, always dense (Cosmos Transfer).
         last_image: "needed" beside the first one, "taken", or "none".
         references: frames of tokens in front of the video, one for each reference image of VACE, and one for
             Wan-Animate's character.
@@ -85,6 +86,7 @@ class ModelInfo:
     packed: dict[str, int] = field(default_factory=dict)
     control_layers: tuple[int, ...] = ()
     decoder_layers: int = 0
+    controlnet_layers: int = 0
     last_image: str = "none"
     references: int = 0
     face: int = 0
@@ -342,10 +344,14 @@ def cosmos_info(transformer: dict[str, Any], vae: dict[str, Any], parameters: di
     """Makes a ModelInfo of a Cosmos with Wan's VAE. Each token has a time, and modulations of its own."""
     model = _wan(transformer | {"ffn_dim": 0}, vae, parameters)
     hidden, lora = int(transformer["mlp_ratio"] * model.width), transformer["adaln_lora_dim"]
+    every, image = transformer.get("controlnet_block_every_n"), transformer.get("img_context_dim_in")
+    query = model.width**2 if image else 0  # of the image
     return replace(
         model,
+        text_tokens=model.text_tokens + (transformer.get("img_context_num_tokens", 256) if image else 0),
+        controlnet_layers=len(range(0, model.layers, every)) if every else 0,
         ffn=hidden + 7 * model.width // 2,  # the memory of modulations, measured
-        token_macs=6 * model.width**2 + 2 * model.width * hidden + 12 * model.width * lora,
+        token_macs=6 * model.width**2 + 2 * model.width * hidden + 12 * model.width * lora + query,
         rope_length=max(s // p for s, p in zip(transformer["max_size"], model.patch, strict=True)),
         rope_time=None,
         last_image="none",

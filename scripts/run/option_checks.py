@@ -27,6 +27,7 @@ GENERATION_KEYS = ("generation.num_frames", "generation.height", "generation.wid
 LOADED = ("int8", "nf4")  # weights that are never whole once they are loaded
 CACHES = "first_block|taylorseer|mag|pab"
 UNREGISTERED = "hunyuan_video15|hunyuan_video15_i2v|skyreels_v2|skyreels_v2_i2v|chronoedit"
+COSMOS = "cosmos2|cosmos25|cosmos_transfer25"
 CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
@@ -38,7 +39,7 @@ CLASHES = {  # values of two keys that do not work together -> why
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
     "model.cache=first_block|mag|pab model.family=kandinsky5|kandinsky5_i2v": "diffusers asks its blocks for "
     "other names",
-    f"model.cache={CACHES} model.family=cosmos2|cosmos25": "diffusers gives its transformer no caches",
+    f"model.cache={CACHES} model.family={COSMOS}": "diffusers gives its transformer no caches",
     f"attention.check=reference model.cache={CACHES}": "a skipped layer has nothing to compare",
     "attention.far_field=mean|linear attention.quantize=int8|fp8": "no backend merges the two",
     "model.quantization=int8|nf4 model.offload=group": "such weights only move as whole parts",
@@ -242,6 +243,10 @@ def check_video(generation: GenerationConfig, model: ModelInfo) -> None:
     """Raises UsageError for a size of a video, or of its segments, that the model does not take."""
     frames = "num_frames" if generation.segments == 1 else "segment_frames"
     check_size(generation.size, model, (f"generation.{frames}", *GENERATION_KEYS[1:]))
+    if model.controlnet_layers and generation.size.frames > model.rope_length:
+        most = (model.rope_length - 1) // model.vae_frames * model.vae_frames + 1
+        got = f"generation.{frames}: got {generation.size.frames}, but diffusers makes at most {most} frames"
+        raise UsageError(f"{got} of Cosmos Transfer at once; set generation.segment_frames={most} or less")
 
 
 def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = GENERATION_KEYS) -> None:

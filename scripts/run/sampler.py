@@ -79,6 +79,7 @@ class Sampler:
                     flow_shift=self.plan.config.generation.flow_shift,
                     quantization_config=quantization_config(model.quantization, dtype),
                     files={name: found.file for name, found in self.plan.files.items()},
+                    controlnet=model.controlnet,
                 )
             except Exception as error:  # the libraries share no class for a folder that they cannot load
                 if is_out_of_memory(error):
@@ -146,7 +147,8 @@ class Sampler:
             cached(pipeline, **self.plan.cache_arguments(), gather=whole) as cache,
         ):
             clock = Clock(synchronizer(self.plan.device))
-            hook = pipeline.transformer.register_forward_pre_hook(clock.call, prepend=True)
+            first = getattr(pipeline, "controlnet", None) or pipeline.transformer
+            hook = first.register_forward_pre_hook(clock.call, prepend=True)
             try:
                 with reported_choices(), shown_steps(config.generation, bar) as shown:
                     self._announce(shown, 0)

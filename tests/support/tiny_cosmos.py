@@ -3,7 +3,9 @@
 import torch
 from diffusers import (
     Cosmos2_5_PredictBasePipeline,
+    Cosmos2_5_TransferPipeline,
     Cosmos2VideoToWorldPipeline,
+    CosmosControlNetModel,
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -107,17 +109,40 @@ def cosmos25_pipeline(seed: int = 0, **changes: object) -> Cosmos2_5_PredictBase
 
     Its text is the outputs of all layers of the encoder, side by side.
     """
+    parts, text = _parts25(seed)
+    transformer = cosmos_transformer(seed, **text | changes)
+    return quiet(Cosmos2_5_PredictBasePipeline(**parts, transformer=transformer))
+
+
+def transfer_pipeline(seed: int = 0, **changes: object) -> Cosmos2_5_TransferPipeline:
+    """Makes a random pipeline of Cosmos Transfer 2.5 with all parts; `changes` go to its transformer.
+
+    Its control net has two layers, for the first and third of the transformer, and needs torchvision.
+    """
+    parts, text = _parts25(seed)
+    transformer = cosmos_transformer(seed, **TRANSFER | {"img_context_num_tokens": 3} | text | changes)
+    shared = ("attention_head_dim", "num_attention_heads", "patch_size", "mlp_ratio", "adaln_lora_dim")
+    shared = {name: transformer.config[name] for name in (*shared, "max_size", "img_context_dim_in")}
+    controlnet = seeded(
+        seed,
+        CosmosControlNetModel,
+        **shared | text,
+        n_controlnet_blocks=2,
+        in_channels=CHANNELS + 2,  # masks of the given frames and of padded pixels
+        latent_channels=CHANNELS + 2,
+        model_channels=WIDTH,
+        img_context_dim_out=WIDTH,
+    )
+    return quiet(Cosmos2_5_TransferPipeline(**parts, transformer=transformer, controlnet=controlnet))
+
+
+def _parts25(seed: int) -> tuple[dict[str, object], dict[str, object]]:
+    """Makes the other parts of a Cosmos 2.5, and what its transformer's configuration says of the text."""
     encoder = qwen_vl(seed)
     width = encoder.config.text_config.num_hidden_layers * TEXT_DIM
     text = {"use_crossattn_projection": True, "crossattn_proj_in_channels": width}
     text |= {"encoder_hidden_states_channels": TEXT_DIM, "text_embed_dim": TEXT_DIM}
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_karras_sigmas": True}
-    pipeline = Cosmos2_5_PredictBasePipeline(
-        vae=wan_vae(seed),
-        transformer=cosmos_transformer(seed, **text | changes),
-        text_encoder=encoder,
-        tokenizer=qwen_tokenizer(),
-        scheduler=UniPCMultistepScheduler(**flow, sigma_max=200.0, sigma_min=0.01),
-        safety_checker=Harmless(),
-    )
-    return quiet(pipeline)
+    parts = {"vae": wan_vae(seed), "text_encoder": encoder, "tokenizer": qwen_tokenizer()}
+    parts["scheduler"] = UniPCMultistepScheduler(**flow, sigma_max=200.0, sigma_min=0.01)
+    return parts | {"safety_checker": Harmless()}, text

@@ -24,8 +24,8 @@ from scripts.run.option_checks import check_options
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = "configs/wan_tiny.yaml"
 OPTIONAL = {
-    "model": "transformer transformer_2 loras lora_mode lora_unmatched offload quantization vae_tiling "
-    "compile cache cache_threshold cache_ratios positions positions_frames",
+    "model": "transformer transformer_2 controlnet loras lora_mode lora_unmatched offload quantization "
+    "vae_tiling compile cache cache_threshold cache_ratios positions positions_frames",
     "attention": "density compat selection profile budget far_field residual residual_memory tune",
     "generation": "prompt_file image last_image video mask pose_video face_video segment_frames "
     "reference_images guidance_scale_2 true_cfg_scale stg_scale modality_scale prompt_template seeds",

@@ -162,12 +162,16 @@ def kandinsky() -> dict[str, torch.nn.Module]:
 
 
 def cosmos(model: ModelInfo, newer: bool) -> dict[str, torch.nn.Module]:
-    """Builds the parts of a Cosmos Predict 2 with T5-11B as encoder, or of Predict 2.5 with Qwen2.5-VL."""
+    """Builds the parts of a Cosmos 2 with T5-11B as encoder, or of 2.5 with Qwen2.5-VL, and a control net."""
     text = {"use_crossattn_projection": newer, "crossattn_proj_in_channels": 28 * 3584 if newer else 1024}
     sizes = {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128}
-    heads = {"num_attention_heads": model.heads, "num_layers": model.layers}
-    return {
-        "transformer": diffusers.CosmosTransformer3DModel(17, extra_pos_embed_type=None, **heads, **text),
+    heads, built = {"num_attention_heads": model.heads}, {}
+    layers = {"num_layers": model.layers, "extra_pos_embed_type": None}
+    if model.controlnet_layers:
+        text["img_context_dim_in"], layers["controlnet_block_every_n"] = 1152, 7
+        built["controlnet"] = diffusers.CosmosControlNetModel(model.controlnet_layers, **heads, **text)
+    return built | {
+        "transformer": diffusers.CosmosTransformer3DModel(17, **layers, **heads, **text),
         "text_encoder": qwen_vl()
         if newer
         else transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **sizes)),
