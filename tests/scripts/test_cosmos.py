@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import CosmosControlNetModel
 from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.pipelines.cosmos import (
     pipeline_cosmos2_5_predict,
@@ -17,6 +19,8 @@ from diffusers.pipelines.cosmos import (
 )
 from huggingface_hub import constants
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from radial_attn import RadialConfig
 from radial_attn.models import apply_radial_attention
@@ -189,6 +193,29 @@ def test_a_control_net_in_a_branch_of_the_hub_or_in_a_folder(here, tmp_path, mon
     weights = transfer_pipeline().controlnet.state_dict()
     for pipeline in found:
         assert all(torch.equal(weights[name], x) for name, x in pipeline.controlnet.state_dict().items())
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_a_plan_counts_the_weights_and_operations_of_a_control_net():
+    """The projections of text and patches are left out."""
+    text = {"use_crossattn_projection": True, "crossattn_proj_in_channels": 28 * 3584}
+    with torch.device("meta"):
+        controlnet = CosmosControlNetModel(num_attention_heads=16, img_context_dim_in=1152, **text)
+        video, ones = torch.ones(1, 16, 6, 88, 160), torch.ones(1, 1, 6, 88, 160)
+        context = torch.ones(1, 512, 28 * 3584), torch.ones(1, 256, 1152)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            times, padding = torch.ones(1, 1, 6, 1, 1), torch.ones(1, 1, 704, 1280)
+            controlnet(video, video, times, context, ones, padding_mask=padding)
+    plan = make_plan(
+        read_config("configs/cosmos_transfer25.yaml", ["generation.num_frames=21"]), dry_run=True
+    )
+    passes = 2 * plan.config.generation.steps
+    without = replace(plan, model=replace(plan.model, controlnet_layers=0)).flops
+    assert (plan.flops.dense, plan.flops.sparse) == (without.dense, without.sparse)
+    added = plan.flops.other - without.other
+    assert added == pytest.approx(passes * counter.get_total_flops(), rel=0.02)
+    assert plan.memory.weights == sum((4 if k == "vae" else 2) * n for k, n in plan.model.parameters.items())
+    assert plan.model.parameters["controlnet"] == controlnet.num_parameters()
 
 
 def test_an_unsafe_prompt_makes_no_video(here, guardrail, tmp_path, capsys):
