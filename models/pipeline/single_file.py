@@ -31,6 +31,7 @@ CLASSES = (  # those whose names are known
     "LTXVideoTransformer3DModel",
     "LTX2VideoTransformer3DModel",
     "CosmosTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
 )
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.", "net.")
 # In a file with a prefix: parts of the pipeline that come from its folder all the same.
@@ -41,7 +42,9 @@ BESIDE = {
     "LTX2VideoTransformer3DModel": r"(video|audio)_embeddings_connector\.",
     "CosmosTransformer3DModel": r"accum_|pos_embedder\.|.*\._extra_state$",
     "WanAnimateTransformer3DModel": r"motion_encoder\..*\.kernel$",
+    "MiniMaxH3Transformer3DModel": r"rope\.inv_freq$",
 }
+PRUNED = "adaln_t_table"  # of ComfyUI's smaller files of MiniMax-H3
 # Of 8-bit weights, in ComfyUI's older and newer spelling. Scales of inputs serve 8-bit products alone.
 SCALES, INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
 MARK, ABOUT = "scaled_fp8", ".comfy_quant"
@@ -243,6 +246,10 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
                 f"{file} has {source.key} of shape {list(here)}, but {cls} needs {list(wanted)}; name a file "
                 "of this model, or load the model of this file"
             )
+    if prefix + PRUNED in own:
+        raise ValueError(
+            f"{file} is pruned: it has {PRUNED} in place of the time embedder; take the whole file"
+        )
     if missing := [name for name in shapes if name not in sources]:
         count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
         raise ValueError(f"{file} lacks {count} of {cls}, in diffusers' names: {listed(missing, 3)}; {AGAIN}")
