@@ -246,10 +246,6 @@ def match_file(file: str | Path, model: torch.nn.Module) -> SingleFile:
                 f"{file} has {source.key} of shape {list(here)}, but {cls} needs {list(wanted)}; name a file "
                 "of this model, or load the model of this file"
             )
-    if prefix + PRUNED in own:
-        raise ValueError(
-            f"{file} is pruned: it has {PRUNED} in place of the time embedder; take the whole file"
-        )
     if missing := [name for name in shapes if name not in sources]:
         count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
         raise ValueError(f"{file} lacks {count} of {cls}, in diffusers' names: {listed(missing, 3)}; {AGAIN}")
@@ -348,10 +344,12 @@ def _check_types(
     formats: Mapping[str, Mapping[str, Any]],
     prefix: str,
 ) -> None:
-    """Raises ValueError for weights in a type that is not known, and for scales that do not fit.
+    """Raises ValueError for weights in a type that is not known, for scales that do not fit, and pruned files.
 
     `formats`: settings of layers, by names without the prefix.
     """
+    if prefix + PRUNED in tensors:
+        raise ValueError(f"{file} is pruned: it has {PRUNED}, no time embedder; take the whole file")
     if _is_gguf(file):
         from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 

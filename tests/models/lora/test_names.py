@@ -6,26 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers
 from diffusers.loaders.single_file_utils import (
     convert_hunyuan_video_transformer_to_diffusers,
     convert_mochi_transformer_checkpoint_to_diffusers,
 )
 
-from radial_attn.models.lora.keys import layer_names, match_keys
+from radial_attn.models.lora.keys import match_keys
 from radial_attn.models.lora.load import Lora, load_loras
 from radial_attn.models.lora.names_hunyuan_video import NAMES as HUNYUAN_NAMES
-from radial_attn.models.lora.names_minimax_h3 import BY_HEAD
 from radial_attn.models.lora.names_mochi import LAST_BLOCK
 from radial_attn.models.lora.names_mochi import NAMES as MOCHI_NAMES
 from scripts.run.config import read_config
 from scripts.run.errors import UsageError
 from scripts.run.loras import find_loras
 from tests.support.families import BY_NAME, run
-from tests.support.tiny import randoms
 from tests.support.tiny_hunyuan import hunyuan_image_pipeline, hunyuan_pipeline, hunyuan_transformer
 from tests.support.tiny_lora import Pairs, add_fused, fused_pairs, write
-from tests.support.tiny_minimax_h3 import minimax_h3_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
 CLOSE = {"atol": 5e-5, "rtol": 0}
@@ -373,31 +369,3 @@ def test_halves_of_the_gated_layer_change_places(tmp_path):
     change = up @ down
     transformer.transformer_blocks[1].ff.net[0].proj.weight.add_(torch.cat([change[64:], change[:64]]))
     torch.testing.assert_close(actual, output(transformer, "mochi"), **CLOSE)
-
-
-@pytest.mark.parametrize("form", ["diffusion_model", "none", "kohya", "peft"])
-def test_loras_of_minimax_h3_are_those_that_diffusers_converts(form, tmp_path):
-    """With peft's names, as of DiffSynth-Studio, each head has its query, key and value together."""
-    heads = {"attention_head_dim": 128, "num_layers": 2}  # which diffusers takes every head to have
-    transformer, state = minimax_h3_transformer(**heads), {}
-    own = {name: value.clone() for name, value in transformer.state_dict().items()}
-    names = layer_names({name: tuple(value.shape) for name, value in own.items()})
-    make, (prefix, down, up) = randoms(0), FORMATS["none" if form == "peft" else form]
-    for name, parts in names.items():
-        weight = own.get(f"{parts[0].layer}.weight")
-        if name == parts[0].layer or name.endswith(BY_HEAD) or weight is None or weight.ndim < 2:
-            continue
-        stem, rows = prefix + (name.replace(".", "_") if form == "kohya" else name), parts[0].total
-        state[f"{stem}.{down}"] = make(3, weight.shape[1])
-        state[f"{stem}.{up}"] = make(rows or len(weight), 3)
-        state |= {f"{stem}.alpha": torch.tensor(1.5)} if form == "kohya" else {}
-    if form == "peft":
-        state = {name.replace(".weight", ".default.weight"): value for name, value in state.items()}
-    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", state), 0.5)], mode="fused")
-    theirs = _convert_non_diffusers_minimax_h3_lora_to_diffusers(dict(state))
-    layers = {name.rpartition(".lora_")[0].removeprefix("transformer.") for name in theirs}
-    assert len(layers) == 8 + 2 * 7 + 6
-    for layer in layers:
-        pair = (theirs[f"transformer.{layer}.lora_{x}.weight"] for x in "BA")
-        expected = own[f"{layer}.weight"] + 0.5 * torch.mm(*pair)
-        torch.testing.assert_close(transformer.state_dict()[f"{layer}.weight"], expected, **CLOSE)
