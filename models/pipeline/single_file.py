@@ -344,7 +344,7 @@ def _check_types(
     formats: Mapping[str, Mapping[str, Any]],
     prefix: str,
 ) -> None:
-    """Raises ValueError for weights in a type that is not known, for scales that do not fit, and pruned files.
+    """Raises ValueError for a type that is not known, scales that do not fit, and a pruned file.
 
     `formats`: settings of layers, by names without the prefix.
     """
