@@ -104,8 +104,7 @@ def check_family(config: Config) -> None:
     """Raises UsageError for a key that the family would ignore."""
     family, kind = config.model.family, FAMILIES[config.model.family]
     for name, needed in DEFAULTS.items():
-        value = getattr(config.generation, name)
-        if name not in kind.takes and value != needed:
+        if name not in kind.takes and (value := getattr(config.generation, name)) != needed:
             key, remedy = f"generation.{name}", f"set generation.{name}={shown(needed)}"
             raise UsageError(f"{key}: got {value!r}, which family {family} does not use; {remedy}")
     if (control := config.model.controlnet) and config.model.path not in CONTROLNETS:

@@ -19,6 +19,11 @@ from scripts.run.video_files import read_video
 
 IMAGE = "a JPEG, PNG, WebP or AVIF file of 8 bits a channel"
 LAST = 5  # frames of a video that Cosmos Predict 2.5 goes on from
+THEIRS = {  # a family and a key -> the name of the argument, if it is another
+    ("wan_animate", "video"): "background_video",
+    ("wan_animate", "mask"): "mask_video",
+    ("cosmos_transfer25", "video"): "controls",
+}
 VIDEO = "a video, or a folder of images (JPEG, PNG, WebP or AVIF)"
 
 
@@ -100,11 +105,9 @@ def read_inputs(
         arguments["reference_images"] = images
     if kind.alone and goes_on(family) and "image" in arguments:  # for which it would need torchvision
         arguments = {"video": [arguments["image"]], "num_latent_conditional_frames": 1}
-    if "controlnet" in kind.takes and "video" in arguments:
-        arguments["controls"] = arguments.pop("video")
-    if "pose_video" in kind.takes and "video" in arguments:
-        names = {"background_video": "video", "mask_video": "mask"}
-        arguments |= {"mode": "replace"} | {name: arguments.pop(ours) for name, ours in names.items()}
+    arguments = {THEIRS.get((family, name), name): value for name, value in arguments.items()}
+    if "mask_video" in arguments:
+        arguments["mode"] = "replace"
     return Inputs(arguments, {key: _identity(name) for key, name in (files | references).items()})
 
 
