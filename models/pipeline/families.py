@@ -29,6 +29,7 @@ class Family:
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
         alone: whether it makes a video of text alone, too, although it takes an image and a video.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
+        overlap: frames of the segment before with which each further segment of a long video begins.
     """
 
     pipeline: str
@@ -46,6 +47,7 @@ class Family:
     whole_in_fp8: float = 0.02
     alone: bool = False
     guarded: bool = False
+    overlap: int = 0
 
     @property
     def guidance(self) -> str:
@@ -70,6 +72,7 @@ LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
 MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
 MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
+FORCING = SKYREELS | {"single": True, "overlap": 17}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 KANDINSKY = {"transformer": "Kandinsky5Transformer3DModel", "text": {"tokenizer": 512, "tokenizer_2": 77}}
 KANDINSKY |= {"noise": "own", "tiled_vae": True, "whole_in_fp8": 0.14}
@@ -139,9 +142,19 @@ FAMILIES = {
         **WAN | {"transformer": "WanAnimateTransformer3DModel", "frames": None},
         takes=("flow_shift", "image", "pose_video", "face_video", "video", "mask", "segment_frames"),
         single=True,
+        overlap=1,
     ),
     "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),
     "skyreels_v2_i2v": Family("SkyReelsV2ImageToVideoPipeline", **SKYREELS, takes=("flow_shift", "image")),
+    "skyreels_v2_df": Family(
+        "SkyReelsV2DiffusionForcingPipeline", **FORCING, takes=("flow_shift", "fps", "segment_frames")
+    ),
+    "skyreels_v2_df_i2v": Family(
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        **FORCING,
+        also="SkyReelsV2DiffusionForcingPipeline",
+        takes=("flow_shift", "fps", "segment_frames", "image"),
+    ),
     "anyflow": Family(
         "AnyFlowPipeline",
         "AnyFlowTransformer3DModel",

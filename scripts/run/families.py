@@ -1,5 +1,6 @@
 """Turns keys into the arguments of a family's pipeline, and refuses those that it does not use."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,9 @@ DEFAULTS = {  # of the keys that not every family takes: their value with the ot
     "segment_frames": None,
     "reference_images": [],
 }
-SHORTEST = {"wan_animate": 5, "kandinsky5_i2v": 17}  # frames, below which upstream fails or makes NaN
+# frames, below which upstream fails or makes NaN
+SHORTEST = {"wan_animate": 5, "kandinsky5_i2v": 17, "skyreels_v2_df_i2v": 5}
+SYNCHRONOUS = {"ar_step": 0, "causal_block_size": 1, "addnoise_condition": 20}  # diffusion forcing
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -52,9 +55,12 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         arguments["guidance_scale_2"] = generation.guidance_scale_2
     if kind.sized_by_image:
         del arguments["height"], arguments["width"]
-    if "segment_frames" in kind.takes:  # it makes as many frames as the poses have
+    if "pose_video" in kind.takes:  # it makes as many frames as the poses have
         del arguments["num_frames"]
         arguments["segment_frame_length"] = generation.size.frames
+    elif "segment_frames" in kind.takes:
+        arguments |= {"base_num_frames": generation.size.frames, "overlap_history": kind.overlap}
+        arguments |= SYNCHRONOUS
     if "num_temporal_reasoning_steps" in kind.takes:
         # in all steps; a video of 5 frames has nothing to reason on
         arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
@@ -76,6 +82,15 @@ def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
     if len(prompts) != 1:
         raise ValueError(f"family {family} makes one video at a time, got {len(prompts)} prompts")
     return {"prompt": prompts[0], "generator": generators[0]}
+
+
+def segments(family: str, generation: GenerationConfig) -> tuple[int, ...]:
+    """Returns the frames of each segment of a video; the last may be shorter, but Wan-Animate fills it up."""
+    kind, whole = FAMILIES[family], generation.size.frames
+    step = max(1, whole - kind.overlap)
+    further = max(0, math.ceil((generation.num_frames - whole) / step))
+    surplus = 0 if "pose_video" in kind.takes else whole + further * step - generation.num_frames
+    return (*[whole] * further, whole - surplus)
 
 
 def calls_per_step(family: str, generation: GenerationConfig) -> int:
@@ -112,23 +127,45 @@ def check_family(config: Config) -> None:
     if config.generation.num_frames < (shortest := SHORTEST.get(family, 1)):
         got = f"generation.num_frames: got {config.generation.num_frames}"
         raise UsageError(f"{got}, must be at least {shortest} with family {family}")
+    check_segments(family, config.generation)
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")
+
+
+def check_segments(family: str, generation: GenerationConfig) -> None:
+    """Raises UsageError for segments that the pipeline of the family cannot make."""
+    whole, overlap = generation.size.frames, FAMILIES[family].overlap
+    if overlap >= whole < generation.num_frames:
+        raise UsageError(
+            f"generation.segment_frames: got {whole}, must be above {overlap} with family {family}: a "
+            f"further segment begins with the last {overlap} frames of the one before"
+        )
+    shorter = whole - segments(family, generation)[-1]
+    if shorter and family == "skyreels_v2_df_i2v":  # its pipeline steps beyond the last frame of the last one
+        above = generation.num_frames + shorter
+        raise UsageError(
+            f"generation.num_frames: got {generation.num_frames}, but family {family} makes whole segments "
+            f"of {whole} frames, {overlap} of them from the one before; nearest: "
+            f"{above - whole + overlap} or {above}"
+        )
 
 
 def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
     """Returns the model with the images of a run, and the videos that it keeps on its device.
 
     Wan-Animate keeps all frames of poses, faces, background (float32 RGB) and mask (float32) in whole
-    segments, and the decoded segments, which it joins in a copy.
+    segments, and the decoded segments, which it joins in a copy. Diffusion forcing decodes all segments
+    together.
     """
     references = model.references + len(generation.reference_images)
     text = model.joint_text + FAMILIES[family].image_tokens
     model = replace(model, joint_text=text, references=references)
+    (frames, height, width), count = generation.size, len(segments(family, generation))
+    if "base_num_frames" in pipeline_arguments(family, generation):
+        return replace(model, frame_times=True, further_frames=generation.num_frames - frames)
     if not model.face:
         return model
-    (frames, height, width), count = generation.size, generation.segments
     padded = count * (frames - 1) + 1
     videos = padded * (1 if generation.video is None else 1 + 4 / 3) + 2 * (padded - frames)
     held = 12 * (height * width * videos + model.face**2 * padded)
