@@ -117,7 +117,7 @@ def _place_groups(pipeline: "DiffusionPipeline", device: str, stream: bool) -> N
 
     options = {"onload_device": torch.device(device), "use_stream": stream and device == "cuda"}
     for name, part in pipeline.components.items():
-        if name == "vae":
+        if name == "vae" or not getattr(part, "_supports_group_offloading", True):
             part.to(device)
         elif name in NAMES and part is not None:
             part.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)

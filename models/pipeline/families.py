@@ -19,7 +19,8 @@ class Family:
             `guidance_scale` is built in.
         text: tokens that each of its tokenizers passes on by default.
         noise: how the noise levels of a run are made, see `load.noise_levels`: "flow" by the pipeline, "own"
-            by the scheduler, "edm" as Karras. "unipc": UniPC on flow sigmas also replaces the scheduler.
+            and "minimax_h3" by the scheduler, "edm" as Karras. "unipc": UniPC on flow sigmas also replaces
+            the scheduler.
         batched: one call of the transformer has both halves of guidance.
         single: a call makes one video, and takes no lists.
         tiled_vae: whether to turn on tiled decoding: by default the VAE decodes a whole video at once.
@@ -27,7 +28,8 @@ class Family:
         image_tokens: of an image, in the sequence of self-attention; not counted for other families.
         frames: of a training video; None if positions cannot be extended.
         whole_in_fp8: share of the transformer's weights that stay whole with fp8: norms and embeddings.
-        alone: whether it makes a video of text alone, too, although it takes an image and a video.
+        alone: whether it makes a video of text alone, too, although it takes an image.
+        guided: whether `guidance_scale` and a negative prompt steer it.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
         overlap: frames of the segment before with which each further segment of a long video begins.
     """
@@ -46,6 +48,7 @@ class Family:
     frames: int | None = None
     whole_in_fp8: float = 0.02
     alone: bool = False
+    guided: bool = True
     guarded: bool = False
     overlap: int = 0
 
@@ -53,6 +56,11 @@ class Family:
     def guidance(self) -> str:
         """Names the scale above 1 at which a step needs a second pass, with the negative prompt."""
         return "true_cfg_scale" if "true_cfg_scale" in self.takes else "guidance_scale"
+
+    @property
+    def modular(self) -> bool:
+        """Tells whether it is made of modular blocks alone."""
+        return self.pipeline.endswith("ModularPipeline")
 
     @property
     def halves(self) -> bool:
@@ -128,6 +136,16 @@ FAMILIES = {
     ),
     "cosmos25": Family(
         "Cosmos2_5_PredictBasePipeline", **COSMOS, takes=("image", "video"), noise="unipc", alone=True
+    ),
+    "minimax_h3": Family(
+        "MiniMaxH3ModularPipeline",
+        "MiniMaxH3Transformer3DModel",
+        takes=("flow_shift", "image", "last_image"),
+        noise="minimax_h3",
+        single=True,
+        tiled_vae=True,
+        alone=True,
+        guided=False,
     ),
     # its prompt template holds the image, so that no other can be given
     "hunyuan_video_i2v": Family("HunyuanVideoImageToVideoPipeline", **HUNYUAN, takes=(*TRUE, "image")),

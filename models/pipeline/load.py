@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.transformers import NAMES
+from ..runtime.transformers import NAMES, WITH_REFERENCES
 from .families import FAMILIES
 from .single_file import find_single_file
 from .weights import check_weights, read_object, read_tensors
@@ -22,6 +22,8 @@ MOCHI_THRESHOLD = 0.025  # of the pipeline's own noise levels
 IMAGE_IN_DTYPE = "motif_video_i2v", "kandinsky5_i2v"
 # Models of the hub whose files for diffusers are in a branch
 REVISIONS = {f"nvidia/Cosmos-Predict2.5-{size}": "diffusers/base/post-trained" for size in ("2B", "14B")}
+INDEXES = "model_index.json", "modular_model_index.json"
+MODULAR = ("MiniMaxAI/MiniMax-H3",)  # models of the hub that have the second of them
 COSMOS_SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002}
 
 
@@ -50,17 +52,13 @@ def load_pipeline(
         ValueError: the family is unknown, model_index.json is unreadable or of another family, a safetensors
             file is broken, or a part lacks tensors. All of these are found before any weight is loaded.
     """
-    import diffusers
-
     files = files or {}
     check_model(path, family, files)
     absent = absent_expert(path, read_index(path), files)
     parts = ({absent: None} if absent else {}) | dict(parts or {})
     parts |= load_files(path, files, parts, dtype, quantization_config)
     parts |= _renamed(path, family, parts, dtype, quantization_config)
-    options = {"dtype": {"default": dtype, "vae": torch.float32}, "revision": REVISIONS.get(path)}
-    options |= {"use_safetensors": True, "quantization_config": quantization_config}
-    pipeline = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(path, **options, **parts)
+    pipeline = _assembled(path, family, parts, dtype, quantization_config)
     if absent:
         (kept,) = (getattr(pipeline, name) for name in NAMES if name != absent)
         pipeline.register_modules(transformer=kept, transformer_2=None)
@@ -75,6 +73,21 @@ def load_pipeline(
         pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
         pipeline.vae.quant_conv.register_forward_hook(lambda _, args, moments: moments.to(dtype))
     return pipeline.to(device)
+
+
+def _assembled(
+    path: str, family: str, parts: Mapping[str, Any], dtype: torch.dtype, quantization_config: Any
+) -> "DiffusionPipeline":
+    """Returns a pipeline of `parts`, and of what it lacks from `path`."""
+    import diffusers
+
+    options = {"dtype": {"default": dtype, "vae": torch.float32}, "quantization_config": quantization_config}
+    if FAMILIES[family].modular:
+        from .minimax_h3 import load_minimax_h3
+
+        return load_minimax_h3(path, parts, **options)
+    options |= {"revision": REVISIONS.get(path), "use_safetensors": True}
+    return getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(path, **options, **parts)
 
 
 def _renamed(
@@ -112,14 +125,11 @@ def load_files(
     if NAMES[1] in files and not has_experts(read_index(path)):
         raise ValueError(f"model {path} has one transformer, so no file can be its {NAMES[1]}; leave it out")
     found = {name: find_single_file(file, path, name) for name, file in files.items()}
-    without = dict.fromkeys(files) | dict(parts)
-    if is_local(path):
-        folder = path
-    else:
+    without, index = dict.fromkeys(files) | dict(parts), read_index(path)
+    if path not in MODULAR:  # their parts are downloaded as they are loaded
         where = {"revision": REVISIONS.get(path), "use_safetensors": True}
-        folder = diffusers.DiffusionPipeline.download(path, **where, **without)
-    index = read_index(str(folder))
-    check_weights(Path(folder), index, sorted(parts_named(index).difference(without)))
+        folder = path if is_local(path) else diffusers.DiffusionPipeline.download(path, **where, **without)
+        check_weights(Path(folder), index, sorted(parts_named(index).difference(without)))
     chosen = quantization_config.quant_mapping if quantization_config else {}
     return {name: file.load(path, name, dtype, chosen.get(name)) for name, file in found.items()}
 
@@ -156,7 +166,7 @@ def noise_levels(
     `tokens`: of the video, on which the shift may depend. None if that depends on a scheduler that is not in
     a local folder.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler, UniPCMultistepScheduler
 
     noise = FAMILIES[family].noise
     if noise == "mochi":
@@ -175,6 +185,9 @@ def noise_levels(
     elif noise == "own":
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
         scheduler.set_timesteps(steps)
+    elif noise == "minimax_h3":
+        scheduler = MiniMaxH3Scheduler(shift)
+        scheduler.set_timesteps(steps + 1)  # counts the level at the end
     elif noise == "edm":  # levels s of x + s noise, whose share of the noise is s / (1 + s)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings)
         scheduler.register_to_config(**COSMOS_SIGMAS)
@@ -208,8 +221,20 @@ def check_model(path: str, family: str, files: Collection[str] = ()) -> None:
 
 
 def read_index(path: str) -> dict:
-    """Returns model_index.json of a folder or hub id; FileNotFoundError or ValueError if there is none."""
-    return _read_index(Path(path)) if is_local(path) else _fetch_index(path)
+    """Returns model_index.json of a folder or hub id; FileNotFoundError or ValueError if there is none.
+
+    In its place may be the index of a modular pipeline; it is returned in the same form, without the parts
+    that are not loaded.
+    """
+    index = _read_index(Path(path)) if is_local(path) else _fetch_index(path)
+    plain = {name: _library_and_class(value) for name, value in index.items() if name != WITH_REFERENCES}
+    return plain if any(isinstance(value, list) and len(value) == 3 for value in index.values()) else index
+
+
+def _library_and_class(value: Any) -> Any:
+    """Returns the two names that an entry of a modular index holds behind them; other values as they are."""
+    about = value[2] if isinstance(value, list) and len(value) == 3 else None
+    return about.get("type_hint") if isinstance(about, dict) else value
 
 
 def is_local(path: str) -> bool:
@@ -219,7 +244,8 @@ def is_local(path: str) -> bool:
 
 
 def _read_index(folder: Path) -> dict:
-    file = folder / "model_index.json"
+    files = [folder / name for name in INDEXES]
+    file = next((file for file in files if file.is_file()), files[0])
     if not folder.is_dir():
         raise FileNotFoundError(
             f"model folder {folder} does not exist; give a folder in diffusers format or a hub id"
@@ -232,10 +258,11 @@ def _read_index(folder: Path) -> dict:
 
 
 def _fetch_index(path: str) -> dict:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModularPipeline
 
+    kind = ModularPipeline if path in MODULAR else DiffusionPipeline
     try:
-        return DiffusionPipeline.load_config(path, revision=REVISIONS.get(path))
+        return kind.load_config(path, revision=REVISIONS.get(path))
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(

@@ -98,7 +98,7 @@ def step_call(plan: RunPlan, rank: int | None, device: str) -> Callable[[Callabl
     options = WanTransformer3DModel.load_config(plan.path, subfolder="transformer")
     transformer = WanTransformer3DModel.from_config(options).to(device)
     size, model = plan.size, plan.model
-    latents = (size.frames - 1) // model.vae_frames + 1, *(side // model.vae_pixels for side in size[1:])
+    latents = model.vae_latents(size.frames), *(side // model.vae_pixels for side in size[1:])
     noisy = torch.randn(1, transformer.config.in_channels, *latents, device=device)
     text = {"prompt_embeds": torch.randn(1, model.text_tokens, transformer.config.text_dim, device=device)}
     sigma, arguments = torch.full((1,), 0.5, device=device), attention_arguments(plan.config.attention)

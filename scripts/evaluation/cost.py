@@ -111,8 +111,8 @@ def curves(
     at the preset's.
     """
     usual, model = case.plan.size, case.plan.model
-    step, chunks = model.vae_frames, (usual.frames - 1) // model.vae_frames
-    lengths = sorted(set(frames or (round(chunks * part) * step + 1 for part in LENGTHS)))
+    (step, rest), chunks = model.frames_form, usual.frames // model.frames_form[0]
+    lengths = sorted(set(frames or (round(chunks * part) * step + rest for part in LENGTHS)))
     factors = [(side, model.size_factor(axis)) for axis, side in enumerate(usual[1:], 1)]
     scaled = [tuple(max(1, round(side * part / by)) * by for side, by in factors) for part in SIDES]
     sides = list(dict.fromkeys(sizes or scaled))

@@ -247,7 +247,7 @@ class GenerationConfig:
     )
     height: int = key(768, "pixels", low=1)
     width: int = key(1280, "pixels", low=1)
-    num_frames: int = key(69, "video frames: 4k + 1, for Mochi 6k + 1, for LTX-Video and LTX-2 8k + 1", low=1)
+    num_frames: int = key(69, "video frames: 4k + 1; Mochi 6k + 1, LTX 8k + 1, MiniMax-H3 17k + 5", low=1)
     segment_frames: int | None = key(
         None,
         "Wan-Animate, diffusion forcing of SkyReels-V2: frames of a segment, 4k + 1; a longer video is made "

@@ -26,8 +26,9 @@ DEFAULTS = {  # of the keys that not every family takes: their value with the ot
     "segment_frames": None,
     "reference_images": [],
 }
-# frames, below which upstream fails or makes NaN
-SHORTEST = {"wan_animate": 5, "kandinsky5_i2v": 17, "skyreels_v2_df_i2v": 5}
+# Frames below which, and above which, upstream fails or makes NaN. MiniMax-H3: 5 to 15 seconds
+SHORTEST = {"wan_animate": 5, "kandinsky5_i2v": 17, "minimax_h3": 124, "skyreels_v2_df_i2v": 5}
+LONGEST = {"minimax_h3": 345}
 SYNCHRONOUS = {"ar_step": 0, "causal_block_size": 1, "addnoise_condition": 20}  # diffusion forcing
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
@@ -46,7 +47,9 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         "guidance_scale": generation.guidance_scale,
         "output_type": "np",
     }
-    if kind.guidance == "guidance_scale" or generation.true_cfg_scale > 1:
+    if not kind.guided:
+        del arguments["guidance_scale"]
+    elif kind.guidance == "guidance_scale" or generation.true_cfg_scale > 1:
         arguments |= {
             kind.guidance: getattr(generation, kind.guidance),
             "negative_prompt": generation.negative_prompt,
@@ -116,6 +119,10 @@ def check_family(config: Config) -> None:
         if name not in kind.takes and value != needed:
             key, remedy = f"generation.{name}", f"set generation.{name}={shown(needed)}"
             raise UsageError(f"{key}: got {value!r}, which family {family} does not use; {remedy}")
+    for name, needed in () if kind.guided else (("guidance_scale", 1.0), ("negative_prompt", "")):
+        if (value := getattr(config.generation, name)) != needed:
+            got, remedy = f"generation.{name}: got {value!r}", f"set generation.{name}={shown(needed)}"
+            raise UsageError(f"{got}, but family {family} has its guidance built in; {remedy}")
     negative = config.generation.negative_prompt
     if kind.guidance == "true_cfg_scale" and negative and config.generation.true_cfg_scale == 1:
         raise UsageError(
@@ -124,19 +131,16 @@ def check_family(config: Config) -> None:
         )
     if kind.noise == "mochi" and config.generation.steps < 2:
         raise UsageError(f"generation.steps: got 1, must be at least 2 with family {family}")
-    if config.generation.num_frames < (shortest := SHORTEST.get(family, 1)):
-        got = f"generation.num_frames: got {config.generation.num_frames}"
-        raise UsageError(f"{got}, must be at least {shortest} with family {family}")
-    check_segments(family, config.generation)
+    _check_length(family, config.generation.num_frames)
+    _check_segments(family, config.generation)
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")
 
 
-def check_segments(family: str, generation: GenerationConfig) -> None:
-    """Raises UsageError for segments that the pipeline of the family cannot make."""
+def _check_segments(family: str, generation: GenerationConfig) -> None:
     whole, overlap = generation.size.frames, FAMILIES[family].overlap
-    if overlap >= whole < generation.num_frames:
+    if generation.num_frames > whole and whole <= overlap:
         raise UsageError(
             f"generation.segment_frames: got {whole}, must be above {overlap} with family {family}: a "
             f"further segment begins with the last {overlap} frames of the one before"
@@ -151,6 +155,14 @@ def check_segments(family: str, generation: GenerationConfig) -> None:
         )
 
 
+def _check_length(family: str, frames: int) -> None:
+    got = f"generation.num_frames: got {frames}"
+    if frames < (shortest := SHORTEST.get(family, 1)):
+        raise UsageError(f"{got}, must be at least {shortest} with family {family}")
+    if frames > (longest := LONGEST.get(family, frames)):
+        raise UsageError(f"{got}, must be at most {longest} with family {family}")
+
+
 def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig) -> ModelInfo:
     """Returns the model with the images of a run, and the videos that it keeps on its device.
 
@@ -160,9 +172,13 @@ def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig)
     """
     references = model.references + len(generation.reference_images)
     text = model.joint_text + FAMILIES[family].image_tokens
-    model = replace(model, joint_text=text, references=references)
+    if model.sound:  # MiniMax-H3 has an image twice, as Qwen3-VL and as its VAE see it, in the text's place
+        images = (generation.image, generation.last_image).count(None)
+        text += (2 - images) * 2 * (model.grid(generation.size).tokens_per_frame + 1)
+    shortest = SHORTEST.get(family, 1)
+    model = replace(model, joint_text=text, references=references, shortest=shortest)
     (frames, height, width), count = generation.size, len(segments(family, generation))
-    if "base_num_frames" in pipeline_arguments(family, generation):
+    if "segment_frames" in FAMILIES[family].takes and not model.face:
         return replace(model, frame_times=True, further_frames=generation.num_frames - frames)
     if not model.face:
         return model

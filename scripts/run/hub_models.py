@@ -13,10 +13,10 @@ from radial_attn.models.pipeline.load import REVISIONS, absent_expert, check_mod
 from radial_attn.models.runtime.transformers import NAMES
 from scripts.run.config import ROOT, AnyModelConfig, find_path
 from scripts.run.errors import UsageError, one_line
-from scripts.run.model_info import (
+from scripts.run.model_info import ModelInfo
+from scripts.run.model_readers import (
     WAN_IMAGE,
     WAN_TEXT,
-    ModelInfo,
     cosmos_info,
     from_configs,
     hunyuan_video15_info,
@@ -24,6 +24,7 @@ from scripts.run.model_info import (
     kandinsky5_info,
     ltx2_info,
     ltx_info,
+    minimax_h3_info,
     mochi_info,
     motif_video_info,
     wan_animate_info,
@@ -89,6 +90,11 @@ ANIMATE_CONFIG |= {"patch_size": (1, 2, 2), "in_channels": 36, "out_channels": 1
 MOTIF_CONFIG = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 12, "mlp_ratio": 4.0}
 MOTIF_CONFIG |= {"num_single_layers": 24, "num_decoder_layers": 8, "patch_size": 2, "patch_size_t": 1}
 MOCHI_CONFIG = HEADS | {"num_layers": 48, "patch_size": 2}
+MINIMAX_CONFIG = {"num_attention_heads": 56, "attention_head_dim": 128, "hidden_size": 5376, "ffn_dim": 14336}
+MINIMAX_CONFIG |= {"num_layers": 50, "patch_size": (1, 2, 2), "in_channels": 24}
+MINIMAX_VAE_CONFIG = {"spatial_downsample_factors": (2, 2, 2, 2, 1, 1), "clip_length": 17, "token_drop": 3}
+MINIMAX_VAE_CONFIG |= {"temporal_downsample_factors": (1, 2, 2, 1, 1, 1)}
+MINIMAX_VAE_CONFIG |= {"decoder_num_attention_heads": 32, "decoder_attention_head_dim": 64}
 KANDINSKY_LITE = kandinsky5_info(
     {"num_visual_blocks": 32, "model_dim": 1792, "axes_dims": (16, 24, 24), "ff_dim": 7168}
     | {"patch_size": (1, 2, 2), "out_visual_dim": 16},
@@ -194,6 +200,12 @@ HUB_MODELS = {
     "nvidia/Cosmos-Predict2-14B-Video2World": _cosmos(40, 36, 14_265_285_632),
     "nvidia/Cosmos-Predict2.5-2B": _cosmos(16, 28, 2_059_174_912, QWEN_VL_7B),
     "nvidia/Cosmos-Predict2.5-14B": _cosmos(40, 36, 14_368_047_104, QWEN_VL_7B),
+    "MiniMaxAI/MiniMax-H3": minimax_h3_info(
+        MINIMAX_CONFIG,
+        MINIMAX_VAE_CONFIG,
+        {"transformer": 33_122_992_896, "text_encoder": 33_357_390_064, "vae": 2_603_868_984}
+        | {"audio_vae": 151_321_489},
+    ),
     "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": KANDINSKY_LITE,
     # of the same sizes: its own config.json was not at hand
     "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers": KANDINSKY_LITE,
@@ -208,6 +220,7 @@ SHIFTS = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 3.0,
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0,
     "Wan-AI/Wan2.1-VACE-14B-diffusers": 3.0,
+    "MiniMaxAI/MiniMax-H3": 12.0,
     "hunyuanvideo-community/HunyuanVideo": 7.0,
     "hunyuanvideo-community/HunyuanVideo-I2V": 17.0,
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": 5.0,

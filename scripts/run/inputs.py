@@ -98,7 +98,7 @@ def read_inputs(
     if references:
         images = [open_image(f"generation.{key}", name, "white") for key, name in references.items()]
         arguments["reference_images"] = images
-    if kind.alone and "image" in arguments:  # without torchvision, which it would need for an image
+    if kind.alone and goes_on(family) and "image" in arguments:  # for which it would need torchvision
         arguments = {"video": [arguments["image"]], "num_latent_conditional_frames": 1}
     if "pose_video" in kind.takes and "video" in arguments:
         names = {"background_video": "video", "mask_video": "mask"}

@@ -146,7 +146,9 @@ def meta_transformer(path: str, family: str) -> torch.nn.Module | None:
         model = HUB_MODELS[path]
         sizes = {"num_attention_heads": model.heads, "attention_head_dim": model.head_dim}
         settings = named | {"num_layers": model.layers, "ffn_dim": model.ffn} | sizes
-    elif path in HUB_MODELS and FAMILIES[family].transformer.startswith(("Hunyuan", "Mochi", "LTXVideo")):
+    elif path in HUB_MODELS and FAMILIES[family].transformer.startswith(
+        ("Hunyuan", "Mochi", "LTXVideo", "MiniMax")
+    ):
         settings = named  # their defaults have the shapes
     elif file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))

@@ -215,17 +215,21 @@ def decoder_bytes(model: ModelInfo, size: VideoSize, options: ModelConfig) -> fl
 
 def decoded_tiles(model: ModelInfo, size: VideoSize, options: ModelConfig) -> int:
     """Counts the pieces that the VAE decodes one by one: in space, and in time if they overlap in time."""
-    step, latents, count = model.vae_step, (size.frames - 1) // model.vae_frames + 1, 1
+    step, latents, count = model.vae_step, model.vae_latents(size.frames), 1
     if is_tiled(options) and max(size.height, size.width) > model.vae_tile:
         count = len(range(0, size.height, step)) * len(range(0, size.width, step))
-    if model.vae_stride is not None and latents > model.vae_chunk // model.vae_frames:
+    if model.vae_clip:
+        count *= size.frames // model.vae_clip[0]
+    elif model.vae_stride is not None and latents > model.vae_chunk // model.vae_frames:
         count *= len(range(0, latents, model.vae_stride // model.vae_frames))
     return count
 
 
 def chunk_frames(model: ModelInfo, size: VideoSize) -> int:
     """Counts the frames that the VAE decodes at once, and those that it drops if it decodes all at once."""
-    whole = ((size.frames - 1) // model.vae_frames + 1) * model.vae_frames
+    whole = model.vae_latents(size.frames) * model.vae_frames
+    if model.vae_clip:
+        return model.vae_chunk
     return whole if model.vae_chunk is None else min(model.vae_chunk, size.frames)
 
 
@@ -246,16 +250,18 @@ def covered(length: int, piece: int, stride: int) -> float:
 
 def nearest_fit(model: ModelInfo, size: VideoSize, fits: Callable[[VideoSize], bool]) -> str | None:
     """Returns the keys of the nearest video that fits: fewer frames, else a smaller size, else both."""
-    step, chunks = model.vae_frames, (size.frames - 1) // model.vae_frames
-    most = _largest(chunks, lambda k: fits(size._replace(frames=step * k + 1)))
-    if most is not None:
-        return f"generation.num_frames={step * most + 1}"
+    (step, rest), chunks = model.frames_form, size.frames // model.frames_form[0]
+    most = _largest(chunks, lambda k: fits(size._replace(frames=step * k + rest)))
+    if most is not None and step * most + rest >= model.shortest:
+        return f"generation.num_frames={step * most + rest}"
     most = _largest(63, lambda k: k == 0 or fits(_scaled(model, size, k)))
     if most:
         return _sides(_scaled(model, size, most))
     smallest = _scaled(model, size, 0)
-    most = _largest(chunks, lambda k: fits(smallest._replace(frames=step * k + 1)))
-    return None if most is None else f"{_sides(smallest)} generation.num_frames={step * most + 1}"
+    most = _largest(chunks, lambda k: fits(smallest._replace(frames=step * k + rest)))
+    if most is None or step * most + rest < model.shortest:
+        return None
+    return f"{_sides(smallest)} generation.num_frames={step * most + rest}"
 
 
 def _scaled(model: ModelInfo, size: VideoSize, sixty_fourths: int) -> VideoSize:

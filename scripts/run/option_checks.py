@@ -31,7 +31,8 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=pab model.compile=blocks": "pab counts steps inside the blocks, and each step would compile "
     "them again",
     f"model.cache={CACHES} model.family=wan_vace|wan_animate": "its control is added between the blocks",
-    f"model.cache={CACHES} model.family=ltx2|ltx2_i2v": "a block also has sound, which caches do not keep",
+    f"model.cache={CACHES} model.family=ltx2|ltx2_i2v|minimax_h3": "a block also has sound, which caches do "
+    "not keep",
     "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
     "place of the text",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
@@ -295,8 +296,8 @@ def check_size(size: VideoSize, model: ModelInfo, keys: tuple[str, str, str] = G
 
 def check_frames(key: str, frames: int, model: ModelInfo) -> None:
     """Raises UsageError for a number of frames that the VAE does not take."""
-    step = model.vae_frames
-    if frames % step != 1:
-        below, above = multiples_around(frames, step, offset=1)
+    step, rest = model.frames_form
+    if frames % step != rest:
+        below, above = multiples_around(frames, step, offset=rest)
         nearest = below if frames - below <= above - frames else above
-        raise UsageError(f"{key}: got {frames}, must be {step}k + 1; nearest: {nearest}")
+        raise UsageError(f"{key}: got {frames}, must be {step}k + {rest}; nearest: {nearest}")

@@ -288,7 +288,8 @@ def sound_of(pipeline: Any, output: Any) -> Sound | None:
     samples = output.audio[0].float().cpu().numpy()
     if not np.isfinite(samples).all():
         raise GenerationError("non-finite values in the decoded sound (audio VAE, vocoder); no video written")
-    return Sound(samples, pipeline.vocoder.config.output_sampling_rate)
+    rate = getattr(output, "sampling_rate", None)
+    return Sound(samples, pipeline.vocoder.config.output_sampling_rate if rate is None else rate)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from radial_attn.models.parallel.decoding import ParallelDecode
 from tests.support.tiny import CHANNELS, seeded, wan_vae
 from tests.support.tiny_hunyuan import hunyuan_vae
 from tests.support.tiny_ltx import ltx_vae
+from tests.support.tiny_minimax_h3 import minimax_h3_vae
 from tests.support.tiny_mochi import mochi_vae
 
 SIDE, STRIDE = 64, 48  # pixels of a tile, and from one to the next
@@ -46,6 +47,7 @@ def cases() -> Iterator[tuple[str, Any, tuple[int, ...], int | None]]:
     yield "mochi, all frames at once", tiled(whole_frames(mochi_vae)), (1, 12, 1, 9, 4), 2
     yield "mochi, not tiled", mochi_vae(), (1, 12, 3, 4, 4), 1
     yield "ltx", tiled(ltx_vae()), (1, 8, 3, 20, 17), 4
+    yield "minimax_h3", minimax_tiles(), (1, CHANNELS, 12, 5, 7), 8
     yield "hunyuan_video15", small_tiles(hunyuan15_vae()), (1, 32, 2, 6, 4), 4
 
 
@@ -60,6 +62,13 @@ def tiled(vae: Any) -> Any:
 def small_tiles(vae: Any) -> Any:
     """Gives it tiles of 4 latents, if it names those of the video too."""
     vae.enable_tiling(16, 16, 4, 4, 0.25)
+    return vae
+
+
+def minimax_tiles() -> Any:
+    """Makes a random MiniMax-H3's VAE with tiles of `SIDE` pixels, which overlap by 16 or more."""
+    vae = minimax_h3_vae()
+    vae.enable_tiling(SIDE, SIDE, SIDE - STRIDE, SIDE - STRIDE)
     return vae
 
 

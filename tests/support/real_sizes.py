@@ -10,7 +10,6 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Prepa
 from torch import Tensor
 
 from radial_attn import RadialConfig, TokenGrid
-from radial_attn.models.published import PUBLISHED
 from scripts.run.config import read_config
 from scripts.run.hub_models import HUB_MODELS
 from tests.support.plans import plan_of
@@ -152,13 +151,12 @@ def minimax_h3(grid: TokenGrid, time: Tensor, valid: int) -> Arguments:
 class Real:
     """Describes the calls of a published transformer: its row of `FULL_SIZE`, its preset, their arguments.
 
-    MiniMax-H3 has no preset, but the grid of its default length. `call` gets the grid, a timestep `[1]` and
-    how many text tokens are valid; `few`: makes a model of two layers; `rises`: time goes from 0 up;
-    `changes`: from the published model.
+    `call` gets the grid, a timestep `[1]` and how many text tokens are valid; `few`: makes a model of two
+    layers; `rises`: time goes from 0 up; `changes`: from the published model.
     """
 
     model: str
-    preset: str | None
+    preset: str
     call: Callable[[TokenGrid, Tensor, int], Arguments]
     few: dict[str, int] = field(default_factory=lambda: {"num_layers": 2})
     rises: bool = False
@@ -166,9 +164,6 @@ class Real:
 
     def plan(self) -> tuple[TokenGrid, RadialConfig, int]:
         """Returns the grid and the mask of the preset, and the width of the feed-forward layers."""
-        if self.preset is None:
-            (row,) = (row for row in PUBLISHED if row.model == self.model)
-            return TokenGrid(37, 24, 42, 2 * SOUND), row.config, 14336
         config = read_config(f"configs/{self.preset}.yaml", [])
         plan = plan_of(config, HUB_MODELS[config.model.path], "cuda")
         return plan.grid, plan.mask, plan.model.ffn
@@ -240,7 +235,7 @@ REAL = {
         motif,
         {"num_layers": 1, "num_single_layers": 2, "num_decoder_layers": 1},
     ),
-    "minimax_h3": Real("MiniMax-H3", None, minimax_h3, rises=True),
+    "minimax_h3": Real("MiniMax-H3", "minimax_h3", minimax_h3, rises=True),
     "cosmos": Real("Cosmos Predict 2B", "cosmos_predict2_2b", cosmos, changes=NO_PADDING),
     "kandinsky5": Real("Kandinsky 5.0 Lite", "kandinsky5_t2v_lite", kandinsky, {"num_visual_blocks": 2}),
 }

@@ -8,13 +8,16 @@ from diffusers import (
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMiniMaxH3,
     AutoencoderKLMochi,
 )
 
-from scripts.run.model_info import ModelInfo, from_configs
+from scripts.run.model_info import ModelInfo
+from scripts.run.model_readers import from_configs
 from tests.support.tiny_hunyuan import hunyuan15_transformer, hunyuan_transformer
 from tests.support.tiny_ltx import ltx_transformer
 from tests.support.tiny_ltx2 import ltx2_transformer
+from tests.support.tiny_minimax_h3 import minimax_h3_transformer
 from tests.support.tiny_mochi import mochi_transformer
 
 TILES = {  # pixels a side, half of diffusers' own
@@ -23,6 +26,7 @@ TILES = {  # pixels a side, half of diffusers' own
     "mochi": 128,
     "ltx": 256,
     "ltx2": 256,
+    "minimax_h3": 128,
 }
 
 
@@ -61,6 +65,14 @@ VAES = {
         "spatial_compression_ratio": 32,
         "temporal_compression_ratio": 8,
     },
+    "minimax_h3": {
+        "latent_channels": 4,
+        "block_out_channels": (4,) * 6,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "decoder_num_layers": 1,
+        "decoder_num_attention_heads": 16,  # half of its own
+    },
 }
 CLASSES = {
     "hunyuan_video": AutoencoderKLHunyuanVideo,
@@ -68,6 +80,7 @@ CLASSES = {
     "mochi": AutoencoderKLMochi,
     "ltx": AutoencoderKLLTXVideo,
     "ltx2": AutoencoderKLLTX2Video,
+    "minimax_h3": AutoencoderKLMiniMaxH3,
 }
 TRANSFORMERS = {
     "hunyuan_video": hunyuan_transformer,
@@ -75,6 +88,7 @@ TRANSFORMERS = {
     "mochi": mochi_transformer,
     "ltx": ltx_transformer,
     "ltx2": ltx2_transformer,
+    "minimax_h3": minimax_h3_transformer,
 }
 
 
@@ -85,6 +99,7 @@ def tiled(family: str) -> torch.nn.Module:
     for axis in ("height", "width"):
         setattr(vae, f"tile_sample_min_{axis}", model.vae_tile)
         setattr(vae, f"tile_sample_stride_{axis}", model.vae_step)
+        setattr(vae, f"tile_sample_min_overlap_{axis}", model.vae_tile - model.vae_step)
         setattr(vae, f"tile_latent_min_{axis}", model.vae_tile // model.vae_pixels)
     return vae
 

@@ -44,7 +44,7 @@ def cases(kind: str) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.long
 def test_tiles_of_every_family_are_shared_and_give_the_video_of_one_process():
     decoded = cases("decode")
-    assert len(decoded) == 11
+    assert len(decoded) == 12
     for name, everyone in decoded.items():
         for one in everyone:
             assert one["equal"] and one["after"], name

@@ -15,7 +15,8 @@ from radial_attn.models import apply_radial_attention
 from scripts.run.config import ROOT, VideoSize, read_config
 from scripts.run.errors import UsageError
 from scripts.run.hub_models import HUB_MODELS, HUNYUAN_CONFIG, read_model_info
-from scripts.run.model_info import ModelInfo, from_configs
+from scripts.run.model_info import ModelInfo
+from scripts.run.model_readers import from_configs
 from scripts.run.plan import check_model_options
 from tests.support.tiny_wan import vace_transformer
 
@@ -145,6 +146,20 @@ def t5_gemma() -> torch.nn.Module:
     return transformers.T5Gemma2Encoder(config)
 
 
+def minimax() -> dict[str, torch.nn.Module]:
+    """Builds the parts of MiniMax-H3, with Qwen3-VL-32B as text encoder."""
+    text = {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "vocab_size": 151936}
+    text |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 5120}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return {
+        "transformer": diffusers.MiniMaxH3Transformer3DModel(),
+        "text_encoder": transformers.Qwen3VLForConditionalGeneration(config),
+        "vae": diffusers.AutoencoderKLMiniMaxH3(),
+        "audio_vae": diffusers.AutoencoderKLMiniMaxH3Audio(),
+    }
+
+
 def motif() -> dict[str, torch.nn.Module]:
     """Builds the parts of MotifVideo 2B."""
     layers = {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8}
@@ -202,7 +217,12 @@ def ltx(name: str) -> dict[str, torch.nn.Module]:
 
 
 def parts(name: str, model: ModelInfo) -> dict[str, torch.nn.Module]:
-    makers = {"Kandinsky": kandinsky, "Motif": motif, "Cosmos": partial(cosmos, model, "2.5" in name)}
+    makers = {
+        "Kandinsky": kandinsky,
+        "MiniMax": minimax,
+        "Motif": motif,
+        "Cosmos": partial(cosmos, model, "2.5" in name),
+    }
     for kind, make in makers.items():
         if kind in name:
             return make()
@@ -249,14 +269,18 @@ def test_numbers_of_the_known_hub_models(name):
     assert from_configs(transformer, dict(built["vae"].config), model.parameters) == model
 
 
-@pytest.mark.parametrize("name", ["genmo/mochi-1-preview", "hunyuanvideo-community/HunyuanVideo"])
+@pytest.mark.parametrize(
+    "name", ["genmo/mochi-1-preview", "hunyuanvideo-community/HunyuanVideo", "MiniMaxAI/MiniMax-H3"]
+)
 def test_multiply_adds_of_a_layer_are_those_of_its_matrices(name):
     """Counts the matrices that a video token meets in the last kind of block, without norms."""
     with torch.device("meta"):
         transformer = parts(name, HUB_MODELS[name])["transformer"]
     blocks = getattr(transformer, "single_transformer_blocks", None) or transformer.transformer_blocks
     matrices = [(n, p) for n, p in blocks[0].named_parameters() if p.ndim == 2]
-    met = sum(p.numel() for n, p in matrices if not any(part in n for part in ("add_", "context", "norm")))
+    met = sum(
+        p.numel() for n, p in matrices if not any(part in n for part in ("add_", "context", "norm", "adaln"))
+    )
     assert HUB_MODELS[name].macs == pytest.approx(met, rel=0.01)
 
 
@@ -266,6 +290,7 @@ def test_multiply_adds_of_a_layer_are_those_of_its_matrices(name):
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 69, (768, 1280), 69_120),
         ("hunyuanvideo-community/HunyuanVideo", 117, (768, 1280), 115_456),
         ("genmo/mochi-1-preview", 163, (480, 848), 44_776),
+        ("MiniMaxAI/MiniMax-H3", 124, (768, 1344), 37 * 1008 + 2 * 207 + 256),
     ],
 )
 def test_tokens_of_the_papers_videos(name, frames, size, tokens):

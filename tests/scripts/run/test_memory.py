@@ -29,7 +29,7 @@ family, *sizes = sys.argv[1], *map(int, sys.argv[2:])
 vae = tiled(family)
 latents = torch.randn(1, vae.config.latent_channels, *sizes)
 with torch.no_grad():
-    vae.decode(latents[:, :, :2, :8, :8])
+    vae.decode(latents[..., :8, :8])
     with open("/proc/self/clear_refs", "w") as stream:
         stream.write("5")  # resets the peak
     before = peak_memory("cpu")["host_bytes"]
@@ -83,6 +83,7 @@ def test_flex_lists_all_pairs_of_blocks():
         pytest.param("ltx", 9, 2, marks=pytest.mark.long),
         pytest.param("ltx2", 17, 3, marks=pytest.mark.long),
         pytest.param("hunyuan_video15", 5, 2, marks=pytest.mark.long),
+        pytest.param("minimax_h3", 22, 7, marks=pytest.mark.long),
     ],
 )
 def test_predicted_memory_of_a_tile_is_near_the_peak_of_decoding(family, frames, latents):
@@ -127,14 +128,21 @@ def test_tiles_and_chunks_are_those_of_diffusers():
     for family, vae in vaes.items():
         model = models.get(family, ModelInfo(1, 1, 1, 1))
         assert vae.tile_sample_min_height == vae.tile_sample_min_width == model.vae_tile
-        overlap = getattr(vae, "tile_overlap_factor", None)
-        step = model.vae_tile * (1 - overlap) if overlap else vae.tile_sample_stride_height
+        if family == "minimax_h3":
+            step = model.vae_tile - vae.tile_sample_min_overlap_height
+        else:
+            overlap = getattr(vae, "tile_overlap_factor", None)
+            step = model.vae_tile * (1 - overlap) if overlap else vae.tile_sample_stride_height
         assert step == model.vae_step
         assert getattr(vae, "use_framewise_decoding", False) == (family == "hunyuan_video")
     model, vae = architecture("hunyuan_video"), vaes["hunyuan_video"]
     assert model.vae_chunk == vae.tile_sample_min_num_frames + 1
     assert model.vae_stride == vae.tile_sample_stride_num_frames
     assert architecture("mochi").vae_chunk is None
+    model, vae = architecture("minimax_h3"), vaes["minimax_h3"]
+    latents = vae.tokens_chunk_size, vae.tokens_chunk_size + vae.token_overlap  # from chunk to chunk, at once
+    assert model.vae_clip == (vae.config.clip_length, latents[0])
+    assert model.vae_chunk == latents[1] * vae.temporal_compression_ratio
 
 
 def test_pieces_that_overlap_cover_more_than_the_whole():

@@ -21,7 +21,7 @@ from scripts.run.errors import UsageError
 from scripts.run.flops import count_flops
 from scripts.run.hub_models import read_model_info
 from scripts.run.memory import GIB, host_bytes
-from scripts.run.model_info import from_configs
+from scripts.run.model_readers import from_configs
 from scripts.run.plan import RunPlan
 from tests.support.plans import FOURTEEN, FULL, TINY, TOY, plan_of
 from tests.support.tiny import wan_inputs, wan_pipeline, wan_transformer
