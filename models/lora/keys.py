@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 from . import names_hunyuan_video as hunyuan_video
+from . import names_minimax_h3 as minimax_h3
 from . import names_mochi as mochi
 from . import names_wan_animate as wan_animate
 
@@ -171,6 +172,7 @@ def _by_layer(match: Match) -> dict[str, dict[str, Part]]:
     layers: dict[str, dict[str, Part]] = {}
     for key in match.shapes:
         stem, kind = split_key(key)
+        stem += minimax_h3.BY_HEAD if re.fullmatch(minimax_h3.DIFFSYNTH, key) else ""
         parts = known.get(stem) or known.get(stem.replace(".", "_"), ())
         first = next((layers[part.layer][kind] for part in parts if kind in layers.get(part.layer, {})), None)
         if not kind or not parts:
@@ -212,9 +214,23 @@ def _original(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
     if "time_embed.pooler.to_kv" in rows:
         last = _expand(mochi.LAST_BLOCK, rows)
         return _expand(mochi.NAMES, rows, mochi.SWAPPED) | last
+    if "token_refiner.final_norm" in rows:
+        return _minimax_h3(rows)
     names = next((ORIGINAL[layer] for layer in ORIGINAL if layer in rows), ORIGINAL_WAN)
     joined = _expand(wan_animate.JOINED, rows)
     return {original_name(layer, names): (Part(layer),) for layer in rows} | joined
+
+
+def _minimax_h3(rows: Mapping[str, int]) -> dict[str, tuple[Part, ...]]:
+    """Adds to the parts of each name those of the other order of query, key and value."""
+    known = _expand(minimax_h3.NAMES, rows, minimax_h3.SWAPPED)
+    fused = {name: parts for name, parts in known.items() if name.endswith(minimax_h3.FUSED)}
+    return known | {
+        name + minimax_h3.BY_HEAD: tuple(
+            replace(part, rows=minimax_h3.rows_by_head(i, rows, part.layer)) for i, part in enumerate(parts)
+        )
+        for name, parts in fused.items()
+    }
 
 
 def _expand(

@@ -31,6 +31,7 @@ CLASSES = (  # those whose names are known
     "LTXVideoTransformer3DModel",
     "LTX2VideoTransformer3DModel",
     "CosmosTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
 )
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.", "net.")
 # In a file with a prefix: parts of the pipeline that come from its folder all the same.
@@ -41,7 +42,9 @@ BESIDE = {
     "LTX2VideoTransformer3DModel": r"(video|audio)_embeddings_connector\.",
     "CosmosTransformer3DModel": r"accum_|pos_embedder\.|.*\._extra_state$",
     "WanAnimateTransformer3DModel": r"motion_encoder\..*\.kernel$",
+    "MiniMaxH3Transformer3DModel": r"rope\.inv_freq$",
 }
+PRUNED = "adaln_t_table"  # of ComfyUI's smaller files of MiniMax-H3
 # Of 8-bit weights, in ComfyUI's older and newer spelling. Scales of inputs serve 8-bit products alone.
 SCALES, INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
 MARK, ABOUT = "scaled_fp8", ".comfy_quant"
@@ -341,10 +344,12 @@ def _check_types(
     formats: Mapping[str, Mapping[str, Any]],
     prefix: str,
 ) -> None:
-    """Raises ValueError for weights in a type that is not known, and for scales that do not fit.
+    """Raises ValueError for a type that is not known, scales that do not fit, and a pruned file.
 
     `formats`: settings of layers, by names without the prefix.
     """
+    if prefix + PRUNED in tensors:
+        raise ValueError(f"{file} is pruned: it has {PRUNED}, no time embedder; take the whole file")
     if _is_gguf(file):
         from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 

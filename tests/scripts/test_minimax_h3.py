@@ -30,7 +30,8 @@ SIZE, RATE, TEXT = (
     "A cat walks on the grass, realistic",
 )
 SOUND = 2 * 207  # tokens of 124 frames
-KEYFRAMES = [(), ("image",), ("last_image",), ("image", "last_image")]
+BOTH = ("image", "last_image")
+KEYFRAMES = [(), BOTH, *(pytest.param((name,), marks=pytest.mark.long) for name in BOTH)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_dense_run_is_that_of_diffusers(names, here):
     assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 3
 
 
-@pytest.mark.parametrize("names", KEYFRAMES[::3], ids=str)
+@pytest.mark.parametrize("names", [(), BOTH], ids=str)
 def test_a_radial_run_is_planned_and_has_sound(names, here, tmp_path):
     """Keyframes count twice: 4 tokens of the VAE, and 4 of Qwen3-VL between a label and two marks."""
     folder, _ = here

@@ -5,13 +5,16 @@ import re
 
 import pytest
 import torch
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from radial_attn.models.lora.keys import match_keys, original_name, split_key
+from radial_attn.models.lora.keys import layer_names, match_keys, original_name, split_key
 from radial_attn.models.lora.load import Lora, load_loras
+from radial_attn.models.lora.names_minimax_h3 import BY_HEAD
 from tests.support.families import run
-from tests.support.tiny import wan_transformer
+from tests.support.tiny import randoms, wan_transformer
 from tests.support.tiny_lora import changed, loaded, original_names, product, random_pairs, spell, write
+from tests.support.tiny_minimax_h3 import minimax_h3_transformer
 from tests.support.tiny_wan import vace_transformer
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -219,3 +222,37 @@ def test_bad_options(options, lora, message, pairs, tmp_path):
 
 def test_the_names_of_the_test_files_are_those_of_the_original():
     assert {layer: original_name(layer) for layer in original_names()} == original_names()
+
+
+FORMATS = {  # prefix, names of the two matrices
+    "diffusion_model": ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+    "none": ("", "lora_A.weight", "lora_B.weight"),
+    "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight"),
+    "peft": ("", "lora_A.default.weight", "lora_B.default.weight"),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_loras_of_minimax_h3_are_those_that_diffusers_converts(form, tmp_path):
+    """With peft's names, as of DiffSynth-Studio, each head has its query, key and value together."""
+    heads = {"attention_head_dim": 128, "num_layers": 2}  # which diffusers takes every head to have
+    transformer, state = minimax_h3_transformer(**heads), {}
+    own = {name: value.clone() for name, value in transformer.state_dict().items()}
+    names = layer_names({name: tuple(value.shape) for name, value in own.items()})
+    make, (prefix, down, up) = randoms(0), FORMATS[form]
+    for name, parts in names.items():
+        weight = own.get(f"{parts[0].layer}.weight")
+        if name == parts[0].layer or name.endswith(BY_HEAD) or weight is None or weight.ndim < 2:
+            continue
+        stem, rows = prefix + (name.replace(".", "_") if form == "kohya" else name), parts[0].total
+        state[f"{stem}.{down}"] = make(3, weight.shape[1])
+        state[f"{stem}.{up}"] = make(rows or len(weight), 3)
+        state |= {f"{stem}.alpha": torch.tensor(1.5)} if form == "kohya" else {}
+    load_loras(transformer, [Lora(write(tmp_path / "a.safetensors", state), 0.5)], mode="fused")
+    theirs = _convert_non_diffusers_minimax_h3_lora_to_diffusers(dict(state))
+    layers = {name.rpartition(".lora_")[0].removeprefix("transformer.") for name in theirs}
+    assert len(layers) == 8 + 2 * 7 + 6
+    for layer in layers:
+        pair = (theirs[f"transformer.{layer}.lora_{x}.weight"] for x in "BA")
+        expected = own[f"{layer}.weight"] + 0.5 * torch.mm(*pair)
+        torch.testing.assert_close(transformer.state_dict()[f"{layer}.weight"], expected, atol=5e-5, rtol=0)

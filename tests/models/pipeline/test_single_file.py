@@ -1,6 +1,7 @@
 """Transformers from one file: each layout gives the weights of the folder; what does not fit is refused."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers.loaders.single_file_utils import (
     convert_cosmos_transformer_checkpoint_to_diffusers,
     convert_ltx2_transformer_to_diffusers,
     convert_ltx_transformer_checkpoint_to_diffusers,
+    convert_minimax_h3_transformer_checkpoint_to_diffusers,
     convert_wan_transformer_to_diffusers,
 )
 
@@ -38,12 +40,13 @@ FAMILY = {
     "hunyuan_video-i2v": "hunyuan_video_i2v",
     "mochi": "mochi",
 }
-MORE = "wan_animate", "hunyuan_video15", "skyreels", "chronoedit", "ltx", "ltx2", "cosmos"
+MORE = "wan_animate", "hunyuan_video15", "skyreels", "chronoedit", "ltx", "ltx2", "cosmos", "minimax_h3"
 CONVERTERS = {
     "ltx": (convert_ltx_transformer_checkpoint_to_diffusers, "model.diffusion_model."),
     "ltx2": (convert_ltx2_transformer_to_diffusers, "model.diffusion_model."),
     "wan_animate": (convert_wan_transformer_to_diffusers, "model.diffusion_model."),
     "cosmos": (convert_cosmos_transformer_checkpoint_to_diffusers, "net."),
+    "minimax_h3": (partial(convert_minimax_h3_transformer_checkpoint_to_diffusers, config={}), ""),
 }
 COSMOS2 = {"extra_pos_embed_type": None}
 
@@ -135,6 +138,15 @@ def test_weights_cast_to_8_bits_have_no_scales(tmp_path):
     loaded = original(found.load(str(tmp_path), "transformer", torch.float16))
     assert found.types == ["F8_E5M2"]
     assert all(torch.equal(loaded[name].float(), x.float()) for name, x in state.items())
+
+
+def test_a_pruned_file_is_named(tmp_path):
+    transformer = BY_NAME["minimax_h3"].transformer()
+    transformer.save_config(tmp_path / "transformer")
+    state = {name: x for name, x in original(transformer).items() if "time_embedder" not in name}
+    file = save(tmp_path / "a.safetensors", state | {"adaln_t_table": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=r"a\.safetensors is pruned: .* take the whole file"):
+        find_single_file(file, str(tmp_path), "transformer")
 
 
 def cut(state):
