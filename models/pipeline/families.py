@@ -31,6 +31,7 @@ class Family:
         alone: whether it makes a video of text alone, too, although it takes an image.
         guided: whether `guidance_scale` and a negative prompt steer it.
         guarded: whether a safety checker reads prompts and sees videos: Cosmos Guardrail.
+        overlap: frames of the segment before with which each further segment of a long video begins.
     """
 
     pipeline: str
@@ -49,6 +50,7 @@ class Family:
     alone: bool = False
     guided: bool = True
     guarded: bool = False
+    overlap: int = 0
 
     @property
     def guidance(self) -> str:
@@ -78,6 +80,7 @@ LTX2_SCALES = ("frame_rate", "stg_scale", "modality_scale")
 MOTIF = {"transformer": "MotifVideoTransformer3DModel", "text": {"tokenizer": 512}}
 MOTIF |= {"frames": 121, "whole_in_fp8": 0.26}
 SKYREELS = WAN | {"transformer": "SkyReelsV2Transformer3DModel", "frames": None}
+FORCING = SKYREELS | {"single": True, "overlap": 17}
 CHRONOEDIT = SKYREELS | {"transformer": "ChronoEditTransformer3DModel"}
 KANDINSKY = {"transformer": "Kandinsky5Transformer3DModel", "text": {"tokenizer": 512, "tokenizer_2": 77}}
 KANDINSKY |= {"noise": "own", "tiled_vae": True, "whole_in_fp8": 0.14}
@@ -135,7 +138,11 @@ FAMILIES = {
         "Cosmos2_5_PredictBasePipeline", **COSMOS, takes=("image", "video"), noise="unipc", alone=True
     ),
     "cosmos_transfer25": Family(
-        "Cosmos2_5_TransferPipeline", **COSMOS, takes=("video", "segment_frames", "controlnet"), noise="unipc"
+        "Cosmos2_5_TransferPipeline",
+        **COSMOS,
+        takes=("video", "segment_frames", "controlnet"),
+        noise="unipc",
+        overlap=1,
     ),
     "minimax_h3": Family(
         "MiniMaxH3ModularPipeline",
@@ -160,9 +167,19 @@ FAMILIES = {
         **WAN | {"transformer": "WanAnimateTransformer3DModel", "frames": None},
         takes=("flow_shift", "image", "pose_video", "face_video", "video", "mask", "segment_frames"),
         single=True,
+        overlap=1,
     ),
     "skyreels_v2": Family("SkyReelsV2Pipeline", **SKYREELS, takes=("flow_shift",)),
     "skyreels_v2_i2v": Family("SkyReelsV2ImageToVideoPipeline", **SKYREELS, takes=("flow_shift", "image")),
+    "skyreels_v2_df": Family(
+        "SkyReelsV2DiffusionForcingPipeline", **FORCING, takes=("flow_shift", "fps", "segment_frames")
+    ),
+    "skyreels_v2_df_i2v": Family(
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        **FORCING,
+        also="SkyReelsV2DiffusionForcingPipeline",
+        takes=("flow_shift", "fps", "segment_frames", "image"),
+    ),
     "anyflow": Family(
         "AnyFlowPipeline",
         "AnyFlowTransformer3DModel",

@@ -1,6 +1,5 @@
 """Defines the configuration of a run: its keys and its help text. The defaults match the 14B preset."""
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -258,8 +257,8 @@ class GenerationConfig:
     num_frames: int = key(69, "video frames: 4k + 1; Mochi 6k + 1, LTX 8k + 1, MiniMax-H3 17k + 5", low=1)
     segment_frames: int | None = key(
         None,
-        "Wan-Animate, Cosmos Transfer: frames of a segment, 4k + 1; a longer video is made in segments, each "
-        "from the last frame of the one before; null: all at once",
+        "Wan-Animate, Cosmos Transfer, SkyReels-V2's diffusion forcing: frames of a segment, 4k + 1; a longer "
+        "video is made in segments, each from the last frame, or 17, of the one before; null: all at once",
         low=5,
     )
     steps: int = key(50, "denoising steps", low=1)
@@ -304,11 +303,6 @@ class GenerationConfig:
         """Returns frames, height and width of what is denoised at once: the video, or a segment of it."""
         frames = min(self.num_frames, self.segment_frames or self.num_frames)
         return VideoSize(frames, self.height, self.width)
-
-    @property
-    def segments(self) -> int:
-        """Counts the segments of the video; each but the first begins with a frame of the one before."""
-        return max(1, math.ceil((self.num_frames - 1) / max(1, self.size.frames - 1)))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from radial_attn.masks.density_curve import changes, curve_lines
 from radial_attn.models.pipeline.rope_scaling import describe, temporal_frequencies
 from scripts.run.attention import measured, radial_config, sparse_call
 from scripts.run.config import Config, keys
+from scripts.run.families import segments
 from scripts.run.loras import FoundLora
 from scripts.run.memory import Kept, Memory, decoded_tiles, gib, is_tiled
 from scripts.run.plan import RunPlan
@@ -66,9 +67,10 @@ def describe_size(plan: RunPlan) -> str:
     """Returns size, length and segments: `64x64, 33 frames at 16 per second`."""
     generation = plan.config.generation
     sizes = f"{generation.height}x{generation.width}, {generation.num_frames} frames"
-    count = generation.segments
-    segments = f", {count} segments of {plan.size.frames}, one after the other" if count > 1 else ""
-    return f"{sizes} at {plan.config.output.fps} per second{segments}"
+    each = segments(plan.config.model.family, generation)
+    shorter = f", the last of {each[-1]}" if each[-1] < each[0] else ""
+    several = f", {len(each)} segments of {each[0]}{shorter}, one after the other" if len(each) > 1 else ""
+    return f"{sizes} at {plan.config.output.fps} per second{several}"
 
 
 def describe_start(plan: RunPlan) -> list[str]:
@@ -144,7 +146,7 @@ def _places(kept: Kept) -> str:
 def _share(layer_calls: float, plan: RunPlan) -> str:
     """Writes dense self-attention calls of a layer as a share of the operations of the run."""
     generation = plan.config.generation
-    steps = generation.steps * generation.segments
+    steps = generation.steps * len(segments(plan.config.model.family, generation))
     one = plan.flops.dense / steps / plan.model.attention_layers()
     able = plan.model.attention_layers(plan.dense_layers)
     return f"{one * able * layer_calls / (plan.flops.sparse + plan.flops.other):.2%}"

@@ -1,5 +1,6 @@
 """Turns keys into the arguments of a family's pipeline, and refuses those that it does not use."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,10 @@ DEFAULTS = {  # of the keys that not every family takes: their value with the ot
     "reference_images": [],
 }
 # Frames below which, and above which, upstream fails or makes NaN. MiniMax-H3: 5 to 15 seconds
-SHORTEST = {"wan_animate": 5, "cosmos_transfer25": 5, "kandinsky5_i2v": 17, "minimax_h3": 124}
+SHORTEST = {"wan_animate": 5, "cosmos_transfer25": 5, "skyreels_v2_df_i2v": 5, "kandinsky5_i2v": 17}
+SHORTEST |= {"minimax_h3": 124}
 LONGEST = {"minimax_h3": 345}
+SYNCHRONOUS = {"ar_step": 0, "causal_block_size": 1, "addnoise_condition": 20}  # diffusion forcing
 PLAIN_TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -59,9 +62,12 @@ def pipeline_arguments(family: str, generation: GenerationConfig, fps: int | Non
         del arguments["height"], arguments["width"]
     if "controlnet" in kind.takes:
         arguments["num_frames_per_chunk"] = generation.size.frames
-    elif "segment_frames" in kind.takes:  # it makes as many frames as the poses have
+    elif "pose_video" in kind.takes:  # it makes as many frames as the poses have
         del arguments["num_frames"]
         arguments["segment_frame_length"] = generation.size.frames
+    elif "segment_frames" in kind.takes:
+        arguments |= {"base_num_frames": generation.size.frames, "overlap_history": kind.overlap}
+        arguments |= SYNCHRONOUS
     if "num_temporal_reasoning_steps" in kind.takes:
         # in all steps; a video of 5 frames has nothing to reason on
         arguments |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": generation.steps}
@@ -83,6 +89,16 @@ def batch(family: str, prompts: list[str], generators: list) -> dict[str, Any]:
     if len(prompts) != 1:
         raise ValueError(f"family {family} makes one video at a time, got {len(prompts)} prompts")
     return {"prompt": prompts[0], "generator": generators[0]}
+
+
+def segments(family: str, generation: GenerationConfig) -> tuple[int, ...]:
+    """Returns the frames of each segment; the last is shorter, unless the pipeline has to fill it up."""
+    kind, whole = FAMILIES[family], generation.size.frames
+    step = max(1, whole - kind.overlap)
+    further = max(0, math.ceil((generation.num_frames - whole) / step))
+    fills = {"pose_video", "controlnet"}.intersection(kind.takes)
+    surplus = 0 if fills else whole + further * step - generation.num_frames
+    return (*[whole] * further, whole - surplus)
 
 
 def calls_per_step(family: str, generation: GenerationConfig) -> int:
@@ -123,9 +139,27 @@ def check_family(config: Config) -> None:
     if kind.noise == "mochi" and config.generation.steps < 2:
         raise UsageError(f"generation.steps: got 1, must be at least 2 with family {family}")
     _check_length(family, config.generation.num_frames)
+    _check_segments(family, config.generation)
     if kind.frames is None and config.model.positions != "plain":
         got = f"model.positions: got {config.model.positions!r}"
         raise UsageError(f"{got}, which family {family} does not support; allowed: plain")
+
+
+def _check_segments(family: str, generation: GenerationConfig) -> None:
+    whole, overlap = generation.size.frames, FAMILIES[family].overlap
+    if generation.num_frames > whole and whole <= overlap:
+        raise UsageError(
+            f"generation.segment_frames: got {whole}, must be above {overlap} with family {family}: a "
+            f"further segment begins with the last {overlap} frames of the one before"
+        )
+    shorter = whole - segments(family, generation)[-1]
+    if shorter and family == "skyreels_v2_df_i2v":  # its pipeline steps beyond the last frame of the last one
+        above = generation.num_frames + shorter
+        raise UsageError(
+            f"generation.num_frames: got {generation.num_frames}, but family {family} makes whole segments "
+            f"of {whole} frames, {overlap} of them from the one before; nearest: "
+            f"{above - whole + overlap} or {above}"
+        )
 
 
 def _check_length(family: str, frames: int) -> None:
@@ -141,7 +175,7 @@ def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig)
 
     Wan-Animate keeps all frames of poses, faces, background (float32 RGB) and mask (float32) in whole
     segments, and the decoded segments, which it joins in a copy. Cosmos Transfer keeps the controls of a
-    segment, and its start, in float32 RGB.
+    segment, and its start, in float32 RGB. Diffusion forcing decodes all segments together.
     """
     references = model.references + len(generation.reference_images)
     text = model.joint_text + FAMILIES[family].image_tokens
@@ -150,9 +184,11 @@ def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig)
         text += (2 - images) * 2 * (model.grid(generation.size).tokens_per_frame + 1)
     shortest = SHORTEST.get(family, 1)
     model = replace(model, joint_text=text, references=references, shortest=shortest)
-    (frames, height, width), count = generation.size, generation.segments
+    (frames, height, width), count = generation.size, len(segments(family, generation))
     if model.controlnet_layers:
         return replace(model, held=2 * 12 * height * width * frames)
+    if "segment_frames" in FAMILIES[family].takes and not model.face:
+        return replace(model, frame_times=True, further_frames=generation.num_frames - frames)
     if not model.face:
         return model
     padded = count * (frames - 1) + 1

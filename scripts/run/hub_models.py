@@ -144,6 +144,10 @@ HUB_MODELS = {
         },
     ),
     **dict.fromkeys((f"Skywork/SkyReels-V2-T2V-14B-{size}P-Diffusers" for size in (540, 720)), WAN_14B),
+    **dict.fromkeys((f"Skywork/SkyReels-V2-DF-14B-{size}P-Diffusers" for size in (540, 720)), WAN_14B),
+    "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers": _variant(
+        {"transformer": 1_435_525_696}, layers=30, heads=12, ffn=8960
+    ),
     **dict.fromkeys(
         (f"Skywork/SkyReels-V2-I2V-14B-{size}P-Diffusers" for size in (540, 720)),
         replace(

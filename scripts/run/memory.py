@@ -71,8 +71,9 @@ def peak_memory(
     if device == "cpu":
         options = replace(options, offload="none")
     text, transformer, vae = weights_on_device(model, options)
+    decoded = size._replace(frames=size.frames + model.further_frames)
     denoising = transformer_bytes(model, grid, options) + cache_bytes(model, grid, options, calls)
-    denoising, decoding = denoising + model.held, decoder_bytes(model, size, options) + model.held
+    denoising, decoding = denoising + model.held, decoder_bytes(model, decoded, options) + model.held
     mask = mask_bytes(whole, block_size)
     stages = [(text, 0.0), (transformer, denoising + mask), (vae, decoding)]
     if options.offload == "none":
@@ -138,11 +139,14 @@ def weights_on_device(model: ModelInfo, options: ModelConfig) -> tuple[float, fl
 def transformer_bytes(model: ModelInfo, grid: TokenGrid, options: AnyModelConfig) -> float:
     """Predicts a block's feed-forward: two hidden tensors, residual stream, float32 temporaries; measured.
 
-    Adds the outputs of a control net's layers in this pass and the one before, which stay until it ends.
+    Adds the outputs of a control net's layers in this pass and the one before, which stay until it ends. If
+    frames have times of their own, there are also six modulations of each token, and in float32; measured.
     """
     size, copies = DTYPE_BYTES[options.dtype], 2 if model.decoder_layers else 1
-    controls = 2 * model.controlnet_layers * size * model.width
-    return copies * grid.tokens * (2 * size * model.ffn + (2 * size + 10) * model.width + controls)
+    modulations = 6 * size + 24 if model.frame_times else 0
+    controls = 2 * model.controlnet_layers * size
+    width = (2 * size + 10 + modulations + controls) * model.width
+    return copies * grid.tokens * (2 * size * model.ffn + width)
 
 
 def cache_bytes(model: ModelInfo, grid: TokenGrid, options: ModelConfig, calls: int) -> float:

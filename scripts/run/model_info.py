@@ -41,6 +41,8 @@ class ModelInfo:
             Wan-Animate's character.
         face: pixels of a side of Wan-Animate's video of a face, 0 for other models.
         held: bytes of videos that stay on the device while others are denoised and decoded.
+        further_frames: decoded together with those that are denoised at once.
+        frame_times: whether each frame has a time of its own, and so each token modulations of its own.
         target_size: side of a square with the area of the videos that are sized by an image.
         order: of the tokens, see `TokenGrid`.
     """
@@ -78,6 +80,8 @@ class ModelInfo:
     shortest: int = 1
     face: int = 0
     held: float = 0.0
+    further_frames: int = 0
+    frame_times: bool = False
     target_size: int = 0
     order: str = "raster"
 

@@ -19,7 +19,7 @@ from scripts.run.config import (
     keys,
 )
 from scripts.run.errors import UsageError, multiples_around
-from scripts.run.families import calls_per_step, check_family
+from scripts.run.families import calls_per_step, check_family, segments
 from scripts.run.model_info import ModelInfo
 from scripts.run.outputs import check_target
 
@@ -37,6 +37,8 @@ CLASHES = {  # values of two keys that do not work together -> why
     "model.cache=first_block|mag model.family=motif_video|motif_video_i2v": "its decoder takes the video in "
     "place of the text",
     f"model.cache=first_block|mag model.family={UNREGISTERED}": "diffusers does not register its blocks",
+    f"model.cache={CACHES} model.family=skyreels_v2_df|skyreels_v2_df_i2v": "a segment would begin with what "
+    "is kept of the one before",
     f"model.cache={CACHES} model.family=anyflow": "diffusers gives it no caches",
     "model.cache=first_block|mag|pab model.family=kandinsky5|kandinsky5_i2v": "diffusers asks its blocks for "
     "other names",
@@ -50,6 +52,8 @@ CLASHES = {  # values of two keys that do not work together -> why
 }
 UNSHARED = {  # families whose tokens stay in one process -> why
     "ltx_i2v": "tokens have timesteps of their own",
+    "skyreels_v2_df": "tokens have timesteps of their own",
+    "skyreels_v2_df_i2v": "tokens have timesteps of their own",
     "motif_video": "decoder needs all tokens",
     "motif_video_i2v": "decoder needs all tokens",
 }
@@ -213,7 +217,8 @@ def check_shared(config: Config, degrees: Degrees) -> None:
             f"model.family: got {family!r}, whose {UNSHARED[family]}, so they stay in one process; set "
             "parallel.ulysses_degree=1 parallel.ring_degree=1"
         )
-    if config.generation.segments > 1 and degrees.processes > degrees.data:
+    decoded = "pose_video" in FAMILIES[family].takes and len(segments(family, config.generation)) > 1
+    if decoded and degrees.processes > degrees.data:
         raise UsageError(
             f"generation.segment_frames: got {config.generation.segment_frames}, but a segment begins with a "
             "decoded frame of the one before, which only one of several processes has; make one video a "
@@ -240,13 +245,34 @@ def check_layers(attention: MaskConfig, model: ModelInfo) -> None:
         )
 
 
-def check_video(generation: GenerationConfig, model: ModelInfo) -> None:
+def check_generation(family: str, generation: GenerationConfig, model: ModelInfo) -> None:
+    """Raises UsageError for a size, guidance or last image that the model does not take."""
+    check_video(family, generation, model)
+    if generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
+        got = generation.guidance_scale_2
+        raise UsageError(f"generation.guidance_scale_2: got {got:g}, must be null: the model has one expert")
+    if generation.last_image is not None and model.last_image == "none":
+        raise UsageError(
+            f"generation.last_image: got {generation.last_image!r}, but this model takes no last image; set "
+            "generation.last_image=null, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B"
+        )
+    if family == "hunyuan_video" and generation.guidance_scale != 1 and not model.takes_guidance:
+        got = generation.guidance_scale
+        raise UsageError(
+            f"generation.guidance_scale: got {got:g}, must be 1: the model has no guidance built in"
+        )
+
+
+def check_video(family: str, generation: GenerationConfig, model: ModelInfo) -> None:
     """Raises UsageError for a size of a video, or of its segments, that the model does not take."""
-    frames = "num_frames" if generation.segments == 1 else "segment_frames"
-    check_size(generation.size, model, (f"generation.{frames}", *GENERATION_KEYS[1:]))
+    each = segments(family, generation)
+    frames = GENERATION_KEYS[0] if len(each) == 1 else "generation.segment_frames"
+    check_size(generation.size, model, (frames, *GENERATION_KEYS[1:]))
+    if each[-1] < each[0]:
+        check_frames(GENERATION_KEYS[0], generation.num_frames, model)
     if model.controlnet_layers and generation.size.frames > model.rope_length:
         most = (model.rope_length - 1) // model.vae_frames * model.vae_frames + 1
-        got = f"generation.{frames}: got {generation.size.frames}, but diffusers makes at most {most} frames"
+        got = f"{frames}: got {generation.size.frames}, but diffusers makes at most {most} frames"
         raise UsageError(f"{got} of Cosmos Transfer at once; set generation.segment_frames={most} or less")
 
 

@@ -1,6 +1,7 @@
 """Plans a run once: `make_plan` is the only function that checks a configuration and derives from it."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from scripts.run.attention import (
 from scripts.run.config import Config, VideoSize
 from scripts.run.digest import model_digest
 from scripts.run.errors import UsageError
-from scripts.run.families import calls_per_step, position_arguments, shared_calls, with_conditions
+from scripts.run.families import calls_per_step, position_arguments, segments, shared_calls, with_conditions
 from scripts.run.files import sha256
 from scripts.run.flops import Beyond, Flops, beyond_mask, count_flops
 from scripts.run.hub_models import SHIFTS, expert_notes, find_model, planned_boundary, read_model_info
@@ -43,11 +44,11 @@ from scripts.run.memory import Kept, Memory, gib, host_bytes, kept_bytes, mask_b
 from scripts.run.model_info import ModelInfo
 from scripts.run.option_checks import (
     check_frames,
+    check_generation,
     check_layers,
     check_options,
     check_ring,
     check_shared,
-    check_video,
     refusals,
 )
 from scripts.run.parallel import RankWork, plan_degrees, rank_work
@@ -114,17 +115,20 @@ class RunPlan:
 
     @cached_property
     def flops(self) -> Flops:
-        """Counts the operations of the whole run."""
-        return count_flops(
-            self.model,
-            self.grid,
-            self.density,
-            steps=self.config.generation.steps,
-            dense_steps=len(self.dense_steps),
-            dense_layers=self.dense_layers,
-            calls=self.calls * self.config.generation.segments,
-            beyond=self.beyond,
-        )
+        """Counts the operations of all segments of the run."""
+        options = {"steps": self.config.generation.steps, "dense_steps": len(self.dense_steps)}
+        options |= {"dense_layers": self.dense_layers, "beyond": self.beyond}
+        parts = [
+            count_flops(self.model, *self.segment(frames), calls=self.calls * count, **options)
+            for frames, count in Counter(segments(self.config.model.family, self.config.generation)).items()
+        ]
+        return Flops(*map(sum, zip(*parts, strict=True)))
+
+    def segment(self, frames: int) -> tuple[TokenGrid, float]:
+        """Returns the tokens of a segment of so many frames, and the mean density of its sparse steps."""
+        grid = self.model.grid(self.size._replace(frames=frames))
+        same = grid == self.grid or self.config.attention.density is not None
+        return grid, self.density if same else radial_mask(grid, self.mask).density
 
     @property
     def density(self) -> float:
@@ -306,8 +310,13 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
     sigmas = noise_levels(path, family, steps, generation.flow_shift or SHIFTS.get(path), grid.video_tokens)
     boundary = planned_boundary(path) if "transformer_2" in model.parameters else None
     dense = dense_steps(attention, steps, sigmas, boundary)
-    mask = solve_mask(attention, grid, model.references)
-    densities = step_densities(attention, dense, grid, steps=steps, sigmas=sigmas, mask=mask)
+    sizes = [generation.size._replace(frames=n) for n in dict.fromkeys(segments(family, generation))]
+    grids = [model.grid(size) for size in sizes]  # the whole one first; a shorter one needs a mask, too
+    masks = [solve_mask(attention, each, model.references) for each in grids]
+    densities, *_ = [
+        step_densities(attention, dense, each, steps=steps, sigmas=sigmas, mask=mask)
+        for each, mask in zip(grids, masks, strict=True)
+    ]
     plan = RunPlan(
         config=config,
         model=model,
@@ -317,7 +326,7 @@ def make_plan(config: Config, *, processes: int = 1, dry_run: bool = False) -> R
         inputs=inputs,
         loras=tuple(loras),
         files=files,
-        mask=mask,
+        mask=masks[0],
         dense_steps=dense,
         densities=densities,
         sigmas=sigmas,
@@ -343,23 +352,9 @@ def _lacking(problems: Iterable[str], elsewhere: bool = False) -> tuple[str, ...
 
 def check_model_options(config: Config, model: ModelInfo) -> None:
     """Raises UsageError for a size, length, guidance or number of dense layers that the model refuses."""
-    generation = config.generation
-    check_video(generation, model)
+    check_generation(config.model.family, config.generation, model)
     if config.model.positions_frames is not None:
         check_frames("model.positions_frames", config.model.positions_frames, model)
-    if generation.guidance_scale_2 is not None and "transformer_2" not in model.parameters:
-        got = generation.guidance_scale_2
-        raise UsageError(f"generation.guidance_scale_2: got {got:g}, must be null: the model has one expert")
-    if generation.last_image is not None and model.last_image == "none":
-        raise UsageError(
-            f"generation.last_image: got {generation.last_image!r}, but this model takes no last image; set "
-            "generation.last_image=null, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B"
-        )
-    if config.model.family == "hunyuan_video" and generation.guidance_scale != 1 and not model.takes_guidance:
-        got = generation.guidance_scale
-        raise UsageError(
-            f"generation.guidance_scale: got {got:g}, must be 1: the model has no guidance built in"
-        )
     check_layers(config.attention, model)
 
 

@@ -23,9 +23,9 @@ from radial_attn.models.pipeline.rope_scaling import extend_positions
 from radial_attn.models.runtime.observe import Seen
 from radial_attn.models.runtime.output_check import CheckError
 from scripts.run.attention import attention_arguments
-from scripts.run.config import Config, GenerationConfig
+from scripts.run.config import Config
 from scripts.run.errors import GenerationError, UsageError, one_line, raised_in
-from scripts.run.families import batch, pipeline_arguments
+from scripts.run.families import batch, pipeline_arguments, segments
 from scripts.run.hub_models import hub_unreachable
 from scripts.run.loras import put_in
 from scripts.run.machine_checks import is_out_of_memory
@@ -150,7 +150,7 @@ class Sampler:
             first = getattr(pipeline, "controlnet", None) or pipeline.transformer
             hook = first.register_forward_pre_hook(clock.call, prepend=True)
             try:
-                with reported_choices(), shown_steps(config.generation, bar) as shown:
+                with reported_choices(), shown_steps(config, bar) as shown:
                     self._announce(shown, 0)
                     step_done = self._step_watcher(clock, shown, handle, observer)
                     frames = self._call(pipeline, prompt, step_done)
@@ -225,6 +225,8 @@ class Sampler:
 
     def record(self, prompt: str, run: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         """Returns the content of a video's JSON, from what `sample_video` returned."""
+        grid = self.plan.grid
+        densities = {tuple(entry["grid"]): entry["density"] for entry in run["attention"]["grids"]}
         return {
             "prompt": prompt,
             "seed": self.plan.config.generation.seed,
@@ -233,8 +235,8 @@ class Sampler:
             "model": {"sha256": self.plan.model_digest, "files": file_records(self.plan.files)},
             "loras": self.loras_in,
             "inputs": self.plan.inputs.files,
-            "tokens": self.plan.grid.tokens,
-            "density": run["attention"]["density"],
+            "tokens": grid.tokens,
+            "density": densities.get((grid.frames, grid.height, grid.width), run["attention"]["density"]),
             "mask": asdict(self.plan.mask),
             **run,
             "dense_steps": list(self.plan.dense_steps),
@@ -270,9 +272,10 @@ def sample(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], 
 def call(pipeline: Any, config: Config, prompts: list[str], seeds: list[int], **options: Any) -> Any:
     """Calls the pipeline, with its own attention, for a batch of videos; returns its output.
 
-    The noise is drawn on the CPU, one seed a prompt, so it does not depend on device or batch. The options
-    go to the pipeline.
+    The noise is drawn on the CPU, one seed a prompt, so it does not depend on device or batch. Only the noise
+    on given frames of diffusion forcing is drawn on the device. The options go to the pipeline.
     """
+    torch.manual_seed(seeds[0])  # diffusion forcing asks no generator
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     arguments = pipeline_arguments(config.model.family, config.generation, config.output.fps) | options
     if hasattr(pipeline, "guider"):
@@ -336,11 +339,11 @@ def reported_choices() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def shown_steps(generation: GenerationConfig, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
+def shown_steps(config: Config, bar: tqdm | None = None) -> AbstractContextManager[tqdm]:
     """Returns a progress bar of one video, or `bar`, which stays open at the end."""
     if bar is not None:
         return nullcontext(bar)
-    steps = generation.steps * generation.segments
+    steps = config.generation.steps * len(segments(config.model.family, config.generation))
     return tqdm(total=steps, desc="denoising", unit="step", dynamic_ncols=True)
 
 

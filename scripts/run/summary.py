@@ -82,10 +82,15 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
     speed, count = record["speed"], len(record["step_seconds"])
     if None in (speed["dense_step"], speed["sparse_step"]) or record["cache"]["kind"] != "none":
         return []
-    took, dense = record["seconds"]["denoise"], count * speed["dense_step"]
+    steps, dense = record["config"]["generation"]["steps"], 0.0
+    for start in range(0, count, steps):  # segments may differ in length
+        segment = record["step_seconds"][start : start + steps]
+        dense += len(segment) * median(segment[step] for step in record["dense_steps"])
+    took = record["seconds"]["denoise"]
+    typical = "median dense step" + " of a segment" * (count > steps)
     return [
-        f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the median dense "
-        f"step): {times_faster(dense / took)}"
+        f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the {typical}): "
+        f"{times_faster(dense / took)}"
     ]
 
 

@@ -16,7 +16,9 @@ from radial_attn.models.parallel.groups import Degrees
 from radial_attn.models.pipeline.families import FAMILIES
 from scripts.generate import main
 from scripts.run.config import read_config
+from scripts.run.describe import describe_plan
 from scripts.run.errors import UsageError
+from scripts.run.memory import transformer_bytes
 from scripts.run.option_checks import check_shared
 from scripts.run.plan import make_plan
 from scripts.run.sampler import Sampler
@@ -33,6 +35,7 @@ from tests.support.tiny_wan_relatives import (
     animate_pipeline,
     anyflow_pipeline,
     chronoedit_pipeline,
+    skyreels_forcing_pipeline,
     skyreels_image_pipeline,
     skyreels_pipeline,
 )
@@ -41,6 +44,7 @@ ANIMATE, SEGMENTS = (
     "configs/wan2.2_animate_14b.yaml",
     ["generation.num_frames=11", "generation.segment_frames=5"],
 )
+FORCING = "configs/skyreels_v2_df.yaml"
 RUNS = {
     "anyflow_t2v_14b": (anyflow_pipeline, ["generation.num_frames=9"]),
     "hunyuan_t2v": (hunyuan_pipeline, ["generation.num_frames=9", "generation.prompt_template=plain"]),
@@ -51,6 +55,10 @@ RUNS = {
     "mochi_t2v": (mochi_pipeline, ["generation.num_frames=7"]),
     "motif_t2v": (motif_pipeline, ["generation.num_frames=9"]),
     "skyreels_v2_t2v_14b": (skyreels_pipeline, ["generation.num_frames=9"]),
+    "skyreels_v2_df": (
+        skyreels_forcing_pipeline,
+        ["generation.num_frames=29", "generation.segment_frames=25"],
+    ),
     "wan2.2_t2v_a14b": (lambda: wan_pipeline(experts=2), ["generation.num_frames=9"]),
 }
 FROM_IMAGE = {
@@ -68,7 +76,9 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     paths = [f"model.path={tmp_path / 'model'}", f"output.path={tmp_path / 'out.mp4'}"]
     assert main([f"configs/{preset}.yaml", *SMALL, *options, *paths]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["attention"]["steps"] == 3 and record["attention"]["dense_steps"] == 1
+    videos = record["attention"]["videos"]
+    assert videos == len(record["attention"]["grids"]) == (2 if preset == "skyreels_v2_df" else 1)
+    assert (record["attention"]["steps"], record["attention"]["dense_steps"]) == (3 * videos, videos)
     assert record["attention"]["check"]["compared"] > 0
     assert record["attention"]["check"]["worst"]["relative_l2"] < 1e-5
     assert not [warning for warning in recwarn if "autocast" in str(warning.message)]
@@ -76,7 +86,7 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
 
 MOTIF = {"motif_t2v", "motif_i2v"}
 UNSHARED = {  # degree -> presets that refuse it, and what their line has
-    "ulysses_degree": (MOTIF, "decoder needs all tokens"),
+    "ulysses_degree": (MOTIF | {"skyreels_v2_df"}, "tokens.*, so they stay in one process"),
     "cfg_degree": (
         MOTIF | {"anyflow_t2v_14b", "hunyuan_t2v", "ltx2_t2v", "kandinsky5_t2v_lite", "kandinsky5_i2v_lite"},
         "parallel.cfg_degree: got 2",
@@ -257,6 +267,63 @@ def test_a_dense_run_of_wan_animate_is_that_of_diffusers(mode, animation):
     ).frames[0]
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8)) and len(frames) == 11
     assert list(run["attention"]["calls"]) == ["dense"] and len(run["step_seconds"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("family", "frames", "segment"), [("skyreels_v2_df", 29, 25), ("skyreels_v2_df_i2v", 25, 21)]
+)
+def test_segments_of_diffusion_forcing_are_those_of_diffusers(family, frames, segment, tmp_path, capsys):
+    """Makes two segments, the second one of 21 frames; the noise on what they begin with is of the seed."""
+    skyreels_forcing_pipeline().save_pretrained(tmp_path / "model")
+    image = Image.linear_gradient("L").resize((64, 32)).convert("RGB")
+    given, keys = {}, [*SMALL, f"model.path={tmp_path / 'model'}", f"model.family={family}"]
+    keys += [f"generation.num_frames={frames}", f"generation.segment_frames={segment}", "attention.check=off"]
+    keys += ["generation.height=32"]
+    if family.endswith("i2v"):
+        image.save(tmp_path / "image.png")
+        given, keys = {"image": image}, [*keys, f"generation.image={tmp_path / 'image.png'}"]
+    videos = []
+    for attention in ("pattern=dense", "density=1"):
+        plan = make_plan(read_config(FORCING, [*keys, f"attention.{attention}"]))
+        sampler, prompt = Sampler(plan), plan.config.generation.prompt
+        pipeline = sampler.load()
+        video, run = sampler.sample_video(pipeline, prompt, {})
+        videos.append(video.astype(int))
+    assert run["attention"]["dense_steps"] == 2 and len(run["step_seconds"]) == 6
+    assert all(entry["density"] == 1 for entry in run["attention"]["grids"])
+    assert "6/6" in capsys.readouterr().err and np.abs(np.diff(videos, axis=0)).max() <= 1
+    torch.manual_seed(0)
+    expected = pipeline(
+        prompt=prompt,
+        negative_prompt=plan.config.generation.negative_prompt,
+        **given | {"height": 32, "width": 64, "num_frames": frames, "base_num_frames": segment},
+        overlap_history=17,
+        addnoise_condition=20,
+        guidance_scale=6.0,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+    ).frames[0]
+    assert np.array_equal(videos[0], (expected * 255).round()) and len(expected) == frames
+
+
+def test_segments_of_diffusion_forcing_are_counted_one_by_one():
+    """The last one may be shorter. The VAE decodes all frames at once; each token has six modulations."""
+    lengths = {"one": 97, "last": 81, "three": 257, "shorter": 241, "long": 8017, "longer": 8097}
+    plans = {
+        name: make_plan(read_config(FORCING, [f"generation.num_frames={count}"]), dry_run=True)
+        for name, count in lengths.items()
+    }
+    one, last, three, shorter, long, longer = plans.values()
+    assert three.flops == pytest.approx([3 * count for count in one.flops])
+    assert shorter.flops == pytest.approx([2 * a + b for a, b in zip(one.flops, last.flops, strict=True)])
+    assert three.memory == one.memory and "3 segments of 97, the last of 81" in describe_plan(shorter)
+    assert longer.memory.total - long.memory.total == pytest.approx(2 * 4 * 3 * 544 * 960 * 80)
+    alone = make_plan(read_config("configs/skyreels_v2_t2v_14b.yaml", []), dry_run=True)
+    need, plain = (transformer_bytes(x.model, x.grid, x.config.model) for x in (one, alone))
+    assert one.grid == alone.grid and need - plain == one.grid.tokens * 5120 * 6 * (2 + 4)
+    check_shared(three.config, Degrees(cfg=2))
+    with pytest.raises(UsageError, match="tokens have timesteps of their own"):
+        check_shared(one.config, Degrees(ulysses=2))
 
 
 def test_a_dense_run_of_hunyuan_video_15_from_an_image_is_that_of_diffusers(tmp_path):

@@ -7,6 +7,7 @@ from diffusers import (
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     FlowMapEulerDiscreteScheduler,
+    SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
@@ -90,6 +91,12 @@ def skyreels_image_pipeline(seed: int = 0) -> SkyReelsV2ImageToVideoPipeline:
     return assemble(
         SkyReelsV2ImageToVideoPipeline, seed, transformer=skyreels_transformer(seed, **OF_IMAGE), **parts
     )
+
+
+def skyreels_forcing_pipeline(seed: int = 0) -> SkyReelsV2DiffusionForcingPipeline:
+    """Makes a random SkyReelsV2DiffusionForcingPipeline, whose transformer is told the frame rate."""
+    transformer = skyreels_transformer(seed, inject_sample_info=True)
+    return assemble(SkyReelsV2DiffusionForcingPipeline, seed, transformer=transformer)
 
 
 def anyflow_pipeline(seed: int = 0) -> AnyFlowPipeline:

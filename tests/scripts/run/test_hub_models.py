@@ -30,6 +30,7 @@ WAN_INPUTS = {  # of the transformers that take more than the latents of a video
     },
     "Wan2.2-Animate": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     "Wan2.2-I2V": {"in_channels": 36},
+    "SkyReels-V2-DF-1.3B": {"inject_sample_info": True},
     "Wan2.2-TI2V": {"in_channels": 48, "out_channels": 48},
 }
 
@@ -49,6 +50,8 @@ def wan(name: str, model: ModelInfo) -> torch.nn.Module:
     kind = "-".join(name.removeprefix("Wan-AI/").split("-")[:2])
     if name.startswith(FROM_IMAGE):
         kind = "Wan2.1-I2V"
+    if "DF-1.3B" in name:
+        kind = "SkyReels-V2-DF-1.3B"
     return cls(
         **{"text_dim": 4096} | WAN_INPUTS.get(kind, {}),
         num_layers=model.layers,
