@@ -21,6 +21,7 @@ from scripts.evaluation.settings import DENSE
 from scripts.run.config import Config
 from scripts.run.digest import digest
 from scripts.run.errors import GenerationError, UsageError, one_line, reason_of
+from scripts.run.families import segments
 from scripts.run.files import replacing
 from scripts.run.outputs import (
     Contents,
@@ -106,7 +107,8 @@ def make_missing(evaluation: Evaluation) -> None:
     here = [evaluation.path(name, take) for name, take in missing if not evaluation.is_measured(name, take)]
     if damaged := [path for path in here if path.with_suffix(".json").exists()]:
         print(f"note: {listed(map(str, damaged), 3)} made again, because the record is damaged", flush=True)
-    steps = evaluation.plans[DENSE].config.generation.steps
+    config = evaluation.plans[DENSE].config
+    steps = config.generation.steps * len(segments(config.model.family, config.generation))
     total = len(evaluation.plans) * len(evaluation.takes)
     with tqdm(total=total * steps, initial=(total - len(missing)) * steps, unit="step") as bar:
         for names in same_pipeline(evaluation.plans):

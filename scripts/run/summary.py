@@ -82,16 +82,19 @@ def _measured_gain(record: dict[str, Any]) -> list[str]:
     speed, count = record["speed"], len(record["step_seconds"])
     if None in (speed["dense_step"], speed["sparse_step"]) or record["cache"]["kind"] != "none":
         return []
-    steps, dense = record["config"]["generation"]["steps"], 0.0
-    for start in range(0, count, steps):  # segments may differ in length
-        segment = record["step_seconds"][start : start + steps]
-        dense += len(segment) * median(segment[step] for step in record["dense_steps"])
-    took = record["seconds"]["denoise"]
+    took, steps = record["seconds"]["denoise"], record["config"]["generation"]["steps"]
+    dense = all_dense(record["step_seconds"], steps, record["dense_steps"])
     typical = "median dense step" + " of a segment" * (count > steps)
     return [
         f"gain       denoising {took:.2f} s; with every step dense {dense:.2f} s ({count} x the {typical}): "
         f"{times_faster(dense / took)}"
     ]
+
+
+def all_dense(seconds: list[float], steps: int, dense_steps: list[int]) -> float:
+    """Estimates the seconds of a video whose `steps` steps are all dense, segment by segment."""
+    parts = [seconds[start : start + steps] for start in range(0, len(seconds), steps)]
+    return sum(steps * median(part[step] for step in dense_steps) for part in parts)
 
 
 def times_faster(ratio: float) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from scripts.run.config import read_config
 from scripts.run.describe import describe_plan
-from scripts.run.summary import describe_calls, step_speed, times_faster
+from scripts.run.summary import all_dense, describe_calls, step_speed, times_faster
 from tests.support.auto_backend import AUTO
 from tests.support.plans import FULL, TINY, plan_of
 
@@ -25,6 +25,10 @@ def test_seconds_of_steps():
 def test_a_step_that_is_slower_is_said_to_be_slower():
     told = ["1.50x faster", "1.00x faster", "1.25x slower"]
     assert [times_faster(ratio) for ratio in (1.5, 1.0, 0.8)] == told
+
+
+def test_a_shorter_segment_has_dense_steps_of_its_own():
+    assert all_dense([4.0, 6.0, 1.0, 1.0, 2.0, 2.0, 0.5, 0.5], 4, [0, 1]) == 4 * 5 + 4 * 2
 
 
 @pytest.mark.parametrize(
