@@ -257,8 +257,9 @@ class GenerationConfig:
     num_frames: int = key(69, "video frames: 4k + 1; Mochi 6k + 1, LTX 8k + 1, MiniMax-H3 17k + 5", low=1)
     segment_frames: int | None = key(
         None,
-        "Wan-Animate, Cosmos Transfer, SkyReels-V2's diffusion forcing: frames of a segment, 4k + 1; a longer "
-        "video is made in segments, each from the last frame, or 17, of the one before; null: all at once",
+        "Wan-Animate, Cosmos Transfer, SkyReels-V2's diffusion forcing: frames of a segment, 4k + 1; a "
+        "longer video is made in segments, each from the last frame, or 17, of the one before; null: all "
+        "at once",
         low=5,
     )
     steps: int = key(50, "denoising steps", low=1)
