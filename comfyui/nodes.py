@@ -14,7 +14,7 @@ from .state import Settings
 KEY = "radial_attention"  # of the wrapper, the callback and the attachment
 CATEGORY = "advanced/radial attention"
 ABOUT = {
-    "RadialAttention": "Makes self-attention of a video model sparse: Wan, HunyuanVideo, Mochi, LTX-Video.",
+    "RadialAttention": "Makes a video model's attention sparse: Wan, HunyuanVideo, Mochi, LTX, MiniMax-H3.",
     "RadialAttentionReport": "Says what Radial Attention did in the latest run, and why calls stayed dense.",
 }
 DISPLAY = {"RadialAttention": "Radial Attention", "RadialAttentionReport": "Radial Attention Report"}

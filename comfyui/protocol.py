@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Family:
         name: of the family in `radial_attn.models`.
         transformer: the class of diffusers with the same weights.
         stacks: attributes that hold the blocks, in order of execution.
-        width: attribute with the channels of a token.
+        width: attribute with the channels of a token, or path to an attention with `heads` and `head_dim`.
     """
 
     name: str
@@ -50,7 +51,9 @@ FAMILIES = {
     ),
     "AsymmDiTJoint": Family("mochi", "MochiTransformer3DModel", ("blocks",), "hidden_size_x"),
     "LTXVModel": Family("ltx", "LTXVideoTransformer3DModel", ("transformer_blocks",), "inner_dim"),
+    "MiniMaxH3Model": Family("minimax_h3", "MiniMaxH3Transformer3DModel", ("blocks",), "blocks.0.attn"),
 }
+TEXT_FIRST = ("minimax_h3",)  # families that put text, conditions and sound before the video
 
 
 def family_of(model: Any) -> Family:
@@ -59,7 +62,8 @@ def family_of(model: Any) -> Family:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     raise NotServedError(
-        f"{type(model).__name__} stays dense: this node serves Wan, HunyuanVideo, Mochi and LTX-Video"
+        f"{type(model).__name__} stays dense: this node serves Wan, HunyuanVideo, Mochi, LTX-Video and "
+        "MiniMax-H3"
     )
 
 
@@ -74,7 +78,9 @@ def traits_of(model: Any) -> ModelTraits:
     )
     image = None not in (channels, made) and channels > made
     a14b = image and getattr(model, "img_emb", None) is None
-    return ModelTraits(name, getattr(model, family.width), layers, image, a14b)
+    width = attrgetter(family.width)(model)
+    width = width if isinstance(width, int) else width.heads * width.head_dim
+    return ModelTraits(name, width, layers, image, a14b)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Layout:
         leading: tokens in front of the video: reference frames.
         trailing: tokens at the end of the latents that are not frames of the video: LTX's keyframes.
         most_others: the most tokens that may lie outside frames, None for no limit.
-        text_first: the text comes first, as in newer versions of HunyuanVideo.
+        text_first: the text comes first, as in MiniMax-H3 and newer versions of HunyuanVideo.
         context: tokens of the text; a call over exactly as many is over the text alone.
         batch: samples.
         layers: the layer of each self-attention call, in order; None if each layer makes one call.
@@ -149,7 +155,8 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
         leading,
         trailing,
         most_others=trailing if family.name == "ltx" else None,
-        text_first=double is not None and not getattr(double[0], "flipped_img_txt", False),
+        text_first=family.name in TEXT_FIRST
+        or (double is not None and not getattr(double[0], "flipped_img_txt", False)),
         context=0 if text is None else text.shape[1],
         batch=len(latents),
         layers=_layer_order(model, arguments),

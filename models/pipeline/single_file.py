@@ -32,6 +32,7 @@ CLASSES = (  # those whose names are known
     "LTX2VideoTransformer3DModel",
     "CosmosTransformer3DModel",
     "MiniMaxH3Transformer3DModel",
+    "Kandinsky5Transformer3DModel",  # of which all have the same names
 )
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "transformer.", "net.")
 # In a file with a prefix: parts of the pipeline that come from its folder all the same.

@@ -134,6 +134,7 @@ def test_hunyuan_video_equals_the_op(valid):
         ("hunyuan 1.5", (6, 12, 16, 9 + 4), 4),
         ("mochi", (6, 6, 8, 5), 3),
         ("ltx", (6, 12, 16, 0), 3),
+        ("minimax h3", (22, 6, 8, 9 + 2 * 5), 3),
     ],
 )
 def test_other_models_equal_the_op(name, grid, calls):
@@ -152,7 +153,7 @@ def test_other_models_equal_the_op(name, grid, calls):
     plain, output = sample(model, **options), sample(sparse, **options)
     torch.testing.assert_close(sample(dense, **options), plain, **NEAR)
     mask = sparse.get_attachment(nodes.KEY).run.mask(TokenGrid(*grid))
-    turned = grid[3] if "hunyuan" in name else 0
+    turned = grid[3] if name in {"hunyuan 1.5", "minimax h3"} else 0
     torch.testing.assert_close(output, sample(by_hand(model, mask, turned=turned), **options), **NEAR)
     assert mask.density < 0.7 and (output - plain).abs().max() > 1e-4
     assert report(sparse)["grid"] == list(grid) and report(sparse)["calls"] == {AUTO: 2 * calls}
@@ -197,7 +198,8 @@ def test_an_unknown_model_passes_through_with_one_line(caplog):
     patched = radial(model)
     lines = [line for line in caplog.messages if line.startswith("Radial Attention")]
     assert lines == [
-        "Radial Attention: Flux stays dense: this node serves Wan, HunyuanVideo, Mochi and LTX-Video"
+        "Radial Attention: Flux stays dense: this node serves Wan, HunyuanVideo, Mochi, LTX-Video "
+        "and MiniMax-H3"
     ]
     assert not patched.wrappers.get(protocol.APPLY_MODEL, {}).get(nodes.KEY)
     assert torch.equal(sample(patched, size=(12, 16)), sample(model, size=(12, 16)))

@@ -30,6 +30,10 @@ def make(name: str, **attributes):
 FRAMES = torch.zeros(1, 4, 2, 12, 16)
 MOCHI = make("AsymmDiTJoint", patch_size=2, blocks=range(3), hidden_size_x=3072)
 LTX = make("LTXVModel", transformer_blocks=range(28), inner_dim=2048)
+BLOCK = torch.nn.Module()
+BLOCK.attn = SimpleNamespace(heads=56, head_dim=128)
+MINIMAX = make("MiniMaxH3Model", patch_size=(1, 2, 2), blocks=torch.nn.ModuleList([BLOCK]))
+PACKED = {"latent_shapes": [(1, 24, 7, 11, 16), (1, 32, 2, 5)]}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,7 @@ LTX = make("LTXVModel", transformer_blocks=range(28), inner_dim=2048)
         (LTX, (5, 6, 8), {"keyframe_idxs": torch.zeros(1, 3, 48)}, 240, TokenGrid(4, 6, 8, 48)),
         (LTX, (5, 6, 8), {"latent_shapes": [(1, 4, 7, 6, 8), (1, 8, 30, 16)]}, 336, TokenGrid(7, 6, 8)),
         (LTX, (5, 6, 8), {}, 250, None),  # audio
+        (MINIMAX, (5, 6, 8), PACKED, 7 * 48 + 9 + 10, TokenGrid(7, 6, 8, 19)),
         (WanModel(), (5, 12, 16), {}, 100, None),  # fewer tokens than the video has
         (HunyuanVideo(), (1, 4, 4), {}, 9, None),  # as many as the text has: the refiner
     ],
@@ -155,3 +160,4 @@ def test_traits_tell_models_apart():
     newer = HunyuanVideo()
     newer.byt5_in = object()
     assert traits_of(newer).transformer == "HunyuanVideo15Transformer3DModel"
+    assert traits_of(MINIMAX).width == 7168

@@ -87,6 +87,21 @@ LTX = {
     "caption_channels": TEXT,
     "num_layers": 3,
 }
+MINIMAX = {
+    "image_model": "minimax_h3",
+    "hidden_size": 32,
+    "num_layers": 3,
+    "token_refiner_num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "ffn_hidden_size": 32,
+    "text_dim": TEXT,
+    "timestep_input_dim": 32,
+    "time_embed_hidden_size": 16,
+    "time_embed_dim": 8,
+    "rope_inv_freq_len": 2,
+}
+SOUND = 5  # tokens of a channel
 KINDS = {  # class in the core's table of models, settings
     "wan i2v": ("WAN21_I2V", WAN | {"model_type": "i2v", "in_dim": 36}),
     "wan2.2 5b": ("WAN22_T2V", WAN | {"in_dim": 48, "out_dim": 48}),
@@ -99,6 +114,7 @@ KINDS = {  # class in the core's table of models, settings
     "hunyuan 1.5": ("HunyuanVideo15", HUNYUAN15),
     "mochi": ("GenmoMochi", MOCHI),
     "ltx": ("LTXV", LTX),
+    "minimax h3": ("MiniMaxH3", MINIMAX),
 }
 ORIGINAL = (  # names of HunyuanVideo's layers in the core -> in its authors' files
     (r"^(time_in|guidance_in|txt_in\.t_embedder)\.in_layer", r"\1.mlp.0"),
@@ -250,12 +266,26 @@ def sample(
     batch: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """Samples latents with the core's sampler."""
+    """Samples latents with the core's sampler; returns video and sound of MiniMax-H3 as one vector."""
     from comfy import sample
 
     start = noise(size, batch, channels=model.model.latent_format.latent_channels, seed=seed)
+    if type(model.model.diffusion_model).__name__ == "MiniMaxH3Model":
+        return _with_sound(model, start, steps, cfg, sampler, positive or condition(1))
     texts = positive or condition(1), condition(2)
     options = {"disable_pbar": True, "seed": 0}
     return sample.sample(
         model, start, steps, cfg, sampler, "simple", *texts, torch.zeros_like(start), **options
     )
+
+
+def _with_sound(model: Any, video: Tensor, *options: Any) -> Tensor:
+    """Samples MiniMax-H3's video, of 22 latent frames, and its sound; `options` as of the core's sampler."""
+    from comfy import sample
+    from comfy.nested_tensor import NestedTensor
+
+    *how, text = options
+    start = NestedTensor([noise((22, *video.shape[3:]), channels=24), randoms(1)(1, 32, 2, SOUND)])
+    zeros = NestedTensor([torch.zeros_like(x) for x in start.unbind()])
+    made = sample.sample(model, start, *how, "simple", text, text, zeros, disable_pbar=True, seed=0)
+    return torch.cat([x.flatten() for x in made.unbind()])

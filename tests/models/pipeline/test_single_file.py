@@ -40,7 +40,17 @@ FAMILY = {
     "hunyuan_video-i2v": "hunyuan_video_i2v",
     "mochi": "mochi",
 }
-MORE = "wan_animate", "hunyuan_video15", "skyreels", "chronoedit", "ltx", "ltx2", "cosmos", "minimax_h3"
+MORE = (
+    "wan_animate",
+    "hunyuan_video15",
+    "skyreels",
+    "chronoedit",
+    "ltx",
+    "ltx2",
+    "cosmos",
+    "minimax_h3",
+    "kandinsky5",
+)
 CONVERTERS = {
     "ltx": (convert_ltx_transformer_checkpoint_to_diffusers, "model.diffusion_model."),
     "ltx2": (convert_ltx2_transformer_to_diffusers, "model.diffusion_model."),
@@ -220,8 +230,8 @@ def test_a_file_of_another_model_is_refused(other, tmp_path):
         ValueError, match=r"a\.safetensors is of another model: [^(]* of WanT\w+; name a file of"
     ):
         find_single_file(file, str(tmp_path / "m"), "transformer")
-    BY_NAME["kandinsky5"].transformer().save_config(tmp_path / "m/transformer")
-    with pytest.raises(ValueError, match=r"a Kandinsky5Transformer3DModel are read from its folder only"):
+    BY_NAME["motif_video"].transformer().save_config(tmp_path / "m/transformer")
+    with pytest.raises(ValueError, match=r"a MotifVideoTransformer3DModel are read from its folder only"):
         find_single_file(file, str(tmp_path / "m"), "transformer")
 
 
