@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
 
 from comfyui import nodes, protocol
 from radial_attn import TokenGrid, radial_attention, radial_mask
@@ -18,6 +19,7 @@ from radial_attn.models.published import BUNDLED
 from tests.support import comfy_core
 from tests.support.auto_backend import AUTO
 from tests.support.comfy_core import condition, hunyuan, sample, wan
+from tests.support.tiny import randoms
 
 pytestmark = [
     pytest.mark.comfy,
@@ -285,6 +287,40 @@ def test_the_same_weights_in_diffusers_give_the_same_video(made, converted, adap
         calls = handle.report()["calls"]
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
     assert report(sparse)["calls"] == calls
+
+
+@torch.no_grad()
+def test_minimax_h3_is_that_of_diffusers(tmp_path):
+    """One call: the velocities of video and sound, whose noise levels differ, have the other sign."""
+    from comfy import supported_models
+
+    if not hasattr(supported_models, "MiniMaxH3"):
+        pytest.skip("this ComfyUI is older than the model")
+    from comfy.ldm.minimax import model as minimax
+
+    model, make, level = comfy_core.kind("minimax h3"), randoms(0), 0.7
+    transformer = comfy_core.minimax_in_diffusers(model, tmp_path)
+    sizes, text = (7, 12, 16, comfy_core.SOUND), make(1, 9, comfy_core.TEXT)
+    video, sound = make(1, 24, *sizes[:3]), make(1, 32, 2, sizes[3])
+    packed = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        torch.ones(9).long(),
+        *sizes,
+        (1, 2, 2),
+        audio_channels=2,
+        audio_tag=2,
+        video_tag=0,
+        keyframe_anchors=(),
+    )
+    names = "position_ids", "token_tags", "video_indices", "audio_indices", "text_indices"
+    times = torch.tensor([1 - level, 1 - float(minimax.time_shift_sigma(torch.tensor(level), 12.0, 3.0))])
+    rows = {"hidden_states": minimax.patchify_video(video)[None], "encoder_hidden_states": text}
+    rows |= {"audio_hidden_states": minimax.pack_audio(sound)[None], "timestep": times}
+    rows |= {"timestep_indices": (packed[1] == 2).long(), "return_dict": False}
+    made = transformer(**rows, **dict(zip(names, packed, strict=False)))
+    inside = model.model.diffusion_model
+    core_video, core_sound = inside([video, sound], torch.tensor([1000 * level]), text)
+    torch.testing.assert_close(-core_video, minimax.unpatchify_video(made[0], 7, 6, 8), **NEAR)
+    torch.testing.assert_close(-core_sound, minimax.unpack_audio(made[1][0]), **NEAR)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,15 @@ import sys
 from dataclasses import fields
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from radial_attn.models.pipeline.single_file import find_single_file
+from tests.support.single_files import save
 from tests.support.tiny import randoms
 
 CHANNELS, TEXT = 16, 16
@@ -230,6 +233,23 @@ def hunyuan_in_diffusers(model: Any) -> Any:
     transformer = HunyuanVideoTransformer3DModel(**shape, **blocks, **text).eval()
     transformer.load_state_dict(state)
     return transformer
+
+
+def minimax_in_diffusers(model: Any, folder: Path) -> Any:
+    """Returns diffusers' transformer with the weights of a patcher of MiniMax-H3, written as a file."""
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    sizes = {name: MINIMAX[name] for name in ("num_attention_heads", "attention_head_dim", "hidden_size")}
+    sizes |= {name: MINIMAX[name] for name in ("num_layers", "text_dim", "time_embed_dim")}
+    others = {"ffn_dim": "ffn_hidden_size", "num_refiner_layers": "token_refiner_num_layers"}
+    others |= {"freq_dim": "timestep_input_dim", "time_embed_hidden_dim": "time_embed_hidden_size"}
+    sizes |= {name: MINIMAX[key] for name, key in (others | {"rope_freq_dim": "rope_inv_freq_len"}).items()}
+    MiniMaxH3Transformer3DModel(**sizes).save_config(folder / "transformer")
+    inside = model.model.diffusion_model
+    file = save(folder / "a.safetensors", inside.state_dict(), "model.diffusion_model.")
+    made = find_single_file(file, str(folder), "transformer").load(str(folder), "transformer", torch.float32)
+    inside.rope.inv_freq.copy_(made.rope.inv_freq)
+    return made
 
 
 def flux() -> Any:
