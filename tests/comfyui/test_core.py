@@ -30,7 +30,8 @@ ALL_SPARSE = {"start_percent": 0.0, "dense_blocks": "", "min_tokens": 0, "densit
 NEAR = {"atol": 1e-5, "rtol": 1e-5}
 SLOT = protocol.OVERRIDE
 PACK = Path(nodes.__file__).parent
-EXTRAS = ("custom_sampler", "flux", "hunyuan", "model_advanced", "preview_any", "video")  # nodes of workflows
+# files of the nodes of workflows
+EXTRAS = "audio", "custom_sampler", "flux", "hunyuan", "minimax_h3", "model_advanced", "preview_any", "video"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -348,10 +349,13 @@ def test_the_nodes_of_the_newer_api(loaded):
 
 def test_workflows_fit_the_nodes_of_the_core(loaded):
     folder = Path(os.environ["COMFYUI_PATH"]) / "comfy_extras"
+    older = not (folder / "nodes_minimax_h3.py").exists()  # than the model
     for name in EXTRAS:
         file = str(folder / f"nodes_{name}.py")
-        assert asyncio.run(loaded.load_custom_node(file, module_parent="comfy_extras"))
-    for file in (PACK / "workflows" / "api").glob("*.json"):
+        loads = asyncio.run(loaded.load_custom_node(file, module_parent="comfy_extras"))
+        assert loads or (older and name == "minimax_h3")
+    files = [*(PACK / "workflows" / "api").glob("*.json")]
+    for file in (file for file in files if not (older and file.stem == "minimax_h3")):
         for entry in json.loads(file.read_text()).values():
             kinds = loaded.NODE_CLASS_MAPPINGS[entry["class_type"]].INPUT_TYPES()
             known = {*kinds["required"], *kinds.get("optional", {})}

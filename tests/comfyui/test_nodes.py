@@ -141,7 +141,7 @@ def test_a_workflow_is_the_same_in_both_formats(name):
 
 
 def test_there_are_workflows():
-    assert WORKFLOWS == ["hunyuan_video_t2v", "wan2.1_t2v_14b", "wan2.2_t2v_a14b"]
+    assert WORKFLOWS == ["hunyuan_video_t2v", "minimax_h3", "wan2.1_t2v_14b", "wan2.2_t2v_a14b"]
 
 
 def load(folder: Path, *options: str) -> subprocess.CompletedProcess:
