@@ -138,6 +138,7 @@ def test_hunyuan_video_equals_the_op(valid):
         ("mochi", (6, 6, 8, 5), 3),
         ("ltx", (6, 12, 16, 0), 3),
         ("minimax h3", (22, 6, 8, 9 + 2 * 5), 3),
+        ("minimax h3 with a keyframe", (22, 6, 8, 9 + 2 * 5 + 48), 3),
     ],
 )
 def test_other_models_equal_the_op(name, grid, calls):
@@ -149,6 +150,9 @@ def test_other_models_equal_the_op(name, grid, calls):
     if "1.5" in name:
         del text[0][1]["attention_mask"]
         text[0][1]["conditioning_byt5small"] = torch.randn(1, 4, 1472)
+    if "keyframe" in name:
+        latent = torch.randn(1, 24, 1, *comfy_core.SIZE[1:])
+        text[0][1]["minimax_keyframes"] = [{"resolved_frame_index": 0, "latent": latent}]
     if "reference" in name:
         text[0][1]["reference_latents"] = [comfy_core.noise((1, *comfy_core.SIZE[1:]))]
     options = {"positive": text, "steps": 2}
@@ -156,7 +160,7 @@ def test_other_models_equal_the_op(name, grid, calls):
     plain, output = sample(model, **options), sample(sparse, **options)
     torch.testing.assert_close(sample(dense, **options), plain, **NEAR)
     mask = sparse.get_attachment(nodes.KEY).run.mask(TokenGrid(*grid))
-    turned = grid[3] if name in {"hunyuan 1.5", "minimax h3"} else 0
+    turned = grid[3] if name.startswith(("hunyuan", "minimax")) else 0
     torch.testing.assert_close(output, sample(by_hand(model, mask, turned=turned), **options), **NEAR)
     assert mask.density < 0.7 and (output - plain).abs().max() > 1e-4
     assert report(sparse)["grid"] == list(grid) and report(sparse)["calls"] == {AUTO: 2 * calls}

@@ -118,6 +118,7 @@ KINDS = {  # class in the core's table of models, settings
     "mochi": ("GenmoMochi", MOCHI),
     "ltx": ("LTXV", LTX),
     "minimax h3": ("MiniMaxH3", MINIMAX),
+    "minimax h3 with a keyframe": ("MiniMaxH3", MINIMAX),
 }
 ORIGINAL = (  # names of HunyuanVideo's layers in the core -> in its authors' files
     (r"^(time_in|guidance_in|txt_in\.t_embedder)\.in_layer", r"\1.mlp.0"),
