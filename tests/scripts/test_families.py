@@ -27,8 +27,8 @@ from tests.support.script_cases import SMALL
 from tests.support.tiny import wan_pipeline
 from tests.support.tiny_hunyuan import hunyuan15_image_pipeline, hunyuan15_pipeline, hunyuan_pipeline
 from tests.support.tiny_kandinsky import kandinsky5_image_pipeline, kandinsky5_pipeline
-from tests.support.tiny_ltx import ltx_pipeline
-from tests.support.tiny_ltx2 import RATE, ltx2_pipeline
+from tests.support.tiny_ltx import ltx_image_pipeline, ltx_pipeline
+from tests.support.tiny_ltx2 import RATE, ltx2_image_pipeline, ltx2_pipeline
 from tests.support.tiny_mochi import mochi_pipeline
 from tests.support.tiny_motif import motif_image_pipeline, motif_pipeline
 from tests.support.tiny_wan_relatives import (
@@ -84,11 +84,17 @@ def test_a_tiny_random_pipeline_through_the_command(preset, tmp_path, recwarn):
     assert not [warning for warning in recwarn if "autocast" in str(warning.message)]
 
 
-MOTIF = {"motif_t2v", "motif_i2v"}
+OTHERS = {  # whose dense runs have tests of their own
+    "hunyuan15_i2v": (hunyuan15_image_pipeline, []),
+    "ltx_i2v": (ltx_image_pipeline, ["generation.num_frames=5"]),
+    "ltx2_i2v": (ltx2_image_pipeline, []),
+    "wan2.2_animate_14b": (animate_pipeline, ["generation.num_frames=5", "generation.segment_frames=5"]),
+}
+MOTIF, BUILT_IN = {"motif_t2v", "motif_i2v"}, {"anyflow_t2v_14b", "hunyuan_t2v", "wan2.2_animate_14b"}
 UNSHARED = {  # degree -> presets that refuse it, and what their line has
-    "ulysses_degree": (MOTIF | {"skyreels_v2_df"}, "tokens.*, so they stay in one process"),
+    "ulysses_degree": (MOTIF | {"skyreels_v2_df", "ltx_i2v"}, "tokens.*, so they stay in one process"),
     "cfg_degree": (
-        MOTIF | {"anyflow_t2v_14b", "hunyuan_t2v", "ltx2_t2v", "kandinsky5_t2v_lite", "kandinsky5_i2v_lite"},
+        MOTIF | BUILT_IN | {"ltx2_t2v", "ltx2_i2v", "kandinsky5_t2v_lite", "kandinsky5_i2v_lite"},
         "parallel.cfg_degree: got 2",
     ),
 }
@@ -96,14 +102,18 @@ UNSHARED = {  # degree -> presets that refuse it, and what their line has
 
 @pytest.mark.long
 @pytest.mark.parametrize("degree", UNSHARED)
-@pytest.mark.parametrize("preset", [*RUNS, *FROM_IMAGE, "hunyuan15_i2v"])
+@pytest.mark.parametrize("preset", [*RUNS, *FROM_IMAGE, *OTHERS])
 def test_two_processes_make_the_video_of_one(preset, degree, tmp_path):
     """They share the tokens, or the halves of guidance."""
-    build, options = (RUNS | FROM_IMAGE | {"hunyuan15_i2v": (hunyuan15_image_pipeline, [])})[preset]
+    build, options = (RUNS | FROM_IMAGE | OTHERS)[preset]
     build().save_pretrained(tmp_path / "model")
     keys = [f"configs/{preset}.yaml", *SMALL, "generation.num_frames=9", *options, "attention.check=off"]
     keys.append(f"model.path={tmp_path / 'model'}")
-    if "image" in FAMILIES[read_config(keys[0], []).model.family].takes:
+    takes = FAMILIES[read_config(keys[0], []).model.family].takes
+    for name in {"pose_video", "face_video"}.intersection(takes):
+        drawn(tmp_path / name, 64)
+        keys.append(f"generation.{name}={tmp_path / name}")
+    if "image" in takes:
         Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "image.png")
         keys.append(f"generation.image={tmp_path / 'image.png'}")
     one, two = (f"output.path={tmp_path / name}.mp4" for name in ("one", "two"))

@@ -24,21 +24,22 @@ from tests.support.tiny_hunyuan import hunyuan_vae
 from tests.support.tiny_vaes import architecture
 from tests.support.tolerances import MOST
 
-PARTS = ("decode", "cache", "gradient", "compile", "choice")
+QUICK, LONG = ("gradient", "compile", "choice"), ("decode", "cache")
 
 
 @cache
-def results() -> dict[str, list[dict[str, Any]]]:
-    """Runs all cases in two processes, once; returns one entry for each process."""
+def results(parts: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Runs all cases of these parts in two processes, once; returns one entry for each process."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
-        run_ranks(2, "tests.support.sharing_worker", out, *PARTS)
+        run_ranks(2, "tests.support.sharing_worker", out, *parts)
         return json.loads(out.read_text())
 
 
 def cases(kind: str) -> dict[str, list[dict[str, Any]]]:
     """Returns the cases of one kind."""
-    return {name: everyone for name, everyone in results().items() if name.startswith(f"{kind}: ")}
+    made = results(LONG if kind.startswith(LONG) else QUICK)
+    return {name: everyone for name, everyone in made.items() if name.startswith(f"{kind}: ")}
 
 
 @pytest.mark.long
@@ -57,6 +58,7 @@ def test_the_largest_tiles_are_dealt_out_first():
     assert share([5], 4) == [0] and share([1, 9], 2) == [1, 0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shared", ["sequence", "guidance"])
 def test_caches_skip_alike_in_all_processes(shared):
     skipped = cases(f"cache, shared {shared}")

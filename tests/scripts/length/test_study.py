@@ -141,6 +141,7 @@ def run_study(folder: Path, *words: str) -> int:
     return length_study.main([*SMALL, *KEYS, *TRAIN_KEYS, *words, *numbers, *paths])
 
 
+@pytest.mark.long
 def test_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     """It writes tables and pictures; a second call makes and trains nothing.
 
