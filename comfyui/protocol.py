@@ -36,12 +36,14 @@ class Family:
         transformer: the class of diffusers with the same weights.
         stacks: attributes that hold the blocks, in order of execution.
         width: attribute with the channels of a token, or path to an attention with `heads` and `head_dim`.
+        text_first: whether text, conditions and sound come before the video.
     """
 
     name: str
     transformer: str
     stacks: tuple[str, ...]
     width: str
+    text_first: bool = False
 
 
 FAMILIES = {
@@ -51,9 +53,8 @@ FAMILIES = {
     ),
     "AsymmDiTJoint": Family("mochi", "MochiTransformer3DModel", ("blocks",), "hidden_size_x"),
     "LTXVModel": Family("ltx", "LTXVideoTransformer3DModel", ("transformer_blocks",), "inner_dim"),
-    "MiniMaxH3Model": Family("minimax_h3", "MiniMaxH3Transformer3DModel", ("blocks",), "blocks.0.attn"),
+    "MiniMaxH3Model": Family("minimax_h3", "MiniMaxH3Transformer3DModel", ("blocks",), "blocks.0.attn", True),
 }
-TEXT_FIRST = ("minimax_h3",)  # families that put text, conditions and sound before the video
 
 
 def family_of(model: Any) -> Family:
@@ -155,7 +156,7 @@ def layout_of(model: Any, latents: Any, arguments: Mapping[str, Any]) -> Layout:
         leading,
         trailing,
         most_others=trailing if family.name == "ltx" else None,
-        text_first=family.name in TEXT_FIRST
+        text_first=family.text_first
         or (double is not None and not getattr(double[0], "flipped_img_txt", False)),
         context=0 if text is None else text.shape[1],
         batch=len(latents),

@@ -17,9 +17,8 @@ def pooled(
 ) -> Iterator[Any]:
     """Yields the results of `function(*call)` for each of `calls`, in order, from `jobs` processes.
 
-    Makes a process for each core if `jobs` is None. Each process calls `start` first.
-    At an error all end at once. No call is ever cancelled: Python 3.11 prints a
-    traceback if a process dies while one is.
+    Makes a process for each core if `jobs` is None. Each process calls `start` first. At an error all end at
+    once. No call is ever cancelled: Python 3.11 prints a traceback if a process dies while one is.
     """
     with ProcessPoolExecutor(jobs, initializer=_start, initargs=(start,)) as pool:
         try:

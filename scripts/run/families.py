@@ -180,8 +180,8 @@ def with_conditions(model: ModelInfo, family: str, generation: GenerationConfig)
     references = model.references + len(generation.reference_images)
     text = model.joint_text + FAMILIES[family].image_tokens
     if model.sound:  # MiniMax-H3 has an image twice, as Qwen3-VL and as its VAE see it, in the text's place
-        images = (generation.image, generation.last_image).count(None)
-        text += (2 - images) * 2 * (model.grid(generation.size).tokens_per_frame + 1)
+        images = 2 - (generation.image, generation.last_image).count(None)
+        text += images * 2 * (model.grid(generation.size).tokens_per_frame + 1)
     shortest = SHORTEST.get(family, 1)
     model = replace(model, joint_text=text, references=references, shortest=shortest)
     (frames, height, width), count = generation.size, len(segments(family, generation))
